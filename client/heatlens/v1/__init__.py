@@ -1,0 +1,1 @@
+"""Generated from proto/heatlens/v1 by `make proto`. Do not edit."""

@@ -1,0 +1,1 @@
+"""The heatlens server: holds image models, batches requests, explains predictions."""

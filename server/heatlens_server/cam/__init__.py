@@ -1,0 +1,1 @@
+"""Pure tensor maths of class activation maps. Imports nothing of heatlens outside this folder, and no gRPC."""

@@ -1,0 +1,1 @@
+"""Several ways to run a model, one interface."""

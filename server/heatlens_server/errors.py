@@ -1,0 +1,161 @@
+"""Every error the server raises on purpose, as one tree. `rpc/status.py` maps it to gRPC, and nothing else does.
+
+* HeatlensError
+  * InvalidArgument       the request is wrong whatever the server's state; names the fields
+  * Unauthenticated       the token is missing or wrong
+  * ModelNotFound         no model of that name
+  * ModelLoading          not ready yet, try again
+  * ModelFailed           could not be loaded
+  * ServerDraining        shutting down, try another server
+  * QueueFull             too many requests are waiting
+  * DeadlineExpired       the caller's deadline passed before the model ran
+  * DeviceOutOfMemory     not even one image fits
+  * Unimplemented         the contract has it, this version does not
+  * InternalError         our fault; the text is for the log, callers get a request id only
+
+Messages of all but InternalError reach the client: no paths, no tracebacks, nothing internal.
+`ConfigError` and `ModelLoadError` are raised at start-up and never cross the wire.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """One wrong field of a request: its path as in the proto ("options.top_k") and what is wrong with it."""
+
+    field: str
+    description: str
+
+
+class HeatlensError(Exception):
+    """Base of all errors that a client may see.
+
+    Attributes:
+        reason: UPPER_SNAKE_CASE, stable; what programs switch on.
+        metadata: the message's dynamic parts, for programs.
+        retry_after_s: when to try again, in seconds; None if retrying does not help.
+    """
+
+    reason = "UNKNOWN"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.reason = reason or type(self).reason
+        self.metadata = dict(metadata or {})
+        self.retry_after_s = retry_after_s
+
+
+class InvalidArgument(HeatlensError):
+    """The request is wrong. Reasons: IMAGE_UNDECODABLE, IMAGE_TOO_LARGE, TENSOR_SIZE_MISMATCH, INVALID_OPTION, ..."""
+
+    reason = "INVALID_REQUEST"
+
+    def __init__(
+        self,
+        violations: Sequence[FieldViolation],
+        *,
+        reason: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(
+            "; ".join(f"{v.field}: {v.description}" for v in violations), reason=reason, metadata=metadata
+        )
+        self.violations = tuple(violations)
+
+    @classmethod
+    def of(cls, field: str, description: str, *, reason: str, **metadata: object) -> "InvalidArgument":
+        """Make the error for a single wrong field."""
+        return cls(
+            [FieldViolation(field, description)],
+            reason=reason,
+            metadata={key: str(value) for key, value in metadata.items()},
+        )
+
+
+class Unauthenticated(HeatlensError):
+    """The bearer token is missing or wrong."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class ModelNotFound(HeatlensError):
+    """No model of that name is configured."""
+
+    reason = "MODEL_NOT_FOUND"
+
+    def __init__(self, name: str, available: Sequence[str]) -> None:
+        super().__init__(
+            f"there is no model {name!r}; this server has: {', '.join(available) or 'none'}",
+            metadata={"model": name, "available": ",".join(available)},
+        )
+        self.name = name
+
+
+class ModelLoading(HeatlensError):
+    """The model is being loaded or warmed up."""
+
+    reason = "MODEL_LOADING"
+
+
+class ModelFailed(HeatlensError):
+    """The model could not be loaded."""
+
+    reason = "MODEL_FAILED"
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"model {name!r} could not be loaded: {why}", metadata={"model": name})
+        self.name = name
+
+
+class ServerDraining(HeatlensError):
+    """The server is shutting down."""
+
+    reason = "SERVER_DRAINING"
+
+
+class QueueFull(HeatlensError):
+    """Too many requests are waiting for this model."""
+
+    reason = "QUEUE_FULL"
+
+
+class DeadlineExpired(HeatlensError):
+    """The caller's deadline passed before the model ran for it."""
+
+    reason = "DEADLINE_EXPIRED"
+
+
+class DeviceOutOfMemory(HeatlensError):
+    """The device ran out of memory on a single image."""
+
+    reason = "DEVICE_OUT_OF_MEMORY"
+
+
+class Unimplemented(HeatlensError):
+    """The contract has it, this version of the server does not."""
+
+    reason = "UNIMPLEMENTED"
+
+
+class InternalError(HeatlensError):
+    """A fault of ours. Its message is logged and never sent."""
+
+    reason = "INTERNAL"
+
+
+class ConfigError(Exception):
+    """The configuration is wrong. The message names the key."""
+
+
+class ModelLoadError(Exception):
+    """A model cannot be loaded. The message is shown to clients: it names no path of this machine."""

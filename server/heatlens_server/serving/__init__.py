@@ -1,0 +1,1 @@
+"""Queue, batches and device threads. Knows engines only by their interface."""
