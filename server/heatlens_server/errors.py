@@ -67,9 +67,7 @@ class InvalidArgument(HeatlensError):
         reason: str | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(
-            "; ".join(f"{v.field}: {v.description}" for v in violations), reason=reason, metadata=metadata
-        )
+        super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations), reason=reason, metadata=metadata)
         self.violations = tuple(violations)
 
     @classmethod
