@@ -1,1 +1,82 @@
-"""heatlens: ask a server why an image model said what it said."""
+"""heatlens: ask a server why an image model said what it said.
+
+    from heatlens import Client
+
+    with Client("localhost:50051") as client:
+        result = client.explain("cat.jpg")
+    result.explanations[0].heatmap.save("why.png", image="cat.jpg")
+
+This package holds the clients and what they return. It loads no deep-learning library.
+"""
+
+from heatlens._async_client import AsyncClient
+from heatlens._client import Client
+from heatlens._exceptions import (
+    CallCancelledError,
+    DeadlineExceededError,
+    FailedPreconditionError,
+    FieldViolation,
+    HeatlensError,
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    PermissionDeniedError,
+    ResourceExhaustedError,
+    StatusCode,
+    UnauthenticatedError,
+    UnavailableError,
+    UnimplementedError,
+)
+from heatlens._geometry import PixelBox, place_map
+from heatlens._options import TLS, Retry
+from heatlens._results import (
+    ClassScore,
+    Explanation,
+    Health,
+    Heatmap,
+    ModelInfo,
+    ModelState,
+    Result,
+    ServerInfo,
+    Timing,
+)
+from heatlens._version import __version__
+
+__all__ = [
+    "TLS",
+    "AsyncClient",
+    "CallCancelledError",
+    "ClassScore",
+    "Client",
+    "DeadlineExceededError",
+    "Explanation",
+    "FailedPreconditionError",
+    "FieldViolation",
+    "Health",
+    "HeatlensError",
+    "Heatmap",
+    "InternalError",
+    "InvalidArgumentError",
+    "ModelInfo",
+    "ModelState",
+    "NotFoundError",
+    "PermissionDeniedError",
+    "PixelBox",
+    "ResourceExhaustedError",
+    "Result",
+    "Retry",
+    "ServerInfo",
+    "StatusCode",
+    "Timing",
+    "UnauthenticatedError",
+    "UnavailableError",
+    "UnimplementedError",
+    "__version__",
+    "place_map",
+]
+
+# Tracebacks, reprs and documentation say heatlens.Client: where a name is written is nobody's business but ours.
+for _name in __all__:
+    if _name != "__version__":
+        globals()[_name].__module__ = "heatlens"
+del _name

@@ -1,0 +1,229 @@
+"""The client for asyncio: the same calls as `heatlens.Client`, awaited."""
+
+# ruff: noqa: ASYNC109 - `timeout` is a gRPC deadline: the server sees it too, which asyncio.timeout cannot do.
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from types import TracebackType
+from typing import Self, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2_grpc
+
+from heatlens import _wire
+from heatlens._exceptions import CallCancelledError, FailedPreconditionError
+from heatlens._images import ImageSource, load_image
+from heatlens._options import DEFAULT_MAX_MESSAGE_BYTES, TLS, UNSET, Retry, Timeout, make_settings
+from heatlens._results import Health, ModelInfo, Result, ServerInfo
+from heatlens._status import error_of
+from heatlens.v1 import explain_pb2_grpc, model_pb2, model_pb2_grpc
+
+Request = TypeVar("Request", bound=Message)
+Response = TypeVar("Response")
+
+
+@dataclass(frozen=True, slots=True)
+class _Connection:
+    """A channel, its event loop and its stubs."""
+
+    loop: asyncio.AbstractEventLoop
+    channel: grpc.aio.Channel
+    explain: "explain_pb2_grpc.ExplainServiceAsyncStub"
+    models: "model_pb2_grpc.ModelServiceAsyncStub"
+    health: health_pb2_grpc.HealthStub
+
+
+class AsyncClient:
+    """Asks a heatlens server why its models say what they say, from asyncio. Create it after forking, not before.
+
+    The connection is made by the first call, shared by all and mended by itself; it belongs to that call's event
+    loop. Use the client as an asynchronous context manager, or await `close`. Cancelling a task cancels its call.
+
+    Args:
+        address: "host:port", or a gRPC target: "dns:///models.example:50051" spreads calls over all its addresses.
+        timeout: seconds for a call that names none, all retries included; None: no limit.
+        token: bearer token. Never sent in plaintext, except to this machine.
+        tls: TLS settings; True: the default ones; False: plaintext. None: encrypt if a token goes to another machine.
+        retry: when calls are tried again.
+        wait_for_ready: whether calls wait, within their timeout, for a server that is not there yet.
+        max_message_bytes: largest request and answer.
+
+    Raises:
+        InvalidArgumentError: an argument is wrong, or a token would travel in plaintext to another machine.
+        FileNotFoundError: a certificate file does not exist.
+    """
+
+    def __init__(
+        self,
+        address: str = "localhost:50051",
+        *,
+        timeout: float | None = 30.0,
+        token: str | None = None,
+        tls: TLS | bool | None = None,
+        retry: Retry = Retry(),  # noqa: B008 - frozen
+        wait_for_ready: bool = False,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        self._settings = make_settings(
+            address,
+            timeout=timeout,
+            token=token,
+            tls=tls,
+            retry=retry,
+            wait_for_ready=wait_for_ready,
+            max_message_bytes=max_message_bytes,
+        )
+        # Made by the first call: a grpc.aio channel belongs to the event loop that is running then.
+        self._connection: _Connection | None = None
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return self._settings.describe("AsyncClient")
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; calls still open in other tasks fail with CallCancelledError. Idempotent."""
+        self._closed = True
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.channel.close()
+
+    async def explain(
+        self,
+        image: ImageSource,
+        *,
+        model: str | None = None,
+        top_k: int | None = None,
+        class_ids: int | Sequence[int] | None = None,
+        method: str | None = None,
+        layers: str | Sequence[str] | None = None,
+        map_size: _wire.MapSizeName | None = None,
+        map_type: _wire.MapTypeName | None = None,
+        top_predictions: int | None = None,
+        timeout: Timeout = UNSET,
+    ) -> Result:
+        """Explain one image: which of its pixels made the model give a class its score.
+
+        Args:
+            image: a path, the bytes of a JPEG, PNG or WebP file, or uint8 RGB pixels of shape (height, width, 3).
+            model: name of a served model. None: the server's default.
+            top_k: explain the k most probable classes, k >= 1. Not with `class_ids`. Neither: the most probable one.
+            class_ids: explain this class or these classes, in this order.
+            method: how the map is made: "grad-cam", "layer-cam", ... None: the model's default.
+            layers: the layer or layers to explain. None: the model's default.
+            map_size: "layer" (default), "input" or "source". `Heatmap.on` and `overlay` enlarge a layer's map, so
+                the others are rarely worth their bytes.
+            map_type: "float32" (default), "float16" or "uint8" on the wire; `Heatmap.values` is always float32.
+            top_predictions: how many of the most probable classes to return in `predictions`. None: none.
+            timeout: seconds for this call, all retries included; None: no limit. Not given: the client's.
+
+        Returns:
+            The maps, scores and timing.
+
+        Raises:
+            InvalidArgumentError: an argument is wrong; found before the call where possible.
+            FileNotFoundError: there is no such file (another OSError if it cannot be read).
+            NotFoundError: no model of that name.
+            UnavailableError, ResourceExhaustedError: still failing after all retries.
+            DeadlineExceededError: no answer within the timeout.
+            HeatlensError: any other failure; see `heatlens.HeatlensError` and its subclasses.
+        """
+        if isinstance(image, str | PathLike):
+            # Reading a file would hold up the event loop.
+            image = await asyncio.to_thread(load_image, image)
+        request = _wire.explain_request(
+            image,
+            model=model,
+            top_k=top_k,
+            class_ids=class_ids,
+            method=method,
+            layers=layers,
+            map_size=map_size,
+            map_type=map_type,
+            top_predictions=top_predictions,
+        )
+        return _wire.result_of(
+            await self._call(self._connect().explain.Explain, request, timeout), placed=map_size == "source"
+        )
+
+    async def models(self, *, timeout: Timeout = UNSET) -> tuple[ModelInfo, ...]:
+        """List the served models, whatever their state. Raises HeatlensError if the call fails."""
+        return _wire.models_of(
+            await self._call(self._connect().models.ListModels, model_pb2.ListModelsRequest(), timeout)
+        )
+
+    async def server_info(self, *, timeout: Timeout = UNSET) -> ServerInfo:
+        """Return the server's version and limits. Raises HeatlensError if the call fails."""
+        return _wire.server_info_of(
+            await self._call(self._connect().models.GetServerInfo, model_pb2.GetServerInfoRequest(), timeout)
+        )
+
+    async def health(self, model: str | None = None, *, timeout: Timeout = UNSET) -> Health:
+        """Return whether the server, or one model, serves. Never retried: it says how things are now.
+
+        Raises:
+            NotFoundError: no model of that name.
+            UnavailableError: no server answers.
+            HeatlensError: any other failure.
+        """
+        return _wire.health_of(await self._call(self._connect().health.Check, _wire.health_request(model), timeout))
+
+    def _connect(self) -> _Connection:
+        """Return the connection, made by the first call."""
+        if self._closed:
+            raise FailedPreconditionError("the client is closed", reason="CLIENT_CLOSED")
+        loop = asyncio.get_running_loop()
+        if self._connection is None:
+            settings = self._settings
+            channel = (
+                grpc.aio.insecure_channel(settings.address, settings.options)
+                if settings.credentials is None
+                else grpc.aio.secure_channel(settings.address, settings.credentials, settings.options)
+            )
+            self._connection = _Connection(
+                loop=loop,
+                channel=channel,
+                explain=explain_pb2_grpc.ExplainServiceStub(channel),
+                models=model_pb2_grpc.ModelServiceStub(channel),
+                health=health_pb2_grpc.HealthStub(channel),
+            )
+        elif self._connection.loop is not loop:
+            raise FailedPreconditionError(
+                "the client belongs to another event loop: create one per event loop", reason="WRONG_EVENT_LOOP"
+            )
+        return self._connection
+
+    async def _call(
+        self,
+        method: "grpc.aio.UnaryUnaryMultiCallable[Request, Response]",
+        request: Request,
+        timeout: Timeout,
+    ) -> Response:
+        """Make one call; only our exceptions come out, and CancelledError if our task is cancelled."""
+        settings = self._settings
+        timeout_s = settings.timeout_of(timeout)
+        _wire.check_size(request, settings.max_message_bytes)
+        request_id, metadata = settings.call_metadata()
+        try:
+            return await method(
+                request, timeout=timeout_s, metadata=metadata, wait_for_ready=settings.wait_for_ready or None
+            )
+        except grpc.RpcError as error:
+            raise error_of(error, request_id) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # Nobody cancelled the task: `close` cancelled the call.
+            raise CallCancelledError("the client was closed during the call", request_id=request_id) from None

@@ -1,0 +1,275 @@
+"""What calls return: small frozen values, without protobuf."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from heatlens._exceptions import InvalidArgumentError
+from heatlens._geometry import Float32Array, PixelBox, place_map
+from heatlens._images import ImageSource, UInt8Array, decode_image, write_image
+from heatlens._overlay import blend, color_map
+
+
+# eq=False: arrays have no truth value; two heatmaps are the same only if they are one object.
+@dataclass(frozen=True, slots=True, eq=False)
+class Heatmap:
+    """A saliency map and what it needs to be placed on its image.
+
+    Attributes:
+        values: float32 (height, width) in [0, 1], read-only.
+        scale: the raw map's largest value minus its smallest.
+        offset: the raw map's smallest value.
+        region: the part of the source image that the model saw, in pixels of the upright source image.
+        placed: whether `values` already has the source image's size (map_size="source").
+    """
+
+    values: Float32Array
+    scale: float
+    offset: float
+    region: PixelBox
+    placed: bool
+
+    def __repr__(self) -> str:
+        height, width = self.values.shape
+        return f"Heatmap({width}x{height}, region={self.region})"
+
+    def raw(self) -> Float32Array:
+        """Return the map before normalisation, `values * scale + offset`, float32 (height, width).
+
+        Unlike `values`, raw maps can be compared between classes and images. Of a placed map, only pixels inside
+        `region` mean anything.
+        """
+        return self.values * np.float32(self.scale) + np.float32(self.offset)
+
+    def on(self, target: tuple[int, int] | npt.NDArray[Any]) -> Float32Array:
+        """Return the map placed on its source image: float32 (H, W) in [0, 1], zero where the model did not look.
+
+        Args:
+            target: the source image's (width, height) in pixels, or the image itself, an array (H, W, ...).
+
+        Returns:
+            float32 (H, W); see `heatlens.place_map` for the exact definition.
+
+        Raises:
+            InvalidArgumentError: the target is no size, or the map came placed on an image of another size.
+        """
+        width_px, height_px = (target.shape[1], target.shape[0]) if isinstance(target, np.ndarray) else target
+        if width_px < 1 or height_px < 1:
+            raise InvalidArgumentError.of("target", f"expected (width, height) >= 1, got {(width_px, height_px)}")
+        if not self.placed:
+            return place_map(self.values, self.region, (width_px, height_px))
+        if self.values.shape != (height_px, width_px):
+            height, width = self.values.shape
+            raise InvalidArgumentError.of(
+                "target", f"the map was made for an image of {width}x{height} pixels, got {width_px}x{height_px}"
+            )
+        return self.values
+
+    def overlay(self, image: ImageSource, *, colormap: str = "jet", alpha: float = 0.5) -> UInt8Array:
+        """Return the image with the map over it, in colours: uint8 (H, W, 3), RGB, upright.
+
+        Pixels that the model did not see keep their colours.
+
+        Args:
+            image: the explained image: a path, the bytes of a file, or uint8 RGB pixels (H, W, 3).
+            colormap: name of an OpenCV colour map: "jet", "viridis", "turbo", ...
+            alpha: opacity of the colours, in [0, 1].
+
+        Raises:
+            InvalidArgumentError: not an image, not the image of this map, no such colour map, or alpha out of range.
+            FileNotFoundError: there is no such file.
+        """
+        pixels = decode_image(image)
+        return blend(pixels, self.on(pixels), self.region, colormap=colormap, alpha=alpha)
+
+    def save(
+        self,
+        path: str | PathLike[str],
+        image: ImageSource | None = None,
+        *,
+        colormap: str = "jet",
+        alpha: float = 0.5,
+    ) -> None:
+        """Write the map to a file of the type that the suffix names.
+
+        Args:
+            path: .npy for `values` (whatever the other arguments); .png, .jpg, ... for a picture.
+            image: the explained image: the picture is its overlay. None: the map alone, at its own size.
+            colormap: as for `overlay`.
+            alpha: as for `overlay`.
+
+        Raises:
+            InvalidArgumentError: the suffix is unknown, or as for `overlay`.
+            OSError: the file cannot be written.
+        """
+        path = Path(path)
+        if path.suffix == ".npy":
+            np.save(path, self.values, allow_pickle=False)
+        elif image is None:
+            write_image(path, color_map(self.values, colormap))
+        else:
+            write_image(path, self.overlay(image, colormap=colormap, alpha=alpha))
+
+
+@dataclass(frozen=True, slots=True)
+class ClassScore:
+    """A class and its score.
+
+    Attributes:
+        class_id: the class.
+        label: its name; empty if the model has no labels.
+        logit: its score before softmax.
+        probability: softmax of the logits at this class, in [0, 1].
+    """
+
+    class_id: int
+    label: str
+    logit: float
+    probability: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Explanation:
+    """Why the model gave one class its score.
+
+    Attributes:
+        class_id: the explained class.
+        label: its name; empty if the model has no labels.
+        logit: its score before softmax.
+        probability: softmax of the logits at this class, in [0, 1].
+        heatmap: where on the image the score comes from.
+    """
+
+    class_id: int
+    label: str
+    logit: float
+    probability: float
+    heatmap: Heatmap
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where the time of one call went, inside the server.
+
+    Attributes:
+        queue_ms: waiting for a batch.
+        preprocess_ms: decoding and resizing the image.
+        compute_ms: running the batch that held the image.
+        batch_size: how many images that batch held.
+    """
+
+    queue_ms: float
+    preprocess_ms: float
+    compute_ms: float
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Result:
+    """The answer for one image.
+
+    Attributes:
+        explanations: one per explained class, in the order asked for.
+        predictions: the most probable classes, as many as `top_predictions`.
+        source_region: the part of the source image that the model saw, in pixels of the upright source image.
+        model: name of the model that answered.
+        model_version: its version.
+        timing: where the time went.
+    """
+
+    explanations: tuple[Explanation, ...]
+    predictions: tuple[ClassScore, ...]
+    source_region: PixelBox
+    model: str
+    model_version: str
+    timing: Timing
+
+
+class ModelState(StrEnum):
+    """Whether a model can answer."""
+
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """One served model. What is only known once it is loaded is zero or empty before.
+
+    Attributes:
+        name: what `explain(model=...)` takes.
+        version: from the server's configuration, or derived from the weights.
+        is_default: whether it answers calls that name no model.
+        state: whether it can answer.
+        state_message: why it cannot; empty if it can.
+        task: "classification".
+        input_height_px: height of the model's input.
+        input_width_px: width of the model's input.
+        class_count: number of classes.
+        methods: what `explain(method=...)` takes.
+        default_method: the method used when a call names none.
+        layers: what `explain(layers=...)` takes, the default first.
+        engine: what runs the model.
+        device: where it runs.
+        precision: "fp32", "fp16", "bf16".
+        max_batch_size: most images run at once.
+        max_queue_delay_ms: how long an image may wait for others while the device is busy.
+    """
+
+    name: str
+    version: str
+    is_default: bool
+    state: ModelState
+    state_message: str
+    task: str
+    input_height_px: int
+    input_width_px: int
+    class_count: int
+    methods: tuple[str, ...]
+    default_method: str
+    layers: tuple[str, ...]
+    engine: str
+    device: str
+    precision: str
+    max_batch_size: int
+    max_queue_delay_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """A server's version and limits.
+
+    Attributes:
+        version: version of heatlens that serves.
+        max_message_bytes: largest message accepted and sent.
+        max_image_pixels: largest image accepted, width times height.
+        max_queue_length: most requests that may wait per model.
+        max_targets: most classes explained in one call.
+        max_in_flight: largest window of a stream, in frames; 0: streaming is not served.
+        max_batch_size: largest batch of any model.
+        max_queue_delay_ms: longest batching window of any model.
+    """
+
+    version: str
+    max_message_bytes: int
+    max_image_pixels: int
+    max_queue_length: int
+    max_targets: int
+    max_in_flight: int
+    max_batch_size: int
+    max_queue_delay_ms: float
+
+
+class Health(StrEnum):
+    """What a server says about itself or one model (grpc.health.v1)."""
+
+    SERVING = "serving"
+    NOT_SERVING = "not-serving"
+    UNKNOWN = "unknown"
