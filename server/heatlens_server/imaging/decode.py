@@ -1,0 +1,141 @@
+"""From the bytes of a request to uint8 RGB pixels. Everything here reads untrusted input."""
+
+import io
+import math
+import warnings
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from heatlens_server.errors import InvalidArgument
+
+UInt8Array = npt.NDArray[np.uint8]
+
+# Pillow's own limit on what it opens without complaint (PIL.Image.MAX_IMAGE_PIXELS); ours is never above it.
+MAX_PIXELS_LIMIT = 89_478_485
+
+_FORMATS = ("JPEG", "PNG", "WEBP")
+# OpenCV refuses longer sides (CV_IO_MAX_IMAGE_WIDTH, CV_IO_MAX_IMAGE_HEIGHT).
+_MAX_SIDE_PX = 1 << 20
+_CHANNELS = 3
+
+# Beyond its limit Pillow warns first and raises only at twice the limit. As an error the warning becomes a refusal.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+
+def decode_image(encoded: bytes, *, max_pixels: int) -> UInt8Array:
+    """Decode a JPEG, PNG or WebP file to upright RGB.
+
+    The EXIF orientation is applied, an alpha channel is dropped (colours are not blended with a background), gray,
+    palette and CMYK become RGB, and 16-bit samples keep their upper 8 bits. Of an animation the first frame is
+    read. The size is taken from the header and checked before any pixel is decoded. A truncated file is refused,
+    never padded: OpenCV refuses JPEG and WebP itself; a PNG's chunks and their checksums are read first, which
+    costs about 2 % of decoding it and keeps libpng from printing to stderr.
+
+    Args:
+        encoded: the file's bytes.
+        max_pixels: largest accepted width times height.
+
+    Returns:
+        uint8 (height, width, 3).
+
+    Raises:
+        InvalidArgument: IMAGE_UNDECODABLE or IMAGE_TOO_LARGE, at "image.encoded".
+    """
+    if not encoded:
+        raise _undecodable("the image is empty")
+    size = _checked_size(encoded, max_pixels)
+    try:
+        pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except cv2.error as error:
+        raise _undecodable("the image is corrupt") from error
+    # A file that two decoders read differently is a trick; the limit was checked on one reading only.
+    if pixels is None or sorted(pixels.shape[:2]) != sorted(size):
+        raise _undecodable("the image is truncated or corrupt")
+    return pixels.astype(np.uint8, copy=False)
+
+
+def pixels_from_tensor(*, data_type: str, shape: Sequence[int], data: bytes, max_pixels: int) -> UInt8Array:
+    """View a request's raw pixels as an image, without copying.
+
+    Args:
+        data_type: the element type's name without its prefix: "UINT8" is the only one accepted.
+        shape: (height, width, 3), each side >= 1.
+        data: exactly height * width * 3 bytes, row-major.
+        max_pixels: largest accepted width times height.
+
+    Returns:
+        uint8 (height, width, 3), read-only.
+
+    Raises:
+        InvalidArgument: TENSOR_TYPE_UNSUPPORTED, TENSOR_SIZE_MISMATCH or IMAGE_TOO_LARGE, at the wrong field.
+    """
+    if data_type != "UINT8":
+        raise InvalidArgument.of(
+            "image.pixels.data_type", f"must be UINT8, got {data_type}", reason="TENSOR_TYPE_UNSUPPORTED"
+        )
+    sides = [int(side) for side in shape]
+    if len(sides) != 3 or sides[2] != _CHANNELS or min(sides) < 1:
+        # A hostile shape can be long; the message need not be.
+        shown = f"{sides}" if len(sides) <= 8 else f"{len(sides)} dimensions"
+        raise InvalidArgument.of(
+            "image.pixels.shape",
+            f"must be (height, width, 3) with sides >= 1, got {shown}",
+            reason="TENSOR_SIZE_MISMATCH",
+        )
+    _check_pixels(sides[1], sides[0], max_pixels, field="image.pixels.shape")
+    # Python's integers do not overflow.
+    expected_bytes = math.prod(sides)
+    if len(data) != expected_bytes:
+        raise InvalidArgument.of(
+            "image.pixels.data",
+            f"shape {sides} needs {expected_bytes} bytes, got {len(data)}",
+            reason="TENSOR_SIZE_MISMATCH",
+            expected_bytes=expected_bytes,
+            actual_bytes=len(data),
+        )
+    return np.frombuffer(data, np.uint8).reshape(sides)
+
+
+def _checked_size(encoded: bytes, max_pixels: int) -> tuple[int, int]:
+    """Return (width, height) from the header, once it is acceptable. Checks a PNG's chunks."""
+    try:
+        with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+            width_px, height_px = image.size
+            _check_pixels(width_px, height_px, max_pixels, field="image.encoded")
+            if image.format == "PNG":
+                image.verify()
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InvalidArgument.of(
+            "image.encoded",
+            f"the image has more than the {max_pixels} pixels accepted",
+            reason="IMAGE_TOO_LARGE",
+            max_pixels=max_pixels,
+        ) from error
+    except InvalidArgument:
+        raise
+    except UnidentifiedImageError as error:
+        raise _undecodable("not a JPEG, PNG or WebP image") from error
+    # Pillow's parsers raise whatever their struct, zlib and index operations raise on garbage.
+    except Exception as error:
+        raise _undecodable("the image is truncated or corrupt") from error
+    return width_px, height_px
+
+
+def _check_pixels(width_px: int, height_px: int, max_pixels: int, *, field: str) -> None:
+    if width_px * height_px > max_pixels or max(width_px, height_px) > _MAX_SIDE_PX:
+        raise InvalidArgument.of(
+            field,
+            f"{width_px}x{height_px} pixels; at most {max_pixels} are accepted, and {_MAX_SIDE_PX} per side",
+            reason="IMAGE_TOO_LARGE",
+            max_pixels=max_pixels,
+            width_px=width_px,
+            height_px=height_px,
+        )
+
+
+def _undecodable(description: str) -> InvalidArgument:
+    return InvalidArgument.of("image.encoded", description, reason="IMAGE_UNDECODABLE")

@@ -1,0 +1,164 @@
+"""Fitting images to a model's input, against torchvision's and timm's own transforms."""
+
+import time
+
+import numpy as np
+import pytest
+import timm.data
+import torch
+import torchvision.transforms as T
+from heatlens_server.imaging.preprocess import Interpolation, PreprocessSpec, fit, normalise
+from PIL import Image
+from skimage import data
+from sklearn.datasets import load_sample_images
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FILTERS = [Interpolation.BILINEAR, Interpolation.BICUBIC, Interpolation.LANCZOS]
+
+
+def spec(resize_px=256, crop_px=(224, 224), interpolation=Interpolation.BILINEAR, mean=MEAN, std=STD):
+    return PreprocessSpec(resize_px=resize_px, crop_px=crop_px, mean=mean, std=std, interpolation=interpolation)
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return {
+        "chelsea": data.chelsea(),
+        "coffee": data.coffee(),
+        "astronaut": data.astronaut(),
+        "rocket": data.rocket(),
+        "china": load_sample_images().images[0],
+    }
+
+
+def torchvision_fit(image, resize_px, crop_px, interpolation):
+    mode = T.InterpolationMode(interpolation.value)
+    resize = T.Resize(resize_px, interpolation=mode)
+    return np.asarray(T.CenterCrop(crop_px)(resize(Image.fromarray(image))))
+
+
+@pytest.mark.parametrize("interpolation", FILTERS)
+@pytest.mark.parametrize(
+    ("resize_px", "crop_px"), [(256, 224), (224, 224), (342, 299), (40, 32), ((96, 128), (96, 96))]
+)
+def test_fit_equals_torchvision(photos, interpolation, resize_px, crop_px):
+    for photo in photos.values():
+        for image in (photo, np.ascontiguousarray(photo.swapaxes(0, 1))):
+            crop = (crop_px, crop_px) if isinstance(crop_px, int) else crop_px
+            ours = fit(image, spec(resize_px, crop, interpolation)).pixels
+            theirs = torchvision_fit(image, resize_px, crop_px, interpolation)
+            difference = np.abs(ours.astype(int) - theirs)
+            # Rounding of the box's corner: a level on few values, two levels on hardly any.
+            assert difference.max() <= 2
+            assert (difference > 1).mean() < 1e-5
+            # Pillow 13 squashes tall images columns first.
+            assert isinstance(resize_px, tuple) or (difference > 0).mean() < 0.02
+
+
+@pytest.mark.parametrize("interpolation", FILTERS)
+def test_fit_equals_torchvision_on_noise_of_any_size(interpolation):
+    rng = np.random.default_rng(7)
+    for _ in range(20):
+        height, width = rng.integers(2, 300, 2)
+        height = min(height, 2 * width)  # beyond, Pillow 13 resamples in the other order
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        ours = fit(image, spec(72, (64, 64), interpolation)).pixels
+        assert np.abs(ours.astype(int) - torchvision_fit(image, 72, 64, interpolation)).max() <= 2
+
+
+def test_nearest_reads_the_pixels_that_torchvision_reads(photos):
+    for image in photos.values():
+        ours = fit(image, spec(256, (224, 224), Interpolation.NEAREST)).pixels
+        theirs = torchvision_fit(image, 256, 224, Interpolation.NEAREST)
+        assert (ours != theirs).any(axis=2).mean() < 0.01
+
+
+def test_input_tensor_equals_timm_create_transform(photos):
+    for interpolation in ("bilinear", "bicubic"):
+        transform = timm.data.create_transform(
+            (3, 224, 224), is_training=False, interpolation=interpolation, mean=MEAN, std=STD, crop_pct=0.875
+        )
+        for image in photos.values():
+            ours = normalise(fit(image, spec(interpolation=Interpolation(interpolation))).pixels, MEAN, STD)
+            theirs = transform(Image.fromarray(image)).numpy()
+            assert np.abs(ours - theirs).max() <= 1 / 255 / min(STD) + 1e-5
+
+
+def test_squashing_equals_timm(photos):
+    transform = timm.data.create_transform(
+        (3, 128, 128), is_training=False, interpolation="bicubic", mean=MEAN, std=STD, crop_pct=1.0, crop_mode="squash"
+    )
+    for image in photos.values():
+        ours = normalise(fit(image, spec((128, 128), (128, 128), Interpolation.BICUBIC)).pixels, MEAN, STD)
+        assert np.abs(ours - transform(Image.fromarray(image)).numpy()).max() <= 1 / 255 / min(STD) + 1e-5
+
+
+def test_normalise_equals_torchvision(photos):
+    pixels = fit(photos["chelsea"], spec()).pixels
+    theirs = T.Normalize(MEAN, STD)(torch.from_numpy(pixels).permute(2, 0, 1).float() / 255).numpy()
+    np.testing.assert_allclose(normalise(pixels, MEAN, STD), theirs, atol=1e-6)
+
+
+def test_region_is_the_crop_in_source_pixels():
+    fitted = fit(np.zeros((300, 450, 3), np.uint8), spec(100, (80, 80)))
+    # Resized to 100x150, cropped at (top 10, left 35): three source pixels to one.
+    region = fitted.region
+    assert (region.left, region.top, region.right, region.bottom) == pytest.approx((105, 30, 345, 270))
+    assert (fitted.source_width_px, fitted.source_height_px) == (450, 300)
+
+
+def test_region_tracks_a_marked_pixel():
+    image = np.zeros((200, 320, 3), np.uint8)
+    image[50:60, 200:210] = 255
+    fitted = fit(image, spec(128, (96, 96)))
+    rows, columns = np.nonzero(fitted.pixels[..., 0] > 127)
+    region = fitted.region
+    x = region.left + (columns.mean() + 0.5) * (region.right - region.left) / 96
+    y = region.top + (rows.mean() + 0.5) * (region.bottom - region.top) / 96
+    assert (x, y) == pytest.approx((205, 55), abs=1.0)
+
+
+def test_squashed_region_is_the_whole_image():
+    region = fit(np.zeros((30, 50, 3), np.uint8), spec((16, 16), (16, 16))).region
+    assert (region.left, region.top, region.right, region.bottom) == (0, 0, 50, 30)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (10, 20000), (20000, 10), (1, 100_000), (100_000, 1)])
+@pytest.mark.parametrize("interpolation", list(Interpolation))
+def test_extreme_shapes_cost_no_more_than_a_photo(shape, interpolation):
+    image = np.full((*shape, 3), 77, np.uint8)
+    started = time.process_time()
+    fitted = fit(image, spec(interpolation=interpolation))
+    assert time.process_time() - started < 0.05
+    assert fitted.pixels.shape == (224, 224, 3)
+    assert (fitted.pixels == 77).all()
+
+
+def test_image_of_the_right_size_passes_untouched():
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(fit(image, spec(32, (32, 32))).pixels, image)
+
+
+def test_read_only_and_strided_images_are_accepted():
+    image = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    frozen = image[:, ::-1]
+    frozen.flags.writeable = False
+    expected = fit(np.ascontiguousarray(frozen), spec(40, (32, 32))).pixels
+    fitted = fit(frozen, spec(40, (32, 32))).pixels
+    np.testing.assert_array_equal(fitted, expected)
+    assert fitted.flags.c_contiguous
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resize_px": 200}, "resize_px .* is smaller than crop_px"),
+        ({"resize_px": (256, 200)}, "is smaller than crop_px"),
+        ({"resize_px": 0, "crop_px": (0, 0)}, "at least 1"),
+        ({"std": (1.0, 0.0, 1.0)}, "std positive"),
+        ({"mean": (float("nan"), 0.0, 0.0)}, "finite"),
+    ],
+)
+def test_impossible_specs_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        spec(**changes)
