@@ -143,7 +143,7 @@ def make_settings(
         InvalidArgumentError: an argument is wrong, or a token would travel in plaintext to another machine.
         FileNotFoundError: a certificate file does not exist (another OSError if it cannot be read).
     """
-    if not address or "://" in address.removeprefix("dns://").removeprefix("unix://"):
+    if not address or address.partition("://")[0].lower() in {"http", "https", "grpc", "grpcs"}:
         raise InvalidArgumentError.of("address", f"expected 'host:port' or a gRPC target, got {address!r}")
     if max_message_bytes < 1:
         raise InvalidArgumentError.of("max_message_bytes", f"expected >= 1, got {max_message_bytes}")

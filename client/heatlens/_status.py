@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import grpc
+import grpc.aio
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
@@ -26,7 +27,7 @@ def error_of(error: grpc.RpcError, request_id: str) -> HeatlensError:
         error: what a grpc or grpc.aio call raised.
         request_id: the id sent with the call, used if the server sent none back.
     """
-    if not isinstance(error, grpc.Call):
+    if not isinstance(error, grpc.Call | grpc.aio.AioRpcError):
         return InternalError(str(error), request_id=request_id)
     code = StatusCode(error.code().name)
     trailing = {key: value for key, value in error.trailing_metadata() or () if isinstance(value, str)}
