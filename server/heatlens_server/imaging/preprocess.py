@@ -93,10 +93,10 @@ class FittedImage:
 def fit(image: UInt8Array, spec: PreprocessSpec) -> FittedImage:
     """Resize and centre-crop an image to the model's input.
 
-    The result equals torchvision's `Resize` followed by `CenterCrop` on a PIL image, to within one level (two on one
-    value in 100,000). One exception: where an image shrinks much more in height than in width, Pillow 13 resamples columns before rows;
-    here rows always come first, as in earlier versions, which moves strong edges by a few levels. NEAREST reads the
-    same source pixels, up to rounding at exact ties.
+    The result equals torchvision's `Resize` followed by `CenterCrop` on a PIL image, to within one level (two on
+    one value in 100,000). One exception: where an image shrinks much more in height than in width, Pillow 13
+    resamples columns before rows; here rows always come first, as in earlier versions, which moves strong edges by
+    a few levels. NEAREST reads the same source pixels, up to rounding at exact ties.
 
     Args:
         image: uint8 (height, width, 3), RGB, upright, each side >= 1.
@@ -140,7 +140,7 @@ def normalise(pixels: UInt8Array, mean: Sequence[float], std: Sequence[float]) -
 
 
 def _resample(image: UInt8Array, region: PixelBox, spec: PreprocessSpec) -> UInt8Array:
-    """Resize `region` of `image` to the crop: rows first, then columns, uint8 in between, as in Pillow."""
+    """Resize `region` of `image` to the crop: along rows first, then along columns, uint8 in between, as in Pillow."""
     resampling, radius = _FILTERS[spec.interpolation]
     height_px, width_px = image.shape[:2]
     crop_height_px, crop_width_px = spec.crop_px
