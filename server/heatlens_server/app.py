@@ -1,0 +1,194 @@
+"""Wiring and life cycle: bind, load, serve, drain."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar, cast
+
+import grpc.aio
+from heatlens.v1 import explain_pb2_grpc, model_pb2_grpc
+
+from heatlens_server.config import Config, ModelConfig
+from heatlens_server.engines.build import BuiltModel, build
+from heatlens_server.errors import ModelLoadError
+from heatlens_server.models.registry import Registry
+from heatlens_server.rpc.explain_service import ExplainServicer
+from heatlens_server.rpc.health import Health
+from heatlens_server.rpc.limits import Limits
+from heatlens_server.rpc.listener import bind, enable_reflection, make_server
+from heatlens_server.rpc.model_service import ModelServicer
+from heatlens_server.serving.lane import Lane
+from heatlens_server.serving.served import ServedModel
+
+_log = logging.getLogger("heatlens")
+T = TypeVar("T")
+
+_CLOSE_S = 2.0
+"""How long engines may take to end once no call is left, in seconds."""
+
+
+class Server:
+    """A running server. Made by `start`, on the event loop that it serves on."""
+
+    def __init__(self, config: Config) -> None:
+        """Wire everything; nothing runs yet."""
+        self._config = config
+        names = [model.name for model in config.models]
+        self.registry: Registry[ServedModel] = Registry(names, default=config.server.default_model or names[0])
+        self._health = Health()
+        self._loading: set[asyncio.Task[None]] = set()
+        self._preparers = ThreadPoolExecutor(
+            config.server.decode_threads or os.cpu_count() or 1, thread_name_prefix="prepare-image"
+        )
+        self._limits = Limits(
+            max_message_bytes=config.server.max_message_bytes,
+            max_image_pixels=config.server.max_image_pixels,
+            max_queue_length=config.server.max_queue_length,
+            max_targets=config.server.max_targets,
+        )
+        self._grpc: grpc.aio.Server = make_server(config.server, token=config.server.read_token())
+        self.port = 0
+
+    @classmethod
+    async def start(cls, config: Config) -> "Server":
+        """Bind, answer, and load the models meanwhile.
+
+        Raises:
+            ConfigError: the address cannot be bound, or a file of the configuration cannot be read.
+        """
+        server = cls(config)
+        server._add_services()
+        server.port = bind(server._grpc, config.server)
+        await server._health.update(server.registry.slots)
+        await server._grpc.start()
+        _log.info("listening on %s, port %d", config.server.listen, server.port)
+        for model in config.models:
+            task = asyncio.create_task(server._load(model))
+            server._loading.add(task)
+            task.add_done_callback(server._loading.discard)
+        return server
+
+    async def wait_loaded(self) -> None:
+        """Wait until every model is ready or has failed."""
+        await asyncio.gather(*self._loading)
+
+    async def drain(self, grace_s: float) -> None:
+        """Health NOT_SERVING, refuse new calls, finish those in flight, cut them off after the grace. Idempotent.
+
+        Args:
+            grace_s: how long calls in flight may take, in seconds.
+        """
+        _log.info("draining: calls in flight have %g s", grace_s)
+        await self._health.drain()
+        for task in self._loading:
+            task.cancel()
+        await self._grpc.stop(grace_s)
+        self._preparers.shutdown(wait=False, cancel_futures=True)
+        lanes = [slot.value.lane for slot in self.registry.slots if slot.value is not None]
+        await asyncio.gather(*(lane.close(timeout_s=_CLOSE_S) for lane in lanes))
+        _log.info("stopped")
+
+    def _add_services(self) -> None:
+        models = self._config.models
+        explain_pb2_grpc.add_ExplainServiceServicer_to_server(
+            ExplainServicer(self.registry, self._limits, self._preparers), self._grpc
+        )
+        model_pb2_grpc.add_ModelServiceServicer_to_server(
+            ModelServicer(
+                self.registry,
+                self._limits,
+                max_batch_size=max(model.batching.max_batch_size for model in models),
+                max_delay_s=max(model.batching.max_delay_ms for model in models) / 1e3,
+            ),
+            self._grpc,
+        )
+        self._health.add_to(self._grpc)
+        if self._config.server.reflection:
+            enable_reflection(self._grpc)
+
+    async def _load(self, config: ModelConfig) -> None:
+        """Load one model; whatever goes wrong with it stays with it."""
+        try:
+            built = await _in_daemon_thread(lambda: build(config), name=f"load-{config.name}")
+        except ModelLoadError as error:
+            _log.error("model %s failed to load: %s", config.name, error)
+            self.registry.set_failed(config.name, str(error))
+        except Exception:
+            _log.exception("model %s failed to load", config.name)
+            self.registry.set_failed(config.name, "an unexpected error while loading; the server's log has it")
+        else:
+            self.registry.set_ready(config.name, self._serve(config, built))
+            info = built.engine.info
+            _log.info("model %s ready: %s on %s, layer %s", config.name, info.kind, info.device, info.layers[0])
+        await self._health.update(self.registry.slots)
+
+    def _serve(self, config: ModelConfig, built: BuiltModel) -> ServedModel:
+        max_delay_s = config.batching.max_delay_ms / 1e3
+        lane = Lane(
+            built.engine,
+            name=config.name,
+            preparers=self._preparers,
+            max_batch_size=config.batching.max_batch_size,
+            max_delay_s=max_delay_s,
+            max_queue_length=self._config.server.max_queue_length,
+        )
+        return ServedModel(
+            name=config.name,
+            version=built.version,
+            labels=built.labels,
+            preprocess=built.preprocess,
+            engine=built.engine.info,
+            default_method=config.method,
+            max_batch_size=config.batching.max_batch_size,
+            max_delay_s=max_delay_s,
+            lane=lane,
+        )
+
+
+async def serve(config: Config, *, on_start: Callable[[Server], None] = lambda _server: None) -> None:
+    """Serve until SIGTERM or SIGINT, then drain within the configured grace.
+
+    Args:
+        config: what to serve.
+        on_start: called once the port is bound.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signal_number, stop.set)
+    server = await Server.start(config)
+    on_start(server)
+    await stop.wait()
+    await server.drain(config.server.grace_s)
+
+
+async def _in_daemon_thread(work: Callable[[], T], *, name: str) -> T:
+    """Run `work` in a thread that cannot keep the process alive: a download may hang for minutes while we drain."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(cast("T", result))
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except BaseException as raised:
+            error = raised
+        # After a drain the loop is closed and nobody waits for this model.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return await future

@@ -1,0 +1,43 @@
+"""A dry run of one model: load it, explain one image, say what happened."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from heatlens_server.config import ModelConfig
+from heatlens_server.engines.base import MapSpec, TopK
+from heatlens_server.engines.build import build
+from heatlens_server.errors import ModelLoadError
+
+
+def check_model(config: ModelConfig, write: Callable[[str], None]) -> bool:
+    """Load a model and explain one noise image with every method it supports.
+
+    Args:
+        config: the model.
+        write: takes one line of report.
+
+    Returns:
+        Whether all went well.
+    """
+    try:
+        built = build(config)
+    except ModelLoadError as error:
+        write(f"{config.name}: FAILED: {error}")
+        return False
+    info = built.engine.info
+    image = np.random.default_rng(0).integers(0, 256, (1, info.input_height_px, info.input_width_px, 3), dtype=np.uint8)
+    try:
+        for method in info.methods:
+            (result,) = built.engine.explain(image, [TopK(1)], MapSpec(method, info.layers[:1], upsample=False))
+            if not (np.isfinite(result.logits).all() and np.isfinite(result.maps).all()):
+                write(f"{config.name}: FAILED: {method} gave values that are not finite")
+                return False
+    finally:
+        built.engine.close()
+    write(
+        f"{config.name}: ok: {info.kind} on {info.device} in {info.precision}, "
+        f"{info.input_width_px}x{info.input_height_px} px, {info.class_count} classes, "
+        f"layers {', '.join(info.layers)}; methods {', '.join(info.methods)}"
+    )
+    return True

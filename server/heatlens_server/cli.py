@@ -1,0 +1,97 @@
+"""The `heatlens-server` command: serve and check. Machine output on stdout, messages on stderr."""
+
+import asyncio
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from heatlens_server.config import Config, load_config
+from heatlens_server.errors import ConfigError
+from heatlens_server.telemetry import configure_logging
+
+app = typer.Typer(
+    name="heatlens-server",
+    help="Serve image models with explanations over gRPC.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", "-c", help="TOML file. Without one, the embedded ImageNet model is served.", dir_okay=False
+    ),
+]
+
+
+@app.command()
+def serve(
+    config: ConfigOption = None,
+    listen: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Address to listen on; port 0 picks one.")
+    ] = None,
+    port_file: Annotated[
+        Path | None, typer.Option(help="Write the bound port to this file once it is listening.")
+    ] = None,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C, then finish the calls in flight."""
+    settings = _load(config, {"server": {"listen": listen}} if listen else {})
+    configure_logging(log_format=settings.server.log_format, level=settings.server.log_level)
+    # Only now: importing torch takes seconds, and a wrong configuration should be told at once.
+    from heatlens_server.app import Server  # noqa: PLC0415
+    from heatlens_server.app import serve as serve_until_signal  # noqa: PLC0415
+
+    def announce(server: Server) -> None:
+        if port_file is not None:
+            port_file.write_text(f"{server.port}\n")
+
+    try:
+        asyncio.run(serve_until_signal(settings, on_start=announce))
+    except ConfigError as error:
+        _fail(error)
+
+
+@app.command()
+def check(
+    config: ConfigOption = None,
+) -> None:
+    """Print the effective configuration, load the models, explain one image with each, and exit."""
+    settings = _load(config, {})
+    configure_logging(log_format=settings.server.log_format, level="warning")
+    sys.stdout.write(settings.model_dump_json(indent=2) + "\n")
+    from heatlens_server.check import check_model  # noqa: PLC0415
+
+    passed = [check_model(model, write=lambda line: typer.echo(line, err=True)) for model in settings.models]
+    if not all(passed):
+        raise typer.Exit(1)
+
+
+def _version(*, wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("heatlens"))
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    _show_version: Annotated[
+        bool, typer.Option("--version", callback=lambda wanted: _version(wanted=wanted), is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    """Serve image models with explanations over gRPC."""
+
+
+def _load(path: Path | None, overrides: dict[str, Any]) -> Config:
+    try:
+        return load_config(path, overrides)
+    except ConfigError as error:
+        _fail(error)
+
+
+def _fail(error: ConfigError) -> Any:  # noqa: ANN401 - never returns
+    typer.echo(f"heatlens-server: {error}", err=True)
+    raise typer.Exit(2)

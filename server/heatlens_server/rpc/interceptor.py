@@ -1,0 +1,145 @@
+"""What happens around every call: request id, token, one log line, and errors turned into statuses.
+
+Health checks pass through untouched: probes carry no token and would flood the log.
+"""
+
+import asyncio
+import hmac
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+import structlog
+from google.protobuf.message import DecodeError
+
+from heatlens_server.errors import FieldViolation, HeatlensError, InternalError, InvalidArgument, Unauthenticated
+from heatlens_server.rpc.status import REQUEST_ID_KEY, to_wire
+
+_log = structlog.stdlib.get_logger("heatlens.rpc")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_HEALTH_PREFIX = "/grpc.health.v1.Health/"
+
+Context = Any  # grpc.aio.ServicerContext, whose type parameters differ per method
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps unary and bidirectional handlers of every service but health."""
+
+    def __init__(self, *, token: str | None = None) -> None:
+        """Wrap calls.
+
+        Args:
+            token: the bearer token that callers must send; None lets everybody in.
+        """
+        self._token = None if token is None else token.encode()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:  # noqa: ANN401 - grpc's handler type
+        """Return the wrapped handler of a method."""
+        handler = await continuation(handler_call_details)
+        method = str(handler_call_details.method)
+        if handler is None or method.startswith(_HEALTH_PREFIX):
+            return handler
+        deserializer = _tolerant(handler.request_deserializer)
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(
+                self._unary(handler.unary_unary, method), deserializer, handler.response_serializer
+            )
+        if handler.stream_stream is not None:
+            return grpc.stream_stream_rpc_method_handler(
+                self._stream(handler.stream_stream, method), deserializer, handler.response_serializer
+            )
+        return handler
+
+    def _unary(self, behavior: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
+        async def call(request: Any, context: Context) -> Any:  # noqa: ANN401 - any message
+            span = _Call(method, context)
+            try:
+                self._authenticate(context)
+                response = await behavior(_parsed(request), context)
+            except BaseException as error:
+                await span.fail(error)
+            span.succeed()
+            return response
+
+        return call
+
+    def _stream(self, behavior: Callable[..., Any], method: str) -> Callable[..., AsyncIterator[Any]]:
+        async def call(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+            span = _Call(method, context)
+            try:
+                self._authenticate(context)
+                async for response in behavior((_parsed(request) async for request in requests), context):
+                    yield response
+            except BaseException as error:
+                await span.fail(error)
+            span.succeed()
+
+        return call
+
+    def _authenticate(self, context: Context) -> None:
+        if self._token is None:
+            return
+        sent = dict(context.invocation_metadata() or ()).get("authorization", "")
+        scheme, _, token = str(sent).partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(token.encode(), self._token):
+            raise Unauthenticated("send the server's token as metadata `authorization: Bearer <token>`")
+
+
+class _Call:
+    """One call: its id, its log line and its end."""
+
+    def __init__(self, method: str, context: Context) -> None:
+        sent = dict(context.invocation_metadata() or ()).get(REQUEST_ID_KEY, "")
+        self.request_id = sent if isinstance(sent, str) and _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        self._context = context
+        self._log = _log.bind(method=method, request_id=self.request_id, peer=context.peer())
+        self._started_at = time.perf_counter()
+        context.set_trailing_metadata(((REQUEST_ID_KEY, self.request_id),))
+
+    def succeed(self) -> None:
+        self._log.info("call", code="OK", duration_ms=self._duration_ms())
+
+    async def fail(self, error: BaseException) -> NoReturn:
+        """Log, and end the call with the error's status; what is not an error (cancellation) is raised again."""
+        if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
+            self._log.info("call", code="CANCELLED", duration_ms=self._duration_ms())
+            raise error
+        if not isinstance(error, Exception):
+            raise error
+        status = to_wire(error, self.request_id)
+        fields = {"code": status.code.name, "duration_ms": self._duration_ms()}
+        if not isinstance(error, HeatlensError) or isinstance(error, InternalError):
+            self._log.error("call", **fields, error=repr(error), exc_info=error)
+        else:
+            self._log.info("call", **fields, reason=error.reason, error=error.message)
+        await self._context.abort(status.code, status.message, status.trailing_metadata)
+        raise AssertionError("abort returned")
+
+    def _duration_ms(self) -> float:
+        return round((time.perf_counter() - self._started_at) * 1e3, 3)
+
+
+def _tolerant(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """A deserializer that returns its error, so that the handler can answer it; gRPC itself would say INTERNAL."""
+
+    def deserialize(data: bytes) -> Any:  # noqa: ANN401 - any message
+        try:
+            return deserializer(data)
+        except DecodeError as error:
+            return error
+
+    return deserialize
+
+
+def _parsed(request: Any) -> Any:  # noqa: ANN401 - any message
+    if isinstance(request, DecodeError):
+        raise InvalidArgument([FieldViolation("", "the message is not valid protobuf")], reason="MESSAGE_UNDECODABLE")
+    return request

@@ -1,0 +1,20 @@
+"""The limits that requests are checked against, as GetServerInfo reports them."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Limits in force.
+
+    Attributes:
+        max_message_bytes: largest message accepted and sent.
+        max_image_pixels: largest image accepted, width times height.
+        max_queue_length: most requests admitted per model and not running.
+        max_targets: most classes explained in one request.
+    """
+
+    max_message_bytes: int
+    max_image_pixels: int
+    max_queue_length: int
+    max_targets: int

@@ -1,0 +1,70 @@
+"""One admitted request on its way through the queue."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from heatlens_server.engines.base import ImageResult, MapSpec, Target
+from heatlens_server.imaging.preprocess import FittedImage
+
+
+class EntryState(Enum):
+    """Where an entry is. Only the batcher changes it, under its lock."""
+
+    PREPARING = auto()
+    """Admitted; its image is being decoded."""
+    WAITING = auto()
+    """In the queue."""
+    CLAIMED = auto()
+    """In a batch: being run, or done."""
+    GONE = auto()
+    """Cancelled, failed or expired before it was claimed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """A result with its timing.
+
+    Attributes:
+        result: what the engine said.
+        queue_s: seconds from decoded to running.
+        compute_s: seconds the batch ran.
+        batch_size: images in the batch.
+    """
+
+    result: ImageResult
+    queue_s: float
+    compute_s: float
+    batch_size: int
+
+
+Outcome = Completed | Exception
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One admitted request.
+
+    Attributes:
+        target: the classes wanted.
+        spec: the bucket: entries of equal spec may share a batch.
+        deadline: on the batcher's clock, in seconds; None for no deadline.
+        resolve: takes the outcome on behalf of the caller; called once at most, by whoever `Complete` leaves it to.
+        image: the image as the model sees it; None while it is being decoded.
+        preprocess_s: seconds of decoding and resizing.
+        enqueued_at: when it entered the queue, on the batcher's clock, in seconds.
+        state: where it is.
+    """
+
+    target: Target
+    spec: MapSpec
+    deadline: float | None
+    resolve: Callable[[Outcome], None]
+    image: FittedImage | None = None
+    preprocess_s: float = 0.0
+    enqueued_at: float = 0.0
+    state: EntryState = EntryState.PREPARING
+
+
+Complete = Callable[[Sequence[tuple[Entry, Outcome]]], None]
+"""Takes outcomes, many at once so that an event loop is woken once per batch. Called by any thread, under no lock."""

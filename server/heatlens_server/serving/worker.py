@@ -1,0 +1,143 @@
+"""The two threads of one engine: one prepares the next batch while the other runs the present one."""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from heatlens_server.engines.base import Engine, ImageResult, UInt8Array
+from heatlens_server.errors import DeviceOutOfMemory, HeatlensError, InternalError
+from heatlens_server.serving.batcher import Batcher
+from heatlens_server.serving.entry import Complete, Completed, Entry, Outcome
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    entries: list[Entry]
+    images: UInt8Array
+
+
+class Worker:
+    """Runs the batches of a batcher on an engine until the batcher is closed and empty."""
+
+    def __init__(self, engine: Engine, batcher: Batcher, complete: Complete, *, name: str) -> None:
+        """Make the threads; `start` starts them.
+
+        Args:
+            engine: only ever called by the device thread.
+            batcher: where batches come from.
+            complete: takes a batch's outcomes; what it raises is logged and harms nothing.
+            name: the model's name, for thread names and logs.
+        """
+        self._engine = engine
+        self._batcher = batcher
+        self._complete = complete
+        self._name = name
+        self._slot: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        # One batch may be prepared ahead, not two: the place is reserved before the batch is closed.
+        self._place = threading.Semaphore(1)
+        self._threads = [
+            threading.Thread(target=self._prepare_batches, name=f"prepare-{name}", daemon=True),
+            threading.Thread(target=self._run_batches, name=f"device-{name}", daemon=True),
+        ]
+
+    def start(self) -> None:
+        """Start both threads."""
+        for thread in self._threads:
+            thread.start()
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait for both threads to end, which they do once the batcher is closed and empty.
+
+        Returns:
+            False if the time ran out.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _prepare_batches(self) -> None:
+        while True:
+            self._place.acquire()
+            entries = self._batcher.take()
+            if entries is None:
+                self._slot.put(None)
+                return
+            try:
+                images = np.stack([entry.image.pixels for entry in entries if entry.image is not None])
+            except Exception as error:
+                _log.exception("model %s: could not stack a batch of %d", self._name, len(entries))
+                self._place.release()
+                self._finish([(entry, _as_domain_error(error)) for entry in entries])
+                continue
+            self._slot.put(_Batch(entries, images))
+
+    def _run_batches(self) -> None:
+        while (batch := self._slot.get()) is not None:
+            self._batcher.device_started(len(batch.entries))
+            # Only now may the next batch be closed: until here, arrivals could still join it.
+            self._place.release()
+            started_at = time.monotonic()
+            results = self._explain(batch.entries, batch.images)
+            compute_s = time.monotonic() - started_at
+            self._batcher.device_finished()
+            self._finish(
+                [
+                    (
+                        entry,
+                        result
+                        if isinstance(result, Exception)
+                        else Completed(
+                            result=result,
+                            queue_s=max(0.0, started_at - entry.enqueued_at),
+                            compute_s=compute_s,
+                            batch_size=len(batch.entries),
+                        ),
+                    )
+                    for entry, result in zip(batch.entries, results, strict=True)
+                ]
+            )
+
+    def _explain(self, entries: Sequence[Entry], images: UInt8Array) -> list[ImageResult | Exception]:
+        """Run a batch; if it fails, run its halves, so that one bad image fails alone and memory may suffice."""
+        try:
+            results = self._engine.explain(images, [entry.target for entry in entries], entries[0].spec)
+        except Exception as error:
+            if len(entries) == 1:
+                if not isinstance(error, MemoryError):
+                    _log.exception("model %s: the engine failed on an image", self._name)
+                return [_as_domain_error(error)]
+            _log.warning("model %s: a batch of %d failed (%s); running its halves", self._name, len(entries), error)
+            middle = len(entries) // 2
+            return [
+                *self._explain(entries[:middle], images[:middle]),
+                *self._explain(entries[middle:], images[middle:]),
+            ]
+        return [_checked(result) for result in results]
+
+    def _finish(self, outcomes: Sequence[tuple[Entry, Outcome]]) -> None:
+        try:
+            self._complete(outcomes)
+        except Exception:
+            _log.exception("model %s: could not deliver %d outcomes", self._name, len(outcomes))
+
+
+def _checked(result: ImageResult) -> ImageResult | Exception:
+    if not (np.isfinite(result.logits).all() and np.isfinite(result.maps).all()):
+        return InternalError("the model gave a score or map that is not finite")
+    return result
+
+
+def _as_domain_error(error: Exception) -> HeatlensError:
+    if isinstance(error, HeatlensError):
+        return error
+    if isinstance(error, MemoryError):
+        return DeviceOutOfMemory("the device has not enough memory for this image", retry_after_s=1.0)
+    return InternalError(f"the engine failed: {error!r}")

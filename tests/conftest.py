@@ -1,0 +1,106 @@
+"""Fixtures shared by all tests: real photos, a real server process, and a server on the test's own loop."""
+
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from importlib.resources import files
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import pytest_asyncio
+from server_process import ServerProcess, start_server_process, wait_settled
+
+# Two cores and many small tensors: one thread per operation is faster and steadier.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+TINY_PREPROCESS = """
+[models.preprocess]
+resize_px = 64
+crop_px = 64
+mean = [0.485, 0.456, 0.406]
+std = [0.229, 0.224, 0.225]
+interpolation = "bilinear"
+"""
+
+SERVER_TOML = f"""
+[server]
+listen = "127.0.0.1:0"
+log_format = "json"
+reflection = true
+max_message_bytes = 8388608
+max_queue_length = 64
+max_targets = 16
+default_model = "tiny"
+
+[[models]]
+name = "tiny"
+source = "python:tiny_models:tiny"
+weights = "none"
+layers = ["body", "stem"]
+{TINY_PREPROCESS}
+
+[[models]]
+name = "tiny_mlp"
+source = "python:tiny_models:tiny_mlp"
+weights = "none"
+layers = ["body"]
+{TINY_PREPROCESS}
+
+[[models]]
+name = "broken"
+source = "python:tiny_models:broken"
+weights = "none"
+{TINY_PREPROCESS}
+
+[[models]]
+name = "efficientnet_lite0"
+source = "embedded:efficientnet_lite0"
+"""
+
+
+@pytest.fixture(scope="session")
+def chelsea_path() -> Path:
+    """A photo of a cat, PNG, 451x300."""
+    return Path(str(files("skimage") / "data" / "chelsea.png"))
+
+
+@pytest.fixture(scope="session")
+def chelsea(chelsea_path: Path) -> np.ndarray:
+    """The same, as RGB uint8 (300, 451, 3)."""
+    return cv2.imread(str(chelsea_path), cv2.IMREAD_COLOR_RGB)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A real server process: models tiny (the default), tiny_mlp, broken (FAILED) and efficientnet_lite0."""
+    running = start_server_process(tmp_path_factory.mktemp("server"), SERVER_TOML)
+    wait_settled(running.address)
+    yield running
+    running.process.terminate()
+    assert running.process.wait(30) == 0, running.log()
+
+
+StartServer = Callable[..., "object"]
+
+
+@pytest_asyncio.fixture
+async def start_server(tmp_path: Path) -> AsyncIterator[StartServer]:
+    """Start servers on the test's own loop, so that it can reach into them: `await start_server(toml)`."""
+    # Imported late: client tests that never ask for this fixture need not wait for torch.
+    from heatlens_server.app import Server  # noqa: PLC0415
+    from heatlens_server.config import load_config  # noqa: PLC0415
+
+    running: list[Server] = []
+
+    async def start(toml: str) -> Server:
+        path = tmp_path / f"server{len(running)}.toml"
+        path.write_text(toml)
+        server = await Server.start(load_config(path))
+        running.append(server)
+        await server.wait_loaded()
+        return server
+
+    yield start
+    for server in running:
+        await server.drain(1.0)

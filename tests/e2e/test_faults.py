@@ -1,0 +1,232 @@
+"""Faults under load: cancellation, deadlines, a full queue, exceptions everywhere. A real server on a real port."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+import numpy as np
+import pytest
+import pytest_asyncio
+from heatlens.v1 import explain_pb2 as pb
+from heatlens.v1 import explain_pb2_grpc
+from heatlens_server.app import Server
+from heatlens_server.rpc import explain_service
+from wire import Details, distinct, encoded, map_of, pixels
+
+PREPROCESS = """
+preprocess = { resize_px = 64, crop_px = 64, mean = [0.485, 0.456, 0.406], std = [0.229, 0.224, 0.225] }
+"""
+
+TOML = f"""
+[server]
+listen = "127.0.0.1:0"
+max_queue_length = 80
+[[models]]
+name = "mlp"
+source = "python:tiny_models:tiny_mlp"
+weights = "none"
+layers = ["body"]
+batching = {{ max_batch_size = 64 }}
+{PREPROCESS}
+[[models]]
+name = "poisonous"
+source = "python:tiny_models:poisonous"
+weights = "none"
+layers = ["body"]
+{PREPROCESS}
+"""
+
+
+@pytest_asyncio.fixture
+async def live(start_server) -> Server:
+    """A server on this test's loop."""
+    return await start_server(TOML)
+
+
+@pytest_asyncio.fixture
+async def stub(live: Server) -> AsyncIterator[explain_pb2_grpc.ExplainServiceStub]:
+    """A stub without retries, so that every answer is the first."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{live.port}", options=[("grpc.enable_retries", 0)]) as channel:
+        yield explain_pb2_grpc.ExplainServiceStub(channel)
+
+
+def batcher(server: Server, model: str = "mlp"):
+    return server.registry.get(model).lane.batcher
+
+
+def request(image: np.ndarray, model: str = "mlp") -> pb.ExplainRequest:
+    return pb.ExplainRequest(model=model, image=pixels(image))
+
+
+async def failure(call) -> tuple[grpc.StatusCode, Details | None]:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await call
+    error = raised.value
+    has_details = any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())
+    return error.code(), Details(error) if has_details else None
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - what is waited for is in other threads
+            await asyncio.sleep(0.005)
+
+
+async def test_eight_callers_share_a_batch_and_get_their_own_maps(live, stub):
+    images = distinct(8)
+    alone = [await stub.Explain(request(image)) for image in images]
+    batcher(live).hold_until(8)
+    together = await asyncio.gather(*(stub.Explain(request(image)) for image in images))
+    for one, other in zip(alone, together, strict=True):
+        assert one.timing.batch_size == 1
+        assert other.timing.batch_size == 8
+        np.testing.assert_allclose(map_of(one.explanations[0]), map_of(other.explanations[0]), atol=1e-5)
+        assert one.explanations[0].class_id == other.explanations[0].class_id
+
+
+async def test_cancelling_one_of_eight_leaves_seven_right_answers(live, stub):
+    images = distinct(8)
+    alone = [await stub.Explain(request(image)) for image in images]
+    held = batcher(live)
+    held.hold_until(9)
+    calls = [stub.Explain(request(image)) for image in images]
+    await until(lambda: len(held) == 8)
+    calls[3].cancel()
+    await until(lambda: len(held) == 7)
+    held.hold_until(7)
+    for i, call in enumerate(calls):
+        if i == 3:
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            continue
+        answer = await call
+        assert answer.timing.batch_size == 7
+        np.testing.assert_allclose(map_of(answer.explanations[0]), map_of(alone[i].explanations[0]), atol=1e-5)
+
+
+async def test_cancel_storm_leaks_no_place_in_the_queue(live, stub):
+    image = distinct(1)[0]
+    for _ in range(20):
+        calls = [stub.Explain(request(image)) for _ in range(20)]
+        await asyncio.sleep(0)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*(call.code() for call in calls))
+    await until(lambda: len(batcher(live)) == 0)
+    assert (await stub.Explain(request(image))).explanations
+
+
+async def test_deadline_that_expires_in_the_queue_spares_the_model(live, stub):
+    image = distinct(1)[0]
+    await stub.Explain(request(image))
+    engine_calls: list[int] = []
+    engine = live.registry.get("mlp").lane._engine
+    explain = engine.explain
+    engine.explain = lambda images, *rest: (engine_calls.append(len(images)), explain(images, *rest))[1]
+    held = batcher(live)
+    held.hold_until(2)
+    code, _ = await failure(stub.Explain(request(image), timeout=0.2))
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+    await until(lambda: len(held) == 0)
+    assert engine_calls == []
+    held.hold_until(0)
+    await stub.Explain(request(image))
+    assert engine_calls == [1]
+
+
+async def test_full_queue_refuses_at_once_and_recovers(live, stub):
+    image = distinct(1)[0]
+    held = batcher(live)
+    held.hold_until(81)
+    waiting = [stub.Explain(request(image)) for _ in range(80)]
+    await until(lambda: len(held) == 80)
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    code, details = await failure(stub.Explain(request(image)))
+    assert loop.time() - started < 5  # refused, not queued: nothing will run before the hold ends
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert details is not None
+    assert details.info.reason == "QUEUE_FULL"
+    assert details.has_retry
+    assert int(details.pushback_ms) > 0
+    held.hold_until(0)
+    answers = await asyncio.gather(*waiting)
+    assert len(answers) == 80
+    assert (await stub.Explain(request(image))).explanations
+
+
+async def test_poison_image_fails_alone_with_nothing_of_ours_in_the_text(live, stub, caplog):
+    images = distinct(4)
+    white = np.full((64, 64, 3), 255, np.uint8)
+    batcher(live, "poisonous").hold_until(5)
+    calls = [stub.Explain(request(image, "poisonous")) for image in [*images[:2], white, *images[2:]]]
+    code, details = await failure(calls.pop(2))
+    assert code is grpc.StatusCode.INTERNAL
+    assert details is not None
+    assert details.request_id in details.message
+    assert "secret-poison-text" not in details.message
+    assert "secret-poison-text" in caplog.text
+    for answer in await asyncio.gather(*calls):
+        assert answer.explanations
+
+
+@pytest.mark.parametrize("place", ["decode_image", "fit", "encode", "parse_explain"])
+async def test_exception_inside_is_internal_and_the_server_lives(live, stub, monkeypatch, caplog, place):
+    def fail(*_args, **_kwargs):
+        raise KeyError("secret-token-123")
+
+    image = distinct(1)[0]
+    sent = pb.ExplainRequest(model="mlp", image=encoded(image))
+    with monkeypatch.context() as patched:
+        patched.setattr(explain_service, place, fail)
+        code, details = await failure(stub.Explain(sent, metadata=[("x-request-id", "my-request.1")]))
+    assert code is grpc.StatusCode.INTERNAL
+    assert details is not None
+    assert details.message == "internal error; request id my-request.1"
+    assert details.info.reason == "INTERNAL"
+    assert "secret-token-123" in caplog.text
+    assert "my-request.1" in caplog.text
+    assert (await stub.Explain(sent)).explanations
+    assert len(batcher(live)) == 0
+
+
+async def test_sixty_four_callers_with_distinct_images_get_their_own_maps(stub):
+    images = distinct(64)
+    alone = [await stub.Explain(request(image)) for image in images]
+    for _ in range(3):
+        together = await asyncio.gather(*(stub.Explain(request(image)) for image in images))
+        assert max(answer.timing.batch_size for answer in together) > 1
+        for one, other in zip(alone, together, strict=True):
+            np.testing.assert_allclose(map_of(one.explanations[0]), map_of(other.explanations[0]), atol=1e-5)
+
+
+async def test_garbage_bytes_are_the_callers_fault(live):
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{live.port}") as channel:
+        raw = channel.unary_unary("/heatlens.v1.ExplainService/Explain")
+        for garbage in (b"\xff\xff\xff\xff", b"\x0a\xff", bytes(range(256))):
+            code, details = await failure(raw(garbage))
+            assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert details is not None
+            assert details.info.reason == "MESSAGE_UNDECODABLE"
+
+
+async def test_streaming_is_declared_and_not_served_yet(live):
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{live.port}") as channel:
+        call = explain_pb2_grpc.ExplainServiceStub(channel).StreamExplain(iter([pb.StreamExplainRequest()]))
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            async for _ in call:
+                pass
+        assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_every_call_is_one_json_line_with_its_request_id(server):
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stub = explain_pb2_grpc.ExplainServiceStub(channel)
+        await stub.Explain(request(distinct(1)[0], "tiny"), metadata=[("x-request-id", "find-me")])
+    lines = [json.loads(line) for line in server.log().splitlines() if "find-me" in line]
+    assert len(lines) == 1
+    assert lines[0]["code"] == "OK"
+    assert lines[0]["method"] == "/heatlens.v1.ExplainService/Explain"
+    assert lines[0]["duration_ms"] > 0

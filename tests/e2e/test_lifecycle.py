@@ -1,0 +1,208 @@
+"""Start, health, drain, tokens, TLS: the real command in a process of its own."""
+
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+import trustme
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from heatlens.v1 import explain_pb2 as pb
+from heatlens.v1 import explain_pb2_grpc, model_pb2, model_pb2_grpc
+from server_process import start_server_process, wait_settled
+from wire import Details, distinct, pixels
+
+TINY = """
+[[models]]
+name = "slow"
+source = "python:tiny_models:slow"
+weights = "none"
+layers = ["body"]
+preprocess = { resize_px = 64, crop_px = 64, mean = [0.5, 0.5, 0.5], std = [0.5, 0.5, 0.5] }
+"""
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+IMAGE = pixels(distinct(1)[0])
+
+
+def health(address: str, service: str = "") -> int:
+    with grpc.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        return stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status
+
+
+def explain(address: str, **kwargs) -> pb.ExplainResponse:
+    with grpc.insecure_channel(address) as channel:
+        return explain_pb2_grpc.ExplainServiceStub(channel).Explain(
+            pb.ExplainRequest(image=IMAGE), timeout=30, **kwargs
+        )
+
+
+def test_health_is_told_per_service_and_per_model(server):
+    for service in ("", "heatlens.v1.ExplainService", "heatlens.v1.ModelService", "heatlens.v1.ExplainService/tiny"):
+        assert health(server.address, service) == SERVING
+    assert health(server.address, "heatlens.v1.ExplainService/broken") == NOT_SERVING
+    with pytest.raises(grpc.RpcError) as raised:
+        health(server.address, "heatlens.v1.ExplainService/unknown")
+    assert raised.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_a_failed_model_says_why_without_a_path_and_the_others_serve(server):
+    with grpc.insecure_channel(server.address) as channel:
+        models = model_pb2_grpc.ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest())
+        by_name = {model.name: model for model in models.models}
+        assert models.default_model == "tiny"
+        assert list(by_name) == ["tiny", "tiny_mlp", "broken", "efficientnet_lite0"]
+        assert by_name["broken"].state == model_pb2.Model.STATE_FAILED
+        assert by_name["broken"].state_message
+        assert "/secret/path" not in by_name["broken"].state_message
+        assert by_name["tiny"].state == model_pb2.Model.STATE_READY
+        assert list(by_name["tiny"].layers) == ["body", "stem"]
+        with pytest.raises(grpc.RpcError) as raised:
+            explain_pb2_grpc.ExplainServiceStub(channel).Explain(pb.ExplainRequest(model="broken", image=IMAGE))
+    assert raised.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "/secret/path" not in raised.value.details()
+    assert Details(raised.value).precondition.violations
+
+
+def test_server_info_reports_the_limits_in_force(server):
+    with grpc.insecure_channel(server.address) as channel:
+        info = model_pb2_grpc.ModelServiceStub(channel).GetServerInfo(model_pb2.GetServerInfoRequest())
+    assert info.max_message_bytes == 8388608
+    assert info.max_queue_length == 64
+    assert info.max_targets == 16
+    assert info.max_image_pixels == 64_000_000
+    assert info.max_batch_size >= 1
+    assert info.version
+
+
+def test_reflection_lists_the_services(server):
+    with grpc.insecure_channel(server.address) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        ask = reflection_pb2.ServerReflectionRequest(list_services="")
+        (answer,) = stub.ServerReflectionInfo(iter([ask]))
+    names = {service.name for service in answer.list_services_response.service}
+    assert {"heatlens.v1.ExplainService", "heatlens.v1.ModelService", "grpc.health.v1.Health"} <= names
+
+
+def test_reflection_is_off_by_default(tmp_path):
+    running = start_server_process(tmp_path, f'[server]\nlisten = "127.0.0.1:0"\n{TINY}')
+    with grpc.insecure_channel(running.address) as channel:
+        ask = reflection_pb2.ServerReflectionRequest(list_services="")
+        with pytest.raises(grpc.RpcError) as raised:
+            list(reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([ask])))
+    assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    # SIGTERM while the model may still be loading: nothing to wait for.
+    running.process.send_signal(signal.SIGTERM)
+    assert running.process.wait(20) == 0
+
+
+def test_second_server_on_the_same_port_fails_loudly(server, tmp_path):
+    config = tmp_path / "second.toml"
+    config.write_text(f'[server]\nlisten = "{server.address}"\n')
+    second = subprocess.run(
+        [sys.executable, "-m", "heatlens_server", "serve", "-c", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert second.returncode == 2
+    assert "cannot listen" in second.stderr
+    assert "Traceback" not in second.stderr
+
+
+def test_sigterm_finishes_calls_in_flight_and_refuses_new_ones(tmp_path):
+    running = start_server_process(tmp_path, f'[server]\nlisten = "127.0.0.1:0"\ngrace_s = 20\n{TINY}')
+    wait_settled(running.address)
+    with grpc.insecure_channel(running.address) as watching, ThreadPoolExecutor() as pool:
+        watch = health_pb2_grpc.HealthStub(watching).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == SERVING
+        in_flight = pool.submit(explain, running.address)  # the model sleeps for a second
+        log = Path(tmp_path / "seen")
+        deadline = time.monotonic() + 20
+        while not log.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        started = time.monotonic()
+        running.process.send_signal(signal.SIGTERM)
+        assert next(watch).status == NOT_SERVING
+        with pytest.raises(grpc.RpcError) as refused:
+            explain(running.address)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        watch.cancel()
+        assert in_flight.result().explanations
+    assert running.process.wait(20) == 0
+    assert time.monotonic() - started < 20
+
+
+def test_call_that_outlives_the_grace_is_cut_off(tmp_path):
+    running = start_server_process(
+        tmp_path, f'[server]\nlisten = "127.0.0.1:0"\ngrace_s = 0.2\n{TINY}', env={"SLOW_S": "8"}
+    )
+    wait_settled(running.address)
+    with ThreadPoolExecutor() as pool:
+        in_flight = pool.submit(explain, running.address)
+        while not (tmp_path / "seen").exists():
+            time.sleep(0.01)
+        started = time.monotonic()
+        running.process.send_signal(signal.SIGTERM)
+        assert isinstance(in_flight.exception(), grpc.RpcError)
+        assert running.process.wait(20) == 0
+        assert time.monotonic() - started < 7
+
+
+def test_token_is_required_but_for_health(tmp_path):
+    running = start_server_process(
+        tmp_path, f'[server]\nlisten = "127.0.0.1:0"\n{TINY}', env={"HEATLENS_SERVER__TOKEN": "s3cret", "SLOW_S": "0"}
+    )
+    try:
+        assert health(running.address, "heatlens.v1.ExplainService") in {SERVING, NOT_SERVING}
+        for metadata in ([], [("authorization", "Bearer wrong")], [("authorization", "s3cret")]):
+            with pytest.raises(grpc.RpcError) as raised:
+                explain(running.address, metadata=metadata)
+            assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert "s3cret" not in raised.value.details()
+        with grpc.insecure_channel(running.address) as channel:
+            models = model_pb2_grpc.ModelServiceStub(channel).ListModels(
+                model_pb2.ListModelsRequest(), metadata=[("authorization", "Bearer s3cret")]
+            )
+            assert models.models
+        assert "s3cret" not in running.log()
+    finally:
+        running.process.kill()
+        running.process.wait()
+
+
+def test_tls_with_client_certificates(tmp_path):
+    authority = trustme.CA()
+    for name, certificate in (("server", authority.issue_cert("localhost")), ("client", authority.issue_cert("me"))):
+        certificate.private_key_pem.write_to_path(tmp_path / f"{name}.key")
+        certificate.cert_chain_pems[0].write_to_path(tmp_path / f"{name}.pem")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    toml = f"""
+    [server]
+    listen = "127.0.0.1:0"
+    tls = {{ certificate = "server.pem", private_key = "server.key", client_ca = "ca.pem" }}
+    {TINY}
+    """
+    running = start_server_process(tmp_path, toml, env={"SLOW_S": "0"})
+    address = running.address.replace("127.0.0.1", "localhost")
+    ca = (tmp_path / "ca.pem").read_bytes()
+    with_key = grpc.ssl_channel_credentials(
+        ca, (tmp_path / "client.key").read_bytes(), (tmp_path / "client.pem").read_bytes()
+    )
+    try:
+        with grpc.secure_channel(address, with_key) as channel:
+            assert model_pb2_grpc.ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest()).models
+        with grpc.secure_channel(address, grpc.ssl_channel_credentials(ca)) as channel, pytest.raises(grpc.RpcError):
+            model_pb2_grpc.ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest(), timeout=5)
+    finally:
+        running.process.kill()
+        running.process.wait()

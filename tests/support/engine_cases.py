@@ -1,0 +1,73 @@
+"""What engine tests share: loaded tiny models, images, and a float64 judge that shares no code with the engine."""
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from heatlens_server.cam.catalog import Method
+from heatlens_server.cam.methods import raw_map
+from heatlens_server.cam.saliency import saliency
+from heatlens_server.imaging.preprocess import PreprocessSpec
+from heatlens_server.models.spec import LoadedModel
+from torch import nn
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def loaded(module: nn.Module, layers: Sequence[str] = ("body",), *, class_count: int = 10, px: int = 64) -> LoadedModel:
+    """A model as `load_model` returns it."""
+    return LoadedModel(
+        name="test",
+        version="0",
+        module=module.eval().requires_grad_(False),
+        preprocess=PreprocessSpec(resize_px=px, crop_px=(px, px), mean=MEAN, std=STD, interpolation="bilinear"),
+        labels=(),
+        class_count=class_count,
+        layers=tuple(layers),
+    )
+
+
+def noise(count: int, px: int = 64, seed: int = 0) -> np.ndarray:
+    """uint8 (count, px, px, 3), smooth enough that images differ in more than noise."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (count, 8, 8, 3))
+    return np.repeat(np.repeat(coarse, px // 8, 1), px // 8, 2).astype(np.uint8)
+
+
+class Judge:
+    """Logits and maps in float64, by a full backward pass through an untouched copy of the model, image by image."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = copy.deepcopy(module).double().eval().requires_grad_(True)
+
+    def logits(self, image: np.ndarray) -> np.ndarray:
+        return self._module(self._input(image))[0].detach().numpy()
+
+    def maps(
+        self, image: np.ndarray, class_ids: Sequence[int], method: Method, layers: Sequence[str], *, upsample: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(maps (K, h, w) in [0, 1], raw maps (K, h, w))."""
+        raws = [self._raw(image, class_ids, method, layer) for layer in layers]
+        finished = saliency(raws, image.shape[:2] if upsample else None)
+        raw = finished.values * finished.scale[..., None, None] + finished.offset[..., None, None]
+        return finished.values[0].numpy(), raw[0].numpy()
+
+    def _raw(self, image: np.ndarray, class_ids: Sequence[int], method: Method, layer: str) -> torch.Tensor:
+        raws = []
+        for class_id in class_ids:
+            kept: list[torch.Tensor] = []
+            # A clone goes on, so that an in-place module downstream cannot change what is kept.
+            hook = self._module.get_submodule(layer).register_forward_hook(
+                lambda _m, _a, out, kept=kept: (kept.append(out), out.clone())[1]
+            )
+            score = self._module(self._input(image))[0, class_id]
+            hook.remove()
+            (gradient,) = torch.autograd.grad(score, kept)
+            raws.append(raw_map(method, kept[0].detach(), gradient[:, None]))
+        return torch.cat(raws, dim=1)
+
+    @staticmethod
+    def _input(image: np.ndarray) -> torch.Tensor:
+        values = (image.astype(np.float64) / 255.0 - np.array(MEAN)) / np.array(STD)
+        return torch.from_numpy(values).permute(2, 0, 1)[None]

@@ -1,0 +1,59 @@
+"""The real `heatlens-server serve` in a process of its own."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from heatlens.v1 import model_pb2, model_pb2_grpc
+
+SUPPORT = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class ServerProcess:
+    """A `heatlens-server serve` that is running."""
+
+    address: str
+    process: "subprocess.Popen[str]"
+    log_path: Path
+
+    def log(self) -> str:
+        """What it logged so far."""
+        return self.log_path.read_text()
+
+
+def start_server_process(folder: Path, toml: str, *, env: dict[str, str] | None = None) -> ServerProcess:
+    """Start the real command with a configuration and wait until every model is settled."""
+    config, port_file, log_path = folder / "server.toml", folder / "port", folder / "log.jsonl"
+    config.write_text(toml)
+    with log_path.open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "heatlens_server", "serve", "-c", str(config), "--port-file", str(port_file)],
+            stderr=log,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(SUPPORT), "SEEN": str(folder / "seen"), **(env or {})},
+        )
+    deadline = time.monotonic() + 90
+    while not (port_file.exists() and port_file.read_text().endswith("\n")):
+        assert process.poll() is None, log_path.read_text()
+        assert time.monotonic() < deadline, log_path.read_text()
+        time.sleep(0.05)
+    return ServerProcess(f"127.0.0.1:{port_file.read_text().strip()}", process, log_path)
+
+
+def wait_settled(address: str) -> None:
+    """Wait until no model is loading."""
+    with grpc.insecure_channel(address) as channel:
+        stub = model_pb2_grpc.ModelServiceStub(channel)
+        deadline = time.monotonic() + 90
+        while any(
+            m.state == model_pb2.Model.STATE_LOADING
+            for m in stub.ListModels(model_pb2.ListModelsRequest(), timeout=10, wait_for_ready=True).models
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)

@@ -1,0 +1,107 @@
+"""Small networks for tests: seeded, untrained, with heads whose gradients are not zero."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+CLASS_COUNT = 10
+INPUT_PX = 64
+
+
+def _seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+class Tiny(nn.Module):
+    """Two convolutions, each with a ReLU in place, and a linear head over pooled activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4, padding=1), nn.ReLU(inplace=True))
+        self.body = nn.Sequential(nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(inplace=True))
+        self.head = nn.Linear(16, CLASS_COUNT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.stem(x)).mean((-2, -1)))
+
+
+class TinyMlp(Tiny):
+    """The same, with a hidden layer in the head: CAM does not apply, and gradients differ from pixel to pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Sequential(
+            nn.Flatten(), nn.Linear(16 * 8 * 8, 32), nn.ReLU(inplace=True), nn.Linear(32, CLASS_COUNT)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.stem(x)))
+
+
+class NoGradBackbone(Tiny):
+    """A backbone that its author runs under no_grad."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = self.body(self.stem(x))
+        return self.head(features.mean((-2, -1)))
+
+
+class Poisonous(Tiny):
+    """Raises if any image of the batch is all white (with ImageNet normalisation)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        means = x.mean((1, 2, 3))
+        if bool((means >= means.new_tensor(2.2)).any()):
+            raise RuntimeError("secret-poison-text")
+        return super().forward(x)
+
+
+def tiny() -> nn.Module:
+    """CAM-able: GAP and one linear layer."""
+    return _seeded(Tiny, 0)
+
+
+def tiny_mlp() -> nn.Module:
+    """A head with a hidden layer."""
+    return _seeded(TinyMlp, 1)
+
+
+def no_grad_backbone() -> nn.Module:
+    """Its own forward switches gradients off before the target layer."""
+    return _seeded(NoGradBackbone, 2)
+
+
+def poisonous() -> nn.Module:
+    """Fails on white images."""
+    return _seeded(Poisonous, 3)
+
+
+def broken() -> nn.Module:
+    """A factory that fails, with a path in its message."""
+    raise OSError("no such file: /secret/path/weights.bin")
+
+
+class Slow(Tiny):
+    """Takes SLOW_S seconds per batch (default 1) once it is loaded, and leaves a file `seen` where told by SEEN."""
+
+    forwards = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        Slow.forwards += 1
+        if Slow.forwards > 2:  # the check and the warm-up
+            if "SEEN" in os.environ:
+                Path(os.environ["SEEN"]).touch()
+            time.sleep(float(os.environ.get("SLOW_S", "1")))
+        return super().forward(x)
+
+
+def slow() -> nn.Module:
+    """Slow on purpose."""
+    return _seeded(Slow, 4)
