@@ -1,0 +1,77 @@
+"""What all commands share: how to reach the server, and how failures are told."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn, TypeAlias, TypedDict
+
+import typer
+
+from heatlens._exceptions import HeatlensError
+from heatlens._options import TLS
+
+ServerOption: TypeAlias = Annotated[
+    str, typer.Option("--server", "-s", envvar="HEATLENS_SERVER", metavar="HOST:PORT", help="The server.")
+]
+TlsOption: TypeAlias = Annotated[
+    bool, typer.Option("--tls", help="Encrypt. Implied by --ca, and by a token for another machine.")
+]
+CaOption: TypeAlias = Annotated[
+    Path | None, typer.Option("--ca", metavar="FILE", help="PEM file with the certificate authorities to trust.")
+]
+TimeoutOption: TypeAlias = Annotated[
+    float, typer.Option("--timeout", metavar="SECONDS", help="Time for one call, all retries included.")
+]
+JsonOption: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+DEFAULT_SERVER = "localhost:50051"
+
+
+class ClientOptions(TypedDict):
+    """The arguments of `Client` that the command line sets."""
+
+    address: str
+    timeout: float
+    token: str | None
+    tls: TLS | bool | None
+
+
+def client_options(server: str, *, tls: bool, ca: Path | None, timeout: float) -> ClientOptions:
+    """Return the client's arguments. The token comes from the environment: an argument would show in `ps`."""
+    return ClientOptions(
+        address=server,
+        timeout=timeout,
+        token=os.environ.get("HEATLENS_TOKEN") or None,
+        tls=TLS(ca_file=ca) if ca is not None else (True if tls else None),
+    )
+
+
+@contextmanager
+def reporting(*, exit_code: int = 1) -> Iterator[None]:
+    """Turn a failure into one line on stderr and an exit code."""
+    try:
+        yield
+    except (HeatlensError, OSError) as error:
+        fail(describe(error), exit_code=exit_code)
+
+
+def describe(error: HeatlensError | OSError) -> str:
+    """Return an error as one line."""
+    if isinstance(error, OSError):
+        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    else:
+        request = "" if error.request_id is None else f", request {error.request_id}"
+        text = f"{error.message} [{error.reason}{request}]"
+    return " ".join(text.split())
+
+
+def warn(message: str) -> None:
+    """Print one line on stderr."""
+    typer.echo(f"heatlens: {message}", err=True)
+
+
+def fail(message: str, *, exit_code: int = 1) -> NoReturn:
+    """Print one line on stderr and exit."""
+    warn(f"error: {message}")
+    raise typer.Exit(exit_code)

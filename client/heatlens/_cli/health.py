@@ -1,0 +1,34 @@
+"""`heatlens health`: whether the server, or one model, serves. Made for probes: the exit code is the answer."""
+
+from typing import Annotated
+
+import typer
+
+from heatlens._cli.connection import (
+    DEFAULT_SERVER,
+    CaOption,
+    ServerOption,
+    TimeoutOption,
+    TlsOption,
+    client_options,
+    reporting,
+)
+from heatlens._client import Client
+from heatlens._results import Health
+
+_EXIT_CODES = {Health.SERVING: 0, Health.NOT_SERVING: 1, Health.UNKNOWN: 2}
+
+
+def health(
+    *,
+    server: ServerOption = DEFAULT_SERVER,
+    model: Annotated[str | None, typer.Option(show_default="the whole server", help="Ask about this model.")] = None,
+    timeout: TimeoutOption = 5.0,
+    tls: TlsOption = False,
+    ca: CaOption = None,
+) -> None:
+    """Print "serving" or "not-serving". Exits with 0 if serving, 1 if not, 2 if unreachable or unknown."""
+    with reporting(exit_code=2), Client(**client_options(server, tls=tls, ca=ca, timeout=timeout)) as client:
+        state = client.health(model)
+    typer.echo(state.value)
+    raise typer.Exit(_EXIT_CODES[state])
