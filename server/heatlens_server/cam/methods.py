@@ -49,9 +49,10 @@ def cam(activations: Tensor, class_weights: Tensor) -> Tensor:
         ValueError: a shape does not fit.
     """
     _check_activations(activations)
-    if class_weights.ndim != 3 or class_weights.shape[2] != activations.shape[1]:
+    n, c = activations.shape[:2]
+    if class_weights.ndim != 3 or class_weights.shape[0] != n or class_weights.shape[2] != c:
         raise ValueError(
-            f"class_weights: must be (N, K, {activations.shape[1]}) for activations {tuple(activations.shape)}, "
+            f"class_weights: must be ({n}, K, {c}) for activations {tuple(activations.shape)}, "
             f"not {tuple(class_weights.shape)}"
         )
     return _weighted_sum(class_weights, activations)

@@ -1,0 +1,89 @@
+import cv2
+import pytest
+import torch
+from heatlens_server.cam.normalize import normalize
+from heatlens_server.cam.resize import combine_layers, upsample
+
+
+def random_maps(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+
+def test_by_hand():
+    # Half-pixel centres: output columns sit at -0.25, 0.25, 0.75 and 1.25 of the input; the outer ones are clamped.
+    maps = torch.tensor([[[[0.0, 4.0]]]])
+    assert upsample(maps, (1, 4)).tolist() == [[[[0.0, 1.0, 3.0, 4.0]]]]
+
+
+@pytest.mark.parametrize("size", [(96, 128), (7, 5), (8, 224), (3, 2)])
+def test_is_opencv_s_linear_resize(size):
+    maps = random_maps(2, 3, 7, 5)
+    actual = upsample(maps, size)
+    assert actual.shape == (2, 3, *size)
+    for n in range(2):
+        for k in range(3):
+            expected = cv2.resize(maps[n, k].numpy(), (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+            torch.testing.assert_close(actual[n, k], torch.from_numpy(expected), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_equal_size_is_the_identity(dtype):
+    maps = random_maps(2, 3, 7, 5, dtype=dtype)
+    assert upsample(maps, (7, 5)) is maps
+    assert upsample(maps, (14, 10)).dtype == dtype
+
+
+def test_min_max_before_upsampling_changes_nothing_after_it():
+    maps = random_maps(2, 3, 7, 5).relu().double()
+    once = normalize(upsample(maps, (96, 128))).values
+    twice = normalize(upsample(normalize(maps).values, (96, 128))).values
+    torch.testing.assert_close(once, twice, rtol=0, atol=1e-12)
+
+
+def test_combine_layers_by_hand():
+    # Normalised: [0, 1] widened to [0, 0.25, 0.75, 1], and [1, 0, 0.5, 0] after the ReLU.
+    small = torch.tensor([[[[5.0, 9.0]]]])
+    large = torch.tensor([[[[2.0, -7.0, 1.0, 0.0]]]])
+    for layers in ([small, large], [large, small]):
+        assert combine_layers(layers).tolist() == [[[[0.5, 0.125, 0.625, 0.5]]]]
+
+
+def test_combine_layers_at_a_size_resizes_once():
+    layers = [random_maps(2, 1, 7, 5), random_maps(2, 1, 14, 10)]
+    expected = sum(upsample(normalize(maps).values, (96, 128)) for maps in layers) / 2
+    torch.testing.assert_close(combine_layers(layers, (96, 128)), expected)
+
+
+def test_combine_layers_takes_the_largest_of_each_side():
+    assert combine_layers([random_maps(1, 1, 8, 2), random_maps(1, 1, 4, 6)]).shape == (1, 1, 8, 6)
+
+
+def test_combine_layers_of_one_layer_is_its_normalised_map():
+    maps = random_maps(2, 3, 7, 5)
+    assert torch.equal(combine_layers([maps]), normalize(maps).values)
+
+
+def test_a_flat_layer_adds_zeros():
+    flat, other = torch.ones(1, 1, 7, 5), random_maps(1, 1, 7, 5)
+    assert torch.equal(combine_layers([flat, other]), normalize(other).values / 2)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([], "at least one"),
+        ([torch.zeros(1, 1, 2, 2), torch.zeros(2, 1, 2, 2)], "one N and K"),
+        ([torch.zeros(1, 1, 2, 2), torch.zeros(1, 2, 2, 2)], "one N and K"),
+        ([torch.zeros(1, 2, 2)], "one N and K"),
+    ],
+)
+def test_combine_layers_wrong_input(layers, message):
+    with pytest.raises(ValueError, match=f"raw_maps: .*{message}"):
+        combine_layers(layers)
+
+
+def test_upsample_wrong_input():
+    with pytest.raises(ValueError, match=r"maps: must be \(N, K, h, w\), not \(7, 5\)"):
+        upsample(torch.zeros(7, 5), (8, 8))
+    with pytest.raises(ValueError, match="size: must be positive, not 0x8"):
+        upsample(torch.zeros(1, 1, 7, 5), (0, 8))
