@@ -1,0 +1,197 @@
+"""The real `heatlens` command against a real server: output, files and exit codes."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import heatlens
+import numpy as np
+import pytest
+from heatlens._cli import app
+from typer.testing import CliRunner
+
+COMMAND = Path(sys.executable).parent / "heatlens"
+NOBODY = "127.0.0.1:1"
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run the command in this process; stdout and stderr apart."""
+    for name in ("HEATLENS_SERVER", "HEATLENS_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments, exit_code=0):
+        done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert done.exit_code == exit_code, done.output
+        return done
+
+    return run
+
+
+@pytest.fixture
+def run_on(run, server):
+    """The same, told about the server."""
+    return lambda command, *arguments, **options: run(command, "--server", server.address, *arguments, **options)
+
+
+def one_line(text):
+    assert text.endswith("\n")
+    assert text.count("\n") == 1
+    assert "Traceback" not in text
+    return text.strip()
+
+
+def test_version_of_the_installed_command():
+    done = subprocess.run([COMMAND, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"heatlens {heatlens.__version__}\n"
+    assert done.stderr == ""
+
+
+def test_no_arguments_is_help():
+    done = subprocess.run([COMMAND], capture_output=True, text=True, check=False)
+    assert "explain" in done.stdout + done.stderr
+
+
+def test_cli_loads_no_torch():
+    program = "import sys, heatlens._cli; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_explain(run_on, chelsea_path):
+    done = run_on("explain", chelsea_path, "--top-k", 2)
+    assert done.stdout.splitlines()[0] == f"{chelsea_path}: tiny"
+    assert len(done.stdout.splitlines()) == 3
+    assert done.stderr == ""
+
+
+def test_explain_json_and_files(run_on, chelsea_path, chelsea, tmp_path):
+    out = tmp_path / "new" / "folder"
+    done = run_on("explain", chelsea_path, "--class", 3, "--class", 1, "-o", out, "--json", "--method", "grad-cam")
+    answer = json.loads(one_line(done.stdout))
+    assert answer["model"] == "tiny"
+    assert [item["class_id"] for item in answer["explanations"]] == [3, 1]
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        ["chelsea-1.npy", "chelsea-1.png", "chelsea-3.npy", "chelsea-3.png"]
+    )
+    for item in answer["explanations"]:
+        assert cv2.imread(item["overlay"]).shape == chelsea.shape
+        assert np.load(item["map"]).shape == (item["map_height"], item["map_width"])
+
+
+def test_explain_goes_on_after_a_bad_file(run_on, chelsea_path, tmp_path):
+    bad, missing = tmp_path / "bad.jpg", tmp_path / "missing.jpg"
+    bad.write_bytes(b"garbage")
+    done = run_on("explain", bad, missing, chelsea_path, "--json", exit_code=1)
+    assert json.loads(one_line(done.stdout))["image"] == str(chelsea_path)
+    first, second = done.stderr.splitlines()
+    assert str(bad) in first
+    assert "IMAGE_UNDECODABLE" in first
+    assert str(missing) in second
+
+
+def test_explain_keeps_the_order_of_many_files(run_on, chelsea_path, tmp_path):
+    paths = [tmp_path / f"{index}.png" for index in range(20)]
+    for path in paths:
+        path.write_bytes(chelsea_path.read_bytes())
+    done = run_on("explain", *paths, "--json")
+    assert [json.loads(line)["image"] for line in done.stdout.splitlines()] == [str(path) for path in paths]
+
+
+def test_explain_refuses_to_overwrite_its_own_files(run_on, chelsea_path, tmp_path):
+    other = tmp_path / "chelsea.jpg"
+    other.write_bytes(b"x")
+    done = run_on("explain", chelsea_path, other, "-o", tmp_path / "out", exit_code=1)
+    assert "same files" in one_line(done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "nope"], "MODEL_NOT_FOUND"),
+        (["--method", "nope"], "method: expected one of cam, grad-cam"),
+        (["--layer", "nope"], "unknown layer"),
+        (["--top-k", "3", "--class", "1"], "class_ids: cannot be combined with top_k"),
+        (["--timeout", "-1"], "timeout"),
+    ],
+)
+def test_explain_errors_are_one_line(run_on, chelsea_path, arguments, words):
+    done = run_on("explain", chelsea_path, *arguments, exit_code=1)
+    assert done.stdout == ""
+    assert words in one_line(done.stderr)
+
+
+def test_nobody_there(run, chelsea_path):
+    done = run("models", "--server", NOBODY, "--timeout", 5, exit_code=1)
+    assert "[UNAVAILABLE" in one_line(done.stderr)
+    assert done.stdout == ""
+
+
+def test_server_from_the_environment(run, server, monkeypatch):
+    monkeypatch.setenv("HEATLENS_SERVER", server.address)
+    assert "tiny" in run("models").stdout
+
+
+def test_token_from_the_environment_stays_home(run, monkeypatch):
+    monkeypatch.setenv("HEATLENS_TOKEN", "two words")
+    done = run("models", "--server", NOBODY, exit_code=1)
+    assert "token" in one_line(done.stderr)
+    assert "two words" not in done.output
+
+
+def test_missing_ca_file(run, tmp_path):
+    done = run("models", "--server", NOBODY, "--ca", tmp_path / "ca.pem", exit_code=1)
+    assert one_line(done.stderr) == f"heatlens: error: {tmp_path / 'ca.pem'}: No such file or directory"
+
+
+def test_models(run_on):
+    lines = run_on("models").stdout.splitlines()
+    assert lines[0].split() == ["NAME", "STATE", "INPUT", "CLASSES", "ENGINE", "DEVICE", "METHODS"]
+    assert re.match(r"tiny\*\s+ready\s+64x64\s+10\s", lines[1])
+    assert any(line.startswith("broken") and "failed" in line for line in lines)
+    models = json.loads(run_on("models", "--json").stdout)
+    assert [model["name"] for model in models if model["is_default"]] == ["tiny"]
+
+
+def test_health_says_it_with_its_exit_code(run_on, run):
+    assert run_on("health").stdout == "serving\n"
+    assert run_on("health", "--model", "tiny").stdout == "serving\n"
+    assert run_on("health", "--model", "broken", exit_code=1).stdout == "not-serving\n"
+    one_line(run_on("health", "--model", "nope", exit_code=2).stderr)
+    one_line(run("health", "--server", NOBODY, exit_code=2).stderr)
+
+
+def test_bench_closed_loop(run_on):
+    done = run_on("bench", "--requests", 20, "--concurrency", 4, "--json")
+    report = json.loads(done.stdout)
+    assert report["codes"] == {"OK": 20}
+    assert (report["loop"], report["concurrency"], report["requests"]) == ("closed", 4, 20)
+    assert 0 < report["latency"]["p50_ms"] <= report["latency"]["p99_ms"] <= report["latency"]["max_ms"]
+    assert report["throughput_per_s"] > 0
+    assert 1 <= report["mean_batch_size"] <= 4
+    # No progress bar: stderr is not a terminal.
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("arrivals", ["poisson", "constant"])
+def test_bench_open_loop(run_on, chelsea_path, arrivals):
+    done = run_on("bench", chelsea_path, "--rate", 100, "--arrivals", arrivals, "--requests", 10, "--json")
+    report = json.loads(done.stdout)
+    assert report["codes"] == {"OK": 10}
+    assert (report["loop"], report["rate_per_s"], report["arrivals"]) == ("open", 100, arrivals)
+
+
+def test_bench_as_text(run_on):
+    text = run_on("bench", "--duration", 0.2, "--concurrency", 2).stdout
+    for word in ("closed loop, 2 in flight", "throughput", "p99", "codes", "OK", "batch size"):
+        assert word in text
+
+
+def test_bench_errors(run_on, run):
+    assert "MODEL_NOT_FOUND" in one_line(run_on("bench", "--model", "nope", exit_code=1).stderr)
+    one_line(run("bench", "--server", NOBODY, exit_code=1).stderr)
+    run_on("bench", "--rate", 5, "--concurrency", 2, exit_code=2)
+    run_on("bench", "--rate", 0, exit_code=2)
