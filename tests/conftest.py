@@ -36,21 +36,18 @@ default_model = "tiny"
 [[models]]
 name = "tiny"
 source = "python:tiny_models:tiny"
-weights = "none"
 layers = ["body", "stem"]
 {TINY_PREPROCESS}
 
 [[models]]
 name = "tiny_mlp"
 source = "python:tiny_models:tiny_mlp"
-weights = "none"
 layers = ["body"]
 {TINY_PREPROCESS}
 
 [[models]]
 name = "broken"
 source = "python:tiny_models:broken"
-weights = "none"
 {TINY_PREPROCESS}
 
 [[models]]

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, cast
 
-import grpc.aio
 from heatlens.v1 import explain_pb2_grpc, model_pb2_grpc
 
 from heatlens_server.config import Config, ModelConfig
@@ -51,7 +50,10 @@ class Server:
             max_queue_length=config.server.max_queue_length,
             max_targets=config.server.max_targets,
         )
-        self._grpc: grpc.aio.Server = make_server(config.server, token=config.server.read_token())
+        token = config.server.read_token()
+        self._grpc = make_server(
+            config.server, token=None if token is None else token.get_secret_value()
+        )
         self.port = 0
 
     @classmethod

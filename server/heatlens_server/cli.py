@@ -4,7 +4,7 @@ import asyncio
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -92,6 +92,6 @@ def _load(path: Path | None, overrides: dict[str, Any]) -> Config:
         _fail(error)
 
 
-def _fail(error: ConfigError) -> Any:  # noqa: ANN401 - never returns
+def _fail(error: ConfigError) -> NoReturn:
     typer.echo(f"heatlens-server: {error}", err=True)
     raise typer.Exit(2)

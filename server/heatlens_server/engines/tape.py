@@ -42,7 +42,7 @@ class Tape:
         with torch.enable_grad():
             # A layer that follows another wanted one is part of that one's graph already: cutting it out
             # would leave the earlier layer without a gradient.
-            activation = output if output.requires_grad else output.detach().requires_grad_(requires_grad=True)
+            activation = output if output.requires_grad else output.detach().requires_grad_()
             self.activations[layer] = activation
             # The clone is what an in-place module downstream may overwrite.
             return activation.clone()

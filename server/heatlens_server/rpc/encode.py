@@ -67,7 +67,8 @@ def softmax(logits: Float32Array) -> Float32Array:
     """Probabilities float32 (C,) of logits float32 (C,); computed in float64."""
     wide = logits.astype(np.float64)
     exponentials = np.exp(wide - wide.max())
-    return (exponentials / exponentials.sum()).astype(np.float32)
+    probabilities: Float32Array = (exponentials / exponentials.sum()).astype(np.float32)
+    return probabilities
 
 
 def _explanation(

@@ -34,7 +34,7 @@ class Health:
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register the service."""
-        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
 
     async def update(self, slots: Sequence[Slot[ServedModel]]) -> None:
         """Publish the states of the models. Does nothing after `drain`."""

@@ -5,6 +5,7 @@ Health checks pass through untouched: probes carry no token and would flood the 
 
 import asyncio
 import hmac
+import logging
 import re
 import time
 import uuid
@@ -13,13 +14,12 @@ from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
-import structlog
 from google.protobuf.message import DecodeError
 
 from heatlens_server.errors import FieldViolation, HeatlensError, InternalError, InvalidArgument, Unauthenticated
 from heatlens_server.rpc.status import REQUEST_ID_KEY, to_wire
 
-_log = structlog.stdlib.get_logger("heatlens.rpc")
+_log = logging.getLogger("heatlens.rpc")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HEALTH_PREFIX = "/grpc.health.v1.Health/"
 
@@ -76,7 +76,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             span = _Call(method, context)
             try:
                 self._authenticate(context)
-                async for response in behavior((_parsed(request) async for request in requests), context):
+                async for response in behavior(_parse_all(requests), context):
                     yield response
             except BaseException as error:
                 await span.fail(error)
@@ -100,31 +100,43 @@ class _Call:
         sent = dict(context.invocation_metadata() or ()).get(REQUEST_ID_KEY, "")
         self.request_id = sent if isinstance(sent, str) and _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
         self._context = context
-        self._log = _log.bind(method=method, request_id=self.request_id, peer=context.peer())
+        self._method = method
         self._started_at = time.perf_counter()
         context.set_trailing_metadata(((REQUEST_ID_KEY, self.request_id),))
 
     def succeed(self) -> None:
-        self._log.info("call", code="OK", duration_ms=self._duration_ms())
+        self._write(logging.INFO, "OK")
 
     async def fail(self, error: BaseException) -> NoReturn:
         """Log, and end the call with the error's status; what is not an error (cancellation) is raised again."""
         if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
-            self._log.info("call", code="CANCELLED", duration_ms=self._duration_ms())
+            self._write(logging.INFO, "CANCELLED")
             raise error
         if not isinstance(error, Exception):
             raise error
         status = to_wire(error, self.request_id)
-        fields = {"code": status.code.name, "duration_ms": self._duration_ms()}
         if not isinstance(error, HeatlensError) or isinstance(error, InternalError):
-            self._log.error("call", **fields, error=repr(error), exc_info=error)
+            self._write(logging.ERROR, status.code.name, error=repr(error), exc_info=error)
         else:
-            self._log.info("call", **fields, reason=error.reason, error=error.message)
+            self._write(logging.INFO, status.code.name, error=error.message, reason=error.reason)
         await self._context.abort(status.code, status.message, status.trailing_metadata)
         raise AssertionError("abort returned")
 
-    def _duration_ms(self) -> float:
-        return round((time.perf_counter() - self._started_at) * 1e3, 3)
+    def _write(self, level: int, code: str, *, exc_info: Exception | None = None, **fields: str) -> None:
+        duration_ms = round((time.perf_counter() - self._started_at) * 1e3, 3)
+        _log.log(
+            level,
+            "call",
+            exc_info=exc_info,
+            extra={
+                "method": self._method,
+                "code": code,
+                "duration_ms": duration_ms,
+                "request_id": self.request_id,
+                "peer": self._context.peer(),
+                **fields,
+            },
+        )
 
 
 def _tolerant(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
@@ -143,3 +155,8 @@ def _parsed(request: Any) -> Any:  # noqa: ANN401 - any message
     if isinstance(request, DecodeError):
         raise InvalidArgument([FieldViolation("", "the message is not valid protobuf")], reason="MESSAGE_UNDECODABLE")
     return request
+
+
+async def _parse_all(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _parsed(request)

@@ -56,7 +56,7 @@ def bind(server: grpc.aio.Server, config: ServerConfig) -> int:
 def enable_reflection(server: grpc.aio.Server) -> None:
     """Let tools such as grpcurl ask for the services."""
     names = (*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)  # type: ignore[no-untyped-call]
+    reflection.enable_server_reflection(names, server)
 
 
 def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:

@@ -162,9 +162,9 @@ def _image(request: pb.ExplainRequest, limits: Limits, wrong: _Violations) -> by
         pixels = request.image.pixels
         try:
             return pixels_from_tensor(
-                data_type_name(pixels.data_type),
-                tuple(pixels.shape),
-                pixels.data,
+                data_type=data_type_name(pixels.data_type),
+                shape=tuple(pixels.shape),
+                data=pixels.data,
                 max_pixels=limits.max_image_pixels,
             )
         except InvalidArgument as error:

@@ -71,8 +71,8 @@ def test_callers_grad_mode_does_not_matter(mode):
 
 
 def test_model_that_runs_its_backbone_under_no_grad_is_explained():
-    engine, judge = TorchEngine(loaded(tiny_models.no_grad_backbone())), Judge(tiny_models.no_grad_backbone())
-    del judge  # its full backward pass cannot cross no_grad; CAM's weights say what Grad-CAM must be here
+    engine = TorchEngine(loaded(tiny_models.no_grad_backbone()))
+    # A full backward pass cannot cross no_grad, so there is no judge; CAM's weights say what Grad-CAM must be here.
     (by_gradient,) = engine.explain(noise(1), [TopK(1)], SPEC)
     (by_weights,) = engine.explain(noise(1), [TopK(1)], MapSpec(Method.CAM, ("body",), upsample=False))
     assert by_gradient.maps.max() == 1.0
