@@ -1,0 +1,31 @@
+"""A loaded model: the network and everything known about it."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from heatlens_server.imaging.preprocess import PreprocessSpec
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A network on the CPU in fp32, ready for an engine to place.
+
+    Attributes:
+        name: its name in the configuration.
+        version: from the configuration, or 12 hex digits derived from the weights.
+        module: float32 (N, 3, H, W) to logits (N, class_count); in eval mode, no parameter requires a gradient.
+        preprocess: how an image becomes its input; (H, W) is `preprocess.crop_px`.
+        labels: one class name per class, or empty.
+        class_count: number of classes.
+        layers: names of the modules that can be explained, the default first; each runs once per forward and
+            returns (N, C, h, w).
+    """
+
+    name: str
+    version: str
+    module: nn.Module
+    preprocess: PreprocessSpec
+    labels: tuple[str, ...]
+    class_count: int
+    layers: tuple[str, ...]
