@@ -123,7 +123,7 @@ def fit(image: UInt8Array, spec: PreprocessSpec) -> FittedImage:
     elif spec.interpolation is Interpolation.NEAREST:
         rows = _nearest(top_px, crop_height_px, scale_y, height_px)
         columns = _nearest(left_px, crop_width_px, scale_x, width_px)
-        pixels = image[rows][:, columns]
+        pixels = image[rows[:, None], columns]
     else:
         pixels = _resample(image, region, spec)
     return FittedImage(
