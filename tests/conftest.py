@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import pytest_asyncio
+
 from server_process import ServerProcess, start_server_process, wait_settled
 
 # Two cores and many small tensors: one thread per operation is faster and steadier.

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, cast
 
 from heatlens.v1 import explain_pb2_grpc, model_pb2_grpc
-
 from heatlens_server.config import Config, ModelConfig
 from heatlens_server.engines.build import BuiltModel, build
 from heatlens_server.errors import ModelLoadError
@@ -51,9 +50,7 @@ class Server:
             max_targets=config.server.max_targets,
         )
         token = config.server.read_token()
-        self._grpc = make_server(
-            config.server, token=None if token is None else token.get_secret_value()
-        )
+        self._grpc = make_server(config.server, token=None if token is None else token.get_secret_value())
         self.port = 0
 
     @classmethod

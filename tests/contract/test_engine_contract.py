@@ -5,13 +5,14 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from torch import nn
+
 import tiny_models
 from engine_cases import Judge, loaded, noise
 from heatlens_server.cam.catalog import Method
 from heatlens_server.engines.base import ClassIds, Engine, MapSpec, TopK
 from heatlens_server.engines.torch_engine import TorchEngine
 from heatlens_server.models.spec import LoadedModel
-from torch import nn
 
 ENGINES: dict[str, Callable[[LoadedModel], Engine]] = {"torch": lambda model: TorchEngine(model, device="cpu")}
 

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import nn
+
 from heatlens_server.cam.catalog import Method
 from heatlens_server.cam.methods import raw_map
 from heatlens_server.cam.saliency import saliency
 from heatlens_server.imaging.preprocess import PreprocessSpec
 from heatlens_server.models.spec import LoadedModel
-from torch import nn
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+
 from heatlens.v1 import model_pb2, model_pb2_grpc
 
 SUPPORT = Path(__file__).parent

@@ -4,6 +4,7 @@ import cv2
 import grpc
 import numpy as np
 from google.rpc import error_details_pb2, status_pb2
+
 from heatlens.v1 import explain_pb2 as pb
 
 

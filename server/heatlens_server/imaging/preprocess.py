@@ -11,8 +11,9 @@ from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
-from heatlens._geometry import PixelBox
 from PIL import Image
+
+from heatlens import PixelBox
 
 UInt8Array = npt.NDArray[np.uint8]
 

@@ -3,9 +3,9 @@
 from datetime import timedelta
 
 import numpy as np
+
 from heatlens import PixelBox, place_map
 from heatlens.v1 import explain_pb2 as pb
-
 from heatlens_server.engines.base import Float32Array, ImageResult
 from heatlens_server.errors import InvalidArgument
 from heatlens_server.imaging.preprocess import FittedImage

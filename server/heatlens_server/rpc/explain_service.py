@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 
 import grpc.aio
+
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
-
 from heatlens_server.errors import Unimplemented
 from heatlens_server.imaging.decode import decode_image
 from heatlens_server.imaging.preprocess import FittedImage, fit

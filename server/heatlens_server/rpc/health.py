@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
-from heatlens.v1 import explain_pb2, model_pb2
 
+from heatlens.v1 import explain_pb2, model_pb2
 from heatlens_server.models.registry import ModelState, Slot
 from heatlens_server.rpc.wire import EXPLAIN_SERVICE
 from heatlens_server.serving.served import ServedModel

@@ -4,9 +4,9 @@ from datetime import timedelta
 from importlib.metadata import version
 
 import grpc.aio
+
 from heatlens.v1 import model_pb2 as pb
 from heatlens.v1 import model_pb2_grpc
-
 from heatlens_server.models.registry import ModelState, Registry, Slot
 from heatlens_server.rpc.limits import Limits
 from heatlens_server.rpc.wire import METHOD_TO_PROTO

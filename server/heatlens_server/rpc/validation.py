@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from heatlens.v1 import explain_pb2 as pb
-
 from heatlens_server.cam.catalog import Method
 from heatlens_server.engines.base import ClassIds, MapSpec, Target, TopK, UInt8Array
 from heatlens_server.errors import FieldViolation, InvalidArgument

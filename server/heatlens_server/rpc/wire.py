@@ -3,7 +3,6 @@
 from typing import cast
 
 from heatlens.v1 import explain_pb2 as pb
-
 from heatlens_server.cam.catalog import Method
 
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
 from heatlens_server.cam.catalog import Method
 from heatlens_server.cam.methods import RAW_MAPS, cam, grad_cam, grad_cam_plus_plus, hi_res_cam, raw_map, x_grad_cam
-from torch.fx.experimental.proxy_tensor import make_fx
 
 GRADIENT_METHODS = [method for method in Method if method.needs_gradient]
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from heatlens_server.cam.normalize import normalize
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

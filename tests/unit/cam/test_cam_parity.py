@@ -13,14 +13,15 @@ import pytest
 import pytorch_grad_cam as reference
 import torch
 import torchvision
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from skimage import data
+from torch import nn
+
 from heatlens_server.cam.catalog import Method
 from heatlens_server.cam.methods import raw_map
 from heatlens_server.cam.normalize import normalize
 from heatlens_server.cam.resize import upsample
 from heatlens_server.cam.saliency import saliency
-from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-from skimage import data
-from torch import nn
 
 TOLERANCE = 1e-4  # measured: 1.3e-5 at most (XGrad-CAM on DenseNet), 6e-6 without it
 SIZE = (96, 128)  # not square: height and width must not be mixed up

@@ -1,6 +1,7 @@
 import cv2
 import pytest
 import torch
+
 from heatlens_server.cam.normalize import normalize
 from heatlens_server.cam.resize import combine_layers, upsample
 

@@ -1,10 +1,11 @@
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
 from heatlens_server.cam.methods import grad_cam
 from heatlens_server.cam.normalize import normalize
 from heatlens_server.cam.resize import combine_layers, upsample
 from heatlens_server.cam.saliency import saliency
-from torch.fx.experimental.proxy_tensor import make_fx
 
 
 def random_maps(*shape, dtype=torch.float32):

@@ -1,8 +1,9 @@
 import pytest
 import torch
-from heatlens_server.cam.targets import ABSENT, RANKED, resolve, score
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from heatlens_server.cam.targets import ABSENT, RANKED, resolve, score
 
 LOGITS = torch.tensor([[0.1, 3.0, -1.0, 2.0], [5.0, 1.0, 6.0, 0.0]])  # ranked: 1 3 0 2, and 2 0 1 3
 

@@ -5,12 +5,13 @@ import threading
 import time
 
 import grpc
-import heatlens
 import numpy as np
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
+
+import heatlens
 from heatlens import Retry
 from heatlens._wire import METHODS
 from heatlens.v1 import explain_pb2, model_pb2

@@ -5,6 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from heatlens import Timing, UnavailableError
 from heatlens._cli.load import Sample, closed_loop, constant_arrivals, open_loop, poisson_arrivals, summarise
 

@@ -2,8 +2,9 @@ import copy
 import pickle
 
 import grpc
-import heatlens
 import pytest
+
+import heatlens
 from heatlens import FieldViolation, HeatlensError, InternalError, InvalidArgumentError, StatusCode
 from heatlens._exceptions import __doc__ as tree
 from heatlens._exceptions import error_class

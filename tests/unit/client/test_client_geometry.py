@@ -3,10 +3,11 @@
 import cv2
 import numpy as np
 import pytest
-from heatlens import PixelBox, place_map
-from heatlens._geometry import covered_pixels
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from heatlens import PixelBox, place_map
+from heatlens._geometry import covered_pixels
 
 
 def place_slowly(values, region, size):

@@ -1,6 +1,7 @@
 import cv2
 import numpy as np
 import pytest
+
 from heatlens import InvalidArgumentError
 from heatlens._images import decode_image, load_image, write_image
 

@@ -4,6 +4,7 @@ import json
 
 import grpc
 import pytest
+
 from heatlens import TLS, AsyncClient, Client, InvalidArgumentError, Retry
 from heatlens._options import channel_options, is_loopback, make_settings, service_config
 

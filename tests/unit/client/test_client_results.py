@@ -3,6 +3,7 @@
 import cv2
 import numpy as np
 import pytest
+
 from heatlens import Heatmap, InvalidArgumentError, PixelBox, place_map
 from heatlens._images import decode_image
 from heatlens._overlay import color_table, colormap_names

@@ -6,6 +6,7 @@ import grpc
 import pytest
 import trustme
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
 from heatlens import TLS, AsyncClient, Client, Health, Retry, UnavailableError
 
 ONCE = Retry(max_attempts=1)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from heatlens import InternalError, InvalidArgumentError, PixelBox
 from heatlens._wire import (
     MAP_SIZES,

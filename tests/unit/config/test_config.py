@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
+
 from heatlens_server.cam.catalog import Method
 from heatlens_server.config import Config, ModelConfig, ServerConfig, load_config
 from heatlens_server.errors import ConfigError
 from heatlens_server.imaging.preprocess import Interpolation
-from pydantic import ValidationError
 
 FULL = """
 [server]

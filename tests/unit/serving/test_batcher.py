@@ -4,6 +4,7 @@ import threading
 
 import numpy as np
 import pytest
+
 from heatlens import PixelBox
 from heatlens_server.cam.catalog import Method
 from heatlens_server.engines.base import MapSpec, TopK

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+
 from heatlens import PixelBox
 from heatlens_server.cam.catalog import Method
 from heatlens_server.engines.base import ImageResult, MapSpec, Target, TopK

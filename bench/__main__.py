@@ -1,0 +1,36 @@
+"""`python -m bench`: every ratio, on this machine, in this run."""
+
+import os
+import platform
+from typing import Annotated
+
+import cv2
+import torch
+import typer
+from rich.console import Console
+
+from bench import engine, served, wire
+from bench.models import photo_paths
+
+
+def main(
+    turns: Annotated[int, typer.Option(help="How often each candidate runs; medians are printed.")] = 7,
+    seconds: Annotated[float, typer.Option(help="How long each load lasts, in seconds.")] = 4.0,
+    only: Annotated[str, typer.Option(help="One of engine, served, wire; empty for all.")] = "",
+) -> None:
+    """Print speed ratios measured in one run on this machine."""
+    console = Console(width=None if os.isatty(1) else 120)
+    console.print(
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"OpenCV {cv2.__version__}"
+    )
+    if only in {"", "wire"}:
+        console.print(wire.run(photo_paths()[-1]))
+    if only in {"", "engine"}:
+        console.print(engine.run(turns=turns))
+    if only in {"", "served"}:
+        for table in served.run(turns=max(3, turns // 2), seconds=seconds):
+            console.print(table)
+
+
+typer.run(main)

@@ -1,0 +1,202 @@
+"""The whole service against its own engine in process, and where the time of a call goes.
+
+The server runs in a process of its own, the client in this one, both on the same cores. Baseline and service take
+turns, so that a machine that slows down slows both.
+"""
+
+import asyncio
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from rich.table import Table
+
+from bench.models import efficientnet_lite0, noise_images, photo_paths
+from bench.wire import encode_ms
+from heatlens import AsyncClient, Client, Result
+from heatlens_server.cam.catalog import Method
+from heatlens_server.engines.base import MapSpec, TopK
+from heatlens_server.engines.torch_engine import TorchEngine
+from heatlens_server.imaging.decode import decode_image
+from heatlens_server.imaging.preprocess import fit
+
+CONCURRENCIES = (1, 8, 32)
+MIN_OF_ENGINE = 0.85
+TARGET_CONCURRENCY = 8
+JPEG_QUALITY = 90
+
+_CONFIG = """
+[server]
+listen = "127.0.0.1:0"
+log_level = "warning"
+max_queue_length = 64
+[[models]]
+name = "efficientnet_lite0"
+source = "embedded:efficientnet_lite0"
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One measured closed loop."""
+
+    images_per_s: float
+    latencies_ms: list[float]
+    results: list[Result]
+
+    @property
+    def batch_size(self) -> float:
+        """Mean over batches, not over images: each batch of n answers n times."""
+        return len(self.results) / sum(1 / result.timing.batch_size for result in self.results)
+
+
+def run(*, turns: int, seconds: float) -> list[Table]:
+    """Measure and tabulate throughput and the shares of a call's time."""
+    workloads: dict[str, Sequence[np.ndarray | bytes]] = {
+        "pixels": [np.ascontiguousarray(image) for image in noise_images(16)],
+        "JPEG": _jpegs(),
+    }
+    ratios = Table(title="served throughput / engine in process at the batch size reached (efficientnet_lite0)")
+    for column in ("images", "concurrency", "images/s", "mean batch", "/ in process", "target"):
+        ratios.add_column(column, justify="right")
+    shares = Table(title="where a call's time goes, median ms (share)")
+    for column in ("images", "concurrency", "latency", "decode + resize", "queue", "compute", "encode", "rest"):
+        shares.add_column(column, justify="right")
+    engine = InProcess()
+    with _server() as address:
+        for kind, images in workloads.items():
+            for concurrency in CONCURRENCIES:
+                asyncio.run(_closed_loop(address, images, concurrency, seconds=1.0))
+                pairs: list[float] = []
+                loads: list[Load] = []
+                for _ in range(turns):
+                    load = asyncio.run(_closed_loop(address, images, concurrency, seconds=seconds))
+                    loads.append(load)
+                    pairs.append(load.images_per_s / engine.images_per_s(images, load.batch_size, seconds=seconds))
+                ratios.add_row(*_ratio_row(kind, concurrency, loads, pairs))
+                shares.add_row(kind, str(concurrency), *_shares(loads))
+    ratios.caption = (
+        "in process = for pixels the engine alone; for JPEG decode, resize and engine one after the other, on one "
+        f"thread that shares all cores inside torch. Targets at concurrency {TARGET_CONCURRENCY}: >= {MIN_OF_ENGINE}x."
+    )
+    return [ratios, shares]
+
+
+class InProcess:
+    """The engine without a service around it."""
+
+    def __init__(self) -> None:
+        model = efficientnet_lite0()
+        self._preprocess = model.preprocess
+        self._engine = TorchEngine(model, device="cpu")
+        self._spec = MapSpec(Method.GRAD_CAM, model.layers[:1], upsample=False)
+
+    def images_per_s(self, images: Sequence[np.ndarray | bytes], batch_size: float, *, seconds: float) -> float:
+        """Throughput at a (fractional) batch size: the two whole sizes around it, mixed to the same mean."""
+        low = max(1, int(batch_size))
+        share_of_high = batch_size - low
+        low_s = self._batch_s(images, low, seconds=seconds / 2)
+        high_s = self._batch_s(images, low + 1, seconds=seconds / 2) if share_of_high > 0.05 else low_s
+        return batch_size / (low_s * (1 - share_of_high) + high_s * share_of_high)
+
+    def _batch_s(self, images: Sequence[np.ndarray | bytes], batch_size: int, *, seconds: float) -> float:
+        batch = [images[i % len(images)] for i in range(batch_size)]
+        times: list[float] = []
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until or len(times) < 3:
+            started = time.perf_counter()
+            pixels = [self._pixels(image) for image in batch]
+            self._engine.explain(np.stack(pixels), [TopK(1)] * batch_size, self._spec)
+            times.append(time.perf_counter() - started)
+        return statistics.median(times)
+
+    def _pixels(self, image: np.ndarray | bytes) -> np.ndarray:
+        if isinstance(image, bytes):
+            return fit(decode_image(image, max_pixels=1 << 26), self._preprocess).pixels
+        return image
+
+
+async def _closed_loop(address: str, images: Sequence[np.ndarray | bytes], concurrency: int, *, seconds: float) -> Load:
+    """Keep `concurrency` calls in flight for a while."""
+    results: list[Result] = []
+    latencies_ms: list[float] = []
+    async with AsyncClient(address) as client:
+        started = time.perf_counter()
+
+        async def caller(first: int) -> None:
+            i = first
+            while time.perf_counter() - started < seconds:
+                sent = time.perf_counter()
+                results.append(await client.explain(images[i % len(images)]))
+                latencies_ms.append((time.perf_counter() - sent) * 1e3)
+                i += concurrency
+
+        await asyncio.gather(*(caller(i) for i in range(concurrency)))
+        elapsed = time.perf_counter() - started
+    return Load(len(results) / elapsed, latencies_ms, results)
+
+
+def _ratio_row(kind: str, concurrency: int, loads: Sequence[Load], pairs: Sequence[float]) -> list[str]:
+    ratio = statistics.median(pairs)
+    verdict = ("met" if ratio >= MIN_OF_ENGINE else "MISSED") if concurrency == TARGET_CONCURRENCY else ""
+    return [
+        kind,
+        str(concurrency),
+        f"{statistics.median(load.images_per_s for load in loads):.1f}",
+        f"{statistics.median(load.batch_size for load in loads):.1f}",
+        f"{ratio:.3f}",
+        verdict,
+    ]
+
+
+def _shares(loads: Sequence[Load]) -> list[str]:
+    latency = statistics.median(value for load in loads for value in load.latencies_ms)
+    timings = [result.timing for load in loads for result in load.results]
+    parts = [
+        statistics.median(t.preprocess_ms for t in timings),
+        statistics.median(t.queue_ms for t in timings),
+        statistics.median(t.compute_ms for t in timings),
+        encode_ms(),
+    ]
+    parts.append(max(0.0, latency - sum(parts)))
+    return [f"{latency:.1f}", *(f"{part:.2f} ({part / latency:.0%})" for part in parts)]
+
+
+def _jpegs() -> list[bytes]:
+    return [
+        cv2.imencode(".jpg", cv2.imread(str(path)), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
+        for path in photo_paths()
+    ]
+
+
+@contextmanager
+def _server() -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        config, port_file = Path(folder) / "server.toml", Path(folder) / "port"
+        config.write_text(_CONFIG)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "heatlens_server", "serve", "-c", str(config), "--port-file", str(port_file)],
+            env=os.environ,
+        )
+        try:
+            while not (port_file.exists() and port_file.read_text().endswith("\n")):
+                if process.poll() is not None:
+                    raise RuntimeError("the server did not start")
+                time.sleep(0.05)
+            address = f"127.0.0.1:{port_file.read_text().strip()}"
+            with Client(address) as client:
+                while client.health() != "serving":
+                    time.sleep(0.05)
+            yield address
+        finally:
+            process.terminate()
+            process.wait()
