@@ -27,9 +27,14 @@ _CODES: dict[type[errors.HeatlensError], grpc.StatusCode] = {
     errors.InternalError: grpc.StatusCode.INTERNAL,
 }
 
-_MAX_MESSAGE_CHARACTERS = 1000
-_MAX_VIOLATIONS = 16
-"""Status details travel in a header, which peers limit to about 8 KiB."""
+# A status travels in headers, which peers limit to 8 KiB in all: beyond that the caller would get RESOURCE_EXHAUSTED
+# from its own channel and no details. The message travels twice, percent-encoded and in the details; the details are
+# in base64. With these the headers stay below 7.5 KiB whatever an error repeats of a request.
+_MAX_MESSAGE_BYTES = 1024
+_MAX_METADATA_BYTES = 1024
+_MAX_VIOLATIONS_BYTES = 2048
+_MAX_TEXT_BYTES = 512
+_CUT = "..."
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,7 @@ def to_wire(error: BaseException, request_id: str) -> WireStatus:
     if not isinstance(error, errors.HeatlensError) or isinstance(error, errors.InternalError):
         error = errors.InternalError(f"internal error; request id {request_id}")
     code = _CODES[type(error)]
-    message = error.message[:_MAX_MESSAGE_CHARACTERS]
+    message = _cut(error.message, _MAX_MESSAGE_BYTES)
     status = status_pb2.Status(code=code.value[0], message=message)
     for detail in _details(error, message, request_id):
         status.details.add().Pack(detail)
@@ -64,30 +69,66 @@ def to_wire(error: BaseException, request_id: str) -> WireStatus:
 
 def _details(error: errors.HeatlensError, message: str, request_id: str) -> Sequence[Message]:
     details: list[Message] = [
-        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata),
+        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_metadata(error)),
         error_details_pb2.RequestInfo(request_id=request_id),
     ]
     if error.retry_after_s is not None:
         details.append(error_details_pb2.RetryInfo(retry_delay=timedelta(seconds=error.retry_after_s)))
     if isinstance(error, errors.InvalidArgument):
-        details.append(
-            error_details_pb2.BadRequest(
-                field_violations=[
-                    error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)
-                    for v in error.violations[:_MAX_VIOLATIONS]
-                ]
-            )
-        )
+        details.append(_bad_request(error))
     elif isinstance(error, errors.ModelNotFound):
-        details.append(error_details_pb2.ResourceInfo(resource_type="heatlens.v1.Model", resource_name=error.name))
+        name = _cut(error.name, _MAX_TEXT_BYTES)
+        details.append(error_details_pb2.ResourceInfo(resource_type="heatlens.v1.Model", resource_name=name))
     elif isinstance(error, errors.ModelFailed):
         details.append(
             error_details_pb2.PreconditionFailure(
                 violations=[
                     error_details_pb2.PreconditionFailure.Violation(
-                        type="MODEL_STATE", subject=error.name, description=message
+                        type="MODEL_STATE", subject=_cut(error.name, _MAX_TEXT_BYTES), description=message
                     )
                 ]
             )
         )
     return details
+
+
+def _bad_request(error: errors.InvalidArgument) -> error_details_pb2.BadRequest:
+    """The wrong fields, as many as there is room for and at least the first."""
+    found = error_details_pb2.BadRequest()
+    for violation in error.violations:
+        found.field_violations.add(
+            field=_cut(violation.field, _MAX_TEXT_BYTES), description=_cut(violation.description, _MAX_TEXT_BYTES)
+        )
+        if found.ByteSize() > _MAX_VIOLATIONS_BYTES:
+            del found.field_violations[-1]
+            break
+    return found
+
+
+def _metadata(error: errors.HeatlensError) -> dict[str, str]:
+    """The error's metadata, as much as there is room for, in order."""
+    kept: dict[str, str] = {}
+    room_bytes = _MAX_METADATA_BYTES
+    for key, value in error.metadata.items():
+        text = _cut(value, _MAX_TEXT_BYTES)
+        room_bytes -= len(key) + len(text.encode())
+        if room_bytes < 0:
+            break
+        kept[key] = text
+    return kept
+
+
+def _cut(text: str, max_bytes: int) -> str:
+    """Cut a text so that it takes at most `max_bytes`, percent-encoded as gRPC encodes messages."""
+    # What Unicode cannot encode (half a surrogate pair, from a file name) protobuf would refuse.
+    text = text.encode(errors="replace").decode()
+    used_bytes = 0
+    kept = 0
+    for i, character in enumerate(text):
+        plain = " " <= character <= "~" and character != "%"
+        used_bytes += 1 if plain else 3 * len(character.encode())
+        if used_bytes > max_bytes:
+            return text[:kept] + _CUT
+        if used_bytes <= max_bytes - len(_CUT):
+            kept = i + 1
+    return text

@@ -114,6 +114,10 @@ def _method(options: pb.ExplainOptions, model: ServedModel, wrong: _Violations) 
 
 def _layers(options: pb.ExplainOptions, model: ServedModel, method: Method, wrong: _Violations) -> tuple[str, ...]:
     offered = model.engine.layers
+    if len(options.layers) > len(offered):
+        # Not one violation each: their number, and the time to compare them, would be the caller's to choose.
+        wrong.add("options.layers", f"at most {len(offered)} layers, each once; got {len(options.layers)}")
+        return offered[:1]
     layers = tuple(options.layers) or offered[:1]
     for i, layer in enumerate(layers):
         if layer not in offered:
