@@ -1,0 +1,75 @@
+"""`make demo` as a user runs it: the command, its table and its pictures; and that the map lies on the cat."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from heatlens import Client
+
+ROOT = Path(__file__).parents[2]
+CATS = {281: "tabby", 282: "tiger cat", 285: "Egyptian cat"}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The finished demo and the folder it ran in."""
+    folder = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, ROOT / "examples" / "demo.py"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr
+    return done, folder
+
+
+def test_demo_says_cat_with_its_probability(demo):
+    done, _ = demo
+    rows = re.findall(r"(\d+) │ (.+?) +│ +([\d.]+)%", done.stdout)
+    assert len(rows) == 3, done.stdout
+    assert {int(class_id): label for class_id, label, _ in rows} == CATS
+    percentages = [float(percentage) for *_, percentage in rows]
+    assert percentages == sorted(percentages, reverse=True)
+    assert 20 < percentages[0] < 80
+
+
+def test_demo_writes_what_it_says(demo):
+    done, folder = demo
+    overlay, pair = (folder / line.removeprefix("wrote ") for line in done.stdout.splitlines()[-2:])
+    assert re.fullmatch(r"chelsea-(tabby|tiger-cat|egyptian-cat)\.png", overlay.name)
+    assert overlay.parent == pair.parent == folder / "out" / "demo"
+    assert cv2.imread(str(overlay)).shape == (300, 451, 3)
+    assert cv2.imread(str(pair)).shape == (300, 902, 3)
+
+
+def test_demo_leaves_no_server_behind(demo):
+    done, _ = demo
+    assert "stopped" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_the_map_lies_on_the_cat(server, chelsea):
+    with Client(server.address) as client:
+        result = client.explain(chelsea, model="efficientnet_lite0")
+    (top,) = result.explanations
+    assert top.class_id in CATS
+    heat = top.heatmap.on(chelsea)
+    face = np.zeros(heat.shape, bool)
+    face[20:220, 100:330] = True
+    assert heat[face].mean() > 2 * heat[~face].mean()
+    # Outside of what the model saw the map is zero anyway: the face must win inside of it too.
+    region = result.source_region
+    seen = np.zeros(heat.shape, bool)
+    seen[round(region.top) : round(region.bottom), round(region.left) : round(region.right)] = True
+    assert heat[face & seen].mean() > 1.2 * heat[~face & seen].mean()
+    row, column = np.unravel_index(heat.argmax(), heat.shape)
+    assert face[row, column]
+
+
+def test_the_picture_of_the_readme_is_the_demos(demo):
+    committed = cv2.imread(str(ROOT / "docs" / "images" / "chelsea.jpg")).astype(float)
+    made = cv2.imread(str(demo[1] / "out" / "demo" / "chelsea.jpg")).astype(float)
+    # Another torch may round differently, and another JPEG encoder too; a stale picture differs by far more.
+    assert np.abs(committed - made).mean() < 2
