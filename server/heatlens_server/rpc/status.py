@@ -54,7 +54,7 @@ def to_wire(error: BaseException, request_id: str) -> WireStatus:
     if not isinstance(error, errors.HeatlensError) or isinstance(error, errors.InternalError):
         error = errors.InternalError(f"internal error; request id {request_id}")
     code = _CODES[type(error)]
-    message = _cut(error.message, _MAX_MESSAGE_BYTES)
+    message = _cut(error.message, _MAX_MESSAGE_BYTES, escape_factor=3)
     status = status_pb2.Status(code=code.value[0], message=message)
     for detail in _details(error, message, request_id):
         status.details.add().Pack(detail)
@@ -118,15 +118,21 @@ def _metadata(error: errors.HeatlensError) -> dict[str, str]:
     return kept
 
 
-def _cut(text: str, max_bytes: int) -> str:
-    """Cut a text so that it takes at most `max_bytes`, percent-encoded as gRPC encodes messages."""
+def _cut(text: str, max_bytes: int, *, escape_factor: int = 1) -> str:
+    """Cut a text to `max_bytes` of UTF-8; what is cut ends in dots.
+
+    Args:
+        text: any text.
+        max_bytes: room for the result.
+        escape_factor: how many bytes stand for one that is not printable ASCII: 3 where gRPC percent-encodes.
+    """
     # What Unicode cannot encode (half a surrogate pair, from a file name) protobuf would refuse.
     text = text.encode(errors="replace").decode()
     used_bytes = 0
     kept = 0
     for i, character in enumerate(text):
         plain = " " <= character <= "~" and character != "%"
-        used_bytes += 1 if plain else 3 * len(character.encode())
+        used_bytes += 1 if plain else escape_factor * len(character.encode())
         if used_bytes > max_bytes:
             return text[:kept] + _CUT
         if used_bytes <= max_bytes - len(_CUT):
