@@ -1,0 +1,304 @@
+"""A caller's way through the lane: however it ends, the place in the queue is given back. The engine is a fake."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import pytest_asyncio
+
+from heatlens import PixelBox
+from heatlens_server.cam.catalog import Method
+from heatlens_server.engines.base import ImageResult, MapSpec, Target, TopK
+from heatlens_server.errors import DeadlineExpired, InternalError, InvalidArgument, QueueFull, ServerDraining
+from heatlens_server.imaging.preprocess import FittedImage
+from heatlens_server.serving.entry import EntryState
+from heatlens_server.serving.lane import Explained, Lane
+
+SPEC = MapSpec(Method.GRAD_CAM, ("layer",), upsample=False)
+POISON = 255
+PATIENCE_S = 20
+
+
+def image(value: int) -> FittedImage:
+    pixels = np.full((2, 2, 3), value, np.uint8)
+    return FittedImage(pixels=pixels, region=PixelBox(0, 0, 2, 2), source_width_px=2, source_height_px=2)
+
+
+@dataclass
+class Engine:
+    """Answers each image with its own value once the gate is open; fails on POISON."""
+
+    gate: threading.Event = field(default_factory=threading.Event)
+    entered: threading.Event = field(default_factory=threading.Event)
+    seen: list[list[int]] = field(default_factory=list)
+    closed: int = 0
+
+    def explain(self, images: np.ndarray, targets: Sequence[Target], spec: MapSpec) -> list[ImageResult]:
+        values = [int(value) for value in images[:, 0, 0, 0]]
+        self.entered.set()
+        assert self.gate.wait(PATIENCE_S)
+        self.seen.append(values)
+        if POISON in values:
+            raise ValueError("secret")
+        one = np.zeros(1, np.float32)
+        return [ImageResult(np.array([v], np.float32), (0,), np.zeros((1, 1, 1), np.float32), one, one) for v in values]
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    made = Engine()
+    made.gate.set()
+    yield made
+    made.gate.set()  # lets the threads of a failed test end
+
+
+@pytest.fixture
+def preparers() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
+@pytest_asyncio.fixture
+async def lane(engine: Engine, preparers: ThreadPoolExecutor) -> AsyncIterator[Lane]:
+    made = Lane(engine, name="test", preparers=preparers, max_batch_size=4, max_delay_s=0.0, max_queue_length=4)
+    yield made
+    engine.gate.set()
+    assert await made.close(timeout_s=PATIENCE_S)
+
+
+def explain(
+    lane: Lane, value: int = 1, *, prepare: Callable[[], FittedImage] | None = None, timeout_s: float | None = None
+) -> "asyncio.Task[Explained]":
+    make = prepare or (lambda: image(value))
+    return asyncio.create_task(lane.explain(make, TopK(1), SPEC, timeout_s=timeout_s))
+
+
+def value_of(explained: Explained) -> int:
+    return int(explained.completed.result.logits[0])
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():  # noqa: ASYNC110 - what is waited for is in other threads
+            await asyncio.sleep(0.001)
+
+
+class Slow:
+    """A preparation that takes until it is released."""
+
+    def __init__(self, value: int = 1) -> None:
+        self.started, self.release, self.finished = (threading.Event() for _ in range(3))
+        self.value = value
+
+    def __call__(self) -> FittedImage:
+        self.started.set()
+        assert self.release.wait(PATIENCE_S)
+        self.finished.set()
+        return image(self.value)
+
+
+async def test_a_caller_gets_its_own_result_with_times_and_geometry(lane):
+    explained = await explain(lane, 7)
+    assert value_of(explained) == 7
+    assert explained.image.source_width_px == 2
+    assert explained.preprocess_s >= 0
+    assert explained.completed.batch_size == 1
+    assert len(lane.batcher) == 0
+
+
+async def test_a_batch_is_delivered_with_one_wake_up_of_the_loop(lane, monkeypatch):
+    wake_ups = []
+    loop = asyncio.get_running_loop()
+    original = loop.call_soon_threadsafe
+    monkeypatch.setattr(
+        loop, "call_soon_threadsafe", lambda call, *args: (wake_ups.append(len(args[0])), original(call, *args))[1]
+    )
+    lane.batcher.hold_until(4)
+    answers = await asyncio.gather(*(explain(lane, value) for value in (3, 1, 4, 2)))
+    assert [value_of(answer) for answer in answers] == [3, 1, 4, 2]
+    assert [answer.completed.batch_size for answer in answers] == [4] * 4
+    assert wake_ups == [4]
+
+
+async def test_what_preparing_raises_reaches_the_caller_and_only_that_one(lane, engine):
+    def fail() -> FittedImage:
+        raise InvalidArgument.of("image.encoded", "corrupt", reason="IMAGE_UNDECODABLE")
+
+    good, bad = explain(lane, 5), explain(lane, prepare=fail)
+    with pytest.raises(InvalidArgument, match="corrupt"):
+        await bad
+    assert value_of(await good) == 5
+    assert engine.seen == [[5]]
+    assert len(lane.batcher) == 0
+
+
+async def test_any_exception_of_preparing_is_raised_as_it_is(lane):
+    def fail() -> FittedImage:
+        raise ZeroDivisionError("a bug")
+
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        await explain(lane, prepare=fail)
+    assert len(lane.batcher) == 0
+    assert value_of(await explain(lane, 2)) == 2
+
+
+async def test_engine_failure_is_an_internal_error_and_the_lane_lives(lane):
+    with pytest.raises(InternalError):
+        await explain(lane, POISON)
+    assert value_of(await explain(lane, 2)) == 2
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, -1.0])
+async def test_a_deadline_in_the_past_spares_decoder_and_model(lane, engine, timeout_s):
+    prepared = []
+    with pytest.raises(DeadlineExpired, match="before the image was decoded"):
+        await explain(lane, prepare=lambda: prepared.append(1), timeout_s=timeout_s)
+    assert prepared == []
+    assert engine.seen == []
+    assert len(lane.batcher) == 0
+
+
+async def test_a_deadline_that_passes_while_others_are_decoded_spares_the_decoder(lane, preparers):
+    blockers = [Slow(), Slow()]
+    waiting = [explain(lane, prepare=blocker) for blocker in blockers]
+    await until(lambda: all(blocker.started.is_set() for blocker in blockers))
+    prepared = []
+    late = explain(lane, prepare=lambda: prepared.append(1), timeout_s=0.01)
+    await until(lambda: len(lane.batcher) == 3)
+    admitted_at = asyncio.get_running_loop().time()
+    await until(lambda: asyncio.get_running_loop().time() > admitted_at + 0.02)
+    for blocker in blockers:
+        blocker.release.set()
+    with pytest.raises(DeadlineExpired):
+        await late
+    assert prepared == []
+    await asyncio.gather(*waiting)
+
+
+async def test_cancelled_while_preparing(lane, engine):
+    slow = Slow()
+    task = explain(lane, prepare=slow)
+    await until(slow.started.is_set)
+    assert len(lane.batcher) == 1
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert len(lane.batcher) == 0  # at once: the place is free while the decoder still works
+    slow.release.set()
+    await until(slow.finished.is_set)
+    assert value_of(await explain(lane, 9)) == 9
+    assert engine.seen == [[9]]
+
+
+async def test_cancelled_before_a_preparer_is_free_is_not_decoded_at_all(lane):
+    blockers = [Slow(2), Slow(3)]
+    waiting = [explain(lane, prepare=blocker) for blocker in blockers]
+    await until(lambda: all(blocker.started.is_set() for blocker in blockers))
+    unwanted = Slow()
+    task = explain(lane, prepare=unwanted)
+    await until(lambda: len(lane.batcher) == 3)
+    task.cancel()
+    await asyncio.wait([task])
+    for blocker in blockers:
+        blocker.release.set()
+    assert [value_of(await answer) for answer in waiting] == [2, 3]
+    assert value_of(await explain(lane, 4)) == 4
+    assert not unwanted.started.is_set()
+
+
+async def test_cancelled_while_waiting_or_running(lane, engine):
+    engine.gate.clear()
+    running = explain(lane, 1)
+    await until(engine.entered.is_set)
+    # One batch is prepared ahead; hold this one back in the queue.
+    lane.batcher.hold_until(9)
+    queued = explain(lane, 2)
+    await until(lambda: len(lane.batcher) == 1)
+    running.cancel()
+    queued.cancel()
+    assert all(
+        isinstance(e, asyncio.CancelledError) for e in await asyncio.gather(running, queued, return_exceptions=True)
+    )
+    assert len(lane.batcher) == 0
+    lane.batcher.hold_until(0)
+    engine.gate.set()
+    assert value_of(await explain(lane, 3)) == 3
+    assert engine.seen == [[1], [3]]
+
+
+async def test_a_full_queue_refuses_before_decoding_and_recovers(lane):
+    lane.batcher.hold_until(9)
+    waiting = [explain(lane, value) for value in range(4)]
+    await until(lambda: len(lane.batcher) == 4)
+    prepared = []
+    with pytest.raises(QueueFull):
+        await explain(lane, prepare=lambda: prepared.append(1))
+    assert prepared == []
+    lane.batcher.hold_until(0)
+    assert [value_of(await answer) for answer in waiting] == [0, 1, 2, 3]
+    assert value_of(await explain(lane, 5)) == 5
+
+
+async def test_a_preparer_pool_that_is_shut_down_leaks_no_place(lane, preparers):
+    preparers.shutdown()
+    for _ in range(5):  # more than the queue's length
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            await explain(lane)
+    assert len(lane.batcher) == 0
+
+
+async def test_closing_finishes_what_was_admitted_and_refuses_the_rest(lane, engine):
+    engine.gate.clear()
+    slow = Slow(2)
+    admitted = [explain(lane, 1), explain(lane, prepare=slow)]
+    await until(lambda: engine.entered.is_set() and slow.started.is_set())
+    closing = asyncio.create_task(lane.close())
+    await until(lambda: lane.batcher._closed)
+    with pytest.raises(ServerDraining):
+        await explain(lane, 3)
+    assert not closing.done()
+    slow.release.set()
+    engine.gate.set()
+    assert [value_of(await answer) for answer in admitted] == [1, 2]
+    assert await closing
+    assert engine.closed == 1
+
+
+async def test_closing_a_stuck_engine_gives_up_in_time_and_leaves_it_open(lane, engine):
+    engine.gate.clear()
+    stuck = explain(lane, 1)
+    await until(engine.entered.is_set)
+    assert not await lane.close(timeout_s=0.01)
+    assert engine.closed == 0  # its thread is inside
+    engine.gate.set()
+    assert value_of(await stuck) == 1
+    assert await lane.close(timeout_s=PATIENCE_S)
+    assert engine.closed == 1
+
+
+async def test_an_outcome_after_the_caller_left_is_dropped(lane, engine, caplog):
+    engine.gate.clear()
+    task = explain(lane, POISON)
+    await until(engine.entered.is_set)
+    task.cancel()
+    await asyncio.wait([task])
+    engine.gate.set()
+    assert value_of(await explain(lane, 1)) == 1
+    assert "exception was never retrieved" not in caplog.text
+
+
+async def test_states_end_where_they_should(lane):
+    entries = []
+    admit = lane.batcher.admit
+    lane.batcher.admit = lambda *args, **kwargs: (entries.append(admit(*args, **kwargs)), entries[-1])[1]
+    await explain(lane, 1)
+    with pytest.raises(DeadlineExpired):
+        await explain(lane, 1, timeout_s=0.0)
+    assert [entry.state for entry in entries] == [EntryState.CLAIMED, EntryState.GONE]
