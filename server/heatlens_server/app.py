@@ -12,7 +12,6 @@ from typing import TypeVar, cast
 
 from heatlens.v1 import explain_pb2_grpc, model_pb2_grpc
 from heatlens_server.config import Config, ModelConfig
-from heatlens_server.engines.allocator import keep_freed_memory
 from heatlens_server.engines.build import BuiltModel, build
 from heatlens_server.errors import ModelLoadError
 from heatlens_server.models.registry import Registry
@@ -61,8 +60,6 @@ class Server:
         Raises:
             ConfigError: the address cannot be bound, or a file of the configuration cannot be read.
         """
-        # Before any thread exists: a thread keeps the heap that it started with.
-        keep_freed_memory()
         server = cls(config)
         server._add_services()
         server.port = bind(server._grpc, config.server)

@@ -4,13 +4,16 @@ import asyncio
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from heatlens_server.config import Config, load_config
+from heatlens_server.engines.allocator import keep_freed_memory
 from heatlens_server.errors import ConfigError
 from heatlens_server.telemetry import configure_logging
+
+if TYPE_CHECKING:
+    from heatlens_server.config import Config
 
 app = typer.Typer(
     name="heatlens-server",
@@ -39,6 +42,8 @@ def serve(
     ] = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish the calls in flight."""
+    # Before numpy and torch are imported and start threads: a thread keeps the heap that it started with.
+    keep_freed_memory()
     settings = _load(config, {"server": {"listen": listen}} if listen else {})
     configure_logging(log_format=settings.server.log_format, level=settings.server.log_level)
     # Only now: importing torch takes seconds, and a wrong configuration should be told at once.
@@ -85,11 +90,16 @@ def _main(
     """Serve image models with explanations over gRPC."""
 
 
-def _load(path: Path | None, overrides: dict[str, Any]) -> Config:
+def _load(path: Path | None, overrides: dict[str, Any]) -> "Config":
+    from heatlens_server.config import load_config  # noqa: PLC0415 - imports numpy, see `serve`
+
     try:
-        return load_config(path, overrides)
+        settings = load_config(path, overrides)
+        # Said now rather than once torch is imported.
+        settings.server.read_token()
     except ConfigError as error:
         _fail(error)
+    return settings
 
 
 def _fail(error: ConfigError) -> NoReturn:

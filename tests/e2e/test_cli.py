@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import cv2
-import heatlens
 import numpy as np
 import pytest
-from heatlens._cli import app
 from typer.testing import CliRunner
+
+import heatlens
+from heatlens._cli import app
 
 COMMAND = Path(sys.executable).parent / "heatlens"
 NOBODY = "127.0.0.1:1"
@@ -20,7 +21,7 @@ NOBODY = "127.0.0.1:1"
 @pytest.fixture
 def run(monkeypatch):
     """Run the command in this process; stdout and stderr apart."""
-    for name in ("HEATLENS_SERVER", "HEATLENS_TOKEN"):
+    for name in ("HEATLENS_ADDRESS", "HEATLENS_TOKEN"):
         monkeypatch.delenv(name, raising=False)
 
     def run(*arguments, exit_code=0):
@@ -131,7 +132,7 @@ def test_nobody_there(run, chelsea_path):
 
 
 def test_server_from_the_environment(run, server, monkeypatch):
-    monkeypatch.setenv("HEATLENS_SERVER", server.address)
+    monkeypatch.setenv("HEATLENS_ADDRESS", server.address)
     assert "tiny" in run("models").stdout
 
 

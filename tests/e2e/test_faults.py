@@ -9,6 +9,7 @@ import grpc.aio
 import numpy as np
 import pytest
 import pytest_asyncio
+
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
 from heatlens_server.app import Server

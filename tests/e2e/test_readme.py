@@ -215,7 +215,7 @@ def test_shell_lines_exist(line, folder, monkeypatch):
 
 @pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("heatlens ")])
 def test_client_commands_run(line, folder, address):
-    done = CliRunner(env={"HEATLENS_SERVER": address}).invoke(client_app, shlex.split(line)[1:])
+    done = CliRunner(env={"HEATLENS_ADDRESS": address}).invoke(client_app, shlex.split(line)[1:])
     assert done.exit_code == 0, done.output
     assert done.output
 

@@ -96,7 +96,7 @@ def test_the_checks_see_trespassers(tmp_path):
 
 
 def sources() -> list[Path]:
-    folders = ("client", "server", "bench", "examples", "proto", "docs")
+    folders = ("client", "server", "tests", "bench", "examples", "proto", "docs")
     found = [path for folder in folders for kind in ("*.py", "*.proto", "*.md") for path in (ROOT / folder).rglob(kind)]
     found += [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile")]
     return [path for path in found if CLIENT / "v1" not in path.parents]

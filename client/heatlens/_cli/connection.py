@@ -12,7 +12,7 @@ from heatlens._exceptions import HeatlensError
 from heatlens._options import TLS
 
 ServerOption: TypeAlias = Annotated[
-    str, typer.Option("--server", "-s", envvar="HEATLENS_SERVER", metavar="HOST:PORT", help="The server.")
+    str, typer.Option("--server", "-s", envvar="HEATLENS_ADDRESS", metavar="HOST:PORT", help="The server.")
 ]
 TlsOption: TypeAlias = Annotated[
     bool, typer.Option("--tls", help="Encrypt. Implied by --ca, and by a token for another machine.")

@@ -19,7 +19,9 @@ _TOP_PAD_BYTES = 64 * 1024 * 1024
 
 
 def keep_freed_memory() -> bool:
-    """Tell malloc to keep what is freed and to serve every thread from one heap. Process-wide; call it early.
+    """Tell malloc to keep what is freed and to serve every thread from one heap.
+
+    Process-wide. To be called before numpy and torch are imported: threads that exist keep the heaps they have.
 
     Returns:
         False where malloc cannot be told (not glibc): everything works, only slower.
@@ -34,4 +36,5 @@ def keep_freed_memory() -> bool:
         (_M_TRIM_THRESHOLD, _NEVER),
         (_M_TOP_PAD, _TOP_PAD_BYTES),
     )
-    return all([mallopt(name, value) == 1 for name, value in settings])
+    accepted = [mallopt(name, value) == 1 for name, value in settings]
+    return all(accepted)

@@ -17,26 +17,31 @@ from heatlens_server.serving.served import ServedModel
 _PROTO_TYPES = {"<f4": pb.DATA_TYPE_FLOAT32, "<f2": pb.DATA_TYPE_FLOAT16, "u1": pb.DATA_TYPE_UINT8}
 
 _ENVELOPE_BYTES = 64 * 1024
-"""Room for everything in an answer but its maps."""
+"""Room for everything in an answer but its maps and predictions."""
+
+_PREDICTION_BYTES = 256
+"""Room for one prediction with its label."""
 
 
 def check_answer_size(command: ExplainCommand, image: FittedImage, limits: Limits) -> None:
     """Refuse an answer that cannot be sent, before the model runs for it.
 
     Raises:
-        InvalidArgument: the maps would not fit in a message.
+        InvalidArgument: the maps and predictions would not fit in a message.
     """
     if command.place_on_source:
         pixels = image.source_width_px * image.source_height_px
     else:
-        pixels = image.pixels.shape[0] * image.pixels.shape[1]
-    size_bytes = command.target_count * pixels * np.dtype(command.map_dtype).itemsize + _ENVELOPE_BYTES
-    if size_bytes > limits.max_message_bytes and (command.place_on_source or command.spec.upsample):
+        # A layer's own map is far smaller than the input.
+        pixels = image.pixels.shape[0] * image.pixels.shape[1] if command.spec.upsample else 0
+    maps_bytes = command.target_count * pixels * np.dtype(command.map_dtype).itemsize
+    size_bytes = maps_bytes + command.top_predictions * _PREDICTION_BYTES + _ENVELOPE_BYTES
+    if size_bytes > limits.max_message_bytes:
         raise InvalidArgument.of(
-            "options.map_size",
-            f"{command.target_count} maps of this size would take {size_bytes} bytes, "
-            f"more than the {limits.max_message_bytes} of a message; ask for a smaller map_size or map_type, "
-            "or for fewer classes",
+            "options.map_size" if maps_bytes else "options.top_predictions",
+            f"{command.target_count} maps of this size and {command.top_predictions} predictions would take "
+            f"{size_bytes} bytes, more than the {limits.max_message_bytes} of a message; ask for a smaller map_size "
+            "or map_type, or for fewer classes",
             reason="ANSWER_TOO_LARGE",
             answer_bytes=size_bytes,
             max_message_bytes=limits.max_message_bytes,
