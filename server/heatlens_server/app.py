@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, cast
@@ -16,6 +17,7 @@ from heatlens_server.engines.build import BuiltModel, build
 from heatlens_server.errors import ModelLoadError
 from heatlens_server.models.registry import Registry
 from heatlens_server.rpc.explain_service import ExplainServicer
+from heatlens_server.rpc.gate import CallGate
 from heatlens_server.rpc.health import Health
 from heatlens_server.rpc.limits import Limits
 from heatlens_server.rpc.listener import bind, enable_reflection, make_server
@@ -25,6 +27,12 @@ from heatlens_server.serving.served import ServedModel
 
 _log = logging.getLogger("heatlens")
 T = TypeVar("T")
+
+_NOTICE_S = 0.1
+"""How long a draining server with nothing in flight still answers new callers with UNAVAILABLE, in seconds."""
+
+_FLUSH_S = 1.0
+"""How long answers that are on their way out, and health watchers, have once every call is done, in seconds."""
 
 _CLOSE_S = 2.0
 """How long engines may take to end once no call is left, in seconds."""
@@ -37,7 +45,7 @@ class Server:
         """Wire everything; nothing runs yet."""
         self._config = config
         names = [model.name for model in config.models]
-        self.registry: Registry[ServedModel] = Registry(names, default=config.server.default_model or names[0])
+        self.registry: Registry[ServedModel] = Registry(names, default=config.default_model)
         self._health = Health()
         self._loading: set[asyncio.Task[None]] = set()
         self._preparers = ThreadPoolExecutor(
@@ -50,7 +58,8 @@ class Server:
             max_targets=config.server.max_targets,
         )
         token = config.server.read_token()
-        self._grpc = make_server(config.server, token=None if token is None else token.get_secret_value())
+        self._gate = CallGate()
+        self._grpc = make_server(config.server, self._gate, token=None if token is None else token.get_secret_value())
         self.port = 0
 
     @classmethod
@@ -86,7 +95,12 @@ class Server:
         await self._health.drain()
         for task in self._loading:
             task.cancel()
-        await self._grpc.stop(grace_s)
+        # As long as calls are in flight the port stays open, and new callers are told UNAVAILABLE. Closing it right
+        # away would cut off those who have not heard yet: gRPC tells them CANCELLED.
+        deadline = time.monotonic() + grace_s
+        finished = await self._gate.close(grace_s)
+        await asyncio.sleep(min(_NOTICE_S, max(0.0, deadline - time.monotonic())))
+        await self._grpc.stop(_FLUSH_S if finished else 0.0)
         self._preparers.shutdown(wait=False, cancel_futures=True)
         lanes = [slot.value.lane for slot in self.registry.slots if slot.value is not None]
         await asyncio.gather(*(lane.close(timeout_s=_CLOSE_S) for lane in lanes))

@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -42,6 +42,17 @@ def explain(address: str, **kwargs) -> pb.ExplainResponse:
         return explain_pb2_grpc.ExplainServiceStub(channel).Explain(
             pb.ExplainRequest(image=IMAGE), timeout=30, **kwargs
         )
+
+
+def slow_call(folder: Path, pool: ThreadPoolExecutor, address: str) -> "Future[pb.ExplainResponse]":
+    """A call that is in the model now, and will be for SLOW_S seconds."""
+    (folder / "armed").touch()
+    in_flight = pool.submit(explain, address)
+    deadline = time.monotonic() + 20
+    while not (folder / "seen").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return in_flight
 
 
 def test_health_is_told_per_service_and_per_model(server):
@@ -124,22 +135,19 @@ def test_sigterm_finishes_calls_in_flight_and_refuses_new_ones(tmp_path):
     with grpc.insecure_channel(running.address) as watching, ThreadPoolExecutor() as pool:
         watch = health_pb2_grpc.HealthStub(watching).Watch(health_pb2.HealthCheckRequest())
         assert next(watch).status == SERVING
-        in_flight = pool.submit(explain, running.address)  # the model sleeps for a second
-        log = Path(tmp_path / "seen")
-        deadline = time.monotonic() + 20
-        while not log.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        in_flight = slow_call(tmp_path, pool, running.address)
         started = time.monotonic()
         running.process.send_signal(signal.SIGTERM)
         assert next(watch).status == NOT_SERVING
         with pytest.raises(grpc.RpcError) as refused:
             explain(running.address)
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
-        watch.cancel()
+        assert Details(refused.value).info.reason == "SERVER_DRAINING"
+        assert not in_flight.done()
         assert in_flight.result().explanations
-    assert running.process.wait(20) == 0
-    assert time.monotonic() - started < 20
+        # The watcher is still there: it does not hold the server until the end of the grace.
+        assert running.process.wait(20) == 0
+    assert time.monotonic() - started < 15
 
 
 def test_call_that_outlives_the_grace_is_cut_off(tmp_path):
@@ -148,9 +156,7 @@ def test_call_that_outlives_the_grace_is_cut_off(tmp_path):
     )
     wait_settled(running.address)
     with ThreadPoolExecutor() as pool:
-        in_flight = pool.submit(explain, running.address)
-        while not (tmp_path / "seen").exists():
-            time.sleep(0.01)
+        in_flight = slow_call(tmp_path, pool, running.address)
         started = time.monotonic()
         running.process.send_signal(signal.SIGTERM)
         assert isinstance(in_flight.exception(), grpc.RpcError)
@@ -160,7 +166,7 @@ def test_call_that_outlives_the_grace_is_cut_off(tmp_path):
 
 def test_token_is_required_but_for_health(tmp_path):
     running = start_server_process(
-        tmp_path, f'[server]\nlisten = "127.0.0.1:0"\n{TINY}', env={"HEATLENS_SERVER__TOKEN": "s3cret", "SLOW_S": "0"}
+        tmp_path, f'[server]\nlisten = "127.0.0.1:0"\n{TINY}', env={"HEATLENS_SERVER__TOKEN": "s3cret"}
     )
     try:
         assert health(running.address, "heatlens.v1.ExplainService") in {SERVING, NOT_SERVING}
@@ -192,7 +198,7 @@ def test_tls_with_client_certificates(tmp_path):
     tls = {{ certificate = "server.pem", private_key = "server.key", client_ca = "ca.pem" }}
     {TINY}
     """
-    running = start_server_process(tmp_path, toml, env={"SLOW_S": "0"})
+    running = start_server_process(tmp_path, toml)
     address = running.address.replace("127.0.0.1", "localhost")
     ca = (tmp_path / "ca.pem").read_bytes()
     with_key = grpc.ssl_channel_credentials(

@@ -37,7 +37,7 @@ def start_server_process(folder: Path, toml: str, *, env: dict[str, str] | None 
             stderr=log,
             stdout=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(SUPPORT), "SEEN": str(folder / "seen"), **(env or {})},
+            env={**os.environ, "PYTHONPATH": str(SUPPORT), "SLOW_FOLDER": str(folder), **(env or {})},
         )
     deadline = time.monotonic() + 90
     while not (port_file.exists() and port_file.read_text().endswith("\n")):

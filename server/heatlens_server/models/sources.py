@@ -71,8 +71,12 @@ def _load_torchvision(name: str, weights: str) -> SourcedModel:
     if name not in names:
         raise ModelLoadError(f"torchvision has no classification model {name!r}{_near(name, names)}")
     members = torchvision.models.get_model_weights(name)
-    if weights in {"default", "none"} or _is_file(weights):
+    if weights in {"default", "none"}:
         entry = members.DEFAULT
+    elif _is_file(weights):
+        # One of torchvision's own files, under its own name, brings the transform it was trained with.
+        own = [member for member in members if member.url.rpartition("/")[2] == Path(weights).name]
+        entry = own[0] if own else members.DEFAULT
     elif weights in members.__members__:
         entry = members[weights]
     else:

@@ -17,6 +17,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from heatlens_server.errors import FieldViolation, HeatlensError, InternalError, InvalidArgument, Unauthenticated
+from heatlens_server.rpc.gate import CallGate
 from heatlens_server.rpc.status import REQUEST_ID_KEY, to_wire
 
 _log = logging.getLogger("heatlens.rpc")
@@ -29,12 +30,14 @@ Context = Any  # grpc.aio.ServicerContext, whose type parameters differ per meth
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps unary and bidirectional handlers of every service but health."""
 
-    def __init__(self, *, token: str | None = None) -> None:
+    def __init__(self, gate: CallGate, *, token: str | None = None) -> None:
         """Wrap calls.
 
         Args:
+            gate: counts the calls, and refuses them once the server drains.
             token: the bearer token that callers must send; None lets everybody in.
         """
+        self._gate = gate
         self._token = None if token is None else token.encode()
 
     async def intercept_service(
@@ -63,7 +66,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             span = _Call(method, context)
             try:
                 self._authenticate(context)
-                response = await behavior(_parsed(request), context)
+                with self._gate:
+                    response = await behavior(_parsed(request), context)
             except BaseException as error:
                 await span.fail(error)
             span.succeed()
@@ -76,8 +80,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             span = _Call(method, context)
             try:
                 self._authenticate(context)
-                async for response in behavior(_parse_all(requests), context):
-                    yield response
+                with self._gate:
+                    async for response in behavior(_parse_all(requests), context):
+                        yield response
             except BaseException as error:
                 await span.fail(error)
             span.succeed()

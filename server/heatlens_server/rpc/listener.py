@@ -6,6 +6,7 @@ from grpc_reflection.v1alpha import reflection
 
 from heatlens_server.config import ServerConfig, TlsConfig
 from heatlens_server.errors import ConfigError
+from heatlens_server.rpc.gate import CallGate
 from heatlens_server.rpc.health import SERVICES
 from heatlens_server.rpc.interceptor import CallInterceptor
 
@@ -18,10 +19,10 @@ _KEEPALIVE_OPTIONS = (
 )
 
 
-def make_server(config: ServerConfig, *, token: str | None) -> grpc.aio.Server:
+def make_server(config: ServerConfig, gate: CallGate, *, token: str | None) -> grpc.aio.Server:
     """Make a server with limits, keepalive and the call interceptor, without services and without a port."""
     return grpc.aio.server(
-        interceptors=[CallInterceptor(token=token)],
+        interceptors=[CallInterceptor(gate, token=token)],
         options=[
             ("grpc.max_receive_message_length", config.max_message_bytes),
             ("grpc.max_send_message_length", config.max_message_bytes),

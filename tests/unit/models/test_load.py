@@ -75,7 +75,13 @@ class TestRealWeights:
         loaded = load_model(model("torchvision:mobilenet_v2", weights=str(MOBILENET)))
         assert predict(loaded, data.chelsea()) in CATS
         assert loaded.layers[0] == "features"
-        # The default weights' transform, known without downloading them.
+        # The file's own transform: torchvision's name for it is IMAGENET1K_V1's.
+        assert (loaded.preprocess.resize_px, loaded.preprocess.crop_px) == (256, (224, 224))
+
+    def test_weights_file_of_another_name_gets_the_default_transform(self, tmp_path):
+        path = tmp_path / "mine.pth"
+        path.symlink_to(MOBILENET)
+        loaded = load_model(model("torchvision:mobilenet_v2", weights=str(path)))
         assert (loaded.preprocess.resize_px, loaded.preprocess.crop_px) == (232, (224, 224))
 
     def test_version_follows_the_weights_not_the_file(self, tmp_path):

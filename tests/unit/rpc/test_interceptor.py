@@ -14,6 +14,7 @@ from grpc_health.v1.health import aio as health_aio
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
 from heatlens_server.errors import DeadlineExpired, InternalError, InvalidArgument, QueueFull
+from heatlens_server.rpc.gate import CallGate
 from heatlens_server.rpc.interceptor import CallInterceptor
 from wire import Details
 
@@ -51,7 +52,7 @@ class Rig:
 
     def __init__(self, token: str | None) -> None:
         self.service = Service()
-        self.server = grpc.aio.server(interceptors=[CallInterceptor(token=token)])
+        self.server = grpc.aio.server(interceptors=[CallInterceptor(CallGate(), token=token)])
         explain_pb2_grpc.add_ExplainServiceServicer_to_server(self.service, self.server)
         health_pb2_grpc.add_HealthServicer_to_server(health_aio.HealthServicer(), self.server)
 
