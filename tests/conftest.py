@@ -79,6 +79,21 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     assert running.process.wait(30) == 0, running.log()
 
 
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
+    """Start server processes in the test's folder: `launch(toml, env=...)`. What still runs afterwards is killed."""
+    running: list[ServerProcess] = []
+
+    def start(toml: str, *, env: dict[str, str] | None = None) -> ServerProcess:
+        running.append(start_server_process(tmp_path, toml, env=env))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.process.kill()
+        server.process.wait()
+
+
 StartServer = Callable[..., "object"]
 
 

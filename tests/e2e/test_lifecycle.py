@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc, model_pb2, model_pb2_grpc
-from server_process import start_server_process, wait_settled
+from server_process import wait_settled
 from wire import Details, distinct, pixels
 
 TINY = """
@@ -102,8 +102,8 @@ def test_reflection_lists_the_services(server):
     assert {"heatlens.v1.ExplainService", "heatlens.v1.ModelService", "grpc.health.v1.Health"} <= names
 
 
-def test_reflection_is_off_by_default(tmp_path):
-    running = start_server_process(tmp_path, f'[server]\nlisten = "127.0.0.1:0"\n{TINY}')
+def test_reflection_is_off_by_default(launch):
+    running = launch(f'[server]\nlisten = "127.0.0.1:0"\n{TINY}')
     with grpc.insecure_channel(running.address) as channel:
         ask = reflection_pb2.ServerReflectionRequest(list_services="")
         with pytest.raises(grpc.RpcError) as raised:
@@ -129,8 +129,8 @@ def test_second_server_on_the_same_port_fails_loudly(server, tmp_path):
     assert "Traceback" not in second.stderr
 
 
-def test_sigterm_finishes_calls_in_flight_and_refuses_new_ones(tmp_path):
-    running = start_server_process(tmp_path, f'[server]\nlisten = "127.0.0.1:0"\ngrace_s = 20\n{TINY}')
+def test_sigterm_finishes_calls_in_flight_and_refuses_new_ones(tmp_path, launch):
+    running = launch(f'[server]\nlisten = "127.0.0.1:0"\ngrace_s = 20\n{TINY}')
     wait_settled(running.address)
     with grpc.insecure_channel(running.address) as watching, ThreadPoolExecutor() as pool:
         watch = health_pb2_grpc.HealthStub(watching).Watch(health_pb2.HealthCheckRequest())
@@ -150,10 +150,8 @@ def test_sigterm_finishes_calls_in_flight_and_refuses_new_ones(tmp_path):
     assert time.monotonic() - started < 15
 
 
-def test_call_that_outlives_the_grace_is_cut_off(tmp_path):
-    running = start_server_process(
-        tmp_path, f'[server]\nlisten = "127.0.0.1:0"\ngrace_s = 0.2\n{TINY}', env={"SLOW_S": "8"}
-    )
+def test_call_that_outlives_the_grace_is_cut_off(tmp_path, launch):
+    running = launch(f'[server]\nlisten = "127.0.0.1:0"\ngrace_s = 0.2\n{TINY}', env={"SLOW_S": "8"})
     wait_settled(running.address)
     with ThreadPoolExecutor() as pool:
         in_flight = slow_call(tmp_path, pool, running.address)
@@ -164,29 +162,23 @@ def test_call_that_outlives_the_grace_is_cut_off(tmp_path):
         assert time.monotonic() - started < 7
 
 
-def test_token_is_required_but_for_health(tmp_path):
-    running = start_server_process(
-        tmp_path, f'[server]\nlisten = "127.0.0.1:0"\n{TINY}', env={"HEATLENS_SERVER__TOKEN": "s3cret"}
-    )
-    try:
-        assert health(running.address, "heatlens.v1.ExplainService") in {SERVING, NOT_SERVING}
-        for metadata in ([], [("authorization", "Bearer wrong")], [("authorization", "s3cret")]):
-            with pytest.raises(grpc.RpcError) as raised:
-                explain(running.address, metadata=metadata)
-            assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
-            assert "s3cret" not in raised.value.details()
-        with grpc.insecure_channel(running.address) as channel:
-            models = model_pb2_grpc.ModelServiceStub(channel).ListModels(
-                model_pb2.ListModelsRequest(), metadata=[("authorization", "Bearer s3cret")]
-            )
-            assert models.models
-        assert "s3cret" not in running.log()
-    finally:
-        running.process.kill()
-        running.process.wait()
+def test_token_is_required_but_for_health(launch):
+    running = launch(f'[server]\nlisten = "127.0.0.1:0"\n{TINY}', env={"HEATLENS_SERVER__TOKEN": "s3cret"})
+    assert health(running.address, "heatlens.v1.ExplainService") in {SERVING, NOT_SERVING}
+    for metadata in ([], [("authorization", "Bearer wrong")], [("authorization", "s3cret")]):
+        with pytest.raises(grpc.RpcError) as raised:
+            explain(running.address, metadata=metadata)
+        assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert "s3cret" not in raised.value.details()
+    with grpc.insecure_channel(running.address) as channel:
+        models = model_pb2_grpc.ModelServiceStub(channel).ListModels(
+            model_pb2.ListModelsRequest(), metadata=[("authorization", "Bearer s3cret")]
+        )
+        assert models.models
+    assert "s3cret" not in running.log()
 
 
-def test_tls_with_client_certificates(tmp_path):
+def test_tls_with_client_certificates(tmp_path, launch):
     authority = trustme.CA()
     for name, certificate in (("server", authority.issue_cert("localhost")), ("client", authority.issue_cert("me"))):
         certificate.private_key_pem.write_to_path(tmp_path / f"{name}.key")
@@ -198,17 +190,13 @@ def test_tls_with_client_certificates(tmp_path):
     tls = {{ certificate = "server.pem", private_key = "server.key", client_ca = "ca.pem" }}
     {TINY}
     """
-    running = start_server_process(tmp_path, toml)
+    running = launch(toml)
     address = running.address.replace("127.0.0.1", "localhost")
     ca = (tmp_path / "ca.pem").read_bytes()
     with_key = grpc.ssl_channel_credentials(
         ca, (tmp_path / "client.key").read_bytes(), (tmp_path / "client.pem").read_bytes()
     )
-    try:
-        with grpc.secure_channel(address, with_key) as channel:
-            assert model_pb2_grpc.ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest()).models
-        with grpc.secure_channel(address, grpc.ssl_channel_credentials(ca)) as channel, pytest.raises(grpc.RpcError):
-            model_pb2_grpc.ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest(), timeout=5)
-    finally:
-        running.process.kill()
-        running.process.wait()
+    with grpc.secure_channel(address, with_key) as channel:
+        assert model_pb2_grpc.ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest()).models
+    with grpc.secure_channel(address, grpc.ssl_channel_credentials(ca)) as channel, pytest.raises(grpc.RpcError):
+        model_pb2_grpc.ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest(), timeout=5)
