@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import grpc.aio
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
+from heatlens import Client
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
 from heatlens_server.app import Server
@@ -199,6 +201,17 @@ async def test_sixty_four_callers_with_distinct_images_get_their_own_maps(stub):
         assert max(answer.timing.batch_size for answer in together) > 1
         for one, other in zip(alone, together, strict=True):
             np.testing.assert_allclose(map_of(one.explanations[0]), map_of(other.explanations[0]), atol=1e-5)
+
+
+def test_sixty_four_threads_that_share_a_client_get_their_own_maps(server):
+    images = distinct(64)
+    with Client(server.address) as client, ThreadPoolExecutor(64) as pool:
+        alone = [client.explain(image, model="tiny_mlp") for image in images]
+        together = list(pool.map(lambda image: client.explain(image, model="tiny_mlp"), images))
+    assert max(result.timing.batch_size for result in together) > 1
+    for one, other in zip(alone, together, strict=True):
+        assert one.explanations[0].class_id == other.explanations[0].class_id
+        np.testing.assert_allclose(one.explanations[0].heatmap.values, other.explanations[0].heatmap.values, atol=1e-5)
 
 
 async def test_garbage_bytes_are_the_callers_fault(live):
