@@ -125,20 +125,24 @@ class Smoothing(_message.Message):
     def __init__(self, augmentation: bool = ..., principal_component: bool = ...) -> None: ...
 
 class ExplainResponse(_message.Message):
-    __slots__ = ("explanations", "predictions", "source_region", "model", "model_version", "timing")
+    __slots__ = ("explanations", "predictions", "source_region", "model", "model_version", "timing", "source_width_px", "source_height_px")
     EXPLANATIONS_FIELD_NUMBER: _ClassVar[int]
     PREDICTIONS_FIELD_NUMBER: _ClassVar[int]
     SOURCE_REGION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_WIDTH_PX_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_HEIGHT_PX_FIELD_NUMBER: _ClassVar[int]
     explanations: _containers.RepeatedCompositeFieldContainer[Explanation]
     predictions: _containers.RepeatedCompositeFieldContainer[ClassScore]
     source_region: PixelBox
     model: str
     model_version: str
     timing: Timing
-    def __init__(self, explanations: _Optional[_Iterable[_Union[Explanation, _Mapping]]] = ..., predictions: _Optional[_Iterable[_Union[ClassScore, _Mapping]]] = ..., source_region: _Optional[_Union[PixelBox, _Mapping]] = ..., model: _Optional[str] = ..., model_version: _Optional[str] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
+    source_width_px: int
+    source_height_px: int
+    def __init__(self, explanations: _Optional[_Iterable[_Union[Explanation, _Mapping]]] = ..., predictions: _Optional[_Iterable[_Union[ClassScore, _Mapping]]] = ..., source_region: _Optional[_Union[PixelBox, _Mapping]] = ..., model: _Optional[str] = ..., model_version: _Optional[str] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., source_width_px: _Optional[int] = ..., source_height_px: _Optional[int] = ...) -> None: ...
 
 class Explanation(_message.Message):
     __slots__ = ("class_id", "label", "logit", "probability", "map", "map_scale", "box", "map_offset")

@@ -57,6 +57,8 @@ def encode(explained: Explained, command: ExplainCommand, model: ServedModel) ->
         explanations=[_explanation(k, explained, command, probabilities, model) for k in range(len(result.class_ids))],
         predictions=_predictions(result, probabilities, command.top_predictions, model),
         source_region=_box(explained.image.region),
+        source_width_px=explained.image.source_width_px,
+        source_height_px=explained.image.source_height_px,
         model=model.name,
         model_version=model.version,
         timing=pb.Timing(
