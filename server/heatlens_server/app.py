@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar, cast
 
 from heatlens.v1 import explain_pb2_grpc, model_pb2_grpc
 from heatlens_server.config import Config, ModelConfig
@@ -26,7 +25,6 @@ from heatlens_server.serving.lane import Lane
 from heatlens_server.serving.served import ServedModel
 
 _log = logging.getLogger("heatlens")
-T = TypeVar("T")
 
 _NOTICE_S = 0.1
 """How long a draining server with nothing in flight still answers new callers with UNAVAILABLE, in seconds."""
@@ -48,6 +46,7 @@ class Server:
         self.registry: Registry[ServedModel] = Registry(names, default=config.default_model)
         self._health = Health()
         self._loading: set[asyncio.Task[None]] = set()
+        self._loaders: list[threading.Thread] = []
         self._preparers = ThreadPoolExecutor(
             config.server.decode_threads or os.cpu_count() or 1, thread_name_prefix="prepare-image"
         )
@@ -85,11 +84,14 @@ class Server:
         """Wait until every model is ready or has failed."""
         await asyncio.gather(*self._loading)
 
-    async def drain(self, grace_s: float) -> None:
+    async def drain(self, grace_s: float) -> bool:
         """Health NOT_SERVING, refuse new calls, finish those in flight, cut them off after the grace. Idempotent.
 
         Args:
             grace_s: how long calls in flight may take, in seconds.
+
+        Returns:
+            False if a model is still being loaded or run on a thread, which cannot be interrupted.
         """
         _log.info("draining: calls in flight have %g s", grace_s)
         await self._health.drain()
@@ -103,14 +105,13 @@ class Server:
         await self._grpc.stop(_FLUSH_S if finished else 0.0)
         self._preparers.shutdown(wait=False, cancel_futures=True)
         lanes = [slot.value.lane for slot in self.registry.slots if slot.value is not None]
-        await asyncio.gather(*(lane.close(timeout_s=_CLOSE_S) for lane in lanes))
+        closed = await asyncio.gather(*(lane.close(timeout_s=_CLOSE_S) for lane in lanes))
         _log.info("stopped")
+        return all(closed) and not any(thread.is_alive() for thread in self._loaders)
 
     def _add_services(self) -> None:
         models = self._config.models
-        explain_pb2_grpc.add_ExplainServiceServicer_to_server(
-            ExplainServicer(self.registry, self._limits, self._preparers), self._grpc
-        )
+        explain_pb2_grpc.add_ExplainServiceServicer_to_server(ExplainServicer(self.registry, self._limits), self._grpc)
         model_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelServicer(
                 self.registry,
@@ -127,7 +128,7 @@ class Server:
     async def _load(self, config: ModelConfig) -> None:
         """Load one model; whatever goes wrong with it stays with it."""
         try:
-            built = await _in_daemon_thread(lambda: build(config), name=f"load-{config.name}")
+            built = await self._in_loader(config)
         except ModelLoadError as error:
             _log.error("model %s failed to load: %s", config.name, error)
             self.registry.set_failed(config.name, str(error))
@@ -139,6 +140,36 @@ class Server:
             info = built.engine.info
             _log.info("model %s ready: %s on %s, layer %s", config.name, info.kind, info.device, info.layers[0])
         await self._health.update(self.registry.slots)
+
+    async def _in_loader(self, config: ModelConfig) -> BuiltModel:
+        """Build in a daemon thread: a download may hang for minutes, and must not keep a draining process alive."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[BuiltModel] = loop.create_future()
+
+        def settle(built: BuiltModel | None, error: Exception | None) -> None:
+            if future.done():
+                return
+            if built is None:
+                future.set_exception(error or RuntimeError("nothing was built"))
+            else:
+                future.set_result(built)
+
+        def run() -> None:
+            built, error = None, None
+            try:
+                built = build(config)
+            except Exception as raised:
+                error = raised
+            except BaseException as raised:
+                error = ModelLoadError(f"the model's code raised {type(raised).__name__}")
+            # After a drain the loop is closed and nobody waits for this model.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(settle, built, error)
+
+        loader = threading.Thread(target=run, name=f"load-{config.name}", daemon=True)
+        self._loaders.append(loader)
+        loader.start()
+        return await future
 
     def _serve(self, config: ModelConfig, built: BuiltModel) -> ServedModel:
         max_delay_s = config.batching.max_delay_ms / 1e3
@@ -163,12 +194,15 @@ class Server:
         )
 
 
-async def serve(config: Config, *, on_start: Callable[[Server], None] = lambda _server: None) -> None:
+async def serve(config: Config, *, on_start: Callable[[Server], None] = lambda _server: None) -> bool:
     """Serve until SIGTERM or SIGINT, then drain within the configured grace.
 
     Args:
         config: what to serve.
         on_start: called once the port is bound.
+
+    Returns:
+        What `Server.drain` returns.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -177,31 +211,4 @@ async def serve(config: Config, *, on_start: Callable[[Server], None] = lambda _
     server = await Server.start(config)
     on_start(server)
     await stop.wait()
-    await server.drain(config.server.grace_s)
-
-
-async def _in_daemon_thread(work: Callable[[], T], *, name: str) -> T:
-    """Run `work` in a thread that cannot keep the process alive: a download may hang for minutes while we drain."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(cast("T", result))
-
-    def run() -> None:
-        result, error = None, None
-        try:
-            result = work()
-        except BaseException as raised:
-            error = raised
-        # After a drain the loop is closed and nobody waits for this model.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return await future
+    return await server.drain(config.server.grace_s)

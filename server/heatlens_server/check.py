@@ -25,6 +25,9 @@ def check_model(config: ModelConfig, write: Callable[[str], None]) -> bool:
     except ModelLoadError as error:
         write(f"{config.name}: FAILED: {error}")
         return False
+    except (Exception, SystemExit) as error:  # a model's own code may raise anything
+        write(f"{config.name}: FAILED: {error!r}")
+        return False
     info = built.engine.info
     image = np.random.default_rng(0).integers(0, 256, (1, info.input_height_px, info.input_width_px, 3), dtype=np.uint8)
     try:

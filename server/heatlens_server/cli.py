@@ -1,6 +1,9 @@
 """The `heatlens-server` command: serve and check. Machine output on stdout, messages on stderr."""
 
 import asyncio
+import logging
+import os
+import signal
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -45,6 +48,10 @@ def serve(
     """Serve until SIGTERM or Ctrl-C, then finish the calls in flight."""
     # Before numpy and torch are imported and start threads: a thread keeps the heap that it started with.
     keep_freed_memory()
+    # Until the event loop takes over there is nothing to drain.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: os._exit(0))
+    if port_file is not None and not port_file.parent.is_dir():
+        _fail(f"--port-file: there is no folder {port_file.parent}")
     settings = _load(config, {"server": {"listen": listen}} if listen else {})
     configure_logging(log_format=settings.server.log_format, level=settings.server.log_level)
     # Only now: importing torch takes seconds, and a wrong configuration should be told at once.
@@ -57,9 +64,14 @@ def serve(
 
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(serve_until_signal(settings, on_start=announce))
+            ended = runner.run(serve_until_signal(settings, on_start=announce))
     except ConfigError as error:
         _fail(error)
+    if not ended:
+        # A thread is inside native code (loading, or a batch that outlived the grace). Finalising the interpreter
+        # under it would abort the process.
+        logging.shutdown()
+        os._exit(0)
 
 
 @app.command()
@@ -113,6 +125,6 @@ def _load(path: Path | None, overrides: dict[str, Any]) -> "Config":
     return settings
 
 
-def _fail(error: ConfigError) -> NoReturn:
+def _fail(error: object) -> NoReturn:
     typer.echo(f"heatlens-server: {error}", err=True)
     raise typer.Exit(2)

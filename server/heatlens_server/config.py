@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
 from heatlens_server.cam.catalog import Method
+from heatlens_server.environment import check_environment
 from heatlens_server.errors import ConfigError
 from heatlens_server.imaging.decode import MAX_PIXELS_LIMIT
 from heatlens_server.imaging.preprocess import Interpolation
@@ -274,6 +275,7 @@ def load_config(path: Path | None = None, overrides: Mapping[str, object] | None
         ConfigError: one line per wrong key, each with the key's path as in the file: "models[0].source: ...".
     """
     raw = _read_toml(path) if path is not None else {}
+    check_environment()
     try:
         raw = _merge(raw, EnvSettingsSource(_Environment)())
     except SettingsError as error:

@@ -13,14 +13,19 @@ import structlog
 def configure_logging(*, log_format: Literal["console", "json"], level: str) -> None:
     """Send every log of the process, ours and our libraries', to stderr.
 
+    Tracebacks are written without the values of local variables: those hold callers' images, and formatting them on
+    the event loop takes seconds.
+
     Args:
         log_format: "json" for machines, "console" for people. In JSON a traceback is one field of its line.
         level: "debug", "info", "warning" or "error".
     """
     renderers: list[structlog.typing.Processor] = (
-        [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
         if log_format == "json"
-        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        else [
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
+        ]
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(

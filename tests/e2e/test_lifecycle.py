@@ -200,3 +200,24 @@ def test_tls_with_client_certificates(tmp_path, launch):
         assert model_pb2_grpc.ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest()).models
     with grpc.secure_channel(address, grpc.ssl_channel_credentials(ca)) as channel, pytest.raises(grpc.RpcError):
         model_pb2_grpc.ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest(), timeout=5)
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.2, 0.4])
+def test_sigterm_while_a_model_is_loading_ends_with_0(launch, delay_s):
+    running = launch('[server]\nlisten = "127.0.0.1:0"\n')
+    time.sleep(delay_s)
+    running.process.send_signal(signal.SIGTERM)
+    assert running.process.wait(20) == 0, running.log()
+
+
+def test_port_file_in_no_folder_is_refused_before_anything_starts(tmp_path):
+    refused = subprocess.run(
+        [sys.executable, "-m", "heatlens_server", "serve", "--port-file", str(tmp_path / "none" / "port")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "--port-file" in refused.stderr

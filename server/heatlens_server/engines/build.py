@@ -62,6 +62,8 @@ def _warm_up(engine: Engine, config: ModelConfig) -> None:
     for size in sorted(sizes):
         images = np.zeros((size, info.input_height_px, info.input_width_px, 3), dtype=np.uint8)
         try:
-            engine.explain(images, [TopK(1)] * size, spec)
+            results = engine.explain(images, [TopK(1)] * size, spec)
         except MemoryError:
             raise ModelLoadError(f"out of memory on {info.device} with a batch of {size}") from None
+        if not all(np.isfinite(result.logits).all() and np.isfinite(result.maps).all() for result in results):
+            raise ModelLoadError("the model gives scores or maps that are not finite: are its weights right?")

@@ -21,6 +21,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP")
 # OpenCV refuses longer sides (CV_IO_MAX_IMAGE_WIDTH, CV_IO_MAX_IMAGE_HEIGHT).
 _MAX_SIDE_PX = 1 << 20
 _CHANNELS = 3
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 # Beyond its limit Pillow warns first and raises only at twice the limit. As an error the warning becomes a refusal.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -49,13 +50,32 @@ def decode_image(encoded: bytes, *, max_pixels: int) -> UInt8Array:
         raise _undecodable("the image is empty")
     size = _checked_size(encoded, max_pixels)
     try:
-        pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+        pixels = cv2.imdecode(np.frombuffer(_without_png_profile(encoded), np.uint8), cv2.IMREAD_COLOR_RGB)
     except cv2.error as error:
         raise _undecodable("the image is corrupt") from error
     # A file that two decoders read differently is a trick; the limit was checked on one reading only.
     if pixels is None or sorted(pixels.shape[:2]) != sorted(size):
         raise _undecodable("the image is truncated or corrupt")
     return pixels.astype(np.uint8, copy=False)
+
+
+def _without_png_profile(encoded: bytes) -> bytes:
+    """Leave out a PNG's colour profile, which OpenCV does not use and about which libpng prints to stderr.
+
+    Chunks: 4 bytes of length, 4 of type, data, 4 of checksum (PNG specification, 5.3); a profile precedes the pixels.
+    """
+    if not encoded.startswith(_PNG_SIGNATURE):
+        return encoded
+    start = len(_PNG_SIGNATURE)
+    while start + 8 <= len(encoded):
+        end = start + 12 + int.from_bytes(encoded[start : start + 4], "big")
+        kind = encoded[start + 4 : start + 8]
+        if kind == b"iCCP":
+            return encoded[:start] + encoded[end:]
+        if kind == b"IDAT":
+            break
+        start = end
+    return encoded
 
 
 def pixels_from_tensor(*, data_type: str, shape: Sequence[int], data: bytes, max_pixels: int) -> UInt8Array:

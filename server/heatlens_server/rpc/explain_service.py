@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from concurrent.futures import Executor
 
 import grpc.aio
 
@@ -21,17 +20,15 @@ from heatlens_server.serving.served import ServedModel
 class ExplainServicer(explain_pb2_grpc.ExplainServiceServicer):
     """Explains images with the models of a registry."""
 
-    def __init__(self, registry: Registry[ServedModel], limits: Limits, preparers: Executor) -> None:
+    def __init__(self, registry: Registry[ServedModel], limits: Limits) -> None:
         """Serve.
 
         Args:
             registry: the models.
             limits: what requests are checked against.
-            preparers: threads for work on whole source images.
         """
         self._registry = registry
         self._limits = limits
-        self._preparers = preparers
 
     async def Explain(  # noqa: N802 - the contract's name
         self, request: pb.ExplainRequest, context: grpc.aio.ServicerContext[pb.ExplainRequest, pb.ExplainResponse]
@@ -46,8 +43,8 @@ class ExplainServicer(explain_pb2_grpc.ExplainServiceServicer):
             timeout_s=context.time_remaining(),
         )
         if command.place_on_source:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._preparers, encode, explained, command, model)
+            # Not the preparers' threads: a finished answer does not queue behind images that are yet to be decoded.
+            return await asyncio.to_thread(encode, explained, command, model)
         return encode(explained, command, model)
 
     async def StreamExplain(  # noqa: N802 - the contract's name

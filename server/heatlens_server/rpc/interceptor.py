@@ -22,6 +22,8 @@ from heatlens_server.rpc.status import REQUEST_ID_KEY, to_wire
 
 _log = logging.getLogger("heatlens.rpc")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_SHOWN_CHARACTERS = 500
+"""How much of an error a log line repeats."""
 _HEALTH_PREFIX = "/grpc.health.v1.Health/"
 
 Context = Any  # grpc.aio.ServicerContext, whose type parameters differ per method
@@ -121,9 +123,9 @@ class _Call:
             raise error
         status = to_wire(error, self.request_id)
         if not isinstance(error, HeatlensError) or isinstance(error, InternalError):
-            self._write(logging.ERROR, status.code.name, error=repr(error), exc_info=error)
+            self._write(logging.ERROR, status.code.name, error=repr(error)[:_SHOWN_CHARACTERS], exc_info=error)
         else:
-            self._write(logging.INFO, status.code.name, error=error.message, reason=error.reason)
+            self._write(logging.INFO, status.code.name, error=error.message[:_SHOWN_CHARACTERS], reason=error.reason)
         await self._context.abort(status.code, status.message, status.trailing_metadata)
         raise AssertionError("abort returned")
 

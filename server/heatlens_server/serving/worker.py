@@ -72,7 +72,7 @@ class Worker:
                 return
             try:
                 images = np.stack([entry.image.pixels for entry in entries if entry.image is not None])
-            except Exception as error:
+            except BaseException as error:
                 _log.exception("model %s: could not stack a batch of %d", self._name, len(entries))
                 self._place.release()
                 self._finish([(entry, _as_domain_error(error)) for entry in entries])
@@ -84,32 +84,38 @@ class Worker:
             self._batcher.device_started(len(batch.entries))
             # Only now may the next batch be closed: until here, arrivals could still join it.
             self._place.release()
-            started_at = time.monotonic()
-            results = self._explain(batch.entries, batch.images)
-            compute_s = time.monotonic() - started_at
+            try:
+                outcomes = self._run(batch)
+            except BaseException as error:  # whatever a model does, its thread serves the next batch
+                _log.exception("model %s: a batch of %d failed", self._name, len(batch.entries))
+                outcomes = [(entry, _as_domain_error(error)) for entry in batch.entries]
             self._batcher.device_finished()
-            self._finish(
-                [
-                    (
-                        entry,
-                        result
-                        if isinstance(result, Exception)
-                        else Completed(
-                            result=result,
-                            queue_s=max(0.0, started_at - entry.enqueued_at),
-                            compute_s=compute_s,
-                            batch_size=len(batch.entries),
-                        ),
-                    )
-                    for entry, result in zip(batch.entries, results, strict=True)
-                ]
+            self._finish(outcomes)
+
+    def _run(self, batch: _Batch) -> list[tuple[Entry, Outcome]]:
+        started_at = time.monotonic()
+        results = self._explain(batch.entries, batch.images)
+        compute_s = time.monotonic() - started_at
+        return [
+            (
+                entry,
+                result
+                if isinstance(result, Exception)
+                else Completed(
+                    result=result,
+                    queue_s=max(0.0, started_at - entry.enqueued_at),
+                    compute_s=compute_s,
+                    batch_size=len(batch.entries),
+                ),
             )
+            for entry, result in zip(batch.entries, results, strict=True)
+        ]
 
     def _explain(self, entries: Sequence[Entry], images: UInt8Array) -> list[ImageResult | Exception]:
         """Run a batch; if it fails, run its halves, so that one bad image fails alone and memory may suffice."""
         try:
             results = self._engine.explain(images, [entry.target for entry in entries], entries[0].spec)
-        except Exception as error:
+        except BaseException as error:
             if len(entries) == 1:
                 if not isinstance(error, MemoryError):
                     _log.exception("model %s: the engine failed on an image", self._name)
@@ -135,7 +141,7 @@ def _checked(result: ImageResult) -> ImageResult | Exception:
     return result
 
 
-def _as_domain_error(error: Exception) -> HeatlensError:
+def _as_domain_error(error: BaseException) -> HeatlensError:
     if isinstance(error, HeatlensError):
         return error
     if isinstance(error, MemoryError):

@@ -120,6 +120,13 @@ def test_paths_from_overrides_are_relative_to_the_working_directory(folder, monk
     assert server.read_token().get_secret_value() == "s3cret"
 
 
+def test_mistyped_nested_variable_is_refused(monkeypatch):
+    monkeypatch.setenv("HEATLENS_SERVR__TOKEN", "s3cret")
+    with pytest.raises(ConfigError, match="HEATLENS_SERVR__TOKEN") as refused:
+        load_config()
+    assert "s3cret" not in str(refused.value)
+
+
 def test_other_heatlens_variables_are_left_to_other_programs(monkeypatch):
     monkeypatch.setenv("HEATLENS_TARGET", "localhost:50051")
     assert load_config() == Config()
