@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,6 +30,8 @@ from heatlens._results import Result
 
 # Files in flight: enough to give the server batches, few enough to keep memory and queues small.
 _CONCURRENCY = 8
+# What shells say of a command that Ctrl-C ended: 128 + SIGINT.
+_INTERRUPTED = 130
 
 
 def explain(
@@ -71,8 +74,11 @@ def explain(
     with reporting():
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
-        with Client(**client_options(server, tls=tls, ca=ca, timeout=timeout)) as client:
-            for path, answer in _answers(client, images, options):
+        with (
+            Client(**client_options(server, tls=tls, ca=ca, timeout=timeout)) as client,
+            _thread_pool(client) as pool,
+        ):
+            for path, answer in _answers(pool, client, images, options):
                 try:
                     result = answer.result()
                     files = [] if output is None else _write(result, path, output, colormap)
@@ -102,15 +108,30 @@ def _check_names(images: list[Path]) -> None:
             fail(f"{seen[image.stem]} and {image} would be written to the same files: give them different names")
 
 
-def _answers(client: Client, images: list[Path], options: dict[str, Any]) -> Iterator[tuple[Path, Future[Result]]]:
+@contextmanager
+def _thread_pool(client: Client) -> Iterator[ThreadPoolExecutor]:
+    """Threads for calls. Interrupted, or on any other exception, the open calls are cancelled, not waited for."""
+    pool = ThreadPoolExecutor(_CONCURRENCY)
+    try:
+        yield pool
+    except KeyboardInterrupt:
+        raise typer.Exit(_INTERRUPTED) from None
+    finally:
+        # The client first: a thread whose call is still open would hold up this process until the call's timeout.
+        client.close()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _answers(
+    pool: ThreadPoolExecutor, client: Client, images: list[Path], options: dict[str, Any]
+) -> Iterator[tuple[Path, Future[Result]]]:
     """Yield every image's answer, in order, while the next ones are under way."""
-    with ThreadPoolExecutor(_CONCURRENCY) as pool:
-        rest = iter(images)
-        pending = [(path, pool.submit(client.explain, path, **options)) for path in islice(rest, _CONCURRENCY)]
-        while pending:
-            path, answer = pending.pop(0)
-            yield path, answer
-            pending += [(path, pool.submit(client.explain, path, **options)) for path in islice(rest, 1)]
+    rest = iter(images)
+    pending = [(path, pool.submit(client.explain, path, **options)) for path in islice(rest, _CONCURRENCY)]
+    while pending:
+        path, answer = pending.pop(0)
+        yield path, answer
+        pending += [(path, pool.submit(client.explain, path, **options)) for path in islice(rest, 1)]
 
 
 def _write(result: Result, image: Path, folder: Path, colormap: str) -> list[_Files]:
@@ -144,6 +165,7 @@ def _as_dict(result: Result, image: Path, files: list[_Files]) -> dict[str, Any]
         "model": result.model,
         "model_version": result.model_version,
         "source_region": asdict(result.source_region),
+        "source_size": result.source_size,
         "explanations": explanations,
         "timing": asdict(result.timing),
     }
