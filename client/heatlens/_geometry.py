@@ -33,7 +33,7 @@ class PixelBox:
 
 
 def covered_pixels(region: PixelBox, size: tuple[int, int]) -> tuple[slice, slice]:
-    """Return the rows and columns of an image of `size` (width, height) whose centres lie in `region`."""
+    """Return the rows and columns of an image of `size` (width, height) that `place_map` fills; slices may be empty."""
     width_px, height_px = size
     return _covered(region.top, region.bottom, height_px), _covered(region.left, region.right, width_px)
 
@@ -47,11 +47,13 @@ def place_map(values: npt.ArrayLike, region: PixelBox, size: tuple[int, int]) ->
         v = (Y + 0.5 - top) * h / (bottom - top) - 0.5,     clamped to [0, h - 1],
         out[Y, X] = the map, bilinear at (u, v)
 
-    where left <= X + 0.5 < right and top <= Y + 0.5 < bottom, and 0 elsewhere. The clamp repeats the map's edge
-    inside the region, as resizing does in OpenCV (INTER_LINEAR) and torch (bilinear, align_corners=False). The
-    region may reach beyond the image. Its edges are used as float32, as they travel, so that client and server
-    place alike. Bilinear interpolation is a product with two banded matrices, taken in blocks: this is as exact
-    as float32 allows, where OpenCV's warps quantise the position.
+    where left <= X + 0.5 < right and top <= Y + 0.5 < bottom, and 0 elsewhere. A region so narrow that it lies
+    between two pixel centres fills the pixel that holds its middle, with the map's middle: if no integer X has
+    left <= X + 0.5 < right, then X = floor((left + right) / 2) alone is filled, with u = (w - 1) / 2, and likewise
+    in y. The clamp repeats the map's edge inside the region, as resizing does in OpenCV (INTER_LINEAR) and torch
+    (bilinear, align_corners=False). The region may reach beyond the image. Its edges are used as float32, as they
+    travel, so that client and server place alike. Bilinear interpolation is a product with two banded matrices,
+    taken in blocks: this is as exact as float32 allows, where OpenCV's warps quantise the position.
 
     Args:
         values: float (h, w), h >= 1, w >= 1.
@@ -77,23 +79,34 @@ def place_map(values: npt.ArrayLike, region: PixelBox, size: tuple[int, int]) ->
     rows, columns = _covered(top, bottom, height_px), _covered(left, right, width_px)
     if rows.start < rows.stop and columns.start < columns.stop:
         # Columns first: the intermediate is (h, W), far smaller than the output.
-        wide = _interpolate_rows(source.T, columns, left, right - left).T
-        placed[rows, columns] = _interpolate_rows(wide, rows, top, bottom - top)
+        wide = _interpolate_rows(source.T, columns, left, right).T
+        placed[rows, columns] = _interpolate_rows(wide, rows, top, bottom)
     return placed
 
 
 def _covered(start: float, stop: float, length_px: int) -> slice:
-    """Return the indices i in [0, length_px) with start <= i + 0.5 < stop, in float32 like `place_map`."""
-    first, last = (math.ceil(float(np.float32(edge)) - 0.5) for edge in (start, stop))
+    """Return the pixels in [0, length_px) with start <= i + 0.5 < stop, in float32 like `place_map`.
+
+    If there is none on the whole line, the one that holds the middle: a picture that is one pixel wide has a region
+    of less than a pixel, which must not get lost between two centres.
+    """
+    start, stop = float(np.float32(start)), float(np.float32(stop))
+    first, last = math.ceil(start - 0.5), math.ceil(stop - 0.5)
+    if first == last:
+        first = math.floor((start + stop) / 2)
+        last = first + 1
     first = min(max(first, 0), length_px)
     return slice(first, min(max(last, first), length_px))
 
 
-def _interpolate_rows(source: Float32Array, outputs: slice, start: float, extent: float) -> Float32Array:
-    """Return the rows `outputs` of `source` spread over [start, start + extent): float32 (len(outputs), columns)."""
+def _interpolate_rows(source: Float32Array, outputs: slice, start: float, stop: float) -> Float32Array:
+    """Return the rows `outputs` of `source` spread over [start, stop): float32 (len(outputs), columns)."""
     count = source.shape[0]
     centres = np.arange(outputs.start, outputs.stop, dtype=np.float64) + 0.5
-    positions = np.clip((centres - start) * (count / extent) - 0.5, 0, count - 1)
+    if not start <= centres[0] < stop:
+        # The one pixel around a region that holds no centre: it stands for the region's middle.
+        centres = np.array([(start + stop) / 2])
+    positions = np.clip((centres - start) * (count / (stop - start)) - 0.5, 0, count - 1)
     lower = positions.astype(np.intp)
     upper = np.minimum(lower + 1, count - 1)
     fraction = (positions - lower).astype(np.float32)

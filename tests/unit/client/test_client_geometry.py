@@ -1,5 +1,7 @@
 """Placement against a slow float64 reference written from the definition, pixel by pixel."""
 
+import math
+
 import cv2
 import numpy as np
 import pytest
@@ -10,6 +12,16 @@ from heatlens import PixelBox, place_map
 from heatlens._geometry import covered_pixels
 
 
+def position(pixel, start, stop, count):
+    """Where on an axis of the map a pixel is read; None if it is outside of the region."""
+    if start <= pixel + 0.5 < stop:
+        return min(max((pixel + 0.5 - start) * count / (stop - start) - 0.5, 0), count - 1)
+    nearby = range(math.floor(start) - 1, math.ceil(stop) + 2)
+    if any(start <= other + 0.5 < stop for other in nearby) or pixel != math.floor((start + stop) / 2):
+        return None
+    return (count - 1) / 2
+
+
 def place_slowly(values, region, size):
     """The definition in `place_map`'s docstring, one pixel at a time, in float64."""
     left, top, right, bottom = (float(np.float32(e)) for e in (region.left, region.top, region.right, region.bottom))
@@ -18,10 +30,9 @@ def place_slowly(values, region, size):
     out = np.zeros((height, width))
     for y in range(height):
         for x in range(width):
-            if not (left <= x + 0.5 < right and top <= y + 0.5 < bottom):
+            u, v = position(x, left, right, w), position(y, top, bottom, h)
+            if u is None or v is None:
                 continue
-            u = min(max((x + 0.5 - left) * w / (right - left) - 0.5, 0), w - 1)
-            v = min(max((y + 0.5 - top) * h / (bottom - top) - 0.5, 0), h - 1)
             i, j = int(u), int(v)
             i1, j1 = min(i + 1, w - 1), min(j + 1, h - 1)
             above = values[j, i] * (1 - (u - i)) + values[j, i1] * (u - i)
@@ -64,8 +75,8 @@ def test_matches_the_definition(shape, region, size):
     w=st.integers(1, 9),
     left=st.floats(-20, 20),
     top=st.floats(-20, 20),
-    width=st.floats(0.25, 60),
-    height=st.floats(0.25, 60),
+    width=st.one_of(st.floats(0.0625, 1), st.floats(1, 60)),
+    height=st.one_of(st.floats(0.0625, 1), st.floats(1, 60)),
     image_w=st.integers(1, 24),
     image_h=st.integers(1, 24),
 )
@@ -109,6 +120,34 @@ def test_edges_are_taken_as_float32():
     edge = 2.5 + 1e-9
     assert covered_pixels(PixelBox(0, 0, edge, 1), (4, 1))[1] == slice(0, 2)
     assert covered_pixels(PixelBox(0, 0, 2.6, 1), (4, 1))[1] == slice(0, 3)
+
+
+def test_a_picture_one_pixel_wide_keeps_its_map():
+    # 1x5000 pixels: what the model saw is less than a pixel high, and lies between the centres of two.
+    values = np.outer([0, 0.5, 1, 0], [0, 1, 0]).astype(np.float32)
+    region = PixelBox(left=0, top=2499.56, right=1, bottom=2500.44)
+    placed = place_map(values, region, (1, 5000))
+    assert placed[2500, 0] == pytest.approx(0.75)
+    assert np.count_nonzero(placed) == 1
+    assert covered_pixels(region, (1, 5000)) == (slice(2500, 2501), slice(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "pixels"),
+    [
+        (2.6, 3.4, slice(3, 4)),
+        (2.6, 2.9, slice(2, 3)),
+        (3.1, 3.4, slice(3, 4)),
+        (3.6, 4.3, slice(3, 4)),
+        (3.7, 4.4, slice(4, 4)),
+        (-0.4, 0.3, slice(0, 0)),
+        (-0.3, 0.4, slice(0, 1)),
+        (0.6, 1.5, slice(1, 2)),
+        (2.4, 3.4, slice(2, 3)),
+    ],
+)
+def test_a_region_between_two_centres_is_the_pixel_of_its_middle(start, stop, pixels):
+    assert covered_pixels(PixelBox(start, start, stop, stop), (4, 4)) == (pixels, pixels)
 
 
 def test_half_open():
