@@ -15,11 +15,11 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2_grpc
 
 from heatlens import _wire
-from heatlens._exceptions import CallCancelledError, FailedPreconditionError
+from heatlens._exceptions import CallCancelledError, FailedPreconditionError, NotFoundError
 from heatlens._images import ImageSource, load_image
 from heatlens._options import DEFAULT_MAX_MESSAGE_BYTES, TLS, UNSET, Retry, Timeout, make_settings
 from heatlens._results import Health, ModelInfo, Result, ServerInfo
-from heatlens._status import error_of
+from heatlens._status import error_of, unknown_model
 from heatlens.v1 import explain_pb2_grpc, model_pb2, model_pb2_grpc
 
 Request = TypeVar("Request", bound=Message)
@@ -122,8 +122,9 @@ class AsyncClient:
             class_ids: explain this class or these classes, in this order.
             method: how the map is made: "grad-cam", "layer-cam", ... None: the model's default.
             layers: the layer or layers to explain. None: the model's default.
-            map_size: "layer" (default), "input" or "source". `Heatmap.on` and `overlay` enlarge a layer's map, so
-                the others are rarely worth their bytes.
+            map_size: "layer" (default): the layer's own resolution. "input": enlarged to the model's input, then
+                min-max. "source": the map of "input", placed on the whole source image. `Heatmap.on` and `overlay`
+                place maps of the first two; a layer's map placed so has fewer bytes and slightly other values.
             map_type: "float32" (default), "float16" or "uint8" on the wire; `Heatmap.values` is always float32.
             top_predictions: how many of the most probable classes to return in `predictions`. None: none.
             timeout: seconds for this call, all retries included; None: no limit. Not given: the client's.
@@ -177,7 +178,11 @@ class AsyncClient:
             UnavailableError: no server answers.
             HeatlensError: any other failure.
         """
-        return _wire.health_of(await self._call(self._connect().health.Check, _wire.health_request(model), timeout))
+        request = _wire.health_request(model)
+        try:
+            return _wire.health_of(await self._call(self._connect().health.Check, request, timeout))
+        except NotFoundError as error:
+            raise unknown_model(error, model) from None
 
     def _connect(self) -> _Connection:
         """Return the connection, made by the first call."""

@@ -1,6 +1,6 @@
 """What a caller may pass as an image: a path, the bytes of an image file, or RGB pixels."""
 
-from os import PathLike, fspath
+from os import PathLike, fsdecode, fsencode
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,14 +24,16 @@ def load_image(image: ImageSource) -> bytes | UInt8Array:
         The bytes of the file, or uint8 (height, width, 3), C-contiguous.
 
     Raises:
-        InvalidArgumentError: the array is not uint8 (height, width, 3), the file is empty, or the type is another.
+        InvalidArgumentError: the array is not uint8 (height, width, 3), the file is empty, the path is none, or the
+            type is another.
         FileNotFoundError: there is no such file (another OSError if it cannot be read).
     """
     if isinstance(image, np.ndarray):
         return np.ascontiguousarray(_checked_pixels(image))
     if isinstance(image, str | PathLike):
-        encoded = Path(image).read_bytes()
-        origin = f"the file {fspath(image)!r}"
+        path = checked_path("image", image)
+        encoded = path.read_bytes()
+        origin = f"the file {str(path)!r}"
     elif isinstance(image, bytes | bytearray | memoryview):
         encoded = bytes(image)
         origin = "the encoded image"
@@ -42,6 +44,21 @@ def load_image(image: ImageSource) -> bytes | UInt8Array:
     if not encoded:
         raise InvalidArgumentError.of("image", f"{origin} is empty", reason="IMAGE_EMPTY")
     return encoded
+
+
+def checked_path(argument: str, path: str | PathLike[Any]) -> Path:
+    """Return the path, which need not exist.
+
+    Raises:
+        InvalidArgumentError: not a path, or one that no file system could hold.
+    """
+    try:
+        name = fsencode(path)
+    except (TypeError, ValueError):
+        name = b"\0"
+    if isinstance(path, bytes) or b"\0" in name:
+        raise InvalidArgumentError.of(argument, f"expected a path, got {path!r}")
+    return Path(fsdecode(name))
 
 
 def decode_image(image: ImageSource) -> UInt8Array:

@@ -12,9 +12,10 @@ from typing import Final, TypeAlias
 import grpc
 
 from heatlens._exceptions import InvalidArgumentError
+from heatlens._images import checked_path
 from heatlens._status import REQUEST_ID_KEY
 from heatlens._version import __version__
-from heatlens._wire import checked_timeout
+from heatlens._wire import MAX_SECONDS, checked_int, checked_timeout, is_number, is_text
 
 DEFAULT_MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 
@@ -51,6 +52,11 @@ class TLS:
     def __post_init__(self) -> None:
         if (self.cert_file is None) != (self.key_file is None):
             raise InvalidArgumentError.of("tls", "give both of cert_file and key_file, or none")
+        for name in (self.ca_file, self.cert_file, self.key_file):
+            if name is not None:
+                checked_path("tls", name)
+        if self.server_name is not None and not is_text(self.server_name):
+            raise InvalidArgumentError.of("tls", f"expected server_name to be a name, got {self.server_name!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,9 +71,9 @@ class Retry:
 
     Attributes:
         max_attempts: attempts in all, 1 (no retries) to 5 (gRPC's own limit).
-        initial_backoff_s: the first wait, in seconds.
-        max_backoff_s: the longest wait, in seconds.
-        multiplier: growth of the wait.
+        initial_backoff_s: the first wait, in seconds, at least a millisecond.
+        max_backoff_s: the longest wait, in seconds, at most 1e9.
+        multiplier: growth of the wait, 0.001 to 1000.
     """
 
     max_attempts: int = 4
@@ -76,10 +82,14 @@ class Retry:
     multiplier: float = 2.0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.max_attempts <= 5:
-            raise InvalidArgumentError.of("retry", f"expected max_attempts from 1 to 5, got {self.max_attempts}")
-        if not (0 < self.initial_backoff_s <= self.max_backoff_s and self.multiplier > 0):
-            raise InvalidArgumentError.of("retry", "expected 0 < initial_backoff_s <= max_backoff_s and multiplier > 0")
+        checked_int("retry.max_attempts", self.max_attempts, at_least=1, at_most=5)
+        waits = (self.initial_backoff_s, self.max_backoff_s)
+        if not (all(map(is_number, waits)) and 1e-3 <= waits[0] <= waits[1] <= MAX_SECONDS):
+            raise InvalidArgumentError.of(
+                "retry", f"expected 0.001 <= initial_backoff_s <= max_backoff_s <= {MAX_SECONDS:g}, got {waits}"
+            )
+        if not (is_number(self.multiplier) and 1e-3 <= self.multiplier <= 1e3):
+            raise InvalidArgumentError.of("retry", f"expected multiplier from 0.001 to 1000, got {self.multiplier!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +118,7 @@ class Settings:
         """Return the seconds for one call, None for no limit.
 
         Raises:
-            InvalidArgumentError: not a positive finite number.
+            InvalidArgumentError: not a number of seconds that gRPC can carry.
         """
         return self.timeout if timeout is UNSET else checked_timeout(timeout)
 
@@ -143,11 +153,23 @@ def make_settings(
         InvalidArgumentError: an argument is wrong, or a token would travel in plaintext to another machine.
         FileNotFoundError: a certificate file does not exist (another OSError if it cannot be read).
     """
-    if not address or address.partition("://")[0].lower() in {"http", "https", "grpc", "grpcs"}:
+    if (
+        not is_text(address)
+        or not address
+        or "\0" in address
+        or address.partition("://")[0].lower() in {"http", "https", "grpc", "grpcs"}
+    ):
         raise InvalidArgumentError.of("address", f"expected 'host:port' or a gRPC target, got {address!r}")
-    if max_message_bytes < 1:
-        raise InvalidArgumentError.of("max_message_bytes", f"expected >= 1, got {max_message_bytes}")
-    if token is not None and not (token.isascii() and token.isprintable() and token and " " not in token):
+    if not isinstance(retry, Retry):
+        raise InvalidArgumentError.of("retry", f"expected a Retry, got {retry!r}; Retry(max_attempts=1) is no retry")
+    if not isinstance(tls, TLS | bool | None):
+        raise InvalidArgumentError.of("tls", f"expected a TLS, True, False or None, got {tls!r}")
+    if not isinstance(wait_for_ready, bool):
+        raise InvalidArgumentError.of("wait_for_ready", f"expected True or False, got {wait_for_ready!r}")
+    max_message_bytes = checked_int("max_message_bytes", max_message_bytes, at_least=1)
+    if token is not None and not (
+        isinstance(token, str) and token.isascii() and token.isprintable() and token and " " not in token
+    ):
         raise InvalidArgumentError.of("token", "expected printable ASCII without spaces")
     loopback = is_loopback(address)
     if tls is None:

@@ -1,6 +1,7 @@
 """Turning maps into colours."""
 
 from functools import lru_cache
+from numbers import Real
 
 import cv2
 import numpy as np
@@ -14,21 +15,26 @@ UInt8Array = npt.NDArray[np.uint8]
 _PREFIX = "COLORMAP_"
 
 
+@lru_cache(maxsize=1)
 def colormap_names() -> tuple[str, ...]:
     """Return the names of the colour maps: those of this OpenCV, in lower case, sorted."""
     return tuple(sorted(name.removeprefix(_PREFIX).lower() for name in dir(cv2) if name.startswith(_PREFIX)))
 
 
-@lru_cache(maxsize=32)
 def color_table(colormap: str) -> UInt8Array:
     """Return the colours of 0 to 255, uint8 (256, 1, 3), RGB. Do not write to it.
 
     Raises:
         InvalidArgumentError: OpenCV has no such colour map.
     """
-    code = getattr(cv2, _PREFIX + colormap.upper(), None)
-    if code is None:
+    if not isinstance(colormap, str) or colormap.lower() not in colormap_names():
         raise InvalidArgumentError.of("colormap", f"expected one of {', '.join(colormap_names())}; got {colormap!r}")
+    return _color_table(colormap.upper())
+
+
+@lru_cache(maxsize=32)
+def _color_table(name: str) -> UInt8Array:
+    code = getattr(cv2, _PREFIX + name)
     ramp = np.arange(256, dtype=np.uint8).reshape(256, 1)
     return np.ascontiguousarray(cv2.applyColorMap(ramp, code)[:, :, ::-1])
 
@@ -65,8 +71,8 @@ def blend(
     Raises:
         InvalidArgumentError: no such colour map, or alpha is not in [0, 1].
     """
-    if not 0.0 <= alpha <= 1.0:
-        raise InvalidArgumentError.of("alpha", f"expected 0 to 1, got {alpha}")
+    if not isinstance(alpha, Real) or not 0.0 <= alpha <= 1.0:
+        raise InvalidArgumentError.of("alpha", f"expected a number from 0 to 1, got {alpha!r}")
     height_px, width_px = image.shape[:2]
     rows, columns = covered_pixels(region, (width_px, height_px))
     result = image.copy()

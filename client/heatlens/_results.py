@@ -1,9 +1,10 @@
 """What calls return: small frozen values, without protobuf."""
 
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from heatlens._exceptions import InvalidArgumentError
 from heatlens._geometry import Float32Array, PixelBox, place_map
-from heatlens._images import ImageSource, UInt8Array, decode_image, write_image
+from heatlens._images import ImageSource, UInt8Array, checked_path, decode_image, write_image
 from heatlens._overlay import blend, color_map
 
 
@@ -26,6 +27,7 @@ class Heatmap:
         offset: the raw map's smallest value.
         region: the part of the source image that the model saw, in pixels of the upright source image.
         placed: whether `values` already has the source image's size (map_size="source").
+        source_size: (width, height) of the upright source image, in pixels; None if the server is too old to say.
     """
 
     values: Float32Array
@@ -33,6 +35,7 @@ class Heatmap:
     offset: float
     region: PixelBox
     placed: bool
+    source_size: tuple[int, int] | None = None
 
     def __repr__(self) -> str:
         height, width = self.values.shape
@@ -41,34 +44,64 @@ class Heatmap:
     def raw(self) -> Float32Array:
         """Return the map before normalisation, `values * scale + offset`, float32 (height, width).
 
-        Unlike `values`, raw maps can be compared between classes and images. Of a placed map, only pixels inside
-        `region` mean anything.
+        Unlike `values`, raw maps can be compared between classes and images, at the same `map_size`: the minimum and
+        maximum are those of the map at the size that was asked for, and enlarging flattens peaks. Of a placed map,
+        only pixels inside `region` mean anything.
         """
         return self.values * np.float32(self.scale) + np.float32(self.offset)
 
-    def on(self, target: tuple[int, int] | npt.NDArray[Any]) -> Float32Array:
+    def on(self, target: tuple[int, int] | npt.NDArray[Any] | None = None) -> Float32Array:
         """Return the map placed on its source image: float32 (H, W) in [0, 1], zero where the model did not look.
 
         Args:
-            target: the source image's (width, height) in pixels, or the image itself, an array (H, W, ...).
+            target: the upright source image's (width, height) in pixels, or the image itself, an array (H, W, ...).
+                None: `source_size`.
 
         Returns:
             float32 (H, W); see `heatlens.place_map` for the exact definition.
 
         Raises:
-            InvalidArgumentError: the target is no size, or the map came placed on an image of another size.
+            InvalidArgumentError: the target is no size or not that of the source image, or None without `source_size`.
         """
-        width_px, height_px = (target.shape[1], target.shape[0]) if isinstance(target, np.ndarray) else target
+        return self._placed_on(self._size_of(target), argument="target")
+
+    def _size_of(self, target: tuple[int, int] | npt.NDArray[Any] | None) -> tuple[int, int]:
+        """Return the (width, height) that `on` was asked for."""
+        if target is None:
+            known = self._known_size()
+            if known is None:
+                raise InvalidArgumentError.of("target", "give the image's size: this server did not tell it")
+            return known
+        sides: Sequence[Any] = ()
+        if isinstance(target, np.ndarray):
+            sides = target.shape[1::-1]
+        elif isinstance(target, Sequence) and not isinstance(target, str | bytes):
+            sides = target
+        try:
+            width_px, height_px = (operator.index(side) for side in sides)
+        except (TypeError, ValueError):
+            width_px = height_px = 0
         if width_px < 1 or height_px < 1:
-            raise InvalidArgumentError.of("target", f"expected (width, height) >= 1, got {(width_px, height_px)}")
-        if not self.placed:
-            return place_map(self.values, self.region, (width_px, height_px))
-        if self.values.shape != (height_px, width_px):
-            height, width = self.values.shape
+            got = f"an array of shape {target.shape}" if isinstance(target, np.ndarray) else repr(target)
+            raise InvalidArgumentError.of("target", f"expected (width, height) >= 1 or an image, got {got}")
+        return width_px, height_px
+
+    def _known_size(self) -> tuple[int, int] | None:
+        """Return the source image's (width, height) as far as this map knows it."""
+        if self.placed:
+            height_px, width_px = self.values.shape
+            return width_px, height_px
+        return self.source_size
+
+    def _placed_on(self, size: tuple[int, int], *, argument: str) -> Float32Array:
+        """Return the map on an image of `size` (width, height), which must be that of the source image."""
+        known = self._known_size()
+        if known is not None and known != size:
             raise InvalidArgumentError.of(
-                "target", f"the map was made for an image of {width}x{height} pixels, got {width_px}x{height_px}"
+                argument,
+                f"the map was made for an upright image of {known[0]}x{known[1]} pixels, got {size[0]}x{size[1]}",
             )
-        return self.values
+        return self.values if self.placed else place_map(self.values, self.region, size)
 
     def overlay(self, image: ImageSource, *, colormap: str = "jet", alpha: float = 0.5) -> UInt8Array:
         """Return the image with the map over it, in colours: uint8 (H, W, 3), RGB, upright.
@@ -81,11 +114,14 @@ class Heatmap:
             alpha: opacity of the colours, in [0, 1].
 
         Raises:
-            InvalidArgumentError: not an image, not the image of this map, no such colour map, or alpha out of range.
+            InvalidArgumentError: not an image, not of the source image's size, no such colour map, or alpha out of
+                range.
             FileNotFoundError: there is no such file.
         """
         pixels = decode_image(image)
-        return blend(pixels, self.on(pixels), self.region, colormap=colormap, alpha=alpha)
+        height_px, width_px = pixels.shape[:2]
+        placed = self._placed_on((width_px, height_px), argument="image")
+        return blend(pixels, placed, self.region, colormap=colormap, alpha=alpha)
 
     def save(
         self,
@@ -104,10 +140,10 @@ class Heatmap:
             alpha: as for `overlay`.
 
         Raises:
-            InvalidArgumentError: the suffix is unknown, or as for `overlay`.
+            InvalidArgumentError: not a path, the suffix is unknown, or as for `overlay`.
             OSError: the file cannot be written.
         """
-        path = Path(path)
+        path = checked_path("path", path)
         if path.suffix == ".npy":
             np.save(path, self.values, allow_pickle=False)
         elif image is None:
@@ -177,6 +213,7 @@ class Result:
         explanations: one per explained class, in the order asked for.
         predictions: the most probable classes, as many as `top_predictions`.
         source_region: the part of the source image that the model saw, in pixels of the upright source image.
+        source_size: (width, height) of the upright source image, in pixels; None if the server is too old to say.
         model: name of the model that answered.
         model_version: its version.
         timing: where the time went.
@@ -185,6 +222,7 @@ class Result:
     explanations: tuple[Explanation, ...]
     predictions: tuple[ClassScore, ...]
     source_region: PixelBox
+    source_size: tuple[int, int] | None
     model: str
     model_version: str
     timing: Timing

@@ -8,7 +8,14 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from heatlens._exceptions import FieldViolation, HeatlensError, InternalError, StatusCode, error_class
+from heatlens._exceptions import (
+    FieldViolation,
+    HeatlensError,
+    InternalError,
+    NotFoundError,
+    StatusCode,
+    error_class,
+)
 
 REQUEST_ID_KEY = "x-request-id"
 _PUSHBACK_KEY = "grpc-retry-pushback-ms"
@@ -53,6 +60,15 @@ def error_of(error: grpc.RpcError, request_id: str) -> HeatlensError:
         request_id=request_id,
         field_violations=violations,
         retry_after_s=retry_after_s,
+    )
+
+
+def unknown_model(error: NotFoundError, model: str | None) -> NotFoundError:
+    """Say what NOT_FOUND means of a health check: the health protocol (grpc.health.v1) sends the bare code."""
+    if model is None:
+        return error
+    return NotFoundError(
+        f"the server has no model named {model!r}", reason="MODEL_NOT_FOUND", request_id=error.request_id
     )
 
 

@@ -34,7 +34,9 @@ from heatlens.v1 import explain_pb2, model_pb2
 MapSizeName = Literal["layer", "input", "source"]
 MapTypeName = Literal["float32", "float16", "uint8"]
 
-_MAX_INT32 = 2**31 - 1
+MAX_INT32 = 2**31 - 1
+# About 30 years. gRPC counts in nanoseconds since 1970 in 64 bits: from 7e9 s on a deadline is over before it begins.
+MAX_SECONDS = 1e9
 
 
 def _names(items: Iterable[tuple[str, int]], prefix: str) -> dict[str, int]:
@@ -79,15 +81,15 @@ def explain_request(
         layers=_layer_names(layers),
         map_size=_number_of("map_size", map_size, MAP_SIZES),
         map_type=_number_of("map_type", map_type, MAP_TYPES),
-        top_predictions=0 if top_predictions is None else _int32("top_predictions", top_predictions, at_least=0),
+        top_predictions=0 if top_predictions is None else checked_int("top_predictions", top_predictions, at_least=0),
     )
     if top_k is not None:
-        options.top_k = _int32("top_k", top_k, at_least=1)
+        options.top_k = checked_int("top_k", top_k, at_least=1)
     if class_ids is not None:
         options.class_ids.values.extend(_class_ids(class_ids))
-    if model is not None and not isinstance(model, str):
-        raise InvalidArgumentError.of("model", f"expected a name, got {type(model).__name__}")
-    return explain_pb2.ExplainRequest(model=model or "", image=_image_message(load_image(image)), options=options)
+    return explain_pb2.ExplainRequest(
+        model=_model_name(model), image=_image_message(load_image(image)), options=options
+    )
 
 
 def check_size(request: Message, max_message_bytes: int) -> None:
@@ -110,19 +112,36 @@ def checked_timeout(timeout: float | None) -> float | None:
     """Return the timeout in seconds, None for no limit.
 
     Raises:
-        InvalidArgumentError: not a positive finite number.
+        InvalidArgumentError: not a number from above 0 to MAX_SECONDS.
     """
-    # bool is an int: True would be one second.
-    if timeout is None or (
-        isinstance(timeout, int | float) and not isinstance(timeout, bool) and 0 < timeout < math.inf
-    ):
+    if timeout is None or (is_number(timeout) and 0 < timeout <= MAX_SECONDS):
         return timeout
-    raise InvalidArgumentError.of("timeout", f"expected seconds > 0, or None for no limit; got {timeout!r}")
+    raise InvalidArgumentError.of(
+        "timeout", f"expected seconds > 0 and <= {MAX_SECONDS:g}, or None for no limit; got {timeout!r}"
+    )
+
+
+def is_number(value: object) -> bool:
+    """Whether this is an int or a float. A bool is none: True would be one second."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_text(value: object) -> bool:
+    """Whether this is a string that UTF-8 can carry: half of a surrogate pair cannot be."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def health_request(model: str | None) -> health_pb2.HealthCheckRequest:
-    """Build the health question about the server (None) or one model."""
-    return health_pb2.HealthCheckRequest(service="" if model is None else f"heatlens.v1.ExplainService/{model}")
+    """Build the health question about the server (None) or one model.
+
+    Raises:
+        InvalidArgumentError: the model is no name.
+    """
+    name = _model_name(model)
+    return health_pb2.HealthCheckRequest(service="" if model is None else f"heatlens.v1.ExplainService/{name}")
 
 
 def result_of(response: explain_pb2.ExplainResponse, *, placed: bool) -> Result:
@@ -133,6 +152,8 @@ def result_of(response: explain_pb2.ExplainResponse, *, placed: bool) -> Result:
     """
     box = response.source_region
     region = PixelBox(box.left, box.top, box.right, box.bottom)
+    size = (response.source_width_px, response.source_height_px)
+    source_size = size if min(size) > 0 else None
     return Result(
         explanations=tuple(
             Explanation(
@@ -146,6 +167,7 @@ def result_of(response: explain_pb2.ExplainResponse, *, placed: bool) -> Result:
                     offset=item.map_offset,
                     region=region,
                     placed=placed,
+                    source_size=source_size,
                 ),
             )
             for item in response.explanations
@@ -155,6 +177,7 @@ def result_of(response: explain_pb2.ExplainResponse, *, placed: bool) -> Result:
             for item in response.predictions
         ),
         source_region=region,
+        source_size=source_size,
         model=response.model,
         model_version=response.model_version,
         timing=Timing(
@@ -266,28 +289,40 @@ def _number_of(argument: str, name: str | None, names: dict[str, int]) -> Any:  
     return names[name]
 
 
+def _model_name(model: str | None) -> str:
+    if model is not None and not is_text(model):
+        raise InvalidArgumentError.of("model", f"expected a name, got {model!r}")
+    return model or ""
+
+
 def _layer_names(layers: str | Sequence[str] | None) -> list[str]:
     if layers is None:
         return []
-    names = [layers] if isinstance(layers, str) else list(layers)
-    if not names or not all(isinstance(name, str) and name for name in names):
+    names = [layers] if isinstance(layers, str) else list(layers) if isinstance(layers, Iterable) else []
+    if not names or not all(is_text(name) and name for name in names):
         raise InvalidArgumentError.of("layers", f"expected a layer's name or a list of names, got {layers!r}")
     return names
 
 
 def _class_ids(class_ids: int | Sequence[int]) -> list[int]:
-    values = [class_ids] if not isinstance(class_ids, Sequence | np.ndarray) else list(class_ids)
+    values: list[Any]
+    if isinstance(class_ids, np.ndarray):
+        values = list(np.atleast_1d(class_ids))
+    elif isinstance(class_ids, Sequence) and not isinstance(class_ids, bytes | bytearray):
+        values = list(class_ids)
+    else:
+        values = [class_ids]
     if not values:
         raise InvalidArgumentError.of("class_ids", "expected at least one class id")
-    return [_int32("class_ids", value, at_least=0) for value in values]
+    return [checked_int("class_ids", value, at_least=0) for value in values]
 
 
-def _int32(argument: str, value: object, *, at_least: int) -> int:
+def checked_int(argument: str, value: object, *, at_least: int, at_most: int = MAX_INT32) -> int:
     """Return the value as an int; numpy's integers are welcome, bools and floats are not."""
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         number = None
-    if number is None or isinstance(value, bool) or not at_least <= number <= _MAX_INT32:
-        raise InvalidArgumentError.of(argument, f"expected an integer from {at_least} to {_MAX_INT32}, got {value!r}")
+    if number is None or isinstance(value, bool) or not at_least <= number <= at_most:
+        raise InvalidArgumentError.of(argument, f"expected an integer from {at_least} to {at_most}, got {value!r}")
     return number

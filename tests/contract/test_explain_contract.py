@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from faces import RawFace, Refused, SdkFace, SyncFace
-from heatlens import AsyncClient, Client, PixelBox, place_map
+from heatlens import AsyncClient, Client, InvalidArgumentError, PixelBox, place_map
 from heatlens.v1 import model_pb2, model_pb2_grpc
 
 FACES = ["sync", "async", "raw"]
@@ -207,3 +207,37 @@ def test_models_and_limits_are_told_alike(server):
         info.max_message_bytes,
         info.max_targets,
     )
+
+
+def test_the_answer_says_the_size_of_the_upright_image(server, chelsea):
+    # EXIF orientation 6: the camera was turned by 90 degrees.
+    jpeg = cv2.imencode(".jpg", chelsea)[1].tobytes()
+    tiff = b"II*\x00\x08\x00\x00\x00\x01\x00\x12\x01\x03\x00\x01\x00\x00\x00\x06" + bytes(7)
+    turned = jpeg[:2] + b"\xff\xe1" + (len(tiff) + 8).to_bytes(2, "big") + b"Exif\x00\x00" + tiff + jpeg[2:]
+    with Client(server.address) as client:
+        upright, portrait = client.explain(jpeg), client.explain(turned)
+    assert (upright.source_size, portrait.source_size) == ((451, 300), (300, 451))
+    heatmap = portrait.explanations[0].heatmap
+    assert heatmap.on().shape == (451, 300)
+    assert heatmap.overlay(turned).shape == (451, 300, 3)
+    with pytest.raises(InvalidArgumentError, match="300x451 pixels, got 451x300"):
+        heatmap.overlay(jpeg)
+
+
+@pytest.mark.parametrize("shape", [(5000, 1, 3), (1, 5000, 3)])
+def test_a_picture_one_pixel_wide_gets_a_map(server, shape):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    with Client(server.address) as client:
+        asked = {"model": "tiny", "top_k": 10}
+        at_input, at_source = (client.explain(pixels, map_size=size, **asked) for size in ("input", "source"))
+    assert at_input.source_size == shape[1::-1]
+    seen = 0
+    for first, second in zip(at_input.explanations, at_source.explanations, strict=True):
+        np.testing.assert_allclose(first.heatmap.on(), second.heatmap.values, atol=1e-6)
+        seen += second.heatmap.values.any()
+    assert seen > 0
+
+
+def test_the_longest_timeout_is_as_good_as_none(server, photo):
+    with Client(server.address, timeout=1e9) as client:
+        assert client.explain(photo).model == "tiny"

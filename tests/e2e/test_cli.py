@@ -74,6 +74,7 @@ def test_explain_json_and_files(run_on, chelsea_path, chelsea, tmp_path):
     done = run_on("explain", chelsea_path, "--class", 3, "--class", 1, "-o", out, "--json", "--method", "grad-cam")
     answer = json.loads(one_line(done.stdout))
     assert answer["model"] == "tiny"
+    assert answer["source_size"] == [451, 300]
     assert [item["class_id"] for item in answer["explanations"]] == [3, 1]
     assert sorted(path.name for path in out.iterdir()) == sorted(
         ["chelsea-1.npy", "chelsea-1.png", "chelsea-3.npy", "chelsea-3.png"]
@@ -161,7 +162,9 @@ def test_health_says_it_with_its_exit_code(run_on, run):
     assert run_on("health").stdout == "serving\n"
     assert run_on("health", "--model", "tiny").stdout == "serving\n"
     assert run_on("health", "--model", "broken", exit_code=1).stdout == "not-serving\n"
-    one_line(run_on("health", "--model", "nope", exit_code=2).stderr)
+    assert "the server has no model named 'nope' [MODEL_NOT_FOUND" in one_line(
+        run_on("health", "--model", "nope", exit_code=2).stderr
+    )
     one_line(run("health", "--server", NOBODY, exit_code=2).stderr)
 
 
@@ -195,4 +198,7 @@ def test_bench_errors(run_on, run):
     assert "MODEL_NOT_FOUND" in one_line(run_on("bench", "--model", "nope", exit_code=1).stderr)
     one_line(run("bench", "--server", NOBODY, exit_code=1).stderr)
     run_on("bench", "--rate", 5, "--concurrency", 2, exit_code=2)
-    run_on("bench", "--rate", 0, exit_code=2)
+    for value in (0, "nan", "inf", -1):
+        run_on("bench", "--rate", value, exit_code=2)
+        run_on("bench", "--duration", value, exit_code=2)
+    run_on("bench", "--seed", -1, exit_code=2)

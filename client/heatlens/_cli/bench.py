@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -70,7 +71,7 @@ def bench(
         float | None, typer.Option(metavar="R", help="Open loop: calls started per second, whatever happens.")
     ] = None,
     arrivals: Annotated[Arrivals, typer.Option(help="Open loop: spacing of the calls.")] = Arrivals.POISSON,
-    seed: Annotated[int, typer.Option(help="Seed of the Poisson arrivals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the Poisson arrivals.")] = 0,
     requests: Annotated[int | None, typer.Option(metavar="N", min=1, help="Stop after N calls.")] = None,
     duration: Annotated[
         float | None,
@@ -87,8 +88,9 @@ def bench(
     """
     if rate is not None and concurrency is not None:
         raise typer.BadParameter("give --concurrency (closed loop) or --rate (open loop), not both")
-    if (rate is not None and rate <= 0) or (duration is not None and duration <= 0):
-        raise typer.BadParameter("--rate and --duration must be positive")
+    # nan compares false with everything.
+    if not all(value is None or 0 < value < math.inf for value in (rate, duration)):
+        raise typer.BadParameter("--rate and --duration must be positive and finite")
     duration_s = _DEFAULT_DURATION_S if duration is None and requests is None else duration
     with reporting():
         payloads = [load_image(path) for path in images or ()] or [synthetic_jpeg()]

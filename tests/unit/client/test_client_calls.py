@@ -262,8 +262,10 @@ async def test_health(connect, peer):
     assert await client.health() is heatlens.Health.SERVING
     peer.health.set("heatlens.v1.ExplainService/tiny", health_pb2.HealthCheckResponse.NOT_SERVING)
     assert await client.health("tiny") is heatlens.Health.NOT_SERVING
-    with pytest.raises(heatlens.NotFoundError):
+    with pytest.raises(heatlens.NotFoundError, match="no model named 'other'") as caught:
         await client.health("other")
+    assert caught.value.reason == "MODEL_NOT_FOUND"
+    assert caught.value.request_id
 
 
 async def test_models(connect, peer):

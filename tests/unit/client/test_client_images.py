@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
@@ -55,6 +57,12 @@ def test_empty_file_is_refused(tmp_path):
     with pytest.raises(InvalidArgumentError, match="empty") as caught:
         load_image(path)
     assert caught.value.reason == "IMAGE_EMPTY"
+
+
+@pytest.mark.parametrize("path", ["\0", "a\0.jpg", "\ud800", Path("a\0")])
+def test_impossible_paths_are_refused(path):
+    with pytest.raises(InvalidArgumentError, match="image: expected a path"):
+        load_image(path)
 
 
 def test_missing_file(tmp_path):

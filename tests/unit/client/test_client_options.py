@@ -5,7 +5,7 @@ import json
 import grpc
 import pytest
 
-from heatlens import TLS, AsyncClient, Client, InvalidArgumentError, Retry
+from heatlens import TLS, AsyncClient, Client, InvalidArgumentError, Retry, UnavailableError
 from heatlens._options import channel_options, is_loopback, make_settings, service_config
 
 DEFAULTS = {
@@ -102,24 +102,71 @@ def test_server_name_and_files(tmp_path):
         ({"token": "two words"}, "token"),
         ({"token": "line\nbreak"}, "token"),
         ({"token": "ümlaut"}, "token"),
+        ({"token": 5}, "token"),
         ({"max_message_bytes": 0}, "max_message_bytes"),
+        ({"max_message_bytes": 2**31}, "max_message_bytes"),
+        ({"max_message_bytes": 1.5}, "max_message_bytes"),
+        ({"address": 5}, "address"),
+        ({"address": b"localhost:1"}, "address"),
+        ({"address": "\ud800"}, "address"),
+        ({"address": "local\0host:1"}, "address"),
+        ({"timeout": 1e10}, "timeout"),
+        ({"timeout": float("nan")}, "timeout"),
+        ({"timeout": float("inf")}, "timeout"),
+        ({"retry": None}, "retry"),
+        ({"retry": 3}, "retry"),
+        ({"tls": 5}, "tls"),
+        ({"wait_for_ready": "no"}, "wait_for_ready"),
     ],
 )
 def test_wrong_arguments_are_named(changes, argument):
     with pytest.raises(InvalidArgumentError) as caught:
         settings(**changes)
     assert caught.value.field_violations[0].field == argument
-    if changes.get("token"):
+    if isinstance(changes.get("token"), str) and changes["token"]:
         assert changes["token"] not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_attempts": 0}, {"max_attempts": 6}, {"initial_backoff_s": 0}, {"max_backoff_s": 0.01}, {"multiplier": 0}],
+    [
+        {"max_attempts": 0},
+        {"max_attempts": 6},
+        {"max_attempts": 2.5},
+        {"max_attempts": "2"},
+        {"max_attempts": True},
+        {"initial_backoff_s": 0},
+        {"initial_backoff_s": 0.0009},
+        {"initial_backoff_s": "1"},
+        {"initial_backoff_s": float("nan")},
+        {"max_backoff_s": 0.01},
+        {"max_backoff_s": float("inf")},
+        {"max_backoff_s": 1e15},
+        {"multiplier": 0},
+        {"multiplier": 1e300},
+        {"multiplier": float("nan")},
+        {"multiplier": None},
+    ],
 )
 def test_wrong_retry(options):
     with pytest.raises(InvalidArgumentError, match="retry"):
         Retry(**options)
+
+
+@pytest.mark.parametrize("options", [{"ca_file": 5}, {"ca_file": "\0"}, {"server_name": 5}, {"server_name": "\ud800"}])
+def test_wrong_tls(options):
+    with pytest.raises(InvalidArgumentError, match="tls"):
+        TLS(**options)
+
+
+def test_extremes_that_grpc_takes():
+    retry = Retry(max_attempts=5, initial_backoff_s=1e-3, max_backoff_s=1e9, multiplier=1e3)
+    # An unusable service config would be INVALID_ARGUMENT, a deadline that wraps around DEADLINE_EXCEEDED.
+    with (
+        Client("127.0.0.1:1", retry=retry, timeout=1e9, max_message_bytes=2**31 - 1) as client,
+        pytest.raises(UnavailableError),
+    ):
+        client.health()
 
 
 def test_retry_buffer_holds_the_largest_message():
@@ -129,11 +176,10 @@ def test_retry_buffer_holds_the_largest_message():
 
 
 def test_service_config():
-    config = json.loads(service_config(Retry(max_attempts=3, initial_backoff_s=0.00001)))
+    config = json.loads(service_config(Retry(max_attempts=3, initial_backoff_s=0.001)))
     (method,) = config["methodConfig"]
     assert method["retryPolicy"]["maxAttempts"] == 3
-    # gRPC takes no exponents.
-    assert method["retryPolicy"]["initialBackoff"] == "0.000010000s"
+    assert method["retryPolicy"]["initialBackoff"] == "0.001000000s"
     assert method["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE", "RESOURCE_EXHAUSTED"]
     assert {"service": "heatlens.v1.ExplainService", "method": "Explain"} in method["name"]
     assert "methodConfig" not in json.loads(service_config(Retry(max_attempts=1)))

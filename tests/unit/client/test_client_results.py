@@ -1,5 +1,7 @@
 """Heatmaps: raw values, placement, overlays and files."""
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
@@ -42,10 +44,55 @@ def test_placed_map_is_returned_as_it_is(heatmap):
         placed.on((8, 10))
 
 
-@pytest.mark.parametrize("target", [(0, 3), (3, -1)])
+@pytest.mark.parametrize(
+    "target",
+    [(0, 3), (3, -1), (10.5, 3), (3,), (1, 2, 3), (), "x", "xx", b"xx", 3, (None, 3), np.zeros(3), np.zeros((0, 3))],
+)
 def test_on_nothing_is_refused(heatmap, target):
-    with pytest.raises(InvalidArgumentError, match="target"):
+    with pytest.raises(InvalidArgumentError, match=r"target: expected \(width, height\)"):
         heatmap.on(target)
+
+
+def test_on_needs_no_argument_when_the_server_said_the_size(heatmap, image):
+    told = replace(heatmap, source_size=(10, 8))
+    np.testing.assert_array_equal(told.on(), heatmap.on((10, 8)))
+    np.testing.assert_array_equal(told.on(image), heatmap.on(image))
+    np.testing.assert_array_equal(told.on([np.int64(10), 8]), heatmap.on((10, 8)))
+
+
+def test_on_without_any_size_is_refused(heatmap):
+    with pytest.raises(InvalidArgumentError, match="target: give the image's size"):
+        heatmap.on()
+
+
+def test_placed_map_knows_its_size(heatmap):
+    values = heatmap.on((10, 8))
+    assert replace(heatmap, values=values, placed=True).on() is values
+
+
+def test_another_picture_is_refused(heatmap, image, tmp_path):
+    told = replace(heatmap, source_size=(10, 8))
+    turned = np.ascontiguousarray(image.swapaxes(0, 1))
+    sizes = "an upright image of 10x8 pixels, got 8x10"
+    for target in ((8, 10), turned):
+        with pytest.raises(InvalidArgumentError, match=f"target: .*{sizes}"):
+            told.on(target)
+    with pytest.raises(InvalidArgumentError, match=f"image: .*{sizes}"):
+        told.overlay(turned)
+    with pytest.raises(InvalidArgumentError, match=f"image: .*{sizes}"):
+        told.save(tmp_path / "a.png", turned)
+    assert not (tmp_path / "a.png").exists()
+    told.save(tmp_path / "a.png", image)
+
+
+def test_a_map_one_pixel_wide_is_seen_in_its_overlay():
+    values = np.outer([0, 1, 1, 0], [1, 1]).astype(np.float32)
+    heatmap = Heatmap(
+        values=values, scale=1.0, offset=0.0, region=PixelBox(0, 49.56, 1, 50.44), placed=False, source_size=(1, 100)
+    )
+    gray = np.full((100, 1, 3), 100, np.uint8)
+    changed = (heatmap.overlay(gray) != gray).any(2)[:, 0]
+    assert np.flatnonzero(changed).tolist() == [50]
 
 
 def test_overlay_blends_inside_and_keeps_outside(heatmap, image):
@@ -90,7 +137,18 @@ def test_region_outside_the_image_leaves_it_alone(image):
     np.testing.assert_array_equal(heatmap.overlay(image), image)
 
 
-@pytest.mark.parametrize("options", [{"colormap": "nope"}, {"alpha": 1.5}, {"alpha": float("nan")}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"colormap": "nope"},
+        {"colormap": 5},
+        {"colormap": ["jet"]},
+        {"alpha": 1.5},
+        {"alpha": float("nan")},
+        {"alpha": "x"},
+        {"alpha": None},
+    ],
+)
 def test_wrong_options_are_named(heatmap, image, options):
     with pytest.raises(InvalidArgumentError, match=next(iter(options))):
         heatmap.overlay(image, **options)
@@ -110,6 +168,12 @@ def test_save_npy(heatmap, image, tmp_path):
     heatmap.save(str(tmp_path / "b.npy"), image)
     for name in ("a.npy", "b.npy"):
         np.testing.assert_array_equal(np.load(tmp_path / name), heatmap.values)
+
+
+@pytest.mark.parametrize("path", [5, "a\0.png", "a\0.npy", b"a.png", None])
+def test_save_nowhere_is_refused(heatmap, path):
+    with pytest.raises(InvalidArgumentError, match="path: expected a path"):
+        heatmap.save(path)
 
 
 def test_save_picture(heatmap, image, tmp_path):

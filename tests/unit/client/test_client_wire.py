@@ -40,7 +40,8 @@ def test_pixels_travel_as_a_tensor(pixels):
 
 
 @pytest.mark.parametrize(
-    ("given", "sent"), [(3, [3]), ([3, 1], [3, 1]), ((0,), [0]), (np.array([4, 2]), [4, 2]), (np.int64(7), [7])]
+    ("given", "sent"),
+    [(3, [3]), ([3, 1], [3, 1]), ((0,), [0]), (np.array([4, 2]), [4, 2]), (np.int64(7), [7]), (np.array(6), [6])],
 )
 def test_class_ids(given, sent):
     assert list(explain_request(b"x", class_ids=given).options.class_ids.values) == sent
@@ -91,7 +92,15 @@ def test_names_are_derived_from_the_enums():
         ("map_size", "big"),
         ("map_type", "float64"),
         ("top_predictions", -1),
+        ("layers", 5),
+        ("layers", b"ab"),
+        ("layers", "\ud800"),
+        ("layers", ["a", "\ud800"]),
+        ("class_ids", b"12"),
+        ("class_ids", np.array(1.5)),
+        ("class_ids", np.zeros((2, 2), int)),
         ("model", 3),
+        ("model", "\ud800"),
     ],
 )
 def test_wrong_arguments_are_named(argument, value):
@@ -102,7 +111,7 @@ def test_wrong_arguments_are_named(argument, value):
     assert caught.value.request_id is None
 
 
-@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), "3", True])
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), "3", True, 1e10, 1.001e9, 10**400])
 def test_wrong_timeouts(timeout):
     with pytest.raises(InvalidArgumentError, match="timeout"):
         checked_timeout(timeout)
@@ -111,6 +120,7 @@ def test_wrong_timeouts(timeout):
 def test_right_timeouts():
     assert checked_timeout(None) is None
     assert checked_timeout(0.5) == 0.5
+    assert checked_timeout(1e9) == 1e9
 
 
 def test_check_size_counts_the_whole_message():
@@ -123,6 +133,9 @@ def test_check_size_counts_the_whole_message():
 def test_health_services():
     assert health_request(None).service == ""
     assert health_request("a/b").service == "heatlens.v1.ExplainService/a/b"
+    for model in (5, "\ud800"):
+        with pytest.raises(InvalidArgumentError, match="model"):
+            health_request(model)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +187,8 @@ def test_result():
         source_region=explain_pb2.PixelBox(left=1, top=2, right=3, bottom=4),
         model="m",
         model_version="v",
+        source_width_px=5,
+        source_height_px=7,
     )
     response.timing.queue_duration.FromMicroseconds(1500)
     response.timing.compute_duration.FromSeconds(2)
@@ -182,7 +197,13 @@ def test_result():
     assert result.source_region == PixelBox(1, 2, 3, 4)
     assert result.explanations[0].heatmap.region == result.source_region
     assert result.explanations[0].heatmap.raw().tolist() == [[4.0]]
+    assert result.source_size == result.explanations[0].heatmap.source_size == (5, 7)
     assert result.predictions[0].label == "dog"
     assert (result.timing.queue_ms, result.timing.compute_ms, result.timing.batch_size) == (1.5, 2000.0, 4)
     assert not result.explanations[0].heatmap.placed
     assert result_of(response, placed=True).explanations[0].heatmap.placed
+
+
+def test_an_older_server_does_not_say_the_size():
+    result = result_of(explain_pb2.ExplainResponse(source_height_px=3), placed=False)
+    assert result.source_size is None
