@@ -130,6 +130,8 @@ class _Call:
         raise AssertionError("abort returned")
 
     def _write(self, level: int, code: str, *, exc_info: Exception | None = None, **fields: str) -> None:
+        if not _log.isEnabledFor(level):
+            return
         duration_ms = round((time.perf_counter() - self._started_at) * 1e3, 3)
         _log.log(
             level,
