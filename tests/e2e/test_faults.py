@@ -41,8 +41,9 @@ layers = ["body"]
 
 
 SAME = 1e-4
-"""Two maps of one image. Maps of different images differ by tenths; that batches change nothing beyond rounding (1e-5) is
-the engines' contract test. Here a min-max over nearly cancelling channels can turn rounding into 3e-5."""
+"""Largest difference between two maps of one image; maps of different images differ by tenths. That a batch changes
+nothing beyond 1e-5 is asked in the engines' contract tests; a min-max over nearly cancelling channels, as in this
+network, can turn rounding into 3e-5."""
 
 
 @pytest_asyncio.fixture
