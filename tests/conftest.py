@@ -101,9 +101,11 @@ StartServer = Callable[..., "object"]
 async def start_server(tmp_path: Path) -> AsyncIterator[StartServer]:
     """Start servers on the test's own loop, so that it can reach into them: `await start_server(toml)`."""
     # Imported late: client tests that never ask for this fixture need not wait for torch.
+    import tiny_models  # noqa: PLC0415
     from heatlens_server.app import Server  # noqa: PLC0415
     from heatlens_server.config import load_config  # noqa: PLC0415
 
+    tiny_models.make_all()
     running: list[Server] = []
 
     async def start(toml: str) -> Server:

@@ -1,5 +1,6 @@
 """Small networks for tests: seeded, untrained, with heads whose gradients are not zero."""
 
+import copy
 import os
 import time
 from collections.abc import Callable
@@ -12,10 +13,22 @@ CLASS_COUNT = 10
 INPUT_PX = 64
 
 
+_made: dict[int, nn.Module] = {}
+
+
 def _seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make()
+    """A network of its own, with the weights of its seed."""
+    if seed not in _made:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            _made[seed] = make()
+    return copy.deepcopy(_made[seed])
+
+
+def make_all() -> None:
+    """Draw every network's weights now: servers load models side by side, and all threads share torch's generator."""
+    for make in (tiny, tiny_mlp, no_grad_backbone, poisonous, slow):
+        make()
 
 
 class Tiny(nn.Module):
