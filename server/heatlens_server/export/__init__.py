@@ -1,0 +1,1 @@
+"""Differentiating a model into one static graph."""

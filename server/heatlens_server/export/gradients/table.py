@@ -1,0 +1,94 @@
+"""What the tracer replaces: gradients without a form of their own, and forward operators whose gradient is hostile."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch._decomp import decomposition_table
+from torch._ops import OpOverload
+
+from heatlens_server.export.gradients.attention import scaled_dot_product_attention
+from heatlens_server.export.gradients.convolution import convolution_backward
+from heatlens_server.export.gradients.padding import reflection_pad_backward, replication_pad_backward
+from heatlens_server.export.gradients.pooling import (
+    adaptive_avg_pool,
+    adaptive_avg_pool_backward,
+    adaptive_max_pool,
+    avg_pool_backward,
+    max_pool_with_indices_backward,
+    scatter_to_chosen,
+)
+from heatlens_server.export.gradients.products import linear, matmul, reshape
+from heatlens_server.export.gradients.slicing import select_backward, slice_backward
+from heatlens_server.export.gradients.upsampling import aligned_upsample_backward, interpolation, upsample_backward
+
+aten = torch.ops.aten
+
+
+_OURS: dict[OpOverload, Callable[..., Any]] = {
+    aten.convolution_backward.default: convolution_backward,
+    aten.avg_pool2d_backward.default: avg_pool_backward,
+    aten.avg_pool3d_backward.default: avg_pool_backward,
+    aten._adaptive_avg_pool2d_backward.default: partial(adaptive_avg_pool_backward, rank=2),
+    aten._adaptive_avg_pool3d_backward.default: partial(adaptive_avg_pool_backward, rank=3),
+    aten.max_pool2d_with_indices_backward.default: max_pool_with_indices_backward,
+    aten.max_pool3d_with_indices_backward.default: max_pool_with_indices_backward,
+    aten.adaptive_max_pool2d_backward.default: partial(scatter_to_chosen, rank=2),
+    aten.adaptive_max_pool3d_backward.default: partial(scatter_to_chosen, rank=3),
+    aten.upsample_linear1d_backward.default: aligned_upsample_backward(aten.upsample_linear1d.default),
+    aten.upsample_bilinear2d_backward.default: aligned_upsample_backward(aten.upsample_bilinear2d.default),
+    aten.upsample_trilinear3d_backward.default: aligned_upsample_backward(aten.upsample_trilinear3d.default),
+    aten.upsample_bicubic2d_backward.default: aligned_upsample_backward(aten.upsample_bicubic2d.default),
+    aten._upsample_bilinear2d_aa_backward.default: aligned_upsample_backward(aten._upsample_bilinear2d_aa.default),
+    aten._upsample_bicubic2d_aa_backward.default: aligned_upsample_backward(aten._upsample_bicubic2d_aa.default),
+    aten.upsample_nearest1d_backward.default: upsample_backward(aten.upsample_nearest1d.default),
+    aten.upsample_nearest2d_backward.default: upsample_backward(aten.upsample_nearest2d.default),
+    aten.upsample_nearest3d_backward.default: upsample_backward(aten.upsample_nearest3d.default),
+    aten._upsample_nearest_exact1d_backward.default: upsample_backward(aten._upsample_nearest_exact1d.default),
+    aten._upsample_nearest_exact2d_backward.default: upsample_backward(aten._upsample_nearest_exact2d.default),
+    aten._upsample_nearest_exact3d_backward.default: upsample_backward(aten._upsample_nearest_exact3d.default),
+    aten.replication_pad1d_backward.default: replication_pad_backward,
+    aten.replication_pad2d_backward.default: replication_pad_backward,
+    aten.replication_pad3d_backward.default: replication_pad_backward,
+    aten.reflection_pad1d_backward.default: reflection_pad_backward,
+    aten.reflection_pad2d_backward.default: reflection_pad_backward,
+    aten.reflection_pad3d_backward.default: reflection_pad_backward,
+    aten.select_backward.default: select_backward,
+    aten.slice_backward.default: slice_backward,
+}
+
+_TORCHS = {
+    operator: rule
+    for operator, rule in decomposition_table.items()
+    if isinstance(operator, OpOverload) and operator._overloadname == "default" and "backward" in operator._opname
+}
+
+TABLE: Mapping[OpOverload, Callable[..., Any]] = MappingProxyType({**_TORCHS, **_OURS})
+"""Gradients that make_fx replaces while it traces: PyTorch's own rules, and ours where it has none or a worse one."""
+
+SUBSTITUTES: Mapping[OpOverload, Callable[..., Any]] = MappingProxyType(
+    {
+        # A recorded view presumes the strides of the trace.
+        aten.view.default: reshape,
+        aten._unsafe_view.default: reshape,
+        aten.adaptive_avg_pool2d.default: partial(adaptive_avg_pool, rank=2),
+        aten.adaptive_avg_pool3d.default: partial(adaptive_avg_pool, rank=3),
+        aten.adaptive_max_pool2d.default: adaptive_max_pool,
+        aten.upsample_linear1d.vec: interpolation(aten.upsample_linear1d.default, aligned=True),
+        aten.upsample_bilinear2d.vec: interpolation(aten.upsample_bilinear2d.default, aligned=True),
+        aten.upsample_trilinear3d.vec: interpolation(aten.upsample_trilinear3d.default, aligned=True),
+        aten.upsample_bicubic2d.vec: interpolation(aten.upsample_bicubic2d.default, aligned=True),
+        aten.upsample_nearest1d.vec: interpolation(aten.upsample_nearest1d.default, aligned=False),
+        aten.upsample_nearest2d.vec: interpolation(aten.upsample_nearest2d.default, aligned=False),
+        aten.upsample_nearest3d.vec: interpolation(aten.upsample_nearest3d.default, aligned=False),
+        aten._upsample_nearest_exact1d.vec: interpolation(aten._upsample_nearest_exact1d.default, aligned=False),
+        aten._upsample_nearest_exact2d.vec: interpolation(aten._upsample_nearest_exact2d.default, aligned=False),
+        aten._upsample_nearest_exact3d.vec: interpolation(aten._upsample_nearest_exact3d.default, aligned=False),
+        aten.linear.default: linear,
+        aten.matmul.default: matmul,
+        aten.scaled_dot_product_attention.default: scaled_dot_product_attention,
+    }
+)
+"""Forward operators to replace before autograd records them, with functions of the same arguments."""
