@@ -13,7 +13,7 @@ from heatlens_server.export.gradients.products import matmul
 aten = torch.ops.aten
 
 
-def scaled_dot_product_attention(
+def scaled_dot_product_attention(  # noqa: PLR0917 - the operator's signature
     query: Tensor,
     key: Tensor,
     value: Tensor,

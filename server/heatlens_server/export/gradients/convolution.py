@@ -8,7 +8,7 @@ from torch import Tensor
 aten = torch.ops.aten
 
 
-def convolution_backward(
+def convolution_backward(  # noqa: PLR0917 - the operator's signature
     grad: Tensor,
     source: Tensor,
     weight: Tensor,

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from heatlens_server.export.gradients.separable import Matrix, contract, transpose
+from heatlens_server.export.gradients.separable import Matrix, contract, spread, transpose
 
 aten = torch.ops.aten
 
 
-def avg_pool_backward(
+def avg_pool_backward(  # noqa: PLR0917 - the operator's signature
     grad: Tensor,
     source: Tensor,
     kernel_size: Sequence[int],
@@ -42,7 +42,7 @@ def avg_pool_backward(
     pad = _per_dimension(padding, rank)
     before, after = [int(size) for size in source.shape[-rank:]], [int(size) for size in grad.shape[-rank:]]
     if step == kernel and not any(pad) and all(o * k <= i for i, o, k in zip(before, after, kernel, strict=True)):
-        return _spread(grad / (divisor_override or math.prod(kernel)), kernel, before)
+        return _share_out(grad / (divisor_override or math.prod(kernel)), kernel, before)
     matrices = [
         _window_shares(
             before[d],
@@ -76,7 +76,7 @@ def adaptive_avg_pool(values: Tensor, output_size: Sequence[int], *, rank: int) 
     if before == after:
         return values
     if rank == 2 and all(i % o == 0 for i, o in zip(before, after, strict=True)):
-        return aten.avg_pool2d(values, [i // o for i, o in zip(before, after, strict=True)])
+        return torch.nn.functional.avg_pool2d(values, [i // o for i, o in zip(before, after, strict=True)])
     return contract(values, [transpose(adaptive_shares(i, o)) for i, o in zip(before, after, strict=True)])
 
 
@@ -95,8 +95,8 @@ def adaptive_max_pool(values: Tensor, output_size: Sequence[int]) -> tuple[Tenso
     if all(i % o == 0 for i, o in zip(before, after, strict=True)):
         kernel = [i // o for i, o in zip(before, after, strict=True)]
         maxima: tuple[Tensor, Tensor] = aten.max_pool2d_with_indices(values, kernel, kernel)
-        return maxima
-    maxima = aten.adaptive_max_pool2d(values, after)
+    else:
+        maxima = aten.adaptive_max_pool2d(values, after)
     return maxima
 
 
@@ -114,7 +114,7 @@ def adaptive_avg_pool_backward(grad: Tensor, source: Tensor, *, rank: int) -> Te
     before, after = [int(size) for size in source.shape[-rank:]], [int(size) for size in grad.shape[-rank:]]
     if all(i % o == 0 for i, o in zip(before, after, strict=True)):
         kernel = [i // o for i, o in zip(before, after, strict=True)]
-        return _spread(grad / math.prod(kernel), kernel, before)
+        return _share_out(grad / math.prod(kernel), kernel, before)
     return contract(grad, [adaptive_shares(i, o) for i, o in zip(before, after, strict=True)])
 
 
@@ -130,14 +130,14 @@ def adaptive_shares(before: int, after: int) -> Matrix:
     return _window_shares(before, windows, count_outside=True, divided=True)
 
 
-def max_pool_with_indices_backward(
+def max_pool_with_indices_backward(  # noqa: PLR0917 - the operator's signature
     grad: Tensor,
     source: Tensor,
     kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
+    stride: Sequence[int],  # noqa: ARG001
+    padding: Sequence[int],  # noqa: ARG001
+    dilation: Sequence[int],  # noqa: ARG001
+    ceil_mode: bool,  # noqa: ARG001
     indices: Tensor,
 ) -> Tensor:
     """Differentiate max pooling: each window's gradient goes to the input that the window chose.
@@ -145,10 +145,10 @@ def max_pool_with_indices_backward(
     Args:
         grad: (..., o_1, ..., o_n), the gradient with respect to the output.
         source: (..., i_1, ..., i_n), the input; only its spatial sizes are used.
-        kernel_size: n sizes of the window, or one for all; so are stride, padding and dilation.
-        stride: distance of the windows; empty for the kernel's size.
-        padding: elements on each side of the input, never chosen.
-        dilation: distance of a window's elements.
+        kernel_size: n sizes of the window, or one for all.
+        stride: not used, since `indices` say it all; nor are padding, dilation and ceil_mode.
+        padding: not used.
+        dilation: not used.
         ceil_mode: not used.
         indices: int64, shaped as `grad`: the chosen input as a flat index into (i_1, ..., i_n).
 
@@ -178,21 +178,14 @@ def scatter_to_chosen(grad: Tensor, source: Tensor, indices: Tensor, *, rank: in
     return flat.reshape(*leading, *sizes).to(grad.dtype)
 
 
-def _spread(values: Tensor, kernel: Sequence[int], sizes: Sequence[int]) -> Tensor:
-    """Repeat each element over its window of adjacent, disjoint windows; what is left of `sizes` gets 0."""
-    rank = len(kernel)
-    leading = values.shape[:-rank]
-    windows = values.shape[-rank:]
-    split = [size for window in windows for size in (window, 1)]
-    # -1 keeps a dimension, the symbolic ones too: the shape stays a constant of the exported graph.
-    repeated = [size for k in kernel for size in (-1, k)]
-    spread = values.reshape(*leading, *split).expand(*(-1 for _ in leading), *repeated)
-    covered = [window * k for window, k in zip(windows, kernel, strict=True)]
-    spread = spread.reshape(*leading, *covered)
-    left_over = [size - done for size, done in zip(sizes, covered, strict=True)]
+def _share_out(values: Tensor, kernel: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """Give each element to its window of adjacent, disjoint windows; what is left of `sizes` gets 0."""
+    left_over = [size - o * k for size, o, k in zip(sizes, values.shape[-len(kernel) :], kernel, strict=True)]
+    shared = spread(values, kernel)
     if not any(left_over):
-        return spread
-    return aten.constant_pad_nd(spread, [pad for size in reversed(left_over) for pad in (0, size)])
+        return shared
+    padded: Tensor = aten.constant_pad_nd(shared, [pad for size in reversed(left_over) for pad in (0, size)])
+    return padded
 
 
 def _window_shares(size: int, windows: Sequence[tuple[int, int]], *, count_outside: bool, divided: bool) -> Matrix:

@@ -9,20 +9,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-aten = torch.ops.aten
-
 
 def reshape(values: Tensor, sizes: Sequence[int]) -> Tensor:
     """Give (...) another shape, with a copy where the strides ask for one."""
-    return aten.reshape(values, sizes)
+    return values.reshape(tuple(sizes))
 
 
 def times_matrix(left: Tensor, right: Tensor) -> Tensor:
     """Multiply (..., k) with a matrix (k, m) as one matrix product: (..., m)."""
     if left.ndim == 2:
-        return aten.mm(left, right)
+        return torch.mm(left, right)
     rows = left.reshape(-1, left.shape[-1])
-    return aten.mm(rows, right).reshape(*left.shape[:-1], right.shape[-1])
+    return torch.mm(rows, right).reshape(*left.shape[:-1], right.shape[-1])
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -38,9 +36,9 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     if left.ndim >= 2 and right.ndim == 2:
         return times_matrix(left, right)
     if left.ndim == right.ndim >= 3 and left.shape[:-2] == right.shape[:-2]:
-        product = aten.bmm(_merge_batch(left), _merge_batch(right))
+        product = torch.bmm(_merge_batch(left), _merge_batch(right))
         return product.reshape(*left.shape[:-1], right.shape[-1])
-    return aten.matmul(left, right)
+    return torch.matmul(left, right)
 
 
 def linear(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -55,11 +53,11 @@ def linear(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         (..., o): values weight^T + bias.
     """
     if weight.ndim != 2:
-        return aten.linear(values, weight, bias)
+        return torch.nn.functional.linear(values, weight, bias)
     if bias is None:
         return times_matrix(values, weight.t())
     rows = values.reshape(-1, values.shape[-1])
-    return aten.addmm(bias, rows, weight.t()).reshape(*values.shape[:-1], weight.shape[0])
+    return torch.addmm(bias, rows, weight.t()).reshape(*values.shape[:-1], weight.shape[0])
 
 
 def _merge_batch(values: Tensor) -> Tensor:

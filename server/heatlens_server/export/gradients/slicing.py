@@ -29,7 +29,9 @@ def select_backward(grad: Tensor, sizes: Sequence[int], dim: int, index: int) ->
     return _pad(grad.unsqueeze(dim), dim, index, sizes[dim] - index - 1)
 
 
-def slice_backward(grad: Tensor, sizes: Sequence[int], dim: int, start: int, end: int, step: int) -> Tensor:
+def slice_backward(  # noqa: PLR0917 - the operator's signature
+    grad: Tensor, sizes: Sequence[int], dim: int, start: int, end: int, step: int
+) -> Tensor:
     """Differentiate source[start:end:step] along one dimension.
 
     Args:
@@ -60,4 +62,5 @@ def _pad(values: Tensor, dim: int, before: int, after: int) -> Tensor:
         after = 0
     if before == 0 and after == 0:
         return values
-    return aten.constant_pad_nd(values, [0, 0] * (values.ndim - 1 - dim) + [before, after])
+    padded: Tensor = aten.constant_pad_nd(values, [0, 0] * (values.ndim - 1 - dim) + [before, after])
+    return padded

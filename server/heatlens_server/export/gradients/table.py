@@ -22,10 +22,11 @@ from heatlens_server.export.gradients.pooling import (
 )
 from heatlens_server.export.gradients.products import linear, matmul, reshape
 from heatlens_server.export.gradients.slicing import select_backward, slice_backward
-from heatlens_server.export.gradients.upsampling import aligned_upsample_backward, interpolation, upsample_backward
+from heatlens_server.export.gradients.upsampling import interpolation, interpolation_vec
+
+# ruff: noqa: SLF001 - operators with an underscore are operators all the same
 
 aten = torch.ops.aten
-
 
 _OURS: dict[OpOverload, Callable[..., Any]] = {
     aten.convolution_backward.default: convolution_backward,
@@ -37,18 +38,6 @@ _OURS: dict[OpOverload, Callable[..., Any]] = {
     aten.max_pool3d_with_indices_backward.default: max_pool_with_indices_backward,
     aten.adaptive_max_pool2d_backward.default: partial(scatter_to_chosen, rank=2),
     aten.adaptive_max_pool3d_backward.default: partial(scatter_to_chosen, rank=3),
-    aten.upsample_linear1d_backward.default: aligned_upsample_backward(aten.upsample_linear1d.default),
-    aten.upsample_bilinear2d_backward.default: aligned_upsample_backward(aten.upsample_bilinear2d.default),
-    aten.upsample_trilinear3d_backward.default: aligned_upsample_backward(aten.upsample_trilinear3d.default),
-    aten.upsample_bicubic2d_backward.default: aligned_upsample_backward(aten.upsample_bicubic2d.default),
-    aten._upsample_bilinear2d_aa_backward.default: aligned_upsample_backward(aten._upsample_bilinear2d_aa.default),
-    aten._upsample_bicubic2d_aa_backward.default: aligned_upsample_backward(aten._upsample_bicubic2d_aa.default),
-    aten.upsample_nearest1d_backward.default: upsample_backward(aten.upsample_nearest1d.default),
-    aten.upsample_nearest2d_backward.default: upsample_backward(aten.upsample_nearest2d.default),
-    aten.upsample_nearest3d_backward.default: upsample_backward(aten.upsample_nearest3d.default),
-    aten._upsample_nearest_exact1d_backward.default: upsample_backward(aten._upsample_nearest_exact1d.default),
-    aten._upsample_nearest_exact2d_backward.default: upsample_backward(aten._upsample_nearest_exact2d.default),
-    aten._upsample_nearest_exact3d_backward.default: upsample_backward(aten._upsample_nearest_exact3d.default),
     aten.replication_pad1d_backward.default: replication_pad_backward,
     aten.replication_pad2d_backward.default: replication_pad_backward,
     aten.replication_pad3d_backward.default: replication_pad_backward,
@@ -62,11 +51,27 @@ _OURS: dict[OpOverload, Callable[..., Any]] = {
 _TORCHS = {
     operator: rule
     for operator, rule in decomposition_table.items()
-    if isinstance(operator, OpOverload) and operator._overloadname == "default" and "backward" in operator._opname
+    if isinstance(operator, OpOverload) and "backward" in str(operator) and str(operator).endswith(".default")
 }
 
 TABLE: Mapping[OpOverload, Callable[..., Any]] = MappingProxyType({**_TORCHS, **_OURS})
 """Gradients that make_fx replaces while it traces: PyTorch's own rules, and ours where it has none or a worse one."""
+
+_INTERPOLATIONS: dict[Any, bool] = {
+    aten.upsample_linear1d: True,
+    aten.upsample_bilinear2d: True,
+    aten.upsample_trilinear3d: True,
+    aten.upsample_bicubic2d: True,
+    aten._upsample_bilinear2d_aa: True,
+    aten._upsample_bicubic2d_aa: True,
+    aten.upsample_nearest1d: False,
+    aten.upsample_nearest2d: False,
+    aten.upsample_nearest3d: False,
+    aten._upsample_nearest_exact1d: False,
+    aten._upsample_nearest_exact2d: False,
+    aten._upsample_nearest_exact3d: False,
+}
+"""Operators, and whether they have the argument align_corners."""
 
 SUBSTITUTES: Mapping[OpOverload, Callable[..., Any]] = MappingProxyType(
     {
@@ -76,16 +81,8 @@ SUBSTITUTES: Mapping[OpOverload, Callable[..., Any]] = MappingProxyType(
         aten.adaptive_avg_pool2d.default: partial(adaptive_avg_pool, rank=2),
         aten.adaptive_avg_pool3d.default: partial(adaptive_avg_pool, rank=3),
         aten.adaptive_max_pool2d.default: adaptive_max_pool,
-        aten.upsample_linear1d.vec: interpolation(aten.upsample_linear1d.default, aligned=True),
-        aten.upsample_bilinear2d.vec: interpolation(aten.upsample_bilinear2d.default, aligned=True),
-        aten.upsample_trilinear3d.vec: interpolation(aten.upsample_trilinear3d.default, aligned=True),
-        aten.upsample_bicubic2d.vec: interpolation(aten.upsample_bicubic2d.default, aligned=True),
-        aten.upsample_nearest1d.vec: interpolation(aten.upsample_nearest1d.default, aligned=False),
-        aten.upsample_nearest2d.vec: interpolation(aten.upsample_nearest2d.default, aligned=False),
-        aten.upsample_nearest3d.vec: interpolation(aten.upsample_nearest3d.default, aligned=False),
-        aten._upsample_nearest_exact1d.vec: interpolation(aten._upsample_nearest_exact1d.default, aligned=False),
-        aten._upsample_nearest_exact2d.vec: interpolation(aten._upsample_nearest_exact2d.default, aligned=False),
-        aten._upsample_nearest_exact3d.vec: interpolation(aten._upsample_nearest_exact3d.default, aligned=False),
+        **{op.default: interpolation(op.default, aligned=aligned) for op, aligned in _INTERPOLATIONS.items()},
+        **{op.vec: interpolation_vec(op.default, aligned=aligned) for op, aligned in _INTERPOLATIONS.items()},
         aten.linear.default: linear,
         aten.matmul.default: matmul,
         aten.scaled_dot_product_attention.default: scaled_dot_product_attention,

@@ -1,4 +1,7 @@
-"""Gradients of interpolation: the transpose of the weights that interpolation applies, one dimension at a time."""
+"""Interpolation as matrix products, whose gradients are matrix products again.
+
+PyTorch's tracer takes interpolation apart into gathers, and so its gradient into scatters with one index per element.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -8,114 +11,117 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from heatlens_server.export.gradients.separable import Matrix, contract, transpose
+from heatlens_server.export.gradients.separable import Matrix, contract, spread
 
-aten = torch.ops.aten
-
-Scale = float | None
-Interpolation = Callable[..., Tensor]
-"""(values (N, C, i_1, ..., i_n), output_size, [align_corners,] *scales) -> (N, C, o_1, ..., o_n)."""
+Flags = tuple[bool, ...]
+"""(align_corners,) for the operators that have it, () for the nearest-neighbour ones."""
 
 
-def aligned_upsample_backward(forward: Interpolation) -> Callable[..., Tensor]:
-    """Make the gradient of an interpolation operator that has the argument align_corners.
-
-    Returns:
-        (grad, output_size, input_size, align_corners, *scales) -> input gradient, as `upsample_backward`.
-    """
-
-    def backward(
-        grad: Tensor, output_size: Sequence[int], input_size: Sequence[int], align_corners: bool, *scales: Scale
-    ) -> Tensor:
-        return _backward(forward, grad, output_size, input_size, (align_corners,), scales)
-
-    return backward
-
-
-def upsample_backward(forward: Interpolation) -> Callable[..., Tensor]:
-    """Make the gradient of an interpolation operator that has no argument align_corners.
-
-    Returns:
-        (grad, output_size, input_size, *scales) -> (N, C, i_1, ..., i_n), the dtype of `grad`, for a grad of shape
-        (N, C, o_1, ..., o_n). Scales are as the operator's own: for each dimension the factor that positions are
-        computed with, None for the sizes' ratio.
-    """
-
-    def backward(grad: Tensor, output_size: Sequence[int], input_size: Sequence[int], *scales: Scale) -> Tensor:
-        return _backward(forward, grad, output_size, input_size, (), scales)
-
-    return backward
-
-
-def interpolation(forward: Interpolation, *, aligned: bool) -> Callable[..., Tensor]:
-    """Make an interpolation out of matrix products, whose gradient are matrix products too.
-
-    PyTorch's tracer takes the operator itself apart into gathers, and its gradient into scatters.
+def interpolation(operator: Callable[..., Tensor], *, aligned: bool) -> Callable[..., Tensor]:
+    """Make a differentiable replacement of an interpolation operator.
 
     Args:
-        forward: the operator, for its weights.
+        operator: its `default` overload, which is asked for its weights: (values, output_size, [align_corners,]
+            *scales).
         aligned: whether it has the argument align_corners.
 
     Returns:
-        (values, output_size or None, [align_corners,] scale_factors or None) -> (N, C, o_1, ..., o_n): the arguments
-        of the operator's overload `vec`.
+        A function of the operator's arguments: values (N, C, i_1, ..., i_n) to (N, C, *output_size). A scale is the
+        factor that positions are computed with in one dimension; None, or none at all, for the ratio of the sizes.
     """
 
-    def interpolate(values: Tensor, output_size: Sequence[int] | None, *options: Any) -> Tensor:
-        flags, factors = (options[:1] if aligned else ()), options[-1]
-        before = [int(size) for size in values.shape[2:]]
-        if output_size is None:
-            after = [int(i * factor) for i, factor in zip(before, factors, strict=True)]
-        else:
-            after = [int(size) for size in output_size]
-        return contract(values, [m and transpose(m) for m in _matrices(forward, values, before, after, flags, factors)])
+    def interpolate(values: Tensor, output_size: Sequence[int], *options: Any) -> Tensor:  # noqa: ANN401
+        flags, scales = options[:aligned], options[aligned:]
+        return _interpolate(operator, values, output_size, flags, scales or [None] * len(output_size))
 
     return interpolate
 
 
-def _backward(
-    forward: Interpolation,
-    grad: Tensor,
-    output_size: Sequence[int],
-    input_size: Sequence[int],
-    flags: tuple[bool, ...],
-    scales: Sequence[Scale],
-) -> Tensor:
-    before, after = [int(size) for size in input_size[2:]], [int(size) for size in output_size]
-    return contract(grad, _matrices(forward, grad, before, after, flags, scales))
+def interpolation_vec(operator: Callable[..., Tensor], *, aligned: bool) -> Callable[..., Tensor]:
+    """Make a replacement of the operator's overload `vec`, which takes a size or factors, and one list of factors.
+
+    Args:
+        operator: the `default` overload.
+        aligned: whether it has the argument align_corners.
+
+    Returns:
+        (values, output_size or None, [align_corners,] scale_factors or None) -> (N, C, o_1, ..., o_n).
+    """
+
+    def interpolate(values: Tensor, output_size: Sequence[int] | None, *options: Any) -> Tensor:  # noqa: ANN401
+        flags = options[:aligned]
+        if output_size is not None:
+            return _interpolate(operator, values, output_size, flags, [None] * len(output_size))
+        factors: Sequence[float] = options[aligned]
+        # Rounded down as the operator rounds.
+        sizes = [int(size * factor) for size, factor in zip(values.shape[2:], factors, strict=True)]
+        return _interpolate(operator, values, sizes, flags, factors)
+
+    return interpolate
 
 
-def _matrices(
-    forward: Interpolation,
+def _interpolate(
+    operator: Callable[..., Tensor],
     values: Tensor,
-    before: Sequence[int],
-    after: Sequence[int],
-    flags: tuple[bool, ...],
-    scales: Sequence[Scale] | None,
-) -> list[Matrix | None]:
+    output_size: Sequence[int],
+    flags: Flags,
+    scales: Sequence[float | None],
+) -> Tensor:
     # Half precision is interpolated with weights computed in float32.
     dtype = values.dtype if values.dtype == torch.float64 else torch.float32
-    return [
-        None if i == o and scale in (None, 1.0) else _weights(forward, i, o, flags, scale, dtype)
-        for i, o, scale in zip(before, after, scales or [None] * len(before), strict=True)
+    sizes = [(int(before), int(after)) for before, after in zip(values.shape[2:], output_size, strict=True)]
+    matrices = [
+        None
+        if size[0] == size[1] and scale in {None, 1.0}
+        else _weights(operator, size, flags, scale, rank=len(sizes), dtype=dtype)
+        for size, scale in zip(sizes, scales, strict=True)
     ]
+    factors = [after // before for before, after in sizes]
+    if all(_repeats(matrix, factor) for matrix, factor in zip(matrices, factors, strict=True)):
+        return spread(values, factors)
+    return contract(values, matrices)
+
+
+def _repeats(matrix: Matrix | None, factor: int) -> bool:
+    """Whether a matrix repeats each input `factor` times, as nearest neighbour does; None is the identity."""
+    if matrix is None:
+        return True
+    return all(
+        row == [float(i * factor <= o < (i + 1) * factor) for o in range(len(row))] for i, row in enumerate(matrix)
+    )
 
 
 @lru_cache(maxsize=256)
 def _weights(
-    forward: Interpolation, before: int, after: int, flags: tuple[bool, ...], scale: Scale, dtype: torch.dtype
+    operator: Callable[..., Tensor],
+    sizes: tuple[int, int],
+    flags: Flags,
+    scale: float | None,
+    *,
+    rank: int,
+    dtype: torch.dtype,
 ) -> Matrix:
     """Compute one dimension's weights, by interpolating each unit vector with the operator itself.
 
-    Its rounding of positions decides which neighbour is nearest and cannot be had otherwise.
+    Its rounding of positions decides which neighbour is nearest, and cannot be had otherwise.
+
+    Args:
+        operator: with `rank` spatial dimensions.
+        sizes: number of inputs and of outputs.
+        flags: align_corners, if the operator has it.
+        scale: see `interpolation`.
+        rank: the number of spatial dimensions.
+        dtype: what to compute in.
 
     Returns:
-        (after, before): the weight of each input in each output.
+        (inputs, outputs): the weight of each input in each output.
     """
+    before, after = sizes
+    other = [1] * (rank - 1)
     # A trace may be going on: these are values, not part of it.
     with _disable_current_modes(), torch.no_grad():
-        rank = 3 if "3d" in str(forward) else 1 if "1d" in str(forward) else 2
-        units = torch.eye(before, dtype=dtype).reshape(before, 1, before, *[1] * (rank - 1))
-        outputs = forward(units, [after, *[1] * (rank - 1)], *flags, scale, *[None] * (rank - 1))
-        matrix: Matrix = outputs.reshape(before, after).t().tolist()
+        # Along the last dimension: torch 2.14's antialiased kernels ignore the weights of images one pixel wide.
+        units = torch.eye(before, dtype=dtype).reshape(before, 1, *other, before)
+        outputs = operator(units, [*other, after], *flags, *[None] * (rank - 1), scale)
+        matrix: Matrix = outputs.reshape(before, after).tolist()
     return matrix
