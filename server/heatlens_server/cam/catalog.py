@@ -1,6 +1,12 @@
-"""The methods by name, without torch, so that configuration and validation can know them cheaply."""
+"""Methods and special class ids by name, without torch, so that configuration and validation can know them cheaply."""
 
 from enum import StrEnum
+
+RANKED = -1
+"""In `wanted`, at position k: the class that is the k-th most probable, counted from 0."""
+
+ABSENT = -2
+"""In `wanted` and in class ids: nothing. Pads images that want fewer classes than others of their batch."""
 
 
 class Method(StrEnum):

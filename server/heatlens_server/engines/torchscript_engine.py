@@ -1,0 +1,130 @@
+"""The TorchScript engine: runs exported modules, which return activations and gradients; the map is made in torch."""
+
+import threading
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from heatlens_server.cam.catalog import Method
+from heatlens_server.cam.methods import raw_map
+from heatlens_server.cam.saliency import saliency
+from heatlens_server.engines.base import EngineInfo, Float32Array, ImageResult, MapSpec, Target, UInt8Array
+from heatlens_server.engines.finish import Maps
+from heatlens_server.engines.planes import normalisation_table, normalised_planes
+from heatlens_server.engines.rows import Explained, Int64Array, explain_batch
+from heatlens_server.engines.served import check_served, served_info
+from heatlens_server.engines.torch_device import resolve_device
+from heatlens_server.errors import ModelLoadError
+from heatlens_server.export.manifest import GraphFile, Manifest
+from heatlens_server.export.spec import Format, InputKind, Output
+
+_NEEDED = (Output.LOGITS, Output.CLASS_ID, Output.ACTIVATIONS, Output.GRADIENTS)
+
+# Filters of warnings are the process's: two threads that change them at once may leave one's behind.
+_loading = threading.Lock()
+
+
+class TorchScriptEngine:
+    """Explains with the modules of an export, on a CPU or a CUDA device. Implements `engines.base.Engine`.
+
+    One module per layer serves every method: the method's maths is applied to what the module returns.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, *, device: str = "auto") -> None:
+        """Load every layer's module.
+
+        Args:
+            folder: of the export.
+            manifest: of the export, from `read_manifest`.
+            device: "auto", "cpu", "cuda" or "cuda:N".
+
+        Raises:
+            ModelLoadError: the export is not one for this engine or cannot be loaded, or there is no such device.
+        """
+        check_served(manifest, Format.TORCHSCRIPT, _NEEDED)
+        self._device = resolve_device(device)
+        self._manifest = manifest
+        self._graphs = {(graph.layer, graph.method): graph for graph in manifest.graphs}
+        self._table = normalisation_table(manifest.preprocess) if manifest.input is InputKind.FLOAT else None
+        files = dict.fromkeys(graph.file for graph in manifest.graphs)
+        self._modules = {file: self._load(folder / file) for file in files}
+        self._info = served_info(manifest, kind="torchscript", device=str(self._device))
+
+    @property
+    def info(self) -> EngineInfo:
+        """What this engine can do."""
+        return self._info
+
+    def explain(self, images: UInt8Array, targets: Sequence[Target], spec: MapSpec) -> list[ImageResult]:
+        """Explain a batch; see `engines.base.Engine.explain`.
+
+        Raises:
+            MemoryError: the device is out of memory.
+            ValueError: the export has no graph for the method and layer.
+        """
+        runs = [partial(self._run, self._graph(layer, spec.method)) for layer in spec.layers]
+        size = (images.shape[1], images.shape[2]) if spec.upsample else None
+        try:
+            return explain_batch(runs, images, targets, classes=self._manifest.classes, size=size)
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise MemoryError(str(error)) from None
+        except RuntimeError as error:
+            # TorchScript's interpreter wraps what its operators raise, torch.OutOfMemoryError among them.
+            if "DefaultCPUAllocator" in str(error) or "CUDA out of memory" in str(error):
+                raise MemoryError(str(error)) from None
+            raise
+
+    def close(self) -> None:
+        """Let go of the modules. Idempotent."""
+        self._graphs.clear()
+        self._modules.clear()
+
+    @torch.inference_mode()
+    def _run(self, graph: GraphFile, images: UInt8Array, class_index: Int64Array) -> Explained:
+        index = torch.from_numpy(class_index).to(self._device)
+        returned = self._modules[graph.file](self._image(images), index)
+        outputs = dict(zip(graph.outputs, returned, strict=True))
+        activations, gradients = outputs[Output.ACTIVATIONS], outputs[Output.GRADIENTS]
+        # CAM is offered behind global average pooling and one linear layer only, whose weights these sums are.
+        factors = gradients if graph.method.needs_gradient else gradients.sum((-2, -1))
+        maps = saliency([raw_map(graph.method, activations, factors)])
+        return Explained(
+            logits=_array(outputs[Output.LOGITS]),
+            class_ids=outputs[Output.CLASS_ID].cpu().numpy(),
+            maps=Maps(_array(maps.values), _array(maps.scale), _array(maps.offset)),
+        )
+
+    def _image(self, images: UInt8Array) -> Tensor:
+        """(N, 3, H, W) on the device, channels_last: for uint8 that is how the images come."""
+        if self._table is None:
+            return torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2)
+        image = torch.from_numpy(normalised_planes(images, self._table))
+        return image.to(self._device, memory_format=torch.channels_last)
+
+    def _graph(self, layer: str, method: Method) -> GraphFile:
+        graph = self._graphs.get((layer, method))
+        if graph is None:
+            raise ValueError(f"the export has no graph for layer {layer!r} and method {method}")
+        return graph
+
+    def _load(self, path: Path) -> torch.jit.ScriptModule:
+        with _loading, warnings.catch_warnings():
+            # TorchScript is deprecated, and wanted all the same. A DeprecationWarning from Python 3.14 on.
+            for category in (FutureWarning, DeprecationWarning):
+                warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is (deprecated|not supported)", category)
+            try:
+                module: torch.jit.ScriptModule = torch.jit.load(path, map_location=self._device)  # type: ignore[no-untyped-call]
+            # Damaged files raise all sorts, with paths in their messages.
+            except Exception as error:
+                raise ModelLoadError(f"{path.name} cannot be loaded as TorchScript ({type(error).__name__})") from error
+        return module
+
+
+def _array(tensor: Tensor) -> Float32Array:
+    array: Float32Array = tensor.float().cpu().numpy()
+    return array
