@@ -157,3 +157,7 @@ class ConfigError(Exception):
 
 class ModelLoadError(Exception):
     """A model cannot be loaded. The message is shown to clients: it names no path of this machine."""
+
+
+class ExportError(Exception):
+    """A model cannot be turned into a static graph. The message names no path of this machine."""

@@ -3,13 +3,10 @@
 import torch
 from torch import Tensor
 
+from heatlens_server.cam.catalog import ABSENT, RANKED
 from heatlens_server.cam.precision import wide
 
-RANKED = -1
-"""In `wanted`, at position k: the class that is the k-th most probable, counted from 0."""
-
-ABSENT = -2
-"""In `wanted` and in class ids: nothing. Pads images that want fewer classes than others of their batch."""
+__all__ = ["ABSENT", "RANKED", "resolve", "score"]
 
 
 def resolve(logits: Tensor, wanted: Tensor) -> Tensor:
@@ -40,7 +37,9 @@ def resolve(logits: Tensor, wanted: Tensor) -> Tensor:
         # The common case: argmax takes the first of equals by contract and costs a fraction of a sort.
         ranked = logits.argmax(dim=1, keepdim=True)
     else:
-        ranked = torch.sort(logits, dim=1, descending=True, stable=True).indices[:, :count]
+        # A gather, not a slice: sliced strides make a traced graph doubt that K may be any number.
+        positions = torch.arange(count, device=logits.device).expand(logits.shape[0], count)
+        ranked = torch.sort(logits, dim=1, descending=True, stable=True).indices.gather(1, positions)
     return torch.where(wanted == RANKED, ranked, wanted)
 
 
