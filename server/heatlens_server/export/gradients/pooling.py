@@ -171,10 +171,10 @@ def scatter_to_chosen(grad: Tensor, source: Tensor, indices: Tensor, *, rank: in
         (..., i_1, ..., i_rank), the dtype of `grad`; sums of half precision are made in float32.
     """
     sizes = source.shape[-rank:]
-    leading = grad.shape[:-rank]
+    leading, outputs = grad.shape[:-rank], math.prod(grad.shape[-rank:])
     wide = grad.to(torch.float32) if grad.dtype in (torch.float16, torch.bfloat16) else grad
     flat = wide.new_zeros((*leading, math.prod(sizes)))
-    flat = flat.scatter_add(-1, indices.reshape(*leading, -1), wide.reshape(*leading, -1))
+    flat = flat.scatter_add(-1, indices.reshape(*leading, outputs), wide.reshape(*leading, outputs))
     return flat.reshape(*leading, *sizes).to(grad.dtype)
 
 

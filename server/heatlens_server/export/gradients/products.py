@@ -4,6 +4,7 @@ torch.matmul expands its operands to a common batch shape before it multiplies. 
 expanded tensor shares its memory, but the exported graph then holds an Expand that a runtime may really carry out.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +20,7 @@ def times_matrix(left: Tensor, right: Tensor) -> Tensor:
     """Multiply (..., k) with a matrix (k, m) as one matrix product: (..., m)."""
     if left.ndim == 2:
         return torch.mm(left, right)
-    rows = left.reshape(-1, left.shape[-1])
+    rows = _rows(left)
     return torch.mm(rows, right).reshape(*left.shape[:-1], right.shape[-1])
 
 
@@ -56,9 +57,14 @@ def linear(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         return torch.nn.functional.linear(values, weight, bias)
     if bias is None:
         return times_matrix(values, weight.t())
-    rows = values.reshape(-1, values.shape[-1])
+    rows = _rows(values)
     return torch.addmm(bias, rows, weight.t()).reshape(*values.shape[:-1], weight.shape[0])
 
 
+def _rows(values: Tensor) -> Tensor:
+    # Not -1, which the tracer turns into a division of symbols.
+    return values if values.ndim == 2 else values.reshape(math.prod(values.shape[:-1]), values.shape[-1])
+
+
 def _merge_batch(values: Tensor) -> Tensor:
-    return values if values.ndim == 3 else values.reshape(-1, *values.shape[-2:])
+    return values if values.ndim == 3 else values.reshape(math.prod(values.shape[:-2]), *values.shape[-2:])
