@@ -8,13 +8,20 @@ import pytest
 from torch import nn
 
 import tiny_models
-from engine_cases import Judge, loaded, noise
+from engine_cases import Judge, bundle, loaded, noise
 from heatlens_server.cam.catalog import Method
 from heatlens_server.engines.base import ClassIds, Engine, MapSpec, TopK
+from heatlens_server.engines.onnxruntime_engine import OnnxRuntimeEngine
 from heatlens_server.engines.torch_engine import TorchEngine
+from heatlens_server.engines.torchscript_engine import TorchScriptEngine
+from heatlens_server.export.spec import Format
 from heatlens_server.models.spec import LoadedModel
 
-ENGINES: dict[str, Callable[[LoadedModel], Engine]] = {"torch": lambda model: TorchEngine(model, device="cpu")}
+ENGINES: dict[str, Callable[[LoadedModel], Engine]] = {
+    "torch": lambda model: TorchEngine(model, device="cpu"),
+    "onnxruntime": lambda model: OnnxRuntimeEngine(*bundle(model, Format.ONNX), device="cpu", threads=1),
+    "torchscript": lambda model: TorchScriptEngine(*bundle(model, Format.TORCHSCRIPT), device="cpu"),
+}
 
 TOLERANCE = 1e-4
 """Largest difference of a float32 map in [0, 1] from the float64 judge's."""

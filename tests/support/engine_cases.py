@@ -1,7 +1,11 @@
 """What engine tests share: loaded tiny models, images, and a float64 judge that shares no code with the engine."""
 
+import atexit
 import copy
+import shutil
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,8 +14,13 @@ from torch import nn
 from heatlens_server.cam.catalog import Method
 from heatlens_server.cam.methods import raw_map
 from heatlens_server.cam.saliency import saliency
+from heatlens_server.engines.torch_engine import TorchEngine
+from heatlens_server.export.folder import export_bundle, export_graph
+from heatlens_server.export.manifest import Manifest
+from heatlens_server.export.spec import Format, GraphSpec
 from heatlens_server.imaging.preprocess import PreprocessSpec
 from heatlens_server.models.spec import LoadedModel
+from heatlens_server.models.weights import weights_version
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -34,6 +43,48 @@ def noise(count: int, px: int = 64, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (count, 8, 8, 3))
     return np.repeat(np.repeat(coarse, px // 8, 1), px // 8, 2).astype(np.uint8)
+
+
+_exports: dict[tuple[object, ...], tuple[Path, Manifest]] = {}
+
+
+def bundle(model: LoadedModel, file_format: Format) -> tuple[Path, Manifest]:
+    """What the server exports for its engines; made once per process and model, as it takes seconds."""
+    key = (weights_version(model.module), model.layers, file_format)
+    if key not in _exports:
+        reference = TorchEngine(model, device="cpu")
+        methods = reference.info.methods
+        reference.close()
+        folder = _new_folder()
+        manifest = export_bundle(
+            model,
+            methods=methods,
+            file_format=file_format,
+            precision="fp32",
+            source="test",
+            folder=folder,
+            report=lambda _: None,
+        )
+        _exports[key] = (folder, manifest)
+    return _exports[key]
+
+
+def user_export(model: LoadedModel, file_format: Format, spec: GraphSpec) -> tuple[Path, Manifest]:
+    """What people export by hand: one graph; made once per process."""
+    key = (weights_version(model.module), file_format, spec)
+    if key not in _exports:
+        folder = _new_folder()
+        manifest = export_graph(
+            model, spec, file_format=file_format, source="test", folder=folder, report=lambda _: None
+        )
+        _exports[key] = (folder, manifest)
+    return _exports[key]
+
+
+def _new_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="heatlens-test-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 class Judge:
