@@ -134,8 +134,9 @@ def adaptive_pools(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def resizes(x: Tensor) -> Tensor:
-    # All but nearest neighbour by a whole factor are the same products, with other weights.
-    return F.interpolate(F.interpolate(x, scale_factor=2), size=(7, 13), mode="bicubic", antialias=True)
+    # One of each kind: repetition, an operator that ONNX has, products.
+    x = F.interpolate(F.interpolate(x, scale_factor=2), size=(7, 13), mode="bicubic")
+    return F.interpolate(x, scale_factor=1.3, mode="bilinear")
 
 
 def pads_and_parts(x: Tensor) -> Tensor:

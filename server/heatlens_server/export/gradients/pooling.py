@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from heatlens_server.export.gradients.separable import Matrix, contract, spread, transpose
+from heatlens_server.export.gradients.separable import Matrix, contract, transpose
+from heatlens_server.export.gradients.upsampling import repeat_elements
 
 aten = torch.ops.aten
 
@@ -181,7 +182,7 @@ def scatter_to_chosen(grad: Tensor, source: Tensor, indices: Tensor, *, rank: in
 def _share_out(values: Tensor, kernel: Sequence[int], sizes: Sequence[int]) -> Tensor:
     """Give each element to its window of adjacent, disjoint windows; what is left of `sizes` gets 0."""
     left_over = [size - o * k for size, o, k in zip(sizes, values.shape[-len(kernel) :], kernel, strict=True)]
-    shared = spread(values, kernel)
+    shared = repeat_elements(values, kernel)
     if not any(left_over):
         return shared
     padded: Tensor = aten.constant_pad_nd(shared, [pad for size in reversed(left_over) for pad in (0, size)])

@@ -34,25 +34,6 @@ def contract(values: Tensor, matrices: Sequence[Matrix | None]) -> Tensor:
     return values
 
 
-def spread(values: Tensor, factors: Sequence[int]) -> Tensor:
-    """Repeat each element `factors` times along the trailing dimensions.
-
-    Args:
-        values: (..., s_1, ..., s_n).
-        factors: n counts, each at least 1.
-
-    Returns:
-        (..., s_1 * factor_1, ..., s_n * factor_n).
-    """
-    rank = len(factors)
-    leading, sizes = values.shape[:-rank], values.shape[-rank:]
-    split = [part for size in sizes for part in (size, 1)]
-    # -1 keeps a dimension, the symbolic ones too: the shape stays a constant of the exported graph.
-    repeated = [part for factor in factors for part in (-1, factor)]
-    wide = values.reshape(*leading, *split).expand(*[-1] * len(leading), *repeated)
-    return wide.reshape(*leading, *(size * factor for size, factor in zip(sizes, factors, strict=True)))
-
-
 def transpose(matrix: Matrix) -> Matrix:
     """Swap rows and columns."""
     return [list(column) for column in zip(*matrix, strict=True)]
