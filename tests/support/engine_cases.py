@@ -2,6 +2,7 @@
 
 import atexit
 import copy
+import dataclasses
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -52,7 +53,8 @@ def bundle(model: LoadedModel, file_format: Format) -> tuple[Path, Manifest]:
     """What the server exports for its engines; made once per process and model, as it takes seconds."""
     key = (weights_version(model.module), model.layers, file_format)
     if key not in _exports:
-        reference = TorchEngine(model, device="cpu")
+        # A copy, as the engine changes the layout of the weights, and with that what is recorded.
+        reference = TorchEngine(dataclasses.replace(model, module=copy.deepcopy(model.module)), device="cpu")
         methods = reference.info.methods
         reference.close()
         folder = _new_folder()

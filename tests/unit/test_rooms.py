@@ -19,7 +19,8 @@ WIRE = (*GRPC, "heatlens.v1")
 TORCH = ("torch", "torchvision", "timm")
 RULES = {
     "cam": (*GRPC, "heatlens", "heatlens_server"),
-    "engines": (*WIRE, "heatlens_server.rpc", "heatlens_server.serving", "heatlens_server.app"),
+    "engines": (*WIRE, *(f"heatlens_server.{room}" for room in ("rpc", "serving", "app", "export"))),
+    "export": (*WIRE, *(f"heatlens_server.{room}" for room in ("rpc", "serving", "app", "engines"))),
     "models": (*WIRE, "heatlens_server.rpc", "heatlens_server.serving", "heatlens_server.app"),
     "serving": (*TORCH, *WIRE, "heatlens_server.rpc", "heatlens_server.models", "heatlens_server.app"),
     "imaging": (*TORCH, *WIRE, *(f"heatlens_server.{room}" for room in ("rpc", "serving", "engines", "models", "app"))),
@@ -27,6 +28,9 @@ RULES = {
 }
 ALLOWED = {
     "cam": ("heatlens_server.cam",),
+    # Engines run what exports hold; an export is verified by the engine that is everybody's reference.
+    "engines": ("heatlens_server.export.spec", "heatlens_server.export.manifest"),
+    "export": ("heatlens_server.engines.base", "heatlens_server.engines.torch_engine"),
     "rpc": ("heatlens_server.engines.base",),
     "serving": ("heatlens_server.engines.base",),
 }
@@ -77,13 +81,22 @@ def test_torch_is_where_the_plan_says():
         for path in SERVER.rglob("*.py")
         if any(within(name, package) for name in imports_of(path) for package in TORCH)
     }
-    assert rooms <= {"cam", "engines", "models"}
+    assert rooms <= {"cam", "engines", "export", "models"}
 
 
 @pytest.mark.parametrize("room", ["rpc", "serving", "imaging"])
 def test_room_loads_no_torch_by_any_way(room):
     modules = [f"heatlens_server.{room}.{path.stem}" for path in (SERVER / room).glob("[a-z]*.py")]
     program = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["engines.base", "engines.onnxruntime_engine", "engines.providers", "export.manifest", "export.spec"],
+)
+def test_what_serves_an_export_loads_no_torch(module):
+    program = f"import sys, heatlens_server.{module}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

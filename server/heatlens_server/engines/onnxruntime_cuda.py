@@ -72,7 +72,7 @@ def open_graphed(
         session, used = open_session(runtime, graph, options, replace(choice, providers=providers))
         if used.name != CUDA:
             return None
-        graphed = GraphedSession(runtime, session, outputs=outputs, device_id=choice.device_id)
+        graphed = GraphedSession(runtime, session, outputs=outputs, device=choice.device)
         # The first run captures, the second replays.
         graphed.run(probe)
         graphed.run(probe)
@@ -88,19 +88,20 @@ def open_graphed(
 class GraphedSession:
     """A CUDA session made with `enable_cuda_graph`. Threads take turns: captured graphs allow no more."""
 
-    def __init__(self, runtime: Runtime, session: Session, *, outputs: Sequence[str], device_id: int) -> None:
+    def __init__(self, runtime: Runtime, session: Session, *, outputs: Sequence[str], device: str) -> None:
         """Wrap a session.
 
         Args:
             runtime: the onnxruntime module.
             session: on the CUDA provider, with `enable_cuda_graph`.
             outputs: names of the outputs to return.
-            device_id: index of the GPU.
+            device: where its tensors are kept, "cuda:0".
         """
         self._runtime = runtime
         self._session = session
         self._outputs = list(outputs)
-        self._device_id = device_id
+        kind, _, index = device.partition(":")
+        self._device = (kind, int(index or 0))
         self._captured: dict[int, _Captured] = {}
         self._turn = threading.Lock()
 
@@ -125,13 +126,12 @@ class GraphedSession:
     def _bind(self, bucket: int, feeds: Mapping[str, Array]) -> _Captured:
         """Make the tensors of a batch size. A plain run tells the outputs' shapes, and warms the memory pool up."""
         ort_value = self._runtime.OrtValue
-        device = ("cuda", self._device_id)
         binding = self._session.io_binding()
-        inputs = {name: ort_value.ortvalue_from_numpy(feed, *device) for name, feed in feeds.items()}
+        inputs = {name: ort_value.ortvalue_from_numpy(feed, *self._device) for name, feed in feeds.items()}
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)
         for name, output in zip(self._outputs, self._run_plain(feeds), strict=True):
-            value = ort_value.ortvalue_from_shape_and_type(output.shape, output.dtype, *device)
+            value = ort_value.ortvalue_from_shape_and_type(output.shape, output.dtype, *self._device)
             binding.bind_ortvalue_output(name, value)
         # The number that onnxruntime files the captured graph under: the batch size does.
         return _Captured(self._options(str(bucket)), binding, inputs)

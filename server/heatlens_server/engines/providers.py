@@ -68,11 +68,6 @@ class Choice:
     required: bool
     providers: tuple[tuple[str, dict[str, str]], ...]
 
-    @property
-    def device_id(self) -> int:
-        """The index of the GPU; 0 on the CPU."""
-        return int(self.device.partition(":")[2] or 0)
-
 
 ON_CPU = Choice(name=CPU, device="cpu", required=False, providers=((CPU, {}),))
 

@@ -1,15 +1,17 @@
 """The TorchScript engine: runs exported modules, which return activations and gradients; the map is made in torch."""
 
+import logging
 import threading
 import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from heatlens_server.cam.catalog import Method
+from heatlens_server.cam.catalog import RANKED, Method
 from heatlens_server.cam.methods import raw_map
 from heatlens_server.cam.saliency import saliency
 from heatlens_server.engines.base import EngineInfo, Float32Array, ImageResult, MapSpec, Target, UInt8Array
@@ -21,6 +23,8 @@ from heatlens_server.engines.torch_device import resolve_device
 from heatlens_server.errors import ModelLoadError
 from heatlens_server.export.manifest import GraphFile, Manifest
 from heatlens_server.export.spec import Format, InputKind, Output
+
+_log = logging.getLogger(__name__)
 
 _NEEDED = (Output.LOGITS, Output.CLASS_ID, Output.ACTIVATIONS, Output.GRADIENTS)
 
@@ -43,7 +47,8 @@ class TorchScriptEngine:
             device: "auto", "cpu", "cuda" or "cuda:N".
 
         Raises:
-            ModelLoadError: the export is not one for this engine or cannot be loaded, or there is no such device.
+            ModelLoadError: the export is not one for this engine, cannot be loaded or does not run, or there is no
+                such device.
         """
         check_served(manifest, Format.TORCHSCRIPT, _NEEDED)
         self._device = resolve_device(device)
@@ -52,6 +57,7 @@ class TorchScriptEngine:
         self._table = normalisation_table(manifest.preprocess) if manifest.input is InputKind.FLOAT else None
         files = dict.fromkeys(graph.file for graph in manifest.graphs)
         self._modules = {file: self._load(folder / file) for file in files}
+        self._layouts = {file: self._find_layout(file) for file in files}
         self._info = served_info(manifest, kind="torchscript", device=str(self._device))
 
     @property
@@ -87,7 +93,8 @@ class TorchScriptEngine:
     @torch.inference_mode()
     def _run(self, graph: GraphFile, images: UInt8Array, class_index: Int64Array) -> Explained:
         index = torch.from_numpy(class_index).to(self._device)
-        returned = self._modules[graph.file](self._image(images), index)
+        image = self._image(images).contiguous(memory_format=self._layouts[graph.file])
+        returned = self._modules[graph.file](image, index)
         outputs = dict(zip(graph.outputs, returned, strict=True))
         activations, gradients = outputs[Output.ACTIVATIONS], outputs[Output.GRADIENTS]
         # CAM is offered behind global average pooling and one linear layer only, whose weights these sums are.
@@ -100,17 +107,39 @@ class TorchScriptEngine:
         )
 
     def _image(self, images: UInt8Array) -> Tensor:
-        """(N, 3, H, W) on the device, channels_last: for uint8 that is how the images come."""
+        """(N, 3, H, W) on the device; uint8 comes in channels_last."""
         if self._table is None:
             return torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2)
-        image = torch.from_numpy(normalised_planes(images, self._table))
-        return image.to(self._device, memory_format=torch.channels_last)
+        return torch.from_numpy(normalised_planes(images, self._table)).to(self._device)
 
     def _graph(self, layer: str, method: Method) -> GraphFile:
         graph = self._graphs.get((layer, method))
         if graph is None:
             raise ValueError(f"the export has no graph for layer {layer!r} and method {method}")
         return graph
+
+    @torch.inference_mode()
+    def _find_layout(self, file: str) -> torch.memory_format:
+        """The layout that a module runs in: channels_last, in which convolutions are fastest, or else contiguous.
+
+        A view that was recorded on contiguous tensors may be impossible on others.
+        """
+        # Tensors of one row are in both layouts at once.
+        images = np.zeros((2, *self._manifest.preprocess.crop_px, 3), np.uint8)
+        index = torch.full((2, self._manifest.classes or 1), RANKED, device=self._device)
+        image = self._image(images)
+        try:
+            self._modules[file](image.contiguous(memory_format=torch.channels_last), index)
+        except RuntimeError as error:
+            _log.info("%s does not run in channels_last", file, exc_info=error)
+        else:
+            return torch.channels_last
+        try:
+            self._modules[file](image.contiguous(), index)
+        except RuntimeError as error:
+            _log.exception("%s does not run", file)
+            raise ModelLoadError(f"{file} does not run on {self._device}") from error
+        return torch.contiguous_format
 
     def _load(self, path: Path) -> torch.jit.ScriptModule:
         with _loading, warnings.catch_warnings():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import onnxruntime
 import pytest
 
-from heatlens_server.engines import providers
+from heatlens_server.engines import providers as providers_module
 from heatlens_server.engines.providers import (
     CPU,
     CUDA,
@@ -42,7 +42,7 @@ def installed(monkeypatch):
             if name not in names:
                 raise metadata.PackageNotFoundError(name)
 
-        monkeypatch.setattr(providers.metadata, "distribution", distribution)
+        monkeypatch.setattr(providers_module.metadata, "distribution", distribution)
 
     return pretend
 
@@ -88,7 +88,8 @@ def test_device_and_provider_choose_together(device, provider, name, where, requ
     assert (choice.name, choice.device, choice.required) == (name, where, required)
     assert choice.providers[0][0] == name
     assert choice.providers[-1] == (CPU, {})
-    assert choice.device_id == (1 if where == "cuda:1" else 0)
+    options = dict(choice.providers)
+    assert all(options[gpu]["device_id"] == where[-1] for gpu in options if gpu != CPU)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +160,7 @@ class Runtime(SimpleNamespace):
 
     def InferenceSession(self, graph, options, *, providers, enable_fallback):
         assert enable_fallback == 0
+        assert providers_module._creation.locked()  # one at a time in the whole process
         self.asked.append(providers)
         return SimpleNamespace(get_providers=lambda: [CPU])
 
