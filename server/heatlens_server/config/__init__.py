@@ -1,0 +1,25 @@
+"""What an operator can set. Loads no torch, so that a wrong key is reported at once."""
+
+from heatlens_server.config.load import Config, load_config
+from heatlens_server.config.model import (
+    EMBEDDED_MODEL,
+    EXPORT_PREFIX,
+    WEIGHT_FILE_SUFFIXES,
+    BatchingConfig,
+    ModelConfig,
+    PreprocessConfig,
+)
+from heatlens_server.config.server import ServerConfig, TlsConfig
+
+__all__ = [
+    "EMBEDDED_MODEL",
+    "EXPORT_PREFIX",
+    "WEIGHT_FILE_SUFFIXES",
+    "BatchingConfig",
+    "Config",
+    "ModelConfig",
+    "PreprocessConfig",
+    "ServerConfig",
+    "TlsConfig",
+    "load_config",
+]

@@ -1,0 +1,149 @@
+"""Reading the configuration: a TOML file, environment variables on top, command line options on top of those.
+
+Relative paths in the file are relative to the file's folder, elsewhere to the working directory.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self, cast
+
+from pydantic import ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
+
+from heatlens_server.config.model import EMBEDDED_MODEL, EXPORT_PREFIX, WEIGHT_FILE_SUFFIXES, ModelConfig
+from heatlens_server.config.section import Section
+from heatlens_server.config.server import ServerConfig
+from heatlens_server.environment import check_environment
+from heatlens_server.errors import ConfigError
+
+_PATH_KEYS = frozenset({"token_file", "certificate", "private_key", "client_ca", "labels", "cache_dir"})
+
+_EMBEDDED = ModelConfig(name=EMBEDDED_MODEL, source=f"embedded:{EMBEDDED_MODEL}")
+
+
+class Config(Section):
+    """Everything an operator can set."""
+
+    server: ServerConfig = ServerConfig()
+    """The server's address, limits and logs."""
+    models: tuple[ModelConfig, ...] = (_EMBEDDED,)
+    """The served models. Empty: the embedded one."""
+
+    @field_validator("models")
+    @classmethod
+    def _named_apart(cls, models: tuple[ModelConfig, ...]) -> tuple[ModelConfig, ...]:
+        names = [model.name for model in models]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two models are named {name!r}")
+        return models or (_EMBEDDED,)
+
+    @model_validator(mode="after")
+    def _default_exists(self) -> Self:
+        names = [model.name for model in self.models]
+        if self.server.default_model and self.server.default_model not in names:
+            raise ValueError(
+                f"server.default_model: there is no model {self.server.default_model!r}, only {', '.join(names)}"
+            )
+        return self
+
+    @property
+    def default_model(self) -> str:
+        """The name of the model that answers requests that name none."""
+        return self.server.default_model or self.models[0].name
+
+
+class _Environment(BaseSettings):
+    """The top-level keys as environment variables; their values are checked later, merged with the others."""
+
+    model_config = SettingsConfigDict(env_prefix="HEATLENS_", env_nested_delimiter="__")
+
+    server: ServerConfig = ServerConfig()
+    models: tuple[ModelConfig, ...] = ()
+
+
+def load_config(path: Path | None = None, overrides: Mapping[str, object] | None = None) -> Config:
+    """Read the configuration: overrides, then HEATLENS_* variables, then the TOML file, then defaults.
+
+    A nested key's variable joins the names with two underscores: HEATLENS_SERVER__LISTEN. HEATLENS_MODELS holds a
+    JSON list and replaces the file's.
+
+    Args:
+        path: the TOML file; None for none.
+        overrides: nested as in the file, or with dotted keys: {"server.listen": "..."}.
+
+    Raises:
+        ConfigError: one line per wrong key, each with the key's path as in the file: "models[0].source: ...".
+    """
+    raw = _read_toml(path) if path is not None else {}
+    check_environment()
+    try:
+        raw = _merge(raw, EnvSettingsSource(_Environment)())
+    except SettingsError as error:
+        raise ConfigError("HEATLENS_* environment variables: " + str(error).split("\n", maxsplit=1)[0]) from error
+    raw = _merge(raw, _nest(overrides or {}))
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_describe(e["loc"], e["type"], e["msg"]) for e in error.errors())) from None
+
+
+def _read_toml(path: Path) -> dict[str, object]:
+    try:
+        with path.open("rb") as file:
+            raw = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or 'cannot be read'}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    return cast("dict[str, object]", _anchor(raw, path.resolve().parent))
+
+
+def _anchor(value: object, folder: Path) -> object:
+    """Make the relative paths in a file's tables relative to `folder`."""
+    if isinstance(value, list):
+        return [_anchor(item, folder) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _anchor_text(key, item, folder) if isinstance(item, str) else _anchor(item, folder)
+        for key, item in value.items()
+    }
+
+
+def _anchor_text(key: str, text: str, folder: Path) -> str:
+    if (key in _PATH_KEYS and text) or (key == "weights" and text.endswith(WEIGHT_FILE_SUFFIXES)):
+        return str(folder / Path(text).expanduser())
+    if key == "source" and text.startswith(EXPORT_PREFIX) and text != EXPORT_PREFIX:
+        return f"{EXPORT_PREFIX}{folder / Path(text.removeprefix(EXPORT_PREFIX)).expanduser()}"
+    return text
+
+
+def _merge(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str, object]:
+    """Lay `above` over `below`, table by table; everything else is replaced."""
+    merged = dict(below)
+    for key, value in above.items():
+        beneath = merged.get(key)
+        merged[key] = _merge(beneath, value) if isinstance(beneath, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _nest(overrides: Mapping[str, object]) -> dict[str, object]:
+    nested: dict[str, object] = {}
+    for key, value in overrides.items():
+        item = value
+        for part in reversed(key.split(".")):
+            item = {part: item}
+        nested = _merge(nested, cast("dict[str, object]", item))
+    return nested
+
+
+def _describe(location: tuple[int | str, ...], kind: str, message: str) -> str:
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    if kind == "extra_forbidden":
+        message = "unknown key"
+    elif kind == "missing":
+        message = "is required"
+    message = message.removeprefix("Value error, ").replace("Path does not point to a file", "the file does not exist")
+    return f"{path}: {message}" if path else message

@@ -1,0 +1,168 @@
+"""One served model: where it comes from, what runs it, how images become its input."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+from pydantic import AfterValidator, BeforeValidator, Field, FilePath, ValidationInfo, field_validator
+
+from heatlens_server.cam.catalog import Method
+from heatlens_server.config.section import Section
+from heatlens_server.export.manifest import MANIFEST_FILE
+from heatlens_server.imaging.preprocess import Interpolation
+
+EMBEDDED_MODEL = "efficientnet_lite0"
+WEIGHT_FILE_SUFFIXES = (".pth", ".pt", ".safetensors")
+EXPORT_PREFIX = "export:"
+
+_MAX_SIDE_PX = 8192
+
+
+def _check_source(source: str) -> str:
+    kind, _, rest = source.partition(":")
+    if kind == "python":
+        if re.fullmatch(r"\w+(\.\w+)*:\w+", rest):
+            return source
+        raise ValueError('must be "python:package.module:factory"')
+    if kind == "export":
+        folder = Path(rest).expanduser()
+        if not rest or not folder.is_dir():
+            raise ValueError("the folder does not exist")
+        if not (folder / MANIFEST_FILE).is_file():
+            raise ValueError(f"the folder is no export: it holds no {MANIFEST_FILE}")
+        return f"{EXPORT_PREFIX}{folder}"
+    if kind not in {"torchvision", "timm", "embedded"} or not re.fullmatch(r"[\w./-]+", rest):
+        raise ValueError(
+            'must be "torchvision:NAME", "timm:NAME", "python:package.module:factory", "embedded:NAME" or "export:DIR"'
+        )
+    if kind == "embedded" and rest != EMBEDDED_MODEL:
+        raise ValueError(f'the only embedded model is "embedded:{EMBEDDED_MODEL}"')
+    return source
+
+
+def _check_weights(weights: str) -> str:
+    if weights.endswith(WEIGHT_FILE_SUFFIXES):
+        if not Path(weights).is_file():
+            raise ValueError("the file does not exist")
+    elif not re.fullmatch(r"\w+", weights):
+        raise ValueError(f'must be "default", "none", a name or a {", ".join(WEIGHT_FILE_SUFFIXES)} file')
+    return weights
+
+
+def _parse_size(value: object) -> int | tuple[int, int]:
+    """Accept a number of pixels or [height, width]. By hand: a union would report every alternative's error."""
+    sides = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value, value]
+    if len(sides) != 2 or not all(
+        isinstance(side, int) and not isinstance(side, bool) and 1 <= side <= _MAX_SIDE_PX for side in sides
+    ):
+        raise ValueError(f"must be a number of pixels or [height, width], each from 1 to {_MAX_SIDE_PX}")
+    height_px, width_px = cast("list[int]", sides)
+    return (height_px, width_px) if isinstance(value, Sequence) else height_px
+
+
+SizePx = Annotated[int | tuple[int, int], BeforeValidator(_parse_size)]
+Fraction = Annotated[float, Field(allow_inf_nan=False)]
+PositiveFraction = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class PreprocessConfig(Section):
+    """How images become the model's input, where it differs from what the model's source says."""
+
+    resize_px: SizePx | None = None
+    """The shorter side after resizing, in pixels, or the exact [height, width]. With only `crop_px` set, the ratio
+    of the two stays as it was."""
+    crop_px: SizePx | None = None
+    """The centre crop, in pixels: one number for a square, or [height, width]. The model's input size."""
+    mean: tuple[Fraction, Fraction, Fraction] | None = None
+    """Subtracted from each RGB channel, for values in [0, 1]."""
+    std: tuple[PositiveFraction, PositiveFraction, PositiveFraction] | None = None
+    """What each RGB channel is then divided by."""
+    interpolation: Interpolation | None = None
+    """How images are resampled."""
+
+
+class BatchingConfig(Section):
+    """How concurrent requests share a run of the model."""
+
+    max_batch_size: int = Field(default=16, ge=1, le=4096)
+    """The largest number of images run at once."""
+    max_delay_ms: float = Field(default=2.0, ge=0, le=10_000)
+    """How long an image may wait for others while the device is busy, in milliseconds."""
+
+
+class ModelConfig(Section):
+    """One served model."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+    """Unique name; what clients ask for."""
+    source: Annotated[str, AfterValidator(_check_source)]
+    """Where the architecture comes from: "torchvision:NAME", "timm:NAME", "python:package.module:factory" (a function
+    without arguments that returns a torch.nn.Module), "embedded:efficientnet_lite0" or "export:DIR" (a folder that
+    `heatlens-server export` wrote)."""
+    weights: Annotated[str, AfterValidator(_check_weights)] = "default"
+    """"default" (the source's own pretrained weights), "none" (random, always the same), the name of a torchvision
+    weights enum's member, or a .pth, .pt or .safetensors file."""
+    labels: FilePath | None = None
+    """Class names: one per line, a JSON list, or a JSON object {"0": "name"}. Unset: the source's, if it has any."""
+    layers: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Module names that can be explained, the default first. Empty: found by running the model once."""
+    method: Method = Method.GRAD_CAM
+    """The method used when a request names none."""
+    version: str = Field(default="", max_length=128)
+    """What clients see as the model's version. Empty: derived from the weights."""
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
+    """"auto" (cuda if there is one), "cpu", "cuda" or "cuda:N"."""
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """The precision the model runs in."""
+    engine: Literal["auto", "onnxruntime", "torchscript", "torch"] = "auto"
+    """What runs the model. "auto": onnxruntime if the model can be exported and the export gives the same maps, else
+    torch."""
+    provider: Literal["auto", "cpu", "cuda", "tensorrt"] = "auto"
+    """What runs onnxruntime's graphs. "auto": CUDA if there is a GPU and onnxruntime can use it, else the CPU."""
+    preprocess: PreprocessConfig = PreprocessConfig()
+    """How images become the model's input."""
+    batching: BatchingConfig = BatchingConfig()
+    """How requests share a run."""
+
+    @field_validator("layers")
+    @classmethod
+    def _unique_layers(cls, layers: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(layers)) < len(layers):
+            raise ValueError("names a layer twice")
+        return layers
+
+    @field_validator("weights")
+    @classmethod
+    def _weights_of_export(cls, weights: str, info: ValidationInfo) -> str:
+        if _is_export(info) and weights != "default":
+            raise ValueError('must be "default" for an export: its weights are inside')
+        return weights
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_fits(cls, engine: str, info: ValidationInfo) -> str:
+        if _is_export(info) and engine == "torch":
+            raise ValueError('an export is run by "onnxruntime" or "torchscript", or "auto" for whichever it is for')
+        if engine in {"onnxruntime", "torchscript"} and info.data.get("precision") == "bf16":
+            raise ValueError(f'"{engine}" runs in fp32 and fp16; bf16 is for "torch"')
+        return engine
+
+    @field_validator("provider")
+    @classmethod
+    def _provider_is_used(cls, provider: str, info: ValidationInfo) -> str:
+        engine = info.data.get("engine")
+        if provider != "auto" and not (engine == "onnxruntime" or (engine == "auto" and _is_export(info))):
+            raise ValueError('is for engine = "onnxruntime" only')
+        return provider
+
+    @field_validator("preprocess")
+    @classmethod
+    def _preprocess_of_export(cls, preprocess: PreprocessConfig, info: ValidationInfo) -> PreprocessConfig:
+        if _is_export(info) and preprocess != PreprocessConfig():
+            raise ValueError("cannot be set for an export: it is part of it")
+        return preprocess
+
+
+def _is_export(info: ValidationInfo) -> bool:
+    return str(info.data.get("source", "")).startswith(EXPORT_PREFIX)

@@ -1,0 +1,101 @@
+"""The server's own settings: address, limits, token, transport security, logs, cache."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, FilePath, SecretStr, model_validator
+
+from heatlens_server.config.section import Section
+from heatlens_server.errors import ConfigError
+from heatlens_server.imaging.decode import MAX_PIXELS_LIMIT
+
+
+def _check_listen(address: str) -> str:
+    if address.startswith("unix:") and len(address) > len("unix:"):
+        return address
+    host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError('must be "host:port" with a port from 0 to 65535, or "unix:PATH"')
+    return address
+
+
+class TlsConfig(Section):
+    """Transport security. With `client_ca`, clients must present a certificate that it signed."""
+
+    certificate: FilePath
+    """The server's certificate chain, PEM."""
+    private_key: FilePath
+    """The certificate's private key, PEM."""
+    client_ca: FilePath | None = None
+    """Certificates that sign clients' certificates, PEM. Unset: clients need no certificate."""
+
+
+class ServerConfig(Section):
+    """The server's address, limits and logs."""
+
+    listen: Annotated[str, AfterValidator(_check_listen)] = "127.0.0.1:50051"
+    """Address to listen on: "host:port", port 0 for any free one, or "unix:PATH"."""
+    grace_s: float = Field(default=30.0, ge=0, le=3600)
+    """How long running calls may take to finish at shutdown, in seconds."""
+    reflection: bool = False
+    """Whether clients may list the services by gRPC reflection."""
+    max_message_bytes: int = Field(default=16 * 1024 * 1024, ge=1024, le=2**31 - 1)
+    """Largest message accepted and sent, in bytes."""
+    max_image_pixels: int = Field(default=64_000_000, ge=1, le=MAX_PIXELS_LIMIT)
+    """Largest image accepted, width times height."""
+    max_queue_length: int = Field(default=256, ge=1, le=1_000_000)
+    """Most requests admitted per model and not yet running; more are refused."""
+    max_targets: int = Field(default=32, ge=1, le=10_000)
+    """Most classes explained in one request."""
+    decode_threads: int = Field(default=0, ge=0, le=1024)
+    """Threads that decode and resize images. 0: one per core."""
+    token: SecretStr | None = Field(default=None, min_length=1)
+    """The bearer token that clients must send. Unset, and no `token_file`: none is asked for."""
+    token_file: FilePath | None = None
+    """A file that holds the bearer token; better than `token` where others can read the configuration."""
+    tls: TlsConfig | None = None
+    """Transport security. Unset: plain text."""
+    cache_dir: str = ""
+    """Where exported models are kept from one start to the next. Empty: $XDG_CACHE_HOME/heatlens or, without that,
+    ~/.cache/heatlens."""
+    log_format: Literal["console", "json"] = "console"
+    """Log lines for people or for programs."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least severe level that is logged."""
+    default_model: str = ""
+    """The model that answers requests that name none. Empty: the first."""
+
+    @model_validator(mode="after")
+    def _one_token(self) -> Self:
+        if self.token is not None and self.token_file is not None:
+            raise ValueError("set token or token_file, not both")
+        return self
+
+    @property
+    def cache_path(self) -> Path | None:
+        """The folder that `cache_dir` stands for; None if it lies in a home directory that there is not."""
+        try:
+            if self.cache_dir:
+                return Path(self.cache_dir).expanduser().absolute()
+            # The XDG base directory specification: a relative path is invalid and to be ignored.
+            base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+            return (base if base.is_absolute() else Path.home() / ".cache") / "heatlens"
+        except RuntimeError:
+            return None
+
+    def read_token(self) -> SecretStr | None:
+        """Return the bearer token, from the configuration or its file; None if clients need none.
+
+        Raises:
+            ConfigError: the file is unreadable or empty.
+        """
+        if self.token_file is None:
+            return self.token
+        try:
+            token = self.token_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError("server.token_file: cannot be read") from error
+        if not token:
+            raise ConfigError("server.token_file: is empty")
+        return SecretStr(token)
