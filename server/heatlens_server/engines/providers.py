@@ -47,8 +47,9 @@ _DISTRIBUTIONS = (
 # Creating two sessions at once is not safe in every version (onnxruntime issue 27089); running them is.
 _creation = threading.Lock()
 
-# Idle threads of a run look for work this long before they sleep, in microseconds. Without it every operator pays for
-# waking them; with onnxruntime's default they burn the cores that requests are decoded and answered on.
+# Idle threads of a run look for work this long before they sleep, in microseconds. With onnxruntime's default they burn
+# the cores that requests are decoded and answered on. Measured on 2 cores, efficientnet_lite0 at batch 1: 7 ms with
+# either while both cores are free, 23 ms instead of 36 ms while another process wants one.
 _SPIN_US = 50
 
 

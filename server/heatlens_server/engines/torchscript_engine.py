@@ -4,6 +4,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +33,14 @@ _NEEDED = (Output.LOGITS, Output.CLASS_ID, Output.ACTIVATIONS, Output.GRADIENTS)
 _loading = threading.Lock()
 
 
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A module and the layout of the images that it takes."""
+
+    module: torch.jit.ScriptModule
+    layout: torch.memory_format
+
+
 class TorchScriptEngine:
     """Explains with the modules of an export, on a CPU or a CUDA device. Implements `engines.base.Engine`.
 
@@ -39,7 +48,7 @@ class TorchScriptEngine:
     """
 
     def __init__(self, folder: Path, manifest: Manifest, *, device: str = "auto") -> None:
-        """Load every layer's module.
+        """Load the default layer's module; other layers' are loaded when they are first asked for.
 
         Args:
             folder: of the export.
@@ -55,9 +64,10 @@ class TorchScriptEngine:
         self._manifest = manifest
         self._graphs = {(graph.layer, graph.method): graph for graph in manifest.graphs}
         self._table = normalisation_table(manifest.preprocess) if manifest.input is InputKind.FLOAT else None
-        files = dict.fromkeys(graph.file for graph in manifest.graphs)
-        self._modules = {file: self._load(folder / file) for file in files}
-        self._layouts = {file: self._find_layout(file) for file in files}
+        self._folder = folder
+        self._modules: dict[str, _Loaded] = {}
+        self._lock = threading.Lock()
+        self._loaded(manifest.graphs[0].file)
         self._info = served_info(manifest, kind="torchscript", device=str(self._device))
 
     @property
@@ -87,14 +97,15 @@ class TorchScriptEngine:
 
     def close(self) -> None:
         """Let go of the modules. Idempotent."""
-        self._graphs.clear()
-        self._modules.clear()
+        with self._lock:
+            self._graphs.clear()
+            self._modules.clear()
 
     @torch.inference_mode()
     def _run(self, graph: GraphFile, images: UInt8Array, class_index: Int64Array) -> Explained:
         index = torch.from_numpy(class_index).to(self._device)
-        image = self._image(images).contiguous(memory_format=self._layouts[graph.file])
-        returned = self._modules[graph.file](image, index)
+        loaded = self._loaded(graph.file)
+        returned = loaded.module(self._image(images).contiguous(memory_format=loaded.layout), index)
         outputs = dict(zip(graph.outputs, returned, strict=True))
         activations, gradients = outputs[Output.ACTIVATIONS], outputs[Output.GRADIENTS]
         # CAM is offered behind global average pooling and one linear layer only, whose weights these sums are.
@@ -118,8 +129,16 @@ class TorchScriptEngine:
             raise ValueError(f"the export has no graph for layer {layer!r} and method {method}")
         return graph
 
+    def _loaded(self, file: str) -> _Loaded:
+        """A file's module: loaded now, or kept from before."""
+        with self._lock:
+            if file not in self._modules:
+                module = self._load(self._folder / file)
+                self._modules[file] = _Loaded(module, self._find_layout(file, module))
+            return self._modules[file]
+
     @torch.inference_mode()
-    def _find_layout(self, file: str) -> torch.memory_format:
+    def _find_layout(self, file: str, module: torch.jit.ScriptModule) -> torch.memory_format:
         """The layout that a module runs in: channels_last, in which convolutions are fastest, or else contiguous.
 
         A view that was recorded on contiguous tensors may be impossible on others.
@@ -129,13 +148,13 @@ class TorchScriptEngine:
         index = torch.full((2, self._manifest.classes or 1), RANKED, device=self._device)
         image = self._image(images)
         try:
-            self._modules[file](image.contiguous(memory_format=torch.channels_last), index)
+            module(image.contiguous(memory_format=torch.channels_last), index)
         except RuntimeError as error:
             _log.info("%s does not run in channels_last", file, exc_info=error)
         else:
             return torch.channels_last
         try:
-            self._modules[file](image.contiguous(), index)
+            module(image.contiguous(), index)
         except RuntimeError as error:
             _log.exception("%s does not run", file)
             raise ModelLoadError(f"{file} does not run on {self._device}") from error

@@ -33,8 +33,12 @@ def test_it_says_what_it_can_do():
 
 def test_one_module_per_layer_serves_every_method():
     engine = TorchScriptEngine(*bundle(loaded(tiny_models.tiny_mlp(), ("body", "stem")), Format.TORCHSCRIPT))
-    assert len(engine._modules) == 2
     assert len(engine.info.methods) == len(Method) - 1
+    assert len(engine._modules) == 1
+    for method in engine.info.methods:
+        for layer in ("body", "stem"):
+            engine.explain(noise(1), [TopK(1)], MapSpec(method, (layer,), upsample=False))
+    assert len(engine._modules) == 2
 
 
 @pytest.mark.parametrize(("classes", "kind"), [(1, InputKind.FLOAT), (2, InputKind.UINT8), (None, InputKind.FLOAT)])
