@@ -11,8 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from heatlens.v1 import explain_pb2_grpc, model_pb2_grpc
+from heatlens_server.building.build import BuiltModel, build
 from heatlens_server.config import Config, ModelConfig
-from heatlens_server.engines.build import BuiltModel, build
 from heatlens_server.errors import ModelLoadError
 from heatlens_server.models.registry import Registry
 from heatlens_server.rpc.explain_service import ExplainServicer
@@ -138,7 +138,14 @@ class Server:
         else:
             self.registry.set_ready(config.name, self._serve(config, built))
             info = built.engine.info
-            _log.info("model %s ready: %s on %s, layer %s", config.name, info.kind, info.device, info.layers[0])
+            _log.info(
+                "model %s ready: %s on %s in %s, layer %s",
+                config.name,
+                info.kind,
+                info.device,
+                info.precision,
+                info.layers[0],
+            )
         await self._health.update(self.registry.slots)
 
     async def _in_loader(self, config: ModelConfig) -> BuiltModel:
@@ -157,7 +164,7 @@ class Server:
         def run() -> None:
             built, error = None, None
             try:
-                built = build(config)
+                built = build(config, cache_dir=self._config.server.cache_path)
             except Exception as raised:
                 error = raised
             except BaseException as raised:
@@ -187,7 +194,7 @@ class Server:
             labels=built.labels,
             preprocess=built.preprocess,
             engine=built.engine.info,
-            default_method=config.method,
+            default_method=built.method,
             max_batch_size=config.batching.max_batch_size,
             max_delay_s=max_delay_s,
             lane=lane,

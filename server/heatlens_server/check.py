@@ -1,27 +1,29 @@
 """A dry run of one model: load it, explain one image, say what happened."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
+from heatlens_server.building.build import build
 from heatlens_server.config import ModelConfig
 from heatlens_server.engines.base import MapSpec, TopK
-from heatlens_server.engines.build import build
 from heatlens_server.errors import ModelLoadError
 
 
-def check_model(config: ModelConfig, write: Callable[[str], None]) -> bool:
+def check_model(config: ModelConfig, write: Callable[[str], None], *, cache_dir: Path | None) -> bool:
     """Load a model and explain one noise image with every method it supports.
 
     Args:
         config: the model.
         write: takes one line of report.
+        cache_dir: where exports are kept; None for nowhere.
 
     Returns:
         Whether all went well.
     """
     try:
-        built = build(config)
+        built = build(config, cache_dir=cache_dir, report=lambda line: write(f"{config.name}: {line}"))
     except ModelLoadError as error:
         write(f"{config.name}: FAILED: {error}")
         return False

@@ -84,7 +84,10 @@ def check(
     sys.stdout.write(settings.model_dump_json(indent=2) + "\n")
     from heatlens_server.check import check_model  # noqa: PLC0415
 
-    passed = [check_model(model, write=lambda line: typer.echo(line, err=True)) for model in settings.models]
+    passed = [
+        check_model(model, write=lambda line: typer.echo(line, err=True), cache_dir=settings.server.cache_path)
+        for model in settings.models
+    ]
     if not all(passed):
         raise typer.Exit(1)
 

@@ -1,0 +1,1 @@
+"""From a configuration to an engine that runs, by way of an export where there is one."""

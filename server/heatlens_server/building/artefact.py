@@ -1,0 +1,258 @@
+"""A model's export, from the cache or made now. Torch is imported when a model has to be loaded, and not before."""
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from heatlens_server.building.cache import ArtefactCache
+from heatlens_server.building.key import artefact_key, is_settled
+from heatlens_server.building.warm_up import check_method, warm_up
+from heatlens_server.cam.catalog import Method
+from heatlens_server.config import ModelConfig
+from heatlens_server.engines.base import Engine, ImageResult, MapSpec, TopK
+from heatlens_server.errors import ExportError
+from heatlens_server.export.manifest import Manifest
+from heatlens_server.export.spec import Format
+from heatlens_server.models.labels import read_labels
+
+if TYPE_CHECKING:
+    from heatlens_server.models.spec import LoadedModel
+
+_log = logging.getLogger(__name__)
+
+Report = Callable[[str], None]
+"""Takes one line about the phase that begins."""
+
+# Tracing and torch's exporters keep state that belongs to the process.
+_exporting = threading.Lock()
+
+# How far a cached export may be from the network that it was made of: what another CPU or a GPU's half precision makes
+# of it is far less, and another network far more.
+_SAME_NETWORK = {"fp32": 1e-2, "fp16": 0.1}
+
+
+@dataclass(frozen=True, slots=True)
+class Artefact:
+    """An export that can be served.
+
+    Attributes:
+        folder: it is in.
+        manifest: of it.
+    """
+
+    folder: Path
+    manifest: Manifest
+
+
+class _Passing(ExportError):
+    """A failure that says nothing about the next start."""
+
+
+class LazyModel:
+    """A model that is loaded when it is first needed. For one thread."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Load nothing yet.
+
+        Args:
+            config: the model.
+        """
+        self._config = config
+        self._model: LoadedModel | None = None
+
+    def get(self) -> "LoadedModel":
+        """Return the model, with the labels and the version of its source, whatever the configuration says.
+
+        Raises:
+            ModelLoadError: it cannot be loaded, or the configured labels do not fit.
+        """
+        if self._model is None:
+            from heatlens_server.models.load import load_model  # noqa: PLC0415 - imports torch
+
+            self._model = load_model(self._config.model_copy(update={"labels": None, "version": ""}))
+            # Told before an export takes its time.
+            labels_of(self._config, self._model.labels, self._model.class_count)
+        return self._model
+
+
+def labels_of(config: ModelConfig, own: tuple[str, ...], class_count: int) -> tuple[str, ...]:
+    """The configured labels, or else the model's own.
+
+    Raises:
+        ModelLoadError: the labels file cannot be read, or does not fit.
+    """
+    return own if config.labels is None else read_labels(config.labels, class_count)
+
+
+def obtain(
+    config: ModelConfig,
+    file_format: Format,
+    *,
+    lazy: LazyModel,
+    cache: ArtefactCache,
+    retry: bool,
+    report: Report,
+) -> Artefact:
+    """Return a model's export: the cached one if it is whole and still right, else a new one.
+
+    Args:
+        config: the model.
+        file_format: ONNX or TORCHSCRIPT.
+        lazy: the same model, loaded if need be.
+        cache: where exports are kept.
+        retry: try again what failed at an earlier start.
+        report: told each phase of an export.
+
+    Raises:
+        ExportError: the model cannot be exported, or its export is wrong.
+        ModelLoadError: the model cannot be loaded or explained at all.
+    """
+    model = None if is_settled(config) else lazy.get()
+    key = artefact_key(config, file_format, model)
+    found = _find(cache, key, model)
+    if found is not None:
+        return found
+    with cache.making(key):
+        # Somebody else may have made it meanwhile.
+        found = _find(cache, key, model)
+        if found is not None:
+            return found
+        reason = None if retry else cache.failure(key)
+        if reason is not None:
+            raise ExportError(f"{reason} (found at an earlier start, and kept in {key}.failed of the cache)")
+        try:
+            artefact = _make(config, file_format, key, lazy=lazy, cache=cache, report=report)
+        except _Passing:
+            raise
+        except ExportError as error:
+            cache.remember_failure(key, str(error))
+            raise
+        cache.forget_failure(key)
+        return artefact
+
+
+def _find(cache: ArtefactCache, key: str, model: "LoadedModel | None") -> Artefact | None:
+    found = cache.find(key)
+    if found is None:
+        return None
+    artefact = Artefact(*found)
+    if model is None or _is_of(artefact, model):
+        return artefact
+    _log.warning("the cached export %s is not of the model %s as it is now: it is removed", key, model.name)
+    cache.remove(key)
+    return None
+
+
+def _make(
+    config: ModelConfig,
+    file_format: Format,
+    key: str,
+    *,
+    lazy: LazyModel,
+    cache: ArtefactCache,
+    report: Report,
+) -> Artefact:
+    from heatlens_server.export.folder import export_bundle  # noqa: PLC0415 - imports torch
+    from heatlens_server.export.verify import verify  # noqa: PLC0415 - imports torch
+
+    model = lazy.get()
+    methods = _explainable(config, model)
+    report(f"exporting for {file_format}, which is done once: later starts take it from the cache")
+    try:
+        with _exporting, cache.writing(key) as unfinished:
+            manifest = export_bundle(
+                model,
+                methods=methods,
+                file_format=file_format,
+                precision=config.precision,
+                source=config.source,
+                folder=unfinished.folder,
+                report=report,
+            )
+            parity = verify(model, unfinished.folder, manifest, report=report)
+            return Artefact(*unfinished.keep(replace(manifest, parity=parity)))
+    except ExportError as error:
+        if isinstance(error.__cause__, (MemoryError, OSError)):
+            raise _Passing(str(error)) from error
+        raise
+    except OSError as error:
+        # The disk's fault, not the model's: not remembered.
+        raise _Passing(f"the export could not be written ({error.strerror or type(error).__name__})") from error
+    # Exporters are large, and the network is somebody else's code.
+    except Exception as error:
+        _log.exception("model %s: the export failed unexpectedly", config.name)
+        raise _Passing(f"an unexpected {type(error).__name__}, see the log") from error
+
+
+def _explainable(config: ModelConfig, model: "LoadedModel") -> tuple[Method, ...]:
+    """Which methods the reference engine has for a model. What it cannot explain is not exported either.
+
+    Raises:
+        ModelLoadError: it cannot explain the model, or not with the configured method.
+    """
+    from heatlens_server.engines.torch_engine import TorchEngine  # noqa: PLC0415 - imports torch
+
+    reference = TorchEngine(model, device="cpu")
+    try:
+        check_method(reference, config.method)
+        warm_up(reference, config, config.method)
+        return reference.info.methods
+    finally:
+        _release(reference, model)
+
+
+def _is_of(artefact: Artefact, model: "LoadedModel") -> bool:
+    """Whether an export scores noise as a network does: its code may have changed in a file that no key knows of.
+
+    Maps are not compared: of one that is nearly flat, rounding decides.
+    """
+    from heatlens_server.engines.torch_engine import TorchEngine  # noqa: PLC0415 - imports torch
+
+    reference = TorchEngine(model, device="cpu")
+    try:
+        exported = _open_on_cpu(artefact)
+        try:
+            expected, found = _answers(reference), _answers(exported)
+        finally:
+            exported.close()
+    # What cannot be run is as wrong as what runs wrongly.
+    except Exception:
+        _log.exception("model %s: its cached export cannot be compared with it", model.name)
+        return False
+    finally:
+        _release(reference, model)
+    tolerance = _SAME_NETWORK[artefact.manifest.precision]
+    return all(
+        a.logits.shape == b.logits.shape and np.abs(a.logits - b.logits).max() <= tolerance * np.abs(a.logits).max()
+        for a, b in zip(expected, found, strict=True)
+    )
+
+
+def _answers(engine: Engine) -> list[ImageResult]:
+    info = engine.info
+    shape = (2, info.input_height_px, info.input_width_px, 3)
+    noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    return engine.explain(noise, [TopK(1)] * 2, MapSpec(Method.GRAD_CAM, info.layers[:1], upsample=False))
+
+
+def _open_on_cpu(artefact: Artefact) -> Engine:
+    if artefact.manifest.format is Format.ONNX:
+        from heatlens_server.engines.onnxruntime_engine import OnnxRuntimeEngine  # noqa: PLC0415
+
+        return OnnxRuntimeEngine(artefact.folder, artefact.manifest, device="cpu")
+    from heatlens_server.engines.torchscript_engine import TorchScriptEngine  # noqa: PLC0415 - imports torch
+
+    return TorchScriptEngine(artefact.folder, artefact.manifest, device="cpu")
+
+
+def _release(engine: Engine, model: "LoadedModel") -> None:
+    """Take the engine's hooks off a model, and lay out its weights as they were."""
+    import torch  # noqa: PLC0415
+
+    engine.close()
+    model.module.to(memory_format=torch.contiguous_format)

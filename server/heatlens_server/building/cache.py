@@ -1,0 +1,240 @@
+"""Artefacts on disk, kept from one start to the next. No torch in here.
+
+One folder per key, `KEY/`, written beside its place and renamed, so that a folder of that name is complete. Everything
+in it is covered by hashes, which are checked at every use. `KEY.failed` remembers why there is none, `KEY.lock` keeps
+two processes from making the same one at the same time.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from heatlens_server.errors import ExportError
+from heatlens_server.export.manifest import MANIFEST_FILE, Manifest, read_manifest
+
+_log = logging.getLogger(__name__)
+
+_SEAL_FILE = "manifest.sha256"
+_UNFINISHED = "unfinished-"
+# What a killed process left half written is removed by a later one, once no process can still be at it.
+_STALE_S = 24 * 3600.0
+_REASON_CHARACTERS = 2000
+
+# Of artefacts that could not be kept: they live as long as the process, whose end removes them.
+_temporary: list["tempfile.TemporaryDirectory[str]"] = []
+
+
+class ArtefactCache:
+    """A folder of artefacts. Safe for several threads and processes.
+
+    A folder that cannot be written to is a warning, not an error: artefacts are then made anew by each process.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        """Use a folder, which is made when it is first written to.
+
+        Args:
+            folder: of the cache; None for none.
+        """
+        self._folder = folder
+
+    def find(self, key: str) -> tuple[Path, Manifest] | None:
+        """Return an artefact's folder and manifest; None if there is none. A damaged one is removed.
+
+        Args:
+            key: of the artefact.
+        """
+        if self._folder is None:
+            return None
+        entry = self._folder / key
+        if not entry.is_dir():
+            return None
+        try:
+            return entry, _read_sealed(entry)
+        except ExportError as error:
+            _log.warning("the cached export %s is damaged (%s): it is removed", entry, error)
+            self.remove(key)
+            return None
+
+    def remove(self, key: str) -> None:
+        """Remove an artefact, if there is one."""
+        if self._folder is None:
+            return
+        # Under another name first: a half-removed folder must not be found.
+        with contextlib.suppress(OSError), tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=self._folder) as away:
+            (self._folder / key).rename(Path(away) / key)
+
+    def failure(self, key: str) -> str | None:
+        """Return why an earlier start could not make this artefact; None if it could or never tried."""
+        if self._folder is None:
+            return None
+        try:
+            return self._failure_path(key).read_text(encoding="utf-8") or None
+        except (OSError, UnicodeDecodeError):
+            return None
+
+    def remember_failure(self, key: str, reason: str) -> None:
+        """Remember that this artefact cannot be made."""
+        if self._folder is None:
+            return
+        with contextlib.suppress(OSError):
+            self._failure_path(key).write_text(reason[:_REASON_CHARACTERS], encoding="utf-8")
+
+    def forget_failure(self, key: str) -> None:
+        """Forget that this artefact could not be made."""
+        if self._folder is None:
+            return
+        with contextlib.suppress(OSError):
+            self._failure_path(key).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def making(self, key: str) -> Iterator[None]:
+        """Be the only one of all processes and threads that makes this artefact; wait for another that does.
+
+        Where files cannot be locked, two may make it at once, and one of the two is kept.
+        """
+        lock = self._open_lock(key)
+        if lock is None:
+            yield
+            return
+        try:
+            with contextlib.suppress(OSError):
+                _lock(lock)
+            yield
+        finally:
+            # Closing a file gives up its lock.
+            os.close(lock)
+
+    @contextlib.contextmanager
+    def writing(self, key: str) -> Iterator["Unfinished"]:
+        """Make an empty folder to write an artefact in. What is not kept is removed."""
+        unfinished = self._unfinished(key)
+        try:
+            yield unfinished
+        finally:
+            unfinished.discard()
+
+    def _unfinished(self, key: str) -> "Unfinished":
+        if self._folder is not None:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                self._sweep()
+                place = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self._folder))
+                return Unfinished(place, self._folder / key)
+            except OSError as error:
+                reason = error.strerror or type(error).__name__
+        else:
+            reason = "there is no home directory"
+        _log.warning(
+            "the cache %s cannot be written to (%s): every start will export its models anew; set server.cache_dir",
+            self._folder or "",
+            reason,
+        )
+        return Unfinished(Path(tempfile.mkdtemp(prefix="heatlens-")), None)
+
+    def _sweep(self) -> None:
+        oldest = time.time() - _STALE_S
+        for path in self._folder.glob(f"{_UNFINISHED}*") if self._folder else ():
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < oldest:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def _failure_path(self, key: str) -> Path:
+        return (self._folder or Path()) / f"{key}.failed"
+
+    def _open_lock(self, key: str) -> int | None:
+        if self._folder is None:
+            return None
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            return os.open(self._folder / f"{key}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError:
+            return None
+
+
+class Unfinished:
+    """An artefact in the making.
+
+    Attributes:
+        folder: exists and is empty.
+    """
+
+    def __init__(self, folder: Path, place: Path | None) -> None:
+        """Write an artefact in a folder.
+
+        Args:
+            folder: where it is made.
+            place: where it belongs; None for nowhere.
+        """
+        self.folder = folder
+        self._place = place
+        self._kept = False
+
+    def keep(self, manifest: Manifest) -> tuple[Path, Manifest]:
+        """Write the manifest and put the artefact in its place.
+
+        Returns:
+            Where it is now, and the manifest as it is read there.
+
+        Raises:
+            ExportError: what was written is not what is read.
+            OSError: the disk is full.
+        """
+        manifest.write(self.folder)
+        (self.folder / _SEAL_FILE).write_text(_digest_of_manifest(self.folder), encoding="ascii")
+        if self._place is not None:
+            try:
+                self.folder.rename(self._place)
+            except OSError:
+                # Another process was faster; else the place cannot be written to.
+                with contextlib.suppress(ExportError):
+                    return self._place, _read_sealed(self._place)
+            else:
+                self._kept = True
+                return self._place, _read_sealed(self._place)
+        # Removed at the end of the process.
+        home = tempfile.TemporaryDirectory(prefix="heatlens-", ignore_cleanup_errors=True)
+        _temporary.append(home)
+        moved = Path(shutil.move(self.folder, Path(home.name) / "export"))
+        self._kept = True
+        return moved, _read_sealed(moved)
+
+    def discard(self) -> None:
+        """Remove what was not kept."""
+        if not self._kept:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _lock(lock: int) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _log.info("another process or thread is making the same export: waiting for it")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def _read_sealed(entry: Path) -> Manifest:
+    """Read a manifest, and check that it and all the files that it names are as they were written.
+
+    Raises:
+        ExportError: they are not.
+    """
+    manifest = read_manifest(entry)
+    try:
+        sealed, found = (entry / _SEAL_FILE).read_text(encoding="ascii"), _digest_of_manifest(entry)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExportError(f"{_SEAL_FILE} cannot be read ({type(error).__name__})") from error
+    if sealed != found:
+        raise ExportError(f"{MANIFEST_FILE} is not the file that was written")
+    return manifest
+
+
+def _digest_of_manifest(entry: Path) -> str:
+    return hashlib.sha256((entry / MANIFEST_FILE).read_bytes()).hexdigest()
