@@ -15,6 +15,8 @@ from heatlens_server.export.spec import CLASS_INDEX, IMAGE
 if TYPE_CHECKING:
     from torch._ops import OpOverload
 
+_VIEWS = frozenset({torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default})  # noqa: SLF001 - so called
+
 
 class Assembly:
     """A graph in the making, from (image, class_index).
@@ -59,6 +61,10 @@ class Assembly:
         """Return the graph with these outputs, without whatever does not lead to one."""
         self._graph.output(tuple(outputs))
         self._graph.eliminate_dead_code()
+        for node in self._graph.nodes:
+            # A view is of the strides that were traced; callers' tensors may be channels_last or transposed.
+            if node.target in _VIEWS:
+                node.target = torch.ops.aten.reshape.default
         self._graph.lint()
         return GraphModule(self._root, self._graph, class_name="Explainer")
 

@@ -1,0 +1,145 @@
+"""How far what a graph says is from the truth: one relative figure per output.
+
+Raw gradients are not compared, their channel means are: where two inputs of a max-pooling are nearly equal, rounding
+decides which of them the gradient goes to, and either is right.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from heatlens_server.cam.catalog import Method
+from heatlens_server.cam.methods import raw_map
+from heatlens_server.cam.saliency import saliency
+from heatlens_server.export.reference import Reference, pooled
+from heatlens_server.export.spec import MAP_OUTPUTS, Output
+
+WEIGHTS = "weights"
+"""The figure that stands for the gradients: their mean over each channel."""
+
+_PER_CLASS = (WEIGHTS, *MAP_OUTPUTS)
+
+# Below this share of the raw map's largest magnitude, what is left after ReLU is mostly rounding.
+_FLAT_SHARE = 1e-2
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Truth:
+    """What a float64 network says about N images, K classes each, by one layer and method.
+
+    Attributes:
+        class_ids: int64 (N, K), the classes explained.
+        values: float64 by figure: logits (N, C), activations (N, A, h, w), weights (N, K, A), cam (N, K, h, w),
+            cam_scale and cam_offset (N, K).
+        units: by figure, the size that a difference is measured in; broadcasts against its values.
+        informative: bool (N, K), the maps that are worth comparing: neither flat nor mostly rounding.
+        own_error: by figure, the error of the network itself in the graph's precision.
+    """
+
+    class_ids: npt.NDArray[np.int64]
+    values: Mapping[str, Array]
+    units: Mapping[str, Array]
+    informative: npt.NDArray[np.bool_]
+    own_error: Mapping[str, float]
+
+    def error(self, outputs: Mapping[Output, Array], rows: slice, columns: npt.NDArray[np.intp]) -> dict[str, float]:
+        """Largest difference of a graph's outputs from the truth, by figure.
+
+        Args:
+            outputs: what the graph returned for the images of `rows`.
+            rows: which of the N images.
+            columns: for every class that the graph explained, which of the K it is.
+
+        Returns:
+            By figure: absolute for cam, relative to the image's largest magnitude for the others. NaN if an output is
+            not finite.
+        """
+        return _errors(self, figures(outputs), rows, columns)
+
+
+def truth(judge: Reference, own: Reference | None, method: Method, *, unknown: float) -> Truth:
+    """Make the truth about a layer and method.
+
+    Args:
+        judge: of the float64 network.
+        own: of the network in the graph's precision; None if it cannot run there.
+        method: which one.
+        unknown: a map that the network itself misses by more is not worth comparing.
+    """
+    raw = _raw(judge, method)
+    values = figures(outputs_of(judge, method))
+    peak = raw.abs().amax((-2, -1)).numpy()
+    units = {
+        Output.LOGITS: _largest(values[Output.LOGITS], (1,)),
+        Output.ACTIVATIONS: _largest(values[Output.ACTIVATIONS], (1, 2, 3)),
+        WEIGHTS: _largest(values[WEIGHTS], (2,)),
+        Output.CAM: np.ones((1, 1, 1, 1)),
+        Output.CAM_SCALE: _nonzero(peak),
+        Output.CAM_OFFSET: _nonzero(peak),
+    }
+    informative = values[Output.CAM_SCALE] > _FLAT_SHARE * peak
+    known = Truth(judge.class_ids.numpy(), values, units, informative, {})
+    if own is None:
+        return known
+    found = figures(outputs_of(own, method))
+    informative &= np.abs(found[Output.CAM] - values[Output.CAM]).max((-2, -1)) <= unknown
+    return replace(known, own_error=_errors(known, found, slice(None), np.arange(informative.shape[1])))
+
+
+def figures(outputs: Mapping[Output, Array]) -> dict[str, Array]:
+    """The figures that can be compared among a graph's outputs, in float64."""
+    found = {str(output): values for output, values in outputs.items() if output is not Output.CLASS_ID}
+    gradients = found.pop(Output.GRADIENTS, None)
+    if gradients is not None:
+        found[WEIGHTS] = pooled(torch.from_numpy(gradients).double()).numpy()
+    return {name: values.astype(np.float64, copy=False) for name, values in found.items()}
+
+
+def outputs_of(reference: Reference, method: Method) -> dict[Output, Array]:
+    """What a graph of that method would return."""
+    finished = saliency([_raw(reference, method)])
+    tensors = {
+        Output.LOGITS: reference.logits,
+        Output.CLASS_ID: reference.class_ids,
+        Output.ACTIVATIONS: reference.activations,
+        Output.GRADIENTS: reference.gradients,
+        Output.CAM: finished.values,
+        Output.CAM_SCALE: finished.scale,
+        Output.CAM_OFFSET: finished.offset,
+    }
+    return {output: tensor.numpy() for output, tensor in tensors.items()}
+
+
+def _raw(reference: Reference, method: Method) -> Tensor:
+    # Where CAM applies, the gradients summed over all pixels are the head's weights.
+    gradients = reference.gradients if method.needs_gradient else reference.gradients.sum((-2, -1))
+    return raw_map(method, reference.activations, gradients)
+
+
+def _errors(truth: Truth, found: Mapping[str, Array], rows: slice, columns: npt.NDArray[np.intp]) -> dict[str, float]:
+    errors: dict[str, float] = {}
+    for name, values in found.items():
+        expected, unit = truth.values[name][rows], np.broadcast_to(truth.units[name], truth.values[name].shape)[rows]
+        if name in _PER_CLASS:
+            expected, unit = expected[:, columns], unit[:, columns]
+        difference = np.abs(values - expected) / unit
+        if name == Output.CAM:
+            difference = difference[truth.informative[rows][:, columns]]
+        errors[name] = float(difference.max(initial=0.0))
+    return errors
+
+
+def _largest(values: Array, axes: tuple[int, ...]) -> Array:
+    return _nonzero(np.abs(values).max(axes, keepdims=True))
+
+
+def _nonzero(values: Array) -> Array:
+    # What is zero everywhere is compared absolutely.
+    return np.where(values == 0, 1.0, values)
