@@ -1,6 +1,7 @@
 """What an exported graph should say, from the network itself: hooks and autograd, and none of the exporter's code."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,25 +44,27 @@ class Network:
         self._preprocess = preprocess
         self._dtype = dtype
 
-    def explain(self, pixels: npt.NDArray[np.uint8], layer: str, class_ids: Tensor | int) -> Reference:
-        """Run the network on images and differentiate the logits of K classes each by a layer's output.
+    def explain(
+        self, pixels: npt.NDArray[np.uint8], layers: Sequence[str], class_ids: Tensor | int
+    ) -> dict[str, Reference]:
+        """Run the network on images and differentiate the logits of K classes each by some layers' outputs.
 
         Args:
             pixels: uint8 (N, H, W, 3), RGB.
-            layer: the target layer's module name.
+            layers: the target layers' module names.
             class_ids: int64 (N, K), or K for the K most probable classes of every image.
 
         Returns:
-            In float64 for a float64 network, in float32 for others.
+            By layer; in float64 for a float64 network, in float32 for others.
 
         Raises:
-            ExportError: the network fails in this precision, or its logits do not depend on the layer.
+            ExportError: the network fails in this precision, or its logits do not depend on a layer.
         """
         chunks = [slice(start, start + _CHUNK) for start in range(0, len(pixels), _CHUNK)]
         try:
             with torch.inference_mode(mode=False), torch.enable_grad():
                 parts = [
-                    self._chunk(pixels[chunk], layer, class_ids if isinstance(class_ids, int) else class_ids[chunk])
+                    self._chunk(pixels[chunk], layers, class_ids if isinstance(class_ids, int) else class_ids[chunk])
                     for chunk in chunks
                 ]
         # A network is somebody else's code and may raise anything; many have a dtype written into them.
@@ -70,42 +73,57 @@ class Network:
             raise ExportError(
                 f"the network cannot be run in {name} to verify the export ({type(error).__name__})"
             ) from error
-        return Reference(
-            logits=torch.cat([part.logits for part in parts]),
-            class_ids=torch.cat([part.class_ids for part in parts]),
-            activations=torch.cat([part.activations for part in parts]),
-            gradients=torch.cat([part.gradients for part in parts]),
-        )
+        return {
+            layer: Reference(
+                logits=torch.cat([part[layer].logits for part in parts]),
+                class_ids=torch.cat([part[layer].class_ids for part in parts]),
+                activations=torch.cat([part[layer].activations for part in parts]),
+                gradients=torch.cat([part[layer].gradients for part in parts]),
+            )
+            for layer in layers
+        }
 
-    def _chunk(self, pixels: npt.NDArray[np.uint8], layer: str, class_ids: Tensor | int) -> Reference:
-        kept: list[Tensor] = []
+    def _chunk(
+        self, pixels: npt.NDArray[np.uint8], layers: Sequence[str], class_ids: Tensor | int
+    ) -> dict[str, Reference]:
+        kept: dict[str, Tensor] = {}
 
-        def keep(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-            # The network before the layer builds no graph: its parameters are frozen. Its author may have switched
-            # gradients off for the layer itself.
+        def keep(layer: str, output: Tensor) -> Tensor:
+            # The network before the first layer builds no graph: its parameters are frozen. Its author may have
+            # switched gradients off for the layer itself.
             with torch.enable_grad():
-                kept.append(output.detach().requires_grad_())
+                kept[layer] = output if output.requires_grad else output.detach().requires_grad_()
                 # Modules downstream may work in place.
-                return kept[-1].clone()
+                return kept[layer].clone()
 
-        handle = self._module.get_submodule(layer).register_forward_hook(keep)
+        handles = [
+            self._module.get_submodule(layer).register_forward_hook(
+                lambda _module, _inputs, output, layer=layer: keep(layer, output)
+            )
+            for layer in layers
+        ]
         try:
             logits = _logits_of(self._module(self._normalised(pixels)))
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         if isinstance(class_ids, int):
             class_ids = torch.sort(logits.detach(), dim=1, descending=True, stable=True).indices[:, :class_ids]
         scale = _FP16_GRADIENT_SCALE if self._dtype is torch.float16 else 1.0
-        gradients = [
-            torch.autograd.grad(logits.gather(1, ids[:, None]).sum() * scale, kept, retain_graph=True)[0]
+        activations = [kept[layer] for layer in layers]
+        by_class = [
+            torch.autograd.grad(logits.gather(1, ids[:, None]).sum() * scale, activations, retain_graph=True)
             for ids in class_ids.unbind(1)
         ]
-        return Reference(
-            logits=_widened(logits.detach()),
-            class_ids=class_ids,
-            activations=_widened(kept[0].detach()),
-            gradients=_widened(torch.stack(gradients, dim=1)) / scale,
-        )
+        return {
+            layer: Reference(
+                logits=_widened(logits.detach()),
+                class_ids=class_ids,
+                activations=_widened(kept[layer].detach()),
+                gradients=_widened(torch.stack(gradients, dim=1)) / scale,
+            )
+            for layer, gradients in zip(layers, zip(*by_class, strict=True), strict=True)
+        }
 
     def _normalised(self, pixels: npt.NDArray[np.uint8]) -> Tensor:
         """(N, 3, H, W) in the network's precision, computed in no less than float32."""

@@ -125,13 +125,14 @@ def verify(model: LoadedModel, folder: Path, manifest: Manifest, *, report: Call
         ExportError: a graph cannot be run, or a figure exceeds its bound; the message names figure, value and bound.
     """
     plan = _plan(model, folder, manifest)
-    judge = Network(model.module, model.preprocess, torch.float64)
-    own = Network(model.module, model.preprocess, _DTYPES[manifest.precision])
+    report("running the network in float64")
+    judged, rounded = _references(model, plan)
     worst: dict[str, Figure] = {}
     compared = informative = 0
     for layer in manifest.layers:
-        report(f"verifying layer {layer} against float64")
-        truths = _truths(judge, own, layer, plan)
+        report(f"verifying layer {layer}")
+        # One forward and backward pass serves all layers and methods. Gradients of early layers are large: let go.
+        truths = _truths(judged.pop(layer), rounded.pop(layer, None), layer, plan)
         files = dict.fromkeys(graph.file for graph in manifest.graphs if graph.layer == layer)
         for position, file in enumerate(files):
             # What a layer's graphs make of class_index is one and the same subgraph.
@@ -173,21 +174,27 @@ def _plan(model: LoadedModel, folder: Path, manifest: Manifest) -> _Plan:
     return _Plan(manifest, folder, len(photos), pixels, depth, tuple(batches()))
 
 
-def _truths(judge: Network, own: Network, layer: str, plan: _Plan) -> dict[Method, Truth]:
-    """What is true of a layer, by method: one forward and backward pass serves them all."""
-    judged = judge.explain(plan.pixels, layer, plan.depth)
-    if not all(bool(tensor.isfinite().all()) for tensor in (judged.logits, judged.gradients)):
-        raise ExportError("the network gives scores or gradients that are not finite: are its weights right?")
-    precision = plan.manifest.precision
-    rounded: Reference | None = None
+def _references(model: LoadedModel, plan: _Plan) -> tuple[dict[str, Reference], dict[str, Reference]]:
+    """What the network says, by layer: in float64, and in the graphs' precision (nothing if it cannot)."""
+    layers = plan.manifest.layers
+    judged = Network(model.module, model.preprocess, torch.float64).explain(plan.pixels, layers, plan.depth)
+    for reference in judged.values():
+        if not all(bool(tensor.isfinite().all()) for tensor in (reference.logits, reference.gradients)):
+            raise ExportError("the network gives scores or gradients that are not finite: are its weights right?")
+    own = Network(model.module, model.preprocess, _DTYPES[plan.manifest.precision])
     try:
-        rounded = own.explain(plan.pixels, layer, judged.class_ids)
+        return judged, own.explain(plan.pixels, layers, judged[layers[0]].class_ids)
     except ExportError:
         # Not every operator has a half precision kernel on CPUs.
-        if precision == "fp32":
+        if plan.manifest.precision == "fp32":
             raise
+        return judged, {}
+
+
+def _truths(judged: Reference, rounded: Reference | None, layer: str, plan: _Plan) -> dict[Method, Truth]:
+    unknown = UNKNOWN[plan.manifest.precision]
     methods = [graph.method for graph in plan.manifest.graphs if graph.layer == layer]
-    return {method: truth(judged, rounded, method, unknown=UNKNOWN[precision]) for method in methods}
+    return {method: truth(judged, rounded, method, unknown=unknown) for method in methods}
 
 
 def _measure(
