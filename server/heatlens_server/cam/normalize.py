@@ -43,4 +43,5 @@ def normalize(raw: Tensor) -> NormalizedMap:
     scale = positive.amax(dim=(-2, -1), keepdim=True) - offset
     # A true division: 1 / scale is infinite for denormal scales.
     values = (positive - offset) / torch.where(scale == 0, 1.0, scale)
-    return NormalizedMap(values=values, scale=scale.squeeze((-2, -1)), offset=offset.squeeze((-2, -1)))
+    # One dimension at a time: exporters know that form.
+    return NormalizedMap(values=values, scale=scale.squeeze(-1).squeeze(-1), offset=offset.squeeze(-1).squeeze(-1))

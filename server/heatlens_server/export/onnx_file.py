@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from onnx_ir.passes import common
 from onnxscript import opset20 as op
+from onnxscript import optimizer
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
 from heatlens_server.errors import ExportError
@@ -32,6 +35,7 @@ def to_onnx(
     Raises:
         ExportError: an operator has no translation.
     """
+    _decompose_only_if_needed(program)
     try:
         with warnings.catch_warnings():
             # Torch's exporter warns of its own deprecated internals.
@@ -43,6 +47,8 @@ def to_onnx(
                 output_names=list(output_names),
                 opset_version=OPSET,
                 custom_translation_table=dict(_TRANSLATIONS),
+                # Its rewrite rules take time in the square of the graph's size; `_simplify` and onnxruntime do the rest.
+                optimize=False,
                 verbose=False,
             )
     # Its message holds a whole report; its cause is what matters.
@@ -52,9 +58,49 @@ def to_onnx(
         raise ExportError(f"the graph cannot be translated to ONNX ({type(cause).__name__}: {first_line})") from error
     if translated is None:
         raise ExportError("the graph cannot be translated to ONNX")
-    # Stack traces with paths of this machine, several times the size of a small graph.
-    ClearMetadataAndDocStringPass()(translated.model)
+    _simplify(translated.model)
     return translated
+
+
+def _decompose_only_if_needed(program: ExportedProgram) -> None:
+    """Spare torch's exporter its decomposition pass where it would change nothing.
+
+    It traces the whole program twice more, which is most of the time that an export takes. Nothing would change if no
+    operator is in the exporter's table and none writes to its input; our graphs are made of such operators.
+    """
+    decompose = program.run_decompositions
+
+    def run_decompositions(table: Mapping[Any, Any] | None = None, **options: Any) -> ExportedProgram:  # noqa: ANN401
+        operators = {node.target for node in program.graph.nodes if isinstance(node.target, OpOverload)}
+        if table is not None and not any(
+            operator in table or operator._schema.is_mutable  # noqa: SLF001 - the only way to ask
+            for operator in operators
+        ):
+            return program
+        return decompose(None if table is None else dict(table), **options)
+
+    program.run_decompositions = run_decompositions  # type: ignore[method-assign, assignment]
+
+
+def _simplify(model: onnx_ir.Model) -> None:
+    """Fold constants and sizes, store equal tensors once, drop what is unused."""
+    onnx_ir.passes.Sequential(
+        common.InlinePass(),
+        # Stack traces with paths of this machine, several times the size of a small graph.
+        common.ClearMetadataAndDocStringPass(),
+    )(model)
+    optimizer.fold_constants(model, onnx_shape_inference=True)
+    onnx_ir.passes.Sequential(
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.IdentityEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )(model)
 
 
 def save(translated: torch.onnx.ONNXProgram, path: Path, *, separate_weights: bool = False) -> None:
