@@ -31,6 +31,7 @@ class Assembly:
         self._root = nn.Module()
         self._tensors: dict[int, Node] = {}
         self._values: dict[Node, Tensor] = dict(captured.constants)
+        self._constant_nodes: dict[Node, bool] = {}
         self._known: dict[Node, Node] = {}
         for source, name in ((captured.image, IMAGE), (captured.class_index, CLASS_INDEX)):
             self._known[source] = self._graph.placeholder(name)
@@ -65,6 +66,9 @@ class Assembly:
             # A view is of the strides that were traced; callers' tensors may be channels_last or transposed.
             if node.target in _VIEWS:
                 node.target = torch.ops.aten.reshape.default
+            # One operator in every format, where ONNX has no form of the general one.
+            elif node.target is torch.ops.aten.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:
+                node.target, node.args = torch.ops.aten.mean.dim, (node.args[0], [-2, -1], True)
         self._graph.lint()
         return GraphModule(self._root, self._graph, class_name="Explainer")
 
@@ -78,14 +82,16 @@ class Assembly:
 
     def _is_constant(self, node: Node) -> bool:
         """Whether a node depends on parameters alone, and is worth computing now."""
-        if node in self._values:
-            return True
-        value = node.meta.get("val")
-        if node.op != "call_function" or node.target is MARK or not isinstance(value, Tensor):
-            return False
-        if not all(isinstance(size, int) for size in value.shape):
-            return False
-        return all(self._is_constant(source) for source in node.all_input_nodes)
+        if node not in self._constant_nodes:
+            value = node.meta.get("val")
+            self._constant_nodes[node] = node in self._values or (
+                node.op == "call_function"
+                and node.target is not MARK
+                and isinstance(value, Tensor)
+                and all(isinstance(size, int) for size in value.shape)
+                and all(self._is_constant(source) for source in node.all_input_nodes)
+            )
+        return self._constant_nodes[node]
 
     def _read(self, node: Node) -> Node:
         """The node in this graph that stands for a captured node whose needs are here."""

@@ -1,0 +1,1 @@
+"""Which networks can be exported, and how right the result is: `make coverage-export`."""

@@ -1,0 +1,140 @@
+"""Export one network to ONNX and judge it in float64: `python -m bench.coverage.measure SOURCE` prints one JSON line."""
+
+import copy
+import json
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import nn
+
+from bench.coverage.models import inputs, make
+from heatlens_server.cam.catalog import Method
+from heatlens_server.cam.methods import raw_map
+from heatlens_server.cam.saliency import saliency
+from heatlens_server.errors import ExportError
+from heatlens_server.export import onnx_file
+from heatlens_server.export.capture import capture
+from heatlens_server.export.differentiate import differentiate_all
+from heatlens_server.export.pt2_file import to_program
+from heatlens_server.export.spec import CLASS_INDEX, IMAGE, MAP_OUTPUTS, InputKind, Output
+from heatlens_server.models.spec import LoadedModel
+
+# Traced with 2 images and 5 classes.
+IMAGES = 3
+CLASSES = 4
+
+
+def main(source: str) -> dict[str, Any]:
+    """Return what the table says about a network."""
+    try:
+        model = make(source)
+        layers = list(dict.fromkeys([model.layers[0], model.layers[len(model.layers) // 2]]))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            started = time.perf_counter()
+            nodes = _export(model, layers, path)
+            seconds = time.perf_counter() - started
+            rows = _judge(model, layers, path)
+    except Exception as error:  # noqa: BLE001 - whatever it is belongs in the table
+        reason = str(error) if isinstance(error, ExportError) else f"{type(error).__name__}: {error}"
+        return {"source": source, "reason": reason.split("\n", maxsplit=1)[0][:200]}
+    return {
+        "source": source,
+        "px": model.preprocess.crop_px[0],
+        "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
+        "nodes": nodes,
+        "seconds": round(seconds, 1),
+        "layers": rows,
+    }
+
+
+def _export(model: LoadedModel, layers: Sequence[str], path: Path) -> int:
+    captured = capture(model, layers, input_kind=InputKind.FLOAT, precision="fp32", classes=None)
+    graph_module = differentiate_all(captured, [(layer, Method.GRAD_CAM) for layer in layers])
+    program = to_program(graph_module, model, input_kind=InputKind.FLOAT, classes=None)
+    outputs = [f"{output}:{layer}" for layer in layers for output in MAP_OUTPUTS]
+    translated = onnx_file.to_onnx(
+        program, input_names=(IMAGE, CLASS_INDEX), output_names=(Output.LOGITS, Output.CLASS_ID, *outputs)
+    )
+    onnx_file.save(translated, path)
+    return len(translated.model.graph)
+
+
+def _judge(model: LoadedModel, layers: Sequence[str], path: Path) -> list[dict[str, Any]]:
+    images = inputs(model, IMAGES)
+    module = copy.deepcopy(model.module).double()
+    logits, kept = _recorded(module, layers, torch.from_numpy(images))
+    class_ids = np.argsort(-logits.detach().numpy(), axis=1)[:, :CLASSES].copy()
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    values = session.run(None, {IMAGE: images.astype(np.float32), CLASS_INDEX: class_ids})
+    float32 = _maps(model.module, layers, torch.from_numpy(images).float(), class_ids)
+    float64 = _maps(module, layers, torch.from_numpy(images), class_ids)
+    del kept
+    rows = []
+    for position, layer in enumerate(layers):
+        cam = values[2 + 3 * position]
+        expected, pooled = float64[position]
+        informative = expected.max((-2, -1)) > 0
+        rows.append(
+            {
+                "layer": layer,
+                "shape": list(cam.shape[2:]),
+                "informative": int(informative.sum()),
+                "map": float(np.abs(cam - expected).max()),
+                "torch": float(np.abs(float32[position][0] - expected).max()),
+                "gradient": float(np.abs(pooled).max()),
+                "logits": float(np.abs(values[0] - logits.detach().numpy()).max() / logits.abs().max()),
+            }
+        )
+    return rows
+
+
+def _recorded(module: nn.Module, layers: Sequence[str], images: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(layer: str) -> Any:
+        def hook(_module: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+            kept[layer] = output if output.requires_grad else output.detach().requires_grad_()
+            return kept[layer].clone()
+
+        return hook
+
+    handles = [module.get_submodule(layer).register_forward_hook(keep(layer)) for layer in layers]
+    with torch.enable_grad():
+        logits = module(images)
+    for handle in handles:
+        handle.remove()
+    return logits, kept
+
+
+def _maps(
+    module: nn.Module, layers: Sequence[str], images: torch.Tensor, class_ids: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Per layer: Grad-CAM maps (N, K, h, w) and pooled gradients (N, K, A), by autograd."""
+    logits, kept = _recorded(module, layers, images)
+    wanted = torch.from_numpy(class_ids)
+    by_class = [
+        torch.autograd.grad(
+            logits.gather(1, wanted[:, k : k + 1]).sum(), [kept[layer] for layer in layers], retain_graph=True
+        )
+        for k in range(CLASSES)
+    ]
+    found = []
+    for position, layer in enumerate(layers):
+        gradients = torch.stack([of_class[position] for of_class in by_class], dim=1)
+        finished = saliency([raw_map(Method.GRAD_CAM, kept[layer].detach(), gradients)])
+        found.append((finished.values.numpy(), gradients.mean((-2, -1)).numpy()))
+    return found
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    sys.stdout.write(json.dumps(main(sys.argv[1])) + "\n")
