@@ -1,4 +1,4 @@
-"""The `heatlens-server` command: serve and check. Machine output on stdout, messages on stderr."""
+"""The `heatlens-server` command: serve, check and export. Machine output on stdout, messages on stderr."""
 
 import asyncio
 import logging
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 import typer
 
 from heatlens_server.engines.allocator import keep_freed_memory
-from heatlens_server.errors import ConfigError
+from heatlens_server.errors import ConfigError, ExportError, ModelLoadError
 from heatlens_server.telemetry import configure_logging
 
 if TYPE_CHECKING:
@@ -92,6 +92,63 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command()
+def export(
+    *,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model's name in the configuration, or a source: torchvision:NAME.")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder to write; an earlier export in it is replaced."),
+    ],
+    config: ConfigOption = None,
+    weights: Annotated[
+        str, typer.Option(metavar="WEIGHTS", help='Of a source: "default", "none", a name or a file.')
+    ] = "",
+    file_format: Annotated[str, typer.Option("--format", metavar="onnx|torchscript|pt2", help="File format.")] = "onnx",
+    layer: Annotated[str, typer.Option(metavar="NAME", help="Target layer's module name. Unset: the model's.")] = "",
+    method: Annotated[
+        str, typer.Option(metavar="METHOD", help="Method of the map, such as hi-res-cam. Unset: the model's.")
+    ] = "",
+    classes: Annotated[str, typer.Option(metavar="K|any", help="Classes explained per image.")] = "1",
+    precision: Annotated[str, typer.Option(metavar="fp32|fp16", help="What the network runs in.")] = "fp32",
+    outputs: Annotated[str, typer.Option(metavar="NAME,...|all", help="logits, class_id, cam and so on.")] = "all",
+    input_kind: Annotated[
+        str, typer.Option("--input", metavar="float|uint8", help="Normalised values, or RGB pixels.")
+    ] = "float",
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Run the result and compare it with the network in float64.")
+    ] = True,
+) -> None:
+    """Write a model as one static graph with logits, activations, gradients and map."""
+    # As Ctrl-C does: nothing is left behind.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(143))
+    configure_logging(log_format="console", level="warning")
+    from heatlens_server import export_command  # noqa: PLC0415 - imports numpy, see `serve`
+
+    try:
+        options = export_command.parse_options(
+            file_format=file_format,
+            layer=layer,
+            method=method,
+            classes=classes,
+            precision=precision,
+            outputs=outputs,
+            input_kind=input_kind,
+            verify=verify,
+            folder=output,
+        )
+        found = export_command.find_model(model, config, weights)
+        manifest = export_command.run_export(found, options, tell=lambda line: typer.echo(line, err=True))
+    except ConfigError as error:
+        _fail(error)
+    except (ExportError, ModelLoadError) as error:
+        _fail(error, exit_code=1)
+    for line in export_command.describe(manifest, output):
+        typer.echo(line)
+
+
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     """Return uvloop where there is one: about a fifth less CPU time per call than asyncio's own loop."""
     try:
@@ -128,6 +185,6 @@ def _load(path: Path | None, overrides: dict[str, Any]) -> "Config":
     return settings
 
 
-def _fail(error: object) -> NoReturn:
+def _fail(error: object, *, exit_code: int = 2) -> NoReturn:
     typer.echo(f"heatlens-server: {error}", err=True)
-    raise typer.Exit(2)
+    raise typer.Exit(exit_code)

@@ -1,0 +1,129 @@
+"""An export for people: in its folder whole and verified, or not at all."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from heatlens_server.cam.catalog import Method
+from heatlens_server.engines.torch_engine import TorchEngine
+from heatlens_server.errors import ExportError
+from heatlens_server.export.folder import Report, export_graph
+from heatlens_server.export.manifest import MANIFEST_FILE, Manifest, read_manifest
+from heatlens_server.export.spec import Format, GraphSpec
+from heatlens_server.export.verify import verify as verify_export
+from heatlens_server.models.spec import LoadedModel
+
+
+def export_model(
+    model: LoadedModel,
+    spec: GraphSpec,
+    *,
+    file_format: Format,
+    source: str,
+    folder: Path,
+    verify: bool,
+    report: Report,
+) -> Manifest:
+    """Export one graph of a model into a folder.
+
+    Args:
+        model: left as it was.
+        spec: which graph.
+        file_format: what it is written as.
+        source: where the architecture came from, for the manifest.
+        folder: new, empty, or an earlier export, which is replaced once this one is done.
+        verify: whether to run the artefact and compare it with the network in float64.
+        report: told each phase.
+
+    Returns:
+        The manifest, as written.
+
+    Raises:
+        ExportError: the folder holds something else, the model cannot be exported like this, or the artefact is wrong.
+            The folder is as it was.
+    """
+    check_target(folder)
+    with _staged(folder) as staging:
+        manifest = export_graph(model, spec, file_format=file_format, source=source, folder=staging, report=report)
+        manifest.write(staging)
+        if verify:
+            # What is verified is what a reader of the folder gets.
+            manifest = read_manifest(staging)
+            manifest = replace(manifest, parity=verify_export(model, staging, manifest, report=report))
+            manifest.write(staging)
+        _deliver(staging, folder)
+    return manifest
+
+
+def check_target(folder: Path) -> None:
+    """Raise ExportError unless a folder is new, empty, or holds an earlier export."""
+    if folder.exists() and not folder.is_dir():
+        raise ExportError(f"{folder} is not a folder")
+    if folder.is_dir() and not (folder / MANIFEST_FILE).exists() and any(folder.iterdir()):
+        raise ExportError(f"{folder} is not empty and holds no earlier export (no {MANIFEST_FILE}): choose another")
+
+
+def methods_of(model: LoadedModel) -> tuple[Method, ...]:
+    """Ask the reference engine which methods a model's first layer has.
+
+    Raises:
+        ModelLoadError: it cannot explain the model.
+    """
+    engine = TorchEngine(model, device="cpu")
+    engine.close()
+    # The engine has laid the weights out for itself.
+    model.module.to(memory_format=torch.contiguous_format)
+    return engine.info.methods
+
+
+@contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """Make a folder on the same disk as another, for as long as the context lasts."""
+    anchor = folder.absolute()
+    while not anchor.is_dir():
+        anchor = anchor.parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=".heatlens-export-", dir=anchor) as temporary:
+            # With ordinary permissions, unlike what tempfile makes.
+            staging = Path(temporary) / "export"
+            staging.mkdir()
+            yield staging
+    except OSError as error:
+        raise ExportError(f"{folder} cannot be written ({error.strerror or type(error).__name__})") from error
+
+
+def _deliver(staging: Path, folder: Path) -> None:
+    """Move an export to its place, over an earlier one."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging.rename(folder)
+        return
+    new, stale = {path.name for path in staging.iterdir()}, _earlier_files(folder)
+    moved: list[Path] = []
+    try:
+        # The manifest last: until it is there, an earlier one tells of every file that is not its own.
+        for name in [*sorted(new - {MANIFEST_FILE}), MANIFEST_FILE]:
+            (staging / name).replace(folder / name)
+            moved.append(folder / name)
+    except BaseException:
+        if not stale:
+            for path in moved:
+                path.unlink()
+        raise
+    for name in stale - new:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _earlier_files(folder: Path) -> set[str]:
+    """The files of the export that a folder holds, and none that people put beside them."""
+    if not (folder / MANIFEST_FILE).exists():
+        return set()
+    try:
+        return {MANIFEST_FILE, *read_manifest(folder).files}
+    except ExportError:
+        # Damaged: what its files were is not known for sure.
+        return {MANIFEST_FILE}

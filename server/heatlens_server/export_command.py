@@ -1,0 +1,232 @@
+"""`heatlens-server export`: from options as they are typed to an export, and what is said about it."""
+
+import difflib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from heatlens_server.building.quiet import stderr_to_log
+from heatlens_server.cam.catalog import Method
+from heatlens_server.config import EXPORT_PREFIX, ModelConfig, load_config
+from heatlens_server.errors import ConfigError, ExportError, ModelLoadError
+from heatlens_server.export.manifest import MANIFEST_FILE, Manifest
+from heatlens_server.export.spec import Format, GraphSpec, InputKind, Output
+
+if TYPE_CHECKING:
+    from heatlens_server.models.spec import LoadedModel
+
+_E = TypeVar("_E", bound=StrEnum)
+
+_ANY = "any"
+_ALL = "all"
+_PRECISIONS = ("fp32", "fp16")
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """The command's options, checked as far as they can be without the model.
+
+    Attributes:
+        file_format: what the graph is written as.
+        layer: the target layer; empty for the model's first.
+        method: of the map; None for the model's own.
+        classes: K; None for any.
+        precision: "fp32" or "fp16".
+        outputs: in the graph's order.
+        input: what `image` holds.
+        verify: whether to verify.
+        folder: where to.
+    """
+
+    file_format: Format
+    layer: str
+    method: Method | None
+    classes: int | None
+    precision: str
+    outputs: tuple[Output, ...]
+    input: InputKind
+    verify: bool
+    folder: Path
+
+
+def parse_options(
+    *,
+    file_format: str,
+    layer: str,
+    method: str,
+    classes: str,
+    precision: str,
+    outputs: str,
+    input_kind: str,
+    verify: bool,
+    folder: Path,
+) -> ExportOptions:
+    """Check options as typed.
+
+    Raises:
+        ConfigError: one is wrong; the message names it and what it may be.
+    """
+    if classes != _ANY and not (classes.isascii() and classes.isdigit() and int(classes) > 0):
+        raise ConfigError(f'--classes: must be a number from 1 on, or "{_ANY}", not {classes!r}')
+    if precision not in _PRECISIONS:
+        raise ConfigError(f"--precision: must be {' or '.join(_PRECISIONS)}, not {precision!r}")
+    names = [name.strip() for name in outputs.split(",") if name.strip()]
+    wanted = {_member("--outputs", Output, name, also=[_ALL]) for name in names if name != _ALL}
+    if not names:
+        raise ConfigError(f"--outputs: names none of {', '.join(Output)}")
+    return ExportOptions(
+        file_format=_member("--format", Format, file_format),
+        layer=layer,
+        method=_member("--method", Method, method) if method else None,
+        classes=None if classes == _ANY else int(classes),
+        precision=precision,
+        outputs=tuple(output for output in Output if _ALL in names or output in wanted),
+        input=_member("--input", InputKind, input_kind),
+        verify=verify,
+        folder=folder,
+    )
+
+
+def find_model(model: str, config: Path | None, weights: str) -> ModelConfig:
+    """Find the configuration of the model to export.
+
+    Args:
+        model: a name in the configuration, or a source such as "torchvision:resnet50".
+        config: the configuration file; None for the default configuration.
+        weights: of a source; empty for its default.
+
+    Raises:
+        ConfigError: there is no such model, or an option is wrong.
+    """
+    if ":" in model:
+        if config is not None:
+            raise ConfigError(f"--config: goes with a model's name, not with a source such as {model}")
+        name = model.rpartition(":")[2].rpartition("/")[2]
+        try:
+            found = load_config(None, {"models": [{"name": name, "source": model, "weights": weights or "default"}]})
+        except ConfigError as error:
+            message = str(error).replace("models[0].weights", "--weights").replace("models[0].source", "MODEL")
+            raise ConfigError(message) from error
+        (chosen,) = found.models
+    else:
+        if weights:
+            raise ConfigError("--weights: goes with a source such as torchvision:resnet50; a configuration has its own")
+        models = {chosen.name: chosen for chosen in load_config(config).models}
+        if model not in models:
+            raise ConfigError(f"MODEL: there is no model {model!r}, only {', '.join(models)}{_near(model, models)}")
+        chosen = models[model]
+    if chosen.source.startswith(EXPORT_PREFIX):
+        raise ConfigError(f"MODEL: {model} is an export already")
+    return chosen
+
+
+def run_export(config: ModelConfig, options: ExportOptions, *, tell: Callable[[str], None]) -> Manifest:
+    """Load a model and export it.
+
+    Args:
+        config: the model.
+        options: how.
+        tell: takes one line of progress.
+
+    Raises:
+        ConfigError: an option does not fit the model; the message names it.
+        ExportError: the export failed; nothing is left behind.
+        ModelLoadError: the model cannot be loaded.
+    """
+    started = time.monotonic()
+
+    def report(line: str) -> None:
+        tell(f"{time.monotonic() - started:6.1f} s  {line}")
+
+    # Only now: they import torch, which takes seconds, and a wrong option should be told at once.
+    from heatlens_server.export.delivery import check_target, export_model  # noqa: PLC0415
+    from heatlens_server.models.load import load_model  # noqa: PLC0415
+
+    try:
+        check_target(options.folder)
+    except ExportError as error:
+        raise ConfigError(f"--output: {error}") from error
+    with stderr_to_log() as aside:
+
+        def report_aside(line: str) -> None:
+            aside(lambda: report(line))
+
+        report_aside(f"loading {config.name}")
+        layers = (options.layer,) if options.layer else config.layers
+        try:
+            model = load_model(config.model_copy(update={"layers": layers}))
+        except ModelLoadError as error:
+            if options.layer and str(error).startswith("layers:"):
+                raise ConfigError(f"--layer:{str(error).removeprefix('layers:')}") from error
+            raise
+        if options.classes is not None and options.classes > model.class_count:
+            raise ConfigError(f"--classes: {model.name} has {model.class_count} classes, which is the most")
+        if options.classes is None and model.class_count == 1:
+            raise ConfigError(f'--classes: {model.name} has 1 class, so "{_ANY}" is no choice')
+        method = options.method or config.method
+        _check_method(method, model)
+        spec = GraphSpec(
+            layer=model.layers[0],
+            method=method,
+            classes=options.classes,
+            precision=options.precision,
+            input=options.input,
+            outputs=options.outputs,
+        )
+        return export_model(
+            model,
+            spec,
+            file_format=options.file_format,
+            source=config.source,
+            folder=options.folder,
+            verify=options.verify,
+            report=report_aside,
+        )
+
+
+def describe(manifest: Manifest, folder: Path) -> list[str]:
+    """Say in a few lines what an export is, where it is, and how right."""
+    graph = manifest.graphs[0]
+    classes = "any number of classes" if manifest.classes is None else f"classes: {manifest.classes}"
+    lines = [f"{manifest.model} by {graph.layer}, {graph.method}, {manifest.precision}, {classes}"]
+    files = [folder / name for name in (*manifest.files, MANIFEST_FILE)]
+    lines += [f"{path}  {path.stat().st_size / 1e6:.2f} MB" for path in files]
+    parity = manifest.parity
+    if not parity:
+        return [*lines, "not verified"]
+    lines.append(
+        f"verified against float64 on {len(parity['photos'])} photos at batch sizes "
+        f"{', '.join(map(str, parity['batch_sizes']))}; maps that are not flat: "
+        f"{parity['informative_maps']} of {parity['compared_maps']}"
+    )
+    return lines + [
+        f"  {name:<12} error {figure['error']:.1e}, torch's {figure['torch_error']:.1e}, bound {figure['bound']:.1e}"
+        for name, figure in parity["figures"].items()
+    ]
+
+
+def _check_method(method: Method, model: "LoadedModel") -> None:
+    from heatlens_server.export.delivery import methods_of  # noqa: PLC0415 - imports torch
+
+    # The others apply to every layer.
+    if method is Method.CAM and method not in (methods := methods_of(model)):
+        raise ConfigError(
+            f"--method: cam needs logits that are one linear layer over the pooled target layer, which those of "
+            f"{model.name} by {model.layers[0]} are not; it has {', '.join(methods)}"
+        )
+
+
+def _member(option: str, choices: type[_E], value: str, also: Sequence[str] = ()) -> _E:
+    try:
+        return choices(value)
+    except ValueError:
+        names = [*choices, *also]
+        raise ConfigError(f"{option}: {value!r} is none of {', '.join(names)}{_near(value, names)}") from None
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
