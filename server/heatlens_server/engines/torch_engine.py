@@ -17,6 +17,7 @@ from heatlens_server.cam.saliency import saliency
 from heatlens_server.cam.targets import ABSENT, RANKED, resolve, score
 from heatlens_server.engines.base import EngineInfo, ImageResult, MapSpec, Target, TopK, UInt8Array
 from heatlens_server.engines.tape import Tape, TapeRecorder
+from heatlens_server.engines.torch_device import resolve_device
 from heatlens_server.errors import ModelLoadError
 from heatlens_server.models.spec import LoadedModel
 
@@ -41,7 +42,7 @@ class TorchEngine:
         Raises:
             ModelLoadError: no such device, or the score does not depend on a layer.
         """
-        self._device = _resolve_device(device)
+        self._device = resolve_device(device)
         self._dtype = _DTYPES[precision]
         self._gradient_scale = _FP16_GRADIENT_SCALE if self._dtype is torch.float16 else 1.0
         self._module = model.module.eval().requires_grad_(requires_grad=False)
@@ -197,18 +198,6 @@ class TorchEngine:
         spread = float(logits.float().abs().amax())
         matches = float((predicted.float() - logits.float()).abs().amax()) <= tolerance * max(spread, 1e-12)
         return head.weight.detach() if matches else None
-
-
-def _resolve_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise ModelLoadError(f"there is no device {name!r}; CUDA devices found: {count}")
-        device = torch.device("cuda", device.index or 0)
-    return device
 
 
 def _logits_of(output: object) -> Tensor:

@@ -77,9 +77,10 @@ def _decompose_only_if_needed(program: ExportedProgram) -> None:
             for operator in operators
         ):
             return program
-        return decompose(None if table is None else dict(table), **options)
+        decomposed: ExportedProgram = decompose(None if table is None else dict(table), **options)
+        return decomposed
 
-    program.run_decompositions = run_decompositions  # type: ignore[method-assign, assignment]
+    program.run_decompositions = run_decompositions
 
 
 def _simplify(model: onnx_ir.Model) -> None:
@@ -92,7 +93,7 @@ def _simplify(model: onnx_ir.Model) -> None:
     optimizer.fold_constants(model, onnx_shape_inference=True)
     onnx_ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         common.RemoveUnusedOpsetsPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.DeduplicateInitializersPass(),

@@ -44,14 +44,22 @@ def _scriptable(graph_module: GraphModule) -> GraphModule:
     """The same graph in TorchScript's own operators: overloads become names, which it resolves by itself."""
     graph = torch.fx.Graph()
     known: dict[Node, Node] = {}
+    device: Node | None = None
     for node in graph_module.graph.nodes:
         copied = graph.node_copy(node, known.__getitem__)
         known[node] = copied
+        if copied.op == "placeholder" and device is None:
+            # What the graph makes by itself is made where the images are, not where it was traced.
+            device = graph.call_function(getattr, (copied, "device"))
         if copied.op != "call_function":
             continue
         if copied.target is aten.sym_size.int:
             copied.target = aten.size
         elif isinstance(copied.target, OpOverload):
-            copied.kwargs = {name: value for name, value in copied.kwargs.items() if name != "pin_memory"}
+            copied.kwargs = {
+                name: device if name == "device" else value
+                for name, value in copied.kwargs.items()
+                if name != "pin_memory"
+            }
             copied.target = copied.target.overloadpacket
     return GraphModule(graph_module, graph, class_name="Explainer")
