@@ -11,6 +11,7 @@ import numpy as np
 
 from heatlens_server.building.cache import ArtefactCache
 from heatlens_server.building.key import artefact_key, is_settled
+from heatlens_server.building.quiet import stderr_to_log
 from heatlens_server.building.warm_up import check_method, warm_up
 from heatlens_server.cam.catalog import Method
 from heatlens_server.config import ModelConfig
@@ -49,7 +50,7 @@ class Artefact:
     manifest: Manifest
 
 
-class _Passing(ExportError):
+class PassingError(ExportError):
     """A failure that says nothing about the next start."""
 
 
@@ -114,12 +115,12 @@ def obtain(
     """
     model = None if is_settled(config) else lazy.get()
     key = artefact_key(config, file_format, model)
-    found = _find(cache, key, model)
+    found = find(cache, key, model)
     if found is not None:
         return found
-    with cache.making(key):
+    with cache.making(key, report):
         # Somebody else may have made it meanwhile.
-        found = _find(cache, key, model)
+        found = find(cache, key, model)
         if found is not None:
             return found
         reason = None if retry else cache.failure(key)
@@ -127,7 +128,7 @@ def obtain(
             raise ExportError(f"{reason} (found at an earlier start, and kept in {key}.failed of the cache)")
         try:
             artefact = _make(config, file_format, key, lazy=lazy, cache=cache, report=report)
-        except _Passing:
+        except PassingError:
             raise
         except ExportError as error:
             cache.remember_failure(key, str(error))
@@ -136,7 +137,14 @@ def obtain(
         return artefact
 
 
-def _find(cache: ArtefactCache, key: str, model: "LoadedModel | None") -> Artefact | None:
+def find(cache: ArtefactCache, key: str, model: "LoadedModel | None") -> Artefact | None:
+    """Return a cached export; None if there is none that is whole and still says what the model says.
+
+    Args:
+        cache: where exports are kept.
+        key: of the export.
+        model: that the export must agree with; None if the key says all.
+    """
     found = cache.find(key)
     if found is None:
         return None
@@ -164,7 +172,11 @@ def _make(
     methods = _explainable(config, model)
     report(f"exporting for {file_format}, which is done once: later starts take it from the cache")
     try:
-        with _exporting, cache.writing(key) as unfinished:
+        with _exporting, stderr_to_log() as aside, cache.writing(key) as unfinished:
+
+            def tell(line: str) -> None:
+                aside(lambda: report(line))
+
             manifest = export_bundle(
                 model,
                 methods=methods,
@@ -172,21 +184,21 @@ def _make(
                 precision=config.precision,
                 source=config.source,
                 folder=unfinished.folder,
-                report=report,
+                report=tell,
             )
-            parity = verify(model, unfinished.folder, manifest, report=report)
+            parity = verify(model, unfinished.folder, manifest, report=tell)
             return Artefact(*unfinished.keep(replace(manifest, parity=parity)))
     except ExportError as error:
         if isinstance(error.__cause__, (MemoryError, OSError)):
-            raise _Passing(str(error)) from error
+            raise PassingError(str(error)) from error
         raise
     except OSError as error:
         # The disk's fault, not the model's: not remembered.
-        raise _Passing(f"the export could not be written ({error.strerror or type(error).__name__})") from error
+        raise PassingError(f"the export could not be written ({error.strerror or type(error).__name__})") from error
     # Exporters are large, and the network is somebody else's code.
     except Exception as error:
         _log.exception("model %s: the export failed unexpectedly", config.name)
-        raise _Passing(f"an unexpected {type(error).__name__}, see the log") from error
+        raise PassingError(f"an unexpected {type(error).__name__}, see the log") from error
 
 
 def _explainable(config: ModelConfig, model: "LoadedModel") -> tuple[Method, ...]:

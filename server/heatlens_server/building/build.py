@@ -7,7 +7,8 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from heatlens_server.building.artefact import Artefact, LazyModel, Report, labels_of, obtain
+from heatlens_server.building.apart import obtain_apart
+from heatlens_server.building.artefact import Artefact, LazyModel, Report, labels_of
 from heatlens_server.building.cache import ArtefactCache
 from heatlens_server.building.warm_up import check_method, warm_up
 from heatlens_server.cam.catalog import Method
@@ -69,7 +70,7 @@ def build(config: ModelConfig, *, cache_dir: Path | None, report: Report | None 
     if config.engine == "torch":
         return _build_torch(config, lazy)
     try:
-        artefact = obtain(config, _FORMATS[config.engine], lazy=lazy, cache=cache, retry=True, report=tell)
+        artefact = obtain_apart(config, _FORMATS[config.engine], lazy=lazy, cache=cache, retry=True, report=tell)
     except ExportError as error:
         raise ModelLoadError(f"the model cannot be exported for {config.engine}: {error}") from error
     return _build_exported(config, artefact, device=config.device, method=config.method)
@@ -78,7 +79,7 @@ def build(config: ModelConfig, *, cache_dir: Path | None, report: Report | None 
 def _build_auto(config: ModelConfig, lazy: LazyModel, cache: ArtefactCache, tell: Report) -> BuiltModel:
     try:
         device = _device_for_onnxruntime(config)
-        artefact = obtain(config, Format.ONNX, lazy=lazy, cache=cache, retry=False, report=tell)
+        artefact = obtain_apart(config, Format.ONNX, lazy=lazy, cache=cache, retry=False, report=tell)
         return _try_onnxruntime(config, artefact, device)
     except (_Unfit, ExportError) as error:
         _log.warning("model %s is run by torch, not by onnxruntime: %s", config.name, error)

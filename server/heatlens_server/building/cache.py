@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from heatlens_server.errors import ExportError
@@ -44,6 +44,22 @@ class ArtefactCache:
             folder: of the cache; None for none.
         """
         self._folder = folder
+
+    @property
+    def folder(self) -> Path | None:
+        """Of the cache; None for none."""
+        return self._folder
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether artefacts can be kept. Makes the folder."""
+        if self._folder is None:
+            return False
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError:
+            return False
+        return os.access(self._folder, os.W_OK | os.X_OK)
 
     def find(self, key: str) -> tuple[Path, Manifest] | None:
         """Return an artefact's folder and manifest; None if there is none. A damaged one is removed.
@@ -95,10 +111,14 @@ class ArtefactCache:
             self._failure_path(key).unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def making(self, key: str) -> Iterator[None]:
+    def making(self, key: str, report: Callable[[str], None]) -> Iterator[None]:
         """Be the only one of all processes and threads that makes this artefact; wait for another that does.
 
         Where files cannot be locked, two may make it at once, and one of the two is kept.
+
+        Args:
+            key: of the artefact.
+            report: told if somebody else is making it.
         """
         lock = self._open_lock(key)
         if lock is None:
@@ -106,7 +126,7 @@ class ArtefactCache:
             return
         try:
             with contextlib.suppress(OSError):
-                _lock(lock)
+                _lock(lock, report)
             yield
         finally:
             # Closing a file gives up its lock.
@@ -212,11 +232,11 @@ class Unfinished:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _lock(lock: int) -> None:
+def _lock(lock: int, report: Callable[[str], None]) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        _log.info("another process or thread is making the same export: waiting for it")
+        report("somebody else is making the same export: waiting for it")
         fcntl.flock(lock, fcntl.LOCK_EX)
 
 
