@@ -18,7 +18,7 @@ from skimage import data
 from heatlens import Client, Health, Result, UnavailableError
 
 OUT = Path("out/demo")
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 900.0  # the first start exports the model, which takes a minute or more
 POLL_S = 0.1
 
 

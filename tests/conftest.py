@@ -1,6 +1,8 @@
 """Fixtures shared by all tests: real photos, a real server process, and a server on the test's own loop."""
 
 import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +16,8 @@ from server_process import ServerProcess, start_server_process, wait_settled
 
 # Two cores and many small tensors: one thread per operation is faster and steadier.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+EXPORT_TIMEOUT_S = 600.0
 
 TINY_PREPROCESS = """
 [models.preprocess]
@@ -54,6 +58,7 @@ source = "python:tiny_models:broken"
 [[models]]
 name = "efficientnet_lite0"
 source = "embedded:efficientnet_lite0"
+engine = "torch"
 """
 
 
@@ -67,6 +72,36 @@ def chelsea_path() -> Path:
 def chelsea(chelsea_path: Path) -> np.ndarray:
     """The same, as RGB uint8 (300, 451, 3)."""
     return cv2.imread(str(chelsea_path), cv2.IMREAD_COLOR_RGB)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The first test that wants the default model's export waits until there is one."""
+    for item in items:
+        if "default_export" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(EXPORT_TIMEOUT_S + 60))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where every server of this session keeps its exports, so that a model is exported once."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def default_export(cache_home: Path) -> Path:
+    """The default model is exported: servers without a configuration start warm. Where its exports are."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HEATLENS_")}
+    subprocess.run(
+        [sys.executable, "-m", "heatlens_server", "check"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        check=True,
+        timeout=EXPORT_TIMEOUT_S,
+    )
+    return cache_home / "heatlens"
 
 
 @pytest.fixture(scope="session")

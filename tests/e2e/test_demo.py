@@ -16,7 +16,7 @@ CATS = {281: "tabby", 282: "tiger cat", 285: "Egyptian cat"}
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def demo(tmp_path_factory, default_export):
     """The finished demo and the folder it ran in."""
     folder = tmp_path_factory.mktemp("demo")
     command = [sys.executable, ROOT / "examples" / "demo.py"]

@@ -35,6 +35,7 @@ batching = {{ max_batch_size = 64 }}
 [[models]]
 name = "poisonous"
 source = "python:tiny_models:poisonous"
+engine = "torch"
 layers = ["body"]
 {PREPROCESS}
 """

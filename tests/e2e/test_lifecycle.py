@@ -22,6 +22,7 @@ TINY = """
 [[models]]
 name = "slow"
 source = "python:tiny_models:slow"
+engine = "torch"
 layers = ["body"]
 preprocess = { resize_px = 64, crop_px = 64, mean = [0.5, 0.5, 0.5], std = [0.5, 0.5, 0.5] }
 """

@@ -12,13 +12,15 @@ from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
 from wire import Details, distinct, pixels
 
+TORCH = 'engine = "torch"\n'
 PREPROCESS = """
 layers = ["body"]
 preprocess = { resize_px = 64, crop_px = 64, mean = [0.485, 0.456, 0.406], std = [0.229, 0.224, 0.225] }
 """
 
 TOML = '[server]\nlisten = "127.0.0.1:0"\n' + "".join(
-    f'[[models]]\nname = "{name}"\nsource = "python:{source}"\n{PREPROCESS}'
+    # Only "good" is a graph: the others' Python is what is tested.
+    f'[[models]]\nname = "{name}"\nsource = "python:{source}"\n{"" if name == "good" else TORCH}{PREPROCESS}'
     for name, source in {
         "good": "tiny_models:tiny",
         "factory": "odd_models:exits_in_factory",

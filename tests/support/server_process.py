@@ -51,7 +51,7 @@ def wait_settled(address: str) -> None:
     """Wait until no model is loading."""
     with grpc.insecure_channel(address) as channel:
         stub = model_pb2_grpc.ModelServiceStub(channel)
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 110
         while any(
             m.state == model_pb2.Model.STATE_LOADING
             for m in stub.ListModels(model_pb2.ListModelsRequest(), timeout=10, wait_for_ready=True).models

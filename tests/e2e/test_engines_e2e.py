@@ -1,0 +1,147 @@
+"""Engines behind the real command: onnxruntime without torch, warm starts, exports, damage, interruption."""
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from heatlens import Client
+from server_process import SUPPORT, wait_settled
+
+LISTEN = '[server]\nlisten = "127.0.0.1:0"\n'
+WARM_START_S = 5.0
+
+TINY = """
+[[models]]
+name = "tiny"
+source = "python:tiny_models:tiny"
+layers = ["body"]
+preprocess = { resize_px = 64, crop_px = 64 }
+"""
+
+
+def has_torch(process: "subprocess.Popen[str]") -> bool:
+    """Whether torch's libraries are mapped into a process."""
+    maps = Path(f"/proc/{process.pid}/maps").read_text()
+    assert "libc.so" in maps  # this can fail
+    return "libtorch" in maps
+
+
+def entries(cache: Path) -> list[Path]:
+    """The finished exports of a cache."""
+    return sorted(path.parent for path in cache.glob("*/manifest.json") if not path.parent.name.startswith("unfin"))
+
+
+def test_the_default_server_starts_warm_on_onnxruntime_without_torch(default_export, launch, server, chelsea):
+    started = time.monotonic()
+    running = launch(LISTEN)
+    wait_settled(running.address)
+    assert time.monotonic() - started < WARM_START_S
+    with Client(running.address) as client, Client(server.address) as other:
+        (model,) = client.models()
+        assert (model.engine, model.device, model.precision) == ("onnxruntime", "cpu", "fp32")
+        (reference,) = [model for model in other.models() if model.name == "efficientnet_lite0"]
+        assert reference.engine == "torch"
+        assert (model.version, model.layers, model.methods) == (reference.version, reference.layers, reference.methods)
+        for layer in model.layers:
+            options = {"top_k": 3, "layers": [layer], "method": "layer-cam"}
+            found = client.explain(chelsea, **options)
+            expected = other.explain(chelsea, model="efficientnet_lite0", **options)
+            for a, b in zip(found.explanations, expected.explanations, strict=True):
+                assert (a.class_id, a.label) == (b.class_id, b.label)
+                assert a.probability == pytest.approx(b.probability, abs=1e-4)
+                assert b.heatmap.values.max() == 1
+                np.testing.assert_allclose(a.heatmap.values, b.heatmap.values, atol=1e-3)
+        assert found.explanations[0].label == "tiger cat"
+    assert not has_torch(running.process)
+    assert has_torch(server.process)
+    assert "export" not in running.log()
+
+
+def test_a_damaged_export_is_told_and_made_again(tmp_path, launch, chelsea):
+    def explain(expected_log: str) -> np.ndarray:
+        running = launch(f'{LISTEN}cache_dir = "cache"\n{TINY}')
+        wait_settled(running.address)
+        with Client(running.address) as client:
+            assert client.models()[0].engine == "onnxruntime"
+            values = client.explain(chelsea).explanations[0].heatmap.values
+        assert expected_log in running.log()
+        running.process.terminate()
+        assert running.process.wait(20) == 0
+        (tmp_path / "port").unlink()
+        return values
+
+    first = explain("exporting for onnx, which is done once")
+    (entry,) = entries(tmp_path / "cache")
+    content = bytearray((entry / "all.onnx.data").read_bytes())
+    content[len(content) // 2] ^= 0x40
+    (entry / "all.onnx.data").write_bytes(content)
+    np.testing.assert_array_equal(explain("is damaged (all.onnx.data is not the file that was exported)"), first)
+    assert entries(tmp_path / "cache") == [entry]
+
+
+def test_two_processes_that_need_the_same_export_make_it_once(tmp_path):
+    (tmp_path / "server.toml").write_text(f'[server]\ncache_dir = "cache"\n{TINY}')
+
+    def check(_: int) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "heatlens_server", "check", "-c", tmp_path / "server.toml"],
+            capture_output=True,
+            text=True,
+            timeout=110,
+            check=True,
+            env={"PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1"},
+        )
+        return done.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        logs = list(pool.map(check, range(2)))
+    assert all("tiny: ok: onnxruntime" in log for log in logs)
+    assert sum("translating to ONNX" in log for log in logs) == 1
+    assert len(entries(tmp_path / "cache")) == 1
+
+
+def test_sigterm_during_an_export_ends_everything_and_leaves_nothing_that_is_believed(tmp_path, launch):
+    running = launch(f'{LISTEN}cache_dir = "cache"\n')
+    deadline = time.monotonic() + 60
+    while "recording efficientnet_lite0" not in running.log():
+        assert time.monotonic() < deadline, running.log()
+        time.sleep(0.05)
+    children = psutil.Process(running.process.pid).children(recursive=True)
+    assert children
+    started = time.monotonic()
+    running.process.send_signal(signal.SIGTERM)
+    assert running.process.wait(20) == 0, running.log()
+    assert time.monotonic() - started < 10
+    assert psutil.wait_procs(children, timeout=20)[1] == []
+    assert entries(tmp_path / "cache") == []
+
+
+def test_an_exported_folder_is_served_without_torch(default_export, tmp_path, launch, chelsea):
+    (entry,) = [entry for entry in entries(default_export) if "embedded:" in (entry / "manifest.json").read_text()]
+    shutil.copytree(entry, tmp_path / "bundle")
+    running = launch(f'{LISTEN}[[models]]\nname = "cats"\nsource = "export:bundle"\nmethod = "hi-res-cam"\n')
+    wait_settled(running.address)
+    with Client(running.address) as client:
+        (model,) = client.models()
+        assert (model.name, model.engine) == ("cats", "onnxruntime")
+        assert client.explain(chelsea).explanations[0].label == "tiger cat"
+    assert not has_torch(running.process)
+
+
+def test_what_auto_falls_back_from_is_in_the_log(tmp_path, launch, chelsea):
+    running = launch(f'{LISTEN}cache_dir = "cache"\n' + TINY.replace("models:tiny", "models:poisonous"))
+    wait_settled(running.address)
+    with Client(running.address) as client:
+        assert client.models()[0].engine == "torch"
+        assert client.explain(chelsea).explanations
+    (warning,) = [line for line in running.log().splitlines() if "warning" in line]
+    assert re.search(r"model tiny is run by torch, not by onnxruntime: the network cannot be recorded", warning)
