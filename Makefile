@@ -9,10 +9,10 @@ PROTO_BIN := $(PROTO_VENV)/bin
 PROTOS := $(sort $(wildcard proto/heatlens/v1/*.proto))
 STUBS := client/heatlens/v1
 
-.PHONY: help setup demo test lint format type proto proto-check bench clean
+.PHONY: help setup demo test lint format type proto proto-check bench bench-gpu coverage-export clean
 
 help: ## List the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.ready ## Create .venv with everything needed (skipped when nothing changed)
 
@@ -64,6 +64,12 @@ proto-into:
 
 bench: setup ## Print speed ratios measured in one run on this machine
 	$(BIN)/python -m bench
+
+bench-gpu: setup ## Measure the engines on an NVIDIA GPU and write docs/gpu-benchmarks.md
+	$(BIN)/python -m bench.gpu
+
+coverage-export: setup ## Export every known classifier, judge the maps, write docs/export-coverage.md (hours)
+	$(BIN)/python -m bench.coverage
 
 clean: ## Remove caches and outputs (keeps the virtual environments)
 	rm -rf out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -31,7 +31,8 @@ def main(
     if only in {"", "wire"}:
         console.print(wire.run(photo_paths()[-1]))
     if only in {"", "engine"}:
-        console.print(engine.run(turns=turns))
+        for table in engine.run(turns=turns):
+            console.print(table)
     if only in {"", "served"}:
         for table in served.run(turns=max(3, turns // 2), seconds=seconds):
             console.print(table)

@@ -1,78 +1,126 @@
-"""The engine against a plain forward pass of the same model, and against the grad-cam package."""
+"""The engines against a plain forward pass of the same model, and against the grad-cam package."""
 
-import copy
-from collections.abc import Callable
+import dataclasses
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
-import numpy as np
-import torch
-from pytorch_grad_cam import GradCAM
-from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from rich.table import Table
 
-from bench.measure import take_turns
-from bench.models import efficientnet_lite0, noise_images, resnet50
+from bench.candidate import FORWARD, GRAD_CAM, ONNXRUNTIME, TORCH, TORCHSCRIPT, TUNED
+from bench.measure import Turns, take_turns
+from bench.models import efficientnet_lite0, resnet50
 from heatlens_server.cam.catalog import Method
-from heatlens_server.engines.base import MapSpec, TopK
-from heatlens_server.engines.torch_engine import TorchEngine
+from heatlens_server.export.folder import export_bundle
+from heatlens_server.export.spec import Format
 from heatlens_server.models.spec import LoadedModel
 
+MODELS: tuple[Callable[[], LoadedModel], ...] = (efficientnet_lite0, resnet50)
 BATCH_SIZES = (1, 8)
-MAX_OF_FORWARD = 1.10
-MIN_OF_GRAD_CAM = 2.5
+KINDS = (FORWARD, TUNED, GRAD_CAM, TORCH, TORCHSCRIPT, ONNXRUNTIME)
 
 
-def run(*, turns: int) -> Table:
-    """Measure and tabulate."""
-    table = Table(title="engine: explain (uint8 in, Grad-CAM map out) against others, same model, same run")
-    for column in ("model", "batch", "explain ms", "/ forward", "/ forward NCHW", "grad-cam / explain", "targets"):
-        table.add_column(column, justify="right")
-    for make in (efficientnet_lite0, resnet50):
-        for batch_size in BATCH_SIZES:
-            table.add_row(*_row(make, batch_size, turns))
-    table.caption = (
-        "forward = the same module in inference_mode on float input, channels_last like the engine; NCHW = in torch's "
-        f"default layout. Targets at batch 8: <= {MAX_OF_FORWARD}x forward, >= {MIN_OF_GRAD_CAM}x faster than grad-cam."
+@dataclasses.dataclass(frozen=True, slots=True)
+class Target:
+    """A ratio that must hold: at most `most`, or at least `least`, at these batch sizes."""
+
+    name: str
+    of: str
+    to: str
+    most: float | None = None
+    least: float | None = None
+    batch_sizes: Sequence[int] = BATCH_SIZES
+
+    def met(self, ratio: float) -> bool:
+        """Whether a measured ratio is good enough."""
+        return (self.most is None or ratio <= self.most) and (self.least is None or ratio >= self.least)
+
+
+RATIOS = (
+    Target("onnxruntime / forward", ONNXRUNTIME, FORWARD, most=0.65),
+    Target("onnxruntime / forward tuned", ONNXRUNTIME, TUNED),
+    Target("grad-cam / onnxruntime", GRAD_CAM, ONNXRUNTIME, least=5.0),
+    Target("torch / forward tuned", TORCH, TUNED, most=1.10, batch_sizes=(8,)),
+    Target("grad-cam / torch", GRAD_CAM, TORCH, least=2.5, batch_sizes=(8,)),
+    Target("torchscript / forward tuned", TORCHSCRIPT, TUNED),
+)
+
+
+def run(*, turns: int) -> list[Table]:
+    """Measure and tabulate times and ratios."""
+    times = Table(title="median ms per batch, each candidate in its own process, taking turns")
+    ratios = Table(title="ratios, turn by turn, medians; explain = uint8 in, Grad-CAM map and logits out")
+    for table, columns in ((times, KINDS), (ratios, [ratio.name for ratio in RATIOS])):
+        for column in ("model", "batch", *columns):
+            table.add_column(column, justify="right")
+    for make in MODELS:
+        with tempfile.TemporaryDirectory() as folder:
+            _export(make, Path(folder))
+            for batch_size in BATCH_SIZES:
+                measured = _measure(
+                    make.__name__, batch_size, Path(folder), turns=turns if batch_size > 1 else 3 * turns
+                )
+                times.add_row(make.__name__, str(batch_size), *(f"{measured.median_ms(kind):.1f}" for kind in KINDS))
+                ratios.add_row(
+                    make.__name__, str(batch_size), *(_cell(ratio, measured, batch_size) for ratio in RATIOS)
+                )
+    times.caption = (
+        "forward = the module in inference_mode on float input as PyTorch runs it by default; tuned = channels_last "
+        "and the server's allocator settings; grad-cam = the package, by default too. torch, torchscript and "
+        "onnxruntime are this project's engines."
     )
-    return table
+    return [times, ratios]
 
 
-def _row(make: Callable[[], LoadedModel], batch_size: int, turns: int) -> list[str]:
-    model = make()
-    # grad-cam wants parameters that require gradients, and the default layout is what its users run.
-    plain = copy.deepcopy(model.module).to(memory_format=torch.contiguous_format).requires_grad_(requires_grad=True)
-    engine = TorchEngine(model, device="cpu")
-    layer = model.layers[0]
-    images = noise_images(batch_size)
-    spec = MapSpec(Method.GRAD_CAM, (layer,), upsample=False)
-    mean, std = (np.array(values, np.float32) for values in (model.preprocess.mean, model.preprocess.std))
-    inputs = torch.from_numpy((images / np.float32(255) - mean) / std).permute(0, 3, 1, 2)
-    contiguous = inputs.contiguous()
+def _cell(target: Target, measured: Turns, batch_size: int) -> str:
+    ratio = measured.ratio(target.of, target.to)
+    bound = f"<= {target.most}" if target.most is not None else f">= {target.least}" if target.least is not None else ""
+    if not bound or batch_size not in target.batch_sizes:
+        return f"{ratio:.2f}"
+    return f"{ratio:.2f} ({'met' if target.met(ratio) else 'MISSED'} {bound})"
 
-    def forward(module: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode():
-            return module(batch)
 
-    with GradCAM(plain, [plain.get_submodule(layer)]) as grad_cam:
-        targets = [ClassifierOutputTarget(0)] * batch_size
-        measured = take_turns(
-            {
-                "explain": lambda: engine.explain(images, [TopK(1)] * batch_size, spec),
-                "forward": lambda: forward(model.module, inputs),
-                "forward NCHW": lambda: forward(plain, contiguous),
-                "grad-cam": lambda: grad_cam(contiguous, targets),
-            },
-            turns=turns if batch_size > 1 else 3 * turns,
+def _export(make: Callable[[], LoadedModel], folder: Path) -> None:
+    """Write what the engines that run exports need: the default layer and method."""
+    for kind, file_format in ((ONNXRUNTIME, Format.ONNX), (TORCHSCRIPT, Format.TORCHSCRIPT)):
+        model = make()
+        model = dataclasses.replace(model, layers=model.layers[:1])
+        of_kind = folder / kind
+        of_kind.mkdir()
+        manifest = export_bundle(
+            model,
+            methods=(Method.GRAD_CAM,),
+            file_format=file_format,
+            precision="fp32",
+            source="bench",
+            folder=of_kind,
+            report=lambda _line: None,
         )
-    engine.close()
-    of_forward = measured.ratio("explain", "forward")
-    of_grad_cam = 1 / measured.ratio("explain", "grad-cam")
-    met = of_forward <= MAX_OF_FORWARD and of_grad_cam >= MIN_OF_GRAD_CAM
-    return [
-        model.name,
-        str(batch_size),
-        f"{measured.median_ms('explain'):.1f}",
-        f"{of_forward:.3f}",
-        f"{measured.ratio('explain', 'forward NCHW'):.3f}",
-        f"{of_grad_cam:.2f}x",
-        "" if batch_size == 1 else ("met" if met else "MISSED"),
-    ]
+        manifest.write(of_kind)
+
+
+def _measure(model: str, batch_size: int, folder: Path, *, turns: int) -> Turns:
+    with ExitStack() as stack:
+        runs = {kind: stack.enter_context(_candidate(kind, model, batch_size, folder)) for kind in KINDS}
+        return take_turns(runs, turns=turns)
+
+
+@contextmanager
+def _candidate(kind: str, model: str, batch_size: int, folder: Path) -> Iterator[Callable[[], float]]:
+    """Start a candidate's process; yield what makes it run once and returns its seconds."""
+    command = [sys.executable, "-W", "ignore", "-m", "bench.candidate", kind, model, str(batch_size), str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        asked, answers = process.stdin, process.stdout
+        if asked is None or answers is None or answers.readline() != "ready\n":
+            raise RuntimeError(f"{kind} did not start")
+
+        def once() -> float:
+            asked.write("\n")
+            asked.flush()
+            return float(answers.readline())
+
+        yield once
+        asked.close()

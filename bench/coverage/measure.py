@@ -1,4 +1,4 @@
-"""Export one network to ONNX and judge it in float64: `python -m bench.coverage.measure SOURCE` prints one JSON line."""
+"""Export one network to ONNX, judge it in float64: `python -m bench.coverage.measure SOURCE` prints one JSON line."""
 
 import copy
 import json
@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def main(source: str) -> dict[str, Any]:
             nodes = _export(model, layers, path)
             seconds = time.perf_counter() - started
             rows = _judge(model, layers, path)
-    except Exception as error:  # noqa: BLE001 - whatever it is belongs in the table
+    except Exception as error:  # whatever it is belongs in the table
         reason = str(error) if isinstance(error, ExportError) else f"{type(error).__name__}: {error}"
         return {"source": source, "reason": reason.split("\n", maxsplit=1)[0][:200]}
     return {
@@ -100,7 +100,7 @@ def _judge(model: LoadedModel, layers: Sequence[str], path: Path) -> list[dict[s
 def _recorded(module: nn.Module, layers: Sequence[str], images: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
     kept: dict[str, torch.Tensor] = {}
 
-    def keep(layer: str) -> Any:
+    def keep(layer: str) -> Callable[[nn.Module, object, torch.Tensor], torch.Tensor]:
         def hook(_module: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
             kept[layer] = output if output.requires_grad else output.detach().requires_grad_()
             return kept[layer].clone()

@@ -1,7 +1,7 @@
 """A model's forward pass as a functional ATen graph, with its target layers' outputs marked.
 
-The graph comes from `torch.export` with an empty decomposition table: linear layers, normalisations, activations and
-attention stay whole, so that every format can keep its own good form of them. Parameters enter as inputs and are never
+The graph comes from `torch.export` and is not taken apart: linear layers, normalisations, activations and attention
+stay whole, so that every format can keep its own good form of them. Parameters enter as inputs and are never
 touched, whatever the network's size.
 """
 
@@ -17,6 +17,7 @@ from torch.export.graph_signature import OutputKind
 from torch.fx import Node
 
 from heatlens_server.errors import ExportError
+from heatlens_server.export.functional import functional
 from heatlens_server.export.spec import CLASS_INDEX, IMAGE, InputKind
 from heatlens_server.models.spec import LoadedModel
 
@@ -83,7 +84,9 @@ class _Wrapped(nn.Module):
     def forward(self, image: Tensor, class_index: Tensor) -> tuple[Tensor, Tensor]:
         if self._uint8:
             image = image.to(torch.float32) * self.scale + self.bias
-        return logits_of(self.module(image.to(self._dtype))), class_index
+        if image.dtype is not self._dtype:
+            image = image.to(self._dtype)
+        return logits_of(self.module(image)), class_index
 
 
 def logits_of(output: object) -> Tensor:
@@ -122,9 +125,11 @@ def capture(
     handles = [module.get_submodule(layer).register_forward_hook(_marking(layer)) for layer in layers]
     try:
         with torch.no_grad():
-            program = torch.export.export(
-                wrapped, (image, class_index), dynamic_shapes=dynamic_shapes(model, classes), strict=False
-            ).run_decompositions({})
+            program = functional(
+                torch.export.export(
+                    wrapped, (image, class_index), dynamic_shapes=dynamic_shapes(model, classes), strict=False
+                )
+            )
     # A network is somebody else's code and may raise anything.
     except Exception as error:
         raise ExportError(f"the network cannot be recorded for every batch size ({type(error).__name__})") from error
@@ -183,7 +188,7 @@ def _read(program: ExportedProgram, layers: Sequence[str]) -> Captured:
             marks[layer] = node
     for layer in layers:
         if layer not in marks:
-            raise ExportError(f"layer {layer!r} does not run in a forward pass")
+            raise ExportError(f"layer {layer!r} does not run in a forward pass, or nothing comes of it")
     output = next(node for node in program.graph.nodes if node.op == "output")
     return Captured(
         nodes=nodes,

@@ -47,7 +47,7 @@ def to_onnx(
                 output_names=list(output_names),
                 opset_version=OPSET,
                 custom_translation_table=dict(_TRANSLATIONS),
-                # Its rewrite rules take time in the square of the graph's size; `_simplify` and onnxruntime do the rest.
+                # Its rewrite rules take time in the square of the graph's size; `_simplify` does the rest.
                 optimize=False,
                 verbose=False,
             )
