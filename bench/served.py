@@ -21,12 +21,12 @@ import numpy as np
 import uvloop
 from rich.table import Table
 
-from bench.models import efficientnet_lite0, photo_paths
+from bench.models import photo_paths
 from bench.wire import encode_ms
 from heatlens import AsyncClient, Client, Result
-from heatlens_server.cam.catalog import Method
+from heatlens_server.building.build import build
+from heatlens_server.config import load_config
 from heatlens_server.engines.base import MapSpec, TopK
-from heatlens_server.engines.torch_engine import TorchEngine
 from heatlens_server.imaging.decode import decode_image
 from heatlens_server.imaging.preprocess import fit
 
@@ -42,6 +42,7 @@ _CONFIG = """
 listen = "127.0.0.1:0"
 log_level = "warning"
 max_queue_length = 64
+cache_dir = "cache"
 [[models]]
 name = "efficientnet_lite0"
 source = "embedded:efficientnet_lite0"
@@ -78,8 +79,9 @@ def run(*, turns: int, seconds: float) -> list[Table]:
     shares = Table(title="where a call's time goes, median ms (share)")
     for column in ("images", "concurrency", "latency", "decode + resize", "queue", "compute", "encode", "rest"):
         shares.add_column(column, justify="right")
-    engine = InProcess()
-    with _server() as address:
+    with tempfile.TemporaryDirectory() as folder, _server(Path(folder)) as address:
+        # After the server: it finds the export that the server made.
+        engine = InProcess(Path(folder))
         for kind, images in workloads.items():
             for concurrency in CONCURRENCIES:
                 _measure(address, images, concurrency, seconds=1.0)
@@ -102,11 +104,10 @@ def run(*, turns: int, seconds: float) -> list[Table]:
 class InProcess:
     """The engine without a service around it."""
 
-    def __init__(self) -> None:
-        model = efficientnet_lite0()
-        self._preprocess = model.preprocess
-        self._engine = TorchEngine(model, device="cpu")
-        self._spec = MapSpec(Method.GRAD_CAM, model.layers[:1], upsample=False)
+    def __init__(self, folder: Path) -> None:
+        built = build(load_config(folder / "server.toml").models[0], cache_dir=folder / "cache")
+        self._preprocess, self._engine = built.preprocess, built.engine
+        self._spec = MapSpec(built.method, built.engine.info.layers[:1], upsample=False)
 
     def images_per_s(self, images: Sequence[np.ndarray | bytes], batch_size: float, *, seconds: float) -> float:
         """Throughput at a (fractional) batch size: the two whole sizes around it, mixed to the same mean."""
@@ -193,24 +194,23 @@ def _jpegs() -> list[bytes]:
 
 
 @contextmanager
-def _server() -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as folder:
-        config, port_file = Path(folder) / "server.toml", Path(folder) / "port"
-        config.write_text(_CONFIG)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "heatlens_server", "serve", "-c", str(config), "--port-file", str(port_file)],
-            env=os.environ,
-        )
-        try:
-            while not (port_file.exists() and port_file.read_text().endswith("\n")):
-                if process.poll() is not None:
-                    raise RuntimeError("the server did not start")
+def _server(folder: Path) -> Iterator[str]:
+    config, port_file = folder / "server.toml", folder / "port"
+    config.write_text(_CONFIG)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "heatlens_server", "serve", "-c", str(config), "--port-file", str(port_file)],
+        env=os.environ,
+    )
+    try:
+        while not (port_file.exists() and port_file.read_text().endswith("\n")):
+            if process.poll() is not None:
+                raise RuntimeError("the server did not start")
+            time.sleep(0.05)
+        address = f"127.0.0.1:{port_file.read_text().strip()}"
+        with Client(address) as client:
+            while client.health() != "serving":
                 time.sleep(0.05)
-            address = f"127.0.0.1:{port_file.read_text().strip()}"
-            with Client(address) as client:
-                while client.health() != "serving":
-                    time.sleep(0.05)
-            yield address
-        finally:
-            process.terminate()
-            process.wait()
+        yield address
+    finally:
+        process.terminate()
+        process.wait()

@@ -29,7 +29,7 @@ from heatlens_server.models.spec import LoadedModel
 
 # Traced with 2 images and 5 classes.
 IMAGES = 3
-CLASSES = 4
+CLASSES = 2
 
 
 def main(source: str) -> dict[str, Any]:
@@ -71,13 +71,11 @@ def _export(model: LoadedModel, layers: Sequence[str], path: Path) -> int:
 def _judge(model: LoadedModel, layers: Sequence[str], path: Path) -> list[dict[str, Any]]:
     images = inputs(model, IMAGES)
     module = copy.deepcopy(model.module).double()
-    logits, kept = _recorded(module, layers, torch.from_numpy(images))
-    class_ids = np.argsort(-logits.detach().numpy(), axis=1)[:, :CLASSES].copy()
+    logits, class_ids, float64 = _maps(module, layers, torch.from_numpy(images), None)
+    del module
+    _, _, float32 = _maps(model.module, layers, torch.from_numpy(images).float(), class_ids)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     values = session.run(None, {IMAGE: images.astype(np.float32), CLASS_INDEX: class_ids})
-    float32 = _maps(model.module, layers, torch.from_numpy(images).float(), class_ids)
-    float64 = _maps(module, layers, torch.from_numpy(images), class_ids)
-    del kept
     rows = []
     for position, layer in enumerate(layers):
         cam = values[2 + 3 * position]
@@ -91,7 +89,7 @@ def _judge(model: LoadedModel, layers: Sequence[str], path: Path) -> list[dict[s
                 "map": float(np.abs(cam - expected).max()),
                 "torch": float(np.abs(float32[position][0] - expected).max()),
                 "gradient": float(np.abs(pooled).max()),
-                "logits": float(np.abs(values[0] - logits.detach().numpy()).max() / logits.abs().max()),
+                "logits": float(np.abs(values[0] - logits).max() / np.abs(logits).max()),
             }
         )
     return rows
@@ -116,10 +114,12 @@ def _recorded(module: nn.Module, layers: Sequence[str], images: torch.Tensor) ->
 
 
 def _maps(
-    module: nn.Module, layers: Sequence[str], images: torch.Tensor, class_ids: np.ndarray
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Per layer: Grad-CAM maps (N, K, h, w) and pooled gradients (N, K, A), by autograd."""
+    module: nn.Module, layers: Sequence[str], images: torch.Tensor, class_ids: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """Logits, class ids (the most probable if none are given) and, per layer, maps (N, K, h, w) and pooled gradients."""
     logits, kept = _recorded(module, layers, images)
+    if class_ids is None:
+        class_ids = np.argsort(-logits.detach().numpy(), axis=1)[:, :CLASSES].copy()
     wanted = torch.from_numpy(class_ids)
     by_class = [
         torch.autograd.grad(
@@ -132,7 +132,7 @@ def _maps(
         gradients = torch.stack([of_class[position] for of_class in by_class], dim=1)
         finished = saliency([raw_map(Method.GRAD_CAM, kept[layer].detach(), gradients)])
         found.append((finished.values.numpy(), gradients.mean((-2, -1)).numpy()))
-    return found
+    return logits.detach().numpy(), class_ids, found
 
 
 if __name__ == "__main__":
