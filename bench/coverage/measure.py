@@ -116,7 +116,7 @@ def _recorded(module: nn.Module, layers: Sequence[str], images: torch.Tensor) ->
 def _maps(
     module: nn.Module, layers: Sequence[str], images: torch.Tensor, class_ids: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-    """Logits, class ids (the most probable if none are given) and, per layer, maps (N, K, h, w) and pooled gradients."""
+    """Logits, class ids (the most probable if none are given) and, per layer, maps and pooled gradients."""
     logits, kept = _recorded(module, layers, images)
     if class_ids is None:
         class_ids = np.argsort(-logits.detach().numpy(), axis=1)[:, :CLASSES].copy()

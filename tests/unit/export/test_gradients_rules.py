@@ -195,6 +195,16 @@ def test_selecting(dim: int, index: int) -> None:
     assert torch.equal(TABLE[aten.select_backward.default](seed, list(x.shape), dim, index), want)
 
 
+@pytest.mark.parametrize(("size", "step"), [(3, 1), (2, 2), (4, 2), (2, 3)])
+@pytest.mark.parametrize("dim", [1, 2, -1])
+def test_unfolding(dim: int, size: int, step: int) -> None:
+    x = normal(2, 9, 8, 10)
+    seed = torch.randn_like(x.unfold(dim, size, step))
+    want = gradient(lambda x: x.unfold(dim, size, step), x, seed)
+    got = TABLE[aten.unfold_backward.default](seed, list(x.shape), dim, size, step)
+    torch.testing.assert_close(got, want, **EXACT)
+
+
 def test_hardtanh_has_no_gradient_at_its_bounds() -> None:
     x = torch.tensor([-1.0, 0.0, 3.0, 6.0, 7.0])
     rule = TABLE[aten.hardtanh_backward.default]

@@ -22,6 +22,7 @@ from heatlens_server.export.gradients.pooling import (
 )
 from heatlens_server.export.gradients.products import linear, matmul, reshape
 from heatlens_server.export.gradients.slicing import select_backward, slice_backward
+from heatlens_server.export.gradients.unfolding import unfold_backward
 from heatlens_server.export.gradients.upsampling import interpolation, interpolation_vec
 
 # ruff: noqa: SLF001 - operators with an underscore are operators all the same
@@ -46,6 +47,7 @@ _OURS: dict[OpOverload, Callable[..., Any]] = {
     aten.reflection_pad3d_backward.default: reflection_pad_backward,
     aten.select_backward.default: select_backward,
     aten.slice_backward.default: slice_backward,
+    aten.unfold_backward.default: unfold_backward,
 }
 
 _TORCHS = {
