@@ -28,7 +28,8 @@ def to_torchscript(graph_module: GraphModule) -> torch.jit.ScriptModule:
             scripted = torch.jit.script(scriptable)
             frozen: torch.jit.ScriptModule = torch.jit.freeze(scripted.eval())
             return frozen
-    except RuntimeError as error:
+    # Its compiler has exception classes of its own for what it does not know.
+    except Exception as error:
         first_line = next((line for line in str(error).splitlines() if line.strip()), "")[:200]
         raise ExportError(f"the graph cannot be scripted ({first_line})") from error
 

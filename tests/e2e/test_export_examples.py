@@ -1,0 +1,139 @@
+"""The standalone examples, where heatlens cannot be imported: the command exports, they explain."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMMAND = Path(sys.executable).parent / "heatlens-server"
+CATS = ("tabby", "tiger cat", "Egyptian cat")
+
+# Nothing but these, and what they need themselves.
+ONNX = ("onnxruntime", "numpy", "cv2", "flatbuffers", "google", "packaging")
+TORCH = (
+    "torch",
+    "torchgen",
+    "functorch",
+    "numpy",
+    "cv2",
+    "typing_extensions",
+    "filelock",
+    "sympy",
+    "mpmath",
+    "networkx",
+)
+TORCH += ("jinja2", "markupsafe", "fsspec", "nvidia", "cuda", "triton")
+
+
+def place(packages, folder):
+    """Links to the packages alone, in a folder to import from."""
+    folder.mkdir()
+    for package in packages:
+        spec = find_spec(package)
+        if spec is None:
+            continue
+        locations = spec.submodule_search_locations
+        target = Path(next(iter(locations))) if locations else Path(spec.origin)
+        (folder / target.name).symlink_to(target)
+        # Shared libraries that wheels put beside the package.
+        for beside in target.parent.glob(f"{_libraries_of(package)}.libs"):
+            (folder / beside.name).symlink_to(beside)
+    return folder
+
+
+def _libraries_of(package):
+    return {"cv2": "opencv_python_headless"}.get(package, package)
+
+
+def run_alone(folder, *arguments):
+    """Run Python with what is in a folder, and nothing else that is installed."""
+    program = (
+        # Not first: OpenCV puts its own folder second.
+        "import sys, runpy; from importlib.util import find_spec\n"
+        "sys.path.append(sys.argv[1]); sys.argv = sys.argv[2:]\n"
+        "for name in ('heatlens', 'heatlens_server', 'pydantic', 'skimage'):\n"
+        "    if find_spec(name): raise SystemExit(f'{name} can be imported')\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-I", "-S", "-c", program, folder, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+        cwd=folder,
+    )
+
+
+def export(folder, *options):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HEATLENS_")}
+    done = subprocess.run(
+        [COMMAND, "export", "efficientnet_lite0", "-o", folder, *options],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("example", "packages", "options"),
+    [
+        ("onnx_cam.py", ONNX, ["--format", "onnx"]),
+        # What the other one verified is not verified again.
+        ("torchscript_cam.py", TORCH, ["--format", "torchscript", "--no-verify"]),
+    ],
+)
+def test_example(tmp_path, chelsea_path, example, packages, options):
+    export(tmp_path / "export", *options)
+    picture = tmp_path / "cat.png"
+    done = run_alone(
+        place(packages, tmp_path / "packages"), ROOT / "examples" / example, tmp_path / "export", chelsea_path, picture
+    )
+    assert done.returncode == 0, done.stderr
+    label, _, probability = done.stdout.strip().rpartition(" ")
+    assert label in CATS
+    assert 20 < float(probability.removesuffix("%")) < 100
+    overlay = cv2.imread(str(picture))
+    assert overlay.shape == (224, 224, 3)
+    heat = saliency_of(overlay, chelsea_path)
+    # The cat's eyes, nose and cheek; above are its ears, below its neck.
+    face = np.zeros((224, 224), bool)
+    face[50:190, 15:205] = True
+    hot = heat > 0.75
+    assert hot.mean() > 0.03
+    assert (hot & face).sum() > 0.9 * hot.sum()
+
+
+def saliency_of(overlay, photo_path):
+    """Read the map back from its colours: TURBO runs from blue through green to red."""
+    photo = cv2.imread(str(photo_path))
+    scale = 256 / min(photo.shape[:2])
+    resized = cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    top, left = (resized.shape[0] - 224) // 2, (resized.shape[1] - 224) // 2
+    crop = resized[top : top + 224, left : left + 224].astype(np.float32)
+    colours = 2 * overlay.astype(np.float32) - crop
+    table = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_TURBO)[:, 0].astype(np.float32)
+    small = cv2.resize(colours, (224, 224))
+    return np.abs(small[:, :, None, :] - table[None, None, ::8]).sum(-1).argmin(-1) * 8 / 255
+
+
+@pytest.mark.parametrize("package", ["heatlens", "heatlens_server"])
+def test_heatlens_would_be_found(tmp_path, package):
+    """The test above can fail."""
+    (tmp_path / "empty.py").write_text("")
+    done = run_alone(place([package], tmp_path / "packages"), tmp_path / "empty.py")
+    assert (done.returncode, done.stderr) == (1, f"{package} can be imported\n")
+
+
+def test_examples_are_short():
+    for example in ("onnx_cam.py", "torchscript_cam.py"):
+        assert len((ROOT / "examples" / example).read_text().splitlines()) <= 37

@@ -1,0 +1,85 @@
+"""One network of every family, with random weights, differentiated and compared with float64.
+
+Inputs are small where the network allows. `make coverage-export` walks all of torchvision and much of timm.
+"""
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from engine_cases import loaded, noise, user_export
+from exports import normalised, run_torch
+from heatlens_server.cam.catalog import Method
+from heatlens_server.export.comparison import truth
+from heatlens_server.export.differentiate import differentiate
+from heatlens_server.export.reference import Network
+from heatlens_server.export.spec import Format, GraphSpec, Output
+from heatlens_server.export.verify import verify
+from heatlens_server.models.spec import LoadedModel
+
+CLASSES = 10
+NO_AUXILIARY_HEADS = {"aux_logits": False, "init_weights": False, "transform_input": False}
+
+FAMILIES = [
+    ("resnet18", "layer4", 64, {}),
+    ("mobilenet_v2", "features.14", 64, {}),
+    ("mobilenet_v3_small", "features", 64, {}),
+    ("squeezenet1_1", "features", 64, {}),
+    ("googlenet", "inception4e", 64, NO_AUXILIARY_HEADS),
+    ("inception_v3", "Mixed_6e", 96, NO_AUXILIARY_HEADS),
+    ("densenet121", "features.denseblock4", 64, {}),
+    ("shufflenet_v2_x0_5", "stage4", 64, {}),
+    ("mnasnet0_5", "layers.14", 64, {}),
+    ("regnet_y_400mf", "trunk_output.block4", 64, {}),
+    ("efficientnet_b0", "features.7", 64, {}),
+    ("convnext_tiny", "features.6", 64, {}),
+    ("swin_t", "features.0.0", 64, {}),
+    ("vit_b_32", "conv_proj", 224, {}),
+    ("maxvit_t", "blocks.3", 224, {}),
+    ("alexnet", "features.6", 64, {}),
+    ("vgg11", "features.15", 64, {}),
+]
+
+ATOL = 1e-4
+
+
+def model_of(name: str, layer: str, px: int, options: dict[str, object]) -> LoadedModel:
+    """A network with random weights; its heads are drawn anew, as some start as zeros, and gradients would be too."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        module = torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **options)
+        linears = [
+            child for child in module.modules() if isinstance(child, nn.Linear) and child.out_features == CLASSES
+        ]
+        for head in linears:
+            nn.init.normal_(head.weight, 0.0, 0.1)
+    return loaded(module, [layer], class_count=CLASSES, px=px)
+
+
+@pytest.mark.parametrize(("name", "layer", "px", "options"), FAMILIES, ids=[family[0] for family in FAMILIES])
+def test_family(name, layer, px, options):
+    model = model_of(name, layer, px, options)
+    graph = differentiate(model, GraphSpec(layer))
+    images = noise(3, px, seed=2)
+    reference = Network(model.module, model.preprocess, torch.float64).explain(
+        images, [layer], torch.tensor([[0], [3], [7]])
+    )[layer]
+    own = Network(model.module, model.preprocess, torch.float32).explain(images, [layer], reference.class_ids)[layer]
+    judged = truth(reference, own, Method.GRAD_CAM, unknown=0.01)
+    found = run_torch(graph, [str(output) for output in Output], normalised(images), judged.class_ids)
+    outputs = {Output(output): values for output, values in found.items()}
+    errors = judged.error(outputs, slice(None), np.arange(1))
+    assert {figure: error for figure, error in errors.items() if not error <= ATOL} == {}
+    assert np.abs(judged.values["weights"]).max() > 0
+    assert judged.informative.any()
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v3_small", "shufflenet_v2_x0_5"])
+def test_family_in_onnxruntime(name):
+    (family,) = (family for family in FAMILIES if family[0] == name)
+    model = model_of(*family)
+    folder, manifest = user_export(model, Format.ONNX, GraphSpec(family[1]))
+    parity = verify(model, folder, manifest, report=lambda _: None)
+    assert parity["informative_maps"] > 0
