@@ -66,34 +66,15 @@ def test_the_default_server_starts_warm_on_onnxruntime_without_torch(default_exp
     assert "export" not in running.log()
 
 
-def test_a_damaged_export_is_told_and_made_again(tmp_path, launch, chelsea):
-    def explain(expected_log: str) -> np.ndarray:
-        running = launch(f'{LISTEN}cache_dir = "cache"\n{TINY}')
-        wait_settled(running.address)
-        with Client(running.address) as client:
-            assert client.models()[0].engine == "onnxruntime"
-            values = client.explain(chelsea).explanations[0].heatmap.values
-        assert expected_log in running.log()
-        running.process.terminate()
-        assert running.process.wait(20) == 0
-        (tmp_path / "port").unlink()
-        return values
-
-    first = explain("exporting for onnx, which is done once")
-    (entry,) = entries(tmp_path / "cache")
-    content = bytearray((entry / "all.onnx.data").read_bytes())
-    content[len(content) // 2] ^= 0x40
-    (entry / "all.onnx.data").write_bytes(content)
-    np.testing.assert_array_equal(explain("is damaged (all.onnx.data is not the file that was exported)"), first)
-    assert entries(tmp_path / "cache") == [entry]
-
-
-def test_two_processes_that_need_the_same_export_make_it_once(tmp_path):
-    (tmp_path / "server.toml").write_text(f'[server]\ncache_dir = "cache"\n{TINY}')
+@pytest.fixture(scope="module")
+def exported_twice(tmp_path_factory):
+    """The cache that two processes filled which needed the same export at once, and what they said."""
+    folder = tmp_path_factory.mktemp("twice")
+    (folder / "server.toml").write_text(f'[server]\ncache_dir = "cache"\n{TINY}')
 
     def check(_: int) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "heatlens_server", "check", "-c", tmp_path / "server.toml"],
+            [sys.executable, "-m", "heatlens_server", "check", "-c", folder / "server.toml"],
             capture_output=True,
             text=True,
             timeout=110,
@@ -104,9 +85,40 @@ def test_two_processes_that_need_the_same_export_make_it_once(tmp_path):
 
     with ThreadPoolExecutor(2) as pool:
         logs = list(pool.map(check, range(2)))
+    return folder / "cache", logs
+
+
+def test_two_processes_that_need_the_same_export_make_it_once(exported_twice):
+    cache, logs = exported_twice
     assert all("tiny: ok: onnxruntime" in log for log in logs)
     assert sum("translating to ONNX" in log for log in logs) == 1
-    assert len(entries(tmp_path / "cache")) == 1
+    assert len(entries(cache)) == 1
+
+
+def test_a_damaged_export_is_told_and_made_again(exported_twice, tmp_path, launch, chelsea):
+    def explain() -> tuple[np.ndarray, str]:
+        running = launch(f'{LISTEN}cache_dir = "cache"\n{TINY}')
+        wait_settled(running.address)
+        with Client(running.address) as client:
+            assert client.models()[0].engine == "onnxruntime"
+            values = client.explain(chelsea).explanations[0].heatmap.values
+        running.process.terminate()
+        assert running.process.wait(20) == 0
+        (tmp_path / "port").unlink()
+        return values, running.log()
+
+    shutil.copytree(exported_twice[0], tmp_path / "cache")
+    first, log = explain()
+    assert "exporting" not in log
+    (entry,) = entries(tmp_path / "cache")
+    content = bytearray((entry / "all.onnx.data").read_bytes())
+    content[len(content) // 2] ^= 0x40
+    (entry / "all.onnx.data").write_bytes(content)
+    second, log = explain()
+    assert "is damaged (all.onnx.data is not the file that was exported)" in log
+    assert "exporting for onnx, which is done once" in log
+    np.testing.assert_array_equal(second, first)
+    assert entries(tmp_path / "cache") == [entry]
 
 
 def test_sigterm_during_an_export_ends_everything_and_leaves_nothing_that_is_believed(tmp_path, launch):

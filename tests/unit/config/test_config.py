@@ -51,7 +51,7 @@ def _clean_environment(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    for name in ("secrets/token", "weights/cats.pth", "labels.txt"):
+    for name in ("secrets/token", "weights/cats.pth", "labels.txt", "bundle/manifest.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("s3cret\n")
     return tmp_path
@@ -194,6 +194,27 @@ def test_every_mistake_gets_one_line_with_its_path(folder):
         ('models = [{name = "a", source = "timm:x", device = "gpu"}]', "models[0].device: "),
         ('models = [{name = "a", source = "timm:x", layers = ["l", "l"]}]', "models[0].layers: names a layer twice"),
         ('models = [{name = "a", source = "timm:x", weights = "../x.bin"}]', "models[0].weights: must be"),
+        ('models = [{name = "a", source = "timm:x", engine = "tensorrt"}]', "models[0].engine: "),
+        (
+            'models = [{name = "a", source = "timm:x", precision = "bf16", engine = "onnxruntime"}]',
+            'models[0].engine: "onnxruntime" runs in fp32 and fp16',
+        ),
+        ('models = [{name = "a", source = "timm:x", provider = "cuda"}]', "models[0].provider: is for engine = "),
+        ('models = [{name = "a", source = "export:"}]', "models[0].source: the folder does not exist"),
+        ('models = [{name = "a", source = "export:nowhere"}]', "models[0].source: the folder does not exist"),
+        ('models = [{name = "a", source = "export:weights"}]', "models[0].source: the folder is no export"),
+        (
+            'models = [{name = "a", source = "export:bundle", weights = "none"}]',
+            'models[0].weights: must be "default" for an export',
+        ),
+        (
+            'models = [{name = "a", source = "export:bundle", engine = "torch"}]',
+            "models[0].engine: an export is run by",
+        ),
+        (
+            'models = [{name = "a", source = "export:bundle", preprocess = {crop_px = 64}}]',
+            "models[0].preprocess: cannot be set for an export",
+        ),
         (
             'models = [{name = "a", source = "timm:x", batching = {max_batch_size = 0}}]',
             "models[0].batching.max_batch_size: ",
@@ -211,6 +232,30 @@ def test_every_mistake_gets_one_line_with_its_path(folder):
 def test_mistakes(folder, text, expected):
     (line,) = errors_of(folder, text)
     assert line.startswith(expected)
+
+
+def test_an_exports_folder_is_relative_to_the_files(folder, monkeypatch):
+    monkeypatch.chdir("/")
+    text = 'models = [{name = "a", source = "export:bundle", provider = "cpu"}]\nserver.cache_dir = "kept"'
+    config = load_config(write(folder, text))
+    assert config.models[0].source == f"export:{folder / 'bundle'}"
+    assert config.server.cache_path == folder / "kept"
+
+
+def test_exports_are_kept_in_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert ServerConfig().cache_path == tmp_path / "xdg" / "heatlens"
+    # A relative one is invalid.
+    for base in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", base)
+        assert ServerConfig().cache_path == tmp_path / ".cache" / "heatlens"
+    assert ServerConfig(cache_dir="~/mine").cache_path == tmp_path / "mine"
+    monkeypatch.setenv("HOME", "")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HEATLENS_SERVER__CACHE_DIR", "here")
+    assert load_config().server.cache_path == tmp_path / "here"
+    assert ServerConfig(cache_dir="~nobody-of-that-name/x").cache_path is None
 
 
 def test_token_and_token_file_exclude_each_other(folder):
