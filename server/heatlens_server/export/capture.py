@@ -188,7 +188,7 @@ def _read(program: ExportedProgram, layers: Sequence[str]) -> Captured:
             marks[layer] = node
     for layer in layers:
         if layer not in marks:
-            raise ExportError(f"layer {layer!r} does not run in a forward pass, or nothing comes of it")
+            raise ExportError(f"layer {layer!r} does not run in a forward pass")
     output = next(node for node in program.graph.nodes if node.op == "output")
     return Captured(
         nodes=nodes,

@@ -36,7 +36,7 @@ FAMILIES = [
     ("efficientnet_b0", "features.7", 64, {}),
     ("convnext_tiny", "features.6", 64, {}),
     ("swin_t", "features.0.0", 64, {}),
-    ("vit_b_32", "conv_proj", 224, {}),
+    ("vit_b_32", "conv_proj", 96, {"image_size": 96}),
     ("maxvit_t", "blocks.3", 224, {}),
     ("alexnet", "features.6", 64, {}),
     ("vgg11", "features.15", 64, {}),
@@ -83,3 +83,5 @@ def test_family_in_onnxruntime(name):
     folder, manifest = user_export(model, Format.ONNX, GraphSpec(family[1]))
     parity = verify(model, folder, manifest, report=lambda _: None)
     assert parity["informative_maps"] > 0
+    weights_bytes = sum(4 * parameter.numel() for parameter in model.module.parameters())
+    assert (folder / manifest.graphs[0].file).stat().st_size < weights_bytes + 600_000

@@ -34,8 +34,8 @@ def test_a_connection_past_the_layer_is_an_input_of_the_tail():
 
 
 def test_a_layer_that_leads_nowhere_is_refused():
-    with pytest.raises(ExportError, match="layer 'middle' does not run in a forward pass, or nothing comes of it"):
-        record(exports.Dangling, "middle")
+    with pytest.raises(ExportError, match="the model's output does not depend on layer 'middle'"):
+        tail_of(record(exports.Dangling, "middle"), "middle")
 
 
 class Detached(exports.Staged):
