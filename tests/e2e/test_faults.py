@@ -22,6 +22,7 @@ PREPROCESS = """
 preprocess = { resize_px = 64, crop_px = 64, mean = [0.485, 0.456, 0.406], std = [0.229, 0.224, 0.225] }
 """
 
+# On torch, whose batches take long enough for others to gather.
 TOML = f"""
 [server]
 listen = "127.0.0.1:0"
@@ -29,6 +30,7 @@ max_queue_length = 80
 [[models]]
 name = "mlp"
 source = "python:tiny_models:tiny_mlp"
+engine = "torch"
 layers = ["body"]
 batching = {{ max_batch_size = 64 }}
 {PREPROCESS}
