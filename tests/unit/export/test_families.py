@@ -3,11 +3,16 @@
 Inputs are small where the network allows. `make coverage-export` walks all of torchvision and much of timm.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.models.maxvit import MaxVit
+from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
+from torchvision.models.vision_transformer import VisionTransformer
 
 from engine_cases import loaded, noise, user_export
 from exports import normalised, run_torch
@@ -35,12 +40,30 @@ FAMILIES = [
     ("regnet_y_400mf", "trunk_output.block4", 64, {}),
     ("efficientnet_b0", "features.7", 64, {}),
     ("convnext_tiny", "features.6", 64, {}),
-    ("swin_t", "features.0.0", 64, {}),
-    ("vit_b_32", "conv_proj", 96, {"image_size": 96}),
-    ("maxvit_t", "blocks.3", 224, {}),
+    ("swin", "features.0.0", 64, {}),
+    ("swin_v2", "features.0.0", 64, {}),
+    ("vit", "conv_proj", 64, {}),
+    ("maxvit", "blocks.0", 64, {}),
     ("alexnet", "features.6", 64, {}),
     ("vgg11", "features.15", 64, {}),
 ]
+
+SMALL: dict[str, Callable[[], nn.Module]] = {
+    "vit": lambda: VisionTransformer(64, 8, 2, 2, 32, 64, num_classes=CLASSES),
+    "swin": lambda: SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], num_classes=CLASSES),
+    "swin_v2": lambda: SwinTransformer(
+        [4, 4],
+        16,
+        [2, 2],
+        [2, 4],
+        [4, 4],
+        num_classes=CLASSES,
+        block=SwinTransformerBlockV2,
+        downsample_layer=PatchMergingV2,
+    ),
+    "maxvit": lambda: MaxVit((64, 64), 16, 4, [16, 32], [1, 1], 8, 0.0, num_classes=CLASSES),
+}
+"""Attention takes long to record, layer by layer: few layers, of every kind that the family has."""
 
 ATOL = 1e-4
 
@@ -49,7 +72,10 @@ def model_of(name: str, layer: str, px: int, options: dict[str, object]) -> Load
     """A network with random weights; its heads are drawn anew, as some start as zeros, and gradients would be too."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        module = torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **options)
+        if name in SMALL:
+            module = SMALL[name]()
+        else:
+            module = torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **options)
         linears = [
             child for child in module.modules() if isinstance(child, nn.Linear) and child.out_features == CLASSES
         ]
