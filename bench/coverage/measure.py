@@ -29,6 +29,9 @@ from heatlens_server.models.spec import LoadedModel
 
 # Traced with 2 images and 5 classes.
 IMAGES = 3
+LARGE_PX, LARGE_PARAMETERS = 300, 60_000_000
+"""Networks beyond either are judged on one photo: float64 takes minutes there."""
+
 CLASSES = 2
 
 
@@ -69,7 +72,7 @@ def _export(model: LoadedModel, layers: Sequence[str], path: Path) -> int:
 
 
 def _judge(model: LoadedModel, layers: Sequence[str], path: Path) -> list[dict[str, Any]]:
-    images = inputs(model, IMAGES)
+    images = inputs(model, 1 if _is_large(model) else IMAGES)
     module = copy.deepcopy(model.module).double()
     logits, class_ids, float64 = _maps(module, layers, torch.from_numpy(images), None)
     del module
@@ -93,6 +96,11 @@ def _judge(model: LoadedModel, layers: Sequence[str], path: Path) -> list[dict[s
             }
         )
     return rows
+
+
+def _is_large(model: LoadedModel) -> bool:
+    parameters = sum(parameter.numel() for parameter in model.module.parameters())
+    return max(model.preprocess.crop_px) > LARGE_PX or parameters > LARGE_PARAMETERS
 
 
 def _recorded(module: nn.Module, layers: Sequence[str], images: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
