@@ -12,11 +12,11 @@ Written by `make coverage-export` on {date}: {versions}; {machine}.
 
 Every network has random weights (zeros drawn anew, batch norms fitted to four photos) and is exported to ONNX with any
 batch size and any number of classes, as the server does it. The file is run by onnxruntime on three real photos
-(large networks: one) with two classes each, sizes that were not traced, and judged by the network in float64 with plain autograd. *Map* is the
-largest absolute difference of a Grad-CAM map in [0, 1] from the float64 map; *torch* is what PyTorch itself differs by
-in float32. A map that is flat in float64 proves nothing: *maps* counts the others. *Nodes* and *seconds* are of the
-whole file, with all layers in it; seconds include tracing, differentiating, translating and checking, on a busy
-machine.
+(large networks: one) with two classes each, sizes that were not traced, and judged by the network in float64 with
+plain autograd. *Map* is the largest absolute difference of a Grad-CAM map in [0, 1] from the float64 map; *torch* is
+what PyTorch itself differs by in float32. A map that is flat in float64 proves nothing: *maps* counts the others.
+*Nodes* and *seconds* are of the whole file, with all layers in it; seconds include tracing, differentiating,
+translating and checking, on a busy machine.
 
 {summary}
 """
