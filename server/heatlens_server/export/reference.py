@@ -1,7 +1,9 @@
 """What an exported graph should say, from the network itself: hooks and autograd, and none of the exporter's code."""
 
 import copy
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,6 +134,26 @@ class Network:
         mean = torch.tensor(self._preprocess.mean, dtype=dtype).view(1, 3, 1, 1)
         std = torch.tensor(self._preprocess.std, dtype=dtype).view(1, 3, 1, 1)
         return ((values / 255.0 - mean) / std).to(self._dtype)
+
+
+@contextmanager
+def unhurried(module: nn.Module) -> Iterator[None]:
+    """Let torch run a network with grouped convolutions on one thread, if this is the process's main thread.
+
+    They are many tiny parallel sections, in float64 one for every group. Where anything else runs on the machine,
+    threads that wait for each other at the end of each take 6 to 40 times as long as one thread does. In other threads
+    nothing is changed: threads of an engine that begin meanwhile would keep the number.
+    """
+    grouped = any(isinstance(child, nn.Conv2d) and child.groups > 1 for child in module.modules())
+    if not grouped or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
 
 
 def pooled(gradients: Tensor) -> Tensor:

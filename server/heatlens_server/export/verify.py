@@ -18,7 +18,7 @@ from heatlens_server.errors import ExportError
 from heatlens_server.export.comparison import Array, Truth, outputs_of, truth
 from heatlens_server.export.manifest import Manifest
 from heatlens_server.export.photos import PHOTOS, load_photos
-from heatlens_server.export.reference import Network, Reference
+from heatlens_server.export.reference import Network, Reference, unhurried
 from heatlens_server.export.runtimes import Run, open_graph
 from heatlens_server.export.spec import InputKind, Output
 from heatlens_server.imaging.preprocess import normalise
@@ -124,7 +124,12 @@ def verify(model: LoadedModel, folder: Path, manifest: Manifest, *, report: Call
     Raises:
         ExportError: a graph cannot be run, or a figure exceeds its bound; the message names figure, value and bound.
     """
-    plan = _plan(model, folder, manifest)
+    with unhurried(model.module):
+        return _verify(model, _plan(model, folder, manifest), report)
+
+
+def _verify(model: LoadedModel, plan: _Plan, report: Callable[[str], None]) -> dict[str, Any]:
+    manifest = plan.manifest
     report("running the network in float64")
     judged, rounded = _references(model, plan)
     worst: dict[str, Figure] = {}

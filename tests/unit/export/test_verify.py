@@ -1,6 +1,7 @@
 """Verifying: what passes, what is measured, and that every kind of wrong is found."""
 
 import shutil
+import threading
 from dataclasses import replace
 
 import onnx
@@ -213,3 +214,27 @@ def test_one_class(tmp_path):
     parity = check(model, (tmp_path, manifest))
     assert parity["compared_maps"] == 8
     assert sorted(parity["figures"]) == sorted(FIGURES)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_are_as_many_as_before(two_threads):
+    model, during = make(exports.Staged), []
+    folder, manifest = user_export(model, Format.TORCHSCRIPT, GraphSpec("middle"))
+
+    def run():
+        verify(model, folder, manifest, report=lambda _: during.append(torch.get_num_threads()))
+
+    run()
+    assert (set(during), torch.get_num_threads()) == ({1}, 2)
+    during.clear()
+    elsewhere = threading.Thread(target=run)
+    elsewhere.start()
+    elsewhere.join()
+    assert set(during) == {2}
