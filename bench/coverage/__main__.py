@@ -2,17 +2,19 @@
 
 import datetime
 import json
+import multiprocessing
 import os
 import platform
-import subprocess
-import sys
+import warnings
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from bench.coverage.measure import measure
 from bench.coverage.models import names
 from bench.coverage.table import render
 
@@ -53,16 +55,31 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def measured(source: str, timeout_s: float) -> dict[str, Any]:
-    """Measure one network in a process of its own: memory comes back, and a crash is a result."""
-    command = [sys.executable, "-m", "bench.coverage.measure", source]
+    """Measure one network in a process of its own: memory comes back, and a crash is a result.
+
+    Forked, so that importing torch is paid for once; this process never runs anything with it.
+    """
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure_into, args=(sender, source))
+    process.start()
+    sender.close()
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
-    except subprocess.TimeoutExpired:
-        return {"source": source, "reason": f"not finished after {timeout_s:.0f} s"}
-    if ended.returncode != 0:
-        return {"source": source, "reason": f"the process ended with exit code {ended.returncode}"}
-    result: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+        if not receiver.poll(timeout_s):
+            return {"source": source, "reason": f"not finished after {timeout_s:.0f} s"}
+        result: dict[str, Any] = receiver.recv()
+    except EOFError:
+        process.join()
+        return {"source": source, "reason": f"the process ended with exit code {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
     return result
+
+
+def _measure_into(sender: Connection, source: str) -> None:
+    warnings.simplefilter("ignore")
+    sender.send(measure(source))
 
 
 typer.run(main)

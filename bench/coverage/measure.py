@@ -1,11 +1,8 @@
-"""Export one network to ONNX, judge it in float64: `python -m bench.coverage.measure SOURCE` prints one JSON line."""
+"""Export one network to ONNX, and judge it in float64."""
 
 import copy
-import json
-import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +32,7 @@ LARGE_PX, LARGE_PARAMETERS = 300, 60_000_000
 CLASSES = 2
 
 
-def main(source: str) -> dict[str, Any]:
+def measure(source: str) -> dict[str, Any]:
     """Return what the table says about a network."""
     try:
         model = make(source)
@@ -141,8 +138,3 @@ def _maps(
         finished = saliency([raw_map(Method.GRAD_CAM, kept[layer].detach(), gradients)])
         found.append((finished.values.numpy(), gradients.mean((-2, -1)).numpy()))
     return logits.detach().numpy(), class_ids, found
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    sys.stdout.write(json.dumps(main(sys.argv[1])) + "\n")
