@@ -79,17 +79,17 @@ def _judge(model: LoadedModel, layers: Sequence[str], path: Path) -> list[dict[s
     rows = []
     for position, layer in enumerate(layers):
         cam = values[2 + 3 * position]
-        expected, pooled = float64[position]
-        informative = expected.max((-2, -1)) > 0
+        expected, gradient, steepness = float64[position]
         rows.append(
             {
                 "layer": layer,
                 "shape": list(cam.shape[2:]),
-                "informative": int(informative.sum()),
-                "map": float(np.abs(cam - expected).max()),
-                "torch": float(np.abs(float32[position][0] - expected).max()),
-                "gradient": float(np.abs(pooled).max()),
+                "gradient": gradient,
                 "logits": float(np.abs(values[0] - logits).max() / np.abs(logits).max()),
+                # Per map, image by image and class by class.
+                "steepness": steepness,
+                "map": np.abs(cam - expected).max((-2, -1)).ravel().tolist(),
+                "torch": np.abs(float32[position][0] - expected).max((-2, -1)).ravel().tolist(),
             }
         )
     return rows
@@ -120,8 +120,12 @@ def _recorded(module: nn.Module, layers: Sequence[str], images: torch.Tensor) ->
 
 def _maps(
     module: nn.Module, layers: Sequence[str], images: torch.Tensor, class_ids: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-    """Logits, class ids (the most probable if none are given) and, per layer, maps and pooled gradients."""
+) -> tuple[np.ndarray, np.ndarray, list[tuple[np.ndarray, float, list[float]]]]:
+    """Return logits, class ids (the most probable if none are given) and what is to be known of each layer.
+
+    That is the maps (N, K, h, w), the largest gradient and, per map, its steepness: by what min-max multiplies the raw
+    map's errors, relative to its largest magnitude; 0 for a flat map.
+    """
     logits, kept = _recorded(module, layers, images)
     if class_ids is None:
         class_ids = np.argsort(-logits.detach().numpy(), axis=1)[:, :CLASSES].copy()
@@ -135,6 +139,9 @@ def _maps(
     found = []
     for position, layer in enumerate(layers):
         gradients = torch.stack([of_class[position] for of_class in by_class], dim=1)
-        finished = saliency([raw_map(Method.GRAD_CAM, kept[layer].detach(), gradients)])
-        found.append((finished.values.numpy(), gradients.mean((-2, -1)).numpy()))
+        raw = raw_map(Method.GRAD_CAM, kept[layer].detach(), gradients)
+        finished = saliency([raw])
+        flat = finished.scale == 0
+        steepness = torch.where(flat, 0.0, raw.abs().amax((-2, -1)) / torch.where(flat, 1.0, finished.scale))
+        found.append((finished.values.numpy(), float(gradients.abs().max()), steepness.ravel().tolist()))
     return logits.detach().numpy(), class_ids, found
