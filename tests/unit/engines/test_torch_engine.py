@@ -129,6 +129,21 @@ def test_model_that_cannot_be_explained_fails_at_load_and_keeps_no_hook(module, 
     assert hook_count(module) == 0
 
 
+def test_model_that_views_feature_maps_runs_in_the_default_layout():
+    class Views(tiny_models.TinyMlp):
+        def forward(self, x):
+            features = self.body(self.stem(x))
+            return self.head(features.view(features.shape[0], -1))
+
+    module = Views()
+    module.load_state_dict(tiny_models.tiny_mlp().state_dict())
+    expected = TorchEngine(loaded(tiny_models.tiny_mlp())).explain(noise(3), [TopK(2)] * 3, SPEC)
+    results = TorchEngine(loaded(module)).explain(noise(3), [TopK(2)] * 3, SPEC)
+    for result, other in zip(results, expected, strict=True):
+        assert result.class_ids == other.class_ids
+        np.testing.assert_allclose(result.maps, other.maps, atol=1e-5)
+
+
 def test_output_with_logits_is_understood():
     class Wrapped(tiny_models.Tiny):
         def forward(self, x):
