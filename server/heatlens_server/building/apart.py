@@ -68,7 +68,8 @@ def _run(config: ModelConfig, file_format: Format, cache: ArtefactCache, *, retr
         "cache": os.fspath(cache.folder or ""),
         "retry": retry,
     }
-    command = [sys.executable, "-m", __name__]
+    # -P: with -m alone, modules of the current folder would come before those that are installed.
+    command = [sys.executable, "-P", "-m", __name__]
     with (
         tempfile.TemporaryFile() as messages,
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, text=True) as process,

@@ -7,15 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from heatlens_server.building.cache import ArtefactCache
 from heatlens_server.building.key import artefact_key, is_settled
+from heatlens_server.building.likeness import is_alike
 from heatlens_server.building.quiet import stderr_to_log
 from heatlens_server.building.warm_up import check_method, warm_up
 from heatlens_server.cam.catalog import Method
 from heatlens_server.config import ModelConfig
-from heatlens_server.engines.base import Engine, ImageResult, MapSpec, TopK
+from heatlens_server.engines.base import Engine
 from heatlens_server.errors import ExportError
 from heatlens_server.export.manifest import Manifest
 from heatlens_server.export.spec import Format
@@ -31,10 +30,6 @@ Report = Callable[[str], None]
 
 # Tracing and torch's exporters keep state that belongs to the process.
 _exporting = threading.Lock()
-
-# How far a cached export may be from the network that it was made of: what another CPU or a GPU's half precision makes
-# of it is far less, and another network far more.
-_SAME_NETWORK = {"fp32": 1e-2, "fp16": 0.1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,17 +214,14 @@ def _explainable(config: ModelConfig, model: "LoadedModel") -> tuple[Method, ...
 
 
 def _is_of(artefact: Artefact, model: "LoadedModel") -> bool:
-    """Whether an export scores noise as a network does: its code may have changed in a file that no key knows of.
-
-    Maps are not compared: of one that is nearly flat, rounding decides.
-    """
+    """Whether an export explains noise as a network does."""
     from heatlens_server.engines.torch_engine import TorchEngine  # noqa: PLC0415 - imports torch
 
     reference = TorchEngine(model, device="cpu")
     try:
         exported = _open_on_cpu(artefact)
         try:
-            expected, found = _answers(reference), _answers(exported)
+            return is_alike(reference, exported, artefact.manifest.precision)
         finally:
             exported.close()
     # What cannot be run is as wrong as what runs wrongly.
@@ -238,18 +230,6 @@ def _is_of(artefact: Artefact, model: "LoadedModel") -> bool:
         return False
     finally:
         _release(reference, model)
-    tolerance = _SAME_NETWORK[artefact.manifest.precision]
-    return all(
-        a.logits.shape == b.logits.shape and np.abs(a.logits - b.logits).max() <= tolerance * np.abs(a.logits).max()
-        for a, b in zip(expected, found, strict=True)
-    )
-
-
-def _answers(engine: Engine) -> list[ImageResult]:
-    info = engine.info
-    shape = (2, info.input_height_px, info.input_width_px, 3)
-    noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    return engine.explain(noise, [TopK(1)] * 2, MapSpec(Method.GRAD_CAM, info.layers[:1], upsample=False))
 
 
 def _open_on_cpu(artefact: Artefact) -> Engine:

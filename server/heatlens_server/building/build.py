@@ -10,7 +10,7 @@ from pathlib import Path
 from heatlens_server.building.apart import obtain_apart
 from heatlens_server.building.artefact import Artefact, LazyModel, Report, labels_of
 from heatlens_server.building.cache import ArtefactCache
-from heatlens_server.building.warm_up import check_method, warm_up
+from heatlens_server.building.warm_up import check_answers, check_method, warm_up
 from heatlens_server.cam.catalog import Method
 from heatlens_server.config import EXPORT_PREFIX, ModelConfig
 from heatlens_server.engines.base import Engine
@@ -65,6 +65,7 @@ def build(config: ModelConfig, *, cache_dir: Path | None, report: Report | None 
     if config.source.startswith(EXPORT_PREFIX):
         return _build_from_folder(config)
     lazy, cache = LazyModel(config), ArtefactCache(cache_dir)
+    cache.sweep()
     if config.engine == "auto":
         return _build_auto(config, lazy, cache, tell)
     if config.engine == "torch":
@@ -170,7 +171,14 @@ def _build_from_folder(config: ModelConfig) -> BuiltModel:
         manifest, graphs=tuple(graph for layer in layers for graph in manifest.graphs if graph.layer == layer)
     )
     method = config.method if "method" in config.model_fields_set else manifest.graphs[0].method
-    return _build_exported(config, Artefact(folder, manifest), device=config.device, method=method)
+    try:
+        return _build_exported(config, Artefact(folder, manifest), device=config.device, method=method)
+    except ModelLoadError:
+        raise
+    # Runtimes raise all sorts, with paths in their messages.
+    except Exception as error:
+        _log.exception("model %s: its export does not run", config.name)
+        raise ModelLoadError(f"the export does not run as its manifest says ({type(error).__name__})") from error
 
 
 def _build_exported(config: ModelConfig, artefact: Artefact, *, device: str, method: Method) -> BuiltModel:
@@ -209,6 +217,8 @@ def _finish(
     try:
         labels = labels_of(config, labels, engine.info.class_count)
         check_method(engine, method)
+        if config.source.startswith(EXPORT_PREFIX):
+            check_answers(engine, method)
         warm_up(engine, config, method)
     except BaseException:
         engine.close()

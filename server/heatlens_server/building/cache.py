@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 _SEAL_FILE = "manifest.sha256"
 _UNFINISHED = "unfinished-"
-# What a killed process left half written is removed by a later one, once no process can still be at it.
+# What a killed process left half written is removed by a later one, where folders cannot be locked after a day.
 _STALE_S = 24 * 3600.0
 _REASON_CHARACTERS = 2000
 
@@ -70,7 +70,8 @@ class ArtefactCache:
         if self._folder is None:
             return None
         entry = self._folder / key
-        if not entry.is_dir():
+        # Also what is no folder: nothing could be put in its place.
+        if not os.path.lexists(entry):
             return None
         try:
             return entry, _read_sealed(entry)
@@ -84,8 +85,8 @@ class ArtefactCache:
         if self._folder is None:
             return
         # Under another name first: a half-removed folder must not be found.
-        with contextlib.suppress(OSError), tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=self._folder) as away:
-            (self._folder / key).rename(Path(away) / key)
+        with contextlib.suppress(OSError), contextlib.closing(_claim(self._folder, None)) as away:
+            (self._folder / key).rename(away.folder / key)
 
     def failure(self, key: str) -> str | None:
         """Return why an earlier start could not make this artefact; None if it could or never tried."""
@@ -132,6 +133,13 @@ class ArtefactCache:
             # Closing a file gives up its lock.
             os.close(lock)
 
+    def sweep(self) -> None:
+        """Remove what processes that are gone left half written."""
+        with contextlib.suppress(OSError), _alone_in(self._folder) as folder:
+            for path in folder.glob(f"{_UNFINISHED}*"):
+                if not _is_held(path):
+                    shutil.rmtree(path, ignore_errors=True)
+
     @contextlib.contextmanager
     def writing(self, key: str) -> Iterator["Unfinished"]:
         """Make an empty folder to write an artefact in. What is not kept is removed."""
@@ -139,15 +147,13 @@ class ArtefactCache:
         try:
             yield unfinished
         finally:
-            unfinished.discard()
+            unfinished.close()
 
     def _unfinished(self, key: str) -> "Unfinished":
         if self._folder is not None:
             try:
                 self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-                self._sweep()
-                place = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self._folder))
-                return Unfinished(place, self._folder / key)
+                return _claim(self._folder, self._folder / key)
             except OSError as error:
                 reason = error.strerror or type(error).__name__
         else:
@@ -158,13 +164,6 @@ class ArtefactCache:
             reason,
         )
         return Unfinished(Path(tempfile.mkdtemp(prefix="heatlens-")), None)
-
-    def _sweep(self) -> None:
-        oldest = time.time() - _STALE_S
-        for path in self._folder.glob(f"{_UNFINISHED}*") if self._folder else ():
-            with contextlib.suppress(OSError):
-                if path.stat().st_mtime < oldest:
-                    shutil.rmtree(path, ignore_errors=True)
 
     def _failure_path(self, key: str) -> Path:
         return (self._folder or Path()) / f"{key}.failed"
@@ -186,15 +185,17 @@ class Unfinished:
         folder: exists and is empty.
     """
 
-    def __init__(self, folder: Path, place: Path | None) -> None:
+    def __init__(self, folder: Path, place: Path | None, hold: int | None = None) -> None:
         """Write an artefact in a folder.
 
         Args:
             folder: where it is made.
             place: where it belongs; None for nowhere.
+            hold: descriptor of the folder, whose lock says that somebody is at it; None for no lock.
         """
         self.folder = folder
         self._place = place
+        self._hold = hold
         self._kept = False
 
     def keep(self, manifest: Manifest) -> tuple[Path, Manifest]:
@@ -226,10 +227,58 @@ class Unfinished:
         self._kept = True
         return moved, _read_sealed(moved)
 
-    def discard(self) -> None:
-        """Remove what was not kept."""
+    def close(self) -> None:
+        """Remove what was not kept, and let go of the folder."""
         if not self._kept:
             shutil.rmtree(self.folder, ignore_errors=True)
+        if self._hold is not None:
+            os.close(self._hold)
+            self._hold = None
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path | None) -> Iterator[Path]:
+    """Keep others from making or sweeping unfinished folders, for an instant.
+
+    Raises:
+        OSError: there is no such folder.
+    """
+    descriptor = os.open(folder or "", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield folder or Path()
+    finally:
+        os.close(descriptor)
+
+
+def _claim(folder: Path, place: Path | None) -> Unfinished:
+    """Make an unfinished folder that nobody sweeps while this process lives."""
+    with _alone_in(folder):
+        made = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder))
+        hold = os.open(made, os.O_RDONLY | os.O_DIRECTORY)
+        with contextlib.suppress(OSError):
+            fcntl.flock(hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return Unfinished(made, place, hold)
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a process may still be writing an unfinished folder."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    # No locks here: its age has to do.
+    except OSError:
+        return time.time() - os.fstat(descriptor).st_mtime < _STALE_S
+    else:
+        return False
+    finally:
+        os.close(descriptor)
 
 
 def _lock(lock: int, report: Callable[[str], None]) -> None:

@@ -28,7 +28,7 @@ from heatlens_server.engines.providers import (
     session_options,
 )
 from heatlens_server.engines.rows import Explained, Int64Array, explain_batch
-from heatlens_server.engines.served import check_served, served_info
+from heatlens_server.engines.served import check_served, check_tensors, served_info
 from heatlens_server.errors import ModelLoadError
 from heatlens_server.export.manifest import Manifest
 from heatlens_server.export.spec import CLASS_INDEX, IMAGE, SERVED_OUTPUTS, Format, InputKind
@@ -41,6 +41,9 @@ _Runner = Callable[[Mapping[str, npt.NDArray[Any]]], list[npt.NDArray[Any]]]
 _SESSIONS_BYTES = 1 << 30
 _FEWEST_SESSIONS = 2
 _MOST_SESSIONS = 16
+
+# What images may be, as onnxruntime and as numpy call it.
+_DTYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}
 
 # In the messages of onnxruntime's allocators, CUDA, cuBLAS and cuDNN.
 _OUT_OF_MEMORY = ("failed to allocate memory", "bad_alloc", "bad allocation", "out of memory", "alloc_failed")
@@ -149,6 +152,9 @@ class OnnxRuntimeEngine:
             if graphed is not None:
                 return graphed.run
         session, self._choice = open_session(self._runtime, graph, self._options, self._choice)
+        tensors = {tensor.name: tensor for tensor in (*session.get_inputs(), *session.get_outputs())}
+        image_dtype = _DTYPES.get(tensors[IMAGE].type, tensors[IMAGE].type) if IMAGE in tensors else "no"
+        check_tensors(self._manifest, {name: tensor.shape for name, tensor in tensors.items()}, image_dtype)
         return partial(session.run, outputs)
 
     def _probe(self) -> dict[str, npt.NDArray[Any]]:

@@ -4,17 +4,25 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from heatlens_server.cam.catalog import Method
 from heatlens_server.errors import ExportError
-from heatlens_server.export.spec import Format, InputKind, Output
-from heatlens_server.imaging.preprocess import Interpolation, PreprocessSpec
+from heatlens_server.export.spec import IMAGE, Format, InputKind, Output
+from heatlens_server.imaging.preprocess import PreprocessSpec
 
 MANIFEST_FILE = "manifest.json"
 _MANIFEST_VERSION = 1
 _CHUNK_BYTES = 1 << 20
+# A side of the network's input. Far more than there is; one row of such a square still fits in memory.
+_MOST_PX = 8192
+
+_Positive = Annotated[int, Field(ge=1)]
+_Name = Annotated[str, Field(min_length=1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +53,8 @@ class GraphFile:
         outputs: what it returns, in order.
     """
 
-    file: str
-    layer: str
+    file: _Name
+    layer: _Name
     method: Method
     outputs: tuple[Output, ...]
 
@@ -75,17 +83,19 @@ class Manifest:
         parity: what `export.verify` measured; empty if it was switched off.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
     format: Format
     model: str
     source: str
     weights_version: str
-    class_count: int
+    class_count: _Positive
     labels: tuple[str, ...]
     preprocess: PreprocessSpec
     input: InputKind
-    precision: str
-    classes: int | None
-    graphs: tuple[GraphFile, ...]
+    precision: Annotated[str, Field(pattern="^(fp32|fp16)$")]
+    classes: _Positive | None
+    graphs: Annotated[tuple[GraphFile, ...], Field(min_length=1)]
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     files: Mapping[str, str]
@@ -105,21 +115,29 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a folder's manifest, and check that every file is as it was written.
+    """Read a folder's manifest, check every field, and that every file is as it was written.
 
     Raises:
-        ExportError: there is no manifest, it is of another version or damaged, or a file is missing or differs.
+        ExportError: there is no manifest, it is of another version or damaged, or a file is missing or differs. The
+            message names the field or the file.
     """
     try:
         content = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         if content.pop("manifest_version") != _MANIFEST_VERSION:
             raise ExportError(f"{MANIFEST_FILE} is of another version of heatlens")
-        manifest = _parse(content)
+        # As JSON, in which tuples and names of enumerations can be told apart strictly.
+        manifest = _reader().validate_json(json.dumps(content), strict=True)
+        _check(manifest)
     except OSError as error:
         raise ExportError(f"{MANIFEST_FILE} cannot be read ({type(error).__name__})") from error
-    # Whatever is missing, misspelt or of another type.
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise ExportError(f"{MANIFEST_FILE} is damaged ({field}: {first['msg']})") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ExportError(f"{MANIFEST_FILE} is damaged ({type(error).__name__})") from error
+    except ValueError as error:
+        raise ExportError(f"{MANIFEST_FILE} is damaged ({error})") from error
     for name, expected in manifest.files.items():
         # A manifest from elsewhere may not reach out of its folder.
         if Path(name).name != name:
@@ -135,6 +153,11 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+@cache
+def _reader() -> TypeAdapter[Manifest]:
+    return TypeAdapter(Manifest)
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
@@ -144,33 +167,21 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _parse(content: dict[str, Any]) -> Manifest:
-    preprocess = content["preprocess"]
-    resize_px = preprocess["resize_px"]
-    return Manifest(
-        **{
-            **content,
-            "format": Format(content["format"]),
-            "labels": tuple(content["labels"]),
-            "preprocess": PreprocessSpec(
-                resize_px=resize_px if isinstance(resize_px, int) else tuple(resize_px),
-                crop_px=tuple(preprocess["crop_px"]),
-                mean=tuple(preprocess["mean"]),
-                std=tuple(preprocess["std"]),
-                interpolation=Interpolation(preprocess["interpolation"]),
-            ),
-            "input": InputKind(content["input"]),
-            "graphs": tuple(_graph(graph) for graph in content["graphs"]),
-            "inputs": tuple(_tensor(tensor) for tensor in content["inputs"]),
-            "outputs": tuple(_tensor(tensor) for tensor in content["outputs"]),
-        }
-    )
+def _check(manifest: Manifest) -> None:
+    """Check what fields say about one another.
 
-
-def _graph(content: dict[str, Any]) -> GraphFile:
-    outputs = tuple(Output(output) for output in content["outputs"])
-    return GraphFile(content["file"], content["layer"], Method(content["method"]), outputs)
-
-
-def _tensor(content: dict[str, Any]) -> TensorInfo:
-    return TensorInfo(content["name"], content["dtype"], tuple(content["shape"]), content["meaning"])
+    Raises:
+        ValueError: they do not fit; the message names a field.
+    """
+    if manifest.labels and len(manifest.labels) != manifest.class_count:
+        raise ValueError(f"labels: there are {len(manifest.labels)}, for {manifest.class_count} classes")
+    if manifest.classes is not None and manifest.classes > manifest.class_count:
+        raise ValueError(f"classes: {manifest.classes} of {manifest.class_count}")
+    if max(manifest.preprocess.crop_px) > _MOST_PX:
+        raise ValueError(f"preprocess.crop_px: more than {_MOST_PX}")
+    dtype = "float32" if manifest.input is InputKind.FLOAT else "uint8"
+    for tensor in manifest.inputs:
+        if tensor.name == IMAGE and tensor.dtype != dtype:
+            raise ValueError(f"input: {manifest.input}, and the graphs take {tensor.dtype}")
+        if tensor.name == IMAGE and tensor.shape[1:] != (3, *manifest.preprocess.crop_px):
+            raise ValueError(f"preprocess.crop_px: {manifest.preprocess.crop_px}, and the graphs take {tensor.shape}")

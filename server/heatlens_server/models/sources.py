@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import importlib
 import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,10 @@ IMAGENET_PREPROCESS = PreprocessSpec(
 )
 
 _IMAGENET_CLASSES = 1000
+
+# All threads draw from one generator. Re-entrant, as a factory may load other models.
+_drawing = threading.RLock()
+
 # The two networks with training-only heads. Their official weights expect another normalisation, done inside the
 # network (transform_input), whoever loads them.
 _WITH_AUXILIARY_HEADS = frozenset({"googlenet", "inception_v3"})
@@ -60,8 +65,9 @@ def load_source(config: ModelConfig) -> SourcedModel:
     """
     kind, _, name = config.source.partition(":")
     load = {"torchvision": _load_torchvision, "timm": _load_timm, "python": _load_python, "embedded": _load_embedded}
-    # Initialising a network draws from torch's global generator: seeded, so that "none" is always the same.
-    with torch.random.fork_rng(devices=[]):
+    # Initialising a network draws from torch's global generator: seeded, so that "none" is always the same. Networks
+    # that get weights draw from it too before they do, and torchvision and timm download in between: one at a time.
+    with _drawing, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return load[kind](name, config.weights)
 

@@ -4,6 +4,8 @@ import json
 import logging
 import shutil
 import sys
+import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from engine_cases import noise
 from heatlens_server.building import artefact
 from heatlens_server.building import build as building
 from heatlens_server.building.build import BuiltModel, build
+from heatlens_server.building.warm_up import check_answers
 from heatlens_server.cam.catalog import Method
 from heatlens_server.config import ModelConfig
 from heatlens_server.engines.base import ClassIds, MapSpec
@@ -160,6 +163,39 @@ def test_a_changed_forward_with_the_same_weights_is_noticed(make, tmp_path, monk
     assert np.abs(maps(after) - maps(before)).max() > 1e-3
 
 
+HELPED = """
+import helped_gate
+from tiny_models import Tiny, tiny
+
+class Helped(Tiny):
+    def forward(self, x):
+        return self.head(helped_gate.gate(self.body(self.stem(x))).mean((-2, -1)))
+
+def make():
+    network = Helped()
+    network.load_state_dict(tiny().state_dict())
+    return network
+"""
+
+
+def test_a_changed_gradient_with_the_same_scores_is_noticed(make, tmp_path, monkeypatch, caplog):
+    """By code in a file that defines no module of the network."""
+    helper = types.ModuleType("helped_gate")
+    helper.gate = lambda features: features * features.sigmoid().detach()
+    monkeypatch.setitem(sys.modules, "helped_gate", helper)
+    (tmp_path / "helped.py").write_text(HELPED)
+    monkeypatch.syspath_prepend(tmp_path)
+    small = config("helped:make", layers=["body"])
+    make(small, tmp_path / "cache")
+    assert make(small, tmp_path / "cache")[1] == []
+    helper.gate = lambda features: features * features.sigmoid()
+    after, phases = make(small, tmp_path / "cache")
+    assert "is not of the model m as it is now" in caplog.text
+    assert any("recording" in phase for phase in phases)
+    reference, _ = make(small.model_copy(update={"engine": "torch"}), tmp_path)
+    np.testing.assert_allclose(maps(after), maps(reference), atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -289,20 +325,23 @@ def test_a_damaged_export_is_refused_without_a_path(export, tmp_path):
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_weights_that_cannot_be_read_are_told_by_the_exporting_process(tmp_path):
-    (tmp_path / "w.pth").write_bytes(b"garbage")
-    model = ModelConfig(name="m", source="torchvision:squeezenet1_1", weights=str(tmp_path / "w.pth"))
-    with pytest.raises(ModelLoadError, match=r"weights file 'w\.pth' cannot be read as plain tensors"):
-        build(model, cache_dir=tmp_path / "cache")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_count": 7}, "class_count does not fit"),
+        ({"class_count": "10"}, "class_count: "),
+        ({"labels": ["a"]}, "labels: there are 1, for 10 classes"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused(export, changes, message):
+    edit(export, **changes)
+    with pytest.raises(ModelLoadError, match=message):
+        build(from_folder(export), cache_dir=None)
 
 
-def test_an_exporting_process_that_dies_harms_the_export_only(make, tmp_path, monkeypatch, caplog):
-    dies = tmp_path / "dies"
-    dies.write_text("#!/bin/sh\necho boom >&2\nkill -9 $$\n")
-    dies.chmod(0o700)
-    monkeypatch.setattr(sys, "executable", str(dies))
-    model, _ = make(ModelConfig(name="m", source="embedded:efficientnet_lite0"), tmp_path / "cache")
-    assert model.engine.info.kind == "torch"
-    assert "not by onnxruntime: the exporting process ended with -9" in caplog.text
-    assert "boom" in caplog.text
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == []
+def test_an_export_whose_answers_are_of_another_shape_is_refused(make, export):
+    model, _ = make(from_folder(export), None)
+    info = replace(model.engine.info, class_count=11)
+    monkeyed = types.SimpleNamespace(info=info, explain=model.engine.explain)
+    with pytest.raises(ModelLoadError, match=r"scores of shape \(10,\), and class_count is 11"):
+        check_answers(monkeyed, Method.GRAD_CAM)

@@ -1,5 +1,6 @@
 """Exports on disk: found whole or not at all, whatever happens to the folder."""
 
+import fcntl
 import logging
 import os
 import threading
@@ -167,14 +168,39 @@ def test_only_one_makes_an_export_and_the_others_wait_for_it(cache):
     assert entered.is_set()
 
 
-def test_what_killed_processes_left_is_removed_after_a_day(cache):
+def test_what_killed_processes_left_is_removed_and_what_is_being_written_is_not(cache):
+    cache.sweep()
+    keep(cache)
+    (cache.folder / "unfinished-killed").mkdir()
+    (cache.folder / "unfinished-killed" / "graph.onnx").touch()
+    with cache.writing("another") as unfinished:
+        ArtefactCache(cache.folder).sweep()
+        assert leftovers(cache) == {KEY, unfinished.folder.name}
+    assert leftovers(cache) == {KEY}
+
+
+def test_where_folders_cannot_be_locked_leftovers_are_removed_after_a_day(cache, monkeypatch):
+    def refuse(*_args):
+        raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
     keep(cache)
     for name, age_s in (("unfinished-old", 2 * 86400), ("unfinished-new", 60)):
         (cache.folder / name).mkdir()
         os.utime(cache.folder / name, (time.time() - age_s,) * 2)
-    with cache.writing("another"):
-        pass
+    cache.sweep()
     assert leftovers(cache) == {KEY, "unfinished-new"}
+
+
+def test_a_file_in_an_entrys_place_is_told_and_replaced(cache, caplog):
+    entry, _ = keep(cache)
+    cache.remove(KEY)
+    entry.write_text("a file")
+    assert cache.find(KEY) is None
+    assert "is damaged" in caplog.text
+    keep(cache)
+    assert cache.find(KEY) is not None
+    assert leftovers(cache) == {KEY}
 
 
 def test_removing_what_is_not_there_is_nothing(cache, caplog):

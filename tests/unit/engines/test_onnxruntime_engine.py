@@ -160,7 +160,7 @@ def test_an_allocation_that_fails_is_a_memory_error(tmp_path):
     onnx.save(greedy, tmp_path / "greedy.onnx")
     graph = dataclasses.replace(manifest.graphs[0], file="greedy.onnx", method=Method.GRAD_CAM)
     engine = OnnxRuntimeEngine(
-        tmp_path, dataclasses.replace(manifest, graphs=(graph,), files={"greedy.onnx": ""}), threads=1
+        tmp_path, dataclasses.replace(manifest, graphs=(graph,), files={"greedy.onnx": ""}, class_count=3), threads=1
     )
     with pytest.raises(MemoryError):
         engine.explain(noise(1), [TopK(1)], SPEC)
@@ -226,3 +226,21 @@ def test_folders_are_only_read(tmp_path):
     before = sorted(Path(folder).iterdir())
     OnnxRuntimeEngine(folder, manifest, threads=1).explain(noise(1), [TopK(1)], SPEC)
     assert sorted(Path(folder).iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_count": 7}, "logits is of shape .* class_count does not fit"),
+        ({"classes": 3}, "class_index is of shape .* classes does not fit"),
+        ({"classes": None}, "class_index is of shape .* classes does not fit"),
+        ({"input": InputKind.UINT8}, "the graph takes float32 images, and its manifest's input is uint8"),
+        ({"crop_px": (32, 32)}, "image is of shape .* preprocess.crop_px does not fit"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_its_graph_fails_at_load(changes, message):
+    folder, manifest = user_export(loaded(tiny_models.tiny_mlp()), Format.ONNX, GraphSpec("body"))
+    if "crop_px" in changes:
+        changes = {"preprocess": dataclasses.replace(manifest.preprocess, **changes)}
+    with pytest.raises(ModelLoadError, match=message):
+        OnnxRuntimeEngine(folder, dataclasses.replace(manifest, **changes), device="cpu", threads=1)

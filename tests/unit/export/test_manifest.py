@@ -78,6 +78,29 @@ def test_it_is_readable_without_us(folder):
         (lambda path: edit(path, preprocess={"resize_px": 1}), "manifest.json is damaged"),
         (lambda path: edit(path, files={"../net.onnx": "0"}), "names a file outside of its folder"),
         (lambda path: edit(path, files={}), "a graph without a file"),
+        (lambda path: edit(path, files={"net.onnx": 1}), "files.net.onnx: "),
+        (lambda path: edit(path, class_count="2"), "class_count: "),
+        (lambda path: edit(path, class_count=True), "class_count: "),
+        (lambda path: edit(path, class_count=0), "class_count: "),
+        (lambda path: edit(path, labels=["crab"]), "labels: there are 1, for 2 classes"),
+        (lambda path: edit(path, labels=[1, 2]), "labels.0: "),
+        (lambda path: edit(path, precision="bf16"), "precision: "),
+        (lambda path: edit(path, classes="abc"), "classes: "),
+        (lambda path: edit(path, classes=0), "classes: "),
+        (lambda path: edit(path, classes=3), "classes: 3 of 2"),
+        (lambda path: edit(path, graphs=[]), "graphs: "),
+        (lambda path: edit_graph(path, layer=""), "graphs.0.layer: "),
+        (lambda path: edit_graph(path, method="magic"), "graphs.0.method: "),
+        (lambda path: edit_preprocess(path, mean=[0.5]), "preprocess.mean"),
+        (lambda path: edit_preprocess(path, mean=["x", "y", "z"]), "preprocess.mean.0: "),
+        (lambda path: edit_preprocess(path, std=[0, 0, 0]), "preprocess: .*std positive"),
+        (lambda path: edit_preprocess(path, std=[float("nan")] * 3), "preprocess: .*must be finite"),
+        (lambda path: edit_preprocess(path, resize_px=-5), "preprocess: .*at least 1"),
+        (lambda path: edit_preprocess(path, crop_px=[32]), "preprocess.crop_px"),
+        (lambda path: edit_preprocess(path, crop_px=[16, 16]), "preprocess.crop_px: .* and the graphs take"),
+        (lambda path: edit_preprocess(path, crop_px=[10**6] * 2, resize_px=10**6), "crop_px: more than"),
+        (lambda path: edit(path, input="float"), "input: float, and the graphs take uint8"),
+        (lambda path: edit(path, weights_version=5), "weights_version: "),
         (lambda path: (path / "net.onnx").unlink(), "net.onnx cannot be read"),
         (lambda path: (path / "net.onnx").write_bytes(b"other"), "net.onnx is not the file that was exported"),
         (lambda path: flip_a_bit(path / "net.onnx"), "net.onnx is not the file that was exported"),
@@ -94,6 +117,15 @@ def test_damage_is_told_without_a_path(folder, change, message):
 def edit(path, **changes):
     content = json.loads((path / MANIFEST_FILE).read_text())
     (path / MANIFEST_FILE).write_text(json.dumps({**content, **changes}))
+
+
+def edit_graph(path, **changes):
+    first, *others = json.loads((path / MANIFEST_FILE).read_text())["graphs"]
+    edit(path, graphs=[{**first, **changes}, *others])
+
+
+def edit_preprocess(path, **changes):
+    edit(path, preprocess={**json.loads((path / MANIFEST_FILE).read_text())["preprocess"], **changes})
 
 
 def flip_a_bit(path):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -312,3 +313,10 @@ class TestPreprocess:
             resolve_preprocess(None, PreprocessConfig(crop_px=224))
         full = PreprocessConfig(resize_px=224, crop_px=224, mean=(0, 0, 0), std=(1, 1, 1))
         assert resolve_preprocess(None, full).crop_px == (224, 224)
+
+
+def test_random_weights_are_the_same_whatever_is_loaded_beside_them():
+    config = model("torchvision:squeezenet1_1", weights="none")
+    with ThreadPoolExecutor(3) as pool:
+        versions = {loaded.version for loaded in pool.map(load_model, [config] * 3)}
+    assert versions == {load_model(config).version}
