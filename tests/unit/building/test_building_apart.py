@@ -14,14 +14,18 @@ def test_modules_of_the_current_folder_do_not_get_into_the_exporting_process(tmp
         (tmp_path / f"{name}.py").write_text("raise RuntimeError")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "w.pth").write_bytes(b"garbage")
-    model = ModelConfig(name="m", source="torchvision:squeezenet1_1", weights=str(tmp_path / "w.pth"))
+    model = ModelConfig(
+        name="m", source="torchvision:squeezenet1_1", weights=str(tmp_path / "w.pth"), engine="onnxruntime"
+    )
     with pytest.raises(ModelLoadError, match=r"weights file 'w\.pth' cannot be read"):
         build(model, cache_dir=tmp_path / "cache")
 
 
 def test_weights_that_cannot_be_read_are_told_by_the_exporting_process(tmp_path):
     (tmp_path / "w.pth").write_bytes(b"garbage")
-    model = ModelConfig(name="m", source="torchvision:squeezenet1_1", weights=str(tmp_path / "w.pth"))
+    model = ModelConfig(
+        name="m", source="torchvision:squeezenet1_1", weights=str(tmp_path / "w.pth"), engine="onnxruntime"
+    )
     with pytest.raises(ModelLoadError, match=r"weights file 'w\.pth' cannot be read as plain tensors"):
         build(model, cache_dir=tmp_path / "cache")
 
