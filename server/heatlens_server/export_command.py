@@ -199,7 +199,7 @@ def describe(manifest: Manifest, folder: Path) -> list[str]:
         return [*lines, "not verified"]
     lines.append(
         f"verified against float64 on {len(parity['photos'])} photos at batch sizes "
-        f"{', '.join(map(str, parity['batch_sizes']))}; maps that are not flat: "
+        f"{', '.join(map(str, parity['batch_sizes']))}; maps that could be compared: "
         f"{parity['informative_maps']} of {parity['compared_maps']}"
     )
     return lines + [

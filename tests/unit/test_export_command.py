@@ -128,7 +128,9 @@ def test_export_and_what_is_said_about_it(tmp_path):
     said = describe(manifest, tmp_path / "out")
     assert said[0] == "tiny by body, hi-res-cam, fp32, classes: 1"
     assert said[1].startswith(f"{tmp_path / 'out' / 'tiny.ts'}  0.")
-    assert said[3].startswith("verified against float64 on 4 photos at batch sizes 1, 3, 4; maps that are not flat: ")
+    assert said[3].startswith(
+        "verified against float64 on 4 photos at batch sizes 1, 3, 4; maps that could be compared: "
+    )
     assert [line.split()[0] for line in said[4:]] == list(manifest.parity["figures"])
 
 
@@ -162,3 +164,11 @@ def test_a_folder_with_other_things_is_a_wrong_option(tmp_path):
     (tmp_path / "mine").write_text("x")
     with pytest.raises(ConfigError, match=r"--output: .* is not empty and holds no earlier export"):
         run_export(tiny(), options(folder=tmp_path), tell=lambda _: None)
+
+
+def test_a_folder_below_a_file_is_refused_before_the_model_is_loaded(tmp_path):
+    (tmp_path / "file").write_text("x")
+    lines = []
+    with pytest.raises(ConfigError, match=r"--output: .*file is not a folder"):
+        run_export(tiny("broken"), options(folder=tmp_path / "file" / "child"), tell=lines.append)
+    assert lines == []

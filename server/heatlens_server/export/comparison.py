@@ -22,7 +22,8 @@ from heatlens_server.export.spec import MAP_OUTPUTS, Output
 WEIGHTS = "weights"
 """The figure that stands for the gradients: their mean over each channel."""
 
-_PER_CLASS = (WEIGHTS, *MAP_OUTPUTS)
+PER_CLASS = (WEIGHTS, *MAP_OUTPUTS)
+"""The figures that every explained class has its own of."""
 
 # Below this share of the raw map's largest magnitude, what is left after ReLU is mostly rounding.
 _FLAT_SHARE = 1e-2
@@ -39,15 +40,23 @@ class Truth:
         values: float64 by figure: logits (N, C), activations (N, A, h, w), weights (N, K, A), cam (N, K, h, w),
             cam_scale and cam_offset (N, K).
         units: by figure, the size that a difference is measured in; broadcasts against its values.
-        informative: bool (N, K), the maps that are worth comparing: neither flat nor mostly rounding.
+        shaped: bool (N, K), the maps that are not flat: what is left after ReLU is more than rounding.
+        known: by figure of every class, bool (N, K): where the network itself in the graph's precision is near enough
+            to float64 for a comparison to mean something.
         own_error: by figure, the error of the network itself in the graph's precision.
     """
 
     class_ids: npt.NDArray[np.int64]
     values: Mapping[str, Array]
     units: Mapping[str, Array]
-    informative: npt.NDArray[np.bool_]
+    shaped: npt.NDArray[np.bool_]
+    known: Mapping[str, npt.NDArray[np.bool_]]
     own_error: Mapping[str, float]
+
+    @property
+    def informative(self) -> npt.NDArray[np.bool_]:
+        """The maps that are worth comparing, (N, K): neither flat nor unknown."""
+        return self.shaped & self.known[Output.CAM]
 
     def error(self, outputs: Mapping[Output, Array], rows: slice, columns: npt.NDArray[np.intp]) -> dict[str, float]:
         """Largest difference of a graph's outputs from the truth, by figure.
@@ -59,9 +68,17 @@ class Truth:
 
         Returns:
             By figure: absolute for cam, relative to the image's largest magnitude for the others. NaN if an output is
-            not finite.
+            not finite, be it where nothing is compared.
         """
-        return _errors(self, figures(outputs), rows, columns)
+        errors: dict[str, float] = {}
+        for name, values in figures(outputs).items():
+            difference = _difference(self, name, values, rows, columns)
+            if name in self.known:
+                known = self.informative if name == Output.CAM else self.known[name]
+                difference = difference[known[rows][:, columns]]
+            finite = bool(np.isfinite(values).all())
+            errors[name] = float(difference.max(initial=0.0)) if finite else float("nan")
+        return errors
 
 
 def truth(judge: Reference, own: Reference | None, method: Method, *, unknown: float) -> Truth:
@@ -71,7 +88,7 @@ def truth(judge: Reference, own: Reference | None, method: Method, *, unknown: f
         judge: of the float64 network.
         own: of the network in the graph's precision; None if it cannot run there.
         method: which one.
-        unknown: a map that the network itself misses by more is not worth comparing.
+        unknown: what the network itself misses by more, of one image and class, is not worth comparing.
     """
     raw = _raw(judge, method)
     values = figures(outputs_of(judge, method))
@@ -84,22 +101,34 @@ def truth(judge: Reference, own: Reference | None, method: Method, *, unknown: f
         Output.CAM_SCALE: _nonzero(peak),
         Output.CAM_OFFSET: _nonzero(peak),
     }
-    informative = values[Output.CAM_SCALE] > _FLAT_SHARE * peak
-    known = Truth(judge.class_ids.numpy(), values, units, informative, {})
+    shaped = values[Output.CAM_SCALE] > _FLAT_SHARE * peak
+    everywhere = {name: np.ones_like(shaped) for name in PER_CLASS}
+    known = Truth(judge.class_ids.numpy(), values, units, shaped, everywhere, {})
     if own is None:
         return known
-    found = figures(outputs_of(own, method))
-    informative &= np.abs(found[Output.CAM] - values[Output.CAM]).max((-2, -1)) <= unknown
-    return replace(known, own_error=_errors(known, found, slice(None), np.arange(informative.shape[1])))
+    differences = {
+        name: _difference(known, name, found, slice(None), np.arange(shaped.shape[1]))
+        for name, found in figures(outputs_of(own, method)).items()
+    }
+    near = {name: _worst(differences[name]) <= unknown for name in PER_CLASS}
+    differences[Output.CAM] = differences[Output.CAM][shaped & near[Output.CAM]]
+    # What the network itself overflows in is no rounding to allow for.
+    own_error = {
+        name: float(difference[np.isfinite(difference)].max(initial=0.0)) for name, difference in differences.items()
+    }
+    return replace(known, known=near, own_error=own_error)
 
 
 def figures(outputs: Mapping[Output, Array]) -> dict[str, Array]:
     """The figures that can be compared among a graph's outputs, in float64."""
-    found = {str(output): values for output, values in outputs.items() if output is not Output.CLASS_ID}
-    gradients = found.pop(Output.GRADIENTS, None)
-    if gradients is not None:
-        found[WEIGHTS] = pooled(torch.from_numpy(gradients).double()).numpy()
-    return {name: values.astype(np.float64, copy=False) for name, values in found.items()}
+    found: dict[str, Array] = {}
+    # In the graph's order: of what is not finite, the first is to blame.
+    for output, values in outputs.items():
+        if output is Output.GRADIENTS:
+            found[WEIGHTS] = pooled(torch.from_numpy(values).double()).numpy()
+        elif output is not Output.CLASS_ID:
+            found[str(output)] = values.astype(np.float64, copy=False)
+    return found
 
 
 def outputs_of(reference: Reference, method: Method) -> dict[Output, Array]:
@@ -123,17 +152,19 @@ def _raw(reference: Reference, method: Method) -> Tensor:
     return raw_map(method, reference.activations, gradients)
 
 
-def _errors(truth: Truth, found: Mapping[str, Array], rows: slice, columns: npt.NDArray[np.intp]) -> dict[str, float]:
-    errors: dict[str, float] = {}
-    for name, values in found.items():
-        expected, unit = truth.values[name][rows], np.broadcast_to(truth.units[name], truth.values[name].shape)[rows]
-        if name in _PER_CLASS:
-            expected, unit = expected[:, columns], unit[:, columns]
-        difference = np.abs(values - expected) / unit
-        if name == Output.CAM:
-            difference = difference[truth.informative[rows][:, columns]]
-        errors[name] = float(difference.max(initial=0.0))
-    return errors
+def _difference(truth: Truth, name: str, values: Array, rows: slice, columns: npt.NDArray[np.intp]) -> Array:
+    """How far a figure of some images is off, in its unit."""
+    expected, unit = truth.values[name][rows], np.broadcast_to(truth.units[name], truth.values[name].shape)[rows]
+    if name in PER_CLASS:
+        expected, unit = expected[:, columns], unit[:, columns]
+    difference: Array = np.abs(values - expected) / unit
+    return difference
+
+
+def _worst(difference: Array) -> Array:
+    """(N, K, ...) to (N, K)."""
+    worst: Array = difference.reshape(*difference.shape[:2], -1).max(-1)
+    return worst
 
 
 def _largest(values: Array, axes: tuple[int, ...]) -> Array:

@@ -1,5 +1,8 @@
 """An export for people: in its folder whole and verified, or not at all."""
 
+import errno
+import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +19,11 @@ from heatlens_server.export.manifest import MANIFEST_FILE, Manifest, read_manife
 from heatlens_server.export.spec import Format, GraphSpec
 from heatlens_server.export.verify import verify as verify_export
 from heatlens_server.models.spec import LoadedModel
+
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+# Of every version of the manifest.
+_MANIFEST_KEYS = {"manifest_version", "format", "model", "weights_version", "graphs", "files"}
 
 
 def export_model(
@@ -60,11 +68,23 @@ def export_model(
 
 
 def check_target(folder: Path) -> None:
-    """Raise ExportError unless a folder is new, empty, or holds an earlier export."""
-    if folder.exists() and not folder.is_dir():
-        raise ExportError(f"{folder} is not a folder")
-    if folder.is_dir() and not (folder / MANIFEST_FILE).exists() and any(folder.iterdir()):
-        raise ExportError(f"{folder} is not empty and holds no earlier export (no {MANIFEST_FILE}): choose another")
+    """Raise ExportError unless a folder is new and can be made, is empty, or holds an earlier export."""
+    anchor = _anchor(folder)
+    if not anchor.is_dir():
+        raise ExportError(f"{anchor} is not a folder")
+    if not os.access(anchor, os.W_OK | os.X_OK):
+        raise ExportError(f"{anchor} cannot be written")
+    if not folder.is_dir():
+        return
+    try:
+        empty = not any(folder.iterdir())
+    except OSError as error:
+        raise ExportError(f"{folder} cannot be read ({error.strerror or type(error).__name__})") from error
+    if empty or _is_export(folder):
+        return
+    if (folder / MANIFEST_FILE).exists():
+        raise ExportError(f"{folder} holds a {MANIFEST_FILE} that is not of a heatlens export: choose another folder")
+    raise ExportError(f"{folder} is not empty and holds no earlier export (no {MANIFEST_FILE}): choose another")
 
 
 def methods_of(model: LoadedModel) -> tuple[Method, ...]:
@@ -83,17 +103,43 @@ def methods_of(model: LoadedModel) -> tuple[Method, ...]:
 @contextmanager
 def _staged(folder: Path) -> Iterator[Path]:
     """Make a folder on the same disk as another, for as long as the context lasts."""
-    anchor = folder.absolute()
-    while not anchor.is_dir():
-        anchor = anchor.parent
+    temporary = ""
     try:
-        with tempfile.TemporaryDirectory(prefix=".heatlens-export-", dir=anchor) as temporary:
+        with tempfile.TemporaryDirectory(prefix=".heatlens-export-", dir=_anchor(folder)) as temporary:
             # With ordinary permissions, unlike what tempfile makes.
             staging = Path(temporary) / "export"
             staging.mkdir()
             yield staging
     except OSError as error:
-        raise ExportError(f"{folder} cannot be written ({error.strerror or type(error).__name__})") from error
+        reason = error.strerror or type(error).__name__
+        # The network is somebody else's code, and may open files of its own.
+        if not temporary or error.errno in _DISK_FAULTS or _is_within(error.filename, Path(temporary), folder):
+            raise ExportError(f"{folder} cannot be written ({reason})") from error
+        raise ExportError(f"the export failed ({type(error).__name__}: {reason})") from error
+
+
+def _is_within(filename: object, *folders: Path) -> bool:
+    if not isinstance(filename, str | os.PathLike):
+        return False
+    path = Path(os.path.abspath(filename))  # noqa: PTH100 - what is a link must stay one
+    return any(path.is_relative_to(folder.absolute()) for folder in folders)
+
+
+def _anchor(folder: Path) -> Path:
+    """The folder itself, or the nearest thing above it that exists."""
+    anchor = folder.absolute()
+    while not anchor.exists():
+        anchor = anchor.parent
+    return anchor
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether a folder's manifest is one of ours; its files may be damaged or gone."""
+    try:
+        content = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.keys() >= _MANIFEST_KEYS
 
 
 def _deliver(staging: Path, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """A graph as ONNX files."""
 
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -54,8 +55,10 @@ def to_onnx(
     # Its message holds a whole report; its cause is what matters.
     except Exception as error:
         cause = error.__cause__ or error
-        first_line = str(cause).split("\n", maxsplit=1)[0][:200]
-        raise ExportError(f"the graph cannot be translated to ONNX ({type(cause).__name__}: {first_line})") from error
+        # Of a node's dump, what it calls is enough.
+        called = re.search(r"target=([\w.]+)", str(cause))
+        reason = called[1] if called else str(cause).split("\n", maxsplit=1)[0][:200]
+        raise ExportError(f"the graph cannot be translated to ONNX ({type(cause).__name__}: {reason})") from error
     if translated is None:
         raise ExportError("the graph cannot be translated to ONNX")
     _simplify(translated.model)

@@ -2,9 +2,10 @@
 
 import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,17 @@ _FP16_GRADIENT_SCALE = 2.0**8
 
 _CHUNK = 4
 """Images that are run together."""
+
+_OTHER_CHUNK = 3
+"""The same, for the run that must agree with the others: no batch of it holds the images of another's."""
+
+_REPEATED = 1e-4
+"""What a network's figures may differ by when the same batch is run again, relative to the image's largest."""
+
+_REBATCHED = 1e-3
+"""The same in other batches, for which torch may choose other algorithms."""
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,18 +75,12 @@ class Network:
             ExportError: the network fails in this precision, or its logits do not depend on a layer.
         """
         chunks = [slice(start, start + _CHUNK) for start in range(0, len(pixels), _CHUNK)]
-        try:
-            with torch.inference_mode(mode=False), torch.enable_grad():
-                parts = [
-                    self._chunk(pixels[chunk], layers, class_ids if isinstance(class_ids, int) else class_ids[chunk])
-                    for chunk in chunks
-                ]
-        # A network is somebody else's code and may raise anything; many have a dtype written into them.
-        except Exception as error:
-            name = str(self._dtype).removeprefix("torch.")
-            raise ExportError(
-                f"the network cannot be run in {name} to verify the export ({type(error).__name__})"
-            ) from error
+        parts = self._guarded(
+            lambda: [
+                self._chunk(pixels[chunk], layers, class_ids if isinstance(class_ids, int) else class_ids[chunk])
+                for chunk in chunks
+            ]
+        )
         return {
             layer: Reference(
                 logits=torch.cat([part[layer].logits for part in parts]),
@@ -85,9 +91,57 @@ class Network:
             for layer in layers
         }
 
-    def _chunk(
-        self, pixels: npt.NDArray[np.uint8], layers: Sequence[str], class_ids: Tensor | int
-    ) -> dict[str, Reference]:
+    def check_steady(self, pixels: npt.NDArray[np.uint8], layers: Sequence[str]) -> None:
+        """Check that logits and activations of an image are the same in every run and every batch.
+
+        Args:
+            pixels: uint8 (N, H, W, 3), RGB.
+            layers: whose activations are compared.
+
+        Raises:
+            ExportError: they are not, or the network fails in this precision.
+        """
+        backwards = np.arange(len(pixels))[::-1]
+        first = self._figures(pixels, layers, _CHUNK)
+        if not _agree(first, self._figures(pixels, layers, _CHUNK), _REPEATED):
+            raise ExportError(
+                "the network gives different results for the same image: random operations, or state kept between calls"
+            )
+        again = self._figures(pixels[backwards], layers, _OTHER_CHUNK)
+        if not _agree(first, [figure[backwards.copy()] for figure in again], _REBATCHED):
+            raise ExportError(
+                "the network gives different results for the same image in another batch: they depend on the other "
+                "images, or on state kept between calls"
+            )
+
+    def _figures(self, pixels: npt.NDArray[np.uint8], layers: Sequence[str], chunk: int) -> list[Tensor]:
+        """Logits and every layer's activations, one row per image."""
+
+        def run(start: int) -> list[Tensor]:
+            logits, kept = self._forward(pixels[start : start + chunk], layers)
+            return [_widened(tensor.detach()).flatten(1) for tensor in (logits, *(kept[layer] for layer in layers))]
+
+        parts = self._guarded(lambda: [run(start) for start in range(0, len(pixels), chunk)])
+        return [torch.cat(figure) for figure in zip(*parts, strict=True)]
+
+    def _guarded(self, run: Callable[[], _T]) -> _T:
+        """Run the network with gradients.
+
+        Raises:
+            ExportError: it fails in this precision.
+        """
+        try:
+            with torch.inference_mode(mode=False), torch.enable_grad():
+                return run()
+        # A network is somebody else's code and may raise anything; many have a dtype written into them.
+        except Exception as error:
+            name = str(self._dtype).removeprefix("torch.")
+            raise ExportError(
+                f"the network cannot be run in {name} to verify the export ({type(error).__name__})"
+            ) from error
+
+    def _forward(self, pixels: npt.NDArray[np.uint8], layers: Sequence[str]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Run one batch; return its logits, and by layer the activations that they can be differentiated by."""
         kept: dict[str, Tensor] = {}
 
         def keep(layer: str, output: Tensor) -> Tensor:
@@ -105,10 +159,15 @@ class Network:
             for layer in layers
         ]
         try:
-            logits = _logits_of(self._module(self._normalised(pixels)))
+            return _logits_of(self._module(self._normalised(pixels))), kept
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _chunk(
+        self, pixels: npt.NDArray[np.uint8], layers: Sequence[str], class_ids: Tensor | int
+    ) -> dict[str, Reference]:
+        logits, kept = self._forward(pixels, layers)
         if isinstance(class_ids, int):
             class_ids = torch.sort(logits.detach(), dim=1, descending=True, stable=True).indices[:, :class_ids]
         scale = _FP16_GRADIENT_SCALE if self._dtype is torch.float16 else 1.0
@@ -159,6 +218,17 @@ def unhurried(module: nn.Module) -> Iterator[None]:
 def pooled(gradients: Tensor) -> Tensor:
     """Mean gradient of every channel, (N, K, A, h, w) to (N, K, A): Grad-CAM's channel weights."""
     return gradients.mean((-2, -1))
+
+
+def _agree(first: Sequence[Tensor], second: Sequence[Tensor], tolerance: float) -> bool:
+    """Whether figures (N, ...) of the same images differ by no more than rounding."""
+    for a, b in zip(first, second, strict=True):
+        # What is not finite is a matter of its own.
+        same = (a == b) | (a.isnan() & b.isnan())
+        unit = a.nan_to_num(0.0, 0.0, 0.0).abs().amax(1, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
+        if not bool((same | ((a - b).abs() <= tolerance * unit)).all()):
+            return False
+    return True
 
 
 def _widened(tensor: Tensor) -> Tensor:

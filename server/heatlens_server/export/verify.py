@@ -4,6 +4,7 @@ The judge is the network in float64, run with hooks and autograd and none of the
 graph's own precision is measured against the same judge: what rounding alone does to it, it may do to the graph too.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 from heatlens_server.cam.catalog import ABSENT, RANKED, Method
 from heatlens_server.errors import ExportError
-from heatlens_server.export.comparison import Array, Truth, outputs_of, truth
+from heatlens_server.export.comparison import PER_CLASS, WEIGHTS, Array, Truth, outputs_of, truth
 from heatlens_server.export.manifest import Manifest
 from heatlens_server.export.photos import PHOTOS, load_photos
 from heatlens_server.export.reference import Network, Reference, unhurried
@@ -28,10 +29,16 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 0.02}
 """By precision: what any figure may differ from float64 by."""
 
 ROUNDING_FACTOR = 4.0
-"""A figure may also differ by so many times what the network itself does in the graph's precision."""
+"""A figure may also differ by so many times what the network itself does in the graph's precision, up to a cap."""
+
+FORWARD_CAPS = {"fp32": 1e-3, "fp16": 0.1}
+"""By precision: what rounding can excuse in logits and activations at most."""
+
+CLASS_CAPS = {"fp32": 0.02, "fp16": 0.2}
+"""By precision: the same for what comes of gradients, which jump where a ReLU or a maximum is about to switch."""
 
 UNKNOWN = {"fp32": 0.01, "fp16": 0.1}
-"""By precision: a map that the network itself misses by more is not compared, as no graph could know it better."""
+"""By precision: what the network itself misses by more, of an image and class, is not compared: no graph knows it."""
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -95,6 +102,14 @@ class _Plan:
     depth: int
     batches: tuple[_Batch, ...]
 
+    @property
+    def reached(self) -> npt.NDArray[np.bool_]:
+        """Of which images (N) which judged classes (depth) the batches ask for."""
+        reached = np.zeros((len(self.pixels), self.depth), np.bool_)
+        for batch in self.batches:
+            reached[batch.rows, batch.columns] = True
+        return reached
+
     def image(self, rows: slice) -> Array:
         """The graphs' input."""
         pixels, spec = self.pixels[rows], self.manifest.preprocess
@@ -103,26 +118,62 @@ class _Plan:
         return np.stack([normalise(image, spec.mean, spec.std) for image in pixels])
 
 
+@dataclass(slots=True)
+class _Evidence:
+    """Whether anything that the gradients of a layer decide was compared.
+
+    Attributes:
+        shaped: maps that are not flat, all methods together.
+        compared: those of them that were compared.
+    """
+
+    shaped: int = 0
+    compared: int = 0
+
+    def add(self, truth: Truth, figures: Mapping[str, Figure], reached: npt.NDArray[np.bool_]) -> None:
+        """Count a method's maps; of a graph without maps, what it has for every class in their place."""
+        names = [Output.CAM] if Output.CAM in figures else [name for name in PER_CLASS if name in figures]
+        if names:
+            shaped = truth.shaped & reached
+            self.shaped += int(shaped.sum())
+            self.compared += int((shaped & np.any([truth.known[name] for name in names], axis=0)).sum())
+
+    def check(self, files: str, layer: str, precision: str) -> None:
+        """Raise ExportError if there were maps to compare, and none was."""
+        if self.shaped and not self.compared:
+            raise ExportError(
+                f"{files}, layer {layer}: no map could be compared: the network itself in {precision} misses all "
+                f"{self.shaped} that are not flat by more than {UNKNOWN[precision]:g}"
+            )
+
+
 def verify(model: LoadedModel, folder: Path, manifest: Manifest, *, report: Callable[[str], None]) -> dict[str, Any]:
     """Run every graph of an export and compare what it returns with the network in float64.
 
     Compared are logits, activations, gradients averaged over each channel, and maps with their scales, for the most
     probable classes of real photos in batches of sizes that were not traced; also whether a graph ranks its classes by
-    their logits, and gives an empty map where no class is wanted. A map that is flat in float64, as all are behind a
-    head of zeros, proves nothing: how many were not is part of the result.
+    their logits, and gives an empty map where no class is wanted. First the network itself, in float32, has to give the
+    same for the same photo twice and in other batches.
+
+    A figure may differ by its tolerance (`TOLERANCES`), or by `ROUNDING_FACTOR` times what the network itself does in
+    the graph's precision, but never by more than `FORWARD_CAPS` (logits, activations) or `CLASS_CAPS` (all others). A
+    map that is flat in float64, as all are behind a head of zeros, or that the network itself misses by more than
+    `UNKNOWN`, proves nothing: how many others were compared is part of the result. Of every layer whose maps are not
+    all flat there has to be one.
 
     Args:
         model: what was exported; left as it was. Its copy in float64 is freed again.
         folder: of the export.
         manifest: of the export; its parity is not looked at.
-        report: told each phase, and when no map could be compared.
+        report: told each phase, and when all maps are flat.
 
     Returns:
         What `Manifest.parity` holds: "judge", "photos", "batch_sizes", "compared_maps", "informative_maps" and
         "figures", by output the fields of `Figure`.
 
     Raises:
-        ExportError: a graph cannot be run, or a figure exceeds its bound; the message names figure, value and bound.
+        ExportError: the network is not the same in every run, a graph cannot be run, a figure is not finite or exceeds
+            its bound (the message names figure, value and bound), or nothing of a layer could be compared.
     """
     with unhurried(model.module):
         return _verify(model, _plan(model, folder, manifest), report)
@@ -133,11 +184,12 @@ def _verify(model: LoadedModel, plan: _Plan, report: Callable[[str], None]) -> d
     report("running the network in float64")
     judged, rounded = _references(model, plan)
     worst: dict[str, Figure] = {}
-    compared = informative = 0
+    compared = informative = shaped = 0
     for layer in manifest.layers:
         report(f"verifying layer {layer}")
         # One forward and backward pass serves all layers and methods. Gradients of early layers are large: let go.
         truths = _truths(judged.pop(layer), rounded.pop(layer, None), layer, plan)
+        evidence = _Evidence()
         files = dict.fromkeys(graph.file for graph in manifest.graphs if graph.layer == layer)
         for position, file in enumerate(files):
             # What a layer's graphs make of class_index is one and the same subgraph.
@@ -146,10 +198,14 @@ def _verify(model: LoadedModel, plan: _Plan, report: Callable[[str], None]) -> d
                     _check(name, figure, layer)
                     if name not in worst or figure.share > worst[name].share:
                         worst[name] = figure
+                known = truths[method]
+                evidence.add(known, figures, plan.reached)
                 if Output.CAM in figures:
-                    compared += truths[method].informative.size
-                    informative += int(truths[method].informative.sum())
-    if compared and not informative:
+                    compared += int(plan.reached.sum())
+                    informative += int((known.informative & plan.reached).sum())
+                    shaped += int((known.shaped & plan.reached).sum())
+        evidence.check(", ".join(files), layer, manifest.precision)
+    if compared and not shaped:
         report("warning: no map could be compared, all are flat in float64 too: is the model trained?")
     return {
         "judge": "float64",
@@ -182,6 +238,8 @@ def _plan(model: LoadedModel, folder: Path, manifest: Manifest) -> _Plan:
 def _references(model: LoadedModel, plan: _Plan) -> tuple[dict[str, Reference], dict[str, Reference]]:
     """What the network says, by layer: in float64, and in the graphs' precision (nothing if it cannot)."""
     layers = plan.manifest.layers
+    # Before anything is compared with it.
+    Network(model.module, model.preprocess, torch.float32).check_steady(plan.pixels, layers)
     judged = Network(model.module, model.preprocess, torch.float64).explain(plan.pixels, layers, plan.depth)
     for reference in judged.values():
         if not all(bool(tensor.isfinite().all()) for tensor in (reference.logits, reference.gradients)):
@@ -210,9 +268,6 @@ def _measure(
     run = open_graph(plan.folder / file, plan.manifest.format, graphs[0].outputs)
     class_ids = truths[graphs[0].method].class_ids
     found = [_run(run, file, class_ids[batch.rows][:, batch.columns], batch, plan) for batch in plan.batches]
-    if special:
-        _check_special(run, file, plan)
-    tolerance = TOLERANCES[plan.manifest.precision]
     for method in (graph.method for graph in graphs):
         errors: dict[str, float] = {}
         for batch, outputs in zip(plan.batches, found, strict=True):
@@ -223,10 +278,19 @@ def _measure(
         yield (
             method,
             {
-                name: Figure(error, own.get(name, 0.0), max(tolerance, ROUNDING_FACTOR * own.get(name, 0.0)), file)
+                name: Figure(error, own.get(name, 0.0), _bound(name, own.get(name, 0.0), plan.manifest.precision), file)
                 for name, error in errors.items()
             },
         )
+    # Last: what is not finite is told by name before.
+    if special:
+        _check_special(run, file, plan)
+
+
+def _bound(name: str, own_error: float, precision: str) -> float:
+    """What a figure's error may be, given the network's own."""
+    cap = (CLASS_CAPS if name in PER_CLASS else FORWARD_CAPS)[precision]
+    return max(TOLERANCES[precision], min(ROUNDING_FACTOR * own_error, cap))
 
 
 def _run(run: Run, file: str, class_ids: npt.NDArray[np.int64], batch: _Batch, plan: _Plan) -> Mapping[Output, Array]:
@@ -272,8 +336,11 @@ def _with_map(outputs: Mapping[Output, Array], method: Method) -> Mapping[Output
 
 
 def _check(name: str, figure: Figure, layer: str) -> None:
-    # Not "greater than": NaN is not.
-    if not figure.error <= figure.bound:
+    if not math.isfinite(figure.error):
+        shown = str(Output.GRADIENTS if name == WEIGHTS else name)
+        verb = "are" if shown.endswith("s") else "is"
+        raise ExportError(f"{figure.graph}, layer {layer}: {shown} {verb} not finite")
+    if figure.error > figure.bound:
         raise ExportError(
             f"{figure.graph}, layer {layer}: {name} differs from float64 by {figure.error:.2g}, "
             f"more than the {figure.bound:.2g} allowed"

@@ -115,7 +115,45 @@ def test_other_folders_are_refused(tmp_path):
         export(tmp_path)
     with pytest.raises(ExportError, match="is not a folder"):
         check_target(tmp_path / "file")
+    with pytest.raises(ExportError, match="file is not a folder"):
+        check_target(tmp_path / "file" / "child" / "grandchild")
     assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("content", ["{}", '{"manifest_version": 3, "name": "an app"}', "[]", "no json", ""])
+def test_somebody_else_s_manifest_is_not_overwritten(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ExportError, match=r"holds a manifest\.json that is not of a heatlens export"):
+        export(tmp_path)
+    assert (tmp_path / "manifest.json").read_text() == content
+    assert names(tmp_path) == ["manifest.json"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (FileNotFoundError(2, "No such file", "/elsewhere/table.txt"), "the export failed .FileNotFoundError: No such"),
+        (OSError("odd"), "the export failed .OSError: OSError"),
+        (OSError(28, "No space left on device"), "out cannot be written .No space"),
+    ],
+)
+def test_only_the_folder_s_own_faults_are_called_so(tmp_path, monkeypatch, error, message):
+    def fail(*_args, **_options):
+        raise error
+
+    monkeypatch.setattr(delivery, "verify_export", fail)
+    with pytest.raises(ExportError, match=message):
+        export(tmp_path / "out", verify=True)
+    assert names(tmp_path) == []
+
+
+def test_faults_in_the_folder_are_known_by_their_file(tmp_path, monkeypatch):
+    def fail(_model, _spec, *, folder, **_options):
+        (folder / "missing" / "graph").write_text("x")
+
+    monkeypatch.setattr(delivery, "export_graph", fail)
+    with pytest.raises(ExportError, match=r"out cannot be written .No such file"):
+        export(tmp_path / "out")
 
 
 def test_methods_are_those_of_the_reference_engine():
@@ -125,3 +163,24 @@ def test_methods_are_those_of_the_reference_engine():
     assert [parameter.stride() for parameter in model.module.parameters()] == strides
     assert not any(module._forward_hooks for module in model.module.modules())
     assert Method.CAM not in methods_of(loaded(tiny_models.tiny_mlp()))
+
+
+class Scaling(exports.Staged):
+    """Calls an operator in a way that ONNX has no translation of."""
+
+    def forward(self, x):
+        return super().forward(x) * x.amax()
+
+
+def test_what_onnx_does_not_know_is_named_by_its_operator(tmp_path):
+    with pytest.raises(ExportError, match=r"translated to ONNX \(\w+: torch\.ops\.aten\.amax\.default\)$"):
+        export_model(
+            make(Scaling),
+            GraphSpec("last"),
+            file_format=Format.ONNX,
+            source="x",
+            folder=tmp_path,
+            verify=False,
+            report=QUIET,
+        )
+    assert names(tmp_path) == []

@@ -4,6 +4,7 @@ import shutil
 import threading
 from dataclasses import replace
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -14,10 +15,11 @@ from engine_cases import bundle, user_export
 from exports import make
 from heatlens_server.cam.catalog import Method
 from heatlens_server.errors import ExportError
+from heatlens_server.export import verify as verifying
 from heatlens_server.export.folder import export_graph
 from heatlens_server.export.runtimes import open_graph
 from heatlens_server.export.spec import Format, GraphSpec, InputKind, Output
-from heatlens_server.export.verify import TOLERANCES, verify
+from heatlens_server.export.verify import FORWARD_CAPS, TOLERANCES, verify
 
 FIGURES = ["logits", "activations", "weights", "cam", "cam_scale", "cam_offset"]
 
@@ -34,7 +36,7 @@ def test_a_right_export_passes_with_figures(file_format, classes):
     lines = []
     parity = check(model, user_export(model, file_format, GraphSpec("middle", classes=classes)), lines)
     assert (parity["judge"], parity["batch_sizes"], len(parity["photos"])) == ("float64", [1, 3, 4], 4)
-    assert parity["compared_maps"] == (8 if classes else 24)
+    assert parity["compared_maps"] == (8 if classes else 3 + 3 + 2 * 4)
     assert 0 < parity["informative_maps"] <= parity["compared_maps"]
     assert sorted(parity["figures"]) == sorted(FIGURES)
     for figure in parity["figures"].values():
@@ -74,7 +76,7 @@ def test_every_graph_of_a_server_s_export_is_verified(file_format):
     lines = []
     parity = check(model, exported, lines)
     assert parity["batch_sizes"] == [1, 3]
-    assert parity["compared_maps"] == len(exported[1].graphs) * 4 * 2
+    assert parity["compared_maps"] == len(exported[1].graphs) * (2 + 3)
     assert parity["informative_maps"] > 0
     assert {"logits", "cam"} <= set(parity["figures"])
     assert lines[1:] == ["verifying layer last", "verifying layer first"]
@@ -182,6 +184,123 @@ def test_a_network_that_gives_nan_is_not_verified():
         model.module.head[3].bias[0] = float("nan")
     with pytest.raises(ExportError, match="scores or gradients that are not finite"):
         check(model, exported)
+
+
+class Dropping(exports.Staged):
+    """Drops values out whatever mode it is in."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, 0.5, training=True))
+
+
+class Remembering(exports.Staged):
+    """Counts its calls outside of its buffers."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * (1 + self.calls * 0.01)
+
+
+class Alternating(exports.Staged):
+    """Does every other call differently: in as many calls over the same photos, the same."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * (1 + self.calls % 2 * 0.01)
+
+
+class Mixing(exports.Staged):
+    """Centres what it sees over the batch."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits - 0.5 * logits.mean(0, keepdim=True)
+
+
+class Doubling(exports.Staged):
+    """Another network in float64: by its logits."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits * 2 if x.dtype == torch.float64 else logits
+
+
+class Turning(exports.Staged):
+    """Another network in float64: by its gradients alone."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        if x.dtype != torch.float64:
+            return logits
+        others = logits.roll(1, dims=1)
+        return logits.detach() + others - others.detach()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Dropping, "different results for the same image: random operations, or state kept between calls"),
+        (Remembering, "different results for the same image: random operations, or state kept between calls"),
+        (Alternating, "in another batch: they depend on the other images, or on state kept between calls"),
+        (Mixing, "different results for the same image in another batch: they depend on the other images"),
+    ],
+)
+def test_a_network_that_disagrees_with_itself_is_no_judge(kind, message):
+    model = make(exports.Staged)
+    exported = user_export(model, Format.TORCHSCRIPT, GraphSpec("middle"))
+    lines = []
+    with pytest.raises(ExportError, match=message):
+        check(make(kind), exported, lines)
+    assert lines == ["running the network in float64"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_rounding_does_not_excuse_everything(precision):
+    model = make(exports.Staged)
+    exported = user_export(model, Format.TORCHSCRIPT, GraphSpec("middle", precision=precision))
+    with pytest.raises(
+        ExportError, match=rf"logits differs from float64 by 0.5, more than the {FORWARD_CAPS[precision]}"
+    ):
+        check(make(Doubling), exported)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("outputs", [tuple(Output), (Output.CAM,), (Output.GRADIENTS,)])
+def test_maps_that_the_network_itself_misses_prove_nothing(outputs, precision):
+    model = make(exports.Staged)
+    spec = GraphSpec("middle", precision=precision, outputs=outputs, method=Method.HI_RES_CAM)
+    with pytest.raises(ExportError, match=r"layer middle: (no map could be compared: the network|\w+ differs)"):
+        check(make(Turning), user_export(model, Format.TORCHSCRIPT, spec))
+
+
+def test_no_comparable_map_is_an_error_if_there_were_maps(monkeypatch):
+    model = make(exports.Staged, "last", "first")
+    monkeypatch.setitem(verifying.UNKNOWN, "fp32", 0.0)
+    message = r"layer middle: no map could be compared: the network itself in fp32 misses all \d+ that are not flat"
+    with pytest.raises(ExportError, match=message):
+        check(model, user_export(make(exports.Staged), Format.TORCHSCRIPT, GraphSpec("middle")))
+    with pytest.raises(ExportError, match=r"layer-1.*, layer first: no map could be compared"):
+        check(model, bundle(model, Format.ONNX))
+
+
+def test_what_is_not_finite_is_named(tmp_path):
+    model = make(exports.Staged)
+    folder, manifest, path = tampered(
+        tmp_path, user_export(model, Format.ONNX, GraphSpec("middle", outputs=(Output.GRADIENTS,)))
+    )
+    graph = onnx.load(path)
+    for tensor in graph.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor).copy()
+        if values.dtype == np.float32 and values.ndim == 2:
+            values[:] = np.nan
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    onnx.save(graph, path)
+    with pytest.raises(ExportError, match=r"test.onnx, layer middle: gradients are not finite"):
+        check(model, (folder, manifest))
 
 
 class SingleOnly(exports.Staged):
