@@ -34,6 +34,11 @@ class Target:
     least: float | None = None
     batch_sizes: Sequence[int] = BATCH_SIZES
 
+    @property
+    def bound(self) -> str:
+        """As in the table's head; empty if there is none."""
+        return f"<= {self.most}" if self.most is not None else f">= {self.least}" if self.least is not None else ""
+
     def met(self, ratio: float) -> bool:
         """Whether a measured ratio is good enough."""
         return (self.most is None or ratio <= self.most) and (self.least is None or ratio >= self.least)
@@ -53,7 +58,7 @@ def run(*, turns: int) -> list[Table]:
     """Measure and tabulate times and ratios."""
     times = Table(title="median ms per batch, each candidate in its own process, taking turns")
     ratios = Table(title="ratios, turn by turn, medians; explain = uint8 in, Grad-CAM map and logits out")
-    for table, columns in ((times, KINDS), (ratios, [ratio.name for ratio in RATIOS])):
+    for table, columns in ((times, KINDS), (ratios, [f"{ratio.name} {ratio.bound}".strip() for ratio in RATIOS])):
         for column in ("model", "batch", *columns):
             table.add_column(column, justify="right")
     for make in MODELS:
@@ -77,10 +82,9 @@ def run(*, turns: int) -> list[Table]:
 
 def _cell(target: Target, measured: Turns, batch_size: int) -> str:
     ratio = measured.ratio(target.of, target.to)
-    bound = f"<= {target.most}" if target.most is not None else f">= {target.least}" if target.least is not None else ""
-    if not bound or batch_size not in target.batch_sizes:
+    if not target.bound or batch_size not in target.batch_sizes:
         return f"{ratio:.2f}"
-    return f"{ratio:.2f} ({'met' if target.met(ratio) else 'MISSED'} {bound})"
+    return f"{ratio:.2f} {'met' if target.met(ratio) else 'MISSED'}"
 
 
 def _export(make: Callable[[], LoadedModel], folder: Path) -> None:
