@@ -44,7 +44,8 @@ def main(
     versions = {package: version(package) for package in PACKAGES}
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     order = [source for source in names() if source in known]
-    output.write_text(render([known[source] for source in order], versions, machine, datetime.date.today()))  # noqa: DTZ011
+    today = datetime.date.today()  # noqa: DTZ011 - the reader's date
+    output.write_text(render([known[source] for source in order], len(names()), versions, machine, today))
     console.print(f"wrote {output}")
 
 

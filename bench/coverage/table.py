@@ -26,11 +26,18 @@ translating and checking, on a busy machine.
 """
 
 
-def render(results: Sequence[Mapping[str, Any]], versions: Mapping[str, str], machine: str, date: datetime.date) -> str:
+def render(
+    results: Sequence[Mapping[str, Any]],
+    wanted: int,
+    versions: Mapping[str, str],
+    machine: str,
+    date: datetime.date,
+) -> str:
     """Make the page.
 
     Args:
         results: what `bench.coverage.measure` gave, in the table's order.
+        wanted: how many networks there are to measure.
         versions: of the packages, by name.
         machine: what it ran on.
         date: when.
@@ -40,7 +47,16 @@ def render(results: Sequence[Mapping[str, Any]], versions: Mapping[str, str], ma
         versions=", ".join(f"{name} {number}" for name, number in versions.items()),
         machine=machine,
         known=KNOWN,
-        summary="\n".join(_summary(results, library) for library in ("torchvision", "timm")),
+        summary="\n".join(
+            [
+                *(
+                    [f"**Not finished: {len(results)} of {wanted} networks are measured.**\n"]
+                    if len(results) < wanted
+                    else []
+                ),
+                *(_summary(results, library) for library in ("torchvision", "timm")),
+            ]
+        ),
     )
     for library in ("torchvision", "timm"):
         rows = [result for result in results if result["source"].startswith(f"{library}:")]
