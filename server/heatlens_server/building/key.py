@@ -9,7 +9,6 @@ import inspect
 import json
 from collections.abc import Iterable
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +18,10 @@ from heatlens_server.config import WEIGHT_FILE_SUFFIXES, ModelConfig
 from heatlens_server.errors import ModelLoadError
 from heatlens_server.export.manifest import sha256_of
 from heatlens_server.export.spec import Format
+from heatlens_server.export.versions import installed_versions
 
 if TYPE_CHECKING:
     from heatlens_server.models.spec import LoadedModel
-
-_PACKAGES = ("heatlens", "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
 
 _SERVER = Path(__file__).parents[1]
 # What turns a configuration into an artefact and judges it. A checkout changes without its version changing.
@@ -63,7 +61,7 @@ def artefact_key(config: ModelConfig, file_format: Format, model: "LoadedModel |
         "layers": config.layers,
         "precision": config.precision,
         "preprocess": config.preprocess.model_dump(mode="json"),
-        "versions": _versions(),
+        "versions": installed_versions(),
         "sources": _own_sources(),
     }
     if model is not None:
@@ -88,16 +86,6 @@ def _weights(config: ModelConfig) -> dict[str, str]:
         return {"name": path.name, "sha256": sha256_of(path)}
     except OSError as error:
         raise ModelLoadError(f"weights file {path.name!r} cannot be read") from error
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 @cache

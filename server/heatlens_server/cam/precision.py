@@ -14,3 +14,10 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in the dtype to sum in; itself, uncopied, if it has that already."""
     return tensor.to(accumulator(tensor.dtype))
+
+
+FP16_GRADIENT_SCALE = 2.0**8
+"""What a float16 score is multiplied by before it is differentiated, and its gradients divided by, in float32: exact.
+
+Gradients of a logit with respect to a deep layer are often below float16's smallest normal number (6e-5).
+"""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from heatlens_server.cam.catalog import Method
 from heatlens_server.cam.methods import cam, raw_map
 from heatlens_server.cam.normalize import NormalizedMap
+from heatlens_server.cam.precision import FP16_GRADIENT_SCALE
 from heatlens_server.cam.saliency import saliency
 from heatlens_server.cam.targets import ABSENT, RANKED, resolve, score
 from heatlens_server.engines.base import EngineInfo, ImageResult, MapSpec, Target, TopK, UInt8Array
@@ -24,10 +25,6 @@ from heatlens_server.models.spec import LoadedModel
 _log = logging.getLogger(__name__)
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-# Gradients of a logit with respect to a deep layer are often below fp16's smallest normal number (6e-5). The score is
-# scaled by this power of two before the backward pass, and the gradients by its inverse afterwards, in float32: exact.
-_FP16_GRADIENT_SCALE = 2.0**8
 
 
 class TorchEngine:
@@ -44,7 +41,7 @@ class TorchEngine:
         """
         self._device = resolve_device(device)
         self._dtype = _DTYPES[precision]
-        self._gradient_scale = _FP16_GRADIENT_SCALE if self._dtype is torch.float16 else 1.0
+        self._gradient_scale = FP16_GRADIENT_SCALE if self._dtype is torch.float16 else 1.0
         self._module = model.module.eval().requires_grad_(requires_grad=False)
         self._layout = torch.channels_last
         spec = model.preprocess

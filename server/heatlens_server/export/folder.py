@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from torch import SymInt, Tensor
@@ -23,12 +22,11 @@ from heatlens_server.export.spec import (
     InputKind,
     Output,
 )
+from heatlens_server.export.versions import installed_versions
 from heatlens_server.models.spec import LoadedModel
 from heatlens_server.models.weights import weights_version
 
 SUFFIXES = {Format.ONNX: ".onnx", Format.TORCHSCRIPT: ".ts", Format.PT2: ".pt2"}
-
-_PACKAGES = ("heatlens", "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
 
 _MEANINGS = {
     Output.LOGITS: "the score of every class",
@@ -255,14 +253,3 @@ def _manifest(
         versions=installed_versions(),
         parity={},
     )
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of the packages that an export depends on, those that are installed."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions

@@ -12,11 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from heatlens_server.cam.precision import FP16_GRADIENT_SCALE
 from heatlens_server.errors import ExportError
 from heatlens_server.imaging.preprocess import PreprocessSpec
-
-# In half precision the score is scaled before the backward pass, as engines do; see engines.torch_engine.
-_FP16_GRADIENT_SCALE = 2.0**8
 
 _CHUNK = 4
 """Images that are run together."""
@@ -170,7 +168,7 @@ class Network:
         logits, kept = self._forward(pixels, layers)
         if isinstance(class_ids, int):
             class_ids = torch.sort(logits.detach(), dim=1, descending=True, stable=True).indices[:, :class_ids]
-        scale = _FP16_GRADIENT_SCALE if self._dtype is torch.float16 else 1.0
+        scale = FP16_GRADIENT_SCALE if self._dtype is torch.float16 else 1.0
         activations = [kept[layer] for layer in layers]
         by_class = [
             torch.autograd.grad(logits.gather(1, ids[:, None]).sum() * scale, activations, retain_graph=True)

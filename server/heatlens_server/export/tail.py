@@ -21,16 +21,12 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from heatlens_server.cam.catalog import Method
 from heatlens_server.cam.methods import raw_map
-from heatlens_server.cam.precision import wide
+from heatlens_server.cam.precision import FP16_GRADIENT_SCALE, wide
 from heatlens_server.cam.saliency import saliency
 from heatlens_server.cam.targets import resolve
 from heatlens_server.errors import ExportError
 from heatlens_server.export.capture import MARK, Captured
 from heatlens_server.export.gradients.table import SUBSTITUTES, TABLE
-
-# Gradients of a logit with respect to a deep layer are often below fp16's smallest normal number (6e-5): the seed is
-# scaled by this power of two, and the gradients by its inverse afterwards, in float32.
-_FP16_GRADIENT_SCALE = 2.0**8
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +209,7 @@ def _operator(node: Node) -> Callable[..., object]:
 
 def _gradient(logits: Tensor, leaf: Tensor, class_id: Tensor, *, retain: bool) -> Tensor:
     """Gradient (R, A, h, w), float32, of each row's logit of class_id (R, 1); zero where that is no class."""
-    scale = _FP16_GRADIENT_SCALE if logits.dtype is torch.float16 else 1.0
+    scale = FP16_GRADIENT_SCALE if logits.dtype is torch.float16 else 1.0
     # A one-hot seed rather than the derivative of a gather, which is a scatter that TensorRT does not have.
     hot = class_id == torch.arange(logits.shape[1])
     seed = torch.where(hot, scale, 0.0).to(logits.dtype)

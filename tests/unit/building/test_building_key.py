@@ -12,6 +12,7 @@ from heatlens_server.building import key as key_module
 from heatlens_server.building.key import artefact_key, is_settled
 from heatlens_server.config import ModelConfig
 from heatlens_server.errors import ModelLoadError
+from heatlens_server.export import versions
 from heatlens_server.export.spec import Format
 
 
@@ -56,7 +57,7 @@ def test_everything_that_changes_an_export_changes_its_key(weights, monkeypatch)
     ]
     weights.write_bytes(b"weightS")
     keys.append(from_file())
-    monkeypatch.setattr(key_module, "version", lambda package: f"{package} 9")
+    monkeypatch.setattr(versions, "version", lambda package: f"{package} 9")
     keys.append(key())
     monkeypatch.setattr(key_module, "_own_sources", lambda: "changed")
     keys.append(key())
