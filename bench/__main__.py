@@ -19,10 +19,10 @@ def main(
     # What the server does at its start, before torch is imported. Every candidate in this process profits from it,
     # the baselines too.
     keep_freed_memory()
-    import torch  # noqa: PLC0415
+    import torch  # noqa: PLC0415 - after malloc is told
 
-    from bench import engine, served, wire  # noqa: PLC0415
-    from bench.models import photo_paths  # noqa: PLC0415
+    from bench import engine, served, wire  # noqa: PLC0415 - after malloc is told
+    from bench.models import photo_paths  # noqa: PLC0415 - after malloc is told
 
     console = Console(width=None if os.isatty(1) else 120)
     console.print(

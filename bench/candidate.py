@@ -40,20 +40,20 @@ def main(kind: str, model: str, batch_size: int, folder: Path) -> None:
 def _engine(kind: str, model: str, batch_size: int, folder: Path) -> Callable[[], object]:
     engine: Engine
     if kind == TORCH:
-        from bench import models  # noqa: PLC0415
-        from heatlens_server.engines.torch_engine import TorchEngine  # noqa: PLC0415
+        from bench import models  # noqa: PLC0415 - only what this one runs
+        from heatlens_server.engines.torch_engine import TorchEngine  # noqa: PLC0415 - only what this one runs
 
         engine = TorchEngine(getattr(models, model)(), device="cpu")
     else:
-        from heatlens_server.export.manifest import read_manifest  # noqa: PLC0415
+        from heatlens_server.export.manifest import read_manifest  # noqa: PLC0415 - only what this one runs
 
         of_kind = folder / kind
         if kind == ONNXRUNTIME:
-            from heatlens_server.engines.onnxruntime_engine import OnnxRuntimeEngine  # noqa: PLC0415
+            from heatlens_server.engines.onnxruntime_engine import OnnxRuntimeEngine  # noqa: PLC0415 - only what this one runs
 
             engine = OnnxRuntimeEngine(of_kind, read_manifest(of_kind), device="cpu")
         else:
-            from heatlens_server.engines.torchscript_engine import TorchScriptEngine  # noqa: PLC0415
+            from heatlens_server.engines.torchscript_engine import TorchScriptEngine  # noqa: PLC0415 - only what this one runs
 
             engine = TorchScriptEngine(of_kind, read_manifest(of_kind), device="cpu")
     spec = MapSpec(Method.GRAD_CAM, engine.info.layers[:1], upsample=False)
@@ -63,16 +63,16 @@ def _engine(kind: str, model: str, batch_size: int, folder: Path) -> Callable[[]
 
 
 def _torch(kind: str, model: str, batch_size: int) -> Callable[[], object]:
-    import torch  # noqa: PLC0415
+    import torch  # noqa: PLC0415 - only what this one runs
 
-    from bench import models  # noqa: PLC0415
+    from bench import models  # noqa: PLC0415 - only what this one runs
 
     loaded = getattr(models, model)()
     module: torch.nn.Module = loaded.module
     inputs = torch.randn(batch_size, 3, *loaded.preprocess.crop_px, generator=torch.Generator().manual_seed(0))
     if kind == GRAD_CAM:
-        from pytorch_grad_cam import GradCAM  # noqa: PLC0415
-        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget  # noqa: PLC0415
+        from pytorch_grad_cam import GradCAM  # noqa: PLC0415 - only what this one runs
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget  # noqa: PLC0415 - only what this one runs
 
         # The package wants parameters that require gradients.
         module.requires_grad_(requires_grad=True)

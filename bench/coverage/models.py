@@ -149,7 +149,7 @@ def _redraw_zeros(module: nn.Module) -> None:
 
 def _fit_batch_norms(module: nn.Module, images: torch.Tensor) -> None:
     """Untrained running statistics let activations grow or vanish over the depth."""
-    norms = [child for child in module.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)]  # noqa: SLF001
+    norms = [child for child in module.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)]  # noqa: SLF001 - their base
     if not norms:
         return
     for norm in norms:
