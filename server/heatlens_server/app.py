@@ -55,6 +55,8 @@ class Server:
             max_image_pixels=config.server.max_image_pixels,
             max_queue_length=config.server.max_queue_length,
             max_targets=config.server.max_targets,
+            max_streams=config.server.max_streams,
+            max_in_flight=config.server.max_in_flight,
         )
         token = config.server.read_token()
         self._gate = CallGate()

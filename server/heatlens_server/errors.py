@@ -8,6 +8,8 @@
   * ModelFailed           could not be loaded
   * ServerDraining        shutting down, try another server
   * QueueFull             too many requests are waiting
+  * StreamLimit           too many streams are open
+  * FrameDropped          a newer frame of its stream took its place
   * DeadlineExpired       the caller's deadline passed before the model ran
   * DeviceOutOfMemory     not even one image fits
   * Unimplemented         the contract has it, this version does not
@@ -125,6 +127,18 @@ class QueueFull(HeatlensError):
     """Too many requests are waiting for this model."""
 
     reason = "QUEUE_FULL"
+
+
+class StreamLimit(HeatlensError):
+    """Too many streams are open."""
+
+    reason = "STREAM_LIMIT"
+
+
+class FrameDropped(HeatlensError):
+    """A newer frame of the same stream took its place (OVERFLOW_POLICY_DROP_OLDEST)."""
+
+    reason = "FRAME_DROPPED"
 
 
 class DeadlineExpired(HeatlensError):

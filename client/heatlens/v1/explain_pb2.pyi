@@ -209,18 +209,24 @@ class StreamExplainRequest(_message.Message):
     def __init__(self, config: _Optional[_Union[StreamConfig, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
 
 class StreamConfig(_message.Message):
-    __slots__ = ("model", "options", "overflow_policy", "max_in_flight", "frame_timeout")
+    __slots__ = ("model", "options", "overflow_policy", "max_in_flight", "frame_timeout", "explain_every", "max_frames_per_second", "temporal_smoothing")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     OVERFLOW_POLICY_FIELD_NUMBER: _ClassVar[int]
     MAX_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     FRAME_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+    EXPLAIN_EVERY_FIELD_NUMBER: _ClassVar[int]
+    MAX_FRAMES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    TEMPORAL_SMOOTHING_FIELD_NUMBER: _ClassVar[int]
     model: str
     options: ExplainOptions
     overflow_policy: OverflowPolicy
     max_in_flight: int
     frame_timeout: _duration_pb2.Duration
-    def __init__(self, model: _Optional[str] = ..., options: _Optional[_Union[ExplainOptions, _Mapping]] = ..., overflow_policy: _Optional[_Union[OverflowPolicy, str]] = ..., max_in_flight: _Optional[int] = ..., frame_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    explain_every: int
+    max_frames_per_second: float
+    temporal_smoothing: float
+    def __init__(self, model: _Optional[str] = ..., options: _Optional[_Union[ExplainOptions, _Mapping]] = ..., overflow_policy: _Optional[_Union[OverflowPolicy, str]] = ..., max_in_flight: _Optional[int] = ..., frame_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., explain_every: _Optional[int] = ..., max_frames_per_second: _Optional[float] = ..., temporal_smoothing: _Optional[float] = ...) -> None: ...
 
 class Frame(_message.Message):
     __slots__ = ("frame_id", "image", "capture_time")
@@ -233,16 +239,18 @@ class Frame(_message.Message):
     def __init__(self, frame_id: _Optional[int] = ..., image: _Optional[_Union[Image, _Mapping]] = ..., capture_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class StreamExplainResponse(_message.Message):
-    __slots__ = ("frame_id", "started", "result", "error")
+    __slots__ = ("frame_id", "started", "result", "error", "skipped")
     FRAME_ID_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_FIELD_NUMBER: _ClassVar[int]
     frame_id: int
     started: StreamStarted
     result: ExplainResponse
     error: _status_pb2.Status
-    def __init__(self, frame_id: _Optional[int] = ..., started: _Optional[_Union[StreamStarted, _Mapping]] = ..., result: _Optional[_Union[ExplainResponse, _Mapping]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
+    skipped: FrameSkipped
+    def __init__(self, frame_id: _Optional[int] = ..., started: _Optional[_Union[StreamStarted, _Mapping]] = ..., result: _Optional[_Union[ExplainResponse, _Mapping]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., skipped: _Optional[_Union[FrameSkipped, _Mapping]] = ...) -> None: ...
 
 class StreamStarted(_message.Message):
     __slots__ = ("model", "model_version", "max_in_flight")
@@ -253,3 +261,7 @@ class StreamStarted(_message.Message):
     model_version: str
     max_in_flight: int
     def __init__(self, model: _Optional[str] = ..., model_version: _Optional[str] = ..., max_in_flight: _Optional[int] = ...) -> None: ...
+
+class FrameSkipped(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

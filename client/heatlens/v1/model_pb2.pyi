@@ -74,7 +74,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "max_message_bytes", "max_image_pixels", "max_queue_length", "max_targets", "max_in_flight", "max_batch_size", "max_queue_delay")
+    __slots__ = ("version", "max_message_bytes", "max_image_pixels", "max_queue_length", "max_targets", "max_in_flight", "max_batch_size", "max_queue_delay", "max_streams")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_IMAGE_PIXELS_FIELD_NUMBER: _ClassVar[int]
@@ -83,6 +83,7 @@ class GetServerInfoResponse(_message.Message):
     MAX_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_QUEUE_DELAY_FIELD_NUMBER: _ClassVar[int]
+    MAX_STREAMS_FIELD_NUMBER: _ClassVar[int]
     version: str
     max_message_bytes: int
     max_image_pixels: int
@@ -91,4 +92,5 @@ class GetServerInfoResponse(_message.Message):
     max_in_flight: int
     max_batch_size: int
     max_queue_delay: _duration_pb2.Duration
-    def __init__(self, version: _Optional[str] = ..., max_message_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., max_queue_length: _Optional[int] = ..., max_targets: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., max_queue_delay: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    max_streams: int
+    def __init__(self, version: _Optional[str] = ..., max_message_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., max_queue_length: _Optional[int] = ..., max_targets: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., max_queue_delay: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_streams: _Optional[int] = ...) -> None: ...

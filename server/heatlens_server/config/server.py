@@ -45,9 +45,13 @@ class ServerConfig(Section):
     max_image_pixels: int = Field(default=64_000_000, ge=1, le=MAX_PIXELS_LIMIT)
     """Largest image accepted, width times height."""
     max_queue_length: int = Field(default=256, ge=1, le=1_000_000)
-    """Most requests admitted per model and not yet running; more are refused."""
+    """Most Explain calls admitted per model and not yet running; more are refused."""
     max_targets: int = Field(default=32, ge=1, le=10_000)
     """Most classes explained in one request."""
+    max_streams: int = Field(default=64, ge=1, le=10_000)
+    """Most streams open at a time; more are refused."""
+    max_in_flight: int = Field(default=64, ge=1, le=10_000)
+    """Largest window of a stream: frames read and not yet answered."""
     decode_threads: int = Field(default=0, ge=0, le=1024)
     """Threads that decode and resize images. 0: one per core."""
     token: SecretStr | None = Field(default=None, min_length=1)

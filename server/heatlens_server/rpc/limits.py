@@ -10,11 +10,15 @@ class Limits:
     Attributes:
         max_message_bytes: largest message accepted and sent.
         max_image_pixels: largest image accepted, width times height.
-        max_queue_length: most requests admitted per model and not running.
+        max_queue_length: most Explain calls admitted per model and not running.
         max_targets: most classes explained in one request.
+        max_streams: most streams open at a time.
+        max_in_flight: largest window of a stream, in frames.
     """
 
     max_message_bytes: int
     max_image_pixels: int
     max_queue_length: int
     max_targets: int
+    max_streams: int
+    max_in_flight: int

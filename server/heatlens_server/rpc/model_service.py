@@ -40,7 +40,8 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
             max_image_pixels=limits.max_image_pixels,
             max_queue_length=limits.max_queue_length,
             max_targets=limits.max_targets,
-            max_in_flight=0,
+            max_in_flight=limits.max_in_flight,
+            max_streams=limits.max_streams,
             max_batch_size=max_batch_size,
             max_queue_delay=timedelta(seconds=max_delay_s),
         )

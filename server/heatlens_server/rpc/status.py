@@ -21,6 +21,8 @@ _CODES: dict[type[errors.HeatlensError], grpc.StatusCode] = {
     errors.ModelFailed: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ServerDraining: grpc.StatusCode.UNAVAILABLE,
     errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.StreamLimit: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.FrameDropped: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlineExpired: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.DeviceOutOfMemory: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.Unimplemented: grpc.StatusCode.UNIMPLEMENTED,

@@ -151,7 +151,9 @@ ENVELOPE_BYTES = 64 * 1024
 )
 def test_answers_are_refused_from_one_byte_too_many(asked, maps_bytes):
     def limits(max_message_bytes: int) -> Limits:
-        return Limits(max_message_bytes, max_image_pixels=1, max_queue_length=1, max_targets=4)
+        return Limits(
+            max_message_bytes, max_image_pixels=1, max_queue_length=1, max_targets=4, max_streams=1, max_in_flight=1
+        )
 
     check_answer_size(asked, FITTED, limits(maps_bytes + ENVELOPE_BYTES))
     with pytest.raises(InvalidArgument) as raised:

@@ -22,7 +22,9 @@ from heatlens_server.rpc.status import to_wire
 from heatlens_server.rpc.validation import parse_explain
 from heatlens_server.serving.served import ServedModel
 
-LIMITS = Limits(max_message_bytes=1 << 20, max_image_pixels=5000, max_queue_length=8, max_targets=4)
+LIMITS = Limits(
+    max_message_bytes=1 << 20, max_image_pixels=5000, max_queue_length=8, max_targets=4, max_streams=2, max_in_flight=8
+)
 PIXELS = pb.Image(pixels=pb.Tensor(data_type=pb.DATA_TYPE_UINT8, shape=(2, 3, 3), data=bytes(range(18))))
 
 
@@ -92,7 +94,9 @@ def test_targets_and_their_number():
 
 
 def test_top_k_is_bounded_by_the_class_count_too():
-    wide = Limits(max_message_bytes=1, max_image_pixels=6, max_queue_length=1, max_targets=1000)
+    wide = Limits(
+        max_message_bytes=1, max_image_pixels=6, max_queue_length=1, max_targets=1000, max_streams=1, max_in_flight=1
+    )
     assert parse_explain(request(top_k=10), TINY, wide).target == TopK(10)
     assert fields(refusal(request(top_k=11), limits=wide)) == ["options.top_k"]
 
