@@ -21,7 +21,7 @@ from collections.abc import Callable
 from heatlens_server.engines.base import MapSpec, Target
 from heatlens_server.errors import DeadlineExpired, QueueFull, ServerDraining
 from heatlens_server.imaging.preprocess import FittedImage
-from heatlens_server.serving.entry import Complete, Entry, EntryState, Outcome
+from heatlens_server.serving.entry import Complete, Entry, EntryState, Outcome, Source
 from heatlens_server.serving.estimate import BatchTimeEstimate
 
 PREPARE_S = 0.002
@@ -62,6 +62,7 @@ class Batcher:
         self._changed = threading.Condition()
         self._buckets: dict[MapSpec, deque[Entry]] = {}
         self._admitted = 0
+        self._callers = 0
         self._hold_until = 0
         self._closed = False
         self._running_since: float | None = None
@@ -74,7 +75,13 @@ class Batcher:
             return self._admitted
 
     def admit(
-        self, target: Target, spec: MapSpec, *, deadline: float | None, resolve: Callable[[Outcome], None]
+        self,
+        target: Target,
+        spec: MapSpec,
+        *,
+        deadline: float | None,
+        resolve: Callable[[Outcome], None],
+        source: Source | None = None,
     ) -> Entry:
         """Take a place in the queue, before the image is decoded.
 
@@ -85,10 +92,12 @@ class Batcher:
         with self._changed:
             if self._closed:
                 raise ServerDraining("the server is shutting down", retry_after_s=_MIN_RETRY_S)
-            expired = self._sweep() if self._admitted >= self._max_queue_length else []
-            full = self._admitted >= self._max_queue_length
+            # A stream is bounded by its own window: its images neither need nor take the places of callers.
+            expired = self._sweep() if source is None and self._callers >= self._max_queue_length else []
+            full = source is None and self._callers >= self._max_queue_length
             if not full:
                 self._admitted += 1
+                self._callers += source is None
             rate = self._estimate.images_per_second()
         self._deliver_expired(expired)
         if full:
@@ -98,7 +107,7 @@ class Batcher:
                 metadata={"max_queue_length": str(self._max_queue_length)},
                 retry_after_s=max(_MIN_RETRY_S, wait_s),
             )
-        return Entry(target=target, spec=spec, deadline=deadline, resolve=resolve)
+        return Entry(target=target, spec=spec, deadline=deadline, resolve=resolve, source=source)
 
     def put(self, entry: Entry, image: FittedImage) -> None:
         """Queue an admitted entry with its prepared image. Does nothing if it was cancelled meanwhile."""
@@ -237,6 +246,7 @@ class Batcher:
     def _release(self, entry: Entry, state: EntryState) -> None:
         entry.state = state
         self._admitted -= 1
+        self._callers -= entry.source is None
 
     def _deliver_expired(self, entries: list[Entry]) -> None:
         if entries:

@@ -41,6 +41,15 @@ class Completed:
 Outcome = Completed | Exception
 
 
+class Source:
+    """Somebody who sends many images, such as a stream: sources that wait for the same device take turns.
+
+    Make one per stream, and pass it with each of its images. It is no more than its identity.
+    """
+
+    __slots__ = ()
+
+
 @dataclass(slots=True, eq=False)
 class Entry:
     """One admitted request.
@@ -50,6 +59,7 @@ class Entry:
         spec: the bucket: entries of equal spec may share a batch.
         deadline: on the batcher's clock, in seconds; None for no deadline.
         resolve: takes the outcome on behalf of the caller; called once at most, by whoever `Complete` leaves it to.
+        source: who sent it; None for a caller with this image only.
         image: the image as the model sees it; None while it is being decoded.
         preprocess_s: seconds of decoding and resizing.
         enqueued_at: when it entered the queue, on the batcher's clock, in seconds.
@@ -60,6 +70,7 @@ class Entry:
     spec: MapSpec
     deadline: float | None
     resolve: Callable[[Outcome], None]
+    source: Source | None = None
     image: FittedImage | None = None
     preprocess_s: float = 0.0
     enqueued_at: float = 0.0

@@ -1,37 +1,23 @@
 """One model's way from an awaiting caller to its device and back: admission, preparation, queue, result."""
 
 import asyncio
-import functools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
 
 from heatlens_server.engines.base import Engine, MapSpec, Target
-from heatlens_server.errors import DeadlineExpired, InternalError
+from heatlens_server.errors import DeadlineExpired
 from heatlens_server.imaging.preprocess import FittedImage
 from heatlens_server.serving.batcher import Batcher
-from heatlens_server.serving.entry import Completed, Entry, EntryState, Outcome
+from heatlens_server.serving.entry import Entry, EntryState, Outcome, Source
+from heatlens_server.serving.ticket import Explained, Ticket
 from heatlens_server.serving.worker import Worker
 
-
-@dataclass(frozen=True, slots=True)
-class Explained:
-    """What a caller gets.
-
-    Attributes:
-        completed: the engine's result and the time in queue and device.
-        image: the image as the model saw it, and where that lies in the source.
-        preprocess_s: seconds of decoding and resizing.
-    """
-
-    completed: Completed
-    image: FittedImage
-    preprocess_s: float
+__all__ = ["Explained", "Lane", "Ticket"]
 
 
 class Lane:
-    """Explains images with one engine. `explain` belongs to the event loop that the lane was made on."""
+    """Explains images with one engine. `explain` and `submit` belong to the event loop that the lane was made on."""
 
     def __init__(
         self,
@@ -78,28 +64,47 @@ class Lane:
 
         Raises:
             QueueFull: at once, if too many are waiting.
-            DeadlineExpired: the timeout passed before the model ran.
             ServerDraining: the lane is closing.
-            DeviceOutOfMemory: even alone the image did not fit.
-            InternalError: the engine failed on this image.
+            HeatlensError: see `Ticket.result`.
         """
-        future: asyncio.Future[Completed] = self._loop.create_future()
-        entry = self.batcher.admit(
-            target,
-            spec,
-            deadline=None if timeout_s is None else time.monotonic() + timeout_s,
-            resolve=functools.partial(_resolve, future),
+        return await self.submit(prepare, target, spec, timeout_s=timeout_s).result()
+
+    def submit(
+        self,
+        prepare: Callable[[], FittedImage],
+        target: Target,
+        spec: MapSpec,
+        *,
+        timeout_s: float | None,
+        source: Source | None = None,
+    ) -> Ticket:
+        """Send one image on its way and return at once.
+
+        Args:
+            prepare: decodes and resizes; called on a preparer thread. What it raises is raised by `Ticket.result`.
+            target: the classes wanted.
+            spec: method, layers and map size.
+            timeout_s: how long the caller will wait; the model is not run for it after that. None: for ever.
+            source: the stream that the image belongs to. Streams and callers without one take turns, and images of
+                streams take no place in the queue from callers: whoever owns the stream bounds them.
+
+        Raises:
+            QueueFull: too many are waiting; never for an image of a stream.
+            ServerDraining: the lane is closing.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        ticket = Ticket(
+            self.batcher,
+            lambda resolve: self.batcher.admit(target, spec, deadline=deadline, resolve=resolve, source=source),
+            self._loop,
         )
         try:
-            self._preparers.submit(self._prepare, entry, prepare)
-            completed = await future
+            self._preparers.submit(self._prepare, ticket.entry, prepare)
         except BaseException:
-            # Cancelled, or no preparer left: the place in the queue is given up, batch mates notice nothing.
-            self.batcher.withdraw(entry)
+            # No preparer left.
+            self.batcher.withdraw(ticket.entry)
             raise
-        if entry.image is None:
-            raise InternalError("an entry completed without an image")
-        return Explained(completed, entry.image, entry.preprocess_s)
+        return ticket
 
     async def close(self, *, timeout_s: float | None = None) -> bool:
         """Refuse new work, finish what was admitted, stop the threads and close the engine. Idempotent.
@@ -141,13 +146,3 @@ def _prepare_in_time(prepare: Callable[[], FittedImage], deadline: float | None,
 def _resolve_all(outcomes: Sequence[tuple[Entry, Outcome]]) -> None:
     for entry, outcome in outcomes:
         entry.resolve(outcome)
-
-
-def _resolve(future: "asyncio.Future[Completed]", outcome: Outcome) -> None:
-    # A caller that went away has cancelled its future.
-    if future.done():
-        return
-    if isinstance(outcome, Exception):
-        future.set_exception(outcome)
-    else:
-        future.set_result(outcome)
