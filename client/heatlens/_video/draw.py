@@ -1,0 +1,119 @@
+"""How an explained frame looks: the map in colours, and a banner that says which classes and how sure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+
+from heatlens._geometry import Float32Array, PixelBox
+from heatlens._images import UInt8Array
+from heatlens._overlay import blend
+from heatlens._results import Result
+
+NO_ANSWER = "no answer"
+_FONT = cv2.FONT_HERSHEY_SIMPLEX
+_WHITE = (255, 255, 255)
+# A line's height as a part of the frame's shorter side, and its limits in pixels.
+_LINE_SHARE = 1 / 11
+_MIN_LINE_PX, _MAX_LINE_PX = 12, 72
+# Of a line's height: the capitals' height.
+_CAPITAL_SHARE = 0.5
+# How much light the banner lets through: dark enough for white text on snow.
+_BANNER_LIGHT = 0.3
+# At most so much of the frame's height is banner.
+_BANNER_SHARE = 0.4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Look:
+    """What an answer draws on a frame, and on those that follow until the next answer.
+
+    Attributes:
+        values: float32 (H, W) in [0, 1], the map placed on the frame; None: no map.
+        region: what the model saw, in pixels of the frame.
+        lines: the banner's text.
+    """
+
+    values: Float32Array | None
+    region: PixelBox
+    lines: tuple[str, ...]
+
+
+FAILED = Look(values=None, region=PixelBox(0, 0, 0, 0), lines=(NO_ANSWER,))
+
+
+def look_of(result: Result, size: tuple[int, int]) -> Look:
+    """Return the look of an answer on frames of `size` (width, height): the first class's map, every class's name."""
+    first = result.explanations[0].heatmap
+    lines = tuple(
+        f"{item.probability:>4.0%}  {_one_line(item.label) or f'class {item.class_id}'}" for item in result.explanations
+    )
+    return Look(values=first.on(size), region=first.region, lines=lines)
+
+
+def draw(pixels: UInt8Array, look: Look | None, *, colormap: str, alpha: float) -> UInt8Array:
+    """Draw a look on a frame.
+
+    Args:
+        pixels: uint8 (H, W, 3), RGB.
+        look: what to draw; None: nothing.
+        colormap: name of an OpenCV colour map.
+        alpha: opacity of the map, in [0, 1].
+
+    Returns:
+        uint8 (H, W, 3), RGB, a new array.
+
+    Raises:
+        InvalidArgumentError: no such colour map, or alpha is not in [0, 1].
+    """
+    if look is None:
+        return pixels.copy()
+    if look.values is None:
+        drawn = pixels.copy()
+    else:
+        drawn = blend(pixels, look.values, look.region, colormap=colormap, alpha=alpha)
+    _draw_banner(drawn, look.lines)
+    return drawn
+
+
+def _draw_banner(pixels: UInt8Array, lines: Sequence[str]) -> None:
+    """Darken the top of a frame and write the lines on it, as many as fit; at least one."""
+    height_px, width_px = pixels.shape[:2]
+    line_px = round(min(max(min(height_px, width_px) * _LINE_SHARE, _MIN_LINE_PX), _MAX_LINE_PX))
+    lines = lines[: max(int(height_px * _BANNER_SHARE) // line_px, 1)]
+    banner = pixels[: min(line_px * len(lines) + line_px // 4, height_px)]
+    banner[:] = cv2.convertScaleAbs(banner, alpha=_BANNER_LIGHT)
+    (_, capital_px), _ = cv2.getTextSize("H", _FONT, 1.0, 1)
+    scale = line_px * _CAPITAL_SHARE / capital_px
+    thickness = 2 if line_px >= 2 * _MIN_LINE_PX else 1
+    margin_px = line_px // 3
+    for index, line in enumerate(lines):
+        # The capitals' middle is the line's middle; the margin on top makes up for what hangs below.
+        baseline = line_px * index + line_px // 8 + round(line_px * (1 + _CAPITAL_SHARE) / 2)
+        text = _fitted(line, width_px - 2 * margin_px, scale, thickness)
+        cv2.putText(pixels, text, (margin_px, baseline), _FONT, scale, _WHITE, thickness, cv2.LINE_AA)
+
+
+def _fitted(text: str, width_px: int, scale: float, thickness: int) -> str:
+    """Return the text, cut so that it is no wider than `width_px`."""
+
+    def fits(candidate: str) -> bool:
+        (wide_px, _), _ = cv2.getTextSize(candidate, _FONT, scale, thickness)
+        return wide_px <= width_px
+
+    if fits(text):
+        return text
+    # The first length that does not fit, by bisection.
+    low, high = 0, len(text)
+    while low < high:
+        middle = (low + high) // 2
+        if fits(text[: middle + 1].rstrip() + ".."):
+            low = middle + 1
+        else:
+            high = middle
+    return text[:low].rstrip() + ".."
+
+
+def _one_line(label: str) -> str:
+    """Return a label without line breaks and other control characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in label).split())
