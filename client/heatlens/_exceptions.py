@@ -27,6 +27,9 @@
 | UNIMPLEMENTED                                                     | UnimplementedError       |
 | INTERNAL, UNKNOWN, DATA_LOSS, ABORTED, ALREADY_EXISTS             | InternalError            |
 
+A stream's frames fail with the same errors, as values: `FrameResult.error`. When the stream itself breaks, its error is
+raised with `last_frame_id`: all frames up to that one were answered, so a new stream can start after it.
+
 Not in the tree: a file that cannot be read raises the built-in FileNotFoundError or another OSError.
 """
 
@@ -80,6 +83,7 @@ class HeatlensError(Exception):
         request_id: names this call in the server's log; None if the call was never sent.
         field_violations: the wrong arguments or fields; empty unless the call was wrong.
         retry_after_s: when the server says to try again, in seconds; None if it does not say.
+        last_frame_id: of a broken stream, the last frame that was answered; None if none was, and for other calls.
     """
 
     default_code = StatusCode.UNKNOWN
@@ -103,6 +107,7 @@ class HeatlensError(Exception):
         self.request_id = request_id
         self.field_violations = tuple(field_violations)
         self.retry_after_s = retry_after_s
+        self.last_frame_id: int | None = None
 
     def __repr__(self) -> str:
         request = "" if self.request_id is None else f", request_id={self.request_id!r}"
@@ -141,13 +146,16 @@ class NotFoundError(HeatlensError):
 
 
 class FailedPreconditionError(HeatlensError):
-    """Not before somebody mends it: the model failed to load (MODEL_FAILED), the client is closed (CLIENT_CLOSED)."""
+    """Not before somebody mends it: the model failed to load (MODEL_FAILED), the client is closed (CLIENT_CLOSED).
+
+    Also a stream that is closed or finished, or not open yet: the reasons start with STREAM_.
+    """
 
     default_code = StatusCode.FAILED_PRECONDITION
 
 
 class ResourceExhaustedError(HeatlensError):
-    """Too many requests are waiting, or the device is out of memory."""
+    """Too many requests are waiting, or the device is out of memory; or a stream dropped a frame (FRAME_DROPPED)."""
 
     default_code = StatusCode.RESOURCE_EXHAUSTED
 

@@ -14,11 +14,12 @@ UInt8Array = npt.NDArray[np.uint8]
 ImageSource: TypeAlias = str | PathLike[str] | bytes | bytearray | memoryview | npt.NDArray[Any]
 
 
-def load_image(image: ImageSource) -> bytes | UInt8Array:
+def load_image(image: ImageSource, *, argument: str = "image") -> bytes | UInt8Array:
     """Return what is sent for an image: the file's bytes as they are, or its pixels.
 
     Args:
         image: a path, the bytes of a JPEG, PNG or WebP file, or uint8 RGB pixels of shape (height, width, 3).
+        argument: what the caller calls it, for errors.
 
     Returns:
         The bytes of the file, or uint8 (height, width, 3), C-contiguous.
@@ -29,9 +30,9 @@ def load_image(image: ImageSource) -> bytes | UInt8Array:
         FileNotFoundError: there is no such file (another OSError if it cannot be read).
     """
     if isinstance(image, np.ndarray):
-        return np.ascontiguousarray(_checked_pixels(image))
+        return np.ascontiguousarray(_checked_pixels(image, argument))
     if isinstance(image, str | PathLike):
-        path = checked_path("image", image)
+        path = checked_path(argument, image)
         encoded = path.read_bytes()
         origin = f"the file {str(path)!r}"
     elif isinstance(image, bytes | bytearray | memoryview):
@@ -39,10 +40,10 @@ def load_image(image: ImageSource) -> bytes | UInt8Array:
         origin = "the encoded image"
     else:
         raise InvalidArgumentError.of(
-            "image", f"expected a path, bytes or a uint8 array (height, width, 3), got {type(image).__name__}"
+            argument, f"expected a path, bytes or a uint8 array (height, width, 3), got {type(image).__name__}"
         )
     if not encoded:
-        raise InvalidArgumentError.of("image", f"{origin} is empty", reason="IMAGE_EMPTY")
+        raise InvalidArgumentError.of(argument, f"{origin} is empty", reason="IMAGE_EMPTY")
     return encoded
 
 
@@ -86,6 +87,20 @@ def decode_image(image: ImageSource) -> UInt8Array:
     return np.asarray(pixels, dtype=np.uint8)
 
 
+def encode_jpeg(pixels: UInt8Array, quality: int, *, argument: str) -> bytes:
+    """Encode RGB pixels, uint8 (height, width, 3), as a JPEG file of quality 1 to 100.
+
+    Raises:
+        InvalidArgumentError: larger than the 65,500 pixels a side that OpenCV's JPEG allows.
+    """
+    try:
+        _, encoded = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    except cv2.error:
+        height_px, width_px = pixels.shape[:2]
+        raise InvalidArgumentError.of(argument, f"cannot be a JPEG of {width_px}x{height_px} pixels") from None
+    return encoded.tobytes()
+
+
 def write_image(path: Path, pixels: UInt8Array) -> None:
     """Write RGB pixels as an image file of the type that the path's suffix names.
 
@@ -102,9 +117,9 @@ def write_image(path: Path, pixels: UInt8Array) -> None:
     path.write_bytes(encoded.tobytes())
 
 
-def _checked_pixels(pixels: npt.NDArray[Any]) -> UInt8Array:
+def _checked_pixels(pixels: npt.NDArray[Any], argument: str) -> UInt8Array:
     if pixels.dtype != np.uint8:
-        raise InvalidArgumentError.of("image", f"expected pixels of type uint8, got {pixels.dtype}")
+        raise InvalidArgumentError.of(argument, f"expected pixels of type uint8, got {pixels.dtype}")
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
-        raise InvalidArgumentError.of("image", f"expected RGB pixels of shape (height, width, 3), got {pixels.shape}")
+        raise InvalidArgumentError.of(argument, f"expected RGB pixels of shape (height, width, 3), got {pixels.shape}")
     return pixels

@@ -11,11 +11,11 @@ from typing import Final, TypeAlias
 
 import grpc
 
+from heatlens._arguments import MAX_SECONDS, checked_int, checked_timeout, is_number, is_text
 from heatlens._exceptions import InvalidArgumentError
 from heatlens._images import checked_path
 from heatlens._status import REQUEST_ID_KEY
 from heatlens._version import __version__
-from heatlens._wire import MAX_SECONDS, checked_int, checked_timeout, is_number, is_text
 
 DEFAULT_MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 

@@ -293,6 +293,7 @@ class ServerInfo:
         max_in_flight: largest window of a stream, in frames; 0: streaming is not served.
         max_batch_size: largest batch of any model.
         max_queue_delay_ms: longest batching window of any model.
+        max_streams: most streams open at a time; 0 if the server is too old to say.
     """
 
     version: str
@@ -303,6 +304,7 @@ class ServerInfo:
     max_in_flight: int
     max_batch_size: int
     max_queue_delay_ms: float
+    max_streams: int
 
 
 class Health(StrEnum):

@@ -1,4 +1,4 @@
-"""From a failed gRPC call to our exception: the only file that reads google.rpc.Status."""
+"""From a failed gRPC call or a stream's failed frame to our exception: the only file that reads google.rpc.Status."""
 
 from collections.abc import Iterable
 
@@ -25,6 +25,7 @@ _DETAILS = (
     error_details_pb2.RetryInfo,
     error_details_pb2.RequestInfo,
 )
+_CODES = {code.value[0]: StatusCode(code.name) for code in grpc.StatusCode if code is not grpc.StatusCode.OK}
 
 
 def error_of(error: grpc.RpcError, request_id: str) -> HeatlensError:
@@ -38,12 +39,43 @@ def error_of(error: grpc.RpcError, request_id: str) -> HeatlensError:
         return InternalError(str(error), request_id=request_id)
     code = StatusCode(error.code().name)
     trailing = {key: value for key, value in error.trailing_metadata() or () if isinstance(value, str)}
-    retry_after_s = _pushback_s(trailing.get(_PUSHBACK_KEY, ""))
+    try:
+        status = rpc_status.from_call(error)
+    except (ValueError, DecodeError):
+        status = None
+    return _error(
+        code,
+        error.details() or code.value,
+        status,
+        request_id=trailing.get(REQUEST_ID_KEY) or request_id,
+        retry_after_s=_pushback_s(trailing.get(_PUSHBACK_KEY, "")),
+    )
+
+
+def frame_error_of(status: status_pb2.Status, request_id: str) -> HeatlensError:
+    """Turn the status of a stream's failed frame into our exception.
+
+    Args:
+        status: what the server answered for the frame.
+        request_id: the id sent with the stream, used if the status names none.
+    """
+    code = _CODES.get(status.code, StatusCode.UNKNOWN)
+    return _error(code, status.message or code.value, status, request_id=request_id, retry_after_s=None)
+
+
+def _error(
+    code: StatusCode,
+    message: str,
+    status: status_pb2.Status | None,
+    *,
+    request_id: str,
+    retry_after_s: float | None,
+) -> HeatlensError:
+    """Make the exception of a code, with what the status' details add or know better."""
     reason: str | None = None
     metadata: dict[str, str] = {}
     violations: list[FieldViolation] = []
-    request_id = trailing.get(REQUEST_ID_KEY) or request_id
-    for detail in _details(error):
+    for detail in _details(status):
         if isinstance(detail, error_details_pb2.ErrorInfo):
             reason, metadata = detail.reason, dict(detail.metadata)
         elif isinstance(detail, error_details_pb2.BadRequest):
@@ -53,7 +85,7 @@ def error_of(error: grpc.RpcError, request_id: str) -> HeatlensError:
         elif isinstance(detail, error_details_pb2.RequestInfo):
             request_id = detail.request_id or request_id
     return error_class(code)(
-        error.details() or code.value,
+        message,
         code=code,
         reason=reason,
         metadata=metadata,
@@ -72,12 +104,8 @@ def unknown_model(error: NotFoundError, model: str | None) -> NotFoundError:
     )
 
 
-def _details(error: grpc.RpcError) -> Iterable[Message]:
-    """Return the known google.rpc details of a failed call; none if they are missing or damaged."""
-    try:
-        status: status_pb2.Status | None = rpc_status.from_call(error)
-    except (ValueError, DecodeError):
-        return []
+def _details(status: status_pb2.Status | None) -> Iterable[Message]:
+    """Return the known google.rpc details of a status; none if they are missing or damaged."""
     details: list[Message] = []
     for packed in status.details if status is not None else ():
         for kind in _DETAILS:

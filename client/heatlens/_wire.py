@@ -5,7 +5,6 @@ model states go by the same rule. `_names` is the one place where that rule is.
 """
 
 import math
-import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 
+from heatlens._arguments import checked_int, is_text, number_of
 from heatlens._exceptions import InternalError, InvalidArgumentError
 from heatlens._geometry import Float32Array, PixelBox
 from heatlens._images import ImageSource, load_image
@@ -34,10 +34,6 @@ from heatlens.v1 import explain_pb2, model_pb2
 MapSizeName = Literal["layer", "input", "source"]
 MapTypeName = Literal["float32", "float16", "uint8"]
 
-MAX_INT32 = 2**31 - 1
-# About 30 years. gRPC counts in nanoseconds since 1970 in 64 bits: from 7e9 s on a deadline is over before it begins.
-MAX_SECONDS = 1e9
-
 
 def _names(items: Iterable[tuple[str, int]], prefix: str) -> dict[str, int]:
     """Return an enum's values by public name; the zero value has none."""
@@ -47,6 +43,7 @@ def _names(items: Iterable[tuple[str, int]], prefix: str) -> dict[str, int]:
 METHODS = _names(explain_pb2.Method.items(), "METHOD_")
 MAP_SIZES = _names(explain_pb2.MapSize.items(), "MAP_SIZE_")
 MAP_TYPES = _names(explain_pb2.DataType.items(), "DATA_TYPE_")
+OVERFLOW_POLICIES = _names(explain_pb2.OverflowPolicy.items(), "OVERFLOW_POLICY_")
 _METHOD_NAMES = {number: name for name, number in METHODS.items()}
 _MODEL_STATES = {number: ModelState(name) for name, number in _names(model_pb2.Model.State.items(), "STATE_").items()}
 _ELEMENT_TYPES: dict[int, np.dtype[Any]] = {
@@ -74,25 +71,50 @@ def explain_request(
         InvalidArgumentError: an argument is wrong; names it.
         FileNotFoundError: there is no such file (another OSError if it cannot be read).
     """
+    options = explain_options(
+        top_k=top_k,
+        class_ids=class_ids,
+        method=method,
+        layers=layers,
+        map_size=map_size,
+        map_type=map_type,
+        top_predictions=top_predictions,
+    )
+    return explain_pb2.ExplainRequest(model=model_name(model), image=image_message(load_image(image)), options=options)
+
+
+def explain_options(
+    *,
+    top_k: int | None,
+    class_ids: int | Sequence[int] | None,
+    method: str | None,
+    layers: str | Sequence[str] | None,
+    map_size: str | None,
+    map_type: str | None,
+    top_predictions: int | None,
+) -> explain_pb2.ExplainOptions:
+    """Build what `explain` and `stream` have in common. `Client.explain` documents the arguments.
+
+    Raises:
+        InvalidArgumentError: an argument is wrong; names it.
+    """
     if top_k is not None and class_ids is not None:
         raise InvalidArgumentError.of("class_ids", "cannot be combined with top_k: give one of the two")
     options = explain_pb2.ExplainOptions(
-        method=_number_of("method", method, METHODS),
+        method=number_of("method", method, METHODS),
         layers=_layer_names(layers),
-        map_size=_number_of("map_size", map_size, MAP_SIZES),
-        map_type=_number_of("map_type", map_type, MAP_TYPES),
+        map_size=number_of("map_size", map_size, MAP_SIZES),
+        map_type=number_of("map_type", map_type, MAP_TYPES),
         top_predictions=0 if top_predictions is None else checked_int("top_predictions", top_predictions, at_least=0),
     )
     if top_k is not None:
         options.top_k = checked_int("top_k", top_k, at_least=1)
     if class_ids is not None:
         options.class_ids.values.extend(_class_ids(class_ids))
-    return explain_pb2.ExplainRequest(
-        model=_model_name(model), image=_image_message(load_image(image)), options=options
-    )
+    return options
 
 
-def check_size(request: Message, max_message_bytes: int) -> None:
+def check_size(request: Message, max_message_bytes: int, *, argument: str = "image") -> None:
     """Refuse a request that no channel would carry: gRPC would only find out after burning every retry.
 
     Raises:
@@ -101,37 +123,11 @@ def check_size(request: Message, max_message_bytes: int) -> None:
     size_bytes = request.ByteSize()
     if size_bytes > max_message_bytes:
         raise InvalidArgumentError.of(
-            "image",
+            argument,
             f"the request has {size_bytes} bytes, max_message_bytes is {max_message_bytes}; "
             "send the encoded file, or a smaller image",
             reason="MESSAGE_TOO_LARGE",
         )
-
-
-def checked_timeout(timeout: float | None) -> float | None:
-    """Return the timeout in seconds, None for no limit.
-
-    Raises:
-        InvalidArgumentError: not a number from above 0 to MAX_SECONDS.
-    """
-    if timeout is None or (is_number(timeout) and 0 < timeout <= MAX_SECONDS):
-        return timeout
-    raise InvalidArgumentError.of(
-        "timeout", f"expected seconds > 0 and <= {MAX_SECONDS:g}, or None for no limit; got {timeout!r}"
-    )
-
-
-def is_number(value: object) -> bool:
-    """Whether this is an int or a float. A bool is none: True would be one second."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def is_text(value: object) -> bool:
-    """Whether this is a string that UTF-8 can carry: half of a surrogate pair cannot be."""
-    try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
-        return False
 
 
 def health_request(model: str | None) -> health_pb2.HealthCheckRequest:
@@ -140,7 +136,7 @@ def health_request(model: str | None) -> health_pb2.HealthCheckRequest:
     Raises:
         InvalidArgumentError: the model is no name.
     """
-    name = _model_name(model)
+    name = model_name(model)
     return health_pb2.HealthCheckRequest(service="" if model is None else f"heatlens.v1.ExplainService/{name}")
 
 
@@ -250,6 +246,7 @@ def server_info_of(response: model_pb2.GetServerInfoResponse) -> ServerInfo:
         max_in_flight=response.max_in_flight,
         max_batch_size=response.max_batch_size,
         max_queue_delay_ms=_milliseconds(response.max_queue_delay),
+        max_streams=response.max_streams,
     )
 
 
@@ -271,7 +268,8 @@ def _method_name(number: int) -> str:
     return _METHOD_NAMES.get(number, f"method-{number}")
 
 
-def _image_message(loaded: bytes | npt.NDArray[np.uint8]) -> explain_pb2.Image:
+def image_message(loaded: bytes | npt.NDArray[np.uint8]) -> explain_pb2.Image:
+    """Build the message of an image that `load_image` returned."""
     if isinstance(loaded, bytes):
         return explain_pb2.Image(encoded=loaded)
     return explain_pb2.Image(
@@ -281,15 +279,12 @@ def _image_message(loaded: bytes | npt.NDArray[np.uint8]) -> explain_pb2.Image:
     )
 
 
-def _number_of(argument: str, name: str | None, names: dict[str, int]) -> Any:  # noqa: ANN401 - any enum's value
-    if name is None:
-        return 0
-    if not isinstance(name, str) or name not in names:
-        raise InvalidArgumentError.of(argument, f"expected one of {', '.join(names)}; got {name!r}")
-    return names[name]
+def model_name(model: str | None) -> str:
+    """Return a model's name as sent; None is the default model, the empty name.
 
-
-def _model_name(model: str | None) -> str:
+    Raises:
+        InvalidArgumentError: not a text.
+    """
     if model is not None and not is_text(model):
         raise InvalidArgumentError.of("model", f"expected a name, got {model!r}")
     return model or ""
@@ -315,14 +310,3 @@ def _class_ids(class_ids: int | Sequence[int]) -> list[int]:
     if not values:
         raise InvalidArgumentError.of("class_ids", "expected at least one class id")
     return [checked_int("class_ids", value, at_least=0) for value in values]
-
-
-def checked_int(argument: str, value: object, *, at_least: int, at_most: int = MAX_INT32) -> int:
-    """Return the value as an int; numpy's integers are welcome, bools and floats are not."""
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or not at_least <= number <= at_most:
-        raise InvalidArgumentError.of(argument, f"expected an integer from {at_least} to {at_most}, got {value!r}")
-    return number

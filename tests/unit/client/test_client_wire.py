@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from heatlens import InternalError, InvalidArgumentError, PixelBox
+from heatlens._arguments import checked_timeout
 from heatlens._wire import (
     MAP_SIZES,
     MAP_TYPES,
     METHODS,
     check_size,
-    checked_timeout,
     explain_request,
     health_request,
     map_values,
