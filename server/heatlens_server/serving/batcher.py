@@ -1,4 +1,4 @@
-"""The queue of one model, and the rule that makes batches of it.
+"""The queue of one model, and the rules that make batches of it.
 
 One owner: every change of an entry's state happens here, under one lock. A batch holds entries of one bucket (equal
 `MapSpec`) and is closed when
@@ -9,20 +9,30 @@ One owner: every change of an entry's state happens here, under one lock. A batc
   would gain nothing, since the device cannot take it, and would shut out the images that arrive meanwhile; or
 * an entry's deadline, less the time that a batch takes, has come.
 
-Among buckets that are due, the one whose oldest entry waited longest goes first.
+Which entries run first is settled by turns (`turns.py`, with the literature):
+
+* Inside a bucket, sources take turns: a batch takes one entry of each, then a second one of each, and the next batch
+  goes on where it stopped. A caller with a single image is a source of its own. So a stream with 64 images waiting and
+  one with a single image get one each before the first gets its second.
+* Buckets take turns as well, a batch each, so that nobody waits for more than one batch of each other bucket. Only the
+  bucket whose turn it is may be closed before the running batch is about to end: one that is always full would
+  otherwise always be due, and one with few images never. Counting batches, not images, keeps large batches: the
+  device's time goes by batches more than by images.
 """
 
+import itertools
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 
 from heatlens_server.engines.base import MapSpec, Target
 from heatlens_server.errors import DeadlineExpired, QueueFull, ServerDraining
 from heatlens_server.imaging.preprocess import FittedImage
 from heatlens_server.serving.entry import Complete, Entry, EntryState, Outcome, Source
 from heatlens_server.serving.estimate import BatchTimeEstimate
+from heatlens_server.serving.turns import Turns
 
 PREPARE_S = 0.002
 """How long before the running batch ends the next one is closed: time to stack its images, in seconds."""
@@ -50,7 +60,7 @@ class Batcher:
         Args:
             max_batch_size: most images in a batch.
             max_delay_s: how long an image may wait for others while the device is busy, in seconds.
-            max_queue_length: most entries admitted and not yet claimed by a batch.
+            max_queue_length: most entries admitted and not yet claimed by a batch, those of streams aside.
             complete: takes the entries that expired in the queue.
             clock: seconds, monotonic.
         """
@@ -60,9 +70,13 @@ class Batcher:
         self._complete = complete
         self._clock = clock
         self._changed = threading.Condition()
-        self._buckets: dict[MapSpec, deque[Entry]] = {}
+        # In turn order.
+        self._buckets: OrderedDict[MapSpec, Turns[Entry]] = OrderedDict()
         self._admitted = 0
         self._callers = 0
+        self._waiting = 0
+        # No entry's deadline is earlier. Spares most searches for expired ones.
+        self._no_expiry_before = math.inf
         self._hold_until = 0
         self._closed = False
         self._running_since: float | None = None
@@ -117,7 +131,10 @@ class Batcher:
             entry.image = image
             entry.enqueued_at = self._clock()
             entry.state = EntryState.WAITING
-            self._buckets.setdefault(entry.spec, deque()).append(entry)
+            self._buckets.setdefault(entry.spec, Turns()).put(entry.owner, entry)
+            self._waiting += 1
+            if entry.deadline is not None:
+                self._no_expiry_before = min(self._no_expiry_before, entry.deadline)
             self._changed.notify_all()
 
     def withdraw(self, entry: Entry) -> bool:
@@ -128,10 +145,7 @@ class Batcher:
         """
         with self._changed:
             if entry.state is EntryState.WAITING:
-                bucket = self._buckets[entry.spec]
-                bucket.remove(entry)
-                if not bucket:
-                    del self._buckets[entry.spec]
+                self._take_out(entry)
             elif entry.state is not EntryState.PREPARING:
                 return False
             self._release(entry, EntryState.GONE)
@@ -143,7 +157,7 @@ class Batcher:
         """Wait until a batch is due and claim it.
 
         Returns:
-            1 to max_batch_size entries of one bucket, oldest first; None once the batcher is closed and empty.
+            1 to max_batch_size entries of one bucket, in turns; None once the batcher is closed and empty.
         """
         while True:
             with self._changed:
@@ -194,39 +208,63 @@ class Batcher:
         if self._held():
             return None
         now = self._clock()
-        due = [bucket for bucket in self._buckets.values() if self._due_at(bucket) <= now]
-        if not due:
+        spec = next((spec for spec, closing_at in self._closings() if closing_at <= now), None)
+        if spec is None:
             return None
-        bucket = min(due, key=lambda entries: entries[0].enqueued_at)
-        batch = [bucket.popleft() for _ in range(min(len(bucket), self._max_batch_size))]
-        if not bucket:
-            del self._buckets[batch[0].spec]
+        bucket = self._buckets[spec]
+        batch = [bucket.take() for _ in range(min(len(bucket), self._max_batch_size))]
+        self._waiting -= len(batch)
         for entry in batch:
             self._release(entry, EntryState.CLAIMED)
+        self._end_turn(spec)
         return batch
 
-    def _due_at(self, bucket: deque[Entry]) -> float:
-        """When a bucket's batch is to be closed, on the clock. Holds the lock."""
+    def _closings(self) -> Iterator[tuple[MapSpec, float]]:
+        """Each bucket, in turn order, and when its batch is to be closed, on the clock. Holds the lock."""
+        not_before = -math.inf
+        for spec, bucket in self._buckets.items():
+            if bucket:
+                yield spec, max(self._due_at(bucket), not_before)
+                # The others let the first one go first, but not at the price of an idle device.
+                not_before = self._next_batch_at()
+
+    def _due_at(self, bucket: Turns[Entry]) -> float:
+        """When a bucket's batch is to be closed if it is the only one, on the clock. Holds the lock."""
         if self._closed or self._running_since is None or len(bucket) >= self._max_batch_size:
             return -math.inf
-        device_free_at = self._running_since + self._estimate.seconds(self._running_size)
-        due = max(bucket[0].enqueued_at + self._max_delay_s, device_free_at - PREPARE_S)
+        due = max(min(entry.enqueued_at for entry in bucket) + self._max_delay_s, self._next_batch_at())
         deadlines = [entry.deadline for entry in bucket if entry.deadline is not None]
         if deadlines:
             due = min(due, min(deadlines) - self._estimate.seconds(len(bucket)))
         return due
 
+    def _next_batch_at(self) -> float:
+        """When the device is about to need a batch, on the clock. Holds the lock."""
+        if self._closed or self._running_since is None:
+            return -math.inf
+        return self._running_since + self._estimate.seconds(self._running_size) - PREPARE_S
+
+    def _end_turn(self, spec: MapSpec) -> None:
+        """Put a bucket that gave a batch at the end of the round. Holds the lock."""
+        # Those before it that are empty had their turn too.
+        for other in list(itertools.takewhile(lambda other: other != spec, self._buckets)):
+            if not self._buckets[other]:
+                del self._buckets[other]
+        if self._buckets[spec]:
+            self._buckets.move_to_end(spec)
+        else:
+            del self._buckets[spec]
+
     def _seconds_until_due(self) -> float | None:
         """How long nothing will be due unless something changes; None for ever. Holds the lock."""
-        expiries = [e.deadline for bucket in self._buckets.values() for e in bucket if e.deadline is not None]
-        dues = [] if self._held() else [self._due_at(bucket) for bucket in self._buckets.values()]
-        soonest = min(dues + expiries, default=math.inf)
+        dues = [] if self._held() else [closing_at for _, closing_at in self._closings()]
+        soonest = min([*dues, self._no_expiry_before])
         return None if soonest == math.inf else max(0.0, soonest - self._clock())
 
     def _held(self) -> bool:
         if not self._hold_until:
             return False
-        if sum(len(bucket) for bucket in self._buckets.values()) < self._hold_until:
+        if self._waiting < self._hold_until:
             return True
         self._hold_until = 0
         return False
@@ -234,17 +272,34 @@ class Batcher:
     def _sweep(self) -> list[Entry]:
         """Take out the entries whose deadline has passed. Holds the lock."""
         now = self._clock()
-        expired = [e for b in self._buckets.values() for e in b if e.deadline is not None and e.deadline <= now]
+        if now < self._no_expiry_before:
+            return []
+        timed = [(e.deadline, e) for bucket in self._buckets.values() for e in bucket if e.deadline is not None]
+        expired = [entry for deadline, entry in timed if deadline <= now]
+        self._no_expiry_before = min((deadline for deadline, _ in timed if deadline > now), default=math.inf)
         for entry in expired:
-            bucket = self._buckets[entry.spec]
-            bucket.remove(entry)
-            if not bucket:
-                del self._buckets[entry.spec]
+            self._take_out(entry)
             self._release(entry, EntryState.GONE)
         return expired
 
+    def _take_out(self, entry: Entry) -> None:
+        """Take a waiting entry out of its bucket. Holds the lock."""
+        # A stream that replaces a frame by a newer one keeps its turn, and so does its bucket, though they may be empty
+        # in between.
+        keep_turn = entry.source is not None
+        bucket = self._buckets[entry.spec]
+        bucket.remove(entry.owner, entry, keep_turn=keep_turn)
+        self._waiting -= 1
+        if not self._waiting:
+            self._buckets.clear()
+        elif not bucket and not keep_turn:
+            del self._buckets[entry.spec]
+
     def _release(self, entry: Entry, state: EntryState) -> None:
         entry.state = state
+        if state is EntryState.GONE:
+            # Nobody wants them; the entry itself may be held for long.
+            entry.prepare = entry.image = None
         self._admitted -= 1
         self._callers -= entry.source is None
 

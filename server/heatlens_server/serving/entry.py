@@ -60,7 +60,8 @@ class Entry:
         deadline: on the batcher's clock, in seconds; None for no deadline.
         resolve: takes the outcome on behalf of the caller; called once at most, by whoever `Complete` leaves it to.
         source: who sent it; None for a caller with this image only.
-        image: the image as the model sees it; None while it is being decoded.
+        prepare: makes `image`; None once that is done or not wanted any more.
+        image: the image as the model sees it; None while it is being decoded, and when the entry is gone.
         preprocess_s: seconds of decoding and resizing.
         enqueued_at: when it entered the queue, on the batcher's clock, in seconds.
         state: where it is.
@@ -71,10 +72,16 @@ class Entry:
     deadline: float | None
     resolve: Callable[[Outcome], None]
     source: Source | None = None
+    prepare: Callable[[], FittedImage] | None = None
     image: FittedImage | None = None
     preprocess_s: float = 0.0
     enqueued_at: float = 0.0
     state: EntryState = EntryState.PREPARING
+
+    @property
+    def owner(self) -> object:
+        """Who takes turns with others: the source, or a caller with this image only."""
+        return self.source or self
 
 
 Complete = Callable[[Sequence[tuple[Entry, Outcome]]], None]

@@ -1,6 +1,8 @@
 """One model's way from an awaiting caller to its device and back: admission, preparation, queue, result."""
 
 import asyncio
+import functools
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -9,8 +11,9 @@ from heatlens_server.engines.base import Engine, MapSpec, Target
 from heatlens_server.errors import DeadlineExpired
 from heatlens_server.imaging.preprocess import FittedImage
 from heatlens_server.serving.batcher import Batcher
-from heatlens_server.serving.entry import Entry, EntryState, Outcome, Source
-from heatlens_server.serving.ticket import Explained, Ticket
+from heatlens_server.serving.entry import Completed, Entry, Outcome, Source
+from heatlens_server.serving.preparation import Preparation
+from heatlens_server.serving.ticket import Explained, Ticket, resolve
 from heatlens_server.serving.worker import Worker
 
 __all__ = ["Explained", "Lane", "Ticket"]
@@ -28,6 +31,7 @@ class Lane:
         max_batch_size: int,
         max_delay_s: float,
         max_queue_length: int,
+        max_preparing: int | None = None,
     ) -> None:
         """Start the engine's threads. Must be called on the event loop.
 
@@ -37,11 +41,12 @@ class Lane:
             preparers: threads that decode and resize.
             max_batch_size: most images in a batch.
             max_delay_s: the batching window, in seconds.
-            max_queue_length: most requests admitted and not running.
+            max_queue_length: most requests admitted and not running, those of streams aside.
+            max_preparing: most images decoded at the same time; None: one per CPU.
         """
         self._engine = engine
         self._loop = asyncio.get_running_loop()
-        self._preparers = preparers
+        self._preparation = Preparation(preparers, self._prepare, at_once=max_preparing or os.cpu_count() or 1)
         self.batcher = Batcher(
             max_batch_size=max_batch_size,
             max_delay_s=max_delay_s,
@@ -92,19 +97,21 @@ class Lane:
             QueueFull: too many are waiting; never for an image of a stream.
             ServerDraining: the lane is closing.
         """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        ticket = Ticket(
-            self.batcher,
-            lambda resolve: self.batcher.admit(target, spec, deadline=deadline, resolve=resolve, source=source),
-            self._loop,
+        future: asyncio.Future[Completed] = self._loop.create_future()
+        entry = self.batcher.admit(
+            target,
+            spec,
+            deadline=None if timeout_s is None else time.monotonic() + timeout_s,
+            resolve=functools.partial(resolve, future),
+            source=source,
         )
+        entry.prepare = prepare
         try:
-            self._preparers.submit(self._prepare, ticket.entry, prepare)
+            self._preparation.add(entry)
         except BaseException:
-            # No preparer left.
-            self.batcher.withdraw(ticket.entry)
+            self.batcher.withdraw(entry)
             raise
-        return ticket
+        return Ticket(entry, future, withdraw=self._withdraw)
 
     async def close(self, *, timeout_s: float | None = None) -> bool:
         """Refuse new work, finish what was admitted, stop the threads and close the engine. Idempotent.
@@ -118,10 +125,17 @@ class Lane:
             self._engine.close()
         return finished
 
-    def _prepare(self, entry: Entry, prepare: Callable[[], FittedImage]) -> None:
+    def _withdraw(self, entry: Entry) -> bool:
+        withdrawn = self.batcher.withdraw(entry)
+        if withdrawn:
+            self._preparation.discard(entry)
+        return withdrawn
+
+    def _prepare(self, entry: Entry) -> None:
         """Decode on a preparer thread, then queue."""
-        if entry.state is not EntryState.PREPARING:
-            return
+        prepare = entry.prepare
+        if prepare is None:
+            return  # withdrawn
         started_at = time.monotonic()
         try:
             image = _prepare_in_time(prepare, entry.deadline, started_at)
@@ -130,6 +144,7 @@ class Lane:
                 self._complete([(entry, error)])
             return
         entry.preprocess_s = time.monotonic() - started_at
+        entry.prepare = None
         self.batcher.put(entry, image)
 
     def _complete(self, outcomes: Sequence[tuple[Entry, Outcome]]) -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from heatlens_server.errors import InternalError
 from heatlens_server.imaging.preprocess import FittedImage
-from heatlens_server.serving.batcher import Batcher
 from heatlens_server.serving.entry import Completed, Entry, EntryState, Outcome
 
 
@@ -31,26 +30,19 @@ class Ticket:
     Nobody has to await it: an error that nobody asks for is dropped without a word.
     """
 
-    __slots__ = ("_batcher", "_entry", "_future")
+    __slots__ = ("_entry", "_future", "_withdraw")
 
-    def __init__(
-        self, batcher: Batcher, admit: Callable[[Callable[[Outcome], None]], Entry], loop: asyncio.AbstractEventLoop
-    ) -> None:
-        """Take a place in the queue.
+    def __init__(self, entry: Entry, future: asyncio.Future[Completed], *, withdraw: Callable[[Entry], bool]) -> None:
+        """Hold a place in the queue.
 
         Args:
-            batcher: whose queue.
-            admit: makes the entry, given what takes its outcome on the event loop. What it raises is raised here.
-            loop: the event loop.
+            entry: the place.
+            future: resolved by `resolve`, on its event loop.
+            withdraw: gives up the entry's place; False if it is too late.
         """
-        self._batcher = batcher
-        self._future: asyncio.Future[Completed] = loop.create_future()
-        self._entry = admit(self._resolve)
-
-    @property
-    def entry(self) -> Entry:
-        """The place in the queue, for the lane."""
-        return self._entry
+        self._entry = entry
+        self._future = future
+        self._withdraw = withdraw
 
     @property
     def waiting(self) -> bool:
@@ -64,9 +56,9 @@ class Ticket:
             False if it is too late, and nothing has changed: a batch has claimed the image, or it failed, expired or
             was given up before.
         """
-        if not self._batcher.withdraw(self._entry):
+        if not self._withdraw(self._entry):
             return False
-        self._resolve(error)
+        resolve(self._future, error)
         return True
 
     async def result(self) -> Explained:
@@ -82,19 +74,21 @@ class Ticket:
             completed = await self._future
         except BaseException:
             # If the wait was cancelled, the place in the queue is free at once; batch mates notice nothing.
-            self._batcher.withdraw(self._entry)
+            self._withdraw(self._entry)
             raise
         if self._entry.image is None:
             raise InternalError("an entry completed without an image")
         return Explained(completed, self._entry.image, self._entry.preprocess_s)
 
-    def _resolve(self, outcome: Outcome) -> None:
-        # A caller that went away has cancelled its future.
-        if self._future.done():
-            return
-        if isinstance(outcome, Exception):
-            self._future.set_exception(outcome)
-            # Counts as retrieved: asyncio would otherwise complain about each error that nobody awaits.
-            self._future.exception()
-        else:
-            self._future.set_result(outcome)
+
+def resolve(future: asyncio.Future[Completed], outcome: Outcome) -> None:
+    """Tell a ticket's future how it ended; nothing happens if that is settled. Call it on the future's loop."""
+    # A caller that went away has cancelled its future.
+    if future.done():
+        return
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
+        # Counts as retrieved: asyncio would otherwise complain about each error that nobody awaits.
+        future.exception()
+    else:
+        future.set_result(outcome)
