@@ -75,6 +75,9 @@ class Ticket:
         except BaseException:
             # If the wait was cancelled, the place in the queue is free at once; batch mates notice nothing.
             self._withdraw(self._entry)
+            # The error's traceback holds this frame. Without a way back to the future, which holds the error, frames
+            # dropped by the thousand are free at once instead of when the garbage collector comes.
+            del self
             raise
         if self._entry.image is None:
             raise InternalError("an entry completed without an image")

@@ -67,7 +67,15 @@ def preparers() -> Iterator[ThreadPoolExecutor]:
 
 @pytest_asyncio.fixture
 async def lane(engine: Engine, preparers: ThreadPoolExecutor) -> AsyncIterator[Lane]:
-    made = Lane(engine, name="test", preparers=preparers, max_batch_size=4, max_delay_s=0.0, max_queue_length=4)
+    made = Lane(
+        engine,
+        name="test",
+        preparers=preparers,
+        max_batch_size=4,
+        max_delay_s=0.0,
+        max_queue_length=4,
+        max_preparing=2,
+    )
     yield made
     engine.gate.set()
     assert await made.close(timeout_s=PATIENCE_S)
