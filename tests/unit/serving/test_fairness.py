@@ -192,6 +192,19 @@ def test_a_busy_device_does_not_wait_for_a_bucket_that_is_not_due():
     assert lone.state is EntryState.WAITING
 
 
+def test_a_bucket_that_is_empty_when_its_turn_comes_loses_it():
+    at = bench()
+    camera = Source()
+    frame = at.put(OTHER, source=camera)
+    first = many(at, 12, Source())
+    at.batcher.withdraw(frame)
+    assert taken(at) == first[:8]
+    assert list(at.batcher._buckets) == [LAYER]
+    frame = at.put(OTHER, source=camera)
+    assert taken(at) == first[8:]
+    assert taken(at) == [frame]
+
+
 def test_bookkeeping_of_turns_does_not_outlive_the_queue():
     at = bench()
     for spec in (LAYER, OTHER):
