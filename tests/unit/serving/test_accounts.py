@@ -1,0 +1,116 @@
+"""Every admitted entry ends once: a random walk over everything that can happen to a batcher."""
+
+from collections import Counter
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from batching import IMAGE, LAYER, OTHER, Bench
+from heatlens_server.errors import DeadlineExpired, QueueFull
+from heatlens_server.serving.entry import Entry, EntryState, Source
+
+
+class Accounts(RuleBasedStateMachine):
+    """Every admitted entry is claimed, expired or withdrawn, exactly once, whatever happens in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at = Bench(max_batch_size=3, max_queue_length=4)
+        self.sources: list[Source | None] = [None, Source(), Source()]
+        self.preparing: list[Entry] = []
+        self.waiting: list[Entry] = []
+        self.ends: Counter[Entry] = Counter()
+        self.admitted: list[Entry] = []
+        self.running = False
+
+    @rule(who=st.integers(0, 2), spec=st.sampled_from([LAYER, OTHER]), timeout_s=st.sampled_from([None, 0.5, 2.0]))
+    def admit(self, who, spec, timeout_s):
+        callers = sum(entry.source is None for entry in self.preparing + self.waiting)
+        try:
+            entry = self.at.admit(spec, timeout_s, self.sources[who])
+        except QueueFull:
+            self.collect_expired()
+            assert who == 0
+            assert callers >= 4
+        else:
+            self.collect_expired()
+            self.preparing.append(entry)
+            self.admitted.append(entry)
+
+    @precondition(lambda self: self.preparing)
+    @rule(data=st.data())
+    def put(self, data):
+        entry = self.preparing.pop(data.draw(st.integers(0, len(self.preparing) - 1)))
+        self.at.batcher.put(entry, IMAGE)
+        self.waiting.append(entry)
+
+    @precondition(lambda self: self.admitted)
+    @rule(data=st.data())
+    def withdraw(self, data):
+        entry = self.admitted[data.draw(st.integers(0, len(self.admitted) - 1))]
+        open_ = entry in self.preparing or entry in self.waiting
+        assert self.at.batcher.withdraw(entry) is open_
+        if open_:
+            (self.preparing if entry in self.preparing else self.waiting).remove(entry)
+            self.ends[entry] += 1
+
+    @rule(seconds=st.sampled_from([0.001, 0.3, 1.0]))
+    def wait(self, seconds):
+        self.at.clock.now += seconds
+
+    @rule()
+    def switch_device(self):
+        if self.running:
+            self.at.batcher.device_finished()
+        else:
+            self.at.batcher.device_started(2)
+        self.running = not self.running
+
+    @rule()
+    def claim(self):
+        batcher = self.at.batcher
+        with batcher._changed:
+            expired = batcher._sweep()
+            batch = batcher._claim_due() or []
+        batcher._deliver_expired(expired)
+        self.collect_expired()
+        assert len({entry.spec for entry in batch}) <= 1
+        assert all(entry.state is EntryState.CLAIMED for entry in batch)
+        for entry in batch:
+            assert entry.deadline is None or entry.deadline > self.at.clock.now
+            self.waiting.remove(entry)
+            self.ends[entry] += 1
+        assert batch or self.running or not self.waiting  # an idle device takes whatever there is
+
+    def collect_expired(self) -> None:
+        for entry, outcome in self.at.delivered:
+            assert isinstance(outcome, DeadlineExpired)
+            assert entry.state is EntryState.GONE
+            self.waiting.remove(entry)
+            self.ends[entry] += 1
+        self.at.delivered.clear()
+
+    @invariant()
+    def balanced(self):
+        assert len(self.at.batcher) == len(self.preparing) + len(self.waiting)
+        assert self.at.batcher._waiting == len(self.waiting)
+        assert {entry for bucket in self.at.batcher._buckets.values() for entry in bucket} == set(self.waiting)
+        assert all(count == 1 for count in self.ends.values())
+
+    def teardown(self):
+        for entry in list(self.preparing):
+            self.at.batcher.withdraw(entry)
+            self.ends[entry] += 1
+        self.at.batcher.close()
+        while (batch := self.at.batcher.take()) is not None:
+            self.ends.update(batch)
+        self.ends.update(entry for entry, _ in self.at.delivered)
+        assert set(self.ends) == set(self.admitted)
+        assert all(count == 1 for count in self.ends.values())
+
+
+Accounts.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=40, derandomize=True, deadline=None, database=None
+)
+TestAccounts = Accounts.TestCase
