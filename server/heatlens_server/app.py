@@ -21,6 +21,7 @@ from heatlens_server.rpc.health import Health
 from heatlens_server.rpc.limits import Limits
 from heatlens_server.rpc.listener import bind, enable_reflection, make_server
 from heatlens_server.rpc.model_service import ModelServicer
+from heatlens_server.rpc.stream.hall import StreamHall
 from heatlens_server.serving.lane import Lane
 from heatlens_server.serving.served import ServedModel
 
@@ -60,6 +61,7 @@ class Server:
         )
         token = config.server.read_token()
         self._gate = CallGate()
+        self.streams = StreamHall(max_streams=self._limits.max_streams)
         self._grpc = make_server(config.server, self._gate, token=None if token is None else token.get_secret_value())
         self.port = 0
 
@@ -89,6 +91,8 @@ class Server:
     async def drain(self, grace_s: float) -> bool:
         """Health NOT_SERVING, refuse new calls, finish those in flight, cut them off after the grace. Idempotent.
 
+        Streams read no more frames, answer those that run, and end.
+
         Args:
             grace_s: how long calls in flight may take, in seconds.
 
@@ -102,6 +106,7 @@ class Server:
         # As long as calls are in flight the port stays open, and new callers are told UNAVAILABLE. Closing it right
         # away would cut off those who have not heard yet: gRPC tells them CANCELLED.
         deadline = time.monotonic() + grace_s
+        self.streams.drain()
         finished = await self._gate.close(grace_s)
         await asyncio.sleep(min(_NOTICE_S, max(0.0, deadline - time.monotonic())))
         await self._grpc.stop(_FLUSH_S if finished else 0.0)
@@ -113,7 +118,9 @@ class Server:
 
     def _add_services(self) -> None:
         models = self._config.models
-        explain_pb2_grpc.add_ExplainServiceServicer_to_server(ExplainServicer(self.registry, self._limits), self._grpc)
+        explain_pb2_grpc.add_ExplainServiceServicer_to_server(
+            ExplainServicer(self.registry, self._limits, self.streams), self._grpc
+        )
         model_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelServicer(
                 self.registry,

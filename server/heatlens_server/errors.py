@@ -12,14 +12,13 @@
   * FrameDropped          a newer frame of its stream took its place
   * DeadlineExpired       the caller's deadline passed before the model ran
   * DeviceOutOfMemory     not even one image fits
-  * Unimplemented         the contract has it, this version does not
   * InternalError         our fault; the text is for the log, callers get a request id only
 
 Messages of all but InternalError reach the client: no paths, no tracebacks, nothing internal.
 `ConfigError` and `ModelLoadError` are raised at start-up and never cross the wire.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -79,6 +78,14 @@ class InvalidArgument(HeatlensError):
             [FieldViolation(field, description)],
             reason=reason,
             metadata={key: str(value) for key, value in metadata.items()},
+        )
+
+    def within(self, path: Callable[[str], str]) -> "InvalidArgument":
+        """The same error about a part of a larger message: `path` tells where each of its fields lies there."""
+        return InvalidArgument(
+            [FieldViolation(path(wrong.field), wrong.description) for wrong in self.violations],
+            reason=self.reason,
+            metadata=self.metadata,
         )
 
 
@@ -151,12 +158,6 @@ class DeviceOutOfMemory(HeatlensError):
     """The device ran out of memory on a single image."""
 
     reason = "DEVICE_OUT_OF_MEMORY"
-
-
-class Unimplemented(HeatlensError):
-    """The contract has it, this version of the server does not."""
-
-    reason = "UNIMPLEMENTED"
 
 
 class InternalError(HeatlensError):

@@ -10,7 +10,7 @@ from heatlens_server.engines.base import Float32Array, ImageResult
 from heatlens_server.errors import InvalidArgument
 from heatlens_server.imaging.preprocess import FittedImage
 from heatlens_server.rpc.limits import Limits
-from heatlens_server.rpc.validation import ExplainCommand
+from heatlens_server.rpc.validation import ExplainPlan
 from heatlens_server.serving.lane import Explained
 from heatlens_server.serving.served import ServedModel
 
@@ -23,23 +23,23 @@ _PREDICTION_BYTES = 256
 """Room for one prediction with its label."""
 
 
-def check_answer_size(command: ExplainCommand, image: FittedImage, limits: Limits) -> None:
+def check_answer_size(plan: ExplainPlan, image: FittedImage, limits: Limits) -> None:
     """Refuse an answer that cannot be sent, before the model runs for it.
 
     Raises:
         InvalidArgument: the maps and predictions would not fit in a message.
     """
-    if command.place_on_source:
+    if plan.place_on_source:
         pixels = image.source_width_px * image.source_height_px
     else:
         # A layer's own map is far smaller than the input.
-        pixels = image.pixels.shape[0] * image.pixels.shape[1] if command.spec.upsample else 0
-    maps_bytes = command.target_count * pixels * np.dtype(command.map_dtype).itemsize
-    size_bytes = maps_bytes + command.top_predictions * _PREDICTION_BYTES + _ENVELOPE_BYTES
+        pixels = image.pixels.shape[0] * image.pixels.shape[1] if plan.spec.upsample else 0
+    maps_bytes = plan.target_count * pixels * np.dtype(plan.map_dtype).itemsize
+    size_bytes = maps_bytes + plan.top_predictions * _PREDICTION_BYTES + _ENVELOPE_BYTES
     if size_bytes > limits.max_message_bytes:
         raise InvalidArgument.of(
             "options.map_size" if maps_bytes else "options.top_predictions",
-            f"{command.target_count} maps of this size and {command.top_predictions} predictions would take "
+            f"{plan.target_count} maps of this size and {plan.top_predictions} predictions would take "
             f"{size_bytes} bytes, more than the {limits.max_message_bytes} of a message; ask for a smaller map_size "
             "or map_type, or for fewer classes",
             reason="ANSWER_TOO_LARGE",
@@ -48,14 +48,14 @@ def check_answer_size(command: ExplainCommand, image: FittedImage, limits: Limit
         )
 
 
-def encode(explained: Explained, command: ExplainCommand, model: ServedModel) -> pb.ExplainResponse:
+def encode(explained: Explained, plan: ExplainPlan, model: ServedModel) -> pb.ExplainResponse:
     """Build the answer. Fast at layer and input size; placing maps on large source images takes milliseconds each."""
     result = explained.completed.result
     probabilities = softmax(result.logits)
     timing = explained.completed
     return pb.ExplainResponse(
-        explanations=[_explanation(k, explained, command, probabilities, model) for k in range(len(result.class_ids))],
-        predictions=_predictions(result, probabilities, command.top_predictions, model),
+        explanations=[_explanation(k, explained, plan, probabilities, model) for k in range(len(result.class_ids))],
+        predictions=_predictions(result, probabilities, plan.top_predictions, model),
         source_region=_box(explained.image.region),
         source_width_px=explained.image.source_width_px,
         source_height_px=explained.image.source_height_px,
@@ -79,12 +79,12 @@ def softmax(logits: Float32Array) -> Float32Array:
 
 
 def _explanation(
-    k: int, explained: Explained, command: ExplainCommand, probabilities: Float32Array, model: ServedModel
+    k: int, explained: Explained, plan: ExplainPlan, probabilities: Float32Array, model: ServedModel
 ) -> pb.Explanation:
     result = explained.completed.result
     class_id = result.class_ids[k]
     values = result.maps[k]
-    if command.place_on_source:
+    if plan.place_on_source:
         image = explained.image
         values = place_map(values, image.region, (image.source_width_px, image.source_height_px))
     return pb.Explanation(
@@ -92,7 +92,7 @@ def _explanation(
         label=model.label(class_id),
         logit=float(result.logits[class_id]),
         probability=float(probabilities[class_id]),
-        map=_tensor(values, command.map_dtype),
+        map=_tensor(values, plan.map_dtype),
         map_scale=float(result.scales[k]),
         map_offset=float(result.offsets[k]),
     )

@@ -8,6 +8,11 @@ from heatlens_server.errors import ServerDraining
 _RETRY_S = 1.0
 
 
+def draining() -> ServerDraining:
+    """The error for whoever comes, or is still waiting, while the server shuts down."""
+    return ServerDraining("the server is shutting down", retry_after_s=_RETRY_S)
+
+
 class CallGate:
     """`with gate:` around a call. Belongs to the event loop."""
 
@@ -25,7 +30,7 @@ class CallGate:
             ServerDraining: the gate is closed.
         """
         if self._draining:
-            raise ServerDraining("the server is shutting down", retry_after_s=_RETRY_S)
+            raise draining()
         self._in_flight += 1
         self._idle.clear()
 

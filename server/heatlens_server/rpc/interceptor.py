@@ -5,6 +5,7 @@ Health checks pass through untouched: probes carry no token and would flood the 
 
 import asyncio
 import hmac
+import inspect
 import logging
 import re
 import time
@@ -16,9 +17,10 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from heatlens_server.errors import FieldViolation, HeatlensError, InternalError, InvalidArgument, Unauthenticated
+from heatlens_server.errors import FieldViolation, HeatlensError, InvalidArgument, Unauthenticated
 from heatlens_server.rpc.gate import CallGate
-from heatlens_server.rpc.status import REQUEST_ID_KEY, to_wire
+from heatlens_server.rpc.record import CallRecord, set_current_record
+from heatlens_server.rpc.status import REQUEST_ID_KEY, WireStatus, is_fault, to_wire
 
 _log = logging.getLogger("heatlens.rpc")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -77,14 +79,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return call
 
-    def _stream(self, behavior: Callable[..., Any], method: str) -> Callable[..., AsyncIterator[Any]]:
-        async def call(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+    def _stream(self, behavior: Callable[..., Any], method: str) -> Callable[..., Awaitable[None]]:
+        if inspect.isasyncgenfunction(behavior):
+            behavior = _writing(behavior)
+
+        async def call(requests: object, context: Context) -> None:  # noqa: ARG001 - read through the context
             span = _Call(method, context)
             try:
                 self._authenticate(context)
                 with self._gate:
-                    async for response in behavior(_parse_all(requests), context):
-                        yield response
+                    await behavior(_Requests(context), context)
             except BaseException as error:
                 await span.fail(error)
             span.succeed()
@@ -101,32 +105,44 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 
 class _Call:
-    """One call: its id, its log line and its end."""
+    """One call: its record, its log line and its end."""
 
     def __init__(self, method: str, context: Context) -> None:
         sent = dict(context.invocation_metadata() or ()).get(REQUEST_ID_KEY, "")
-        self.request_id = sent if isinstance(sent, str) and _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        known = isinstance(sent, str) and _REQUEST_ID.fullmatch(sent)
+        self._record = CallRecord(request_id=sent if known else uuid.uuid4().hex)
         self._context = context
         self._method = method
         self._started_at = time.perf_counter()
-        context.set_trailing_metadata(((REQUEST_ID_KEY, self.request_id),))
+        context.set_trailing_metadata(((REQUEST_ID_KEY, self._record.request_id),))
+        set_current_record(self._record)
 
     def succeed(self) -> None:
         self._write(logging.INFO, "OK")
 
     async def fail(self, error: BaseException) -> NoReturn:
         """Log, and end the call with the error's status; what is not an error (cancellation) is raised again."""
-        if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
+        if isinstance(error, asyncio.CancelledError):
             self._write(logging.INFO, "CANCELLED")
             raise error
+        if isinstance(error, grpc.aio.InternalError):
+            # A message could not be sent: the peer is gone, and gRPC cancels this task a moment later.
+            self._write(logging.INFO, "CANCELLED")
+            await self._abort(WireStatus(grpc.StatusCode.CANCELLED, "", ((REQUEST_ID_KEY, self._record.request_id),)))
         if not isinstance(error, Exception):
             raise error
-        status = to_wire(error, self.request_id)
-        if not isinstance(error, HeatlensError) or isinstance(error, InternalError):
-            self._write(logging.ERROR, status.code.name, error=repr(error)[:_SHOWN_CHARACTERS], exc_info=error)
-        else:
+        status = to_wire(error, self._record.request_id)
+        if isinstance(error, HeatlensError) and not is_fault(error):
             self._write(logging.INFO, status.code.name, error=error.message[:_SHOWN_CHARACTERS], reason=error.reason)
-        await self._context.abort(status.code, status.message, status.trailing_metadata)
+        else:
+            self._write(logging.ERROR, status.code.name, error=repr(error)[:_SHOWN_CHARACTERS], exc_info=error)
+        await self._abort(status)
+
+    async def _abort(self, status: WireStatus) -> NoReturn:
+        try:
+            await self._context.abort(status.code, status.message, status.trailing_metadata)
+        except grpc.aio.InternalError as gone:
+            raise asyncio.CancelledError from gone
         raise AssertionError("abort returned")
 
     def _write(self, level: int, code: str, *, exc_info: Exception | None = None, **fields: str) -> None:
@@ -141,8 +157,9 @@ class _Call:
                 "method": self._method,
                 "code": code,
                 "duration_ms": duration_ms,
-                "request_id": self.request_id,
+                "request_id": self._record.request_id,
                 "peer": self._context.peer(),
+                **self._record.fields,
                 **fields,
             },
         )
@@ -166,6 +183,27 @@ def _parsed(request: Any) -> Any:  # noqa: ANN401 - any message
     return request
 
 
-async def _parse_all(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
-        yield _parsed(request)
+class _Requests:
+    """A stream's requests, as they come. What is no message raises InvalidArgument."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def __aiter__(self) -> "_Requests":
+        return self
+
+    async def __anext__(self) -> Any:  # noqa: ANN401 - any message
+        request = await self._context.read()
+        if request is grpc.aio.EOF:
+            raise StopAsyncIteration
+        return _parsed(request)
+
+
+def _writing(behavior: Callable[..., AsyncIterator[Any]]) -> Callable[..., Awaitable[None]]:
+    """A handler that writes its answers, of one that yields them."""
+
+    async def call(requests: object, context: Context) -> None:
+        async for response in behavior(requests, context):
+            await context.write(response)
+
+    return call

@@ -25,7 +25,6 @@ _CODES: dict[type[errors.HeatlensError], grpc.StatusCode] = {
     errors.FrameDropped: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlineExpired: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.DeviceOutOfMemory: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    errors.Unimplemented: grpc.StatusCode.UNIMPLEMENTED,
     errors.InternalError: grpc.StatusCode.INTERNAL,
 }
 
@@ -49,24 +48,41 @@ class WireStatus:
 
 
 def to_wire(error: BaseException, request_id: str) -> WireStatus:
-    """The status for any exception.
-
-    Anything but a HeatlensError, and every InternalError, becomes INTERNAL with the request id and nothing else.
-    """
-    if not isinstance(error, errors.HeatlensError) or isinstance(error, errors.InternalError):
-        error = errors.InternalError(f"internal error; request id {request_id}")
-    code = _CODES[type(error)]
-    message = _cut(error.message, _MAX_MESSAGE_BYTES, escape_factor=3)
-    status = status_pb2.Status(code=code.value[0], message=message)
-    for detail in _details(error, message, request_id):
-        status.details.add().Pack(detail)
+    """The status that a call ends with, for any exception. See `to_status` for what it says."""
+    error = _shown(error, request_id)
+    status = to_status(error, request_id)
     metadata: list[tuple[str, str | bytes]] = [
         (REQUEST_ID_KEY, request_id),
         ("grpc-status-details-bin", status.SerializeToString()),
     ]
     if error.retry_after_s is not None:
         metadata.append(("grpc-retry-pushback-ms", str(round(error.retry_after_s * 1000))))
-    return WireStatus(code, message, tuple(metadata))
+    return WireStatus(_CODES[type(error)], status.message, tuple(metadata))
+
+
+def to_status(error: BaseException, request_id: str) -> status_pb2.Status:
+    """The google.rpc.Status for any exception, as a call ends with it or a stream carries it.
+
+    Anything but a HeatlensError, and every InternalError, becomes INTERNAL with the request id and nothing else.
+    """
+    error = _shown(error, request_id)
+    message = _cut(error.message, _MAX_MESSAGE_BYTES, escape_factor=3)
+    status = status_pb2.Status(code=_CODES[type(error)].value[0], message=message)
+    for detail in _details(error, message, request_id):
+        status.details.add().Pack(detail)
+    return status
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether an exception is a fault of ours: it is logged with its traceback, and callers get a request id only."""
+    return not isinstance(error, errors.HeatlensError) or isinstance(error, errors.InternalError)
+
+
+def _shown(error: BaseException, request_id: str) -> errors.HeatlensError:
+    """The error as callers may see it."""
+    if isinstance(error, errors.HeatlensError) and not is_fault(error):
+        return error
+    return errors.InternalError(f"internal error; request id {request_id}")
 
 
 def _details(error: errors.HeatlensError, message: str, request_id: str) -> Sequence[Message]:

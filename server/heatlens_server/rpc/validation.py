@@ -1,4 +1,4 @@
-"""From ExplainRequest to a command that can be run, or to every field that is wrong with it."""
+"""From ExplainOptions and Image to what can be run, or to every field that is wrong with them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +15,15 @@ from heatlens_server.serving.served import ServedModel
 _SHOWN_CHARACTERS = 80
 
 
+SourceImage = bytes | UInt8Array
+"""An encoded file, or uint8 RGB pixels (H, W, 3)."""
+
+
 @dataclass(frozen=True, slots=True)
-class ExplainCommand:
-    """A valid request.
+class ExplainPlan:
+    """How to explain images: valid options.
 
     Attributes:
-        image: an encoded file, or uint8 RGB pixels (H, W, 3).
         target: the classes wanted.
         spec: method, layers and map size for the engine.
         place_on_source: True if maps are to be placed on the source image.
@@ -28,7 +31,6 @@ class ExplainCommand:
         top_predictions: how many classes to list.
     """
 
-    image: bytes | UInt8Array
     target: Target
     spec: MapSpec
     place_on_source: bool
@@ -41,21 +43,37 @@ class ExplainCommand:
         return self.target.k if isinstance(self.target, TopK) else len(self.target.ids)
 
 
+@dataclass(frozen=True, slots=True)
+class ExplainCommand:
+    """A valid request: an image, and how to explain it."""
+
+    image: SourceImage
+    plan: ExplainPlan
+
+
 def parse_explain(request: pb.ExplainRequest, model: ServedModel, limits: Limits) -> ExplainCommand:
     """Check every field of a request against the model and the limits.
 
     Raises:
         InvalidArgument: with every wrong field.
     """
-    wrong = _Violations()
-    options = request.options
+    wrong = Violations()
+    plan = parse_options(request.options, model, limits, wrong)
+    image = parse_image(request.image, limits, wrong)
+    wrong.raise_if_any()
+    return ExplainCommand(image, plan)
+
+
+def parse_options(options: pb.ExplainOptions, model: ServedModel, limits: Limits, wrong: "Violations") -> ExplainPlan:
+    """Check how to explain. The plan may be used if nothing was added to `wrong`."""
     method = _method(options, model, wrong)
     layers = _layers(options, model, method, wrong)
     target = _target(options, model, limits, wrong)
     map_size = options.map_size
     if map_size not in pb.MapSize.values():
         wrong.add("options.map_size", f"unknown map size {map_size}")
-    if options.map_type not in MAP_DTYPES:
+    map_dtype = MAP_DTYPES.get(options.map_type)
+    if map_dtype is None:
         wrong.add("options.map_type", f"unknown data type {options.map_type}")
     if not 0 <= options.top_predictions <= model.engine.class_count:
         wrong.add(
@@ -64,41 +82,61 @@ def parse_explain(request: pb.ExplainRequest, model: ServedModel, limits: Limits
         )
     if options.HasField("smoothing") and (options.smoothing.augmentation or options.smoothing.principal_component):
         wrong.add("options.smoothing", "smoothing is not supported by this version of the server")
-    image = _image(request, limits, wrong)
-    wrong.raise_if_any()
-    return ExplainCommand(
-        image=image,
+    return ExplainPlan(
         target=target,
         spec=MapSpec(method=method, layers=layers, upsample=map_size in {pb.MAP_SIZE_INPUT, pb.MAP_SIZE_SOURCE}),
         place_on_source=map_size == pb.MAP_SIZE_SOURCE,
-        map_dtype=MAP_DTYPES[options.map_type],
+        map_dtype=map_dtype or "",
         top_predictions=options.top_predictions,
     )
 
 
-class _Violations:
+def parse_image(image: pb.Image, limits: Limits, wrong: "Violations") -> SourceImage:
+    """Check an image as far as that goes without decoding it. It may be used if nothing was added to `wrong`."""
+    source = image.WhichOneof("source")
+    if source == "pixels":
+        pixels = image.pixels
+        try:
+            return pixels_from_tensor(
+                data_type=data_type_name(pixels.data_type),
+                shape=tuple(pixels.shape),
+                data=pixels.data,
+                max_pixels=limits.max_image_pixels,
+            )
+        except InvalidArgument as error:
+            wrong.add_error(error)
+    elif source is None:
+        wrong.add("image", "an image is required: set encoded or pixels", reason="IMAGE_MISSING")
+    return image.encoded
+
+
+class Violations:
     """Collects what is wrong, so that a caller learns everything at once."""
 
     def __init__(self) -> None:
+        """Nothing is wrong yet."""
         self._violations: list[FieldViolation] = []
         self._reason = ""
         self._metadata: dict[str, str] = {}
 
     def add(self, field: str, description: str, *, reason: str = "INVALID_OPTION") -> None:
+        """A field is wrong. The error's reason is the first one given."""
         self._violations.append(FieldViolation(field, description))
         self._reason = self._reason or reason
 
     def add_error(self, error: InvalidArgument) -> None:
+        """All fields of an error are wrong."""
         self._violations.extend(error.violations)
         self._reason = self._reason or error.reason
         self._metadata |= error.metadata
 
     def raise_if_any(self) -> None:
+        """Raise InvalidArgument with everything that was added, if anything was."""
         if self._violations:
             raise InvalidArgument(self._violations, reason=self._reason, metadata=self._metadata)
 
 
-def _method(options: pb.ExplainOptions, model: ServedModel, wrong: _Violations) -> Method:
+def _method(options: pb.ExplainOptions, model: ServedModel, wrong: Violations) -> Method:
     if options.method == pb.METHOD_UNSPECIFIED:
         return model.default_method
     method = METHOD_FROM_PROTO.get(options.method)
@@ -112,7 +150,7 @@ def _method(options: pb.ExplainOptions, model: ServedModel, wrong: _Violations) 
     return model.default_method
 
 
-def _layers(options: pb.ExplainOptions, model: ServedModel, method: Method, wrong: _Violations) -> tuple[str, ...]:
+def _layers(options: pb.ExplainOptions, model: ServedModel, method: Method, wrong: Violations) -> tuple[str, ...]:
     offered = model.engine.layers
     if len(options.layers) > len(offered):
         # Not one violation each: their number, and the time to compare them, would be the caller's to choose.
@@ -129,7 +167,7 @@ def _layers(options: pb.ExplainOptions, model: ServedModel, method: Method, wron
     return layers
 
 
-def _target(options: pb.ExplainOptions, model: ServedModel, limits: Limits, wrong: _Violations) -> Target:
+def _target(options: pb.ExplainOptions, model: ServedModel, limits: Limits, wrong: Violations) -> Target:
     class_count = model.engine.class_count
     kind = options.WhichOneof("target")
     if kind == "top_k":
@@ -144,7 +182,7 @@ def _target(options: pb.ExplainOptions, model: ServedModel, limits: Limits, wron
     return TopK(1)
 
 
-def _check_class_ids(ids: Sequence[int], class_count: int, limits: Limits, wrong: _Violations) -> None:
+def _check_class_ids(ids: Sequence[int], class_count: int, limits: Limits, wrong: Violations) -> None:
     field = "options.class_ids.values"
     if not ids:
         wrong.add(field, "must name at least one class")
@@ -157,24 +195,6 @@ def _check_class_ids(ids: Sequence[int], class_count: int, limits: Limits, wrong
             wrong.add(f"{field}[{i}]", f"class id {class_id} is not in [0, {class_count})")
         elif class_id in ids[:i]:
             wrong.add(f"{field}[{i}]", f"duplicate class id {class_id}")
-
-
-def _image(request: pb.ExplainRequest, limits: Limits, wrong: _Violations) -> bytes | UInt8Array:
-    source = request.image.WhichOneof("source")
-    if source == "pixels":
-        pixels = request.image.pixels
-        try:
-            return pixels_from_tensor(
-                data_type=data_type_name(pixels.data_type),
-                shape=tuple(pixels.shape),
-                data=pixels.data,
-                max_pixels=limits.max_image_pixels,
-            )
-        except InvalidArgument as error:
-            wrong.add_error(error)
-    elif source is None:
-        wrong.add("image", "an image is required: set encoded or pixels", reason="IMAGE_MISSING")
-    return request.image.encoded
 
 
 def _shown(text: str) -> str:

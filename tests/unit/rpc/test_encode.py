@@ -11,7 +11,7 @@ from heatlens_server.errors import InvalidArgument
 from heatlens_server.imaging.preprocess import FittedImage, Interpolation, PreprocessSpec
 from heatlens_server.rpc.encode import check_answer_size, encode, softmax
 from heatlens_server.rpc.limits import Limits
-from heatlens_server.rpc.validation import ExplainCommand
+from heatlens_server.rpc.validation import ExplainPlan
 from heatlens_server.serving.entry import Completed
 from heatlens_server.serving.lane import Explained
 from heatlens_server.serving.served import ServedModel
@@ -39,9 +39,9 @@ def model(labels: tuple[str, ...] = LABELS) -> ServedModel:
     )
 
 
-def command(target=TWO, *, upsample=False, place=False, map_dtype="<f4", top_predictions=0) -> ExplainCommand:
+def plan(target=TWO, *, upsample=False, place=False, map_dtype="<f4", top_predictions=0) -> ExplainPlan:
     spec = MapSpec(Method.GRAD_CAM, ("body",), upsample=upsample)
-    return ExplainCommand(b"", target, spec, place, map_dtype, top_predictions)
+    return ExplainPlan(target, spec, place, map_dtype, top_predictions)
 
 
 def explained(logits=(1.0, 3.0, 3.0, -2.0)) -> Explained:
@@ -80,7 +80,7 @@ def test_softmax_of_many_classes_sums_to_one():
 
 
 def test_every_field_of_an_answer():
-    answer = encode(explained(), command(), model())
+    answer = encode(explained(), plan(), model())
     assert (answer.model, answer.model_version) == ("m", "7")
     region = answer.source_region
     assert (region.left, region.top, region.right, region.bottom) == (2, 0, 10, 8)
@@ -100,29 +100,29 @@ def test_every_field_of_an_answer():
 
 
 def test_predictions_are_in_order_of_score_and_then_of_id():
-    answer = encode(explained(), command(top_predictions=4), model())
+    answer = encode(explained(), plan(top_predictions=4), model())
     listed = [(score.class_id, score.label) for score in answer.predictions]
     assert listed == [(1, "dog"), (2, "bird"), (0, "cat"), (3, "fish")]
-    assert [score.class_id for score in encode(explained(), command(top_predictions=1), model()).predictions] == [1]
+    assert [score.class_id for score in encode(explained(), plan(top_predictions=1), model()).predictions] == [1]
     # Sorts that are not stable show only on longer rows.
-    even_first = encode(explained([1.0, 0.0] * 50), command(top_predictions=100), model(labels=()))
+    even_first = encode(explained([1.0, 0.0] * 50), plan(top_predictions=100), model(labels=()))
     assert [score.class_id for score in even_first.predictions] == [*range(0, 100, 2), *range(1, 100, 2)]
 
 
 def test_model_without_labels():
-    answer = encode(explained(), command(top_predictions=2), model(labels=()))
+    answer = encode(explained(), plan(top_predictions=2), model(labels=()))
     assert [score.label for score in [*answer.predictions, *answer.explanations]] == [""] * 4
 
 
 def test_uint8_is_rounded_not_cut():
-    answer = encode(explained(), command(map_dtype="u1"), model())
+    answer = encode(explained(), plan(map_dtype="u1"), model())
     # 0.25 * 255 = 63.75 and 0.5 * 255 = 127.5.
     assert list(answer.explanations[0].map.data) == [0, 64, 128, 255]
     assert answer.explanations[0].map.data_type == pb.DATA_TYPE_UINT8
 
 
 def test_float16():
-    answer = encode(explained(), command(map_dtype="<f2"), model())
+    answer = encode(explained(), plan(map_dtype="<f2"), model())
     assert answer.explanations[1].map.data_type == pb.DATA_TYPE_FLOAT16
     np.testing.assert_array_equal(
         np.frombuffer(answer.explanations[1].map.data, "<f2").reshape(2, 2), MAPS[1].astype(np.float16)
@@ -130,7 +130,7 @@ def test_float16():
 
 
 def test_maps_on_the_source_are_placed_as_the_sdk_places_them():
-    answer = encode(explained(), command(upsample=True, place=True), model())
+    answer = encode(explained(), plan(upsample=True, place=True), model())
     placed = np.frombuffer(answer.explanations[0].map.data, "<f4").reshape(8, 12)
     np.testing.assert_array_equal(placed, place_map(MAPS[0], FITTED.region, (12, 8)))
     assert not placed[:, :2].any()
@@ -143,10 +143,10 @@ ENVELOPE_BYTES = 64 * 1024
 @pytest.mark.parametrize(
     ("asked", "maps_bytes"),
     [
-        (command(upsample=True), 2 * 4 * 4 * 4),
-        (command(TopK(4), upsample=True, map_dtype="<f2"), 4 * 4 * 4 * 2),
-        (command(upsample=True, place=True), 2 * 12 * 8 * 4),
-        (command(TopK(1), upsample=True, place=True, map_dtype="u1"), 12 * 8),
+        (plan(upsample=True), 2 * 4 * 4 * 4),
+        (plan(TopK(4), upsample=True, map_dtype="<f2"), 4 * 4 * 4 * 2),
+        (plan(upsample=True, place=True), 2 * 12 * 8 * 4),
+        (plan(TopK(1), upsample=True, place=True, map_dtype="u1"), 12 * 8),
     ],
 )
 def test_answers_are_refused_from_one_byte_too_many(asked, maps_bytes):

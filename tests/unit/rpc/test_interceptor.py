@@ -16,6 +16,7 @@ from heatlens.v1 import explain_pb2_grpc
 from heatlens_server.errors import DeadlineExpired, InternalError, InvalidArgument, QueueFull
 from heatlens_server.rpc.gate import CallGate
 from heatlens_server.rpc.interceptor import CallInterceptor
+from heatlens_server.rpc.record import current_record
 from wire import Details
 
 METHOD = "/heatlens.v1.ExplainService/Explain"
@@ -47,11 +48,25 @@ class Service(explain_pb2_grpc.ExplainServiceServicer):
             yield pb.StreamExplainResponse(frame_id=request.frame.frame_id)
 
 
+class WritingService(Service):
+    """Its stream is a coroutine that writes, and tells what it knows of the call."""
+
+    async def StreamExplain(self, request_iterator, context):
+        current_record().fields["seen"] = current_record().request_id
+        self.started.set()
+        if self.blocked:
+            await asyncio.Event().wait()
+        while (request := await anext(request_iterator, None)) is not None:
+            if self.error is not None:
+                raise self.error
+            await context.write(pb.StreamExplainResponse(frame_id=request.frame.frame_id))
+
+
 class Rig:
     """A server with the interceptor, and a channel to it."""
 
-    def __init__(self, token: str | None) -> None:
-        self.service = Service()
+    def __init__(self, token: str | None, service: Service | None = None) -> None:
+        self.service = service or Service()
         self.server = grpc.aio.server(interceptors=[CallInterceptor(CallGate(), token=token)])
         explain_pb2_grpc.add_ExplainServiceServicer_to_server(self.service, self.server)
         health_pb2_grpc.add_HealthServicer_to_server(health_aio.HealthServicer(), self.server)
@@ -78,6 +93,23 @@ async def rig() -> AsyncIterator[Rig]:
 @pytest_asyncio.fixture
 async def guarded() -> AsyncIterator[Rig]:
     made = Rig("s3cret")
+    await made.start()
+    yield made
+    await made.stop()
+
+
+@pytest_asyncio.fixture(params=[Service, WritingService], ids=["yields", "writes"])
+async def streaming(request) -> AsyncIterator[Rig]:
+    """Either kind of stream handler."""
+    made = Rig(None, request.param())
+    await made.start()
+    yield made
+    await made.stop()
+
+
+@pytest_asyncio.fixture
+async def writing() -> AsyncIterator[Rig]:
+    made = Rig(None, WritingService())
     await made.start()
     yield made
     await made.stop()
@@ -190,19 +222,45 @@ async def test_what_is_no_message_is_the_callers_fault(rig, garbage):
     assert rig.service.calls == 0
 
 
-async def test_streams_are_wrapped_too(rig, lines):
+async def test_streams_are_wrapped_too(streaming, lines):
     requests = [pb.StreamExplainRequest(frame=pb.Frame(frame_id=i)) for i in (4, 5)]
-    assert [answer.frame_id async for answer in rig.stub.StreamExplain(iter(requests))] == [4, 5]
-    rig.service.error = KeyError("secret-1")
+    assert [answer.frame_id async for answer in streaming.stub.StreamExplain(iter(requests))] == [4, 5]
+    streaming.service.error = KeyError("secret-1")
     with pytest.raises(grpc.aio.AioRpcError) as raised:
-        [answer async for answer in rig.stub.StreamExplain(iter(requests))]
+        [answer async for answer in streaming.stub.StreamExplain(iter(requests))]
     assert Details(raised.value).info.reason == "INTERNAL"
     assert "secret-1" not in raised.value.details()
     assert [line.code for line in lines()] == ["OK", "INTERNAL"]
 
 
-async def test_garbage_in_a_stream_is_the_callers_fault(rig):
-    call = rig.channel.stream_stream("/heatlens.v1.ExplainService/StreamExplain")(iter([b"\x0a\xff"]))
+async def test_a_stream_knows_its_call_and_adds_to_its_line(writing, lines):
+    assert [answer async for answer in writing.stub.StreamExplain(iter([]), metadata=[("x-request-id", "mine")])] == []
+    (line,) = lines()
+    assert (line.request_id, line.seen, line.code) == ("mine", "mine", "OK")
+
+
+async def test_a_cancelled_stream_is_logged_as_such(writing, lines, caplog):
+    writing.service.blocked = True
+    call = writing.stub.StreamExplain()
+    await writing.service.started.wait()
+    call.cancel()
+    async with asyncio.timeout(10):
+        while not lines():  # noqa: ASYNC110 - the server learns of it through the socket
+            await asyncio.sleep(0.005)
+    assert [line.code for line in lines()] == ["CANCELLED"]
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def test_a_message_that_cannot_be_sent_is_a_client_that_left(writing, lines):
+    writing.service.error = grpc.aio.InternalError("Failed to send")
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        [answer async for answer in writing.stub.StreamExplain(iter([pb.StreamExplainRequest()]))]
+    assert raised.value.code() is grpc.StatusCode.CANCELLED
+    assert [(line.code, line.levelno) for line in lines()] == [("CANCELLED", logging.INFO)]
+
+
+async def test_garbage_in_a_stream_is_the_callers_fault(streaming):
+    call = streaming.channel.stream_stream("/heatlens.v1.ExplainService/StreamExplain")(iter([b"\x0a\xff"]))
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         [answer async for answer in call]
     assert Details(raised.value).info.reason == "MESSAGE_UNDECODABLE"

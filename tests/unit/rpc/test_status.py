@@ -9,7 +9,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from heatlens_server import errors
 from heatlens_server.errors import FieldViolation, HeatlensError, InvalidArgument, ModelFailed, ModelNotFound
-from heatlens_server.rpc.status import DOMAIN, REQUEST_ID_KEY, WireStatus, to_wire
+from heatlens_server.rpc.status import DOMAIN, REQUEST_ID_KEY, WireStatus, to_status, to_wire
 
 HEADERS_BYTES = 8 * 1024
 """What a peer accepts by default."""
@@ -40,7 +40,12 @@ EXAMPLES: dict[type[HeatlensError], tuple[HeatlensError, grpc.StatusCode, str]] 
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         "DEVICE_OUT_OF_MEMORY",
     ),
-    errors.Unimplemented: (errors.Unimplemented("not yet"), grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED"),
+    errors.StreamLimit: (
+        errors.StreamLimit("crowded", retry_after_s=1.0),
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "STREAM_LIMIT",
+    ),
+    errors.FrameDropped: (errors.FrameDropped("old"), grpc.StatusCode.RESOURCE_EXHAUSTED, "FRAME_DROPPED"),
     errors.InternalError: (errors.InternalError("secret"), grpc.StatusCode.INTERNAL, "INTERNAL"),
 }
 
@@ -164,3 +169,11 @@ def test_what_is_cut_says_so_and_what_fits_is_whole():
     fits, longer = "x" * 1024, "x" * 1025
     assert to_wire(errors.QueueFull(fits), "id").message == fits
     assert to_wire(errors.QueueFull(longer), "id").message == "x" * 1021 + "..."
+
+
+@pytest.mark.parametrize("kind", EXAMPLES, ids=lambda kind: kind.__name__)
+def test_a_status_in_a_stream_is_the_one_that_a_call_ends_with(kind):
+    error, code, _ = EXAMPLES[kind]
+    status = to_status(error, "id")
+    assert status == status_of(to_wire(error, "id"))
+    assert status.code == code.value[0]

@@ -66,9 +66,9 @@ def fields(error: InvalidArgument) -> list[str]:
 
 def test_nothing_set_is_the_top_class_with_the_defaults():
     command = parse_explain(pb.ExplainRequest(image=PIXELS), TINY, LIMITS)
-    assert command.target == TopK(1)
-    assert command.spec == MapSpec(Method.GRAD_CAM, ("body",), upsample=False)
-    assert (command.place_on_source, command.map_dtype, command.top_predictions) == (False, "<f4", 0)
+    assert command.plan.target == TopK(1)
+    assert command.plan.spec == MapSpec(Method.GRAD_CAM, ("body",), upsample=False)
+    assert (command.plan.place_on_source, command.plan.map_dtype, command.plan.top_predictions) == (False, "<f4", 0)
     np.testing.assert_array_equal(command.image, np.arange(18, dtype=np.uint8).reshape(2, 3, 3))
 
 
@@ -82,14 +82,14 @@ def test_nothing_set_is_the_top_class_with_the_defaults():
     ],
 )
 def test_map_sizes(map_size, upsample, place):
-    command = parse_explain(request(map_size=map_size), TINY, LIMITS)
-    assert (command.spec.upsample, command.place_on_source) == (upsample, place)
+    plan = parse_explain(request(map_size=map_size), TINY, LIMITS).plan
+    assert (plan.spec.upsample, plan.place_on_source) == (upsample, place)
 
 
 def test_targets_and_their_number():
-    ids = parse_explain(request(class_ids=pb.ClassIds(values=[7, 0, 9])), TINY, LIMITS)
+    ids = parse_explain(request(class_ids=pb.ClassIds(values=[7, 0, 9])), TINY, LIMITS).plan
     assert (ids.target, ids.target_count) == (ClassIds((7, 0, 9)), 3)
-    top = parse_explain(request(top_k=4), TINY, LIMITS)
+    top = parse_explain(request(top_k=4), TINY, LIMITS).plan
     assert (top.target, top.target_count) == (TopK(4), 4)
 
 
@@ -97,7 +97,7 @@ def test_top_k_is_bounded_by_the_class_count_too():
     wide = Limits(
         max_message_bytes=1, max_image_pixels=6, max_queue_length=1, max_targets=1000, max_streams=1, max_in_flight=1
     )
-    assert parse_explain(request(top_k=10), TINY, wide).target == TopK(10)
+    assert parse_explain(request(top_k=10), TINY, wide).plan.target == TopK(10)
     assert fields(refusal(request(top_k=11), limits=wide)) == ["options.top_k"]
 
 
@@ -166,7 +166,7 @@ def test_layers(layers, named):
 
 
 def test_cam_wants_the_default_layer_and_a_model_that_has_it():
-    assert parse_explain(request(method=pb.METHOD_CAM, layers=["body"]), TINY, LIMITS).spec.method is Method.CAM
+    assert parse_explain(request(method=pb.METHOD_CAM, layers=["body"]), TINY, LIMITS).plan.spec.method is Method.CAM
     assert fields(refusal(request(method=pb.METHOD_CAM, layers=["stem"]))) == ["options.layers"]
     assert fields(refusal(request(method=pb.METHOD_CAM, layers=["body", "stem"]))) == ["options.layers"]
     assert fields(refusal(request(method=pb.METHOD_CAM), TINY_MLP)) == ["options.method"]
@@ -272,7 +272,7 @@ def test_exactly_the_wrong_fields_are_named(sent):
     try:
         command = parse_explain(pb.ExplainRequest.FromString(sent.SerializeToString()), TINY, LIMITS)
         named = []
-        assert 1 <= command.target_count <= LIMITS.max_targets
+        assert 1 <= command.plan.target_count <= LIMITS.max_targets
     except InvalidArgument as refused:
         named = fields(refused)
         to_wire(refused, "id")

@@ -1,0 +1,61 @@
+"""The two ends of an explanation, the same for one image and for a frame: before the model, and after it."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from heatlens.v1 import explain_pb2 as pb
+from heatlens_server.imaging.decode import decode_image
+from heatlens_server.imaging.preprocess import FittedImage, fit
+from heatlens_server.rpc.encode import check_answer_size, encode
+from heatlens_server.rpc.limits import Limits
+from heatlens_server.rpc.validation import ExplainPlan, SourceImage
+from heatlens_server.serving.entry import Source
+from heatlens_server.serving.served import ServedModel
+from heatlens_server.serving.ticket import Explained, Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Explainer:
+    """Explains images with one model in one way.
+
+    Attributes:
+        model: the model.
+        plan: how to explain.
+        limits: what images and answers are checked against.
+    """
+
+    model: ServedModel
+    plan: ExplainPlan
+    limits: Limits
+
+    def submit(self, image: SourceImage, *, timeout_s: float | None, source: Source | None = None) -> Ticket:
+        """Send an image on its way. Arguments and errors are those of `Lane.submit`."""
+        return self.model.lane.submit(
+            lambda: self._prepare(image), self.plan.target, self.plan.spec, timeout_s=timeout_s, source=source
+        )
+
+    async def answer(
+        self, explained: Explained, *, revise: Callable[[Explained], Explained] | None = None
+    ) -> pb.ExplainResponse:
+        """Build the answer.
+
+        Args:
+            explained: what the model said.
+            revise: changes it first; called where the answer is built, which may be another thread.
+        """
+        if self.plan.place_on_source:
+            # Not the preparers' threads: a finished answer does not queue behind images that are yet to be decoded.
+            return await asyncio.to_thread(self._encode, explained, revise)
+        return self._encode(explained, revise)
+
+    def _prepare(self, image: SourceImage) -> FittedImage:
+        """Decode and fit; runs on a preparer thread."""
+        if isinstance(image, bytes):
+            image = decode_image(image, max_pixels=self.limits.max_image_pixels)
+        fitted = fit(image, self.model.preprocess)
+        check_answer_size(self.plan, fitted, self.limits)
+        return fitted
+
+    def _encode(self, explained: Explained, revise: Callable[[Explained], Explained] | None) -> pb.ExplainResponse:
+        return encode(explained if revise is None else revise(explained), self.plan, self.model)

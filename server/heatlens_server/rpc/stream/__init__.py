@@ -1,0 +1,1 @@
+"""StreamExplain: one session per stream, from its configuration to its last answer."""

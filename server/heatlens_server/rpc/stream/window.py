@@ -1,0 +1,133 @@
+"""The frames of one stream that were read and are not answered yet, and what gives when there are too many."""
+
+from collections import deque
+from dataclasses import dataclass
+
+from heatlens_server.errors import FrameDropped
+from heatlens_server.rpc.stream.ledger import Ledger
+from heatlens_server.serving.ticket import Ticket
+
+_MAX_UNSENT = 64
+"""How many answers that need no model may wait to be sent, beyond the window, where frames are dropped."""
+
+
+@dataclass(slots=True, eq=False)
+class PendingFrame:
+    """A frame between its reading and its answer. Without a ticket and an error it was left out on purpose.
+
+    Attributes:
+        frame_id: the client's.
+        ticket: for its explanation; None if it is not to be explained.
+        error: why it is not to be explained.
+        dropped: whether a newer frame took its place.
+    """
+
+    frame_id: int
+    ticket: Ticket | None = None
+    error: Exception | None = None
+    dropped: bool = False
+
+    @property
+    def live(self) -> bool:
+        """Whether it holds a place in the window: it was sent to the model and not taken back."""
+        return self.ticket is not None and not self.dropped
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it could still be taken back."""
+        return self.live and self.ticket is not None and self.ticket.waiting
+
+
+class FrameWindow:
+    """Frames in the order of their ids. Belongs to the event loop.
+
+    Without dropping, all frames count, and no more are read while `size` are unanswered. With dropping, frames that
+    were sent to the model count: when `size` of them are unanswered, or `max_waiting` of them wait, the oldest one
+    that waits is given up for a new one. If all of them run, the new one is let in beyond the size, but only one.
+    """
+
+    def __init__(self, *, size: int, drop_oldest: bool, max_waiting: int, ledger: Ledger) -> None:
+        """An empty window.
+
+        Args:
+            size: >= 1.
+            drop_oldest: whether a frame is given up when there are too many.
+            max_waiting: with dropping: most frames that wait for the model, >= 1.
+            ledger: where frames and tickets are counted.
+        """
+        self._size = size
+        self._drop_oldest = drop_oldest
+        self._max_waiting = max_waiting
+        self._ledger = ledger
+        self._frames: deque[PendingFrame] = deque()
+
+    def __len__(self) -> int:
+        """Frames that are not answered."""
+        return len(self._frames)
+
+    @property
+    def head(self) -> PendingFrame:
+        """The frame to be answered next. There must be one."""
+        return self._frames[0]
+
+    def has_room(self) -> bool:
+        """Whether another frame may be read. If not, only `pop` changes that."""
+        if not self._drop_oldest:
+            return len(self._frames) < self._size
+        return len(self._frames) < self._size + _MAX_UNSENT and (
+            self._live_count() <= self._size or any(frame.waiting for frame in self._frames)
+        )
+
+    def make_room(self) -> bool:
+        """Give up a frame, if one must go, before another is sent to the model.
+
+        Returns:
+            False if there is no place and all frames run already. Then only `pop` changes that.
+        """
+        if not self._drop_oldest:
+            return True
+        live_count = self._live_count()
+        waiting = [frame for frame in self._frames if frame.waiting]
+        if live_count < self._size and len(waiting) < self._max_waiting:
+            return True
+        return any(_drop(frame) for frame in waiting) or live_count <= self._size
+
+    def add(self, frame: PendingFrame) -> None:
+        """Put a frame at the end."""
+        self._frames.append(frame)
+        self._ledger.frames.created += 1
+        self._ledger.tickets.created += frame.ticket is not None
+
+    def pop(self) -> None:
+        """The head is answered."""
+        self._release(self._frames.popleft())
+
+    def give_up(self, error: Exception) -> bool:
+        """Frames that wait for the model will be answered with this error; those that run are not touched.
+
+        Returns:
+            Whether there were any.
+        """
+        given_up = [frame.ticket.give_up(error) for frame in self._frames if frame.ticket is not None]
+        return any(given_up)
+
+    def close(self, error: Exception) -> None:
+        """Nobody will be answered: take back what can be taken back, and forget the rest."""
+        self.give_up(error)
+        while self._frames:
+            self.pop()
+
+    def _live_count(self) -> int:
+        return sum(frame.live for frame in self._frames)
+
+    def _release(self, frame: PendingFrame) -> None:
+        self._ledger.frames.released += 1
+        self._ledger.tickets.released += frame.ticket is not None
+
+
+def _drop(frame: PendingFrame) -> bool:
+    """Give up a frame for a newer one; False if it is too late."""
+    if frame.ticket is None or not frame.ticket.give_up(FrameDropped("a newer frame of this stream took its place")):
+        return False
+    frame.dropped = True
+    return True

@@ -1,0 +1,127 @@
+"""StreamExplain refuses: configurations, the order of messages, ids, models. A real server on a real port."""
+
+import math
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+
+from heatlens.v1 import explain_pb2 as pb
+from heatlens.v1 import explain_pb2_grpc
+from heatlens_server.models.registry import Slot
+from raw_stream import RawStream, kinds
+from wire import distinct, pixels
+
+CONFIG_ERRORS: list[tuple[dict, list[str]]] = [
+    ({"max_in_flight": -1}, ["max_in_flight"]),
+    ({"overflow_policy": 9}, ["overflow_policy"]),
+    ({"explain_every": -1}, ["explain_every"]),
+    *(({"max_frames_per_second": rate}, ["max_frames_per_second"]) for rate in (-1.0, math.nan, math.inf, -math.inf)),
+    *(({"temporal_smoothing": w}, ["temporal_smoothing"]) for w in (-0.1, 1.0, 0.99999999, 2.0, math.nan, math.inf)),
+    *(({"frame_timeout": Duration(seconds=s, nanos=n)}, ["frame_timeout"]) for s, n in ((0, 0), (-1, 0), (0, -5))),
+    ({"options": pb.ExplainOptions(top_k=0, map_size=9, layers=["no"])}, ["options.layers[0]", "options.top_k"]),
+    (
+        {
+            "options": pb.ExplainOptions(top_k=99),
+            "overflow_policy": 3,
+            "max_in_flight": -5,
+            "frame_timeout": Duration(),
+            "explain_every": -2,
+            "max_frames_per_second": math.nan,
+            "temporal_smoothing": 1.5,
+        },
+        [
+            "options.top_k",
+            "overflow_policy",
+            "max_in_flight",
+            "frame_timeout",
+            "explain_every",
+            "max_frames_per_second",
+            "temporal_smoothing",
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "fields"), CONFIG_ERRORS, ids=[str(i) for i in range(len(CONFIG_ERRORS))])
+async def test_a_wrong_configuration_ends_the_stream_and_names_every_field(stub, config, fields):
+    stream = RawStream(stub)
+    await stream.configure(**config)
+    code, details, answers = await stream.failure()
+    assert (code, answers) == (grpc.StatusCode.INVALID_ARGUMENT, [])
+    assert set(details.fields) >= {f"config.{field}" for field in fields}
+    assert all(field.startswith("config.") for field in details.fields)
+
+
+@pytest.mark.parametrize("ids", [[1, 2, 2], [5, 4], [0, -1], [-(2**63), 2**63 - 1, 0]])
+async def test_ids_that_do_not_increase_end_the_stream_after_its_answers(stub, ids):
+    image = distinct(1)[0]
+    stream = RawStream(stub)
+    await stream.open()
+    for frame_id in ids:
+        await stream.send(frame_id, image)
+    code, details, answers = await stream.failure()
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert (details.fields, details.info.reason) == (["frame.frame_id"], "PROTOCOL_VIOLATION")
+    assert details.info.metadata["last_frame_id"] == str(ids[-2])
+    assert kinds(answers) == [(frame_id, "result") for frame_id in ids[:-1]]
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (pb.StreamExplainRequest(), "frame"),
+        (pb.StreamExplainRequest(config=pb.StreamConfig()), "config"),
+    ],
+)
+async def test_anything_but_a_frame_ends_the_stream_after_its_answers(stub, request_, field):
+    stream = RawStream(stub)
+    await stream.open()
+    await stream.send(3, distinct(1)[0])
+    await stream.write(request_)
+    code, details, answers = await stream.failure()
+    assert (code, details.fields) == (grpc.StatusCode.INVALID_ARGUMENT, [field])
+    assert kinds(answers) == [(3, "result")]
+
+
+@pytest.mark.parametrize(
+    "first", [None, pb.StreamExplainRequest(), pb.StreamExplainRequest(frame=pb.Frame(frame_id=1))]
+)
+async def test_the_configuration_comes_first(stub, first):
+    stream = RawStream(stub)
+    if first is not None:
+        await stream.write(first)
+    await stream.call.done_writing()
+    code, details, answers = await stream.failure()
+    assert (code, details.fields, answers) == (grpc.StatusCode.INVALID_ARGUMENT, ["config"], [])
+    assert details.info.reason == "PROTOCOL_VIOLATION"
+
+
+async def test_garbage_in_mid_stream_is_the_callers_fault(channel):
+    call = channel.stream_stream(
+        "/heatlens.v1.ExplainService/StreamExplain", response_deserializer=pb.StreamExplainResponse.FromString
+    )()
+    stream = RawStream(explain_pb2_grpc.ExplainServiceStub(channel))
+    stream.call.cancel()
+    stream.call = call
+    await call.write(pb.StreamExplainRequest(config=pb.StreamConfig()).SerializeToString())
+    frame = pb.Frame(frame_id=1, image=pixels(distinct(1)[0]))
+    await call.write(pb.StreamExplainRequest(frame=frame).SerializeToString())
+    await call.write(b"\x0a\xff")
+    code, details, answers = await stream.failure()
+    assert (code, details.info.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "MESSAGE_UNDECODABLE")
+    assert kinds(answers) == [(0, "started"), (1, "result")]
+
+
+async def test_models_that_cannot_answer(live, stub):
+    live.registry._slots["late"] = Slot("late")
+    for model, code, reason in [
+        ("none", grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"),
+        ("late", grpc.StatusCode.UNAVAILABLE, "MODEL_LOADING"),
+        ("broken", grpc.StatusCode.FAILED_PRECONDITION, "MODEL_FAILED"),
+    ]:
+        stream = RawStream(stub)
+        await stream.configure(model=model)
+        failed, details, answers = await stream.failure()
+        assert (failed, details.info.reason, answers) == (code, reason, [])
+    del live.registry._slots["late"]
