@@ -8,6 +8,8 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
+from heatlens_server.export.regions import flatten_attention, inline_regions
+
 aten = torch.ops.aten
 
 # Without effect in eval mode.
@@ -45,6 +47,8 @@ def functional(program: ExportedProgram) -> ExportedProgram:
         program: as `torch.export` returns it; its graph may be changed.
     """
     graph = program.graph
+    inline_regions(program.graph_module)
+    flatten_attention(graph)
     if _rewritten(graph):
         _name_batch_norms(graph)
         for node in graph.nodes:
