@@ -10,6 +10,7 @@ This package holds the clients and what they return. It loads no deep-learning l
 """
 
 from heatlens._async_client import AsyncClient
+from heatlens._async_stream import AsyncStream
 from heatlens._client import Client
 from heatlens._exceptions import (
     CallCancelledError,
@@ -27,6 +28,7 @@ from heatlens._exceptions import (
     UnavailableError,
     UnimplementedError,
 )
+from heatlens._frame_result import FrameResult
 from heatlens._geometry import PixelBox, place_map
 from heatlens._options import TLS, Retry
 from heatlens._results import (
@@ -40,11 +42,13 @@ from heatlens._results import (
     ServerInfo,
     Timing,
 )
+from heatlens._stream import Stream
 from heatlens._version import __version__
 
 __all__ = [
     "TLS",
     "AsyncClient",
+    "AsyncStream",
     "CallCancelledError",
     "ClassScore",
     "Client",
@@ -52,6 +56,7 @@ __all__ = [
     "Explanation",
     "FailedPreconditionError",
     "FieldViolation",
+    "FrameResult",
     "Health",
     "HeatlensError",
     "Heatmap",
@@ -67,6 +72,7 @@ __all__ = [
     "Retry",
     "ServerInfo",
     "StatusCode",
+    "Stream",
     "Timing",
     "UnauthenticatedError",
     "UnavailableError",

@@ -15,11 +15,14 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2_grpc
 
 from heatlens import _wire
+from heatlens._async_link import AsyncLink, AsyncStreamCall
+from heatlens._async_stream import AsyncStream
 from heatlens._exceptions import CallCancelledError, FailedPreconditionError, NotFoundError
 from heatlens._images import ImageSource, load_image
 from heatlens._options import DEFAULT_MAX_MESSAGE_BYTES, TLS, UNSET, Retry, Timeout, make_settings
 from heatlens._results import Health, ModelInfo, Result, ServerInfo
 from heatlens._status import error_of, unknown_model
+from heatlens._stream_wire import OverflowName, stream_plan
 from heatlens.v1 import explain_pb2_grpc, model_pb2, model_pb2_grpc
 
 Request = TypeVar("Request", bound=Message)
@@ -158,6 +161,71 @@ class AsyncClient:
             await self._call(self._connect().explain.Explain, request, timeout), placed=map_size == "source"
         )
 
+    def stream(
+        self,
+        *,
+        model: str | None = None,
+        max_in_flight: int | None = None,
+        overflow: OverflowName = "block",
+        every: int = 1,
+        max_fps: float | None = None,
+        smooth: float = 0.0,
+        frame_timeout: float | None = None,
+        jpeg_quality: int | None = None,
+        top_k: int | None = None,
+        class_ids: int | Sequence[int] | None = None,
+        method: str | None = None,
+        layers: str | Sequence[str] | None = None,
+        map_size: _wire.MapSizeName | None = None,
+        map_type: _wire.MapTypeName | None = None,
+        top_predictions: int | None = None,
+    ) -> AsyncStream:
+        """Explain the frames of a video, in order. See `heatlens.AsyncStream`.
+
+        The stream opens with its `async with` statement or first use, within the client's timeout, and raises what is
+        wrong with its configuration then. From there on it has no time limit. It is never opened again by itself.
+
+        Args:
+            model: name of a served model. None: the server's default.
+            max_in_flight: the window: most unanswered frames. None: the server's choice; it may grant less.
+            overflow: when frames come faster than they are explained: "block": wait, none is lost; "drop-oldest":
+                drop the oldest that wait, answers stay fresh.
+            every: explain the first of so many frames, and answer the others `skipped`.
+            max_fps: explain at most so many frames per second, by capture time, and answer the others `skipped`.
+            smooth: weight of the past in the moving average of a class's maps, in [0, 1); 0: none.
+            frame_timeout: seconds that a frame may wait in the server; after that it fails. None: no limit.
+            jpeg_quality: 1 to 100: pixels travel as JPEG of this quality. None: as they are. Files do in any case.
+            top_k: explain the k most probable classes of each frame, as for `explain`; so are all that follow.
+            class_ids: explain this class or these classes, in this order.
+            method: how the map is made.
+            layers: the layer or layers to explain.
+            map_size: "layer", "input" or "source".
+            map_type: "float32", "float16" or "uint8" on the wire.
+            top_predictions: how many of the most probable classes to return in `predictions`.
+
+        Raises:
+            InvalidArgumentError: an argument is wrong.
+        """
+        plan = stream_plan(
+            model=model,
+            max_in_flight=max_in_flight,
+            overflow=overflow,
+            every=every,
+            max_fps=max_fps,
+            smooth=smooth,
+            frame_timeout=frame_timeout,
+            jpeg_quality=jpeg_quality,
+            top_k=top_k,
+            class_ids=class_ids,
+            method=method,
+            layers=layers,
+            map_size=map_size,
+            map_type=map_type,
+            top_predictions=top_predictions,
+            max_message_bytes=self._settings.max_message_bytes,
+        )
+        return AsyncStream(AsyncLink(self._start_stream, plan, timeout_s=self._settings.timeout))
+
     async def models(self, *, timeout: Timeout = UNSET) -> tuple[ModelInfo, ...]:
         """List the served models, whatever their state. Raises HeatlensError if the call fails."""
         return _wire.models_of(
@@ -232,3 +300,11 @@ class AsyncClient:
                 raise
             # Nobody cancelled the task: `close` cancelled the call.
             raise CallCancelledError("the client was closed during the call", request_id=request_id) from None
+
+    def _start_stream(self) -> tuple[AsyncStreamCall, str]:
+        """Begin a stream's call; return it and its request id."""
+        connection = self._connect()
+        settings = self._settings
+        request_id, metadata = settings.call_metadata()
+        call = connection.explain.StreamExplain(metadata=metadata, wait_for_ready=settings.wait_for_ready or None)
+        return call, request_id

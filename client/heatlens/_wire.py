@@ -80,7 +80,9 @@ def explain_request(
         map_type=map_type,
         top_predictions=top_predictions,
     )
-    return explain_pb2.ExplainRequest(model=model_name(model), image=image_message(load_image(image)), options=options)
+    request = explain_pb2.ExplainRequest(model=model_name(model), options=options)
+    fill_image(request.image, load_image(image))
+    return request
 
 
 def explain_options(
@@ -268,15 +270,14 @@ def _method_name(number: int) -> str:
     return _METHOD_NAMES.get(number, f"method-{number}")
 
 
-def image_message(loaded: bytes | npt.NDArray[np.uint8]) -> explain_pb2.Image:
-    """Build the message of an image that `load_image` returned."""
+def fill_image(image: explain_pb2.Image, loaded: bytes | npt.NDArray[np.uint8]) -> None:
+    """Write what `load_image` returned into its place in a request: a message of its own would be copied there."""
     if isinstance(loaded, bytes):
-        return explain_pb2.Image(encoded=loaded)
-    return explain_pb2.Image(
-        pixels=explain_pb2.Tensor(
-            data_type=explain_pb2.DATA_TYPE_UINT8, shape=list(loaded.shape), data=loaded.tobytes()
-        )
-    )
+        image.encoded = loaded
+    else:
+        image.pixels.data_type = explain_pb2.DATA_TYPE_UINT8
+        image.pixels.shape.extend(loaded.shape)
+        image.pixels.data = loaded.tobytes()
 
 
 def model_name(model: str | None) -> str:
