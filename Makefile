@@ -9,7 +9,7 @@ PROTO_BIN := $(PROTO_VENV)/bin
 PROTOS := $(sort $(wildcard proto/heatlens/v1/*.proto))
 STUBS := client/heatlens/v1
 
-.PHONY: help setup demo test lint format type proto proto-check bench bench-gpu coverage-export clean
+.PHONY: help setup demo demo-video test lint format type proto proto-check bench bench-gpu coverage-export clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ $(PROTO_VENV)/.ready: proto/requirements.txt
 
 demo: setup ## Explain a photo of a cat end to end and write out/demo/
 	$(BIN)/python examples/demo.py
+
+demo-video: setup ## Explain a clip of traffic frame by frame and write out/demo-video/
+	$(BIN)/python examples/demo_video.py
 
 test: setup ## Run the tests
 	$(BIN)/python -m pytest

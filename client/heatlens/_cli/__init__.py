@@ -8,6 +8,7 @@ from heatlens._cli.bench import bench
 from heatlens._cli.explain import explain
 from heatlens._cli.health import health
 from heatlens._cli.models import models
+from heatlens._cli.video import video
 from heatlens._version import __version__
 
 __all__ = ["app"]
@@ -19,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (explain, models, health, bench):
+for _command in (explain, video, models, health, bench):
     app.command()(_command)
 
 

@@ -4,7 +4,7 @@ import errno
 import glob
 import math
 import re
-import time
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,8 @@ DEFAULT_FPS = 25.0
 # Containers and drivers that know no rate tell 0, nan, or their clock's rate, such as 90,000.
 _MAX_FPS = 1000.0
 _IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+# How long `close` waits for a read that is under way.
+_CLOSE_TIMEOUT_S = 2.0
 _ALWAYS_LIVE = frozenset({"rtmp", "rtp", "rtsp", "rtsps", "udp"})
 
 
@@ -34,13 +36,11 @@ class VideoFrame:
         frame_id: 0, 1, 2, ...: its place among the frames that the source gave.
         time_s: when it is shown, in seconds from the first frame.
         pixels: uint8 (H, W, 3), RGB, of the source's size.
-        taken_s: when it was read or captured, in seconds of `time.monotonic`.
     """
 
     frame_id: int
     time_s: float
     pixels: UInt8Array
-    taken_s: float
 
 
 class Source(Protocol):
@@ -166,7 +166,7 @@ class _Images:
         for index, path in enumerate(self.paths):
             pixels = self.first if index == 0 else _read_image(path, self.on_unreadable)
             if pixels is not None:
-                yield VideoFrame(frame_id, frame_id / self.fps, letterbox(pixels, self.size), time.monotonic())
+                yield VideoFrame(frame_id, frame_id / self.fps, letterbox(pixels, self.size))
                 frame_id += 1
 
     def close(self) -> None:
@@ -183,6 +183,8 @@ class _Video:
     total: int | None
     live: bool = field(default=False, init=False)
     missed: int = field(default=0, init=False)
+    # Frames are read in one thread and the source is closed in another, but no capture bears both at a time.
+    _busy: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -191,15 +193,20 @@ class _Video:
     def __iter__(self) -> Iterator[VideoFrame]:
         frame_id, pixels = 0, self.first
         while True:
-            yield VideoFrame(frame_id, frame_id / self.fps, pixels, time.monotonic())
-            read, picture = self.capture.read()
+            yield VideoFrame(frame_id, frame_id / self.fps, pixels)
+            with self._busy:
+                # A capture that is released reads nothing.
+                read, picture = self.capture.read()
             if not read:
                 return
             frame_id += 1
             pixels = letterbox(_rgb(picture), self.size)
 
     def close(self) -> None:
-        self.capture.release()
+        # A URL that hangs must not hang the program: what is not released ends with the process.
+        if self._busy.acquire(timeout=_CLOSE_TIMEOUT_S):
+            self.capture.release()
+            self._busy.release()
 
 
 @dataclass(eq=False)
@@ -220,7 +227,7 @@ class _Live:
         start_s = None
         for frame_id, (taken_s, picture) in enumerate(self.video):
             start_s = taken_s if start_s is None else start_s
-            yield VideoFrame(frame_id, taken_s - start_s, letterbox(_rgb(picture), self.size), taken_s)
+            yield VideoFrame(frame_id, taken_s - start_s, letterbox(_rgb(picture), self.size))
 
     def close(self) -> None:
         self.video.close()

@@ -1,0 +1,264 @@
+"""`heatlens video`: explain a film or a camera, frame by frame."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from enum import StrEnum
+from itertools import islice, takewhile
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from heatlens._cli.connection import (
+    DEFAULT_SERVER,
+    CaOption,
+    ClientOptions,
+    ServerOption,
+    TlsOption,
+    client_options,
+    describe,
+    fail,
+    reporting,
+    warn,
+)
+from heatlens._cli.interrupt import INTERRUPTED, Interrupts
+from heatlens._client import Client
+from heatlens._exceptions import HeatlensError
+from heatlens._overlay import color_table
+from heatlens._video.feed import answers
+from heatlens._video.record import Record, Status
+from heatlens._video.sink import MPEG4, SUFFIXES
+from heatlens._video.source import Source, VideoFrame, open_source
+
+_STDOUT = Path("-")
+_DEFAULT_QUALITY = 90
+
+
+class Overflow(StrEnum):
+    """What happens to frames that come faster than they are explained."""
+
+    BLOCK = "block"
+    DROP_OLDEST = "drop-oldest"
+
+
+def video(
+    *,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="INPUT", help="A video file, a folder or glob of images, a URL (RTSP, HTTP) or a camera's number."
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="The film to write: .mp4, .m4v, .mov or .mkv.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write one JSON object per frame there; - is stdout.")
+    ] = None,
+    server: ServerOption = DEFAULT_SERVER,
+    model: Annotated[str | None, typer.Option(show_default="the server's", help="A served model.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(metavar="N", help="Explain the N most probable classes; the first one's map is drawn.")
+    ] = None,
+    class_ids: Annotated[
+        list[int] | None, typer.Option("--class", metavar="ID", help="Explain this class. Repeatable.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(show_default="the model's", help="grad-cam, layer-cam, ...")] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option("--layer", metavar="NAME", help="Explain this layer. Repeatable.")
+    ] = None,
+    every: Annotated[int, typer.Option(metavar="N", min=1, help="Explain the first of every N frames.")] = 1,
+    max_fps: Annotated[
+        float | None, typer.Option(metavar="F", help="Explain at most F frames per second of film.")
+    ] = None,
+    smooth: Annotated[
+        float, typer.Option(metavar="W", help="Smooth maps over time: the weight of the past, 0 to below 1.")
+    ] = 0.0,
+    max_in_flight: Annotated[
+        int | None, typer.Option(metavar="N", min=1, show_default="the server's", help="Most unanswered frames.")
+    ] = None,
+    overflow: Annotated[
+        Overflow | None,
+        typer.Option(
+            show_default="block; live: drop-oldest", help="Frames too many: wait for the server, or drop the oldest."
+        ),
+    ] = None,
+    quality: Annotated[
+        int | None, typer.Option(min=1, max=100, show_default=f"{_DEFAULT_QUALITY}", help="Of the JPEGs that are sent.")
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Send pixels, not JPEGs: exact, and many more bytes.")] = False,
+    fps: Annotated[
+        float | None, typer.Option(metavar="F", show_default="the input's, or 25", help="The film's frames per second.")
+    ] = None,
+    max_frames: Annotated[int | None, typer.Option(metavar="N", min=1, help="Stop after N frames.")] = None,
+    duration: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Stop after this time, on the film's clock.")
+    ] = None,
+    colormap: Annotated[str, typer.Option(help="An OpenCV colour map.")] = "jet",
+    alpha: Annotated[float, typer.Option(min=0, max=1, help="Opacity of the map.")] = 0.5,
+    timeout: Annotated[
+        float, typer.Option("--timeout", metavar="SECONDS", help="Time for one frame to be run, and for a URL to open.")
+    ] = 30.0,
+    tls: TlsOption = False,
+    ca: CaOption = None,
+) -> None:
+    """Explain a film while it plays: every frame with its map over it, and which class it is for.
+
+    Frames left out or dropped show the map before them. Ctrl-C leaves a playable film. Exits with 1 if a frame failed.
+    """
+    if output is None and json_file is None:
+        raise typer.BadParameter("give -o FILE, --json FILE or both")
+    if raw and quality is not None:
+        raise typer.BadParameter("give --quality or --raw, not both")
+    # nan compares false with everything.
+    if not all(value is None or 0 < value < math.inf for value in (max_fps, duration)):
+        raise typer.BadParameter("--max-fps and --duration must be positive and finite")
+    if not (fps is None or 0.01 <= fps <= 1000):
+        raise typer.BadParameter("--fps must be from 0.01 to 1000")
+    _check_files(source, output, json_file)
+    stream: dict[str, Any] = {
+        "model": model,
+        "top_k": top_k,
+        "class_ids": class_ids or None,
+        "method": method,
+        "layers": layers or None,
+        "every": every,
+        "max_fps": max_fps,
+        "smooth": smooth,
+        "max_in_flight": max_in_flight,
+        "frame_timeout": timeout,
+        "jpeg_quality": None if raw else quality or _DEFAULT_QUALITY,
+    }
+    unreadable: list[Path] = []
+    try:
+        with reporting(), Interrupts() as interrupts, _opened_lines(json_file) as lines:
+            color_table(colormap)
+            connection = client_options(server, tls=tls, ca=ca, timeout=timeout)
+            with closing(open_source(source, fps=fps, timeout_s=timeout, on_unreadable=unreadable.append)) as opened:
+                stream["overflow"] = (overflow or (Overflow.DROP_OLDEST if opened.live else Overflow.BLOCK)).value
+                record = Record(opened, film=output, lines=lines, colormap=colormap, alpha=alpha)
+                frames = _limited(opened, max_frames, duration)
+                start_s = time.monotonic()
+                try:
+                    with _progress(_total(opened, max_frames, duration)) as advance:
+                        _explain(connection, stream, frames, record, interrupts=interrupts, on_answer=advance)
+                finally:
+                    with interrupts.held_back():
+                        record.close()
+                        _say(record, opened, output, time.monotonic() - start_s, err=json_file == _STDOUT)
+                        for path in unreadable:
+                            warn(f"error: {path}: cannot be read as an image; left out")
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    if record.counts[Status.FAILED] or unreadable:
+        raise typer.Exit(1)
+
+
+def _check_files(source: str, output: Path | None, json_file: Path | None) -> None:
+    """Refuse to write over the input or to where nothing can be written, before anything is read."""
+    named = [("-o", output)]
+    if json_file != _STDOUT:
+        named.append(("--json", json_file))
+    for option, path in named:
+        if path is None:
+            continue
+        if not path.parent.is_dir():
+            fail(f"{option} {path}: there is no folder {path.parent}")
+        if path.is_dir():
+            fail(f"{option} {path}: is a folder")
+        if path.exists() and Path(source).exists() and path.samefile(source):
+            fail(f"{option} {path}: is the input")
+    if output is not None and output.suffix.lower() not in SUFFIXES:
+        fail(f"-o {output}: expected a name that ends in {', '.join(SUFFIXES)}")
+    if output is not None and json_file is not None and output.resolve() == json_file.resolve():
+        fail(f"--json {json_file}: is the film")
+
+
+@contextmanager
+def _opened_lines(path: Path | None) -> Iterator[TextIO | None]:
+    """Open the file for the lines of JSON, if there is one."""
+    if path is None or path == _STDOUT:
+        yield None if path is None else sys.stdout
+        return
+    with path.open("w", encoding="utf-8") as lines:
+        yield lines
+
+
+def _limited(source: Source, max_frames: int | None, duration_s: float | None) -> Iterator[VideoFrame]:
+    frames = islice(source, max_frames)
+    return frames if duration_s is None else takewhile(lambda frame: frame.time_s < duration_s, frames)
+
+
+def _total(source: Source, max_frames: int | None, duration_s: float | None) -> int | None:
+    """Return how many frames there will be, as far as can be told."""
+    limits = [source.total, max_frames, None if duration_s is None else math.ceil(duration_s * source.fps)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _explain(
+    connection: ClientOptions,
+    stream_options: dict[str, Any],
+    frames: Iterator[VideoFrame],
+    record: Record,
+    *,
+    interrupts: Interrupts,
+    on_answer: Callable[[Record], None],
+) -> None:
+    """Stream the frames and keep the answers. If the stream breaks, say how far it came, and exit."""
+    try:
+        with (
+            Client(**connection) as client,
+            client.stream(**stream_options) as stream,
+            closing(answers(stream, frames)) as answered,
+        ):
+            for frame, answer in answered:
+                with interrupts.held_back():
+                    record.add(frame, answer)
+                on_answer(record)
+    except HeatlensError as error:
+        if error.last_frame_id is None:
+            raise
+        fail(f"{describe(error)}; the last frame answered was {error.last_frame_id}")
+
+
+@contextmanager
+def _progress(total: int | None) -> Iterator[Callable[[Record], None]]:
+    """Show progress on stderr if that is a terminal; yields what to call after each frame."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("explaining"),
+        BarColumn(),
+        TextColumn("{task.completed} frames"),
+        TextColumn("{task.fields[rate]:.1f}/s"),
+        TextColumn("{task.fields[lost]}"),
+        TimeElapsedColumn(),
+    )
+    start_s = time.monotonic()
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("", total=total, rate=0.0, lost="")
+
+        def advance(record: Record) -> None:
+            rate = record.frames / max(time.monotonic() - start_s, 1e-9)
+            lost = f"{record.counts[Status.DROPPED]} dropped, {record.counts[Status.FAILED]} failed"
+            progress.update(task, completed=record.frames, rate=rate, lost=lost)
+
+        yield advance
+
+
+def _say(record: Record, source: Source, output: Path | None, elapsed_s: float, *, err: bool) -> None:
+    """Print what was done, in one line, unless nothing was."""
+    if not record.frames:
+        return
+    parts = [f"{record.frames} frames in {elapsed_s:.1f} s ({record.frames / elapsed_s:.1f}/s)"]
+    parts += [f"{record.counts[status]} {status}" for status in Status if record.counts[status]]
+    if source.missed:
+        parts.append(f"{source.missed} never taken from the camera")
+    if record.codec is not None:
+        hint = "; for H.264, which browsers play: pip install 'heatlens[video]'" if record.codec == MPEG4 else ""
+        parts.append(f"wrote {output} ({record.codec}{hint})")
+    typer.echo(", ".join(parts), err=err)
