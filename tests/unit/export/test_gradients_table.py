@@ -144,6 +144,14 @@ def pads_and_parts(x: Tensor) -> Tensor:
     return torch.cat([x[:, :, 1::3, -1], x[:, :, 5:].amax(-1)], 2).flip(1)
 
 
+def overwrites(x: Tensor, row: Tensor) -> Tensor:
+    result = x * 2
+    result[:, :, 2:, 1:] += row
+    result[:, :2] = x[:, 2:3].sin()
+    result[:, 3].copy_(x[:, 0])
+    return result
+
+
 def norms(x: Tensor, mean: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     x = F.batch_norm(x, mean, mean.abs() + 1, weight, bias)
     return F.group_norm(F.layer_norm(x, (11,)), 2, weight, bias)
@@ -157,6 +165,7 @@ NETS: dict[str, tuple[Net, tuple[int, ...]]] = {
     "adaptive_pools": (Net(adaptive_pools, (4, 3)), IMAGE),
     "resizes": (Net(resizes), IMAGE),
     "pads_and_parts": (Net(pads_and_parts), IMAGE),
+    "overwrites": (Net(overwrites, (10,)), IMAGE),
     "attention": (Net(self_attention, (24, 4), (24,)), (4, 3, 3)),
     "masked_attention": (Net(masked_attention, (1, 2, 9, 9)), (4, 3, 3)),
     "windows": (Net(windows, (1, 4, 4), (16, 6)), (4, 4, 6)),

@@ -1,4 +1,4 @@
-"""Gradients of taking a part of a tensor: the part, surrounded by zeros.
+"""Gradients of taking a part of a tensor: the part, surrounded by zeros. And of overwriting one.
 
 Writing the part into a tensor of zeros, as PyTorch's own decompositions do, becomes a scatter with an index for every
 element in ONNX. Padding is a plain copy.
@@ -54,6 +54,20 @@ def slice_backward(  # noqa: PLR0917 - the operator's signature
         spaced = _pad(grad.unsqueeze(dim + 1), dim + 1, 0, step - 1)
         grad = spaced.reshape(*sizes[:dim], taken * step, *sizes[dim + 1 :])
     return _pad(grad, dim, start, size - start - taken * step)
+
+
+def copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:  # noqa: ARG001 - the operator's signature
+    """Overwrite all of a tensor: what functional graphs make of `target.copy_(source)`.
+
+    Args:
+        target: only its shape and dtype are used.
+        source: broadcasts to the target's shape.
+        non_blocking: not used.
+
+    Returns:
+        The source in the target's shape and dtype, differentiable by the source.
+    """
+    return source.to(target.dtype).expand_as(target)
 
 
 def _pad(values: Tensor, dim: int, before: int, after: int) -> Tensor:

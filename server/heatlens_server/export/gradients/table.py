@@ -21,7 +21,7 @@ from heatlens_server.export.gradients.pooling import (
     scatter_to_chosen,
 )
 from heatlens_server.export.gradients.products import linear, matmul, reshape
-from heatlens_server.export.gradients.slicing import select_backward, slice_backward
+from heatlens_server.export.gradients.slicing import copy, select_backward, slice_backward
 from heatlens_server.export.gradients.unfolding import unfold_backward
 from heatlens_server.export.gradients.upsampling import interpolation, interpolation_vec
 
@@ -85,6 +85,7 @@ SUBSTITUTES: Mapping[OpOverload, Callable[..., Any]] = MappingProxyType(
         aten.adaptive_max_pool2d.default: adaptive_max_pool,
         **{op.default: interpolation(op.default, aligned=aligned) for op, aligned in _INTERPOLATIONS.items()},
         **{op.vec: interpolation_vec(op.default, aligned=aligned) for op, aligned in _INTERPOLATIONS.items()},
+        aten.copy.default: copy,
         aten.linear.default: linear,
         aten.matmul.default: matmul,
         aten.scaled_dot_product_attention.default: scaled_dot_product_attention,
