@@ -1,5 +1,6 @@
 """Which frames of a stream are explained. Pure: the times come with the frames."""
 
+import math
 from dataclasses import dataclass
 
 _SLACK_S = 1e-3
@@ -22,9 +23,9 @@ class FrameTime:
 class FrameSampler:
     """Chooses the first of every `every` frames, and of those at most so many per second.
 
-    Turns come at even intervals, and a frame is chosen if it is the first one since its turn came: frames that jitter
-    are chosen at the right rate on average. After a late frame the next turn comes up to half an interval early, and
-    never more: in no second are there more frames than the limit and one.
+    Turns come at even intervals, and the first frame since a turn came takes it: frames that jitter are chosen at the
+    right rate on average, and in no second more than the limit and one. A turn that no frame took before the next one
+    came is lost.
     """
 
     def __init__(self, *, every: int = 1, max_per_second: float = 0.0) -> None:
@@ -49,8 +50,8 @@ class FrameSampler:
         self._count += 1
         if not first_of_many or self._until_turn_s > self._slack_s:
             return False
-        late_s = min(-self._until_turn_s, self._interval_s / 2)
-        self._until_turn_s = self._interval_s - late_s
+        if self._interval_s:
+            self._until_turn_s = self._interval_s - math.fmod(-self._until_turn_s, self._interval_s)
         return True
 
     def _since_last_s(self, time: FrameTime) -> float:
