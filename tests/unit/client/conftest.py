@@ -14,6 +14,8 @@ from grpc_status import rpc_status
 
 from heatlens import AsyncClient, Client
 from heatlens.v1 import explain_pb2, explain_pb2_grpc, model_pb2, model_pb2_grpc
+from stream_faces import SyncStreamFace
+from stream_peer import StreamScript
 
 
 def answer(values=((0.0, 0.5), (0.25, 1.0)), **fields):
@@ -65,6 +67,7 @@ class Peer(explain_pb2_grpc.ExplainServiceServicer, model_pb2_grpc.ModelServiceS
         self.info = model_pb2.GetServerInfoResponse()
         self.requests = []
         self.metadata = []
+        self.streams = StreamScript()
         self.address = ""
 
     def Explain(self, request, context):
@@ -80,7 +83,7 @@ class Peer(explain_pb2_grpc.ExplainServiceServicer, model_pb2_grpc.ModelServiceS
         self.replies.extendleft([failure(code, message, *details, trailing=trailing)] * times)
 
     def StreamExplain(self, request_iterator, context):
-        context.abort(grpc.StatusCode.UNIMPLEMENTED, "")
+        return self.streams(request_iterator, context)
 
     def ListModels(self, request, context):
         return self.models
@@ -100,6 +103,7 @@ def peer():
     explain_pb2_grpc.add_ExplainServiceServicer_to_server(peer, server)
     model_pb2_grpc.add_ModelServiceServicer_to_server(peer, server)
     health_pb2_grpc.add_HealthServicer_to_server(peer.health, server)
+    peer.server = server
     peer.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
     yield peer
@@ -114,6 +118,9 @@ class SyncFace:
 
     def __getattr__(self, name):
         return lambda *args, **kwargs: asyncio.to_thread(getattr(self.client, name), *args, **kwargs)
+
+    def stream(self, **options):
+        return SyncStreamFace(self.client.stream(**options))
 
 
 @pytest.fixture(params=["sync", "async"])
