@@ -71,6 +71,9 @@ class Client:
     def finish(self, error: Exception | None = None) -> None:
         self._sent.put_nowait(error)
 
+    def all_read(self) -> bool:
+        return self._sent.empty()
+
     def __aiter__(self) -> AsyncIterator[pb.StreamExplainRequest]:
         return self
 
@@ -190,7 +193,7 @@ async def test_a_read_that_is_under_way_is_left_alone_and_is_the_last(rig):
     client.send(1)
     await rig.balanced()
     assert (client.reads, client.reads_cancelled) == (2, 0)
-    assert rig.hall.ledger.frames.created == 0
+    assert (rig.hall.ledger.frames.created, rig.engine.entered) == (0, 0)
 
 
 async def test_an_answer_that_cannot_be_written_ends_the_stream_and_is_raised(rig):
@@ -231,23 +234,54 @@ async def test_drain_before_the_configuration(rig):
         await ended(rig.start(Client()))
 
 
-async def test_drain_while_a_frame_is_in_hand_answers_it_too(rig):
-    client = Client()
+async def frame_in_hand(rig: Rig, client: Client) -> "asyncio.Task[None]":
+    """A stream whose frames 1 and 2 run, and which has read frame 3 and has no place for it."""
     client.configure(max_in_flight=1, overflow_policy=pb.OVERFLOW_POLICY_DROP_OLDEST)
     rig.engine.gate.clear()
     call = rig.start(client)
     client.send(1)
     await until(lambda: rig.engine.entered == 1)
-    client.send(2)  # let in beyond the window; the batch that is prepared ahead claims it
-    await until(lambda: rig.hall.ledger.frames.created == 2 and len(rig.lane.batcher) == 0)
-    client.send(3)  # finds no place, or is not even read
+    rig.lane.batcher.hold_until(99)
+    client.send(2)
+    # Frame 2 waits, so that the next frame is being read.
+    await until(lambda: client.reads == 4 and len(rig.lane.batcher) == 1)
+    rig.lane.batcher.hold_until(0)
+    # The batch that is prepared ahead claims it.
+    await until(lambda: len(rig.lane.batcher) == 0)
+    client.send(3)
+    await until(client.all_read)
+    return call
+
+
+async def test_drain_with_a_frame_in_hand_answers_it_too(rig):
+    client = Client()
+    call = await frame_in_hand(rig, client)
     rig.hall.drain()
     rig.engine.gate.set()
     with pytest.raises(ServerDraining):
         await ended(call)
-    assert client.answers()[:2] == [(1, "result"), (2, "result")]
-    assert client.answers()[2:] in ([], [(3, "UNAVAILABLE")])
+    assert client.answers() == [(1, "result"), (2, "result"), (3, "UNAVAILABLE")]
+    assert client.reads == 4
+    await rig.balanced()
+
+
+async def test_cancel_with_a_frame_in_hand_forgets_it(rig):
+    client = Client()
+    call = await frame_in_hand(rig, client)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await rig.balanced()
+    assert (client.reads, rig.hall.ledger.frames.created) == (4, 2)
+
+
+async def test_a_frame_in_hand_gets_its_place_once_another_is_answered(rig):
+    client = Client()
+    call = await frame_in_hand(rig, client)
+    rig.engine.gate.set()
     client.finish()
+    await ended(call)
+    assert client.answers() == [(1, "result"), (2, "result"), (3, "result")]
     await rig.balanced()
 
 
