@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from heatlens._async_ending import Ending
 from heatlens._exceptions import CallCancelledError, DeadlineExceededError, HeatlensError, InternalError
 from heatlens._frame_result import FrameResult
 from heatlens._images import ImageSource
@@ -200,36 +201,44 @@ class AsyncLink:
 
     async def _read(self, call: AsyncStreamCall) -> None:
         """Take the server's answers until the end. The reader."""
+        ending = Ending(call)
         error: HeatlensError | None = InternalError("the stream's reader failed", request_id=self._request_id)
         try:
-            # Otherwise: grpc.aio.EOF.
-            while isinstance(response := await call.read(), explain_pb2.StreamExplainResponse):
-                answer = answer_of(response, self._plan, self._request_id)
-                if isinstance(answer, Started):
-                    self.window.start(answer.window)
-                    self.started = answer
-                else:
-                    self.window.answer(
-                        answer.frame_id,
-                        now_s=time.monotonic(),
-                        result=answer.result,
-                        error=answer.error,
-                        skipped=answer.skipped,
-                    )
-                self.notify()
+            # Not call.read(): that forgets what has arrived when a write fails.
+            async for response in call:
+                self._take_in(response, call)
             error = None
         except grpc.RpcError as failure:
-            error = error_of(failure, self._request_id)
-        except HeatlensError as failure:
-            failure.request_id = self._request_id
-            error = failure
-            call.cancel()
+            true = await ending.of(failure, patience_s=PATIENCE_S)
+            error = None if true is None else error_of(true, self._request_id)
         except asyncio.CancelledError:
             error = CallCancelledError("the client was closed during the call", request_id=self._request_id)
             if _cancelled():
                 raise
         finally:
             self._end(error)
+
+    def _take_in(self, response: explain_pb2.StreamExplainResponse, call: AsyncStreamCall) -> None:
+        if self.window.ended:
+            return
+        try:
+            answer = answer_of(response, self._plan, self._request_id)
+            if isinstance(answer, Started):
+                self.window.start(answer.window)
+                self.started = answer
+            else:
+                self.window.answer(
+                    answer.frame_id,
+                    now_s=time.monotonic(),
+                    result=answer.result,
+                    error=answer.error,
+                    skipped=answer.skipped,
+                )
+        except HeatlensError as failure:
+            failure.request_id = self._request_id
+            self._end(failure)
+            call.cancel()
+        self.notify()
 
 
 def _cancelled() -> bool:

@@ -1,11 +1,44 @@
-"""A `Stream` with the face of an AsyncStream, so that one test serves both: every call runs in a thread."""
+"""A `Stream` with the face of an AsyncStream, so that one test serves both, and what tests do with either."""
 
 import asyncio
+import contextlib
+
+FRAMES = [bytes([i]) for i in range(40)]
+NAN, INF = float("nan"), float("inf")
 
 _END = object()
 
 
+async def collected(answers, into=None):
+    """All answers, in a new list or at the end of one."""
+    items = [] if into is None else into
+    async for item in answers:
+        items.append(item)
+    return items
+
+
+async def settled(condition, timeout_s=5.0):
+    """Wait until something is so; it may be another thread's doing."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+
+
+@contextlib.asynccontextmanager
+async def running(coroutine):
+    """A task that is still running after a moment, and cancelled at the end if it is then."""
+    task = asyncio.create_task(coroutine)
+    done, _ = await asyncio.wait({task}, timeout=0.1)
+    assert not done, "it should wait"
+    try:
+        yield task
+    finally:
+        task.cancel()
+
+
 class SyncStreamFace:
+    """Every call runs in a thread."""
+
     def __init__(self, stream):
         self.stream = stream
 

@@ -107,40 +107,37 @@ class StreamScript:
 
         self.open += 1
         threading.Thread(target=read, daemon=True).start()
+        # What gRPC leaves this generator with when the call is cancelled.
+        status = "cancelled"
         try:
-            yield from self.serve(arrived, context)
+            status = yield from self.serve(arrived, context)
         finally:
+            self.statuses.append(status)
             self.open -= 1
 
     def serve(self, arrived, context):
         first = arrived.get()
         if isinstance(first, str):
-            self.statuses.append(first)
-            return
+            return first
         assert first.WhichOneof("payload") == "config", first
         self.configs.append(first.config)
         if self.refuses:
             abort(context, *self.refuses)
         while not self.starts.wait(0.01):
             if not context.is_active():
-                self.statuses.append("cancelled")
-                return
+                return "cancelled"
         window = self.window if self.window is not None else first.config.max_in_flight or 4
-        yield pb.StreamExplainResponse(
-            started=pb.StreamStarted(model="tiny", model_version="7", max_in_flight=window)
-        )
+        yield pb.StreamExplainResponse(started=pb.StreamStarted(model="tiny", model_version="7", max_in_flight=window))
         count = 0
         while True:
             if self.breaks and count == self.breaks[0]:
                 abort(context, *self.breaks[1:])
             request = arrived.get()
             if isinstance(request, str):
-                self.statuses.append(request)
-                return
+                return request
             while not (self.gate.is_set() or self.permits.acquire(timeout=0.005)):
                 if not context.is_active():
-                    self.statuses.append("cancelled")
-                    return
+                    return "cancelled"
             answer = self.reply(request.frame, count, first.config)
             count += 1
             if answer is not None:
