@@ -31,7 +31,7 @@ $(PROTO_VENV)/.ready: proto/requirements.txt
 demo: setup ## Explain a photo of a cat end to end and write out/demo/
 	$(BIN)/python examples/demo.py
 
-demo-video: setup ## Explain a clip of traffic frame by frame and write out/demo-video/
+demo-video: setup ## Explain a film clip frame by frame and write out/demo-video/
 	$(BIN)/python examples/demo_video.py
 
 test: setup ## Run the tests

@@ -1,5 +1,6 @@
-"""`make demo` as a user runs it: the command, its table and its pictures; and that the map lies on the cat."""
+"""`make demo` and `make demo-video` as a user runs them: what they say and write; and that the map lies on the cat."""
 
+import json
 import re
 import subprocess
 import sys
@@ -73,3 +74,48 @@ def test_the_picture_of_the_readme_is_the_demos(demo):
     made = cv2.imread(str(demo[1] / "out" / "demo" / "chelsea.jpg")).astype(float)
     # Another torch may round differently, and another JPEG encoder too; a stale picture differs by far more.
     assert np.abs(committed - made).mean() < 2
+
+
+@pytest.fixture(scope="module")
+def demo_video(tmp_path_factory, default_export):
+    """What the finished demo of a film said, and the folder with what it wrote."""
+    folder = tmp_path_factory.mktemp("demo-video")
+    command = [sys.executable, ROOT / "examples" / "demo_video.py"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout, folder / "out" / "demo-video"
+
+
+def test_demo_video_writes_a_playable_film_of_every_frame(demo_video):
+    said, folder = demo_video
+    assert "132 explained, wrote out/demo-video/overlay.mp4 (H.264)" in said
+    capture = cv2.VideoCapture(str(folder / "overlay.mp4"))
+    assert capture.get(cv2.CAP_PROP_FPS) == 25
+    shapes = []
+    while (found := capture.read())[0]:
+        shapes.append(found[1].shape)
+    assert shapes == [(720, 1280, 3)] * 132
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert [line["frame_id"] for line in lines] == list(range(132))
+    assert {line["status"] for line in lines} == {"explained"}
+
+
+def test_demo_video_flickers_less_when_smoothed(demo_video):
+    plain, smoothed = map(float, re.search(r"maps: ([\d.]+) plain, ([\d.]+) smoothed", demo_video[0]).groups())
+    assert 0.01 < smoothed < 0.9 * plain < 0.1
+
+
+def test_demo_video_writes_pictures_to_look_at(demo_video):
+    _, folder = demo_video
+    assert cv2.imread(str(folder / "contact-sheet.png")).shape == (900, 1600, 3)
+    made, committed = (
+        cv2.imread(str(path)) for path in (folder / "stream.png", ROOT / "docs" / "images" / "stream.png")
+    )
+    assert made.shape == (360, 1280, 3)
+    # The grain of the palette is chance.
+    made, committed = (
+        cv2.resize(image, (160, 45), interpolation=cv2.INTER_AREA).astype(float) for image in (made, committed)
+    )
+    assert np.abs(made - committed).mean() < 4
+    assert (ROOT / "docs" / "images" / "stream.png").stat().st_size < 300_000
