@@ -1,13 +1,10 @@
 """`heatlens bench`: measure a server from where its clients are."""
 
 import asyncio
-import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,11 +14,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from heatlens._async_client import AsyncClient
+from heatlens._cli.bench_calls import Arrivals, CallLoad, calls_as_json, calls_as_text, run_calls
+from heatlens._cli.bench_stream import StreamLoad, run_stream_load, streams_as_json, streams_as_text
 from heatlens._cli.connection import (
     DEFAULT_SERVER,
     CaOption,
-    ClientOptions,
     JsonOption,
     ServerOption,
     TimeoutOption,
@@ -30,29 +27,14 @@ from heatlens._cli.connection import (
     fail,
     reporting,
 )
-from heatlens._cli.load import (
-    Report,
-    Sample,
-    closed_loop,
-    constant_arrivals,
-    open_loop,
-    poisson_arrivals,
-    summarise,
-)
-from heatlens._exceptions import HeatlensError
+from heatlens._cli.stream_load import Sources
+from heatlens._cli.video import Overflow
 from heatlens._images import load_image
-from heatlens._options import Retry
-from heatlens._results import Timing
 
 _DEFAULT_CONCURRENCY = 8
 _DEFAULT_DURATION_S = 10.0
-
-
-class Arrivals(StrEnum):
-    """How calls of an open loop are spaced."""
-
-    POISSON = "poisson"
-    CONSTANT = "constant"
+# A source is a loop in Python: beyond this it does not keep up by far.
+_MAX_FPS = 1e6
 
 
 def bench(
@@ -73,6 +55,31 @@ def bench(
     arrivals: Annotated[Arrivals, typer.Option(help="Open loop: spacing of the calls.")] = Arrivals.POISSON,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the Poisson arrivals.")] = 0,
     requests: Annotated[int | None, typer.Option(metavar="N", min=1, help="Stop after N calls.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Streams instead of calls: frames, answered in order.")] = (
+        False
+    ),
+    streams: Annotated[
+        int | None, typer.Option(metavar="S", min=1, show_default="1", help="With --stream: streams kept open.")
+    ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(
+            metavar="F",
+            show_default="0",
+            help="With --stream: frames captured per second by each, whatever happens; 0: as fast as the window "
+            "allows.",
+        ),
+    ] = None,
+    max_in_flight: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, show_default="the server's", help="With --stream: most unanswered frames."),
+    ] = None,
+    overflow: Annotated[
+        Overflow | None,
+        typer.Option(
+            show_default="block", help="With --stream: frames too many: wait for the server, or drop the oldest."
+        ),
+    ] = None,
     duration: Annotated[
         float | None,
         typer.Option(metavar="SECONDS", show_default="10, without --requests", help="Stop after this time."),
@@ -84,38 +91,49 @@ def bench(
 ) -> None:
     """Measure throughput and latency. Calls are not retried: a refusal counts as what it is.
 
-    Latency of an open loop counts from the scheduled start. Exits with 1 if no call succeeded.
+    Latency of an open loop counts from the scheduled start. With --stream, a frame's age counts from its capture.
+    Exits with 1 if nothing was explained.
     """
-    if rate is not None and concurrency is not None:
-        raise typer.BadParameter("give --concurrency (closed loop) or --rate (open loop), not both")
     # nan compares false with everything.
     if not all(value is None or 0 < value < math.inf for value in (rate, duration)):
         raise typer.BadParameter("--rate and --duration must be positive and finite")
     duration_s = _DEFAULT_DURATION_S if duration is None and requests is None else duration
-    with reporting():
-        payloads = [load_image(path) for path in images or ()] or [synthetic_jpeg()]
-        options = client_options(server, tls=tls, ca=ca, timeout=timeout)
-        what = {"model": model, "method": method, "top_k": top_k}
-        samples, elapsed_s = asyncio.run(
-            _run(
-                options,
-                payloads,
-                what,
-                concurrency=concurrency or _DEFAULT_CONCURRENCY,
-                starts=None if rate is None else _starts(rate, arrivals, seed),
-                requests=requests,
-                duration_s=duration_s,
-            )
+    what = {"model": model, "method": method, "top_k": top_k}
+    if not stream:
+        if any(value is not None for value in (streams, fps, max_in_flight, overflow)):
+            raise typer.BadParameter("--streams, --fps, --max-in-flight and --overflow need --stream")
+        if rate is not None and concurrency is not None:
+            raise typer.BadParameter("give --concurrency (closed loop) or --rate (open loop), not both")
+        load = CallLoad(
+            concurrency=concurrency or _DEFAULT_CONCURRENCY,
+            rate_per_s=rate,
+            arrivals=arrivals,
+            seed=seed,
+            requests=requests,
+            duration_s=duration_s,
         )
-    report = summarise(samples, elapsed_s)
-    mode: dict[str, Any] = (
-        {"loop": "closed", "concurrency": concurrency or _DEFAULT_CONCURRENCY}
-        if rate is None
-        else {"loop": "open", "rate_per_s": rate, "arrivals": arrivals.value}
-    )
-    typer.echo(json.dumps(mode | asdict(report), indent=2) if as_json else _as_text(mode, report))
-    if report.latency is None:
-        fail("no call succeeded")
+        with reporting(), _progress(requests) as advance:
+            options = client_options(server, tls=tls, ca=ca, timeout=timeout)
+            report = asyncio.run(run_calls(options, _payloads(images), what, load, on_answer=advance))
+        _print(calls_as_json(load, report) if as_json else calls_as_text(load, report))
+        if report.latency is None:
+            fail("no call succeeded")
+        return
+    if any(value is not None for value in (concurrency, rate, requests)):
+        raise typer.BadParameter("--concurrency, --rate and --requests are of calls: not with --stream")
+    with reporting():
+        stream_load = StreamLoad(
+            streams=streams or 1,
+            sources=_sources(_payloads(images), fps, duration_s or _DEFAULT_DURATION_S, overflow),
+            max_in_flight=max_in_flight,
+            frame_timeout_s=timeout,
+        )
+        with _progress(stream_load.captures) as advance:
+            options = client_options(server, tls=tls, ca=ca, timeout=timeout)
+            found, window = asyncio.run(run_stream_load(options, what, stream_load, on_answer=advance))
+    _print(streams_as_json(stream_load, found, window) if as_json else streams_as_text(stream_load, found, window))
+    if found.total.age is None:
+        fail("no frame was explained")
 
 
 def synthetic_jpeg() -> bytes:
@@ -125,42 +143,21 @@ def synthetic_jpeg() -> bytes:
     return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
 
 
-def _starts(rate: float, arrivals: Arrivals, seed: int) -> Iterator[float]:
-    return constant_arrivals(rate) if arrivals is Arrivals.CONSTANT else poisson_arrivals(rate, seed)
+def _payloads(images: list[Path] | None) -> list[Any]:
+    return [load_image(path) for path in images or ()] or [synthetic_jpeg()]
 
 
-async def _run(
-    options: ClientOptions,
-    payloads: list[Any],
-    what: dict[str, Any],
-    *,
-    concurrency: int,
-    starts: Iterator[float] | None,
-    requests: int | None,
-    duration_s: float | None,
-) -> tuple[list[Sample], float]:
-    turns = itertools.cycle(payloads)
-    async with AsyncClient(**options, retry=Retry(max_attempts=1)) as client:
-
-        async def call() -> Timing:
-            return (await client.explain(next(turns), **what)).timing
-
-        # One call that does not count: it connects, and tells of a wrong model or a missing server at once.
-        try:
-            await call()
-        except HeatlensError as error:
-            if error.code not in {"RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}:
-                raise
-        with _progress(requests) as advance:
-            if starts is None:
-                return await closed_loop(
-                    call, concurrency=concurrency, requests=requests, duration_s=duration_s, on_done=advance
-                )
-            return await open_loop(call, arrivals=starts, requests=requests, duration_s=duration_s, on_done=advance)
+def _sources(payloads: list[Any], fps: float | None, duration_s: float, overflow: Overflow | None) -> Sources:
+    if not (fps is None or fps == 0 or 1 / _MAX_FPS <= fps <= _MAX_FPS):
+        raise typer.BadParameter(f"--fps must be 0, or from {1 / _MAX_FPS:g} to {_MAX_FPS:g}")
+    drop_oldest = overflow is Overflow.DROP_OLDEST
+    if drop_oldest and not fps:
+        raise typer.BadParameter("--overflow drop-oldest needs --fps: without a rate there is no end of frames to drop")
+    return Sources(payloads, fps=fps or None, duration_s=duration_s, drop_oldest=drop_oldest)
 
 
 @contextmanager
-def _progress(total: int | None) -> Iterator[Any]:
+def _progress(total: int | None) -> Iterator[Callable[[], None]]:
     """Show progress on stderr if that is a terminal; yields what to call after each answer."""
     console = Console(stderr=True)
     columns = (TextColumn("explaining"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -169,29 +166,5 @@ def _progress(total: int | None) -> Iterator[Any]:
         yield lambda: progress.advance(task)
 
 
-def _as_text(mode: dict[str, Any], report: Report) -> str:
-    head = (
-        f"closed loop, {mode['concurrency']} in flight"
-        if mode["loop"] == "closed"
-        else f"open loop, {mode['rate_per_s']:g}/s {mode['arrivals']}"
-    )
-    lines = [
-        f"{head}: {report.requests} calls in {report.elapsed_s:.2f} s",
-        f"  throughput   {report.throughput_per_s:.1f}/s",
-        f"  codes        {', '.join(f'{code} {count}' for code, count in report.codes.items())}",
-    ]
-    if report.latency is not None:
-        latency = report.latency
-        lines.append(
-            f"  latency ms   mean {latency.mean_ms:.1f}, p50 {latency.p50_ms:.1f}, p90 {latency.p90_ms:.1f}, "
-            f"p95 {latency.p95_ms:.1f}, p99 {latency.p99_ms:.1f}, max {latency.max_ms:.1f}"
-        )
-    if report.mean_queue_ms is not None:
-        lines.append(
-            f"  server ms    queue {report.mean_queue_ms:.1f}, preprocess {report.mean_preprocess_ms:.1f}, "
-            f"compute {report.mean_compute_ms:.1f}"
-        )
-    if report.mean_batch_size is not None:
-        lines.append(f"  batch size   {report.mean_batch_size:.2f}")
-    lines.append(f"  start lag    {report.p99_lag_ms:.1f} ms p99")
-    return "\n".join(lines)
+def _print(report: dict[str, Any] | str) -> None:
+    typer.echo(report if isinstance(report, str) else json.dumps(report, indent=2))

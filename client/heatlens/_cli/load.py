@@ -169,26 +169,31 @@ async def _measure(call: Call, *, scheduled: float, now: Now) -> Sample:
 
 
 def summarise(samples: Sequence[Sample], elapsed_s: float) -> Report:
-    """Return the statistics of a run. Percentiles are interpolated linearly (numpy's default)."""
-    latencies_ms = np.array([sample.latency_s * 1e3 for sample in samples if sample.code == "OK"])
+    """Return the statistics of a run."""
+    answered = [sample for sample in samples if sample.code == "OK"]
     timings = [sample.timing for sample in samples if sample.timing is not None]
-    batch_sizes = np.array([timing.batch_size for timing in timings if timing.batch_size > 0], dtype=np.float64)
     return Report(
         requests=len(samples),
         elapsed_s=elapsed_s,
-        throughput_per_s=len(latencies_ms) / elapsed_s if elapsed_s > 0 else 0.0,
+        throughput_per_s=len(answered) / elapsed_s if elapsed_s > 0 else 0.0,
         codes=dict(sorted(Counter(sample.code for sample in samples).items())),
-        latency=_latency(latencies_ms) if len(latencies_ms) else None,
-        # An image in a batch of n stands for 1/n of a batch.
-        mean_batch_size=float(len(batch_sizes) / np.sum(1 / batch_sizes)) if len(batch_sizes) else None,
-        mean_queue_ms=_mean([timing.queue_ms for timing in timings]),
-        mean_preprocess_ms=_mean([timing.preprocess_ms for timing in timings]),
-        mean_compute_ms=_mean([timing.compute_ms for timing in timings]),
-        p99_lag_ms=float(np.percentile([sample.lag_s * 1e3 for sample in samples], 99)) if samples else 0.0,
+        latency=latency_of([sample.latency_s for sample in answered]),
+        mean_batch_size=batch_size_of(timings),
+        mean_queue_ms=mean_of([timing.queue_ms for timing in timings]),
+        mean_preprocess_ms=mean_of([timing.preprocess_ms for timing in timings]),
+        mean_compute_ms=mean_of([timing.compute_ms for timing in timings]),
+        p99_lag_ms=lag_of([sample.lag_s for sample in samples]),
     )
 
 
-def _latency(latencies_ms: "np.typing.NDArray[np.float64]") -> Latency:
+def latency_of(latencies_s: Sequence[float]) -> Latency | None:
+    """Return the statistics of latencies given in seconds; None if there are none.
+
+    Percentiles are interpolated linearly (numpy's default).
+    """
+    if not latencies_s:
+        return None
+    latencies_ms = np.array(latencies_s) * 1e3
     p50, p90, p95, p99 = (float(value) for value in np.percentile(latencies_ms, [50, 90, 95, 99]))
     return Latency(
         mean_ms=float(latencies_ms.mean()),
@@ -200,5 +205,18 @@ def _latency(latencies_ms: "np.typing.NDArray[np.float64]") -> Latency:
     )
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def lag_of(lags_s: Sequence[float]) -> float:
+    """Return the 99th percentile, in milliseconds, of lags in seconds; 0.0 if there are none."""
+    return float(np.percentile(lags_s, 99)) * 1e3 if lags_s else 0.0
+
+
+def batch_size_of(timings: Sequence[Timing]) -> float | None:
+    """Return the mean size of the batches that ran, not of the batches that images were in; None without any."""
+    # An image in a batch of n stands for 1/n of a batch.
+    shares = [1 / timing.batch_size for timing in timings if timing.batch_size > 0]
+    return len(shares) / sum(shares) if shares else None
+
+
+def mean_of(values: Sequence[float]) -> float | None:
+    """Return the mean; None if there are no values."""
     return float(np.mean(values)) if values else None
