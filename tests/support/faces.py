@@ -9,7 +9,7 @@ import numpy as np
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from heatlens import AsyncClient, HeatlensError
+from heatlens import HeatlensError
 from heatlens.v1 import explain_pb2, explain_pb2_grpc
 
 
@@ -30,6 +30,16 @@ class Answer:
 
 
 @dataclass
+class StreamAnswer:
+    """The answer for one frame: of the last three, one is set."""
+
+    frame_id: int
+    answer: Answer | None = None
+    refused: "Refused | None" = None
+    skipped: bool = False
+
+
+@dataclass
 class Refused(Exception):
     """A failure in a form that all three faces can give."""
 
@@ -40,40 +50,74 @@ class Refused(Exception):
 
 
 class SdkFace:
-    """The SDK. Cases are coroutines; the sync client runs in a thread."""
+    """The asynchronous SDK."""
 
     def __init__(self, client):
         self.client = client
 
     async def explain(self, image, **options):
         try:
-            answer = self.client.explain(image, **options)
-            result = await answer if isinstance(self.client, AsyncClient) else answer
+            return answer_of_sdk(await self.client.explain(image, **options))
         except HeatlensError as error:
-            fields = [violation.field for violation in error.field_violations]
-            raise Refused(error.code.value, error.reason, fields, error.message) from None
-        return Answer(
-            class_ids=[item.class_id for item in result.explanations],
-            labels=[item.label for item in result.explanations],
-            logits=[item.logit for item in result.explanations],
-            probabilities=[item.probability for item in result.explanations],
-            maps=[item.heatmap.values for item in result.explanations],
-            raws=[item.heatmap.raw() for item in result.explanations],
-            predictions=[item.class_id for item in result.predictions],
-            region=(
-                result.source_region.left,
-                result.source_region.top,
-                result.source_region.right,
-                result.source_region.bottom,
-            ),
-            model=result.model,
-            batch_size=result.timing.batch_size,
-        )
+            raise refused_by_sdk(error) from None
+
+    async def stream(self, frames, **options):
+        """The window in force, and one StreamAnswer for each frame."""
+        try:
+            async with self.client.stream(**options) as stream:
+                return stream.window, [stream_answer_of_sdk(item) async for item in stream.map(frames)]
+        except HeatlensError as error:
+            raise refused_by_sdk(error) from None
 
 
 class SyncFace(SdkFace):
+    """The SDK for threads. Cases are coroutines; it runs in a thread."""
+
     async def explain(self, image, **options):
-        return await asyncio.to_thread(lambda: asyncio.run(super(SyncFace, self).explain(image, **options)))
+        try:
+            return answer_of_sdk(await asyncio.to_thread(self.client.explain, image, **options))
+        except HeatlensError as error:
+            raise refused_by_sdk(error) from None
+
+    async def stream(self, frames, **options):
+        def run():
+            with self.client.stream(**options) as stream:
+                return stream.window, [stream_answer_of_sdk(item) for item in stream.map(frames)]
+
+        try:
+            return await asyncio.to_thread(run)
+        except HeatlensError as error:
+            raise refused_by_sdk(error) from None
+
+
+def refused_by_sdk(error):
+    fields = [violation.field for violation in error.field_violations]
+    return Refused(error.code.value, error.reason, fields, error.message)
+
+
+def stream_answer_of_sdk(item):
+    return StreamAnswer(
+        frame_id=item.frame_id,
+        answer=item.result and answer_of_sdk(item.result),
+        refused=item.error and refused_by_sdk(item.error),
+        skipped=item.skipped,
+    )
+
+
+def answer_of_sdk(result):
+    region = result.source_region
+    return Answer(
+        class_ids=[item.class_id for item in result.explanations],
+        labels=[item.label for item in result.explanations],
+        logits=[item.logit for item in result.explanations],
+        probabilities=[item.probability for item in result.explanations],
+        maps=[item.heatmap.values for item in result.explanations],
+        raws=[item.heatmap.raw() for item in result.explanations],
+        predictions=[item.class_id for item in result.predictions],
+        region=(region.left, region.top, region.right, region.bottom),
+        model=result.model,
+        batch_size=result.timing.batch_size,
+    )
 
 
 class RawFace:
@@ -82,44 +126,97 @@ class RawFace:
     def __init__(self, channel):
         self.stub = explain_pb2_grpc.ExplainServiceStub(channel)
 
-    async def explain(
+    async def explain(self, image, *, model="", timeout=30, **options):  # noqa: ASYNC109 - a gRPC deadline
+        request = explain_pb2.ExplainRequest(model=model, image=self.image(image), options=self.options(**options))
+        try:
+            return self.answer(await self.stub.Explain(request, timeout=timeout))
+        except grpc.aio.AioRpcError as error:
+            raise self.refused(error) from None
+
+    async def stream(
         self,
-        image,
+        frames,
         *,
         model="",
-        top_k=None,
-        class_ids=None,
-        method=None,
-        layers=(),
-        map_size=None,
-        map_type=None,
-        top_predictions=0,
-        timeout=30,  # noqa: ASYNC109 - a gRPC deadline
+        max_in_flight=0,
+        overflow=None,
+        every=0,
+        max_fps=0,
+        smooth=0,
+        frame_timeout=None,
+        **options,
     ):
-        request = explain_pb2.ExplainRequest(model=model)
+        """The window in force, and one StreamAnswer for each frame."""
+        config = explain_pb2.StreamConfig(
+            model=model,
+            options=self.options(**options),
+            max_in_flight=max_in_flight,
+            explain_every=every,
+            max_frames_per_second=max_fps,
+            temporal_smoothing=smooth,
+        )
+        if overflow:
+            name = "OVERFLOW_POLICY_" + overflow.upper().replace("-", "_")
+            config.overflow_policy = explain_pb2.OverflowPolicy.Value(name)
+        if frame_timeout is not None:
+            config.frame_timeout.FromNanoseconds(int(frame_timeout * 1e9))
+
+        call = self.stub.StreamExplain()
+
+        async def write():
+            for frame_id, frame in enumerate(frames):
+                message = explain_pb2.Frame(frame_id=frame_id, image=self.image(frame))
+                await call.write(explain_pb2.StreamExplainRequest(frame=message))
+            await call.done_writing()
+
+        try:
+            await call.write(explain_pb2.StreamExplainRequest(config=config))
+            # Frames follow once the stream is admitted: a write that fails would hide why it was not.
+            responses = [await call.read()]
+            writing = asyncio.create_task(write())
+            while (response := await call.read()) is not grpc.aio.EOF:
+                responses.append(response)
+            await writing
+        except grpc.aio.AioRpcError as error:
+            raise self.refused(error) from None
+        assert responses[0].frame_id == 0
+        return responses[0].started.max_in_flight, [self.stream_answer(response) for response in responses[1:]]
+
+    @staticmethod
+    def image(image):
         if isinstance(image, bytes):
-            request.image.encoded = image
-        else:
-            request.image.pixels.data_type = explain_pb2.DATA_TYPE_UINT8
-            request.image.pixels.shape.extend(image.shape)
-            request.image.pixels.data = image.tobytes()
-        options = request.options
+            return explain_pb2.Image(encoded=image)
+        return explain_pb2.Image(
+            pixels=explain_pb2.Tensor(data_type=explain_pb2.DATA_TYPE_UINT8, shape=image.shape, data=image.tobytes())
+        )
+
+    @staticmethod
+    def options(*, top_k=None, class_ids=None, method=None, layers=(), map_size=None, map_type=None, top_predictions=0):
+        options = explain_pb2.ExplainOptions(layers=layers, top_predictions=top_predictions)
         if top_k is not None:
             options.top_k = top_k
         if class_ids is not None:
             options.class_ids.values.extend(class_ids)
         if method:
             options.method = explain_pb2.Method.Value("METHOD_" + method.upper().replace("-", "_"))
-        options.layers.extend(layers)
         if map_size:
             options.map_size = explain_pb2.MapSize.Value("MAP_SIZE_" + map_size.upper())
         if map_type:
             options.map_type = explain_pb2.DataType.Value("DATA_TYPE_" + map_type.upper())
-        options.top_predictions = top_predictions
-        try:
-            response = await self.stub.Explain(request, timeout=timeout)
-        except grpc.aio.AioRpcError as error:
-            raise self.refused(error) from None
+        return options
+
+    def stream_answer(self, response):
+        kind = response.WhichOneof("payload")
+        if kind == "result":
+            return StreamAnswer(response.frame_id, answer=self.answer(response.result))
+        if kind == "error":
+            name = next(code.name for code in grpc.StatusCode if code.value[0] == response.error.code)
+            refused = self.refusal(name, response.error.message, response.error)
+            return StreamAnswer(response.frame_id, refused=refused)
+        assert kind == "skipped"
+        return StreamAnswer(response.frame_id, skipped=True)
+
+    def answer(self, response):
         maps = [self.map_of(item.map) for item in response.explanations]
         box = response.source_region
         return Answer(
@@ -148,13 +245,15 @@ class RawFace:
         stored = np.frombuffer(tensor.data, kinds[tensor.data_type]).reshape(tuple(tensor.shape))
         return stored.astype(np.float32) / (255 if stored.dtype == np.uint8 else 1)
 
+    def refused(self, error):
+        return self.refusal(error.code().name, error.details(), rpc_status.from_call(error))
+
     @staticmethod
-    def refused(error):
+    def refusal(code, message, status):
         info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
-        status = rpc_status.from_call(error)
         assert status is not None, "every error has details"
         for detail in status.details:
             detail.Unpack(info) or detail.Unpack(bad)
         assert info.domain == "heatlens"
         fields = [violation.field for violation in bad.field_violations]
-        return Refused(error.code().name, info.reason, fields, error.details())
+        return Refused(code, info.reason, fields, message)
