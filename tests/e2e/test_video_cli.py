@@ -1,96 +1,23 @@
-"""The real `heatlens video` against a real server: films, lines of JSON, messages and exit codes."""
+"""The real `heatlens video` against a real server: films, lines of JSON, options, messages and exit codes."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import threading
-from collections import Counter
-from fractions import Fraction
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-
-import av
 import cv2
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from films import FPS, SIZE, lines_of, one_line, picture, read_film, start_video, statuses, write_clip
 from heatlens._cli import app
-from heatlens._video.quiet import silence
-from server_process import wait_settled
 
-# The tests open videos themselves.
-silence()
-
-COMMAND = Path(sys.executable).parent / "heatlens"
-# A process that was started in the background by some shells ignores SIGINT, and so do its children.
-PROGRAM = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from heatlens._cli import app
-app()
-"""
 NOBODY = "127.0.0.1:1"
-SIZE = (65, 49)
-FPS = 12.5
 FRAMES = 20
 QUICKLY_S = 60
-
-ONE_MODEL = """
-[server]
-listen = "127.0.0.1:0"
-log_format = "json"
-
-[[models]]
-name = "{name}"
-source = "python:tiny_models:{name}"
-layers = ["body"]
-engine = "torch"
-
-[models.preprocess]
-resize_px = 64
-crop_px = 64
-mean = [0.485, 0.456, 0.406]
-std = [0.229, 0.224, 0.225]
-interpolation = "bilinear"
-"""
-
-
-def picture(index, size=SIZE):
-    """A square that moves over a dark ground."""
-    pixels = np.full((size[1], size[0], 3), 40, np.uint8)
-    left = 2 * index % (size[0] - 16)
-    pixels[20:36, left : left + 16] = (60, 200, 120)
-    return pixels
-
-
-def write_clip(path, frames=FRAMES, size=SIZE):
-    # PNG in MOV: exact, and OpenCV's own writer cuts odd sizes.
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("png", rate=Fraction(FPS))
-        stream.width, stream.height = size
-        stream.pix_fmt = "rgb24"
-        for index in range(frames):
-            frame = av.VideoFrame.from_ndarray(picture(index, size), format="bgr24")
-            frame.pts = index
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    path = write_clip(tmp_path_factory.mktemp("clip") / "clip.mov")
-    assert read(path)[1][0].shape == (SIZE[1], SIZE[0], 3)
+    path = write_clip(tmp_path_factory.mktemp("clip") / "clip.mov", FRAMES)
+    assert read_film(path)[1][0].shape == (SIZE[1], SIZE[0], 3)
     return path
-
-
-@pytest.fixture(scope="module")
-def long_clip(tmp_path_factory):
-    """Longer than any test watches it."""
-    return write_clip(tmp_path_factory.mktemp("clip") / "long.mov", frames=3000)
 
 
 @pytest.fixture
@@ -112,58 +39,15 @@ def run_on(run, server):
     return lambda *arguments, **options: run(*arguments, "--server", server.address, **options)
 
 
-@pytest.fixture
-def start():
-    """Start the command in a process of its own."""
-    running = []
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HEATLENS_", "OPENCV_"))}
-
-    def start(*arguments):
-        command = [sys.executable, "-c", PROGRAM, "video", *(str(argument) for argument in arguments)]
-        running.append(
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-        )
-        return running[-1]
-
-    yield start
-    for process in running:
-        process.kill()
-        process.communicate()
-
-
-def read(path):
-    """A film's frames per second and frames."""
-    capture = cv2.VideoCapture(str(path))
-    frames = []
-    while (found := capture.read())[0]:
-        frames.append(found[1])
-    return capture.get(cv2.CAP_PROP_FPS), frames
-
-
-def lines_of(text):
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def one_line(text):
-    assert text.endswith("\n")
-    assert text.count("\n") == 1
-    assert "Traceback" not in text
-    return text.strip()
-
-
-def statuses(path):
-    return [line["status"] for line in lines_of(path.read_text())]
-
-
-def test_a_film_and_its_lines_in_silence(start, server, clip, tmp_path):
+def test_a_film_and_its_lines_in_silence(server, clip, tmp_path):
     film, lines = tmp_path / "film.mp4", tmp_path / "lines.jsonl"
-    process = start(clip, "-o", film, "--json", lines, "--server", server.address, "--smooth", 0.5)
+    process = start_video(clip, "-o", film, "--json", lines, "--server", server.address, "--smooth", 0.5)
     stdout, stderr = process.communicate(timeout=QUICKLY_S)
     assert process.returncode == 0, stderr
     assert stderr == ""
     assert stdout.startswith(f"{FRAMES} frames in ")
     assert f"{FRAMES} explained, wrote {film} (H.264)" in one_line(stdout)
-    fps, frames = read(film)
+    fps, frames = read_film(film)
     assert fps == pytest.approx(FPS)
     # An odd side gets a pixel more.
     assert [frame.shape for frame in frames] == [(50, 66, 3)] * FRAMES
@@ -182,8 +66,8 @@ def test_a_film_and_its_lines_in_silence(start, server, clip, tmp_path):
 
 def test_every_frame_of_the_film_is_the_frame_of_the_clip(run_on, clip, tmp_path):
     run_on(clip, "-o", tmp_path / "film.mp4", "--alpha", 0)
-    _, originals = read(clip)
-    _, frames = read(tmp_path / "film.mp4")
+    _, originals = read_film(clip)
+    _, frames = read_film(tmp_path / "film.mp4")
     for original, frame in zip(originals, frames, strict=True):
         # Below the banner; the square moves by two pixels a frame.
         np.testing.assert_allclose(frame[20:49, :65].astype(float), original[20:], atol=60)
@@ -194,7 +78,7 @@ def test_every(run_on, clip, tmp_path):
     film, lines = tmp_path / "film.mp4", tmp_path / "lines.jsonl"
     done = run_on(clip, "-o", film, "--json", lines, "--every", 3)
     assert statuses(lines) == ["explained" if index % 3 == 0 else "skipped" for index in range(FRAMES)]
-    assert len(read(film)[1]) == FRAMES
+    assert len(read_film(film)[1]) == FRAMES
     assert "7 explained, 13 skipped" in done.stdout
 
 
@@ -248,12 +132,12 @@ def test_images_and_one_that_is_none(run_on, tmp_path):
     film = tmp_path / "film.mp4"
     done = run_on(folder, "-o", film, "--fps", 5, exit_code=1)
     assert one_line(done.stderr) == f"heatlens: error: {folder / '5.png'}: cannot be read as an image; left out"
-    fps, frames = read(film)
+    fps, frames = read_film(film)
     assert fps == 5
     assert len(frames) == 10
     (folder / "5.png").unlink()
     run_on(folder / "*.png", "-o", film)
-    fps, frames = read(film)
+    fps, frames = read_film(film)
     assert (fps, len(frames)) == (25, 10)
 
 
@@ -318,133 +202,3 @@ def test_nobody_there(run, clip, tmp_path):
 )
 def test_usage(run_on, clip, arguments):
     run_on(clip, *arguments, exit_code=2)
-
-
-def test_a_bad_frame_fails_alone(run, launch, tmp_path):
-    server = launch(ONE_MODEL.format(name="poisonous"))
-    wait_settled(server.address)
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for index in range(6):
-        pixels = np.full((48, 64, 3), 255, np.uint8) if index == 2 else picture(index, (64, 48))
-        cv2.imwrite(str(folder / f"{index}.png"), pixels)
-    film, lines = tmp_path / "film.mp4", tmp_path / "lines.jsonl"
-    done = run(folder, "-o", film, "--json", lines, "--raw", "--server", server.address, exit_code=1)
-    assert statuses(lines) == ["explained"] * 2 + ["failed"] + ["explained"] * 3
-    failed = lines_of(lines.read_text())[2]
-    assert failed["error"]["code"] == "INTERNAL"
-    assert failed["classes"] == []
-    assert "5 explained, 1 failed" in done.stdout
-    _, frames = read(film)
-    assert len(frames) == 6
-    # Plain white below the banner, not coloured.
-    assert frames[2][30:].min() > 230
-
-
-def test_dropped_frames_are_in_the_film(run, launch, long_clip, tmp_path, monkeypatch):
-    server = launch(ONE_MODEL.format(name="slow"), env={"SLOW_S": "0.05"})
-    wait_settled(server.address)
-    (tmp_path / "armed").touch()
-    film, lines = tmp_path / "film.mp4", tmp_path / "lines.jsonl"
-    options = ["--overflow", "drop-oldest", "--max-in-flight", 2, "--max-frames", 100, "--server", server.address]
-    done = run(long_clip, "-o", film, "--json", lines, *options)
-    count = Counter(statuses(lines))
-    assert count["explained"] + count["dropped"] == 100
-    assert count["dropped"] > 10
-    assert count["explained"] > 1
-    assert f"{count['dropped']} dropped" in done.stdout
-    assert len(read(film)[1]) == 100
-
-
-def test_a_stream_that_breaks_leaves_a_film(start, launch, long_clip, tmp_path):
-    server = launch(ONE_MODEL.format(name="tiny"))
-    wait_settled(server.address)
-    film = tmp_path / "film.mp4"
-    process = start(long_clip, "-o", film, "--json", "-", "--server", server.address)
-    first = [process.stdout.readline() for _ in range(5)]
-    server.process.kill()
-    server.process.wait()
-    stdout, stderr = process.communicate(timeout=QUICKLY_S)
-    answers = lines_of("".join(first) + stdout)
-    assert process.returncode == 1
-    told, summary = stderr.splitlines()
-    assert "[UNAVAILABLE" in told
-    assert told.endswith(f"the last frame answered was {len(answers) - 1}")
-    assert summary.startswith(f"{len(answers)} frames in ")
-    assert 5 <= len(answers) < 3000
-    assert len(read(film)[1]) == len(answers)
-
-
-def test_an_interrupt_leaves_a_film(start, server, long_clip, tmp_path):
-    film = tmp_path / "film.mp4"
-    process = start(long_clip, "-o", film, "--json", "-", "--server", server.address)
-    first = [process.stdout.readline() for _ in range(5)]
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=QUICKLY_S)
-    answers = lines_of("".join(first) + stdout)
-    assert process.returncode == 130, stderr
-    assert one_line(stderr).startswith(f"{len(answers)} frames in ")
-    assert 5 <= len(answers) < 3000
-    assert len(read(film)[1]) == len(answers)
-
-
-class Camera(BaseHTTPRequestHandler):
-    """Motion JPEG over HTTP, without end."""
-
-    def do_GET(self):
-        self.send_response(200)
-        self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
-        self.end_headers()
-        index = 0
-        while not self.server.over.wait(0.01):
-            jpeg = cv2.imencode(".jpg", picture(index, (64, 48)))[1].tobytes()
-            head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(jpeg)}\r\n\r\n"
-            try:
-                self.wfile.write(head.encode() + jpeg + b"\r\n")
-            except OSError:
-                return
-            index += 1
-
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.fixture
-def camera():
-    """The address of a camera that never stops."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), Camera) as http:
-        http.over = threading.Event()
-        http.daemon_threads = True
-        thread = threading.Thread(target=http.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{http.server_port}/camera.mjpg"
-        http.over.set()
-        http.shutdown()
-        thread.join(10)
-
-
-def test_a_live_source(start, server, camera, tmp_path):
-    film, lines = tmp_path / "film.mp4", tmp_path / "lines.jsonl"
-    process = start(camera, "-o", film, "--json", lines, "--fps", 20, "--duration", 1, "--server", server.address)
-    _, stderr = process.communicate(timeout=QUICKLY_S)
-    assert process.returncode == 0, stderr
-    assert stderr == ""
-    fps, frames = read(film)
-    answers = lines_of(lines.read_text())
-    assert fps == 20
-    times = [answer["time_s"] for answer in answers]
-    assert times == sorted(times)
-    assert 0.5 < times[-1] < 1
-    # The film runs as long as the camera did, whatever rate that had.
-    assert len(frames) == round(times[-1] * 20) + 1
-
-
-def test_an_interrupt_of_a_live_source(start, server, camera, tmp_path):
-    film = tmp_path / "film.mp4"
-    process = start(camera, "-o", film, "--json", "-", "--server", server.address)
-    for _ in range(3):
-        process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=QUICKLY_S)
-    assert process.returncode == 130, stderr
-    assert len(read(film)[1]) >= 1

@@ -1,0 +1,201 @@
+"""The real `heatlens video` when things go wrong, and on a camera: bad frames, drops, breaks, Ctrl-C."""
+
+import signal
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import cv2
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from films import lines_of, one_line, picture, read_film, start_video, statuses, write_clip
+from heatlens._cli import app
+from server_process import wait_settled
+
+QUICKLY_S = 60
+
+ONE_MODEL = """
+[server]
+listen = "127.0.0.1:0"
+log_format = "json"
+
+[[models]]
+name = "{name}"
+source = "python:tiny_models:{name}"
+layers = ["body"]
+engine = "torch"
+
+[models.preprocess]
+resize_px = 64
+crop_px = 64
+mean = [0.485, 0.456, 0.406]
+std = [0.229, 0.224, 0.225]
+interpolation = "bilinear"
+"""
+
+
+@pytest.fixture(scope="module")
+def long_clip(tmp_path_factory):
+    """Longer than any test watches it."""
+    return write_clip(tmp_path_factory.mktemp("clip") / "long.mov", frames=3000)
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run the command in this process; stdout and stderr apart."""
+    for name in ("HEATLENS_ADDRESS", "HEATLENS_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments, exit_code=0):
+        done = CliRunner().invoke(app, ["video", *(str(argument) for argument in arguments)])
+        assert done.exit_code == exit_code, done.output
+        return done
+
+    return run
+
+
+@pytest.fixture
+def start():
+    """Start the command in a process of its own."""
+    running = []
+
+    def start(*arguments):
+        running.append(start_video(*arguments))
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def test_a_bad_frame_fails_alone(run, launch, tmp_path):
+    server = launch(ONE_MODEL.format(name="poisonous"))
+    wait_settled(server.address)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(6):
+        pixels = np.full((48, 64, 3), 255, np.uint8) if index == 2 else picture(index, (64, 48))
+        cv2.imwrite(str(folder / f"{index}.png"), pixels)
+    film, lines = tmp_path / "film.mp4", tmp_path / "lines.jsonl"
+    done = run(folder, "-o", film, "--json", lines, "--raw", "--server", server.address, exit_code=1)
+    assert statuses(lines) == ["explained"] * 2 + ["failed"] + ["explained"] * 3
+    failed = lines_of(lines.read_text())[2]
+    assert failed["error"]["code"] == "INTERNAL"
+    assert failed["classes"] == []
+    assert "5 explained, 1 failed" in done.stdout
+    _, frames = read_film(film)
+    assert len(frames) == 6
+    # Plain white below the banner, not coloured.
+    assert frames[2][30:].min() > 230
+
+
+def test_dropped_frames_are_in_the_film(run, launch, long_clip, tmp_path, monkeypatch):
+    server = launch(ONE_MODEL.format(name="slow"), env={"SLOW_S": "0.05"})
+    wait_settled(server.address)
+    (tmp_path / "armed").touch()
+    film, lines = tmp_path / "film.mp4", tmp_path / "lines.jsonl"
+    options = ["--overflow", "drop-oldest", "--max-in-flight", 2, "--max-frames", 100, "--server", server.address]
+    done = run(long_clip, "-o", film, "--json", lines, *options)
+    count = Counter(statuses(lines))
+    assert count["explained"] + count["dropped"] == 100
+    assert count["dropped"] > 10
+    assert count["explained"] > 1
+    assert f"{count['dropped']} dropped" in done.stdout
+    assert len(read_film(film)[1]) == 100
+
+
+def test_a_stream_that_breaks_leaves_a_film(start, launch, long_clip, tmp_path):
+    server = launch(ONE_MODEL.format(name="tiny"))
+    wait_settled(server.address)
+    film = tmp_path / "film.mp4"
+    process = start(long_clip, "-o", film, "--json", "-", "--server", server.address)
+    first = [process.stdout.readline() for _ in range(5)]
+    server.process.kill()
+    server.process.wait()
+    stdout, stderr = process.communicate(timeout=QUICKLY_S)
+    answers = lines_of("".join(first) + stdout)
+    assert process.returncode == 1
+    told, summary = stderr.splitlines()
+    assert "[UNAVAILABLE" in told
+    assert told.endswith(f"the last frame answered was {len(answers) - 1}")
+    assert summary.startswith(f"{len(answers)} frames in ")
+    assert 5 <= len(answers) < 3000
+    assert len(read_film(film)[1]) == len(answers)
+
+
+def test_an_interrupt_leaves_a_film(start, server, long_clip, tmp_path):
+    film = tmp_path / "film.mp4"
+    process = start(long_clip, "-o", film, "--json", "-", "--server", server.address)
+    first = [process.stdout.readline() for _ in range(5)]
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=QUICKLY_S)
+    answers = lines_of("".join(first) + stdout)
+    assert process.returncode == 130, stderr
+    assert one_line(stderr).startswith(f"{len(answers)} frames in ")
+    assert 5 <= len(answers) < 3000
+    assert len(read_film(film)[1]) == len(answers)
+
+
+class Camera(BaseHTTPRequestHandler):
+    """Motion JPEG over HTTP, without end."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+        self.end_headers()
+        index = 0
+        while not self.server.over.wait(0.01):
+            jpeg = cv2.imencode(".jpg", picture(index, (64, 48)))[1].tobytes()
+            head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(jpeg)}\r\n\r\n"
+            try:
+                self.wfile.write(head.encode() + jpeg + b"\r\n")
+            except OSError:
+                return
+            index += 1
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def camera():
+    """The address of a camera that never stops."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Camera) as http:
+        http.over = threading.Event()
+        http.daemon_threads = True
+        thread = threading.Thread(target=http.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{http.server_port}/camera.mjpg"
+        http.over.set()
+        http.shutdown()
+        thread.join(10)
+
+
+def test_a_live_source(start, server, camera, tmp_path):
+    film, lines = tmp_path / "film.mp4", tmp_path / "lines.jsonl"
+    process = start(camera, "-o", film, "--json", lines, "--fps", 20, "--duration", 1, "--server", server.address)
+    _, stderr = process.communicate(timeout=QUICKLY_S)
+    assert process.returncode == 0, stderr
+    assert stderr == ""
+    fps, frames = read_film(film)
+    answers = lines_of(lines.read_text())
+    assert fps == 20
+    times = [answer["time_s"] for answer in answers]
+    assert times == sorted(times)
+    assert 0.5 < times[-1] < 1
+    # The film runs as long as the camera did, whatever rate that had.
+    assert len(frames) == round(times[-1] * 20) + 1
+
+
+def test_an_interrupt_of_a_live_source(start, server, camera, tmp_path):
+    film = tmp_path / "film.mp4"
+    process = start(camera, "-o", film, "--json", "-", "--server", server.address)
+    for _ in range(3):
+        process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=QUICKLY_S)
+    assert process.returncode == 130, stderr
+    assert len(read_film(film)[1]) >= 1
