@@ -1,7 +1,8 @@
 """The call under a `Stream`, for threads: opens it, sends what the window lets out, and takes the answers.
 
 Two threads serve a link besides its callers: gRPC's own takes messages from the window and sends them, the reader takes
-answers. One condition tells all of them of every change.
+answers. All share one lock; each kind of waiting has its own condition: with one for all, each frame woke twice as many
+threads as had something to do.
 """
 
 import threading
@@ -50,15 +51,20 @@ class Link:
         timeout_s: how long the server may take to start the stream; None: for ever.
 
     Attributes:
-        window: the frames. Only touched while `changed` is held.
-        changed: told of every change. Reentrant, as a generator of `map` may be collected in any thread.
+        window: the frames. Only touched while `lock` is held.
+        lock: reentrant, as a generator of `map` may be collected in any thread.
+        pulling: where `map` waits to pull a frame.
         started: the server's leave to send; None before.
         closed: whether `close` was called.
     """
 
     def __init__(self, start: StartCall, plan: StreamPlan, *, timeout_s: float | None) -> None:
         self.window: Window[explain_pb2.StreamExplainRequest] = Window(drop_oldest=plan.drop_oldest, every=plan.every)
-        self.changed = threading.Condition(threading.RLock())
+        self.lock = threading.RLock()
+        self.pulling = threading.Condition(self.lock)
+        self._answered = threading.Condition(self.lock)
+        self._outgoing = threading.Condition(self.lock)
+        self._room = threading.Condition(self.lock)
         self.started: Started | None = None
         self.closed = False
         self._start = start
@@ -68,6 +74,19 @@ class Link:
         self._request_id = ""
         self._reader: threading.Thread | None = None
 
+    def tell(self, *, everybody: bool = False) -> None:
+        """After a change of the window, wake those who can go on; or everybody. `lock` must be held."""
+        window = self.window
+        everybody = everybody or window.ended
+        for condition, met in (
+            (self._answered, window.answered),
+            (self._outgoing, window.outgoing or window.half_closed),
+            (self._room, window.room),
+            (self.pulling, window.may_pull),
+        ):
+            if everybody or met:
+                condition.notify_all()
+
     def open(self) -> None:
         """Wait until the server has started the stream. The first to come makes the call.
 
@@ -76,7 +95,7 @@ class Link:
             DeadlineExceededError: the server took too long.
             HeatlensError: the server refused the stream. What breaks it later is not raised here.
         """
-        with self.changed:
+        with self.lock:
             if self.closed:
                 raise wrong_moment("STREAM_CLOSED", "the stream is closed")
             if self._call is None:
@@ -85,7 +104,7 @@ class Link:
                     target=self._read, args=(self._call,), name="heatlens-stream-reader", daemon=True
                 )
                 self._reader.start()
-            self.changed.wait_for(lambda: self.started is not None or self.window.ended, self._timeout_s)
+            self._answered.wait_for(lambda: self.started is not None or self.window.ended, self._timeout_s)
             if self.started is None:
                 message = f"the server did not start the stream within {self._timeout_s} s"
                 self._end(DeadlineExceededError(message, request_id=self._request_id))
@@ -125,14 +144,14 @@ class Link:
         while True:
             left_out = window.leaves_out
             request = frame_request(self._plan, frame, frame_id, captured=captured, left_out=left_out)
-            with self.changed:
-                self.changed.wait_for(lambda: window.room or too_late())
+            with self.lock:
+                self._room.wait_for(lambda: window.room or too_late())
                 if too_late():
                     return False
                 # Otherwise a frame held back was sent meanwhile, and this one has become the next.
                 if window.leaves_out == left_out:
                     window.put(frame_id, frame, request, accepted_s=accepted_s, now_s=time.monotonic())
-                    self.changed.notify_all()
+                    self.tell()
                     return True
 
     def take(self, complete: Callable[[], bool] = never) -> FrameResult | None:
@@ -147,24 +166,24 @@ class Link:
         Raises:
             HeatlensError: the stream broke; answers that came before are returned first.
         """
-        with self.changed:
-            self.changed.wait_for(lambda: self.window.answered or self.window.ended or complete())
+        with self.lock:
+            self._answered.wait_for(lambda: self.window.answered or self.window.ended or complete())
             if not self.window.answered:
                 if not complete():
                     self.window.raise_if_broken()
                 return None
             item = self.window.take()
-            self.changed.notify_all()
+            self.tell()
             return item
 
     def shut(self, *, politely: bool) -> None:
         """Close. Politely: if nothing is unanswered, the server may end the stream itself. Idempotent."""
-        with self.changed:
+        with self.lock:
             self.closed = True
             polite = politely and self.started is not None and self.window.idle
             if polite:
                 self.window.finish()
-                self.changed.notify_all()
+                self.tell(everybody=True)
         if polite:
             join(self._reader)
         self._end(CallCancelledError("the stream was closed", reason="STREAM_CLOSED", request_id=self._request_id))
@@ -173,17 +192,17 @@ class Link:
         join(self._reader)
 
     def _end(self, error: HeatlensError | None) -> None:
-        with self.changed:
+        with self.lock:
             self.window.end(error)
-            self.changed.notify_all()
+            self.tell()
 
     def _requests(self) -> Iterator[explain_pb2.StreamExplainRequest]:
         """Yield what is sent. Runs in gRPC's thread; when it returns, gRPC half-closes."""
         yield config_request(self._plan)
         window = self.window
         while True:
-            with self.changed:
-                self.changed.wait_for(lambda: window.outgoing or window.ended or window.half_closed)
+            with self.lock:
+                self._outgoing.wait_for(lambda: window.outgoing or window.ended or window.half_closed)
                 if not window.outgoing:
                     return
                 request = window.outgoing.popleft()
@@ -197,10 +216,11 @@ class Link:
         try:
             for response in call:
                 answer = answer_of(response, self._plan, self._request_id)
-                with self.changed:
+                with self.lock:
                     if isinstance(answer, Started):
                         self.window.start(answer.window)
                         self.started = answer
+                        self.tell(everybody=True)
                     else:
                         self.window.answer(
                             answer.frame_id,
@@ -209,7 +229,7 @@ class Link:
                             error=answer.error,
                             skipped=answer.skipped,
                         )
-                    self.changed.notify_all()
+                        self.tell()
             error = None
         except grpc.RpcError as failure:
             error = error_of(failure, self._request_id)

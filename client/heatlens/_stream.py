@@ -135,7 +135,7 @@ class Stream:
         self._link.open()
         window = self._link.window
         with self._sending:
-            with self._link.changed:
+            with self._link.lock:
                 self._check_free()
                 window.check_accepts()
                 frame_id = window.checked_id(frame_id)
@@ -161,9 +161,9 @@ class Stream:
         """Say that no frames follow. The answers still do, then iteration ends. Idempotent."""
         if not self._link.closed:
             self._link.open()
-            with self._link.changed:
+            with self._link.lock:
                 self._link.window.finish()
-                self._link.changed.notify_all()
+                self._link.tell(everybody=True)
 
     def close(self) -> None:
         """End the stream; frames still unanswered are cancelled. Idempotent, from any thread."""
@@ -178,7 +178,7 @@ class Stream:
         self._link.open()
         window = self._link.window
         mapping = _Mapping()
-        with self._link.changed:
+        with self._link.lock:
             self._check_free()
             window.check_accepts()
             if window.ahead:
@@ -204,28 +204,28 @@ class Stream:
 
     def _pump(self, frames: Iterator[ImageSource], mapping: _Mapping) -> None:
         """Pull frames and send them. Runs in a thread of its own while `map` does."""
-        window, changed = self._link.window, self._link.changed
+        link, window = self._link, self._link.window
 
         def over() -> bool:
             return window.ended or window.finishing or mapping.stopped
 
         try:
             while True:
-                with changed:
-                    changed.wait_for(lambda: window.may_pull or over())
+                with link.lock:
+                    link.pulling.wait_for(lambda: window.may_pull or over())
                     if over():
                         break
                     frame_id = window.checked_id(None)
                 frame = next(frames)
                 accepted_s, captured = time.monotonic(), timestamp_of(time.time())
                 try:
-                    self._link.put(frame, frame_id, captured=captured, accepted_s=accepted_s, stopped=over)
+                    link.put(frame, frame_id, captured=captured, accepted_s=accepted_s, stopped=over)
                 except (HeatlensError, OSError) as error:
                     refusal = refusal_of(error)
-                    with changed:
+                    with link.lock:
                         if not over():
                             window.refuse(frame_id, frame, refusal, accepted_s=accepted_s, now_s=time.monotonic())
-                            changed.notify_all()
+                            link.tell()
                 # The caller's memory, while this waits for the next.
                 del frame
         except StopIteration:
@@ -234,18 +234,18 @@ class Stream:
             # The caller's iterable raised: `map` passes it on.
             mapping.error = error
         finally:
-            with changed:
+            with link.lock:
                 mapping.done = True
-                changed.notify_all()
+                link.tell(everybody=True)
 
     def _stop(self, mapping: _Mapping) -> None:
         """End a `map`, wherever it is."""
-        with self._link.changed:
+        with self._link.lock:
             mapping.stopped = True
             if self._mapping is mapping:
                 self._mapping = None
                 self._link.window.forget()
-            self._link.changed.notify_all()
+            self._link.tell(everybody=True)
         join(mapping.thread)
 
     def _shut(self, *, politely: bool) -> None:
