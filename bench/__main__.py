@@ -13,7 +13,7 @@ from heatlens_server.engines.allocator import keep_freed_memory
 def main(
     turns: Annotated[int, typer.Option(help="How often each candidate runs; medians are printed.")] = 7,
     seconds: Annotated[float, typer.Option(help="How long each load lasts, in seconds.")] = 4.0,
-    only: Annotated[str, typer.Option(help="One of engine, served, wire; empty for all.")] = "",
+    only: Annotated[str, typer.Option(help="One of wire, engine, served, stream; empty for all.")] = "",
 ) -> None:
     """Print speed ratios measured in one run on this machine."""
     # What the server does at its start, before torch is imported. Every candidate in this process profits from it,
@@ -21,7 +21,7 @@ def main(
     keep_freed_memory()
     import torch  # noqa: PLC0415 - after malloc is told
 
-    from bench import engine, served, wire  # noqa: PLC0415 - after malloc is told
+    from bench import engine, served, stream, wire  # noqa: PLC0415 - after malloc is told
     from bench.models import photo_paths  # noqa: PLC0415 - after malloc is told
 
     console = Console(width=None if os.isatty(1) else 120)
@@ -33,9 +33,14 @@ def main(
     if only in {"", "engine"}:
         for table in engine.run(turns=turns):
             console.print(table)
-    if only in {"", "served"}:
-        for table in served.run(turns=max(3, turns // 2), seconds=seconds):
-            console.print(table)
+    if only in {"", "served", "stream"}:
+        with served.serve() as service:
+            if only in {"", "served"}:
+                for table in served.run(service, turns=max(3, turns // 2), seconds=seconds):
+                    console.print(table)
+            if only in {"", "stream"}:
+                for table in stream.run(service, turns=turns, seconds=seconds):
+                    console.print(table)
 
 
 typer.run(main)

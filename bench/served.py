@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,8 @@ from rich.table import Table
 
 from bench.models import photo_paths
 from bench.wire import encode_ms
-from heatlens import AsyncClient, Client, Result
+from heatlens import AsyncClient, Client, Timing
+from heatlens._cli.load import batch_size_of
 from heatlens_server.building.build import build
 from heatlens_server.config import load_config
 from heatlens_server.engines.base import MapSpec, TopK
@@ -37,16 +38,37 @@ JPEG_QUALITY = 90
 RESIZED_PX = 256
 """What the embedded model's transform resizes the shorter side to."""
 
-_CONFIG = """
+DEFAULT_MODEL = """
+[[models]]
+name = "efficientnet_lite0"
+source = "embedded:efficientnet_lite0"
+"""
+
+_SERVER = """
 [server]
 listen = "127.0.0.1:0"
 log_level = "warning"
 max_queue_length = 64
 cache_dir = "cache"
-[[models]]
-name = "efficientnet_lite0"
-source = "embedded:efficientnet_lite0"
 """
+_ROOT = Path(__file__).parents[1]
+
+Images = Sequence[np.ndarray | bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A server that runs.
+
+    Attributes:
+        address: where.
+        pid: of its process.
+        folder: its configuration and its cache.
+    """
+
+    address: str
+    pid: int
+    folder: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,44 +77,37 @@ class Load:
 
     images_per_s: float
     latencies_ms: list[float]
-    results: list[Result]
+    timings: list[Timing]
 
     @property
     def batch_size(self) -> float:
         """Mean over batches, not over images: each batch of n answers n times."""
-        return len(self.results) / sum(1 / result.timing.batch_size for result in self.results)
+        size = batch_size_of(self.timings)
+        if size is None:
+            raise RuntimeError("nothing was explained")
+        return size
 
 
-def run(*, turns: int, seconds: float) -> list[Table]:
+def run(service: Service, *, turns: int, seconds: float) -> list[Table]:
     """Measure and tabulate throughput and the shares of a call's time."""
-    jpegs = _jpegs()
-    photos = [decode_image(jpeg, max_pixels=1 << 26) for jpeg in jpegs]
-    workloads: dict[str, Sequence[np.ndarray | bytes]] = {
-        # Already at the size that the model's transform resizes to: no resizing on either side.
-        "pixels, 256 px": [cv2.resize(photo, (RESIZED_PX, RESIZED_PX)) for photo in photos],
-        "pixels, photo": photos,
-        "JPEG": jpegs,
-    }
     ratios = Table(title="served throughput / engine in process at the batch size reached (efficientnet_lite0)")
     for column in ("images", "concurrency", "images/s", "mean batch", "/ in process", "target"):
         ratios.add_column(column, justify="right")
     shares = Table(title="where a call's time goes, median ms (share)")
     for column in ("images", "concurrency", "latency", "decode + resize", "queue", "compute", "encode", "rest"):
         shares.add_column(column, justify="right")
-    with tempfile.TemporaryDirectory() as folder, _server(Path(folder)) as address:
-        # After the server: it finds the export that the server made.
-        engine = InProcess(Path(folder))
-        for kind, images in workloads.items():
-            for concurrency in CONCURRENCIES:
-                _measure(address, images, concurrency, seconds=1.0)
-                pairs: list[float] = []
-                loads: list[Load] = []
-                for _ in range(turns):
-                    load = _measure(address, images, concurrency, seconds=seconds)
-                    loads.append(load)
-                    pairs.append(load.images_per_s / engine.images_per_s(images, load.batch_size, seconds=seconds))
-                ratios.add_row(*_ratio_row(kind, concurrency, loads, pairs))
-                shares.add_row(kind, str(concurrency), *_shares(loads))
+    engine = InProcess(service)
+    for kind, images in workloads().items():
+        for concurrency in CONCURRENCIES:
+            measure(service, images, concurrency, seconds=1.0)
+            pairs: list[float] = []
+            loads: list[Load] = []
+            for _ in range(turns):
+                load = measure(service, images, concurrency, seconds=seconds)
+                loads.append(load)
+                pairs.append(load.images_per_s / engine.images_per_s(images, load.batch_size, seconds=seconds))
+            ratios.add_row(*_ratio_row(kind, concurrency, loads, pairs))
+            shares.add_row(kind, str(concurrency), *_shares(loads))
     ratios.caption = (
         "in process = decode (JPEG), resize (photos) and engine one after the other, on one thread that shares all "
         "cores inside torch; at 256 px there is nothing to decode or resize, so it is the engine alone. Targets at "
@@ -101,31 +116,52 @@ def run(*, turns: int, seconds: float) -> list[Table]:
     return [ratios, shares]
 
 
-class InProcess:
-    """The engine without a service around it."""
+def workloads() -> Mapping[str, Images]:
+    """The images that are sent, by kind."""
+    jpegs = _jpegs()
+    photos = [decode_image(jpeg, max_pixels=1 << 26) for jpeg in jpegs]
+    return {
+        # Already at the size that the model's transform resizes to: no resizing on either side.
+        "pixels, 256 px": [cv2.resize(photo, (RESIZED_PX, RESIZED_PX)) for photo in photos],
+        "pixels, photo": photos,
+        "JPEG": jpegs,
+    }
 
-    def __init__(self, folder: Path) -> None:
-        built = build(load_config(folder / "server.toml").models[0], cache_dir=folder / "cache")
+
+class InProcess:
+    """The engine of a service's first model, without a service around it."""
+
+    def __init__(self, service: Service) -> None:
+        # After the server, whose export it finds.
+        built = build(load_config(service.folder / "server.toml").models[0], cache_dir=service.folder / "cache")
         self._preprocess, self._engine = built.preprocess, built.engine
         self._spec = MapSpec(built.method, built.engine.info.layers[:1], upsample=False)
 
-    def images_per_s(self, images: Sequence[np.ndarray | bytes], batch_size: float, *, seconds: float) -> float:
-        """Throughput at a (fractional) batch size: the two whole sizes around it, mixed to the same mean."""
+    def images_per_s(self, images: Images, batch_size: float, *, seconds: float) -> float:
+        """Throughput, decoding and resizing included, at a (fractional) batch size."""
+        return 1 / self._image_s(images, batch_size, time.perf_counter, seconds=seconds)
+
+    def cpu_s(self, images: Images, batch_size: float, *, seconds: float) -> float:
+        """CPU seconds of all threads for one image at a (fractional) batch size."""
+        return self._image_s(images, batch_size, time.process_time, seconds=seconds)
+
+    def _image_s(self, images: Images, batch_size: float, clock: Callable[[], float], *, seconds: float) -> float:
+        """Time per image: the two whole batch sizes around the one wanted, mixed to the same mean."""
         low = max(1, int(batch_size))
         share_of_high = batch_size - low
-        low_s = self._batch_s(images, low, seconds=seconds / 2)
-        high_s = self._batch_s(images, low + 1, seconds=seconds / 2) if share_of_high > 0.05 else low_s
-        return batch_size / (low_s * (1 - share_of_high) + high_s * share_of_high)
+        low_s = self._batch_s(images, low, clock, seconds=seconds / 2)
+        high_s = self._batch_s(images, low + 1, clock, seconds=seconds / 2) if share_of_high > 0.05 else low_s
+        return (low_s * (1 - share_of_high) + high_s * share_of_high) / batch_size
 
-    def _batch_s(self, images: Sequence[np.ndarray | bytes], batch_size: int, *, seconds: float) -> float:
+    def _batch_s(self, images: Images, batch_size: int, clock: Callable[[], float], *, seconds: float) -> float:
         batch = [images[i % len(images)] for i in range(batch_size)]
         times: list[float] = []
         until = time.perf_counter() + seconds
         while time.perf_counter() < until or len(times) < 3:
-            started = time.perf_counter()
+            started = clock()
             pixels = [self._pixels(image) for image in batch]
             self._engine.explain(np.stack(pixels), [TopK(1)] * batch_size, self._spec)
-            times.append(time.perf_counter() - started)
+            times.append(clock() - started)
         return statistics.median(times)
 
     def _pixels(self, image: np.ndarray | bytes) -> np.ndarray:
@@ -134,15 +170,15 @@ class InProcess:
         return fit(image, self._preprocess).pixels
 
 
-def _measure(address: str, images: Sequence[np.ndarray | bytes], concurrency: int, *, seconds: float) -> Load:
-    """Run a closed loop on uvloop, as the server does: the client shares its cores."""
+def measure(service: Service, images: Images, concurrency: int, *, seconds: float) -> Load:
+    """Run a closed loop of calls on uvloop, as the server does: the client shares its cores."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_closed_loop(address, images, concurrency, seconds=seconds))
+        return runner.run(_closed_loop(service.address, images, concurrency, seconds=seconds))
 
 
-async def _closed_loop(address: str, images: Sequence[np.ndarray | bytes], concurrency: int, *, seconds: float) -> Load:
+async def _closed_loop(address: str, images: Images, concurrency: int, *, seconds: float) -> Load:
     """Keep `concurrency` calls in flight for a while."""
-    results: list[Result] = []
+    timings: list[Timing] = []
     latencies_ms: list[float] = []
     async with AsyncClient(address) as client:
         started = time.perf_counter()
@@ -151,13 +187,13 @@ async def _closed_loop(address: str, images: Sequence[np.ndarray | bytes], concu
             i = first
             while time.perf_counter() - started < seconds:
                 sent = time.perf_counter()
-                results.append(await client.explain(images[i % len(images)]))
+                timings.append((await client.explain(images[i % len(images)])).timing)
                 latencies_ms.append((time.perf_counter() - sent) * 1e3)
                 i += concurrency
 
         await asyncio.gather(*(caller(i) for i in range(concurrency)))
         elapsed = time.perf_counter() - started
-    return Load(len(results) / elapsed, latencies_ms, results)
+    return Load(len(timings) / elapsed, latencies_ms, timings)
 
 
 def _ratio_row(kind: str, concurrency: int, loads: Sequence[Load], pairs: Sequence[float]) -> list[str]:
@@ -175,7 +211,7 @@ def _ratio_row(kind: str, concurrency: int, loads: Sequence[Load], pairs: Sequen
 
 def _shares(loads: Sequence[Load]) -> list[str]:
     latency = statistics.median(value for load in loads for value in load.latencies_ms)
-    timings = [result.timing for load in loads for result in load.results]
+    timings = [timing for load in loads for timing in load.timings]
     parts = [
         statistics.median(t.preprocess_ms for t in timings),
         statistics.median(t.queue_ms for t in timings),
@@ -194,23 +230,31 @@ def _jpegs() -> list[bytes]:
 
 
 @contextmanager
-def _server(folder: Path) -> Iterator[str]:
-    config, port_file = folder / "server.toml", folder / "port"
-    config.write_text(_CONFIG)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "heatlens_server", "serve", "-c", str(config), "--port-file", str(port_file)],
-        env=os.environ,
-    )
-    try:
-        while not (port_file.exists() and port_file.read_text().endswith("\n")):
-            if process.poll() is not None:
-                raise RuntimeError("the server did not start")
-            time.sleep(0.05)
-        address = f"127.0.0.1:{port_file.read_text().strip()}"
-        with Client(address) as client:
-            while client.health() != "serving":
+def serve(models: str = DEFAULT_MODEL) -> Iterator[Service]:
+    """Run a server in a process of its own.
+
+    Args:
+        models: the [[models]] of its configuration, TOML.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config, port_file = folder / "server.toml", folder / "port"
+        config.write_text(_SERVER + models)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "heatlens_server", "serve", "-c", str(config), "--port-file", str(port_file)],
+            # So that it finds networks of this package.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), *filter(None, [os.getenv("PYTHONPATH")])])},
+        )
+        try:
+            while not (port_file.exists() and port_file.read_text().endswith("\n")):
+                if process.poll() is not None:
+                    raise RuntimeError("the server did not start")
                 time.sleep(0.05)
-        yield address
-    finally:
-        process.terminate()
-        process.wait()
+            address = f"127.0.0.1:{port_file.read_text().strip()}"
+            with Client(address) as client:
+                while client.health() != "serving":
+                    time.sleep(0.05)
+            yield Service(address, process.pid, folder)
+        finally:
+            process.terminate()
+            process.wait()
