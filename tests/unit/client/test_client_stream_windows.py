@@ -107,6 +107,28 @@ async def test_every_counts_what_reaches_the_server_whatever_is_dropped(connect,
     assert [item.frame_id for item in items if item.skipped] == [1, 9, 11, 12]
 
 
+async def test_every_counts_right_when_the_frame_held_back_leaves_while_the_next_is_read(connect, peer, tmp_path):
+    script = peer.streams
+    script.gate.clear()
+    file = tmp_path / "frame.jpg"
+    file.write_bytes(b"d")
+
+    class Slow:
+        def __fspath__(self):
+            script.gate.set()
+            script.wait_for(lambda: len(script.frames) >= 3)
+            return str(file)
+
+    async with connect().stream(max_in_flight=1, overflow="drop-oldest", every=2) as stream:
+        for frame in (b"a", b"b", b"c"):
+            await stream.send(frame)
+        await settled(lambda: len(script.frames) == 2)
+        await stream.send(Slow())
+        items = [await stream.receive() for _ in range(4)]
+    assert [item.skipped for item in items] == [False, True, False, True]
+    assert [frame.HasField("image") for frame in script.frames] == [True, False, True, False]
+
+
 # Sending one by one.
 
 
