@@ -297,9 +297,12 @@ async def test_models(connect, peer):
 
 
 async def test_server_info(connect, peer):
-    peer.info = model_pb2.GetServerInfoResponse(version="1.2.3", max_targets=5, max_message_bytes=1 << 24)
+    peer.info = model_pb2.GetServerInfoResponse(
+        version="1.2.3", max_targets=5, max_message_bytes=1 << 24, max_streams=3
+    )
     info = await connect().server_info()
     assert (info.version, info.max_targets, info.max_message_bytes) == ("1.2.3", 5, 1 << 24)
+    assert info.max_streams == 3
 
 
 async def test_async_client_belongs_to_one_event_loop(peer, pixels):

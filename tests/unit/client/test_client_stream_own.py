@@ -1,0 +1,191 @@
+"""What only one of the two clients does: threads and Ctrl-C there, tasks and asynchronous iterables here."""
+
+import asyncio
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from heatlens import AsyncClient, Client
+from stream_faces import FRAMES, settled
+from stream_peer import reply_to
+
+
+def test_leaving_a_for_loop_stops_the_pump_at_once(peer):
+    with Client(peer.address) as client, client.stream() as stream:
+        for _ in stream.map(FRAMES):
+            break
+        assert not any("pump" in thread.name for thread in threading.enumerate())
+        assert [item.frame for item in stream.map(FRAMES[:2])] == FRAMES[:2]
+    assert not any("heatlens" in thread.name for thread in threading.enumerate())
+
+
+def test_ctrl_c(peer):
+    peer.streams.gate.clear()
+    peer.streams.permits.release()
+
+    def interrupt():
+        peer.streams.wait_for(lambda: len(peer.streams.frames) > 1)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    items = []
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt), Client(peer.address) as client, client.stream() as stream:
+        items.extend(stream.map(FRAMES))
+    peer.streams.wait_for(lambda: peer.streams.open == 0)
+    assert not any("heatlens" in thread.name for thread in threading.enumerate())
+
+
+def test_ctrl_c_while_opening(peer):
+    peer.streams.starts.clear()
+
+    def interrupt():
+        peer.streams.wait_for(lambda: peer.streams.configs)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt), Client(peer.address) as client, client.stream():
+        pytest.fail("it never opened")
+    peer.streams.wait_for(lambda: peer.streams.open == 0)
+    assert not any("heatlens" in thread.name for thread in threading.enumerate())
+
+
+async def test_leaving_an_async_for_loop_and_mapping_again(peer):
+    async with AsyncClient(peer.address) as client, client.stream() as stream:
+        async for _ in stream.map(FRAMES):
+            break
+        # asyncio closes the generator only now.
+        assert [item.frame async for item in stream.map(FRAMES[:2])] == FRAMES[:2]
+
+
+async def test_asynchronous_iterables(peer):
+    closed = []
+
+    async def frames():
+        try:
+            for frame in FRAMES:
+                await asyncio.sleep(0)
+                yield frame
+        finally:
+            closed.append(True)
+
+    async with AsyncClient(peer.address) as client, client.stream() as stream:
+        assert [item.frame async for item in stream.map(frames())] == FRAMES
+    assert closed == [True]
+
+
+async def test_an_asynchronous_iterable_that_hangs_is_cancelled(peer):
+    cancelled = asyncio.Event()
+
+    async def frames():
+        yield b"a"
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    async with AsyncClient(peer.address) as client, client.stream() as stream:
+        async for _ in stream.map(frames()):
+            await asyncio.sleep(0.01)
+            break
+    assert cancelled.is_set()
+
+
+async def test_a_blocking_iterable_does_not_hold_up_the_event_loop(peer):
+    def frames():
+        for frame in FRAMES[:5]:
+            time.sleep(0.05)
+            yield frame
+
+    ticks = 0
+
+    async def tick():
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.005)
+            ticks += 1
+
+    ticking = asyncio.create_task(tick())
+    async with AsyncClient(peer.address) as client, client.stream() as stream:
+        assert len([item async for item in stream.map(frames())]) == 5
+    ticking.cancel()
+    assert ticks > 20
+
+
+async def test_a_cancelled_task_ends_its_stream(peer):
+    peer.streams.gate.clear()
+    peer.streams.permits.release()
+    got = asyncio.Event()
+
+    async def watch():
+        async with AsyncClient(peer.address) as client, client.stream() as stream:
+            async for _ in stream.map(FRAMES):
+                got.set()
+
+    watching = asyncio.create_task(watch())
+    await got.wait()
+    watching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await watching
+    await settled(lambda: peer.streams.open == 0)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_task_cancelled_while_it_opens_a_stream(peer):
+    peer.streams.starts.clear()
+
+    async def watch():
+        async with AsyncClient(peer.address) as client, client.stream():
+            pytest.fail("it never opened")
+
+    watching = asyncio.create_task(watch())
+    await settled(lambda: peer.streams.configs)
+    watching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await watching
+    await settled(lambda: peer.streams.open == 0)
+
+
+async def test_a_cancelled_sender_harms_nobody(peer):
+    peer.streams.gate.clear()
+    async with AsyncClient(peer.address) as client, client.stream(max_in_flight=1) as stream:
+        await stream.send(b"a")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await stream.send(b"lost")
+        peer.streams.gate.set()
+        assert (await stream.receive()).frame == b"a"
+        assert await stream.send(b"b") == 1
+        assert (await stream.receive()).frame == b"b"
+
+
+def test_the_loop_ends_in_mid_stream(peer):
+    async def watch():
+        stream = AsyncClient(peer.address).stream()
+        async for _ in stream.map(FRAMES):
+            return
+
+    asyncio.run(watch())
+    peer.streams.wait_for(lambda: peer.streams.open == 0)
+
+
+def test_slow_replies_do_not_slow_other_streams(peer):
+    slow = threading.Event()
+
+    def reply(frame, index, config):
+        if config.model == "slow":
+            slow.wait(30)
+        return reply_to(frame, index, config)
+
+    peer.streams.reply = reply
+    try:
+        with Client(peer.address) as client, client.stream(model="slow") as stalled, client.stream() as stream:
+            stalled.send(b"a")
+            assert len(list(stream.map(FRAMES))) == 40
+            slow.set()
+            assert stalled.receive().frame_id == 0
+    finally:
+        slow.set()
