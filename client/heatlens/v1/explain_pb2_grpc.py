@@ -29,7 +29,8 @@ class ExplainServiceStub(object):
     """Explains images with class activation maps.
 
     Every error carries google.rpc.ErrorInfo with domain "heatlens"; INVALID_ARGUMENT carries
-    google.rpc.BadRequest naming the field; UNAVAILABLE and RESOURCE_EXHAUSTED carry google.rpc.RetryInfo.
+    google.rpc.BadRequest naming the field; UNAVAILABLE and, but for FRAME_DROPPED, RESOURCE_EXHAUSTED carry
+    google.rpc.RetryInfo.
     """
 
     def __init__(self, channel):
@@ -54,7 +55,8 @@ class ExplainServiceServicer(object):
     """Explains images with class activation maps.
 
     Every error carries google.rpc.ErrorInfo with domain "heatlens"; INVALID_ARGUMENT carries
-    google.rpc.BadRequest naming the field; UNAVAILABLE and RESOURCE_EXHAUSTED carry google.rpc.RetryInfo.
+    google.rpc.BadRequest naming the field; UNAVAILABLE and, but for FRAME_DROPPED, RESOURCE_EXHAUSTED carry
+    google.rpc.RetryInfo.
     """
 
     def Explain(self, request, context):
@@ -104,7 +106,8 @@ class ExplainService(object):
     """Explains images with class activation maps.
 
     Every error carries google.rpc.ErrorInfo with domain "heatlens"; INVALID_ARGUMENT carries
-    google.rpc.BadRequest naming the field; UNAVAILABLE and RESOURCE_EXHAUSTED carry google.rpc.RetryInfo.
+    google.rpc.BadRequest naming the field; UNAVAILABLE and, but for FRAME_DROPPED, RESOURCE_EXHAUSTED carry
+    google.rpc.RetryInfo.
     """
 
     @staticmethod

@@ -30,7 +30,8 @@ class ExplainServiceStub:
     """Explains images with class activation maps.
 
     Every error carries google.rpc.ErrorInfo with domain "heatlens"; INVALID_ARGUMENT carries
-    google.rpc.BadRequest naming the field; UNAVAILABLE and RESOURCE_EXHAUSTED carry google.rpc.RetryInfo.
+    google.rpc.BadRequest naming the field; UNAVAILABLE and, but for FRAME_DROPPED, RESOURCE_EXHAUSTED carry
+    google.rpc.RetryInfo.
     """
 
     @_typing.overload
@@ -56,7 +57,8 @@ class ExplainServiceAsyncStub(ExplainServiceStub):
     """Explains images with class activation maps.
 
     Every error carries google.rpc.ErrorInfo with domain "heatlens"; INVALID_ARGUMENT carries
-    google.rpc.BadRequest naming the field; UNAVAILABLE and RESOURCE_EXHAUSTED carry google.rpc.RetryInfo.
+    google.rpc.BadRequest naming the field; UNAVAILABLE and, but for FRAME_DROPPED, RESOURCE_EXHAUSTED carry
+    google.rpc.RetryInfo.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -78,7 +80,8 @@ class ExplainServiceServicer(metaclass=_abc_1.ABCMeta):
     """Explains images with class activation maps.
 
     Every error carries google.rpc.ErrorInfo with domain "heatlens"; INVALID_ARGUMENT carries
-    google.rpc.BadRequest naming the field; UNAVAILABLE and RESOURCE_EXHAUSTED carry google.rpc.RetryInfo.
+    google.rpc.BadRequest naming the field; UNAVAILABLE and, but for FRAME_DROPPED, RESOURCE_EXHAUSTED carry
+    google.rpc.RetryInfo.
     """
 
     @_abc_1.abstractmethod

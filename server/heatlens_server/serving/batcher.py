@@ -259,7 +259,8 @@ class Batcher:
         """How long nothing will be due unless something changes; None for ever. Holds the lock."""
         dues = [] if self._held() else [closing_at for _, closing_at in self._closings()]
         soonest = min([*dues, self._no_expiry_before])
-        return None if soonest == math.inf else max(0.0, soonest - self._clock())
+        # Threads cannot wait for any number of seconds; whoever waits looks again anyway.
+        return None if soonest == math.inf else min(max(0.0, soonest - self._clock()), threading.TIMEOUT_MAX)
 
     def _held(self) -> bool:
         if not self._hold_until:

@@ -173,6 +173,15 @@ async def test_a_deadline_in_the_past_spares_decoder_and_model(lane, engine, tim
     assert len(lane.batcher) == 0
 
 
+async def test_a_deadline_beyond_what_threads_can_wait_for_is_none(lane):
+    lane.batcher.hold_until(2)
+    first = explain(lane, 1, timeout_s=1e12)
+    # Queued, so that whoever makes batches waits for its deadline or for another image.
+    await until(lambda: lane.batcher._waiting == 1)
+    second = explain(lane, 2, timeout_s=1e12)
+    assert [value_of(done) for done in await asyncio.wait_for(asyncio.gather(first, second), PATIENCE_S)] == [1, 2]
+
+
 async def test_a_deadline_that_passes_while_others_are_decoded_spares_the_decoder(lane, preparers):
     blockers = [Slow(), Slow()]
     waiting = [explain(lane, prepare=blocker) for blocker in blockers]
