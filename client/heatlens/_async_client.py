@@ -3,6 +3,7 @@
 # ruff: noqa: ASYNC109 - `timeout` is a gRPC deadline: the server sees it too, which asyncio.timeout cannot do.
 
 import asyncio
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -82,6 +83,7 @@ class AsyncClient:
         )
         # Made by the first call: a grpc.aio channel belongs to the event loop that is running then.
         self._connection: _Connection | None = None
+        self._stream_calls: weakref.WeakSet[AsyncStreamCall] = weakref.WeakSet()
         self._closed = False
 
     def __repr__(self) -> str:
@@ -99,6 +101,9 @@ class AsyncClient:
         """Close the connection; calls still open in other tasks fail with CallCancelledError. Idempotent."""
         self._closed = True
         connection, self._connection = self._connection, None
+        # Older channels (grpcio 1.76) cancel only the calls that a task awaits directly.
+        for call in list(self._stream_calls):
+            call.cancel()
         if connection is not None:
             await connection.channel.close()
 
@@ -307,4 +312,5 @@ class AsyncClient:
         settings = self._settings
         request_id, metadata = settings.call_metadata()
         call = connection.explain.StreamExplain(metadata=metadata, wait_for_ready=settings.wait_for_ready or None)
+        self._stream_calls.add(call)
         return call, request_id
