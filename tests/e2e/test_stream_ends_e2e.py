@@ -254,8 +254,7 @@ async def test_drain_answers_what_runs_and_ends_every_stream(live, stub, gate):
     gate.open()
     code, details, answers = await busy.failure()
     assert (code, details.info.reason) == (grpc.StatusCode.UNAVAILABLE, "SERVER_DRAINING")
-    assert kinds(answers) == [(0, "result"), *((i, "UNAVAILABLE") for i in (1, 2, 3))]
-    assert {status_details(answer).info.reason for answer in answers[1:]} == {"SERVER_DRAINING"}
+    assert kinds(answers) == [(0, "result")]  # a client goes on after it, elsewhere
     async with asyncio.timeout(10):  # no half-close is waited for, and the grace is not used up
         assert await draining
 
@@ -272,7 +271,7 @@ async def test_drain_tells_a_client_that_half_closed_and_did_not_get_everything(
     await until(lambda: len(batcher_of(live)) == 0)
     gate.open()
     code, _, answers = await stream.failure()
-    assert (code, kinds(answers)) == (grpc.StatusCode.UNAVAILABLE, [(0, "result"), (1, "UNAVAILABLE")])
+    assert (code, kinds(answers)) == (grpc.StatusCode.UNAVAILABLE, [(0, "result")])
     assert await draining
 
 

@@ -67,15 +67,16 @@ class ExplainServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def StreamExplain(self, request_iterator, context):
-        """Explains the frames of one video: the configuration first, then frames. Every frame read is answered once, in
+        """Explains the frames of one video: the configuration first, then frames. Every frame is answered once, in
         frame order, frames that fail included: a bad frame fails alone. Frames share batches with those of other streams
         and with Explain.
 
         The stream ends with OK once the client half-closed and every frame is answered. It ends with INVALID_ARGUMENT after
         a protocol violation (a frame before the configuration, a second configuration, frame ids that do not increase),
         with NOT_FOUND for an unknown model, with RESOURCE_EXHAUSTED when the server has no room for another stream, and
-        with UNAVAILABLE when the server shuts down; frames read before are answered first. A gRPC deadline would cover
-        the whole stream: use StreamConfig.frame_timeout.
+        with UNAVAILABLE when the server shuts down. Frames read before are answered first, at a shutdown only those that
+        run by then: go on after the last answer. A gRPC deadline would cover the whole stream: use
+        StreamConfig.frame_timeout.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

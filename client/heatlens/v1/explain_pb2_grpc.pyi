@@ -41,15 +41,16 @@ class ExplainServiceStub:
     Explain: _grpc.UnaryUnaryMultiCallable[_explain_pb2.ExplainRequest, _explain_pb2.ExplainResponse]
     """Explains one image. Concurrent calls are batched on the device."""
     StreamExplain: _grpc.StreamStreamMultiCallable[_explain_pb2.StreamExplainRequest, _explain_pb2.StreamExplainResponse]
-    """Explains the frames of one video: the configuration first, then frames. Every frame read is answered once, in
+    """Explains the frames of one video: the configuration first, then frames. Every frame is answered once, in
     frame order, frames that fail included: a bad frame fails alone. Frames share batches with those of other streams
     and with Explain.
 
     The stream ends with OK once the client half-closed and every frame is answered. It ends with INVALID_ARGUMENT after
     a protocol violation (a frame before the configuration, a second configuration, frame ids that do not increase),
     with NOT_FOUND for an unknown model, with RESOURCE_EXHAUSTED when the server has no room for another stream, and
-    with UNAVAILABLE when the server shuts down; frames read before are answered first. A gRPC deadline would cover
-    the whole stream: use StreamConfig.frame_timeout.
+    with UNAVAILABLE when the server shuts down. Frames read before are answered first, at a shutdown only those that
+    run by then: go on after the last answer. A gRPC deadline would cover the whole stream: use
+    StreamConfig.frame_timeout.
     """
 
 @_typing.type_check_only
@@ -65,15 +66,16 @@ class ExplainServiceAsyncStub(ExplainServiceStub):
     Explain: _aio.UnaryUnaryMultiCallable[_explain_pb2.ExplainRequest, _explain_pb2.ExplainResponse]  # type: ignore[assignment]
     """Explains one image. Concurrent calls are batched on the device."""
     StreamExplain: _aio.StreamStreamMultiCallable[_explain_pb2.StreamExplainRequest, _explain_pb2.StreamExplainResponse]  # type: ignore[assignment]
-    """Explains the frames of one video: the configuration first, then frames. Every frame read is answered once, in
+    """Explains the frames of one video: the configuration first, then frames. Every frame is answered once, in
     frame order, frames that fail included: a bad frame fails alone. Frames share batches with those of other streams
     and with Explain.
 
     The stream ends with OK once the client half-closed and every frame is answered. It ends with INVALID_ARGUMENT after
     a protocol violation (a frame before the configuration, a second configuration, frame ids that do not increase),
     with NOT_FOUND for an unknown model, with RESOURCE_EXHAUSTED when the server has no room for another stream, and
-    with UNAVAILABLE when the server shuts down; frames read before are answered first. A gRPC deadline would cover
-    the whole stream: use StreamConfig.frame_timeout.
+    with UNAVAILABLE when the server shuts down. Frames read before are answered first, at a shutdown only those that
+    run by then: go on after the last answer. A gRPC deadline would cover the whole stream: use
+    StreamConfig.frame_timeout.
     """
 
 class ExplainServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -98,15 +100,16 @@ class ExplainServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_explain_pb2.StreamExplainRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_explain_pb2.StreamExplainResponse], _abc.AsyncIterator[_explain_pb2.StreamExplainResponse]]:
-        """Explains the frames of one video: the configuration first, then frames. Every frame read is answered once, in
+        """Explains the frames of one video: the configuration first, then frames. Every frame is answered once, in
         frame order, frames that fail included: a bad frame fails alone. Frames share batches with those of other streams
         and with Explain.
 
         The stream ends with OK once the client half-closed and every frame is answered. It ends with INVALID_ARGUMENT after
         a protocol violation (a frame before the configuration, a second configuration, frame ids that do not increase),
         with NOT_FOUND for an unknown model, with RESOURCE_EXHAUSTED when the server has no room for another stream, and
-        with UNAVAILABLE when the server shuts down; frames read before are answered first. A gRPC deadline would cover
-        the whole stream: use StreamConfig.frame_timeout.
+        with UNAVAILABLE when the server shuts down. Frames read before are answered first, at a shutdown only those that
+        run by then: go on after the last answer. A gRPC deadline would cover the whole stream: use
+        StreamConfig.frame_timeout.
         """
 
 def add_ExplainServiceServicer_to_server(servicer: ExplainServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -122,7 +122,10 @@ class StreamSession:
             started = pb.StreamStarted(model=model.name, model_version=model.version, max_in_flight=plan.window)
             await self._write(pb.StreamExplainResponse(started=started))
             while await self._has_frame(opened.window):
-                await self._write(await self._answer(opened.window.head, opened))
+                answer = await self._answer(opened.window.head, opened)
+                if answer is None:
+                    continue
+                await self._write(answer)
                 self._counts.answered += 1
                 opened.window.pop()
                 self._room.set()
@@ -132,11 +135,11 @@ class StreamSession:
             self._close()
 
     def drain(self) -> None:
-        """Read no more; frames that do not run yet are answered ServerDraining, and so ends the stream."""
+        """Read no more, answer the frames that run, and end with ServerDraining."""
         error = draining()
         self._end(error)
-        given_up = self._opened is not None and self._opened.window.give_up(error)
-        if given_up and self._end_error is None:
+        cut = self._opened is not None and self._opened.window.cut(error)
+        if cut and self._end_error is None:
             # The client had half-closed, and did not get all that it asked for.
             self._end_error = error
 
@@ -157,7 +160,8 @@ class StreamSession:
             await self._wait(self._news)
         return True
 
-    async def _answer(self, frame: PendingFrame, opened: _Opened) -> pb.StreamExplainResponse:
+    async def _answer(self, frame: PendingFrame, opened: _Opened) -> pb.StreamExplainResponse | None:
+        """The answer for the head; None if it was cut off meanwhile and gets none."""
         if frame.error is not None:
             return self._failed(frame.frame_id, frame.error)
         if frame.ticket is None:
@@ -166,7 +170,7 @@ class StreamSession:
         try:
             result = await opened.explainer.answer(await frame.ticket.result(), revise=opened.revise)
         except Exception as error:
-            return self._failed(frame.frame_id, error)
+            return self._failed(frame.frame_id, error) if opened.window.holds(frame) else None
         self._counts.explained += 1
         return pb.StreamExplainResponse(frame_id=frame.frame_id, result=result)
 
@@ -220,7 +224,8 @@ class StreamSession:
             if request is None or self._over:
                 return
             frame = await self._admit(request, opened)
-            if self._closed:
+            if self._over:
+                # It waited for a place, and there will be none.
                 return
             opened.window.add(frame)
             self._news.set()

@@ -102,18 +102,30 @@ class FrameWindow:
         """The head is answered."""
         self._release(self._frames.popleft())
 
-    def give_up(self, error: Exception) -> bool:
-        """Frames that wait for the model will be answered with this error; those that run are not touched.
+    def holds(self, frame: PendingFrame) -> bool:
+        """Whether a frame is the head: it still is to be answered."""
+        return bool(self._frames) and self._frames[0] is frame
+
+    def cut(self, error: Exception) -> bool:
+        """Take back the frames that wait for the model; those that run are not touched.
+
+        Frames behind the last one that runs are forgotten, from the first one taken back on: a client goes on after its
+        last answer. One that was taken back before a frame that runs will be answered with this error.
 
         Returns:
             Whether there were any.
         """
-        given_up = [frame.ticket.give_up(error) for frame in self._frames if frame.ticket is not None]
-        return any(given_up)
+        taken_back = [frame.ticket is not None and frame.ticket.give_up(error) for frame in self._frames]
+        running = [frame.live and not taken for frame, taken in zip(self._frames, taken_back, strict=True)]
+        last = max((i for i, runs in enumerate(running) if runs), default=-1)
+        kept = next((i for i, taken in enumerate(taken_back) if taken and i > last), len(self._frames))
+        while len(self._frames) > kept:
+            self._release(self._frames.pop())
+        return any(taken_back)
 
     def close(self, error: Exception) -> None:
         """Nobody will be answered: take back what can be taken back, and forget the rest."""
-        self.give_up(error)
+        self.cut(error)
         while self._frames:
             self.pop()
 

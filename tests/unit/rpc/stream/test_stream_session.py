@@ -253,15 +253,30 @@ async def frame_in_hand(rig: Rig, client: Client) -> "asyncio.Task[None]":
     return call
 
 
-async def test_drain_with_a_frame_in_hand_answers_it_too(rig):
+async def test_drain_answers_what_runs_and_not_the_frame_in_hand(rig):
     client = Client()
     call = await frame_in_hand(rig, client)
     rig.hall.drain()
     rig.engine.gate.set()
     with pytest.raises(ServerDraining):
         await ended(call)
-    assert client.answers() == [(1, "result"), (2, "result"), (3, "UNAVAILABLE")]
+    assert client.answers() == [(1, "result"), (2, "result")]
     assert client.reads == 4
+    await rig.balanced()
+
+
+async def test_drain_while_the_head_waits_answers_nothing(rig):
+    client = Client()
+    client.configure(max_in_flight=2)
+    rig.lane.batcher.hold_until(99)
+    call = rig.start(client)
+    client.send(1)
+    client.send(2)
+    await until(lambda: len(rig.lane.batcher) == 2)
+    rig.hall.drain()
+    with pytest.raises(ServerDraining):
+        await ended(call)
+    assert client.answers() == []
     await rig.balanced()
 
 

@@ -121,16 +121,38 @@ def test_a_frame_left_out_or_failed_holds_no_place():
     assert rig.dropped() == []
 
 
-def test_giving_up_spares_what_runs():
-    rig = Rig(4, drop_oldest=False)
-    rig.send()
-    assert rig.window.give_up(ValueError("a"))
-    assert not rig.window.give_up(ValueError("b"))
-    rig.send()
-    rig.tickets[1].claim()
-    rig.window.add(PendingFrame(7))
-    assert not rig.window.give_up(ValueError("c"))
-    assert [str(ticket.error) for ticket in rig.tickets] == ["a", "None"]
+@pytest.mark.parametrize(
+    ("frames", "left"),
+    [
+        ("w", ""),
+        ("rw", "r"),
+        ("rwsw", "r"),
+        ("rws", "r"),
+        ("srsw", "srs"),
+        ("wr", "wr"),
+        ("wrw", "wr"),
+        ("wwrsws", "wwrs"),
+        ("ss", "ss"),
+    ],
+)
+def test_cutting_leaves_what_runs_and_all_before_it(frames, left):
+    """w waits, r runs, s is answered without the model."""
+    rig = Rig(9, drop_oldest=False)
+    for i, kind in enumerate(frames):
+        ticket = None if kind == "s" else Ticket()
+        rig.window.add(PendingFrame(i, ticket))
+        if kind == "r":
+            ticket.claim()
+    assert rig.window.cut(ValueError("a")) == ("w" in frames)
+    assert not rig.window.cut(ValueError("b"))
+    assert len(rig.window) == len(left)
+    while len(rig.window):
+        frame = rig.window.head
+        assert rig.window.holds(frame)
+        assert (frame.ticket is not None and frame.ticket.error is not None) == (left[frame.frame_id] == "w")
+        rig.window.pop()
+        assert not rig.window.holds(frame)
+    assert rig.ledger.open == 0
 
 
 def test_what_is_taken_is_given_back():
