@@ -1,6 +1,7 @@
 """The table as Markdown."""
 
 import datetime
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,6 +65,7 @@ def render(
                     else []
                 ),
                 *(_summary(results, library) for library in ("torchvision", "timm")),
+                _all_maps(results),
             ]
         ),
     )
@@ -100,6 +102,23 @@ def _summary(results: Sequence[Mapping[str, Any]], library: str) -> str:
     return (
         f"- {library}: {len(exported)} of {len(rows)} exported ({share}); every compared map of {len(right)} is within "
         f"{MAX_MAP_DIFFERENCE:g} of float64; {len(unknown)} have no map that float32 determines."
+    )
+
+
+def _all_maps(results: Sequence[Mapping[str, Any]]) -> str:
+    maps = [
+        (difference, of_torch)
+        for result in results
+        for layer in result.get("layers", ())
+        for difference, of_torch, steepness in zip(layer["map"], layer["torch"], layer["steepness"], strict=True)
+        if steepness > 0
+    ]
+    within = sum(difference <= MAX_MAP_DIFFERENCE for difference, _ in maps)
+    unknown = [difference / of_torch for difference, of_torch in maps if of_torch > KNOWN]
+    return (
+        f"- all {len(maps)} maps that are not flat: {len(maps) - len(unknown)} compared, {within} within "
+        f"{MAX_MAP_DIFFERENCE:g}; of those not compared, onnxruntime's difference is {statistics.median(unknown):.2f} "
+        "times PyTorch's in the median."
     )
 
 
