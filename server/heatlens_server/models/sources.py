@@ -92,6 +92,9 @@ def _load_torchvision(name: str, weights: str) -> SourcedModel:
         options: dict[str, object] = {} if class_count is None else {"num_classes": class_count}
         if name in _WITH_AUXILIARY_HEADS:
             options |= {"aux_logits": False, "init_weights": False, "transform_input": weights != "none"}
+        elif name.startswith("vit_"):
+            # Position embeddings are of one size, which differs from weights to weights.
+            options["image_size"] = entry.meta["min_size"][0]
         return _module(torchvision.models.get_model(name, weights=None, **options))
 
     if weights == "none":
