@@ -1,7 +1,7 @@
 """Streams under load: senders faster than the server, and the ages of answers.
 
-The server runs in a process of its own. Its model "slow" takes BATCH_S for a batch, whatever the machine does, so that
-"twice the server's speed" and "three batch times" are numbers; others are real networks at their own speed.
+The server is a process of its own. Its model "slow" takes BATCH_S for a batch, whatever the machine does, so that "twice
+the server's speed" is a number; others are real networks at their own speed.
 """
 
 import asyncio
@@ -25,7 +25,6 @@ BATCH_S = 0.25
 BATCH_SIZE = 4
 WIDE_BATCH_SIZE = 32
 SERVER_FPS = BATCH_SIZE / BATCH_S
-
 PREPROCESS = "preprocess = { resize_px = 64, crop_px = 64, mean = [0.5, 0.5, 0.5], std = [0.5, 0.5, 0.5] }"
 TOML = f"""
 [server]

@@ -7,8 +7,12 @@ from heatlens_server.errors import FrameDropped
 from heatlens_server.rpc.stream.ledger import Ledger
 from heatlens_server.serving.ticket import Ticket
 
-_MAX_UNSENT = 64
-"""How many answers that need no model may wait to be sent, beyond the window, where frames are dropped."""
+_MAX_UNSENT = 4096
+"""How many answers that need no model may wait to be sent, beyond the window, where frames are dropped.
+
+They wait behind the frames that run, as answers come in order, and a camera at n times the server's speed sends n
+batches while one runs. If reading stopped there, frames would grow old in the network's buffers.
+"""
 
 
 @dataclass(slots=True, eq=False)
@@ -19,23 +23,30 @@ class PendingFrame:
         frame_id: the client's.
         ticket: for its explanation; None if it is not to be explained.
         error: why it is not to be explained.
-        dropped: whether a newer frame took its place.
     """
 
     frame_id: int
     ticket: Ticket | None = None
     error: Exception | None = None
-    dropped: bool = False
 
     @property
     def live(self) -> bool:
-        """Whether it holds a place in the window: it was sent to the model and not taken back."""
-        return self.ticket is not None and not self.dropped
+        """Whether it holds a place in the window: it was sent to the model and not dropped."""
+        return self.ticket is not None
 
     @property
     def waiting(self) -> bool:
         """Whether it could still be taken back."""
-        return self.live and self.ticket is not None and self.ticket.waiting
+        return self.ticket is not None and self.ticket.waiting
+
+    def drop(self) -> bool:
+        """Give it up for a newer one; False if it is too late."""
+        error = FrameDropped("a newer frame of this stream took its place")
+        if self.ticket is None or not self.ticket.give_up(error):
+            return False
+        # The answer may have to wait: what is left of the frame is small.
+        self.ticket, self.error = None, error
+        return True
 
 
 class FrameWindow:
@@ -60,6 +71,8 @@ class FrameWindow:
         self._max_waiting = max_waiting
         self._ledger = ledger
         self._frames: deque[PendingFrame] = deque()
+        # Those of them that are live: they are few, and the others may be thousands.
+        self._live: deque[PendingFrame] = deque()
 
     def __len__(self) -> int:
         """Frames that are not answered."""
@@ -75,7 +88,7 @@ class FrameWindow:
         if not self._drop_oldest:
             return len(self._frames) < self._size
         return len(self._frames) < self._size + _MAX_UNSENT and (
-            self._live_count() <= self._size or any(frame.waiting for frame in self._frames)
+            len(self._live) <= self._size or any(frame.waiting for frame in self._live)
         )
 
     def make_room(self) -> bool:
@@ -86,17 +99,24 @@ class FrameWindow:
         """
         if not self._drop_oldest:
             return True
-        live_count = self._live_count()
-        waiting = [frame for frame in self._frames if frame.waiting]
+        live_count = len(self._live)
+        waiting = [frame for frame in self._live if frame.waiting]
         if live_count < self._size and len(waiting) < self._max_waiting:
             return True
-        return any(_drop(frame) for frame in waiting) or live_count <= self._size
+        for frame in waiting:
+            if frame.drop():
+                self._live.remove(frame)
+                self._ledger.tickets.released += 1
+                return True
+        return live_count <= self._size
 
     def add(self, frame: PendingFrame) -> None:
         """Put a frame at the end."""
         self._frames.append(frame)
         self._ledger.frames.created += 1
-        self._ledger.tickets.created += frame.ticket is not None
+        self._ledger.tickets.created += frame.live
+        if frame.live:
+            self._live.append(frame)
 
     def pop(self) -> None:
         """The head is answered."""
@@ -129,17 +149,8 @@ class FrameWindow:
         while self._frames:
             self.pop()
 
-    def _live_count(self) -> int:
-        return sum(frame.live for frame in self._frames)
-
     def _release(self, frame: PendingFrame) -> None:
         self._ledger.frames.released += 1
-        self._ledger.tickets.released += frame.ticket is not None
-
-
-def _drop(frame: PendingFrame) -> bool:
-    """Give up a frame for a newer one; False if it is too late."""
-    if frame.ticket is None or not frame.ticket.give_up(FrameDropped("a newer frame of this stream took its place")):
-        return False
-    frame.dropped = True
-    return True
+        self._ledger.tickets.released += frame.live
+        if frame.live:
+            self._live.remove(frame)

@@ -16,6 +16,7 @@ from heatlens_server.errors import InvalidArgument, ServerDraining, StreamLimit
 from heatlens_server.imaging.preprocess import Interpolation, PreprocessSpec
 from heatlens_server.models.registry import Registry
 from heatlens_server.rpc.limits import Limits
+from heatlens_server.rpc.stream import window
 from heatlens_server.rpc.stream.hall import StreamHall
 from heatlens_server.rpc.stream.session import StreamSession
 from heatlens_server.serving.lane import Lane
@@ -153,7 +154,8 @@ async def test_frames_are_answered_in_order_with_their_own_results(rig):
 
 
 @pytest.mark.parametrize("policy", [pb.OVERFLOW_POLICY_BLOCK, pb.OVERFLOW_POLICY_DROP_OLDEST])
-async def test_a_client_that_never_reads_is_not_read_for_ever(rig, policy):
+async def test_a_client_that_never_reads_is_not_read_for_ever(rig, policy, monkeypatch):
+    monkeypatch.setattr(window, "_MAX_UNSENT", 64)
     client = Client()
     client.configure(max_in_flight=3, overflow_policy=policy)
     client.reading.clear()

@@ -3,6 +3,7 @@
 import pytest
 
 from heatlens_server.errors import FrameDropped
+from heatlens_server.rpc.stream import window
 from heatlens_server.rpc.stream.ledger import Ledger
 from heatlens_server.rpc.stream.window import FrameWindow, PendingFrame
 
@@ -100,7 +101,8 @@ def test_when_all_run_one_more_is_let_in_and_not_two():
     assert rig.dropped() == [2]
 
 
-def test_unsent_answers_are_bounded():
+def test_unsent_answers_are_bounded(monkeypatch):
+    monkeypatch.setattr(window, "_MAX_UNSENT", 64)
     rig = Rig(2, drop_oldest=True)
     rig.send()
     rig.tickets[0].claim()
