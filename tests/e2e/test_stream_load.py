@@ -1,7 +1,7 @@
 """Streams under load: senders faster than the server, and the ages of answers.
 
-The server is a process of its own. Its model "slow" takes BATCH_S for a batch, whatever the machine does, so that "twice
-the server's speed" is a number; others are real networks at their own speed.
+The server is a process of its own. Its model "slow" takes BATCH_S for a batch, whatever the machine does, so that
+"twice the server's speed" is a number; others are real networks at their own speed.
 """
 
 import asyncio
