@@ -1,6 +1,9 @@
 """Export one network to ONNX, and judge it in float64."""
 
+import contextlib
 import copy
+import gc
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +33,8 @@ IMAGES = 3
 LARGE_PX, LARGE_PARAMETERS = 300, 60_000_000
 """Networks beyond either are judged on one photo: float64 takes minutes there."""
 
+OFFLOADED_ELEMENTS = 1 << 20
+
 CLASSES = 2
 
 
@@ -43,6 +48,8 @@ def measure(source: str) -> dict[str, Any]:
             started = time.perf_counter()
             nodes = _export(model, layers, path)
             seconds = time.perf_counter() - started
+            # Graphs are full of cycles, and the largest networks need the memory.
+            gc.collect()
             rows = _judge(model, layers, path)
     except Exception as error:  # whatever it is belongs in the table
         reason = str(error) if isinstance(error, ExportError) else f"{type(error).__name__}: {error}"
@@ -72,7 +79,8 @@ def _export(model: LoadedModel, layers: Sequence[str], path: Path) -> int:
 def _judge(model: LoadedModel, layers: Sequence[str], path: Path) -> list[dict[str, Any]]:
     images = inputs(model, 1 if _is_large(model) else IMAGES)
     module = copy.deepcopy(model.module).double()
-    logits, class_ids, float64 = _maps(module, layers, torch.from_numpy(images), None)
+    with _activations_on_disk(module) if _is_large(model) else contextlib.nullcontext():
+        logits, class_ids, float64 = _maps(module, layers, torch.from_numpy(images), None)
     del module
     _, _, float32 = _maps(model.module, layers, torch.from_numpy(images).float(), class_ids)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -131,6 +139,27 @@ def _moved(module: nn.Module) -> Iterator[nn.Module]:
 def _is_large(model: LoadedModel) -> bool:
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
     return max(model.preprocess.crop_px) > LARGE_PX or parameters > LARGE_PARAMETERS
+
+
+@contextlib.contextmanager
+def _activations_on_disk(module: nn.Module) -> Iterator[None]:
+    """Keep what the backward pass needs in files: in float64 the largest networks need more than 20 GB."""
+    weights = {parameter.data_ptr() for parameter in module.parameters()}
+    counter = itertools.count()
+    with tempfile.TemporaryDirectory() as folder:
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor | Path:
+            if tensor.numel() < OFFLOADED_ELEMENTS or tensor.data_ptr() in weights:
+                return tensor
+            path = Path(folder) / f"{next(counter)}.pt"
+            torch.save(tensor.detach().clone(), path)
+            return path
+
+        def unpack(packed: torch.Tensor | Path) -> torch.Tensor:
+            return torch.load(packed) if isinstance(packed, Path) else packed
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
 
 
 def _recorded(module: nn.Module, layers: Sequence[str], images: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
