@@ -24,7 +24,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
-    """One wrong field of a request: its path as in the proto ("options.top_k") and what is wrong with it."""
+    """One wrong field of a request: its path as in the proto ("options.top_k") and what is wrong with it.
+
+    The path is empty if the message as a whole is wrong.
+    """
 
     field: str
     description: str
@@ -68,7 +71,10 @@ class InvalidArgument(HeatlensError):
         reason: str | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations), reason=reason, metadata=metadata)
+        message = "; ".join(
+            f"{wrong.field}: {wrong.description}" if wrong.field else wrong.description for wrong in violations
+        )
+        super().__init__(message, reason=reason, metadata=metadata)
         self.violations = tuple(violations)
 
     @classmethod

@@ -113,6 +113,12 @@ def test_every_wrong_field_is_named():
     assert [(v.field, v.description) for v in sent] == [(v.field, v.description) for v in violations]
 
 
+def test_a_message_that_is_wrong_as_a_whole_names_no_field():
+    whole, part = FieldViolation("", "the message is not valid protobuf"), FieldViolation("model", "too long")
+    assert to_wire(InvalidArgument([whole]), "id").message == "the message is not valid protobuf"
+    assert to_wire(InvalidArgument([whole, part]), "id").message == "the message is not valid protobuf; model: too long"
+
+
 def test_unknown_model_names_it_and_what_there_is():
     wire = to_wire(ModelNotFound("b", ["a", "c"]), "id")
     resource = detail(wire, error_details_pb2.ResourceInfo)
