@@ -93,11 +93,15 @@ def encode_jpeg(pixels: UInt8Array, quality: int, *, argument: str) -> bytes:
     Raises:
         InvalidArgumentError: larger than the 65,500 pixels a side that OpenCV's JPEG allows.
     """
+    bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+    # What is too large is an error in some versions of OpenCV, and a flag in others.
     try:
-        _, encoded = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+        encodable, encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
     except cv2.error:
+        encodable = False
+    if not encodable:
         height_px, width_px = pixels.shape[:2]
-        raise InvalidArgumentError.of(argument, f"cannot be a JPEG of {width_px}x{height_px} pixels") from None
+        raise InvalidArgumentError.of(argument, f"cannot be a JPEG of {width_px}x{height_px} pixels")
     return encoded.tobytes()
 
 
@@ -105,15 +109,18 @@ def write_image(path: Path, pixels: UInt8Array) -> None:
     """Write RGB pixels as an image file of the type that the path's suffix names.
 
     Raises:
-        InvalidArgumentError: the suffix names no image type.
+        InvalidArgumentError: the suffix names no image type, or one that allows no image of this size.
         OSError: the file cannot be written.
     """
     try:
-        _, encoded = cv2.imencode(path.suffix, cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+        encodable, encoded = cv2.imencode(path.suffix, cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
     except cv2.error:
         raise InvalidArgumentError.of(
             "path", f"expected a suffix such as .npy, .png or .jpg, got {path.name!r}"
         ) from None
+    if not encodable:
+        height_px, width_px = pixels.shape[:2]
+        raise InvalidArgumentError.of("path", f"no {path.suffix} file can hold {width_px}x{height_px} pixels")
     path.write_bytes(encoded.tobytes())
 
 

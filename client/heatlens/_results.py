@@ -140,7 +140,8 @@ class Heatmap:
             alpha: as for `overlay`.
 
         Raises:
-            InvalidArgumentError: not a path, the suffix is unknown, or as for `overlay`.
+            InvalidArgumentError: not a path, the suffix is unknown, the picture is too large for its type, or as for
+                `overlay`.
             OSError: the file cannot be written.
         """
         path = checked_path("path", path)

@@ -4,8 +4,8 @@ import cv2
 import numpy as np
 import pytest
 
-from heatlens import InvalidArgumentError
-from heatlens._images import decode_image, load_image, write_image
+from heatlens import Heatmap, InvalidArgumentError, PixelBox
+from heatlens._images import decode_image, encode_jpeg, load_image, write_image
 
 
 def png(pixels):
@@ -103,3 +103,23 @@ def test_writes_what_the_suffix_says(tmp_path, pixels):
     assert (tmp_path / "a.JPG").read_bytes()[:2] == b"\xff\xd8"
     with pytest.raises(InvalidArgumentError, match="suffix"):
         write_image(tmp_path / "a.xyz", pixels)
+
+
+@pytest.mark.parametrize("shape", [(1, 65_501, 3), (65_501, 1, 3)])
+def test_what_no_jpeg_can_hold_is_refused(shape):
+    with pytest.raises(InvalidArgumentError, match=f"frame: cannot be a JPEG of {shape[1]}x{shape[0]} pixels"):
+        encode_jpeg(np.zeros(shape, np.uint8), 90, argument="frame")
+
+
+def test_other_faults_of_the_encoder_are_not_silenced():
+    with pytest.raises((cv2.error, AttributeError)):
+        encode_jpeg(None, 90, argument="frame")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_a_picture_too_large_for_its_type_is_refused_and_nothing_is_written(tmp_path, suffix):
+    path = tmp_path / f"wide{suffix}"
+    heatmap = Heatmap(np.zeros((1, 65_501), np.float32), 1.0, 0.0, PixelBox(0, 0, 65_501, 1), placed=False)
+    with pytest.raises(InvalidArgumentError, match=r"path: no \.\w+ file can hold 65501x1 pixels"):
+        heatmap.save(path)
+    assert not path.exists()
