@@ -1,6 +1,8 @@
 """Checks of arguments, before anything is sent. Their errors name the argument."""
 
+import math
 import operator
+from numbers import Real
 from typing import Any
 
 from heatlens._exceptions import InvalidArgumentError
@@ -27,16 +29,26 @@ def checked_timeout(timeout: float | None) -> float | None:
     Raises:
         InvalidArgumentError: not a number from above 0 to MAX_SECONDS.
     """
-    if timeout is None or (is_number(timeout) and 0 < timeout <= MAX_SECONDS):
-        return timeout
+    if timeout is None:
+        return None
+    if 0 < (seconds := as_float(timeout)) <= MAX_SECONDS:
+        return seconds
     raise InvalidArgumentError.of(
         "timeout", f"expected seconds > 0 and <= {MAX_SECONDS:g}, or None for no limit; got {timeout!r}"
     )
 
 
-def is_number(value: object) -> bool:
-    """Whether this is an int or a float. A bool is none: True would be one second."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def as_float(value: object) -> float:
+    """Return a real number, numpy's too, as a float; NaN, which fails every comparison, for all else.
+
+    A bool is no number: True would be one second.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
 
 
 def is_text(value: object) -> bool:

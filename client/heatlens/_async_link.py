@@ -79,10 +79,11 @@ class AsyncLink:
         if self._call is None:
             call, self._request_id = self._start()
             self._call = call
-            self._tasks = [
-                asyncio.create_task(self._read(call), name="heatlens-stream-reader"),
-                asyncio.create_task(self._write(call), name="heatlens-stream-writer"),
-            ]
+            reader = asyncio.create_task(self._read(call), name="heatlens-stream-reader")
+            writer = asyncio.create_task(self._write(call), name="heatlens-stream-writer")
+            # While a call waits for its connection, a write does not notice that the call has ended.
+            reader.add_done_callback(lambda _: writer.cancel())
+            self._tasks = [reader, writer]
         if self.started is None:
             try:
                 async with asyncio.timeout(self._timeout_s):
@@ -90,7 +91,7 @@ class AsyncLink:
             except TimeoutError:
                 message = f"the server did not start the stream within {self._timeout_s} s"
                 self._end(DeadlineExceededError(message, request_id=self._request_id))
-                self._call.cancel()
+                self._cancel()
         if self.started is None:
             self.window.raise_if_broken()
 
@@ -172,9 +173,14 @@ class AsyncLink:
                 await gone(*self._tasks)
         finally:
             self._end(CallCancelledError("the stream was closed", reason="STREAM_CLOSED", request_id=self._request_id))
-            if self._call is not None:
-                self._call.cancel()
+            self._cancel()
         await gone(*self._tasks)
+
+    def _cancel(self) -> None:
+        if self._call is not None:
+            self._call.cancel()
+        for task in self._tasks:
+            task.cancel()
 
     def _end(self, error: HeatlensError | None) -> None:
         self.window.end(error)

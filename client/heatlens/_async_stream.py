@@ -125,7 +125,8 @@ class AsyncStream:
         """Send a frame and return its id.
 
         With overflow="block" it waits while `window` frames are unanswered; with "drop-oldest" it does not, and
-        older frames are dropped. In both it waits while hundreds of answers are not received.
+        older frames are dropped. In both it waits while hundreds of answers are not received; with "block" also while
+        more than a window of results is not received and their maps fill 64 MiB.
 
         Args:
             frame: a path, the bytes of an image file, or uint8 RGB pixels (height, width, 3).
@@ -143,7 +144,7 @@ class AsyncStream:
         await self._link.open()
         window = self._link.window
         async with self._sending:
-            self._check_free()
+            await self._free()
             window.check_accepts()
             frame_id = window.checked_id(frame_id)
             while not await self._link.put(frame, frame_id, captured=captured, accepted_s=accepted_s):
@@ -177,16 +178,12 @@ class AsyncStream:
 
     async def _receive(self) -> FrameResult | None:
         await self._link.open()
-        self._check_free()
+        await self._free()
         return await self._link.take()
 
     async def _map(self, frames: AsyncIterator[ImageSource]) -> AsyncGenerator[FrameResult, None]:
         await self._link.open()
-        # asyncio closes the generator of a loop that was left a moment later.
-        with suppress(TimeoutError):
-            async with asyncio.timeout(PATIENCE_S):
-                await self._link.until(lambda: self._mapping is None)
-        self._check_free()
+        await self._free()
         window = self._link.window
         window.check_accepts()
         if window.ahead:
@@ -273,6 +270,14 @@ class AsyncStream:
             raise wrong_moment("STREAM_NOT_OPEN", "the stream is not open yet")
         return self._link.started
 
-    def _check_free(self) -> None:
+    async def _free(self) -> None:
+        """Wait for a `map` whose loop was left: asyncio closes its generator a moment later.
+
+        Raises:
+            FailedPreconditionError: its loop still runs.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):
+                await self._link.until(lambda: self._mapping is None)
         if self._mapping is not None:
             raise wrong_moment("STREAM_BUSY", "a `map` is running")

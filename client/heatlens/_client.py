@@ -165,14 +165,17 @@ class Client:
         """Explain the frames of a video, in order. See `heatlens.Stream`.
 
         The stream opens with its `with` statement or first use, within the client's timeout, and raises what is wrong
-        with its configuration then. From there on it has no time limit. It is never opened again by itself.
+        with its configuration then. From there on it has no time limit. Opening is not tried again by itself, neither
+        after a break nor when the server refuses: a model that is loading (UnavailableError) and too many streams
+        (ResourceExhaustedError) raise at once, with `retry_after_s`.
 
         Args:
             model: name of a served model. None: the server's default.
             max_in_flight: the window: most unanswered frames. None: the server's choice; it may grant less.
             overflow: when frames come faster than they are explained: "block": wait, none is lost; "drop-oldest":
                 drop the oldest that wait, answers stay fresh.
-            every: explain the first of so many frames, and answer the others `skipped`.
+            every: explain the first of so many frames, of those that reach the server, and answer the others
+                `skipped`. A frame that the client itself refuses or drops does not count.
             max_fps: explain at most so many frames per second, by capture time, and answer the others `skipped`.
             smooth: weight of the past in the moving average of a class's maps, in [0, 1); 0: none.
             frame_timeout: seconds that a frame may wait in the server; after that it fails. None: no limit.

@@ -11,7 +11,7 @@ from typing import Final, TypeAlias
 
 import grpc
 
-from heatlens._arguments import MAX_SECONDS, checked_int, checked_timeout, is_number, is_text
+from heatlens._arguments import MAX_SECONDS, as_float, checked_int, checked_timeout, is_text
 from heatlens._exceptions import InvalidArgumentError
 from heatlens._images import checked_path
 from heatlens._status import REQUEST_ID_KEY
@@ -84,11 +84,11 @@ class Retry:
     def __post_init__(self) -> None:
         checked_int("retry.max_attempts", self.max_attempts, at_least=1, at_most=5)
         waits = (self.initial_backoff_s, self.max_backoff_s)
-        if not (all(map(is_number, waits)) and 1e-3 <= waits[0] <= waits[1] <= MAX_SECONDS):
+        if not 1e-3 <= as_float(waits[0]) <= as_float(waits[1]) <= MAX_SECONDS:
             raise InvalidArgumentError.of(
                 "retry", f"expected 0.001 <= initial_backoff_s <= max_backoff_s <= {MAX_SECONDS:g}, got {waits}"
             )
-        if not (is_number(self.multiplier) and 1e-3 <= self.multiplier <= 1e3):
+        if not 1e-3 <= as_float(self.multiplier) <= 1e3:
             raise InvalidArgumentError.of("retry", f"expected multiplier from 0.001 to 1000, got {self.multiplier!r}")
 
 
@@ -226,10 +226,10 @@ def service_config(retry: Retry) -> str:
                     {"service": "heatlens.v1.ModelService"},
                 ],
                 "retryPolicy": {
-                    "maxAttempts": retry.max_attempts,
-                    "initialBackoff": f"{retry.initial_backoff_s:.9f}s",
-                    "maxBackoff": f"{retry.max_backoff_s:.9f}s",
-                    "backoffMultiplier": retry.multiplier,
+                    "maxAttempts": int(retry.max_attempts),
+                    "initialBackoff": f"{float(retry.initial_backoff_s):.9f}s",
+                    "maxBackoff": f"{float(retry.max_backoff_s):.9f}s",
+                    "backoffMultiplier": float(retry.multiplier),
                     "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
                 },
             }

@@ -117,7 +117,8 @@ class Stream:
         """Send a frame and return its id.
 
         With overflow="block" it waits while `window` frames are unanswered; with "drop-oldest" it does not, and
-        older frames are dropped. In both it waits while hundreds of answers are not received.
+        older frames are dropped. In both it waits while hundreds of answers are not received; with "block" also while
+        more than a window of results is not received and their maps fill 64 MiB.
 
         Args:
             frame: a path, the bytes of an image file, or uint8 RGB pixels (height, width, 3).

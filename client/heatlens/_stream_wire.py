@@ -10,7 +10,7 @@ import numpy as np
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from heatlens._arguments import MAX_SECONDS, checked_int, is_number, number_of
+from heatlens._arguments import MAX_SECONDS, as_float, checked_int, number_of
 from heatlens._exceptions import HeatlensError, InternalError, InvalidArgumentError
 from heatlens._images import ImageSource, encode_jpeg, load_image
 from heatlens._results import Result
@@ -100,10 +100,12 @@ def stream_plan(
     """
     if overflow is None:
         raise InvalidArgumentError.of("overflow", f"expected one of {', '.join(OVERFLOW_POLICIES)}; got None")
+    weight = as_float(smooth)
     # The wire has 32 bits for it: what rounds to 1 there would never move.
-    if not (is_number(smooth) and 0 <= smooth < 1 and np.float32(smooth) < 1):
+    if not (0 <= weight < 1 and np.float32(weight) < 1):
         raise InvalidArgumentError.of("smooth", f"expected a number in [0, 1), got {smooth!r}")
-    if max_fps is not None and not (is_number(max_fps) and 0 < max_fps <= _MAX_FPS):
+    frames_per_s = 0.0 if max_fps is None else as_float(max_fps)
+    if max_fps is not None and not 0 < frames_per_s <= _MAX_FPS:
         raise InvalidArgumentError.of(
             "max_fps", f"expected a number > 0 and <= {_MAX_FPS:g}, or None for no limit; got {max_fps!r}"
         )
@@ -121,8 +123,8 @@ def stream_plan(
         overflow_policy=number_of("overflow", overflow, OVERFLOW_POLICIES),
         max_in_flight=0 if max_in_flight is None else checked_int("max_in_flight", max_in_flight, at_least=1),
         explain_every=checked_int("every", every, at_least=1),
-        max_frames_per_second=max_fps or 0.0,
-        temporal_smoothing=smooth,
+        max_frames_per_second=frames_per_s,
+        temporal_smoothing=weight,
     )
     if frame_timeout is not None:
         config.frame_timeout.CopyFrom(_frame_timeout(frame_timeout))
@@ -258,18 +260,20 @@ def timestamp_of(capture_time: CaptureTime | None) -> Timestamp | None:
         # In whole microseconds: float seconds would lose some.
         total_us = (capture_time - _EPOCH) // timedelta(microseconds=1)
         return Timestamp(seconds=total_us // 1_000_000, nanos=total_us % 1_000_000 * 1000)
-    if not (is_number(capture_time) and _MIN_TIMESTAMP_S <= capture_time < _END_TIMESTAMP_S):
+    total_s = as_float(capture_time)
+    if not _MIN_TIMESTAMP_S <= total_s < _END_TIMESTAMP_S:
         raise InvalidArgumentError.of(
             "capture_time", f"expected a datetime, or seconds since 1970 in the years 1 to 9999; got {capture_time!r}"
         )
-    seconds = math.floor(capture_time)
-    return Timestamp(seconds=seconds, nanos=min(int((capture_time - seconds) * 1e9), 999_999_999))
+    seconds = math.floor(total_s)
+    return Timestamp(seconds=seconds, nanos=min(int((total_s - seconds) * 1e9), 999_999_999))
 
 
-def _frame_timeout(timeout_s: float) -> Duration:
-    if not (is_number(timeout_s) and 0 < timeout_s <= MAX_SECONDS):
+def _frame_timeout(timeout: float) -> Duration:
+    timeout_s = as_float(timeout)
+    if not 0 < timeout_s <= MAX_SECONDS:
         raise InvalidArgumentError.of(
-            "frame_timeout", f"expected seconds > 0 and <= {MAX_SECONDS:g}, or None for no limit; got {timeout_s!r}"
+            "frame_timeout", f"expected seconds > 0 and <= {MAX_SECONDS:g}, or None for no limit; got {timeout!r}"
         )
     # At least a nanosecond: 0 would not be a timeout.
     total_ns = max(1, round(timeout_s * 1e9))

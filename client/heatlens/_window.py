@@ -9,7 +9,8 @@ Two bounds:
 - overflow "drop-oldest": at most 2 * `size` are sent and unanswered, or explained and not taken by the caller. The
   server drops frames of its own window; the second half of ours keeps it supplied while answers travel. Beyond that,
   only the newest frame is held back for later, so a slow reader gets fresh answers instead of a longer queue.
-In both, all the rest that is accepted and not taken (dropped, failed and skipped frames) is bounded by `backlog`.
+In both, all that is accepted and not taken is bounded by `backlog`. With "block", so are the bytes of the maps not
+taken, if there are more than `size` of them: maps may be as large as photos.
 """
 
 from collections import deque
@@ -33,6 +34,7 @@ Message = TypeVar("Message")
 MAX_FRAME_ID = 2**63 - 1
 # At 30 frames per second, a reader may stall for eight seconds before a camera is no longer read.
 _SPARE_BACKLOG_FRAMES = 256
+_SPARE_MAP_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(slots=True, eq=False)
@@ -80,7 +82,7 @@ class Window(Generic[Message]):
         self._pending: deque[_Frame] = deque()
         self._held: tuple[_Frame, Message] | None = None
         self._ready: deque[FrameResult] = deque()
-        self._ready_results = 0
+        self._ready_results = self._ready_map_bytes = 0
 
     @property
     def backlog(self) -> int:
@@ -92,7 +94,7 @@ class Window(Generic[Message]):
         """Whether a frame may be put."""
         if self.size is None or self.ended or self.ahead >= self.backlog:
             return False
-        return self._drop_oldest or self._unanswered < self.size
+        return self._drop_oldest or (self._unanswered < self.size and not self._crowded)
 
     @property
     def may_pull(self) -> bool:
@@ -202,14 +204,14 @@ class Window(Generic[Message]):
         """Return the next answer. There must be one: see `answered`."""
         item = self._ready.popleft()
         self.ahead -= 1
-        self._ready_results -= item.result is not None
+        self._count(item, -1)
         self._release()
         return item
 
     def forget(self) -> None:
         """Give up all answers not taken, now and to come. Frames sent fill the window until the server answers them."""
         self._ready.clear()
-        self._ready_results = self.ahead = 0
+        self._ready_results = self._ready_map_bytes = self.ahead = 0
         self._held = None
         self._pending = deque(entry for entry in self._pending if entry.sent and entry.answer is None)
         for entry in self._pending:
@@ -278,7 +280,17 @@ class Window(Generic[Message]):
             self.last_frame_id = first.frame_id
             if not first.forgotten:
                 self._ready.append(answer)
-                self._ready_results += answer.result is not None
+                self._count(answer, 1)
+
+    @property
+    def _crowded(self) -> bool:
+        """Whether the caller should take results before more are asked for."""
+        return self.size is not None and self._ready_results >= self.size and self._ready_map_bytes >= _SPARE_MAP_BYTES
+
+    def _count(self, item: FrameResult, sign: int) -> None:
+        if item.result is not None:
+            self._ready_results += sign
+            self._ready_map_bytes += sign * sum(one.heatmap.values.nbytes for one in item.result.explanations)
 
     def _release(self) -> None:
         """Send the frame held back, if there is room on the wire for it."""

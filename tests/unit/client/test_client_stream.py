@@ -1,5 +1,7 @@
 """Streams against a scripted server, through both clients: order, pairing, what is sent, frames that fail."""
 
+from fractions import Fraction
+
 import cv2
 import numpy as np
 import pytest
@@ -58,7 +60,7 @@ async def test_the_configuration_is_what_was_asked_for(connect, peer):
         ("overflow", ["drop", "", None, 1, "BLOCK"]),
         ("every", [0, -1, 1.0, None, True, NAN, 2**31]),
         ("max_fps", [0, -1, NAN, INF, "30", True, 10**400]),
-        ("smooth", [1, 1.0, -0.1, NAN, INF, None, "0.5", 1 - 1e-9, 10**400, True]),
+        ("smooth", [1, 1.0, -0.1, NAN, INF, None, "0.5", 1 - 1e-9, 10**400, True, np.bool_(False), np.array([0.5])]),
         ("frame_timeout", [0, -1, NAN, INF, 2e9, "1", True]),
         ("jpeg_quality", [0, 101, 90.0, True, NAN, "90"]),
         ("top_k", [0, NAN]),
@@ -74,6 +76,22 @@ async def test_wrong_arguments_are_named_before_the_call(connect, peer, argument
             client.stream(**{argument: value})
         assert caught.value.field_violations[0].field == argument, value
     assert peer.streams.configs == []
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.longdouble, Fraction])
+async def test_any_real_number_is_welcome(connect, peer, kind):
+    client = connect(timeout=kind(5), retry=heatlens.Retry(initial_backoff_s=kind(0.5), multiplier=kind(2)))
+    options = {"smooth": kind(0.5), "max_fps": kind(30), "frame_timeout": kind(0.25)}
+    async with client.stream(**options) as stream:
+        await stream.send(b"a", capture_time=kind(1000))
+        await stream.receive()
+    async with connect(timeout=np.int64(5)).stream(max_fps=np.int8(30), smooth=np.uint8(0)):
+        pass
+    config, of_ints = peer.streams.configs
+    assert (config.temporal_smoothing, config.max_frames_per_second) == (0.5, 30.0)
+    assert config.frame_timeout.nanos == 250_000_000
+    assert of_ints.max_frames_per_second == 30.0
+    assert peer.streams.frames[0].capture_time.seconds == 1000
 
 
 async def test_the_shortest_timeout_is_not_none(connect, peer):
@@ -152,6 +170,23 @@ async def test_frames_that_fail_are_values_in_their_turn(connect, peer, tmp_path
         assert items[2].error.request_id is None, "it was never sent"
         assert [frame.frame_id for frame in peer.streams.frames] == [0, 1, 7]
         assert (await collected(stream.map([b"more"])))[0].frame_id == 8
+
+
+async def test_frames_that_never_reach_the_server_do_not_count_for_every(connect, peer):
+    async with connect().stream(every=3) as stream:
+        items = await collected(stream.map([b"a", b"", b"b", None, b"", b"c", b"d"]))
+    outcomes = "".join("s" if item.skipped else "e" if item.error else "r" for item in items)
+    assert outcomes == "rsseers"
+
+
+async def test_pixels_that_no_jpeg_can_hold_fail_alone(connect):
+    frames = [np.zeros((1, 65_501, 3), np.uint8), np.zeros((4, 4, 3), np.uint8)]
+    async with connect().stream(jpeg_quality=90) as stream:
+        wide, good = await collected(stream.map(frames))
+        with pytest.raises(InvalidArgumentError, match="frame: cannot be a JPEG of 65501x1 pixels"):
+            await stream.send(frames[0])
+    assert isinstance(wide.error, InvalidArgumentError)
+    assert good.result is not None
 
 
 async def test_send_raises_for_a_frame_that_cannot_be_sent_and_the_stream_lives(connect, peer, tmp_path):

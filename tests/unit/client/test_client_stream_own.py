@@ -3,12 +3,13 @@
 import asyncio
 import os
 import signal
+import socket
 import threading
 import time
 
 import pytest
 
-from heatlens import AsyncClient, Client
+from heatlens import AsyncClient, Client, DeadlineExceededError
 from stream_faces import FRAMES, settled
 from stream_peer import reply_to
 
@@ -59,6 +60,22 @@ async def test_leaving_an_async_for_loop_and_mapping_again(peer):
             break
         # asyncio closes the generator only now.
         assert [item.frame async for item in stream.map(FRAMES[:2])] == FRAMES[:2]
+
+
+@pytest.mark.parametrize("use", ["send", "receive"])
+async def test_leaving_an_async_for_loop_and_going_on_by_hand(peer, use):
+    async with AsyncClient(peer.address) as client, client.stream() as stream:
+        async for _ in stream.map(FRAMES):
+            break
+        if use == "send":
+            frame_id = await stream.send(b"z")
+            item = await stream.receive()
+        else:
+            receiving = asyncio.create_task(stream.receive())
+            await settled(lambda: stream._mapping is None)
+            frame_id = await stream.send(b"z")
+            item = await receiving
+        assert (item.frame_id, item.frame) == (frame_id, b"z")
 
 
 async def test_asynchronous_iterables(peer):
@@ -147,6 +164,62 @@ async def test_a_task_cancelled_while_it_opens_a_stream(peer):
     with pytest.raises(asyncio.CancelledError):
         await watching
     await settled(lambda: peer.streams.open == 0)
+
+
+@pytest.fixture
+def silent_address():
+    """A server that takes connections and does not speak."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+async def open_stream(client, how):
+    if how == "with":
+        async with client.stream():
+            pytest.fail("it never opened")
+    await client.stream().send(b"a")
+
+
+@pytest.mark.parametrize("how", ["with", "first use"])
+@pytest.mark.parametrize("after_s", [0, 0.1])
+async def test_giving_up_on_a_silent_server_is_prompt_and_leaves_no_task(silent_address, how, after_s):
+    async with AsyncClient(silent_address) as client:
+        opening = asyncio.create_task(open_stream(client, how))
+        await asyncio.sleep(after_s)
+        began = time.monotonic()
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        assert time.monotonic() - began < 0.5
+    await settled(lambda: asyncio.all_tasks() == {asyncio.current_task()})
+
+
+@pytest.mark.parametrize("how", ["with", "first use"])
+async def test_a_silent_server_times_out_in_time_and_leaves_no_task(silent_address, how):
+    began = time.monotonic()
+    async with AsyncClient(silent_address, timeout=0.1) as client:
+        with pytest.raises(DeadlineExceededError):
+            await open_stream(client, how)
+        assert time.monotonic() - began < 0.6
+        await settled(lambda: asyncio.all_tasks() == {asyncio.current_task()})
+
+
+async def test_streams_cancelled_at_any_moment_leave_no_task(peer):
+    async def watch(client):
+        async with client.stream() as stream:
+            while True:
+                await stream.send(b"a")
+                await stream.receive()
+
+    async with AsyncClient(peer.address) as client:
+        for after_s in (0, 0.001, 0.003, 0.01, 0.03):
+            watching = asyncio.create_task(watch(client))
+            await asyncio.sleep(after_s)
+            watching.cancel()
+            await asyncio.wait([watching], timeout=5)
+            assert watching.cancelled()
+            # Not only at the end: a client may live for weeks.
+            await settled(lambda: asyncio.all_tasks() == {asyncio.current_task()})
 
 
 async def test_a_cancelled_sender_harms_nobody(peer):

@@ -1,6 +1,7 @@
 """The window of a stream, without a stream: random walks against a plain list of what must come, and single cases."""
 
 import traceback
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
@@ -10,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from heatlens import FailedPreconditionError, InternalError, InvalidArgumentError, ResourceExhaustedError
 from heatlens._window import MAX_FRAME_ID, Window
 
-RESULT = object()
+RESULT = SimpleNamespace(explanations=())
 
 
 def started(size=2, *, drop_oldest=False, every=1):
@@ -199,6 +200,23 @@ def test_drop_oldest_is_bounded_all_the_same():
         put(window)
         count += 1
     assert count == window.backlog == 2 * 3 + 256
+
+
+@pytest.mark.parametrize(("map_mib", "kept"), [(1, 64), (40, 4), (0, None)])
+def test_block_maps_not_taken_are_bounded_in_bytes(map_mib, kept):
+    heatmap = SimpleNamespace(values=SimpleNamespace(nbytes=map_mib << 20))
+    result = SimpleNamespace(explanations=[SimpleNamespace(heatmap=heatmap)])
+    window = started(4)
+    count = 0
+    while window.room:
+        window.answer(put(window), now_s=0.0, result=result)
+        count += 1
+    assert count == (kept or window.backlog)
+    window.take()
+    assert window.room
+    window.answer(put(window), now_s=0.0, result=result)
+    window.forget()
+    assert window.room
 
 
 def test_a_frame_held_back_takes_its_turn_after_every():
