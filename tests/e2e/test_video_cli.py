@@ -1,5 +1,9 @@
 """The real `heatlens video` against a real server: films, lines of JSON, options, messages and exit codes."""
 
+from fractions import Fraction
+from pathlib import Path
+
+import av
 import cv2
 import numpy as np
 import pytest
@@ -142,27 +146,31 @@ def test_images_and_one_that_is_none(run_on, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "exit_code", "words"),
     [
-        (["{folder}/nope.mp4", "-o", "{film}"], "No such file"),
-        (["{garbage}", "-o", "{film}"], "cannot be opened as a video"),
-        (["{folder}", "-o", "{film}"], "no images there"),
-        (["{clip}", "-o", "{folder}/nope/film.mp4"], "there is no folder"),
-        (["{clip}", "-o", "{clip}"], "is the input"),
-        (["{clip}", "--json", "{clip}"], "is the input"),
-        (["{clip}", "-o", "{film}", "--json", "{film}"], "is the film"),
-        (["{clip}", "-o", "{folder}"], "is a folder"),
-        (["{clip}", "-o", "{folder}/film.gif"], "ends in .mp4"),
-        (["{clip}", "-o", "{film}", "--colormap", "nope"], "colormap: expected one of"),
-        (["{clip}", "-o", "{film}", "--model", "nope"], "MODEL_NOT_FOUND"),
-        (["{clip}", "-o", "{film}", "--model", "broken"], "MODEL_FAILED"),
-        (["{clip}", "-o", "{film}", "--method", "nope"], "method: expected one of"),
-        (["{clip}", "-o", "{film}", "--layer", "nope"], "unknown layer"),
-        (["{clip}", "-o", "{film}", "--smooth", "1"], "smooth: expected"),
-        (["{clip}", "-o", "{film}", "--timeout", "-1"], "timeout"),
+        (["{folder}/nope.mp4", "-o", "{film}"], 1, "No such file"),
+        (["{garbage}", "-o", "{film}"], 1, "cannot be opened as a video"),
+        (["{folder}", "-o", "{film}"], 1, "no images there"),
+        (["{clip}", "-o", "{folder}/nope/film.mp4"], 2, "there is no folder"),
+        (["{clip}", "-o", "{clip}"], 2, "is the input"),
+        (["{clip}", "--json", "{clip}"], 2, "is the input"),
+        (["{clip}", "-o", "{film}", "--json", "{film}"], 2, "is the film"),
+        (["{clip}", "-o", "{folder}"], 2, "is a folder"),
+        (["{clip}", "-o", "{folder}/film.gif"], 2, "ends in .mp4"),
+        (["{clip}", "-o", "{film}", "--colormap", "nope"], 2, "colormap: expected one of"),
+        (["{clip}", "-o", "{film}", "--model", "nope"], 1, "MODEL_NOT_FOUND"),
+        (["{clip}", "-o", "{film}", "--model", "broken"], 1, "MODEL_FAILED"),
+        (["{clip}", "-o", "{film}", "--method", "nope"], 2, "method: expected one of"),
+        (["{clip}", "-o", "{film}", "--layer", "nope"], 1, "unknown layer"),
+        (["{clip}", "-o", "{film}", "--smooth", "1"], 2, "smooth: expected"),
+        (["{clip}", "-o", "{film}", "--timeout", "-1"], 2, "timeout"),
+        (["", "-o", "{film}"], 2, "INPUT: is empty"),
+        (["http://[", "-o", "{film}"], 2, "INPUT: is not a URL"),
+        (["99999999999999999999", "-o", "{film}"], 2, "INPUT: expected a camera's number"),
+        (["file://{clip}", "-o", "{clip}"], 2, "INPUT: expected a URL"),
     ],
 )
-def test_errors_are_one_line_and_write_nothing(run_on, clip, tmp_path, arguments, words):
+def test_errors_are_one_line_and_write_nothing(run_on, clip, tmp_path, arguments, exit_code, words):
     (tmp_path / "garbage.avi").write_bytes(b"garbage" * 100)
     (tmp_path / "folder").mkdir()
     names = {
@@ -173,11 +181,114 @@ def test_errors_are_one_line_and_write_nothing(run_on, clip, tmp_path, arguments
     }
     before = clip.read_bytes()
     arguments = [argument.format(**names) for argument in arguments]
-    done = run_on(*arguments, exit_code=1)
+    done = run_on(*arguments, exit_code=exit_code)
     assert words in one_line(done.stderr)
     assert done.stdout == ""
     assert not names["film"].exists()
     assert clip.read_bytes() == before
+
+
+@pytest.mark.parametrize("option", ["-o", "--json"])
+@pytest.mark.parametrize("source", ["images", "images/*", "images/a*.png"])
+def test_outputs_are_none_of_the_inputs(run_on, tmp_path, monkeypatch, option, source):
+    (tmp_path / "images").mkdir()
+    for index in range(3):
+        cv2.imwrite(str(tmp_path / "images" / f"a{index}.png"), picture(index))
+    precious = tmp_path / "images" / "a2.png"
+    # By another name, too.
+    (tmp_path / "link.mp4").symlink_to(precious)
+    (tmp_path / "hard.mp4").hardlink_to(precious)
+    monkeypatch.chdir(tmp_path)
+    before = precious.read_bytes()
+    for name in ("images/../images/a2.png", precious, "link.mp4", "hard.mp4"):
+        done = run_on(source, option, name, exit_code=2)
+        assert one_line(done.stderr).endswith("is one of the inputs")
+        assert precious.read_bytes() == before
+
+
+def test_old_lines_are_kept_until_there_are_new_ones(run, clip, tmp_path):
+    lines = tmp_path / "precious.jsonl"
+    lines.write_text("precious")
+    run(tmp_path / "nope.mp4", "--json", lines, exit_code=1)
+    run(clip, "--json", lines, "--server", NOBODY, "--timeout", 5, exit_code=1)
+    assert lines.read_text() == "precious"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_named(run_on, clip):
+    assert one_line(run_on(clip, "--json", "/dev/full", exit_code=1).stderr).endswith(
+        "/dev/full: No space left on device"
+    )
+
+
+def test_a_film_too_large_for_h264(run_on, tmp_path):
+    image, film = tmp_path / "wide.png", tmp_path / "film.mp4"
+    cv2.imwrite(str(image), np.zeros((4, 20_000, 3), np.uint8))
+    done = run_on(image, "-o", film, exit_code=1)
+    assert "film.mp4: H.264 has no films of 20000x4 pixels" in one_line(done.stderr)
+    assert not film.exists()
+
+
+def test_a_frame_too_large_for_a_jpeg_fails_alone(run_on, tmp_path):
+    image, lines = tmp_path / "wide.png", tmp_path / "lines.jsonl"
+    cv2.imwrite(str(image), np.zeros((1, 70_000, 3), np.uint8))
+    done = run_on(image, "--json", lines, exit_code=1)
+    (line,) = lines_of(lines.read_text())
+    assert line["status"] == "failed"
+    assert "70000x1" in line["error"]["message"]
+    assert "1 failed" in one_line(done.stdout)
+
+
+def test_a_film_that_breaks_off_is_told(run_on, tmp_path):
+    path, lines = tmp_path / "clip.avi", tmp_path / "lines.jsonl"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), FPS, (64, 48))
+    for index in range(40):
+        writer.write(picture(index, (64, 48)))
+    writer.release()
+    data = bytearray(path.read_bytes())
+    # The index that tells how many frames there are stays.
+    start, end = len(data) // 2, data.rindex(b"idx1") - 8
+    data[start:end] = bytes(end - start)
+    path.write_bytes(data)
+    done = run_on(path, "--json", lines, exit_code=1)
+    count = len(statuses(lines))
+    assert 10 < count < 30
+    assert one_line(done.stderr).endswith(f"INPUT ended after {count} frames of 40: it is damaged or cut off")
+    # Who asks for fewer does not miss them.
+    assert run_on(path, "--json", lines, "--max-frames", 5).stderr == ""
+
+
+def test_a_variable_frame_rate(run_on, tmp_path):
+    path, film, lines = tmp_path / "clip.mov", tmp_path / "film.mp4", tmp_path / "lines.jsonl"
+    times = [index * 0.04 for index in range(10)] + [0.4 + index * 0.4 for index in range(5)]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("png", rate=25)
+        stream.width, stream.height = SIZE
+        stream.pix_fmt = "rgb24"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for index, time_s in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(picture(index), format="bgr24")
+            frame.pts, frame.time_base = round(time_s * 1000), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    run_on(path, "-o", film, "--json", lines, "--max-fps", 5)
+    answers = lines_of(lines.read_text())
+    assert [answer["time_s"] for answer in answers] == pytest.approx(times, abs=1e-3)
+    # 0, 0.2 and, from 0.4 on, all.
+    explained = [index for index, answer in enumerate(answers) if answer["status"] == "explained"]
+    assert explained == [0, 5, 10, 11, 12, 13, 14]
+    with av.open(str(film)) as container:
+        assert [frame.time for frame in container.decode(video=0)] == pytest.approx(times, abs=1e-3)
+    run_on(path, "--json", lines, "--duration", 0.79)
+    assert len(statuses(lines)) == 11
+
+
+@pytest.mark.parametrize(("option", "value"), [("--max-fps", 0), ("--duration", 0), ("--fps", 0)])
+def test_the_right_option_is_named(run_on, clip, option, value):
+    done = run_on(clip, "-o", "film.mp4", option, value, exit_code=2)
+    others = {"--max-fps", "--duration", "--fps"} - {option}
+    assert option in done.stderr
+    assert not any(f"{other}:" in done.stderr or f"{other} " in done.stderr for other in others)
 
 
 def test_nobody_there(run, clip, tmp_path):

@@ -1,7 +1,9 @@
 """The real `heatlens video` when things go wrong, and on a camera: bad frames, drops, breaks, Ctrl-C."""
 
 import signal
+import socket
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -126,14 +128,15 @@ def test_a_stream_that_breaks_leaves_a_film(start, launch, long_clip, tmp_path):
     assert len(read_film(film)[1]) == len(answers)
 
 
-def test_an_interrupt_leaves_a_film(start, server, long_clip, tmp_path):
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_film(start, server, long_clip, tmp_path, number, exit_code):
     film = tmp_path / "film.mp4"
     process = start(long_clip, "-o", film, "--json", "-", "--server", server.address)
     first = [process.stdout.readline() for _ in range(5)]
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     stdout, stderr = process.communicate(timeout=QUICKLY_S)
     answers = lines_of("".join(first) + stdout)
-    assert process.returncode == 130, stderr
+    assert process.returncode == exit_code, stderr
     assert one_line(stderr).startswith(f"{len(answers)} frames in ")
     assert 5 <= len(answers) < 3000
     assert len(read_film(film)[1]) == len(answers)
@@ -199,3 +202,29 @@ def test_an_interrupt_of_a_live_source(start, server, camera, tmp_path):
     _, stderr = process.communicate(timeout=QUICKLY_S)
     assert process.returncode == 130, stderr
     assert len(read_film(film)[1]) >= 1
+
+
+def test_an_interrupt_does_not_wait_for_a_url_that_hangs(start, tmp_path):
+    """A server that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(QUICKLY_S)
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/clip.mp4"
+        process = start(url, "-o", tmp_path / "film.mp4", "--server", "127.0.0.1:1", "--timeout", 50)
+        connection, _ = silent.accept()
+        with connection:
+            start_s = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            stdout, stderr = process.communicate(timeout=QUICKLY_S)
+            assert time.monotonic() - start_s < 10
+    assert process.returncode == 130, stderr
+    assert (stdout, stderr) == ("", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_of_stdout_that_leaves_is_no_error_message(start, server, long_clip):
+    process = start(long_clip, "--json", "-", "--server", server.address)
+    process.stdout.readline()
+    process.stdout.close()
+    stderr = process.stderr.read()
+    assert process.wait(QUICKLY_S) == 1
+    assert stderr == ""

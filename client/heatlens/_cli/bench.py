@@ -20,6 +20,7 @@ from heatlens._cli.connection import (
     DEFAULT_SERVER,
     CaOption,
     JsonOption,
+    Overflow,
     ServerOption,
     TimeoutOption,
     TlsOption,
@@ -28,7 +29,6 @@ from heatlens._cli.connection import (
     reporting,
 )
 from heatlens._cli.stream_load import Sources
-from heatlens._cli.video import Overflow
 from heatlens._images import load_image
 
 _DEFAULT_CONCURRENCY = 8

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeAlias, TypedDict
 
@@ -26,6 +27,13 @@ TimeoutOption: TypeAlias = Annotated[
 JsonOption: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 DEFAULT_SERVER = "localhost:50051"
+
+
+class Overflow(StrEnum):
+    """What happens to frames that come faster than they are explained."""
+
+    BLOCK = "block"
+    DROP_OLDEST = "drop-oldest"
 
 
 class ClientOptions(TypedDict):

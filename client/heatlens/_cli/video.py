@@ -1,14 +1,13 @@
 """`heatlens video`: explain a film or a camera, frame by frame."""
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from enum import StrEnum
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -17,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from heatlens._cli.connection import (
     DEFAULT_SERVER,
     CaOption,
-    ClientOptions,
+    Overflow,
     ServerOption,
     TlsOption,
     client_options,
@@ -26,24 +25,21 @@ from heatlens._cli.connection import (
     reporting,
     warn,
 )
-from heatlens._cli.interrupt import INTERRUPTED, Interrupts
+from heatlens._cli.interrupt import INTERRUPTED, TERMINATED, Interrupts, Terminated
 from heatlens._client import Client
-from heatlens._exceptions import HeatlensError
+from heatlens._exceptions import HeatlensError, InvalidArgumentError
 from heatlens._overlay import color_table
+from heatlens._stream import Stream
 from heatlens._video.feed import answers
+from heatlens._video.inputs import files_of, is_url
+from heatlens._video.lines import Lines
+from heatlens._video.opening import opened_aside
 from heatlens._video.record import Record, Status
 from heatlens._video.sink import MPEG4, SUFFIXES
 from heatlens._video.source import Source, VideoFrame, open_source
 
 _STDOUT = Path("-")
 _DEFAULT_QUALITY = 90
-
-
-class Overflow(StrEnum):
-    """What happens to frames that come faster than they are explained."""
-
-    BLOCK = "block"
-    DROP_OLDEST = "drop-oldest"
 
 
 def video(
@@ -55,7 +51,13 @@ def video(
         ),
     ],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="The film to write: .mp4, .m4v, .mov or .mkv.")
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="The film to write: .mp4, .m4v, .mov or .mkv. Odd sides get one pixel more: H.264 has even ones.",
+        ),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write one JSON object per frame there; - is stdout.")
@@ -93,7 +95,10 @@ def video(
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Send pixels, not JPEGs: exact, and many more bytes.")] = False,
     fps: Annotated[
-        float | None, typer.Option(metavar="F", show_default="the input's, or 25", help="The film's frames per second.")
+        float | None,
+        typer.Option(
+            metavar="F", show_default="the input's, or 25", help="Frames per second, whatever the input says."
+        ),
     ] = None,
     max_frames: Annotated[int | None, typer.Option(metavar="N", min=1, help="Stop after N frames.")] = None,
     duration: Annotated[
@@ -109,18 +114,19 @@ def video(
 ) -> None:
     """Explain a film while it plays: every frame with its map over it, and which class it is for.
 
-    Frames left out or dropped show the map before them. Ctrl-C leaves a playable film. Exits with 1 if a frame failed.
+    Frames left out or dropped show the map before them. Ctrl-C and SIGTERM leave a playable film. Exits with 1 if a
+    frame failed or the input broke off.
     """
     if output is None and json_file is None:
         raise typer.BadParameter("give -o FILE, --json FILE or both")
     if raw and quality is not None:
         raise typer.BadParameter("give --quality or --raw, not both")
-    # nan compares false with everything.
-    if not all(value is None or 0 < value < math.inf for value in (max_fps, duration)):
-        raise typer.BadParameter("--max-fps and --duration must be positive and finite")
+    for option, value in (("--max-fps", max_fps), ("--duration", duration)):
+        # nan compares false with everything.
+        if not (value is None or 0 < value < math.inf):
+            raise typer.BadParameter("must be positive and finite", param_hint=option)
     if not (fps is None or 0.01 <= fps <= 1000):
-        raise typer.BadParameter("--fps must be from 0.01 to 1000")
-    _check_files(source, output, json_file)
+        raise typer.BadParameter("must be from 0.01 to 1000", param_hint="--fps")
     stream: dict[str, Any] = {
         "model": model,
         "top_k": top_k,
@@ -136,31 +142,60 @@ def video(
     }
     unreadable: list[Path] = []
     try:
-        with reporting(), Interrupts() as interrupts, _opened_lines(json_file) as lines:
-            color_table(colormap)
-            connection = client_options(server, tls=tls, ca=ca, timeout=timeout)
-            with closing(open_source(source, fps=fps, timeout_s=timeout, on_unreadable=unreadable.append)) as opened:
+        with reporting(), Interrupts() as interrupts, ExitStack() as stack:
+            with _usage():
+                _check_files(source, output, json_file)
+                color_table(colormap)
+                client = stack.enter_context(Client(**client_options(server, tls=tls, ca=ca, timeout=timeout)))
+                opened = stack.enter_context(closing(_open(source, fps, timeout, unreadable.append)))
                 stream["overflow"] = (overflow or (Overflow.DROP_OLDEST if opened.live else Overflow.BLOCK)).value
-                record = Record(opened, film=output, lines=lines, colormap=colormap, alpha=alpha)
-                frames = _limited(opened, max_frames, duration)
-                start_s = time.monotonic()
-                try:
-                    with _progress(_total(opened, max_frames, duration)) as advance:
-                        _explain(connection, stream, frames, record, interrupts=interrupts, on_answer=advance)
-                finally:
-                    with interrupts.held_back():
-                        record.close()
-                        _say(record, opened, output, time.monotonic() - start_s, err=json_file == _STDOUT)
-                        for path in unreadable:
-                            warn(f"error: {path}: cannot be read as an image; left out")
+                answering = client.stream(**stream)
+            lines = None if json_file is None else Lines(None if json_file == _STDOUT else json_file)
+            record = Record(opened, film=output, lines=lines, colormap=colormap, alpha=alpha)
+            frames = _limited(opened, max_frames, duration)
+            start_s = time.monotonic()
+            try:
+                with _progress(_total(opened, max_frames, duration)) as advance:
+                    _explain(answering, frames, record, interrupts=interrupts, on_answer=advance)
+            finally:
+                with interrupts.held_back():
+                    record.close()
+                    if lines is not None:
+                        lines.close()
+                        # Like other commands in a pipe whose reader has seen enough.
+                        if lines.reader_left:
+                            raise typer.Exit(1)
+                    _say(record, opened, output, time.monotonic() - start_s, err=json_file == _STDOUT)
+                    _say_what_lacks(opened, unreadable)
+    except Terminated:
+        raise typer.Exit(TERMINATED) from None
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
-    if record.counts[Status.FAILED] or unreadable:
+    if record.counts[Status.FAILED] or unreadable or opened.lacking:
         raise typer.Exit(1)
 
 
+@contextmanager
+def _usage() -> Iterator[None]:
+    """Exit with 2, as for any wrong option, when what is raised says that one is."""
+    try:
+        yield
+    except InvalidArgumentError as error:
+        _refuse(describe(error))
+
+
+def _refuse(message: str) -> NoReturn:
+    fail(message, exit_code=2)
+
+
 def _check_files(source: str, output: Path | None, json_file: Path | None) -> None:
-    """Refuse to write over the input or to where nothing can be written, before anything is read."""
+    """Refuse to write over the input or to where nothing can be written, before anything is read.
+
+    Raises:
+        InvalidArgumentError: INPUT is empty.
+        OSError: INPUT cannot be looked at.
+    """
+    inputs = files_of(source)
     named = [("-o", output)]
     if json_file != _STDOUT:
         named.append(("--json", json_file))
@@ -168,25 +203,28 @@ def _check_files(source: str, output: Path | None, json_file: Path | None) -> No
         if path is None:
             continue
         if not path.parent.is_dir():
-            fail(f"{option} {path}: there is no folder {path.parent}")
+            _refuse(f"{option} {path}: there is no folder {path.parent}")
         if path.is_dir():
-            fail(f"{option} {path}: is a folder")
-        if path.exists() and Path(source).exists() and path.samefile(source):
-            fail(f"{option} {path}: is the input")
+            _refuse(f"{option} {path}: is a folder")
+        if path.exists() and any(entry.exists() and path.samefile(entry) for entry in inputs):
+            _refuse(f"{option} {path}: is the input" if len(inputs) == 1 else f"{option} {path}: is one of the inputs")
     if output is not None and output.suffix.lower() not in SUFFIXES:
-        fail(f"-o {output}: expected a name that ends in {', '.join(SUFFIXES)}")
-    if output is not None and json_file is not None and output.resolve() == json_file.resolve():
-        fail(f"--json {json_file}: is the film")
+        _refuse(f"-o {output}: expected a name that ends in {', '.join(SUFFIXES)}")
+    if output is not None and json_file is not None and json_file != _STDOUT and _same_file(output, json_file):
+        _refuse(f"--json {json_file}: is the film")
 
 
-@contextmanager
-def _opened_lines(path: Path | None) -> Iterator[TextIO | None]:
-    """Open the file for the lines of JSON, if there is one."""
-    if path is None or path == _STDOUT:
-        yield None if path is None else sys.stdout
-        return
-    with path.open("w", encoding="utf-8") as lines:
-        yield lines
+def _same_file(path: Path, other: Path) -> bool:
+    """Return whether two names stand for one file, which need not exist yet."""
+    if path.exists() and other.exists():
+        return path.samefile(other)
+    return path.resolve() == other.resolve()
+
+
+def _open(text: str, fps: float | None, timeout_s: float, on_unreadable: Callable[[Path], None]) -> Source:
+    """Open INPUT; a URL so that Ctrl-C does not wait for its timeout."""
+    open_one = partial(open_source, text, fps=fps, timeout_s=timeout_s, on_unreadable=on_unreadable)
+    return opened_aside(open_one) if is_url(text) else open_one()
 
 
 def _limited(source: Source, max_frames: int | None, duration_s: float | None) -> Iterator[VideoFrame]:
@@ -201,8 +239,7 @@ def _total(source: Source, max_frames: int | None, duration_s: float | None) -> 
 
 
 def _explain(
-    connection: ClientOptions,
-    stream_options: dict[str, Any],
+    answering: Stream,
     frames: Iterator[VideoFrame],
     record: Record,
     *,
@@ -211,11 +248,7 @@ def _explain(
 ) -> None:
     """Stream the frames and keep the answers. If the stream breaks, say how far it came, and exit."""
     try:
-        with (
-            Client(**connection) as client,
-            client.stream(**stream_options) as stream,
-            closing(answers(stream, frames)) as answered,
-        ):
+        with answering as stream, closing(answers(stream, frames)) as answered:
             for frame, answer in answered:
                 with interrupts.held_back():
                     record.add(frame, answer)
@@ -262,3 +295,12 @@ def _say(record: Record, source: Source, output: Path | None, elapsed_s: float, 
         hint = "; for H.264, which browsers play: pip install 'heatlens[video]'" if record.codec == MPEG4 else ""
         parts.append(f"wrote {output} ({record.codec}{hint})")
     typer.echo(", ".join(parts), err=err)
+
+
+def _say_what_lacks(source: Source, unreadable: list[Path]) -> None:
+    """Warn of what INPUT should have held."""
+    for path in unreadable:
+        warn(f"error: {path}: cannot be read as an image; left out")
+    if source.lacking and source.total is not None:
+        found = source.total - source.lacking
+        warn(f"error: INPUT ended after {found} frames of {source.total}: it is damaged or cut off")

@@ -2,11 +2,11 @@
 
 import threading
 import time
-from collections import deque
 from collections.abc import Generator, Iterable
 from contextlib import suppress
+from queue import SimpleQueue
 
-from heatlens._exceptions import HeatlensError
+from heatlens._exceptions import HeatlensError, InvalidArgumentError
 from heatlens._frame_result import FrameResult
 from heatlens._stream import Stream
 from heatlens._video.source import VideoFrame
@@ -22,17 +22,18 @@ def answers(stream: Stream, frames: Iterable[VideoFrame]) -> Generator[tuple[Vid
     """Send frames and yield each with its answer, in order. Closes the stream at the end, however it comes.
 
     The film's clock goes with the frames, so that a limit in frames per second counts film, not the time that a file
-    takes to be read.
+    takes to be read. A frame that cannot be sent, one too wide for a JPEG for example, has that error for an answer.
 
     Args:
         stream: an open stream, unused so far.
         frames: pulled in a thread of its own, a bounded number ahead of the answers yielded.
 
     Raises:
-        HeatlensError: the stream broke; or a frame cannot be sent, after the answers of all frames before it.
+        HeatlensError: the stream broke.
         Exception: whatever `frames` raises, after the answers of the frames before.
     """
-    unanswered: deque[VideoFrame] = deque()
+    # A frame with why it was not sent, None if it was; at the end None.
+    fed: SimpleQueue[tuple[VideoFrame, FrameResult | None] | None] = SimpleQueue()
     ahead = threading.Semaphore(2 * stream.window + _SPARE_FRAMES)
     over = threading.Event()
     trouble: list[Exception] = []
@@ -43,20 +44,27 @@ def answers(stream: Stream, frames: Iterable[VideoFrame]) -> Generator[tuple[Vid
             # First the permit, then the frame: a camera's frame must not get old in here.
             iterator = iter(frames)
             while ahead.acquire() and not over.is_set() and (frame := next(iterator, None)) is not None:
-                unanswered.append(frame)
-                stream.send(frame.pixels, frame_id=frame.frame_id, capture_time=start_s + frame.time_s)
+                fed.put((frame, _sent(stream, frame, start_s + frame.time_s)))
         except Exception as error:
             trouble.append(error)
         # Not on a stream that is broken or closed, of which the reader is told.
         with suppress(HeatlensError):
             stream.finish()
+        fed.put(None)
 
     thread = threading.Thread(target=feed, name="heatlens-feed", daemon=True)
     thread.start()
     try:
-        for answer in stream:
-            yield unanswered.popleft(), answer
+        received = iter(stream)
+        while (item := fed.get()) is not None:
+            frame, refusal = item
+            answer = refusal or next(received, None)
+            if answer is None:
+                break
+            yield frame, answer
             ahead.release()
+        # How the stream ends: it may be with an error.
+        next(received, None)
     finally:
         over.set()
         ahead.release()
@@ -64,3 +72,23 @@ def answers(stream: Stream, frames: Iterable[VideoFrame]) -> Generator[tuple[Vid
         thread.join(_JOIN_TIMEOUT_S)
     if trouble:
         raise trouble[0]
+
+
+def _sent(stream: Stream, frame: VideoFrame, capture_time_s: float) -> FrameResult | None:
+    """Send a frame; returns its answer if it cannot be sent and the stream lives. Raises HeatlensError if not."""
+    started_s = time.monotonic()
+    try:
+        stream.send(frame.pixels, frame_id=frame.frame_id, capture_time=capture_time_s)
+    except InvalidArgumentError as error:
+        # A server that breaks the stream off may call a frame invalid, too; that has an id.
+        if error.request_id is not None:
+            raise
+        return FrameResult(
+            frame_id=frame.frame_id,
+            frame=frame.pixels,
+            result=None,
+            error=error,
+            skipped=False,
+            latency_ms=(time.monotonic() - started_s) * 1000,
+        )
+    return None

@@ -5,10 +5,11 @@ from collections import Counter
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from heatlens._frame_result import FrameResult
 from heatlens._video.draw import FAILED, Look, draw, look_of
+from heatlens._video.lines import Lines
 from heatlens._video.sink import Film, open_sink
 from heatlens._video.source import Source, VideoFrame
 
@@ -36,7 +37,7 @@ class Record:
         alpha: opacity of the map, in [0, 1].
     """
 
-    def __init__(self, source: Source, *, film: Path | None, lines: TextIO | None, colormap: str, alpha: float) -> None:
+    def __init__(self, source: Source, *, film: Path | None, lines: Lines | None, colormap: str, alpha: float) -> None:
         self.counts: Counter[Status] = Counter()
         self._source = source
         self._path = film
@@ -60,7 +61,6 @@ class Record:
         status = status_of(answer)
         if self._lines is not None:
             self._lines.write(json.dumps(as_dict(frame, answer)) + "\n")
-            self._lines.flush()
         if self._path is not None:
             self._draw(frame, answer)
         self.counts[status] += 1
@@ -74,13 +74,13 @@ class Record:
     def _draw(self, frame: VideoFrame, answer: FrameResult) -> None:
         if self._film is None:
             assert self._path is not None
-            self._film = Film(open_sink(self._path, fps=self._source.fps, size=self._source.size))
+            fps = self._source.fps
+            self._film = Film(open_sink(self._path, fps=fps, size=self._source.size), fps=fps, steady=self._source.live)
         if answer.result is not None:
             self._look = look_of(answer.result, self._source.size)
         elif status_of(answer) is Status.FAILED:
             self._look = FAILED
-        slot = round(frame.time_s * self._source.fps) if self._source.live else frame.frame_id
-        self._film.add(draw(frame.pixels, self._look, **self._style), slot)
+        self._film.add(draw(frame.pixels, self._look, **self._style), frame.time_s)
 
 
 def status_of(answer: FrameResult) -> Status:

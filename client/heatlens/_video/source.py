@@ -1,30 +1,31 @@
 """Where frames come from: a video file, images, a URL or a camera."""
 
 import errno
-import glob
 import math
-import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
 
 from heatlens._exceptions import InvalidArgumentError
 from heatlens._images import UInt8Array, decode_image
+from heatlens._video.clock import Clock
+from heatlens._video.inputs import camera_of, checked_url, images_of, is_url, public_name
 from heatlens._video.live import LiveVideo
 from heatlens._video.quiet import silence
 
 DEFAULT_FPS = 25.0
 # Containers and drivers that know no rate tell 0, nan, or their clock's rate, such as 90,000.
 _MAX_FPS = 1000.0
-_IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 # How long `close` waits for a read that is under way.
 _CLOSE_TIMEOUT_S = 2.0
+# Containers that only estimate how many frames they hold are wrong by so many, or by such a part.
+_COUNT_SLACK, _COUNT_SLACK_SHARE = 5, 0.005
 _ALWAYS_LIVE = frozenset({"rtmp", "rtp", "rtsp", "rtsps", "udp"})
 
 
@@ -52,6 +53,8 @@ class Source(Protocol):
         live: whether frames come at their own time, and are lost if nobody takes them.
         total: how many frames there are; None if the source does not tell.
         missed: how many frames of a live source nobody took.
+        lacking: how many of `total` frames were not there when the source came to its end: it is damaged. 0 before,
+            and where the difference may be an estimate's.
     """
 
     @property
@@ -74,6 +77,10 @@ class Source(Protocol):
     def missed(self) -> int:
         """How many frames nobody took."""
 
+    @property
+    def lacking(self) -> int:
+        """How many frames were not there."""
+
     def __iter__(self) -> Iterator[VideoFrame]: ...
 
     def close(self) -> None:
@@ -90,28 +97,24 @@ def open_source(text: str, *, fps: float | None, timeout_s: float, on_unreadable
         on_unreadable: told of every image that cannot be decoded; it is left out.
 
     Raises:
+        InvalidArgumentError: it is no URL, or not one that is read over a network, or too large for a camera's number.
         OSError: it does not exist, cannot be opened or holds no frame; `filename` and `strerror` say so.
     """
     silence()
-    path = Path(text)
-    if "://" in text:
-        return _open_url(text, fps, timeout_s)
-    if text.isascii() and text.isdigit() and not path.exists():
-        return _open_live(cv2.VideoCapture(int(text)), f"camera {text}", fps)
-    images = _images_of(text, path)
+    if is_url(text):
+        return _open_url(checked_url(text), fps, timeout_s)
+    camera = camera_of(text)
+    if camera is not None:
+        return _open_live(cv2.VideoCapture(camera), f"camera {text}", fps)
+    images = images_of(text)
     if images is not None:
         return _open_images(images, text, fps, on_unreadable)
+    path = Path(text)
     if path.is_char_device():
         return _open_live(cv2.VideoCapture(text), text, fps)
     with path.open("rb"):  # says why it cannot be opened, where OpenCV only says that
         pass
     return _open_video(cv2.VideoCapture(text), text, fps)
-
-
-def natural_key(path: Path) -> list[tuple[int, int, str]]:
-    """Return the key that sorts frame2 before frame10."""
-    parts = re.split(r"(\d+)", str(path))
-    return [(0, int(part), "") if index % 2 else (1, 0, part.casefold()) for index, part in enumerate(parts)]
 
 
 def letterbox(pixels: UInt8Array, size: tuple[int, int]) -> UInt8Array:
@@ -136,12 +139,6 @@ def letterbox(pixels: UInt8Array, size: tuple[int, int]) -> UInt8Array:
     return result
 
 
-def public_name(url: str) -> str:
-    """Return a URL without the user and password that it may hold."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-
-
 @dataclass(eq=False)
 class _Images:
     """Image files, one after the other. The film has the first one's size."""
@@ -152,6 +149,8 @@ class _Images:
     on_unreadable: Callable[[Path], None]
     live: bool = field(default=False, init=False)
     missed: int = field(default=0, init=False)
+    # Those that cannot be read are told one by one.
+    lacking: int = field(default=0, init=False)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -175,14 +174,27 @@ class _Images:
 
 @dataclass(eq=False)
 class _Video:
-    """A video that waits: a file, or a finite one behind a URL."""
+    """A video that waits: a file, or a finite one behind a URL.
+
+    Attributes:
+        fps: frames per second of the film to write.
+        total: how many frames the container tells.
+        rate: frames per second that the container tells.
+        clock: the times of the frames, by the container.
+        timed: whether these count; otherwise a frame comes every 1 / fps.
+    """
 
     capture: cv2.VideoCapture
     fps: float
     first: UInt8Array
     total: int | None
+    rate: float
+    clock: Clock
+    timed: bool
     live: bool = field(default=False, init=False)
     missed: int = field(default=0, init=False)
+    lacking: int = field(default=0, init=False)
+    _closed: bool = field(default=False, init=False)
     # Frames are read in one thread and the source is closed in another, but no capture bears both at a time.
     _busy: threading.Lock = field(default_factory=threading.Lock, init=False)
 
@@ -191,22 +203,37 @@ class _Video:
         return self.first.shape[1], self.first.shape[0]
 
     def __iter__(self) -> Iterator[VideoFrame]:
-        frame_id, pixels = 0, self.first
+        frame_id, time_s, pixels = 0, 0.0, self.first
         while True:
-            yield VideoFrame(frame_id, frame_id / self.fps, pixels)
+            yield VideoFrame(frame_id, time_s, pixels)
             with self._busy:
                 # A capture that is released reads nothing.
                 read, picture = self.capture.read()
-            if not read:
-                return
+                clock_s = _timestamp_s(self.capture)
             frame_id += 1
+            if not read:
+                if not self._closed:
+                    self.lacking = self._lacking(frame_id)
+                return
+            clock_time_s = self.clock.tick(clock_s)
+            time_s = clock_time_s if self.timed else frame_id / self.fps
             pixels = letterbox(_rgb(picture), self.size)
 
     def close(self) -> None:
+        self._closed = True
         # A URL that hangs must not hang the program: what is not released ends with the process.
         if self._busy.acquire(timeout=_CLOSE_TIMEOUT_S):
             self.capture.release()
             self._busy.release()
+
+    def _lacking(self, read: int) -> int:
+        """Return how many frames of `total` were not read, if the video clearly broke off."""
+        if self.total is None:
+            return 0
+        slack = max(_COUNT_SLACK, self.total * _COUNT_SLACK_SHARE)
+        # Some containers take the count from their length and their highest rate. So the clock must be short, too.
+        clock_count = self.clock.time_s * self.rate + 1
+        return self.total - read if self.total - max(read, clock_count) > slack else 0
 
 
 @dataclass(eq=False)
@@ -218,6 +245,7 @@ class _Live:
     size: tuple[int, int]
     live: bool = field(default=True, init=False)
     total: int | None = field(default=None, init=False)
+    lacking: int = field(default=0, init=False)
 
     @property
     def missed(self) -> int:
@@ -231,18 +259,6 @@ class _Live:
 
     def close(self) -> None:
         self.video.close()
-
-
-def _images_of(text: str, path: Path) -> list[Path] | None:
-    """Return the image files that a folder, glob or file name stands for, sorted; None: it is no such thing."""
-    if path.is_dir():
-        return sorted((entry for entry in path.iterdir() if _is_image(entry)), key=natural_key)
-    if path.exists():
-        return [path] if _is_image(path) else None
-    if not glob.has_magic(text):
-        return None
-    names = (Path(name) for name in glob.glob(text, recursive=True))  # noqa: PTH207 - absolute patterns too
-    return sorted((name for name in names if name.is_file()), key=natural_key)
 
 
 def _open_images(paths: list[Path], name: str, fps: float | None, on_unreadable: Callable[[Path], None]) -> Source:
@@ -272,7 +288,10 @@ def _open_url(url: str, fps: float | None, timeout_s: float) -> Source:
 
 def _open_video(capture: cv2.VideoCapture, name: str, fps: float | None) -> Source:
     first = _first_picture(capture, name)
-    return _Video(capture, fps or _frame_rate(capture), first, _frame_count(capture))
+    rate = _frame_rate(capture)
+    clock = Clock(1 / rate, _timestamp_s(capture))
+    # A rate that the user gives replaces the timestamps.
+    return _Video(capture, fps or rate, first, _frame_count(capture), rate, clock, timed=fps is None)
 
 
 def _open_live(capture: cv2.VideoCapture, name: str, fps: float | None) -> Source:
@@ -302,9 +321,10 @@ def _frame_count(capture: cv2.VideoCapture) -> int | None:
     return round(count) if 0 < count < 1e9 else None
 
 
+def _timestamp_s(capture: cv2.VideoCapture) -> float:
+    """Return when the frame that was read last is shown, by the container's clock."""
+    return float(capture.get(cv2.CAP_PROP_POS_MSEC)) / 1000
+
+
 def _rgb(picture: object) -> UInt8Array:
     return np.asarray(cv2.cvtColor(np.asarray(picture), cv2.COLOR_BGR2RGB), dtype=np.uint8)
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file()

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from heatlens import UnavailableError
+from heatlens import InvalidArgumentError, UnavailableError
 from heatlens._video.feed import answers
 from heatlens._video.source import VideoFrame
 
@@ -23,10 +23,14 @@ class Echo:
         self.closed = threading.Event()
         self.finished = threading.Event()
         self.breaks_after = None
+        self.refused = ()
+        self.refusal = InvalidArgumentError.of("frame", "cannot be a JPEG")
 
     def send(self, frame, *, frame_id, capture_time):
         if self.closed.is_set():
             raise UnavailableError("closed")
+        if frame_id in self.refused:
+            raise self.refusal
         self.capture_times.append(capture_time)
         self.sent.put(frame_id)
 
@@ -110,4 +114,33 @@ def test_leaving_early_ends_the_feeder():
     next(feed)
     feed.close()
     assert stream.closed.is_set()
+    assert no_feeder_runs()
+
+
+@pytest.mark.parametrize("refused", [{0}, {3, 4, 9}, range(100)])
+def test_a_frame_that_cannot_be_sent_fails_alone_and_in_its_place(refused):
+    stream = Echo()
+    stream.refused = refused
+    pairs = list(answers(stream, frames(100)))
+    assert [frame.frame_id for frame, _ in pairs] == list(range(100))
+    for frame, answer in pairs:
+        if frame.frame_id in refused:
+            assert answer.frame_id == frame.frame_id
+            assert answer.error is stream.refusal
+            assert answer.result is None
+            assert not answer.skipped
+            assert answer.latency_ms >= 0
+        else:
+            assert answer == frame.frame_id
+    assert no_feeder_runs()
+
+
+def test_a_server_that_calls_a_frame_invalid_ends_the_film():
+    stream = Echo()
+    stream.refused = {5}
+    stream.refusal = InvalidArgumentError("no", request_id="r1")
+    taken = []
+    with pytest.raises(InvalidArgumentError, match="no"):
+        taken.extend(answer for _, answer in answers(stream, frames(100)))
+    assert taken == [0, 1, 2, 3, 4]
     assert no_feeder_runs()

@@ -1,11 +1,11 @@
-"""Ctrl-C waits for writes, and for nothing else."""
+"""Ctrl-C and SIGTERM wait for writes, and for nothing else."""
 
 import signal
 import threading
 
 import pytest
 
-from heatlens._cli.interrupt import Interrupts
+from heatlens._cli.interrupt import Interrupts, Terminated
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +70,33 @@ def test_threads_leave_the_handler_alone():
     thread.start()
     thread.join(10)
     assert seen == [signal.default_int_handler]
+
+
+def test_sigterm_is_told_apart():
+    before = signal.getsignal(signal.SIGTERM)
+    written = []
+
+    def run():
+        with Interrupts() as interrupts:
+            with interrupts.held_back():
+                signal.raise_signal(signal.SIGTERM)
+                # The first one counts.
+                signal.raise_signal(signal.SIGINT)
+                written.append("all")
+            written.append("too much")
+
+    with pytest.raises(Terminated):
+        run()
+    assert written == ["all"]
+    assert signal.getsignal(signal.SIGTERM) is before is signal.SIG_DFL
+
+
+def test_who_handles_sigterm_still_does():
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append("term"))
+    try:
+        with Interrupts():
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == ["term"]

@@ -111,7 +111,7 @@ def test_the_last_map_is_held_until_a_frame_fails(make_record, tmp_path):
     record = make_record()
     kinds = ["dropped", "explained", "skipped", "dropped", "failed", "skipped", "explained"]
     for index, kind in enumerate(kinds):
-        record.add(frame(index), answer(kind))
+        record.add(frame(index, index / 10), answer(kind))
     record.close()
     record.close()
     assert [is_red(picture) for picture in read(tmp_path / "film.mp4")] == [
@@ -128,7 +128,7 @@ def test_the_last_map_is_held_until_a_frame_fails(make_record, tmp_path):
 def test_the_banner_of_a_failed_frame_says_so(make_record, tmp_path):
     record = make_record()
     for index, kind in enumerate(["skipped", "failed"]):
-        record.add(frame(index), answer(kind))
+        record.add(frame(index, index / 10), answer(kind))
     record.close()
     plain, failed = read(tmp_path / "film.mp4")
     assert plain[:12].max() < GRAY + 15

@@ -46,8 +46,8 @@ def test_what_is_written_is_read_back(codec, tmp_path, capfd, fps):
     path = tmp_path / "film.mp4"
     film = open_sink(path, fps=fps, size=(64, 48))
     levels = [10, 90, 170, 240]
-    for level in levels:
-        film.write(picture(level))
+    for index, level in enumerate(levels):
+        film.write(picture(level), index / fps)
     film.close()
     film.close()
     assert film.codec == codec
@@ -64,7 +64,7 @@ def test_odd_sizes_get_a_copy_of_the_last_pixel(codec, tmp_path, size, stored):
     path = tmp_path / "film.mp4"
     film = open_sink(path, fps=10, size=size)
     pixels = picture(40, size)
-    film.write(pixels)
+    film.write(pixels, 0.0)
     film.close()
     _, (frame,) = read(path)
     assert frame.shape == (stored[1], stored[0], 3)
@@ -75,7 +75,7 @@ def test_odd_sizes_get_a_copy_of_the_last_pixel(codec, tmp_path, size, stored):
 def test_containers(codec, tmp_path, suffix):
     path = tmp_path / f"film{suffix}"
     film = open_sink(path, fps=25, size=(64, 48))
-    film.write(picture(100))
+    film.write(picture(100), 0.0)
     film.close()
     assert len(read(path)[1]) == 1
 
@@ -84,7 +84,7 @@ def test_h264_is_what_browsers_play(tmp_path):
     av = pytest.importorskip("av")
     path = tmp_path / "film.mp4"
     film = open_sink(path, fps=25, size=(64, 48))
-    film.write(picture(100))
+    film.write(picture(100), 0.0)
     film.close()
     with av.open(str(path)) as container:
         (stream,) = container.streams
@@ -110,8 +110,8 @@ def test_a_full_disk_is_an_os_error(tmp_path):
     film = open_sink(path, fps=25, size=(64, 48))
 
     def write():
-        for _ in range(50):
-            film.write(np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8))
+        for index in range(50):
+            film.write(np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8), index / 25)
         film.close()
 
     with pytest.raises(OSError, match="No space left") as caught:
@@ -124,12 +124,15 @@ class Tape:
 
     codec = "none"
 
-    def __init__(self):
+    def __init__(self, *, any_time=True):
+        self.any_time = any_time
         self.levels = []
+        self.times = []
         self.closed = 0
 
-    def write(self, pixels):
+    def write(self, pixels, time_s):
         self.levels.append(int(pixels[0, 0, 0]))
+        self.times.append(time_s)
 
     def close(self):
         self.closed += 1
@@ -147,15 +150,57 @@ class Tape:
         ([2, 3], [10, 10, 10, 11]),
     ],
 )
-def test_a_film_keeps_its_rate(slots, written):
-    tape = Tape()
-    film = Film(tape)
+@pytest.mark.parametrize(("steady", "any_time"), [(True, True), (True, False), (False, False)])
+def test_a_steady_film_keeps_its_rate(steady, any_time, slots, written):
+    tape = Tape(any_time=any_time)
+    film = Film(tape, fps=5.0, steady=steady)
     for index, slot in enumerate(slots):
-        film.add(picture(10 + index), slot)
+        film.add(picture(10 + index), slot / 5)
     film.close()
     assert tape.levels == written
+    assert tape.times == pytest.approx([index / 5 for index in range(len(written))])
     assert film.written == len(written)
     assert tape.closed == 1
+
+
+def test_another_film_shows_every_frame_at_its_time():
+    tape = Tape()
+    film = Film(tape, fps=5.0, steady=False)
+    times = [0.0, 0.01, 0.02, 3.0]
+    for index, time_s in enumerate(times):
+        film.add(picture(10 + index), time_s)
+    assert tape.levels == [10, 11, 12, 13]
+    assert tape.times == times
+    assert film.written == 4
+
+
+@pytest.mark.parametrize("suffix", sink_module.SUFFIXES)
+def test_a_variable_frame_rate_is_kept(tmp_path, capfd, suffix):
+    av = pytest.importorskip("av")
+    path = tmp_path / f"film{suffix}"
+    times = [index * 0.04 for index in range(15)] + [0.6 + index * 0.4 for index in range(15)]
+    film = open_sink(path, fps=30 / 6.6, size=(64, 48))
+    for index, time_s in enumerate(times):
+        film.write(picture(8 * index), time_s)
+    film.close()
+    with av.open(str(path)) as container:
+        assert [frame.time for frame in container.decode(video=0)] == pytest.approx(times, abs=1e-3)
+    with av.open(str(path)) as container:
+        # The last frame is within the film's length.
+        assert container.duration / 1e6 > times[-1]
+    # No chatter of FFmpeg about options that a container does not know.
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("size", [(16_386, 4), (4, 16_386), (20_000, 64)])
+def test_a_film_too_large_for_h264(tmp_path, size):
+    pytest.importorskip("av")
+    path = tmp_path / "film.mp4"
+    path.write_bytes(b"precious")
+    with pytest.raises(OSError, match=f"H.264 has no films of {size[0]}x{size[1]} pixels") as caught:
+        open_sink(path, fps=25, size=size)
+    assert caught.value.filename == str(path)
+    assert path.read_bytes() == b"precious"
 
 
 def test_the_command_line_starts_without_the_extra():

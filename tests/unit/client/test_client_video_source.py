@@ -1,14 +1,16 @@
 """Where frames of `heatlens video` come from."""
 
 import threading
+from fractions import Fraction
 
 import cv2
 import numpy as np
 import pytest
 
+from heatlens import InvalidArgumentError
 from heatlens._video.live import LiveVideo
 from heatlens._video.quiet import silence
-from heatlens._video.source import letterbox, natural_key, open_source, public_name
+from heatlens._video.source import letterbox, open_source
 
 # OpenCV asks once, when it opens its first video, and these tests open some themselves.
 silence()
@@ -58,6 +60,96 @@ def test_a_video_file(opened, tmp_path):
     assert [frame.time_s for frame in frames] == pytest.approx([0, 0.08, 0.16, 0.24, 0.32])
     assert levels_of(frames) == pytest.approx([0, 50, 100, 150, 200], abs=8)
     assert all(frame.pixels.shape == (32, 48, 3) for frame in frames)
+
+
+def test_a_variable_frame_rate(opened, tmp_path):
+    av = pytest.importorskip("av")
+    path = tmp_path / "clip.mp4"
+    times = [index * 0.04 for index in range(15)] + [0.6 + index * 0.4 for index in range(15)]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for index, time_s in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(gray(8 * index), format="rgb24")
+            frame.pts, frame.time_base = round(time_s * 1000), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    source = opened(path)
+    assert [frame.time_s for frame in source] == pytest.approx(times)
+    # The average; containers differ in how long the last frame is.
+    assert 30 / 6.6 <= source.fps <= 30 / 6.2
+    assert source.lacking == 0
+    # What the user says counts.
+    assert [frame.time_s for frame in opened(path, fps=10)] == pytest.approx([index / 10 for index in range(30)])
+
+
+def break_off(path, share):
+    """Damage a Motion JPEG film from a part of it on; the index that tells how many frames there are stays."""
+    data = bytearray(path.read_bytes())
+    start, end = round(len(data) * share), data.rindex(b"idx1") - 8
+    data[start:end] = bytes(end - start)
+    path.write_bytes(data)
+
+
+def write_motion_jpeg(path, frames):
+    rng = np.random.default_rng(0)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10, (48, 32))
+    for _ in range(frames):
+        writer.write(rng.integers(0, 256, (32, 48, 3), np.uint8))
+    writer.release()
+    return path
+
+
+@pytest.mark.parametrize("fps", [None, 3.0])
+def test_a_film_that_breaks_off_lacks_frames(opened, tmp_path, capfd, fps):
+    path = write_motion_jpeg(tmp_path / "clip.avi", 60)
+    whole = opened(path, fps=fps)
+    assert len(list(whole)) == whole.total == 60
+    assert whole.lacking == 0
+    break_off(path, 0.5)
+    source = opened(path, fps=fps)
+    frames = iter(source)
+    next(frames)
+    assert source.lacking == 0
+    read = 1 + len(list(frames))
+    assert 20 < read < 40
+    assert source.total == 60
+    assert source.lacking == 60 - read
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_source_that_is_closed_lacks_nothing(opened, tmp_path):
+    source = opened(write_clip(tmp_path / "clip.mp4", [0] * 30))
+    frames = iter(source)
+    next(frames)
+    source.close()
+    assert list(frames) == []
+    assert source.lacking == 0
+
+
+def test_a_count_that_a_container_only_estimates_is_no_lack(opened, tmp_path):
+    av = pytest.importorskip("av")
+    path = tmp_path / "clip.mkv"
+    # As screen recorders do: 30 a second, but a frame only where something moves.
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for index in range(50):
+            frame = av.VideoFrame.from_ndarray(gray(4 * index), format="rgb24")
+            frame.pts = 5 * index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    source = opened(path)
+    assert source.total > 200
+    assert len(list(source)) == 50
+    assert source.lacking == 0
+
+
+@pytest.mark.parametrize("text", ["http://[", "9" * 20, "file:///tmp/clip.mp4"])
+def test_what_is_no_input(opened, text):
+    with pytest.raises(InvalidArgumentError, match="INPUT: "):
+        opened(text)
 
 
 def test_frames_are_rgb(opened, tmp_path):
@@ -171,18 +263,6 @@ def test_a_url_that_nobody_serves_is_told_without_its_password(opened, capfd):
         opened("http://me:secret@127.0.0.1:1/clip.mp4")
     assert caught.value.filename == "http://127.0.0.1:1/clip.mp4"
     assert capfd.readouterr().err == ""
-
-
-def test_public_name():
-    assert public_name("rtsp://user:p@ss@cam.example:554/a?b=1") == "rtsp://cam.example:554/a?b=1"
-    assert public_name("http://cam.example/a") == "http://cam.example/a"
-
-
-def test_natural_order(tmp_path):
-    names = ["b1", "a10", "a9", "A2", "a", "10", "9", "a1b2"]
-    assert sorted((tmp_path / name for name in names), key=natural_key) == [
-        tmp_path / name for name in ["9", "10", "a", "a1b2", "A2", "a9", "a10", "b1"]
-    ]
 
 
 class Camera:
