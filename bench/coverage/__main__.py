@@ -83,4 +83,5 @@ def _measure_into(sender: Connection, source: str) -> None:
     sender.send(measure(source))
 
 
-typer.run(main)
+if __name__ == "__main__":
+    typer.run(main)
