@@ -6,8 +6,10 @@ is compared takes turns. The client is the one that `heatlens bench --stream` ru
 
 import asyncio
 import statistics
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -15,6 +17,7 @@ import uvloop
 from rich.table import Table
 
 from bench import tiny_network
+from bench.bare_stream import serve_bare
 from bench.served import MIN_OF_ENGINE, Images, InProcess, Load, Service, measure, serve, workloads
 from heatlens import AsyncClient
 from heatlens._cli.stream_load import Sources, run_streams, summarise_streams
@@ -169,7 +172,24 @@ def _overhead(*, turns: int, seconds: float) -> Table:
             verdict = ("met" if overhead_ms <= MAX_OVERHEAD_MS else "MISSED") if name == judged else ""
             numbers = (statistics.median(spent_ms), statistics.median(alone_ms), overhead_ms)
             table.add_row(name, *_rate(measured), *(f"{number:.3f}" for number in numbers), verdict)
+    table.add_section()
+    table.add_row(f"gRPC alone, {judged}", *_bare(frames, turns=turns, seconds=seconds), "")
     return table
+
+
+def _bare(frames: Images, *, turns: int, seconds: float) -> list[str]:
+    """What a server that does nothing but answer spends."""
+    measured: list[Load] = []
+    spent_ms: list[float] = []
+    with serve_bare() as (address, pid), tempfile.TemporaryDirectory() as folder:
+        process, service = psutil.Process(pid), Service(address, pid, Path(folder))
+        measure_streams(service, frames, 1, window=WINDOW, seconds=1.0)
+        for _ in range(turns):
+            before_s = _cpu_s(process)
+            measured.append(measure_streams(service, frames, 1, window=WINDOW, seconds=seconds))
+            spent_ms.append((_cpu_s(process) - before_s) / len(measured[-1].timings) * 1e3)
+    spent = f"{statistics.median(spent_ms):.3f}"
+    return [f"{statistics.median(load.images_per_s for load in measured):.1f}", "", spent, "", spent]
 
 
 def _cpu_s(process: psutil.Process) -> float:

@@ -67,6 +67,11 @@ _LIMITS = Limits(
 )
 
 
+def answer() -> pb.ExplainResponse:
+    """An answer at layer size with five predictions."""
+    return encode(_EXPLAINED, _PLAN, _MODEL)
+
+
 def encode_ms() -> float:
     """Median time to build and serialise one answer at layer size with five predictions, in milliseconds."""
     return take_turns({"encode": _encode_calls}, turns=9).median_ms("encode") / CALLS
