@@ -38,6 +38,8 @@ LARGE_PX, LARGE_PARAMETERS = 300, 60_000_000
 OFFLOADED_ELEMENTS = 1 << 20
 
 CLASSES = 2
+HUGE_PARAMETERS = 500_000_000
+"""Networks beyond that are judged on one class: their gradients take more than 20 GB otherwise."""
 
 
 def measure(source: str) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def measure(source: str) -> dict[str, Any]:
     return {
         "source": source,
         "px": model.preprocess.crop_px[0],
-        "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
+        "parameters": _parameter_count(model.module),
         "nodes": nodes,
         "seconds": round(seconds, 1),
         "layers": rows,
@@ -147,8 +149,11 @@ def _moved(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_large(model: LoadedModel) -> bool:
-    parameters = sum(parameter.numel() for parameter in model.module.parameters())
-    return max(model.preprocess.crop_px) > LARGE_PX or parameters > LARGE_PARAMETERS
+    return max(model.preprocess.crop_px) > LARGE_PX or _parameter_count(model.module) > LARGE_PARAMETERS
+
+
+def _parameter_count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 @contextlib.contextmanager
@@ -200,13 +205,14 @@ def _maps(
     """
     logits, kept = _recorded(module, layers, images)
     if class_ids is None:
-        class_ids = np.argsort(-logits.detach().numpy(), axis=1)[:, :CLASSES].copy()
+        count = 1 if _parameter_count(module) > HUGE_PARAMETERS else CLASSES
+        class_ids = np.argsort(-logits.detach().numpy(), axis=1)[:, :count].copy()
     wanted = torch.from_numpy(class_ids)
     by_class = [
         torch.autograd.grad(
             logits.gather(1, wanted[:, k : k + 1]).sum(), [kept[layer] for layer in layers], retain_graph=True
         )
-        for k in range(CLASSES)
+        for k in range(class_ids.shape[1])
     ]
     found = []
     for position, layer in enumerate(layers):

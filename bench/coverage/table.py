@@ -17,9 +17,9 @@ Written by `make coverage-export` on {date}: {versions}; {machine}.
 
 Every network has random weights (zeros drawn anew, batch norms fitted to four photos) and is exported to ONNX with any
 batch size and any number of classes, as the server does it: its default layer, and one in the middle. The file is run
-by onnxruntime on three real photos (large networks: one) with two classes each, sizes that were not traced, and judged
-by the network in float64 with plain autograd. *Difference* is the largest absolute difference of a Grad-CAM map in
-[0, 1] from the float64 map, *maps* counts those compared and all.
+by onnxruntime on three real photos with two classes each (large networks: one photo, the two largest: one class), sizes
+that were not traced, and judged by the network in float64 with plain autograd. *Difference* is the largest absolute
+difference of a Grad-CAM map in [0, 1] from the float64 map, *maps* counts those compared and all.
 
 Maps that PyTorch itself misses by more than {known:g} in float32 are not compared, as float32 does not determine them:
 with random weights the gradients that Grad-CAM averages, or the raw map's positive part, may cancel out almost, and a
