@@ -36,7 +36,6 @@ def inline_regions(module: GraphModule) -> None:
                 continue
             _inline(module, node, region, inputs)
             found = True
-    graph.eliminate_dead_code()
 
 
 def flatten_attention(graph: Graph) -> None:
@@ -80,6 +79,8 @@ def _inline(module: GraphModule, node: Node, region: Any, inputs: Any) -> None: 
             user.replace_all_uses_with(results[user.args[1]])
             graph.erase_node(user)
     graph.erase_node(node)
+    if not region.users:
+        graph.erase_node(region)
 
 
 def _call(graph: Graph, target: Any, source: Node, *args: int) -> Node:  # noqa: ANN401 - an operator
