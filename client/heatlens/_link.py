@@ -5,6 +5,7 @@ answers. All share one lock; each kind of waiting has its own condition: with on
 threads as had something to do.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from heatlens._stream_wire import Started, StreamPlan, answer_of, config_request
 from heatlens._window import Window, wrong_moment
 from heatlens.v1 import explain_pb2
 
+# How often whoever waits for a server to start a stream looks up.
+_GLANCE_S = 0.5
 # How long closing waits for threads: for a polite end of the stream, and for a caller's iterable that is being pulled.
 PATIENCE_S = 1.0
 
@@ -104,12 +107,23 @@ class Link:
                     target=self._read, args=(self._call,), name="heatlens-stream-reader", daemon=True
                 )
                 self._reader.start()
-            self._answered.wait_for(lambda: self.started is not None or self.window.ended, self._timeout_s)
+            self._wait_settled()
             if self.started is None:
                 message = f"the server did not start the stream within {self._timeout_s} s"
                 self._end(DeadlineExceededError(message, request_id=self._request_id))
                 self._call.cancel()
                 self.window.raise_if_broken()
+
+    def _wait_settled(self) -> None:
+        """Wait until the stream has started or ended, within the timeout. Holds the lock."""
+        deadline_s = math.inf if self._timeout_s is None else time.monotonic() + self._timeout_s
+        # A Ctrl-C that comes just before a thread begins to wait is noticed when the wait ends: so it is a short one.
+        while not self._answered.wait_for(
+            lambda: self.started is not None or self.window.ended,
+            max(0.0, min(_GLANCE_S, deadline_s - time.monotonic())),
+        ):
+            if time.monotonic() >= deadline_s:
+                return
 
     def put(
         self,
