@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -47,13 +46,6 @@ layers = ["body"]
 async def live(start_server) -> Server:
     """A server on this test's loop."""
     return await start_server(TOML)
-
-
-@pytest_asyncio.fixture
-async def stub(live: Server) -> AsyncIterator[explain_pb2_grpc.ExplainServiceStub]:
-    """A stub without retries, so that every answer is the first."""
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{live.port}", options=[("grpc.enable_retries", 0)]) as channel:
-        yield explain_pb2_grpc.ExplainServiceStub(channel)
 
 
 def batcher(server: Server, model: str = "mlp"):
