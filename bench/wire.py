@@ -11,7 +11,7 @@ from bench.measure import take_turns
 from heatlens import PixelBox
 from heatlens._wire import explain_request, result_of
 from heatlens.v1 import explain_pb2 as pb
-from heatlens_server.cam.catalog import Method
+from heatlens_server.cam.catalog import CLOSED_FORMS, Method
 from heatlens_server.engines.base import EngineInfo, ImageResult, MapSpec, TopK
 from heatlens_server.imaging.preprocess import FittedImage, PreprocessSpec
 from heatlens_server.rpc.encode import encode
@@ -51,7 +51,7 @@ _MODEL = ServedModel(
     preprocess=PreprocessSpec(
         resize_px=224, crop_px=(224, 224), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), interpolation="bilinear"
     ),
-    engine=EngineInfo("torch", "cpu", "fp32", 224, 224, 1000, tuple(Method), ("layer",)),
+    engine=EngineInfo("torch", "cpu", "fp32", 224, 224, 1000, CLOSED_FORMS, ("layer",)),
     default_method=Method.GRAD_CAM,
     max_batch_size=8,
     max_delay_s=0.0,

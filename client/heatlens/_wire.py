@@ -29,7 +29,7 @@ from heatlens._results import (
     ServerInfo,
     Timing,
 )
-from heatlens.v1 import explain_pb2, model_pb2
+from heatlens.v1 import explain_pb2, method_pb2, model_pb2
 
 MapSizeName = Literal["layer", "input", "source"]
 MapTypeName = Literal["float32", "float16", "uint8"]
@@ -40,7 +40,7 @@ def _names(items: Iterable[tuple[str, int]], prefix: str) -> dict[str, int]:
     return {name.removeprefix(prefix).lower().replace("_", "-"): number for name, number in items if number}
 
 
-METHODS = _names(explain_pb2.Method.items(), "METHOD_")
+METHODS = _names(method_pb2.Method.items(), "METHOD_")
 MAP_SIZES = _names(explain_pb2.MapSize.items(), "MAP_SIZE_")
 MAP_TYPES = _names(explain_pb2.DataType.items(), "DATA_TYPE_")
 OVERFLOW_POLICIES = _names(explain_pb2.OverflowPolicy.items(), "OVERFLOW_POLICY_")

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from heatlens.v1 import explain_pb2 as pb
-from heatlens.v1 import explain_pb2_grpc
+from heatlens.v1 import explain_pb2_grpc, method_pb2
 from image_files import black_png, png, saved
 from wire import Details, distinct, map_of, pixels
 
@@ -195,8 +195,8 @@ OPTIONS = {
     "layer of another model": (asking("tiny_mlp", layers=["stem"]), ["options.layers[0]"]),
     "a hundred thousand layers": (asking(layers=["body"] * 100_000), ["options.layers"]),
     "layer of emoji": (asking(layers=["\N{CAT FACE}" * 9999, "body"]), ["options.layers[0]"]),
-    "CAM off the default layer": (asking(method=pb.METHOD_CAM, layers=["stem"]), ["options.layers"]),
-    "CAM of a model with a hidden layer": (asking("tiny_mlp", method=pb.METHOD_CAM), ["options.method"]),
+    "CAM off the default layer": (asking(method=method_pb2.METHOD_CAM, layers=["stem"]), ["options.layers"]),
+    "CAM of a model with a hidden layer": (asking("tiny_mlp", method=method_pb2.METHOD_CAM), ["options.method"]),
     "augmentation": (asking(smoothing=pb.Smoothing(augmentation=True)), ["options.smoothing"]),
     "principal component": (asking(smoothing=pb.Smoothing(principal_component=True)), ["options.smoothing"]),
 }  # fmt: skip

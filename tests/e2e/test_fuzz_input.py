@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from heatlens.v1 import explain_pb2 as pb
-from heatlens.v1 import explain_pb2_grpc
+from heatlens.v1 import explain_pb2_grpc, method_pb2
 from image_files import ORIENTATION, saved
 from wire import Details, distinct, pixels
 
@@ -25,7 +25,7 @@ def _exif() -> Image.Exif:
 
 
 OPTIONS = pb.ExplainOptions(
-    method=pb.METHOD_LAYER_CAM,
+    method=method_pb2.METHOD_LAYER_CAM,
     class_ids=pb.ClassIds(values=[3, 1]),
     layers=["stem"],
     map_size=pb.MAP_SIZE_INPUT,

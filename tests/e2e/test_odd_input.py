@@ -11,7 +11,7 @@ from PIL import Image
 
 from heatlens import PixelBox, place_map
 from heatlens.v1 import explain_pb2 as pb
-from heatlens.v1 import explain_pb2_grpc
+from heatlens.v1 import explain_pb2_grpc, method_pb2
 from image_files import ORIENTATION, saved
 from wire import distinct, map_of, pixels
 
@@ -32,7 +32,7 @@ def explain(stub):
     """Explain bytes of a file or an array of pixels with tiny_mlp, whose maps differ from pixel to pixel."""
 
     def explain(image: bytes | np.ndarray, *, model: str = "tiny_mlp", **options) -> pb.ExplainResponse:
-        options.setdefault("method", pb.METHOD_HI_RES_CAM)
+        options.setdefault("method", method_pb2.METHOD_HI_RES_CAM)
         sent = pb.Image(encoded=image) if isinstance(image, bytes) else pixels(image)
         request = pb.ExplainRequest(model=model, image=sent, options=pb.ExplainOptions(**options))
         return stub.Explain(request, timeout=30)
@@ -230,8 +230,10 @@ def test_scale_and_offset_give_the_raw_map(explain, map_size):
 
 def test_raw_map_of_grad_cam_is_that_of_its_layer(explain):
     # Bilinear upsampling repeats the layer's extreme corner values at most: the raw range cannot grow.
-    layer = explain(PHOTO, model="tiny", method=pb.METHOD_GRAD_CAM, top_k=1).explanations[0]
-    at_input = explain(PHOTO, model="tiny", method=pb.METHOD_GRAD_CAM, map_size=pb.MAP_SIZE_INPUT).explanations[0]
+    layer = explain(PHOTO, model="tiny", method=method_pb2.METHOD_GRAD_CAM, top_k=1).explanations[0]
+    at_input = explain(PHOTO, model="tiny", method=method_pb2.METHOD_GRAD_CAM, map_size=pb.MAP_SIZE_INPUT).explanations[
+        0
+    ]
     assert layer.map_scale > 0
     low, high = layer.map_offset, layer.map_offset + layer.map_scale
     assert at_input.map_offset >= low - 1e-6
@@ -252,6 +254,6 @@ def test_timing_and_names_are_told(explain):
 
 
 def test_no_name_is_the_default_model(explain):
-    answer = explain(PHOTO, model="", method=pb.METHOD_CAM)
+    answer = explain(PHOTO, model="", method=method_pb2.METHOD_CAM)
     assert answer.model == "tiny"
-    assert_same(answer, explain(PHOTO, model="tiny", method=pb.METHOD_CAM))
+    assert_same(answer, explain(PHOTO, model="tiny", method=method_pb2.METHOD_CAM))

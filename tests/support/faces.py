@@ -10,7 +10,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from heatlens import HeatlensError
-from heatlens.v1 import explain_pb2, explain_pb2_grpc
+from heatlens.v1 import explain_pb2, explain_pb2_grpc, method_pb2
 
 
 @dataclass
@@ -198,7 +198,7 @@ class RawFace:
         if class_ids is not None:
             options.class_ids.values.extend(class_ids)
         if method:
-            options.method = explain_pb2.Method.Value("METHOD_" + method.upper().replace("-", "_"))
+            options.method = method_pb2.Method.Value("METHOD_" + method.upper().replace("-", "_"))
         if map_size:
             options.map_size = explain_pb2.MapSize.Value("MAP_SIZE_" + map_size.upper())
         if map_type:

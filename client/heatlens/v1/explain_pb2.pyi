@@ -3,6 +3,8 @@ import datetime
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.rpc import status_pb2 as _status_pb2
+from heatlens.v1 import faithfulness_pb2 as _faithfulness_pb2
+from heatlens.v1 import method_pb2 as _method_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -11,17 +13,6 @@ from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
-
-class Method(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-    __slots__ = ()
-    METHOD_UNSPECIFIED: _ClassVar[Method]
-    METHOD_CAM: _ClassVar[Method]
-    METHOD_GRAD_CAM: _ClassVar[Method]
-    METHOD_GRAD_CAM_PLUS_PLUS: _ClassVar[Method]
-    METHOD_HI_RES_CAM: _ClassVar[Method]
-    METHOD_X_GRAD_CAM: _ClassVar[Method]
-    METHOD_LAYER_CAM: _ClassVar[Method]
-    METHOD_ELEMENT_WISE_GRAD_CAM: _ClassVar[Method]
 
 class MapSize(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -42,14 +33,6 @@ class OverflowPolicy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OVERFLOW_POLICY_UNSPECIFIED: _ClassVar[OverflowPolicy]
     OVERFLOW_POLICY_BLOCK: _ClassVar[OverflowPolicy]
     OVERFLOW_POLICY_DROP_OLDEST: _ClassVar[OverflowPolicy]
-METHOD_UNSPECIFIED: Method
-METHOD_CAM: Method
-METHOD_GRAD_CAM: Method
-METHOD_GRAD_CAM_PLUS_PLUS: Method
-METHOD_HI_RES_CAM: Method
-METHOD_X_GRAD_CAM: Method
-METHOD_LAYER_CAM: Method
-METHOD_ELEMENT_WISE_GRAD_CAM: Method
 MAP_SIZE_UNSPECIFIED: MapSize
 MAP_SIZE_LAYER: MapSize
 MAP_SIZE_INPUT: MapSize
@@ -91,7 +74,7 @@ class Tensor(_message.Message):
     def __init__(self, data_type: _Optional[_Union[DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class ExplainOptions(_message.Message):
-    __slots__ = ("method", "top_k", "class_ids", "layers", "map_size", "map_type", "smoothing", "top_predictions")
+    __slots__ = ("method", "top_k", "class_ids", "layers", "map_size", "map_type", "smoothing", "top_predictions", "target_score", "aggregation", "faithfulness", "mask", "reference_embedding", "reference_image", "min_score", "return_mask")
     METHOD_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     CLASS_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -100,7 +83,15 @@ class ExplainOptions(_message.Message):
     MAP_TYPE_FIELD_NUMBER: _ClassVar[int]
     SMOOTHING_FIELD_NUMBER: _ClassVar[int]
     TOP_PREDICTIONS_FIELD_NUMBER: _ClassVar[int]
-    method: Method
+    TARGET_SCORE_FIELD_NUMBER: _ClassVar[int]
+    AGGREGATION_FIELD_NUMBER: _ClassVar[int]
+    FAITHFULNESS_FIELD_NUMBER: _ClassVar[int]
+    MASK_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_EMBEDDING_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_IMAGE_FIELD_NUMBER: _ClassVar[int]
+    MIN_SCORE_FIELD_NUMBER: _ClassVar[int]
+    RETURN_MASK_FIELD_NUMBER: _ClassVar[int]
+    method: _method_pb2.Method
     top_k: int
     class_ids: ClassIds
     layers: _containers.RepeatedScalarFieldContainer[str]
@@ -108,7 +99,15 @@ class ExplainOptions(_message.Message):
     map_type: DataType
     smoothing: Smoothing
     top_predictions: int
-    def __init__(self, method: _Optional[_Union[Method, str]] = ..., top_k: _Optional[int] = ..., class_ids: _Optional[_Union[ClassIds, _Mapping]] = ..., layers: _Optional[_Iterable[str]] = ..., map_size: _Optional[_Union[MapSize, str]] = ..., map_type: _Optional[_Union[DataType, str]] = ..., smoothing: _Optional[_Union[Smoothing, _Mapping]] = ..., top_predictions: _Optional[int] = ...) -> None: ...
+    target_score: _method_pb2.TargetScore
+    aggregation: _method_pb2.Aggregation
+    faithfulness: _faithfulness_pb2.FaithfulnessOptions
+    mask: Tensor
+    reference_embedding: Tensor
+    reference_image: Image
+    min_score: float
+    return_mask: bool
+    def __init__(self, method: _Optional[_Union[_method_pb2.Method, str]] = ..., top_k: _Optional[int] = ..., class_ids: _Optional[_Union[ClassIds, _Mapping]] = ..., layers: _Optional[_Iterable[str]] = ..., map_size: _Optional[_Union[MapSize, str]] = ..., map_type: _Optional[_Union[DataType, str]] = ..., smoothing: _Optional[_Union[Smoothing, _Mapping]] = ..., top_predictions: _Optional[int] = ..., target_score: _Optional[_Union[_method_pb2.TargetScore, str]] = ..., aggregation: _Optional[_Union[_method_pb2.Aggregation, str]] = ..., faithfulness: _Optional[_Union[_faithfulness_pb2.FaithfulnessOptions, _Mapping]] = ..., mask: _Optional[_Union[Tensor, _Mapping]] = ..., reference_embedding: _Optional[_Union[Tensor, _Mapping]] = ..., reference_image: _Optional[_Union[Image, _Mapping]] = ..., min_score: _Optional[float] = ..., return_mask: bool = ...) -> None: ...
 
 class ClassIds(_message.Message):
     __slots__ = ("values",)
@@ -125,7 +124,7 @@ class Smoothing(_message.Message):
     def __init__(self, augmentation: bool = ..., principal_component: bool = ...) -> None: ...
 
 class ExplainResponse(_message.Message):
-    __slots__ = ("explanations", "predictions", "source_region", "model", "model_version", "timing", "source_width_px", "source_height_px")
+    __slots__ = ("explanations", "predictions", "source_region", "model", "model_version", "timing", "source_width_px", "source_height_px", "predicted_mask", "embedding")
     EXPLANATIONS_FIELD_NUMBER: _ClassVar[int]
     PREDICTIONS_FIELD_NUMBER: _ClassVar[int]
     SOURCE_REGION_FIELD_NUMBER: _ClassVar[int]
@@ -134,6 +133,8 @@ class ExplainResponse(_message.Message):
     TIMING_FIELD_NUMBER: _ClassVar[int]
     SOURCE_WIDTH_PX_FIELD_NUMBER: _ClassVar[int]
     SOURCE_HEIGHT_PX_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_MASK_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_FIELD_NUMBER: _ClassVar[int]
     explanations: _containers.RepeatedCompositeFieldContainer[Explanation]
     predictions: _containers.RepeatedCompositeFieldContainer[ClassScore]
     source_region: PixelBox
@@ -142,10 +143,12 @@ class ExplainResponse(_message.Message):
     timing: Timing
     source_width_px: int
     source_height_px: int
-    def __init__(self, explanations: _Optional[_Iterable[_Union[Explanation, _Mapping]]] = ..., predictions: _Optional[_Iterable[_Union[ClassScore, _Mapping]]] = ..., source_region: _Optional[_Union[PixelBox, _Mapping]] = ..., model: _Optional[str] = ..., model_version: _Optional[str] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., source_width_px: _Optional[int] = ..., source_height_px: _Optional[int] = ...) -> None: ...
+    predicted_mask: Tensor
+    embedding: Tensor
+    def __init__(self, explanations: _Optional[_Iterable[_Union[Explanation, _Mapping]]] = ..., predictions: _Optional[_Iterable[_Union[ClassScore, _Mapping]]] = ..., source_region: _Optional[_Union[PixelBox, _Mapping]] = ..., model: _Optional[str] = ..., model_version: _Optional[str] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., source_width_px: _Optional[int] = ..., source_height_px: _Optional[int] = ..., predicted_mask: _Optional[_Union[Tensor, _Mapping]] = ..., embedding: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class Explanation(_message.Message):
-    __slots__ = ("class_id", "label", "logit", "probability", "map", "map_scale", "box", "map_offset")
+    __slots__ = ("class_id", "label", "logit", "probability", "map", "map_scale", "box", "map_offset", "area", "faithfulness")
     CLASS_ID_FIELD_NUMBER: _ClassVar[int]
     LABEL_FIELD_NUMBER: _ClassVar[int]
     LOGIT_FIELD_NUMBER: _ClassVar[int]
@@ -154,6 +157,8 @@ class Explanation(_message.Message):
     MAP_SCALE_FIELD_NUMBER: _ClassVar[int]
     BOX_FIELD_NUMBER: _ClassVar[int]
     MAP_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    AREA_FIELD_NUMBER: _ClassVar[int]
+    FAITHFULNESS_FIELD_NUMBER: _ClassVar[int]
     class_id: int
     label: str
     logit: float
@@ -162,7 +167,9 @@ class Explanation(_message.Message):
     map_scale: float
     box: PixelBox
     map_offset: float
-    def __init__(self, class_id: _Optional[int] = ..., label: _Optional[str] = ..., logit: _Optional[float] = ..., probability: _Optional[float] = ..., map: _Optional[_Union[Tensor, _Mapping]] = ..., map_scale: _Optional[float] = ..., box: _Optional[_Union[PixelBox, _Mapping]] = ..., map_offset: _Optional[float] = ...) -> None: ...
+    area: float
+    faithfulness: _faithfulness_pb2.Faithfulness
+    def __init__(self, class_id: _Optional[int] = ..., label: _Optional[str] = ..., logit: _Optional[float] = ..., probability: _Optional[float] = ..., map: _Optional[_Union[Tensor, _Mapping]] = ..., map_scale: _Optional[float] = ..., box: _Optional[_Union[PixelBox, _Mapping]] = ..., map_offset: _Optional[float] = ..., area: _Optional[float] = ..., faithfulness: _Optional[_Union[_faithfulness_pb2.Faithfulness, _Mapping]] = ...) -> None: ...
 
 class ClassScore(_message.Message):
     __slots__ = ("class_id", "label", "logit", "probability")

@@ -1,6 +1,9 @@
-"""Methods and special class ids by name, without torch, so that configuration and validation can know them cheaply."""
+"""Methods, scores, metrics and special class ids by name, without torch, so that validation can know them cheaply."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
 
 RANKED = -1
 """In `wanted`, at position k: the class that is the k-th most probable, counted from 0."""
@@ -19,8 +22,113 @@ class Method(StrEnum):
     X_GRAD_CAM = "x-grad-cam"
     LAYER_CAM = "layer-cam"
     ELEMENT_WISE_GRAD_CAM = "element-wise-grad-cam"
+    EIGEN_CAM = "eigen-cam"
+    EIGEN_GRAD_CAM = "eigen-grad-cam"
+    KPCA_CAM = "kpca-cam"
+    FEM = "fem"
+    RANDOM_CAM = "random-cam"
+    FINER_CAM = "finer-cam"
+    REFINE_CAM = "refine-cam"
+    SHAPLEY_CAM = "shapley-cam"
+    SMOOTH_GRAD_CAM_PLUS_PLUS = "smooth-grad-cam-plus-plus"
+    SCORE_CAM = "score-cam"
+    SS_CAM = "ss-cam"
+    IS_CAM = "is-cam"
+    ABLATION_CAM = "ablation-cam"
+    RECIPRO_CAM = "recipro-cam"
+    FULL_GRAD = "full-grad"
+    LE_GRAD = "le-grad"
+    GUIDED_GRAD_CAM = "guided-grad-cam"
 
     @property
     def needs_gradient(self) -> bool:
-        """Whether the method differentiates the score. CAM only reads the linear head's weights."""
-        return self is not Method.CAM
+        """Whether a closed form differentiates the score. The others read activations, CAM also the head's weights."""
+        return self not in _WITHOUT_GRADIENT
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether it takes many runs of the model per image: they go in steps, between which others have the device."""
+        return self in _IN_STEPS
+
+
+_WITHOUT_GRADIENT = frozenset({Method.CAM, Method.EIGEN_CAM, Method.KPCA_CAM, Method.FEM, Method.RANDOM_CAM})
+
+_IN_STEPS = frozenset(
+    {
+        Method.SMOOTH_GRAD_CAM_PLUS_PLUS,
+        Method.SCORE_CAM,
+        Method.SS_CAM,
+        Method.IS_CAM,
+        Method.ABLATION_CAM,
+        Method.RECIPRO_CAM,
+    }
+)
+
+CLOSED_FORMS = (
+    Method.CAM,
+    Method.GRAD_CAM,
+    Method.GRAD_CAM_PLUS_PLUS,
+    Method.HI_RES_CAM,
+    Method.X_GRAD_CAM,
+    Method.LAYER_CAM,
+    Method.ELEMENT_WISE_GRAD_CAM,
+)
+"""Functions of activations and gradients, or of activations alone: see `cam.methods`. Exports can hold them."""
+
+
+class Score(StrEnum):
+    """What is explained about a class: the scalar that is differentiated, or compared between changed inputs."""
+
+    LOGIT = "logit"
+    PROBABILITY = "probability"
+    LOG_PROBABILITY = "log-probability"
+    CONTRAST = "contrast"
+
+
+class Aggregation(StrEnum):
+    """How the maps of several layers, each normalised and resized, become one."""
+
+    MEAN = "mean"
+    MAX = "max"
+    PRODUCT = "product"
+
+
+class Metric(StrEnum):
+    """A measure of how faithful a map is."""
+
+    DELETION = "deletion"
+    INSERTION = "insertion"
+    ROAD_MORF = "road-morf"
+    ROAD_LERF = "road-lerf"
+    ROAD_COMBINED = "road-combined"
+    AVERAGE_DROP = "average-drop"
+    INCREASE = "increase"
+    SPARSENESS = "sparseness"
+    MODEL_RANDOMISATION = "model-randomisation"
+    CLASS_SENSITIVITY = "class-sensitivity"
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A method that is another one with certain options.
+
+    Attributes:
+        method: the other one.
+        score: what it explains.
+        aggregation: how it makes one map of several layers'.
+        all_layers: whether it takes all the model's layers unless some are named.
+    """
+
+    method: Method
+    score: Score = Score.LOGIT
+    aggregation: Aggregation = Aggregation.MEAN
+    all_layers: bool = False
+
+
+PRESETS: Mapping[Method, Preset] = MappingProxyType(
+    {
+        Method.FINER_CAM: Preset(Method.GRAD_CAM, score=Score.CONTRAST),
+        Method.REFINE_CAM: Preset(Method.GRAD_CAM, aggregation=Aggregation.PRODUCT, all_layers=True),
+    }
+)
+"""Engines never see these: a request for one is a request for what it stands for."""

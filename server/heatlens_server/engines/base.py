@@ -1,16 +1,18 @@
-"""What an engine is: uint8 images and wanted classes in, logits and float maps out. No torch in here."""
+"""What an engine is: uint8 images and wanted targets in, scores and float maps out. No torch in here."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from heatlens_server.cam.catalog import Method
+from heatlens_server.cam.catalog import Aggregation, Method, Metric, Score
 
 Float32Array = npt.NDArray[np.float32]
 UInt8Array = npt.NDArray[np.uint8]
+BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +21,11 @@ class TopK:
 
     k: int
 
+    @property
+    def count(self) -> int:
+        """How many classes."""
+        return self.k
+
 
 @dataclass(frozen=True, slots=True)
 class ClassIds:
@@ -26,8 +33,78 @@ class ClassIds:
 
     ids: tuple[int, ...]
 
+    @property
+    def count(self) -> int:
+        """How many classes."""
+        return len(self.ids)
 
-Target = TopK | ClassIds
+
+ClassTarget = TopK | ClassIds
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pixels:
+    """Segmentation: explain classes, by their scores over given pixels.
+
+    Attributes:
+        classes: which ones.
+        mask: bool (H, W), at the model's input size, at least one True; None: those predicted as the class.
+    """
+
+    classes: ClassTarget
+    mask: BoolArray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Detections:
+    """Detection: explain the boxes of at least a score, best first.
+
+    Attributes:
+        min_score: in [0, 1].
+        max_count: the most boxes, >= 1.
+        class_ids: of these classes only; empty for any.
+    """
+
+    min_score: float
+    max_count: int
+    class_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Similarity:
+    """Embedding models: explain the cosine similarity to a reference.
+
+    Attributes:
+        reference: float32 (D,), not zero; or uint8 (H, W, 3), an image at the model's input size.
+    """
+
+    reference: Float32Array | UInt8Array
+
+
+Target = TopK | ClassIds | Pixels | Detections | Similarity
+"""What is wanted of one image; which of them a model takes is its task's business."""
+
+
+def class_targets(targets: Sequence[Target]) -> list[ClassTarget]:
+    """The targets of a classifier.
+
+    Raises:
+        TypeError: one is of another task.
+    """
+    chosen = [target for target in targets if isinstance(target, TopK | ClassIds)]
+    if len(chosen) < len(targets):
+        raise TypeError("a classifier explains classes")
+    return chosen
+
+
+class Task(StrEnum):
+    """What a model does. The value is its name in configuration files and on the wire."""
+
+    CLASSIFICATION = "classification"
+    MULTI_LABEL = "multi-label-classification"
+    SEGMENTATION = "segmentation"
+    DETECTION = "detection"
+    EMBEDDING = "embedding"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +112,50 @@ class MapSpec:
     """Everything that images must have in common to share a batch.
 
     Attributes:
-        method: how the map is made.
+        method: how the map is made; not one of `cam.catalog.PRESETS`.
         layers: the target layers' module names, at least one.
         upsample: True for maps at the model's input size, False for the (largest) layer's size.
+        score: what is explained about a target.
+        aggregation: how the maps of several layers become one.
+        augment: average over flips and scales of the input.
+        principal: project weighted activations on their first principal component instead of summing them.
+        metrics: the measures of faithfulness to compute, in the order of `Metric`.
+        return_mask: segmentation: whether the predicted mask is wanted.
     """
 
     method: Method
     layers: tuple[str, ...]
     upsample: bool
+    score: Score = Score.LOGIT
+    aggregation: Aggregation = Aggregation.MEAN
+    augment: bool = False
+    principal: bool = False
+    metrics: tuple[Metric, ...] = ()
+    return_mask: bool = False
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether it takes many runs of the model per image: `Engine.steps`, not `Engine.explain`."""
+        return self.method.in_steps or self.augment or bool(self.metrics)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What is explained about one image, where class ids and logits do not say it all.
+
+    Attributes:
+        class_id: its class; 0 where there are none.
+        logit: the score before softmax or sigmoid.
+        probability: in [0, 1].
+        box: left, top, right, bottom in pixels of the engine's input image, half open; None but for detections.
+        area: the part of the input that is predicted as the class, in [0, 1]; segmentation only.
+    """
+
+    class_id: int
+    logit: float
+    probability: float
+    box: tuple[float, float, float, float] | None = None
+    area: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +163,15 @@ class ImageResult:
     """What an engine says about one image.
 
     Attributes:
-        logits: float32 (C,), the score of every class.
-        class_ids: the K explained classes, in the order asked for.
+        logits: float32 (C,), the score of every class; empty where the task has none for the image as a whole.
+        class_ids: the classes of the K explanations, in the order asked for.
         maps: float32 (K, h, w) in [0, 1].
         scales: float32 (K,); maps * scales + offsets is the raw map.
         offsets: float32 (K,).
+        findings: K, one per explanation; None for classification, where logits and class ids say it all.
+        faithfulness: K, the measures asked for; None if none were.
+        mask: segmentation, if asked for: uint8 (H, W), the class of each pixel of the input.
+        embedding: embedding models: float32 (D,).
     """
 
     logits: Float32Array
@@ -62,6 +179,15 @@ class ImageResult:
     maps: Float32Array
     scales: Float32Array
     offsets: Float32Array
+    findings: tuple[Finding, ...] | None = None
+    faithfulness: tuple[Mapping[Metric, float], ...] | None = None
+    mask: UInt8Array | None = None
+    embedding: Float32Array | None = None
+
+
+Steps = Generator[None, None, ImageResult]
+"""One image's explanation in steps: each `next` runs the model on some rows; the last one raises StopIteration with the
+result. `close` gives it up. Keeps no thread-local state (grad mode, hooks) between steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +198,15 @@ class EngineInfo:
         kind: "torch", ...
         device: "cpu", "cuda:0".
         precision: "fp32", "fp16", "bf16".
-        input_height_px: height of the images it takes.
-        input_width_px: width of the images it takes.
-        class_count: number of classes.
-        methods: the supported methods.
+        input_height_px: height of the images it takes; 0 for any.
+        input_width_px: width of the images it takes; 0 for any.
+        class_count: number of classes; of an embedding model, the embedding's length.
+        methods: the supported methods, in the order of `Method`; none of `cam.catalog.PRESETS`.
         layers: the layers that can be explained, the default first.
+        task: what the model does.
+        companion_methods: those of `methods` that a second engine, torch, runs beside this one.
+        scores: the supported scores.
+        full: whether smoothing and faithfulness are supported.
     """
 
     kind: str
@@ -87,6 +217,10 @@ class EngineInfo:
     class_count: int
     methods: tuple[Method, ...]
     layers: tuple[str, ...]
+    task: Task = Task.CLASSIFICATION
+    companion_methods: frozenset[Method] = field(default_factory=frozenset)
+    scores: tuple[Score, ...] = (Score.LOGIT,)
+    full: bool = False
 
 
 class Engine(Protocol):
@@ -103,7 +237,7 @@ class Engine(Protocol):
         Args:
             images: uint8 (N, H, W, 3), RGB, at the model's input size, N >= 1.
             targets: N targets.
-            spec: method, layers and map size; must be supported (see `info`).
+            spec: how; must be supported (see `info`), and not `in_steps`.
 
         Returns:
             N results, in order. A batch of N gives the same maps as N batches of one.
@@ -115,4 +249,32 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release the model and every hook on it. Idempotent."""
+        ...
+
+
+class SteppingEngine(Engine, Protocol):
+    """An engine that also explains in steps, and may load what it needs when it needs it: what a server runs."""
+
+    def steps(self, image: UInt8Array, target: Target, spec: MapSpec, *, rows: int) -> Steps:
+        """Explain one image in steps, so that others can have the device in between.
+
+        Nothing runs before the first `next`. Steps of several images may be interleaved, and mixed with `explain`.
+
+        Args:
+            image: uint8 (H, W, 3), as for `explain`.
+            target: what is wanted.
+            spec: how; must be supported, and `in_steps`.
+            rows: the most rows that a step runs the model on, >= 1.
+
+        Raises:
+            MemoryError: by `next`, as for `explain`.
+        """
+        ...
+
+    def prepare(self, spec: MapSpec) -> None:
+        """Load what a spec needs beyond what is loaded; returns at once if that is nothing. Any thread may call this.
+
+        Raises:
+            ModelLoadError: it cannot be loaded.
+        """
         ...

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from heatlens_server.cam.catalog import ABSENT, RANKED
-from heatlens_server.engines.base import Float32Array, ImageResult, Target, TopK, UInt8Array
+from heatlens_server.engines.base import ClassTarget, Float32Array, ImageResult, TopK, UInt8Array
 from heatlens_server.engines.finish import Maps, finish
 
 Int64Array = npt.NDArray[np.int64]
@@ -43,7 +43,7 @@ Run = Callable[[UInt8Array, Int64Array], Explained]
 def explain_batch(
     runs: Sequence[Run],
     images: UInt8Array,
-    targets: Sequence[Target],
+    targets: Sequence[ClassTarget],
     *,
     classes: int | None,
     size: tuple[int, int] | None,
@@ -72,15 +72,15 @@ def explain_batch(
             scales=maps.scales[n, :count],
             offsets=maps.offsets[n, :count],
         )
-        for n, count in enumerate(_count(target) for target in targets)
+        for n, count in enumerate(target.count for target in targets)
     ]
 
 
-def class_index(targets: Sequence[Target]) -> Int64Array:
+def class_index(targets: Sequence[ClassTarget]) -> Int64Array:
     """Write targets as (N, K), K the widest one's: class ids or RANKED, short rows padded with ABSENT."""
-    index = np.full((len(targets), max(_count(target) for target in targets)), ABSENT, np.int64)
+    index = np.full((len(targets), max(target.count for target in targets)), ABSENT, np.int64)
     for row, target in zip(index, targets, strict=True):
-        row[: _count(target)] = RANKED if isinstance(target, TopK) else target.ids
+        row[: target.count] = RANKED if isinstance(target, TopK) else target.ids
     return index
 
 
@@ -134,7 +134,3 @@ def resolve(logits: Float32Array, wanted: Int64Array) -> Int64Array:
 def _padded(ids: Int64Array, classes: int) -> Int64Array:
     """Widen (N, K) to the next multiple of `classes` with ABSENT."""
     return np.pad(ids, ((0, 0), (0, -ids.shape[1] % classes)), constant_values=ABSENT)
-
-
-def _count(target: Target) -> int:
-    return target.k if isinstance(target, TopK) else len(target.ids)

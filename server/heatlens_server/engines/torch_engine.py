@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from heatlens_server.cam.catalog import Method
+from heatlens_server.cam.catalog import CLOSED_FORMS, Method
 from heatlens_server.cam.methods import cam, raw_map
 from heatlens_server.cam.normalize import NormalizedMap
 from heatlens_server.cam.precision import FP16_GRADIENT_SCALE
@@ -63,7 +63,7 @@ class TorchEngine:
             input_height_px=height_px,
             input_width_px=width_px,
             class_count=model.class_count,
-            methods=tuple(m for m in Method if m is not Method.CAM or self._head_weight is not None),
+            methods=tuple(m for m in CLOSED_FORMS if m is not Method.CAM or self._head_weight is not None),
             layers=model.layers,
         )
 

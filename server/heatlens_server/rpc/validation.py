@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from heatlens.v1 import explain_pb2 as pb
+from heatlens.v1 import method_pb2
 from heatlens_server.cam.catalog import Method
 from heatlens_server.engines.base import ClassIds, MapSpec, Target, TopK, UInt8Array
 from heatlens_server.errors import FieldViolation, InvalidArgument
@@ -137,7 +138,7 @@ class Violations:
 
 
 def _method(options: pb.ExplainOptions, model: ServedModel, wrong: Violations) -> Method:
-    if options.method == pb.METHOD_UNSPECIFIED:
+    if options.method == method_pb2.METHOD_UNSPECIFIED:
         return model.default_method
     method = METHOD_FROM_PROTO.get(options.method)
     supported = ", ".join(model.engine.methods)

@@ -3,14 +3,15 @@
 from typing import cast
 
 from heatlens.v1 import explain_pb2 as pb
+from heatlens.v1 import method_pb2
 from heatlens_server.cam.catalog import Method
 
 
-def _proto_method(method: Method) -> pb.Method:
-    return cast("pb.Method", pb.Method.Value("METHOD_" + method.value.upper().replace("-", "_")))
+def _proto_method(method: Method) -> method_pb2.Method:
+    return cast("method_pb2.Method", method_pb2.Method.Value("METHOD_" + method.value.upper().replace("-", "_")))
 
 
-METHOD_TO_PROTO: dict[Method, pb.Method] = {method: _proto_method(method) for method in Method}
+METHOD_TO_PROTO: dict[Method, method_pb2.Method] = {method: _proto_method(method) for method in Method}
 METHOD_FROM_PROTO: dict[int, Method] = {int(value): method for method, value in METHOD_TO_PROTO.items()}
 
 MAP_DTYPES: dict[int, str] = {

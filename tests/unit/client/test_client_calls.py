@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2
 import heatlens
 from heatlens import Retry
 from heatlens._wire import METHODS
-from heatlens.v1 import explain_pb2, model_pb2
+from heatlens.v1 import method_pb2, model_pb2
 
 FAST = Retry(initial_backoff_s=0.01, max_backoff_s=0.02)
 
@@ -32,7 +32,7 @@ async def test_explain_returns_values_not_messages(connect, peer, pixels):
     np.testing.assert_array_equal(explanation.heatmap.values, np.float32([[0, 0.5], [0.25, 1]]))
     (request,) = peer.requests
     assert request.options.top_k == 2
-    assert request.options.method == explain_pb2.METHOD_GRAD_CAM
+    assert request.options.method == method_pb2.METHOD_GRAD_CAM
     assert list(request.options.layers) == ["layer4"]
     assert request.options.top_predictions == 3
     assert request.image.pixels.data == pixels.tobytes()
@@ -275,8 +275,8 @@ async def test_models(connect, peer):
                 name="tiny",
                 state=model_pb2.Model.STATE_READY,
                 class_count=10,
-                methods=[explain_pb2.METHOD_GRAD_CAM, 999],
-                default_method=explain_pb2.METHOD_GRAD_CAM,
+                methods=[method_pb2.METHOD_GRAD_CAM, 999],
+                default_method=method_pb2.METHOD_GRAD_CAM,
                 layers=["a", "b"],
                 max_queue_delay=Duration(nanos=2_000_000),
             ),
@@ -337,5 +337,5 @@ def test_sync_context_manager_closes(peer, pixels):
 
 
 def test_every_method_name_follows_the_enum():
-    assert METHODS["grad-cam-plus-plus"] == explain_pb2.METHOD_GRAD_CAM_PLUS_PLUS
-    assert len(METHODS) == len(explain_pb2.Method.keys()) - 1
+    assert METHODS["grad-cam-plus-plus"] == method_pb2.METHOD_GRAD_CAM_PLUS_PLUS
+    assert len(METHODS) == len(method_pb2.Method.keys()) - 1

@@ -8,7 +8,7 @@ import pytest
 
 import heatlens
 from heatlens import InvalidArgumentError
-from heatlens.v1 import explain_pb2
+from heatlens.v1 import explain_pb2, method_pb2
 from stream_faces import FRAMES, INF, NAN, collected
 from stream_peer import BAD, frame_status, reply_to
 
@@ -44,7 +44,7 @@ async def test_the_configuration_is_what_was_asked_for(connect, peer):
         frame_timeout={"nanos": 250_000_000},
         options=explain_pb2.ExplainOptions(
             top_k=2,
-            method=explain_pb2.METHOD_GRAD_CAM,
+            method=method_pb2.METHOD_GRAD_CAM,
             layers=["body"],
             map_size=explain_pb2.MAP_SIZE_SOURCE,
             map_type=explain_pb2.DATA_TYPE_UINT8,

@@ -15,7 +15,7 @@ from heatlens._wire import (
     map_values,
     result_of,
 )
-from heatlens.v1 import explain_pb2
+from heatlens.v1 import explain_pb2, method_pb2
 
 
 def tensor(data, data_type=explain_pb2.DATA_TYPE_FLOAT32, shape=None):
@@ -51,7 +51,7 @@ def test_options_by_name():
     options = explain_request(
         b"x", model="m", method="layer-cam", layers=["a", "b"], map_size="source", map_type="uint8", top_predictions=0
     ).options
-    assert options.method == explain_pb2.METHOD_LAYER_CAM
+    assert options.method == method_pb2.METHOD_LAYER_CAM
     assert list(options.layers) == ["a", "b"]
     assert options.map_size == explain_pb2.MAP_SIZE_SOURCE
     assert options.map_type == explain_pb2.DATA_TYPE_UINT8
@@ -59,7 +59,7 @@ def test_options_by_name():
 
 def test_names_are_derived_from_the_enums():
     for names, enum, prefix in (
-        (METHODS, explain_pb2.Method, "METHOD_"),
+        (METHODS, method_pb2.Method, "METHOD_"),
         (MAP_SIZES, explain_pb2.MapSize, "MAP_SIZE_"),
         (MAP_TYPES, explain_pb2.DataType, "DATA_TYPE_"),
     ):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import tiny_models
 from engine_cases import loaded
 from heatlens.v1 import explain_pb2 as pb
+from heatlens.v1 import method_pb2
 from heatlens_server.cam.catalog import Method
 from heatlens_server.engines.base import ClassIds, MapSpec, TopK
 from heatlens_server.engines.torch_engine import TorchEngine
@@ -166,10 +167,13 @@ def test_layers(layers, named):
 
 
 def test_cam_wants_the_default_layer_and_a_model_that_has_it():
-    assert parse_explain(request(method=pb.METHOD_CAM, layers=["body"]), TINY, LIMITS).plan.spec.method is Method.CAM
-    assert fields(refusal(request(method=pb.METHOD_CAM, layers=["stem"]))) == ["options.layers"]
-    assert fields(refusal(request(method=pb.METHOD_CAM, layers=["body", "stem"]))) == ["options.layers"]
-    assert fields(refusal(request(method=pb.METHOD_CAM), TINY_MLP)) == ["options.method"]
+    assert (
+        parse_explain(request(method=method_pb2.METHOD_CAM, layers=["body"]), TINY, LIMITS).plan.spec.method
+        is Method.CAM
+    )
+    assert fields(refusal(request(method=method_pb2.METHOD_CAM, layers=["stem"]))) == ["options.layers"]
+    assert fields(refusal(request(method=method_pb2.METHOD_CAM, layers=["body", "stem"]))) == ["options.layers"]
+    assert fields(refusal(request(method=method_pb2.METHOD_CAM), TINY_MLP)) == ["options.method"]
 
 
 def test_smoothing_that_asks_for_nothing_is_accepted():
@@ -242,7 +246,7 @@ def wrong_fields(sent: pb.ExplainRequest) -> set[str]:
         "method": options.method not in range(8),
         "layers": len(set(layers)) < len(layers)
         or not set(layers) <= set(offered)
-        or (options.method == pb.METHOD_CAM and layers not in ([], ["body"])),
+        or (options.method == method_pb2.METHOD_CAM and layers not in ([], ["body"])),
         "top_k": kind == "top_k" and not 1 <= options.top_k <= 4,
         "class_ids": kind == "class_ids"
         and (not 1 <= len(ids) <= 4 or len(set(ids)) < len(ids) or any(not 0 <= i < 10 for i in ids)),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from heatlens.v1 import explain_pb2 as pb
+from heatlens.v1 import method_pb2
 from heatlens_server.cam.catalog import Method
 from heatlens_server.rpc.wire import EXPLAIN_SERVICE, MAP_DTYPES, METHOD_FROM_PROTO, METHOD_TO_PROTO, data_type_name
 
@@ -13,11 +14,11 @@ def test_every_method_goes_there_and_back(method):
     value = METHOD_TO_PROTO[method]
     assert METHOD_FROM_PROTO[value] is method
     # The rule that the proto states for names in configuration files.
-    assert pb.Method.Name(value).removeprefix("METHOD_").lower().replace("_", "-") == method.value
+    assert method_pb2.Method.Name(value).removeprefix("METHOD_").lower().replace("_", "-") == method.value
 
 
 def test_every_value_of_the_enum_is_a_method():
-    assert set(METHOD_FROM_PROTO) == set(pb.Method.values()) - {pb.METHOD_UNSPECIFIED}
+    assert set(METHOD_FROM_PROTO) == set(method_pb2.Method.values()) - {method_pb2.METHOD_UNSPECIFIED}
 
 
 def test_every_data_type_has_its_dtype():
