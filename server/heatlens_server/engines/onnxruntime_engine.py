@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from heatlens_server.cam.catalog import RANKED, Method
-from heatlens_server.engines.base import EngineInfo, ImageResult, MapSpec, Target, UInt8Array
+from heatlens_server.engines.base import EngineInfo, ImageResult, MapSpec, Target, UInt8Array, class_targets
 from heatlens_server.engines.finish import Maps
 from heatlens_server.engines.onnxruntime_cuda import open_graphed
 from heatlens_server.engines.planes import normalisation_table, normalised_planes, planes
@@ -113,7 +113,7 @@ class OnnxRuntimeEngine:
         try:
             runs = [partial(self._run, self._runner(layer, spec.method)) for layer in spec.layers]
             size = (images.shape[1], images.shape[2]) if spec.upsample else None
-            return explain_batch(runs, images, targets, classes=self._manifest.classes, size=size)
+            return explain_batch(runs, images, class_targets(targets), classes=self._manifest.classes, size=size)
         except Exception as error:
             if _is_out_of_memory(error):
                 raise MemoryError(str(error)) from None

@@ -15,7 +15,15 @@ from torch import Tensor
 from heatlens_server.cam.catalog import RANKED, Method
 from heatlens_server.cam.methods import raw_map
 from heatlens_server.cam.saliency import saliency
-from heatlens_server.engines.base import EngineInfo, Float32Array, ImageResult, MapSpec, Target, UInt8Array
+from heatlens_server.engines.base import (
+    EngineInfo,
+    Float32Array,
+    ImageResult,
+    MapSpec,
+    Target,
+    UInt8Array,
+    class_targets,
+)
 from heatlens_server.engines.finish import Maps
 from heatlens_server.engines.planes import normalisation_table, normalised_planes
 from heatlens_server.engines.rows import Explained, Int64Array, explain_batch
@@ -85,7 +93,7 @@ class TorchScriptEngine:
         runs = [partial(self._run, self._graph(layer, spec.method)) for layer in spec.layers]
         size = (images.shape[1], images.shape[2]) if spec.upsample else None
         try:
-            return explain_batch(runs, images, targets, classes=self._manifest.classes, size=size)
+            return explain_batch(runs, images, class_targets(targets), classes=self._manifest.classes, size=size)
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise MemoryError(str(error)) from None
