@@ -1,9 +1,11 @@
 """A loaded model: the network and everything known about it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import nn
 
+from heatlens_server.cam.grid import MAP, Grid
 from heatlens_server.imaging.preprocess import PreprocessSpec
 
 
@@ -18,8 +20,8 @@ class LoadedModel:
         preprocess: how an image becomes its input; (H, W) is `preprocess.crop_px`.
         labels: one class name per class, or empty.
         class_count: number of classes.
-        layers: names of the modules that can be explained, the default first; each runs once per forward and
-            returns (N, C, h, w).
+        layers: names of the modules that can be explained, the default first; each runs once per forward.
+        grids: how to read each layer's output as a map; a layer that is not in it returns (N, C, h, w).
     """
 
     name: str
@@ -29,3 +31,8 @@ class LoadedModel:
     labels: tuple[str, ...]
     class_count: int
     layers: tuple[str, ...]
+    grids: Mapping[str, Grid] = field(default_factory=dict)
+
+    def grid(self, layer: str) -> Grid:
+        """How to read a layer's output as a map."""
+        return self.grids.get(layer, MAP)
