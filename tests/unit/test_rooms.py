@@ -72,6 +72,18 @@ def test_serving_knows_engines_by_their_interface_only():
     assert trespasses(SERVER / "serving", ("heatlens_server.engines",), ("heatlens_server.engines.base",)) == []
 
 
+def test_tasks_keep_torch_and_the_wire_apart():
+    """One folder per task: what differentiates knows no protobuf, what reads requests knows no torch."""
+    for path in sorted((SERVER / "tasks").rglob("*.py")):
+        forbidden = (*TORCH, "heatlens_server.engines") if path.stem.startswith("wire") else WIRE
+        found = [
+            name
+            for name in imports_of(path)
+            if any(within(name, package) for package in forbidden) and not within(name, "heatlens_server.engines.base")
+        ]
+        assert [name for name in found if name != "heatlens_server.engines"] == [], path
+
+
 def test_client_knows_nothing_of_the_server():
     assert trespasses(CLIENT, ("heatlens_server", *TORCH)) == []
 
@@ -82,7 +94,7 @@ def test_torch_is_where_the_plan_says():
         for path in SERVER.rglob("*.py")
         if any(within(name, package) for name in imports_of(path) for package in TORCH)
     }
-    assert rooms <= {"building", "cam", "engines", "export", "models"}
+    assert rooms <= {"building", "cam", "engines", "export", "faithfulness", "models", "tasks"}
 
 
 @pytest.mark.parametrize("room", ["rpc", "serving", "imaging"])

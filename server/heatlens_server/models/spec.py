@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from heatlens_server.cam.grid import MAP, Grid
+from heatlens_server.engines.base import Task
 from heatlens_server.imaging.preprocess import PreprocessSpec
 
 
@@ -21,6 +22,7 @@ class LoadedModel:
         labels: one class name per class, or empty.
         class_count: number of classes.
         layers: names of the modules that can be explained, the default first; each runs once per forward.
+        task: what it does.
         grids: how to read each layer's output as a map; a layer that is not in it returns (N, C, h, w).
     """
 
@@ -31,6 +33,7 @@ class LoadedModel:
     labels: tuple[str, ...]
     class_count: int
     layers: tuple[str, ...]
+    task: Task = Task.CLASSIFICATION
     grids: Mapping[str, Grid] = field(default_factory=dict)
 
     def grid(self, layer: str) -> Grid:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import method_pb2
 from heatlens_server.cam.catalog import Method
-from heatlens_server.engines.base import ClassIds, MapSpec, Target, TopK, UInt8Array
+from heatlens_server.engines.base import ClassIds, ClassTarget, MapSpec, TopK, UInt8Array
 from heatlens_server.errors import FieldViolation, InvalidArgument
 from heatlens_server.imaging.decode import pixels_from_tensor
 from heatlens_server.rpc.limits import Limits
@@ -32,7 +32,7 @@ class ExplainPlan:
         top_predictions: how many classes to list.
     """
 
-    target: Target
+    target: ClassTarget
     spec: MapSpec
     place_on_source: bool
     map_dtype: str
@@ -41,7 +41,7 @@ class ExplainPlan:
     @property
     def target_count(self) -> int:
         """How many maps the answer holds."""
-        return self.target.k if isinstance(self.target, TopK) else len(self.target.ids)
+        return self.target.count
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,7 @@ def _layers(options: pb.ExplainOptions, model: ServedModel, method: Method, wron
     return layers
 
 
-def _target(options: pb.ExplainOptions, model: ServedModel, limits: Limits, wrong: Violations) -> Target:
+def _target(options: pb.ExplainOptions, model: ServedModel, limits: Limits, wrong: Violations) -> ClassTarget:
     class_count = model.engine.class_count
     kind = options.WhichOneof("target")
     if kind == "top_k":

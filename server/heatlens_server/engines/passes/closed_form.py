@@ -1,0 +1,62 @@
+"""The closed forms: a forward pass, a backward pass over the tail for each class, the maths of `cam.methods`."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from heatlens_server.cam.catalog import Method
+from heatlens_server.cam.methods import raw_map
+from heatlens_server.engines.base import MapSpec, Target
+from heatlens_server.engines.passes.one_pass import Explained
+from heatlens_server.engines.torch_model import TorchModel
+from heatlens_server.tasks.base import Goals
+
+
+def closed_form(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> Explained:
+    """Explain with one of `cam.catalog.CLOSED_FORMS`.
+
+    Args:
+        model: the network.
+        inputs: (N, 3, H, W).
+        targets: N targets.
+        spec: how.
+
+    Raises:
+        ValueError: CAM is asked for, and the model has no linear head over its pooled first layer.
+    """
+    needs_gradient = spec.method.needs_gradient
+    output, outputs = model.record(inputs, spec.layers, differentiate=needs_gradient)
+    goals = model.task.goals(output, targets, score=spec.score, run=model.run_images)
+    with torch.no_grad():
+        features = [model.features(layer, outputs[layer]).detach() for layer in spec.layers]
+        if needs_gradient:
+            leaves = [_leaf(outputs[layer]) for layer in spec.layers]
+            return Explained(goals, _gradient_maps(model, spec, goals, leaves, features))
+        factors: Tensor = goals.class_ids
+        if spec.method is Method.CAM:
+            if model.head_weight is None:
+                raise ValueError("this model has no linear head over pooled activations")
+            # An absent class (ABSENT) indexes row 0: its map is computed and dropped.
+            factors = model.head_weight[factors.clamp(min=0)]
+        return Explained(goals, [raw_map(spec.method, of_layer, factors) for of_layer in features])
+
+
+def _gradient_maps(
+    model: TorchModel, spec: MapSpec, goals: Goals, leaves: Sequence[Tensor], features: Sequence[Tensor]
+) -> list[Tensor]:
+    """Raw maps (N, K, h, w), one per layer. Class by class, so that one class's gradients are held at a time."""
+    maps: list[list[Tensor]] = [[] for _ in leaves]
+    for k in range(goals.width):
+        with torch.enable_grad():
+            score = goals.score(k)
+        gradients = model.gradients(score, leaves, retain_graph=k + 1 < goals.width)
+        for of_layer, layer, activation, gradient in zip(maps, spec.layers, features, gradients, strict=True):
+            of_layer.append(raw_map(spec.method, activation, model.features(layer, gradient)[:, None]))
+    return [torch.cat(of_layer, dim=1) for of_layer in maps]
+
+
+def _leaf(output: object) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise TypeError("a pyramid of feature maps has no gradient here")
+    return output

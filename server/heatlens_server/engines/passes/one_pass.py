@@ -1,0 +1,46 @@
+"""What a method of one pass is, and what it says."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from heatlens_server.cam.normalize import NormalizedMap
+from heatlens_server.cam.saliency import saliency
+from heatlens_server.engines.base import ImageResult, MapSpec, Target
+from heatlens_server.engines.torch_model import TorchModel
+from heatlens_server.tasks.base import Goals
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Explained:
+    """What is known about N images before their maps are finished.
+
+    Attributes:
+        goals: what was explained.
+        raw: one raw map (N, K, h, w) per layer; of methods that do not look at layers, one.
+    """
+
+    goals: Goals
+    raw: list[Tensor]
+
+    def maps(self, spec: MapSpec, size_px: tuple[int, int]) -> NormalizedMap:
+        """Finish the maps.
+
+        Args:
+            spec: how.
+            size_px: (height, width) of the input.
+        """
+        with torch.no_grad():
+            return saliency(self.raw, size_px if spec.upsample else None)
+
+
+OnePass = Callable[[TorchModel, Tensor, Sequence[Target], MapSpec], Explained]
+"""Explains inputs (N, 3, H, W). Called with gradients enabled."""
+
+
+def results(goals: Goals, maps: NormalizedMap) -> list[ImageResult]:
+    """Take a batch's maps apart: one result per image."""
+    values, scales, offsets = (t.float().cpu().numpy() for t in (maps.values, maps.scale, maps.offset))
+    return [goals.result(n, values[n], scales[n], offsets[n]) for n in range(len(values))]

@@ -1,0 +1,20 @@
+"""Every method of one pass, by name."""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from torch import Tensor
+
+from heatlens_server.cam.catalog import Method
+from heatlens_server.engines.base import MapSpec, Target
+from heatlens_server.engines.passes.closed_form import closed_form
+from heatlens_server.engines.passes.one_pass import Explained, OnePass
+from heatlens_server.engines.torch_model import TorchModel
+
+PASSES: Mapping[Method, OnePass] = MappingProxyType({})
+"""The methods of one pass that are no closed forms."""
+
+
+def explain(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> Explained:
+    """Explain inputs (N, 3, H, W) with any method that takes no steps. Call it with gradients enabled."""
+    return PASSES.get(spec.method, closed_form)(model, inputs, targets, spec)

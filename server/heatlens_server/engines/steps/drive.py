@@ -1,0 +1,83 @@
+"""One image's explanation in steps: the method's own, the changed inputs of smoothing, the measures of faithfulness."""
+
+from collections.abc import Generator, Sequence
+
+import torch
+from torch import Tensor
+
+from heatlens_server.cam.normalize import NormalizedMap, normalize
+from heatlens_server.engines.base import MapSpec, Steps, Target, UInt8Array
+from heatlens_server.engines.passes.one_pass import Explained, results
+from heatlens_server.engines.passes.table import explain
+from heatlens_server.engines.steps.job import Job
+from heatlens_server.engines.steps.table import STEPPERS
+from heatlens_server.engines.torch_model import TorchModel
+
+_FACTORS = (0.9, 1.0, 1.1)
+"""What the normalised input is multiplied by: test-time augmentation as in the `grad-cam` package 1.5.7."""
+
+Maps = Generator[None, None, NormalizedMap]
+
+
+def explain_in_steps(model: TorchModel, image: UInt8Array, target: Target, spec: MapSpec, *, rows: int) -> Steps:
+    """Explain one image with a spec that is `in_steps`; see `engines.base.SteppingEngine.steps`.
+
+    Resume it with gradients enabled.
+    """
+    yield from ()  # nothing runs before the first `next`, nor is there a step of no work
+    inputs = model.inputs(image[None])
+    size_px = (image.shape[0], image.shape[1])
+    explained = yield from raw_maps(model, inputs, [target], spec, rows=rows)
+    maps = explained.maps(spec, size_px)
+    fixed = explained.goals.fixed(0)
+    if spec.augment:
+        yield
+        maps = yield from _smoothed(model, inputs, fixed, spec, maps, rows=rows)
+    (result,) = results(explained.goals, maps)
+    return result
+
+
+def raw_maps(
+    model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec, *, rows: int
+) -> Generator[None, None, Explained]:
+    """Explain inputs with any method, smoothing aside: in one go, or, one image only, in steps."""
+    stepper = STEPPERS.get(spec.method)
+    if stepper is None:
+        return explain(model, inputs, targets, spec)
+    with torch.no_grad():
+        output, outputs = model.record(inputs, spec.layers, differentiate=False)
+        goals = model.task.goals(output, targets, score=spec.score, run=model.run_images)
+    raw = []
+    for layer in spec.layers:
+        yield
+        raw.append((yield from stepper(Job(model, inputs, goals, layer, outputs[layer], rows))))
+    return Explained(goals, raw)
+
+
+def _smoothed(
+    model: TorchModel, inputs: Tensor, target: Target, spec: MapSpec, plain: NormalizedMap, *, rows: int
+) -> Maps:
+    """Average finished maps over the image and its mirror image, each in three strengths.
+
+    Args:
+        model: the network.
+        inputs: (1, 3, H, W).
+        target: names its goals.
+        spec: how.
+        plain: the maps of the image as it is, one of the six.
+        rows: the most rows of a step.
+    """
+    size_px = (inputs.shape[2], inputs.shape[3])
+    total = plain.values
+    variants = [(factor, flip) for flip in (False, True) for factor in _FACTORS if flip or factor != 1.0]
+    step = 1 if spec.method.in_steps else rows
+    for start in range(0, len(variants), step):
+        chosen = variants[start : start + step]
+        changed = torch.cat([(inputs.flip(-1) if flip else inputs) * factor for factor, flip in chosen])
+        explained = yield from raw_maps(model, changed, [target] * len(chosen), spec, rows=rows)
+        maps = explained.maps(spec, size_px).values
+        del explained
+        for one, (_, flip) in zip(maps, chosen, strict=True):
+            total = total + (one.flip(-1) if flip else one)
+        yield
+    return normalize(total / (len(variants) + 1))

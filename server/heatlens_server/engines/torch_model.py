@@ -1,0 +1,289 @@
+"""A network on its device, as everything that explains with torch uses it: run it, record layers, change them."""
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from heatlens_server.cam.grid import Output, to_map
+from heatlens_server.cam.precision import FP16_GRADIENT_SCALE
+from heatlens_server.engines.base import Task, UInt8Array
+from heatlens_server.engines.tape import Change, Tape, TapeRecorder
+from heatlens_server.engines.torch_device import resolve_device
+from heatlens_server.errors import ModelLoadError
+from heatlens_server.models.spec import LoadedModel
+from heatlens_server.tasks.base import TaskModel
+
+_log = logging.getLogger(__name__)
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_PRECISIONS = {dtype: precision for precision, dtype in _DTYPES.items()}
+_TWIN_SEED = 0
+
+_SAME_ROWS = 1e-3
+"""What rows may differ by, relative to the largest score, when the part before a layer runs on one row only."""
+
+
+class TorchModel:
+    """A frozen network in the layout and precision that it runs in. Its methods are for one thread at a time.
+
+    Attributes:
+        model: what was loaded.
+        task: what it does.
+        module: the network; owned from construction on.
+        device: where it is.
+        dtype: what it runs in.
+        head_weight: (C, A), if the logits are a linear head over the pooled first layer; None until `check` finds it.
+        gradient_scale: what scores are multiplied by before they are differentiated; see `gradients`.
+    """
+
+    def __init__(self, model: LoadedModel, task: TaskModel, *, device: str, precision: str) -> None:
+        """Move the network to its device.
+
+        Raises:
+            ModelLoadError: there is no such device.
+        """
+        self.model = model
+        self.task = task
+        self.device = resolve_device(device)
+        self.dtype = _DTYPES[precision]
+        self.gradient_scale = FP16_GRADIENT_SCALE if self.dtype is torch.float16 else 1.0
+        self.module: nn.Module = model.module.eval().requires_grad_(requires_grad=False)
+        # channels_last is what the uint8 images arrive in, and what convolutions are fastest in: on CUDA with half
+        # precision, and on CPUs too (1.2x to 3x here for depthwise networks).
+        self._layout = torch.channels_last
+        self.module.to(self.device, self.dtype).to(memory_format=self._layout)
+        std = torch.tensor(model.preprocess.std, dtype=torch.float64)
+        mean = torch.tensor(model.preprocess.mean, dtype=torch.float64)
+        self._scale = self._channel_vector(1.0 / (255.0 * std))
+        self._bias = self._channel_vector(-mean / std)
+        self._recorder = TapeRecorder(self.module, model.layers)
+        self._one_row: dict[str, bool] = {}
+        self.head_weight: Tensor | None = None
+        self._twin: TorchModel | None = None
+
+    def check(self) -> None:
+        """Run the network once on noise, so that what cannot be explained fails at load.
+
+        Raises:
+            ModelLoadError: the output is not of the task, or a layer cannot be explained.
+        """
+        try:
+            self._check()
+        except RuntimeError as error:
+            if "view size is not compatible" not in str(error):
+                raise
+            # The network takes `x.view(len(x), -1)` of a feature map.
+            _log.info("model %s runs in torch's default layout: it takes views of feature maps", self.model.name)
+            self._layout = torch.contiguous_format
+            self.module.to(memory_format=self._layout)
+            self._check()
+
+    def inputs(self, images: UInt8Array) -> Tensor:
+        """uint8 (N, H, W, 3) to normalised (N, 3, H, W) on the device; channels_last takes no copy."""
+        pixels = torch.from_numpy(images).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        normalised = torch.addcmul(self._bias, pixels.to(torch.float32), self._scale).to(self.dtype)
+        return normalised.contiguous(memory_format=self._layout)
+
+    def run(self, inputs: Tensor) -> Any:  # noqa: ANN401 - what a network returns
+        """Run the network on (R, 3, H, W) in any floating dtype; return the task's output."""
+        return self.task.run(self.module, inputs.to(self.dtype).contiguous(memory_format=self._layout))
+
+    def run_images(self, images: UInt8Array) -> Any:  # noqa: ANN401 - what a network returns
+        """Run the network on uint8 (N, H, W, 3), without gradients."""
+        with torch.no_grad():
+            return self.run(self.inputs(images))
+
+    def record(self, inputs: Tensor, layers: Sequence[str], *, differentiate: bool) -> tuple[Any, dict[str, Output]]:
+        """Run the network and keep what layers return.
+
+        Args:
+            inputs: (N, 3, H, W).
+            layers: of the model's.
+            differentiate: whether the outputs are to be leaves that the scores can be differentiated by.
+
+        Returns:
+            The task's output, and the layers' outputs by name.
+        """
+        with self._recorder.playing(Tape(layers, differentiate=differentiate)) as tape:
+            output = self.run(inputs)
+        return output, tape.outputs
+
+    def features(self, layer: str, output: Output) -> Tensor:
+        """A layer's output as a map (N, C, h, w)."""
+        return to_map(output, self.model.grid(layer))
+
+    def gradients(self, score: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool = False) -> list[Tensor]:
+        """Differentiate a scalar. In float16 it is scaled on the way, so that small gradients do not vanish.
+
+        Returns:
+            The gradients, in the leaves' shapes; float32 if scaled.
+        """
+        with torch.enable_grad():
+            scaled = score if self.gradient_scale == 1.0 else score * self.gradient_scale
+        found = torch.autograd.grad(scaled, leaves, retain_graph=retain_graph)
+        if self.gradient_scale == 1.0:
+            return list(found)
+        return [gradient.float() / self.gradient_scale for gradient in found]
+
+    def replay(self, inputs: Tensor, layer: str, change: Change, rows: int) -> Any:  # noqa: ANN401
+        """Run the network on one image with a layer's output changed in `rows` ways, without gradients.
+
+        The part before the layer runs on one row, where the network allows it: what bypasses the layer is then
+        broadcast. Whether it does is tried once per layer.
+
+        Args:
+            inputs: (1, 3, H, W).
+            layer: of the model's.
+            change: from the layer's output for the image to one of `rows` rows.
+            rows: how many.
+
+        Returns:
+            The task's output of `rows` rows.
+        """
+        if layer not in self._one_row:
+            self._one_row[layer] = self._can_run_on_one_row(inputs, layer)
+        with torch.no_grad():
+            if self._one_row[layer]:
+                return self._changed(inputs, layer, change)
+            return self._changed(inputs.expand(rows, -1, -1, -1), layer, lambda output: change(_first(output)))
+
+    def twin(self) -> "TorchModel":
+        """The same network with weights that mean nothing: those of each parameter in another order, always the same.
+
+        For the sanity check of Adebayo et al. 2018, arXiv:1810.03292. Made when it is first asked for, and kept.
+        """
+        if self._twin is None:
+            module = copy.deepcopy(self.module)
+            generator = torch.Generator().manual_seed(_TWIN_SEED)
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+                    parameter.copy_(parameter.flatten()[order].view_as(parameter))
+            for child in module.modules():
+                # The copies of the hooks play this network's tapes.
+                child._forward_hooks.clear()  # noqa: SLF001 - copied with the module, and there is no other way
+            twin = TorchModel(
+                dataclasses.replace(self.model, module=module),
+                self.task,
+                device=str(self.device),
+                precision=_PRECISIONS[self.dtype],
+            )
+            twin.check()
+            self._twin = twin
+        return self._twin
+
+    def close(self) -> None:
+        """Take every hook off the network. Idempotent."""
+        self._recorder.remove()
+        if self._twin is not None:
+            self._twin.close()
+
+    def _changed(self, inputs: Tensor, layer: str, change: Change) -> Any:  # noqa: ANN401 - what a network returns
+        with self._recorder.playing(Tape(changes={layer: change})):
+            return self.run(inputs)
+
+    def _can_run_on_one_row(self, inputs: Tensor, layer: str) -> bool:
+        with torch.no_grad():
+            alone, count = self.run(inputs), self.model.class_count
+            try:
+                twice = self._changed(inputs, layer, _twice)
+                if self.task.rows(twice) != 2:
+                    return False
+                first, both = self.task.total(alone, count), self.task.total(twice, count)
+            # Shapes that do not fit raise what they like in somebody else's code.
+            except Exception:
+                _log.info("model %s: the part before %s runs once per row", self.model.name, layer)
+                return False
+            return bool((both - 2 * first).abs() <= _SAME_ROWS * max(float(first.abs()), 1.0))
+
+    def _check(self) -> None:
+        layers = self.model.layers
+        height_px, width_px = self.model.preprocess.crop_px
+        with recording_allowed():
+            output, outputs = self.record(self.inputs(_noise(height_px, width_px)), layers, differentiate=True)
+            total = self.task.total(output, self.model.class_count)
+            for layer in layers:
+                self._check_layer(layer, outputs)
+            leaves = {layer: leaf for layer, leaf in outputs.items() if isinstance(leaf, Tensor)}
+            gradients: Sequence[Tensor | None] = [None] * len(leaves)
+            if total.requires_grad:
+                gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+            for layer, gradient in zip(leaves, gradients, strict=True):
+                if gradient is None:
+                    raise ModelLoadError(f"the model's output does not depend on layer {layer!r} by a gradient")
+            if self.model.task is Task.CLASSIFICATION or self.model.task is Task.MULTI_LABEL:
+                self.head_weight = self._find_head(
+                    self.features(layers[0], outputs[layers[0]]).detach(), output.detach()
+                )
+
+    def _check_layer(self, layer: str, outputs: Mapping[str, Output]) -> None:
+        if layer not in outputs:
+            raise ModelLoadError(f"layer {layer!r} did not run")
+        try:
+            self.features(layer, outputs[layer])
+        except ValueError as error:
+            raise ModelLoadError(f"layer {layer!r}: {error}") from error
+
+    def _find_head(self, features: Tensor, logits: Tensor) -> Tensor | None:
+        """The last linear layer's weight, if it alone stands between the pooled features and the logits."""
+        linears = [
+            module
+            for module in self.module.modules()
+            if isinstance(module, nn.Linear) and module.weight.shape == (logits.shape[1], features.shape[1])
+        ]
+        if not linears:
+            return None
+        head = linears[-1]
+        predicted = head(features.mean((-2, -1)))
+        tolerance = 1e-4 if self.dtype is torch.float32 else 2e-2
+        spread = float(logits.float().abs().amax())
+        matches = float((predicted.float() - logits.float()).abs().amax()) <= tolerance * max(spread, 1e-12)
+        return head.weight.detach() if matches else None
+
+    def _channel_vector(self, values: Tensor) -> Tensor:
+        return values.to(device=self.device, dtype=torch.float32).view(1, 3, 1, 1)
+
+
+@contextmanager
+def recording_allowed() -> Iterator[None]:
+    """Callers may be in no_grad or inference_mode: neither is any business of ours."""
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        yield
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn torch's out-of-memory errors into MemoryError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        raise MemoryError(str(error)) from None
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):
+            raise MemoryError(str(error)) from None
+        raise
+
+
+def _noise(height_px: int, width_px: int) -> UInt8Array:
+    """One image of noise, uint8 (1, H, W, 3), to try a network with."""
+    return np.random.default_rng(0).integers(0, 256, (1, height_px, width_px, 3), dtype=np.uint8)
+
+
+def _first(output: Output) -> Output:
+    if isinstance(output, Tensor):
+        return output[:1]
+    return {name: level[:1] for name, level in output.items()}
+
+
+def _twice(output: Output) -> Output:
+    if isinstance(output, Tensor):
+        return torch.cat([output, output])
+    return {name: torch.cat([level, level]) for name, level in output.items()}
