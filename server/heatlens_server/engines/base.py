@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from heatlens_server.cam.catalog import Aggregation, Method, Metric, Score
+from heatlens_server.cam.catalog import PRESETS, Aggregation, Method, Metric, Score
 
 Float32Array = npt.NDArray[np.float32]
 UInt8Array = npt.NDArray[np.uint8]
@@ -206,7 +206,7 @@ class EngineInfo:
         task: what the model does.
         companion_methods: those of `methods` that a second engine, torch, runs beside this one.
         scores: the supported scores.
-        full: whether smoothing and faithfulness are supported.
+        full: whether smoothing, faithfulness and every aggregation are supported; if not, only the mean.
     """
 
     kind: str
@@ -221,6 +221,18 @@ class EngineInfo:
     companion_methods: frozenset[Method] = field(default_factory=frozenset)
     scores: tuple[Score, ...] = (Score.LOGIT,)
     full: bool = False
+
+    @property
+    def offered(self) -> tuple[Method, ...]:
+        """What a request may name: the supported methods, and the presets that stand for one of them."""
+        presets = {
+            name
+            for name, preset in PRESETS.items()
+            if preset.method in self.methods
+            and preset.score in self.scores
+            and (self.full or preset.aggregation is Aggregation.MEAN)
+        }
+        return tuple(method for method in Method if method in self.methods or method in presets)
 
 
 class Engine(Protocol):
@@ -269,6 +281,10 @@ class SteppingEngine(Engine, Protocol):
         Raises:
             MemoryError: by `next`, as for `explain`.
         """
+        ...
+
+    def ready(self, spec: MapSpec) -> bool:
+        """Whether `prepare` has nothing to do for a spec. Any thread may call this; asked for every request."""
         ...
 
     def prepare(self, spec: MapSpec) -> None:
