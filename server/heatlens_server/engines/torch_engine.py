@@ -80,6 +80,10 @@ class TorchEngine:
                     return result
             yield
 
+    def ready(self, spec: MapSpec) -> bool:  # noqa: ARG002 - whatever it is
+        """True: everything is loaded from the start."""
+        return True
+
     def prepare(self, spec: MapSpec) -> None:
         """Everything is loaded already."""
 
