@@ -72,8 +72,16 @@ CLOSED_FORMS = (
     Method.X_GRAD_CAM,
     Method.LAYER_CAM,
     Method.ELEMENT_WISE_GRAD_CAM,
+    Method.EIGEN_CAM,
+    Method.EIGEN_GRAD_CAM,
+    Method.KPCA_CAM,
+    Method.FEM,
+    Method.RANDOM_CAM,
 )
 """Functions of activations and gradients, or of activations alone: see `cam.methods`. Exports can hold them."""
+
+ACTIVATIONS_ALONE = frozenset({Method.EIGEN_CAM, Method.KPCA_CAM, Method.FEM, Method.RANDOM_CAM})
+"""The closed forms that need nothing of a class: neither gradients nor, as CAM, the head's weights."""
 
 
 class Score(StrEnum):

@@ -22,8 +22,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from heatlens_server.cam.activation_maps import fem, random_cam
 from heatlens_server.cam.catalog import Method
 from heatlens_server.cam.precision import accumulator, wide
+from heatlens_server.cam.principal import eigen_cam, eigen_grad_cam, kpca_cam
 
 GRAD_CAM_PLUS_PLUS_EPSILON = 1e-6
 """Added to the denominator of the Grad-CAM++ coefficients, as in the `grad-cam` package 1.5.7."""
@@ -188,6 +190,38 @@ def element_wise_grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
     return torch.relu(wide(gradients) * wide(activations).unsqueeze(1)).sum(dim=2)
 
 
+def shapley_cam(activations: Tensor, gradients: Tensor, curvature: Tensor) -> Tensor:
+    """Shapley-CAM: channels weighted by the mean of `g - H A / 2`, the gradient less half its change along A.
+
+    Cai 2025, https://arxiv.org/abs/2501.06261, as `ShapleyCAM` of the `grad-cam` package 1.5.7. No closed form: H A is
+    the product of the score's Hessian with the activations, a second differentiation of the network.
+
+    Args:
+        activations: (N, C, h, w).
+        gradients: (N, K, C, h, w).
+        curvature: (N, K, C, h, w), H A of every class score.
+
+    Returns:
+        Raw map (N, K, h, w), float32 or wider.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    _check(activations, gradients)
+    if curvature.shape != gradients.shape:
+        raise ValueError(f"curvature: must be {tuple(gradients.shape)} like gradients, not {tuple(curvature.shape)}")
+    return _weighted_sum((wide(gradients) - 0.5 * wide(curvature)).mean(dim=(-2, -1)), activations)
+
+
+def _same_for_all(make: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The function of a method whose map is the same for every class."""
+
+    def repeated(activations: Tensor, factors: Tensor) -> Tensor:
+        return make(activations).expand(-1, factors.shape[1], -1, -1)
+
+    return repeated
+
+
 RAW_MAPS: Mapping[Method, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType(
     {
         Method.CAM: cam,
@@ -197,18 +231,24 @@ RAW_MAPS: Mapping[Method, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType
         Method.X_GRAD_CAM: x_grad_cam,
         Method.LAYER_CAM: layer_cam,
         Method.ELEMENT_WISE_GRAD_CAM: element_wise_grad_cam,
+        Method.EIGEN_CAM: _same_for_all(eigen_cam),
+        Method.EIGEN_GRAD_CAM: eigen_grad_cam,
+        Method.KPCA_CAM: _same_for_all(kpca_cam),
+        Method.FEM: _same_for_all(fem),
+        Method.RANDOM_CAM: lambda activations, factors: random_cam(activations, factors.shape[1]),
     }
 )
-"""The function of every method."""
+"""The function of every closed form."""
 
 
-def raw_map(method: Method, activations: Tensor, gradients: Tensor) -> Tensor:
+def raw_map(method: Method, activations: Tensor, factors: Tensor) -> Tensor:
     """Make the raw map of a method.
 
     Args:
         method: which one.
         activations: (N, C, h, w).
-        gradients: (N, K, C, h, w); for `Method.CAM`, which differentiates nothing, the class weights (N, K, C).
+        factors: the gradients (N, K, C, h, w); for `Method.CAM`, which differentiates nothing, the class weights
+            (N, K, C); for methods of activations alone anything of (N, K, ...), of which only K is read.
 
     Returns:
         Raw map (N, K, h, w), before the final ReLU, float32 or wider.
@@ -216,7 +256,7 @@ def raw_map(method: Method, activations: Tensor, gradients: Tensor) -> Tensor:
     Raises:
         ValueError: a shape does not fit.
     """
-    return RAW_MAPS[method](activations, gradients)
+    return RAW_MAPS[method](activations, factors)
 
 
 def _weighted_sum(weights: Tensor, activations: Tensor) -> Tensor:
