@@ -19,6 +19,7 @@ WIRE = (*GRPC, "heatlens.v1")
 TORCH = ("torch", "torchvision", "timm")
 RULES = {
     "cam": (*GRPC, "heatlens", "heatlens_server"),
+    "faithfulness": (*WIRE, "heatlens_server"),
     "engines": (*WIRE, *(f"heatlens_server.{room}" for room in ("rpc", "serving", "app", "building", "export"))),
     "export": (*WIRE, *(f"heatlens_server.{room}" for room in ("rpc", "serving", "app", "building", "engines"))),
     "building": (*WIRE, *(f"heatlens_server.{room}" for room in ("rpc", "serving", "app"))),
@@ -29,6 +30,7 @@ RULES = {
 }
 ALLOWED = {
     "cam": ("heatlens_server.cam",),
+    "faithfulness": ("heatlens_server.cam", "heatlens_server.faithfulness"),
     # Engines run what exports hold; an export is verified by the engine that is everybody's reference.
     "engines": ("heatlens_server.export.spec", "heatlens_server.export.manifest"),
     "export": ("heatlens_server.engines.base", "heatlens_server.engines.torch_engine"),
