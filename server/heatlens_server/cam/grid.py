@@ -1,52 +1,21 @@
-"""How a layer's output lies on the image: as a feature map, or as something that becomes one.
+"""Reading a layer's output as a feature map, and putting one back.
 
 Every method works on maps (N, C, h, w). Convolutions return those; windowed transformers return (N, h, w, C), others
 tokens (N, T, C) of which the first few are no place of the image; feature pyramids return several maps at once.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
 from torch import Tensor
 
+from heatlens_server.cam.layout import MAP, Grid, Layout
+
+__all__ = ["MAP", "Grid", "Layout", "Output", "from_map", "to_map"]
+
 Output = Tensor | Mapping[str, Tensor]
 """What a layer returns."""
-
-
-class Layout(StrEnum):
-    """The form of a layer's output. The value is its name in configuration files."""
-
-    MAP = "map"
-    """(N, C, h, w)."""
-    CHANNELS_LAST = "channels-last"
-    """(N, h, w, C)."""
-    TOKENS = "tokens"
-    """(N, prefix + h * w, C), row by row after the prefix."""
-    PYRAMID = "pyramid"
-    """Maps (N, C_i, h_i, w_i) by name, finest first."""
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """How to read a layer's output as a map.
-
-    Attributes:
-        layout: its form.
-        prefix: tokens before the grid (class, distillation, registers); 0 but for tokens.
-        height: rows of the grid; 0 but for tokens.
-        width: columns of the grid; 0 but for tokens.
-    """
-
-    layout: Layout = Layout.MAP
-    prefix: int = 0
-    height: int = 0
-    width: int = 0
-
-
-MAP = Grid()
 
 
 def to_map(output: Output, grid: Grid) -> Tensor:
@@ -100,6 +69,8 @@ def from_map(features: Tensor, output: Tensor, grid: Grid) -> Tensor:
     if grid.layout is Layout.CHANNELS_LAST:
         return features.permute(0, 2, 3, 1)
     if grid.layout is Layout.TOKENS:
-        prefix = output[:, : grid.prefix].expand(features.shape[0], -1, -1)
-        return torch.cat([prefix, features.flatten(2).transpose(1, 2)], dim=1)
+        tokens = features.flatten(2).transpose(1, 2)
+        if not grid.prefix:
+            return tokens
+        return torch.cat([output[:, : grid.prefix].expand(features.shape[0], -1, -1), tokens], dim=1)
     return features

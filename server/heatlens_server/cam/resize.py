@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
 from torch import Tensor
 
+from heatlens_server.cam.catalog import Aggregation
 from heatlens_server.cam.normalize import normalize
 
 
@@ -36,15 +37,22 @@ def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps, size=(height, width), mode="bilinear", align_corners=False)
 
 
-def combine_layers(raw_maps: Sequence[Tensor], size: tuple[int, int] | None = None) -> Tensor:
-    """Average the maps of several layers: each normalised, resized, then the mean, as in the `grad-cam` package.
+def combine_layers(
+    raw_maps: Sequence[Tensor],
+    size: tuple[int, int] | None = None,
+    aggregation: Aggregation = Aggregation.MEAN,
+) -> Tensor:
+    """Make one map of several layers': each normalised, resized, then the mean, the maximum or the product.
 
-    Layers have gradients of different magnitude; without normalising each first, one of them would decide alone.
+    Layers have gradients of different magnitude; without normalising each first, one of them would decide alone. The
+    mean is that of the `grad-cam` package. The product is that of its `RefineCAM` (https://arxiv.org/abs/2605.14641),
+    which stretches every layer's map to [0, 1] again once it is resized; where one layer is flat the product is zero.
 
     Args:
         raw_maps: one (N, K, h_i, w_i) per layer, before the ReLU; at least one.
         size: (height, width) of the result; None for the largest height and width among the layers. To get a larger
             map give its size here: resizing twice is not the same as once.
+        aggregation: how.
 
     Returns:
         (N, K, height, width), in [0, 1] and not stretched to it again; float32 or wider.
@@ -61,4 +69,8 @@ def combine_layers(raw_maps: Sequence[Tensor], size: tuple[int, int] | None = No
             )
     if size is None:
         size = (max(maps.shape[-2] for maps in raw_maps), max(maps.shape[-1] for maps in raw_maps))
-    return torch.stack([upsample(normalize(maps).values, size) for maps in raw_maps]).mean(dim=0)
+    resized = [upsample(normalize(maps).values, size) for maps in raw_maps]
+    if aggregation is Aggregation.PRODUCT:
+        return torch.stack([normalize(maps).values for maps in resized]).prod(dim=0)
+    stacked = torch.stack(resized)
+    return stacked.amax(dim=0) if aggregation is Aggregation.MAX else stacked.mean(dim=0)

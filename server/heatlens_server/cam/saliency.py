@@ -5,12 +5,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from heatlens_server.cam.catalog import Aggregation
 from heatlens_server.cam.normalize import NormalizedMap, normalize
 from heatlens_server.cam.precision import wide
 from heatlens_server.cam.resize import combine_layers, upsample
 
 
-def saliency(raw_maps: Sequence[Tensor], size: tuple[int, int] | None = None) -> NormalizedMap:
+def saliency(
+    raw_maps: Sequence[Tensor],
+    size: tuple[int, int] | None = None,
+    aggregation: Aggregation = Aggregation.MEAN,
+) -> NormalizedMap:
     """Finish a map: ReLU, combine the layers, upsample, min-max.
 
     The ReLU comes before the upsampling, as in Grad-CAM's definition of the map; negative pixels would otherwise
@@ -19,16 +24,17 @@ def saliency(raw_maps: Sequence[Tensor], size: tuple[int, int] | None = None) ->
     Args:
         raw_maps: one (N, K, h_i, w_i) per target layer, from `heatlens_server.cam.methods.raw_map`.
         size: (height, width) of the result; None for the (largest) layer's own.
+        aggregation: how several layers' maps become one.
 
     Returns:
         Maps (N, K, height, width) with scale and offset (N, K), float32 or wider. For one layer scale and offset lead
-        back to the upsampled relu(raw map); for several, to the mean of their normalised maps.
+        back to the upsampled relu(raw map); for several, to what `combine_layers` makes of their normalised maps.
 
     Raises:
         ValueError: see `combine_layers` and `upsample`.
     """
     if len(raw_maps) != 1:
-        return normalize(combine_layers(raw_maps, size))
+        return normalize(combine_layers(raw_maps, size, aggregation))
     (raw,) = raw_maps
     positive = torch.relu(wide(raw))
     return normalize(positive if size is None else upsample(positive, size))

@@ -4,12 +4,13 @@ The same maths as `cam.resize` and `cam.saliency`, which graphs end with at the 
 against each other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
+from heatlens_server.cam.catalog import Aggregation
 from heatlens_server.engines.base import Float32Array
 
 
@@ -28,19 +29,20 @@ class Maps:
     offsets: Float32Array
 
 
-def finish(layers: Sequence[Maps], size: tuple[int, int] | None) -> Maps:
+def finish(layers: Sequence[Maps], size: tuple[int, int] | None, aggregation: Aggregation = Aggregation.MEAN) -> Maps:
     """Do what `cam.saliency.saliency` does, from maps that it finished at the layers' own sizes.
 
     Args:
         layers: one per target layer, at least one; of one N and K.
         size: (height, width) of the result; None for the (largest) layer's own.
+        aggregation: how several layers' maps become one.
 
     Returns:
         Maps (N, K, height, width). For one layer scales and offsets lead back to the enlarged relu(raw map); for
-        several, to the mean of their normalised maps.
+        several, to the mean, maximum or product of their normalised maps.
     """
     if len(layers) > 1:
-        return combine(layers, size)
+        return combine(layers, size, aggregation)
     return layers[0] if size is None else enlarge(layers[0], size)
 
 
@@ -65,29 +67,46 @@ def enlarge(maps: Maps, size: tuple[int, int]) -> Maps:
         return Maps(values, maps.scales * spans, maps.scales * lows + maps.offsets)
 
 
-def combine(layers: Sequence[Maps], size: tuple[int, int] | None = None) -> Maps:
-    """Average the maps of several layers, each normalised on its own, and stretch the mean to [0, 1].
+def combine(
+    layers: Sequence[Maps], size: tuple[int, int] | None = None, aggregation: Aggregation = Aggregation.MEAN
+) -> Maps:
+    """Make one map of several layers', each normalised on its own, and stretch it to [0, 1].
 
     Args:
         layers: at least one; of one N and K.
         size: (height, width) of the result; None for the largest height and width among the layers.
+        aggregation: as in `cam.resize.combine_layers`.
     """
     height, width = size or (
         max(layer.values.shape[2] for layer in layers),
         max(layer.values.shape[3] for layer in layers),
     )
     counts = layers[0].values.shape[:2]
-    values = np.zeros((*counts, height, width), np.float32)
+    values = np.empty((*counts, height, width), np.float32)
     lows, spans = np.empty((2, *counts), np.float32)
     resized = np.empty((height, width), np.float32)
+    stretched = aggregation is Aggregation.PRODUCT
+    add = _STEPS[aggregation]
     for index in np.ndindex(counts):
         one = values[index]
-        for layer in layers:
-            _resize(layer.values[index], resized)
-            one += resized
-        one /= np.float32(len(layers))
+        for position, layer in enumerate(layers):
+            target = resized if position else one
+            _resize(layer.values[index], target)
+            if stretched:
+                _stretch(target)
+            if position:
+                add(one, resized, out=one)
+        if aggregation is Aggregation.MEAN:
+            one /= np.float32(len(layers))
         lows[index], spans[index] = _stretch(one)
     return Maps(values, spans, lows)
+
+
+_STEPS: Mapping[Aggregation, np.ufunc] = {
+    Aggregation.MEAN: np.add,
+    Aggregation.MAX: np.maximum,
+    Aggregation.PRODUCT: np.multiply,
+}
 
 
 def _resize(source: Float32Array, target: Float32Array) -> None:

@@ -113,7 +113,14 @@ class OnnxRuntimeEngine:
         try:
             runs = [partial(self._run, self._runner(layer, spec.method)) for layer in spec.layers]
             size = (images.shape[1], images.shape[2]) if spec.upsample else None
-            return explain_batch(runs, images, class_targets(targets), classes=self._manifest.classes, size=size)
+            return explain_batch(
+                runs,
+                images,
+                class_targets(targets),
+                classes=self._manifest.classes,
+                size=size,
+                aggregation=spec.aggregation,
+            )
         except Exception as error:
             if _is_out_of_memory(error):
                 raise MemoryError(str(error)) from None

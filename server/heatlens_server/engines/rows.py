@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from heatlens_server.cam.catalog import ABSENT, RANKED
+from heatlens_server.cam.catalog import ABSENT, RANKED, Aggregation
 from heatlens_server.engines.base import ClassTarget, Float32Array, ImageResult, TopK, UInt8Array
 from heatlens_server.engines.finish import Maps, finish
 
@@ -47,6 +47,7 @@ def explain_batch(
     *,
     classes: int | None,
     size: tuple[int, int] | None,
+    aggregation: Aggregation = Aggregation.MEAN,
 ) -> list[ImageResult]:
     """Explain a batch with one graph per layer.
 
@@ -56,6 +57,7 @@ def explain_batch(
         targets: N targets.
         classes: the graphs' K; None for any.
         size: (height, width) of the maps; None for the (largest) layer's own.
+        aggregation: how several layers' maps become one.
 
     Returns:
         N results, in order.
@@ -63,7 +65,7 @@ def explain_batch(
     first = run_wanted(runs[0], images, class_index(targets), classes)
     # Further layers get the classes that the first one found: two graphs may rank nearly equal logits differently.
     further = [run_wanted(run, images, first.class_ids, classes) for run in runs[1:]]
-    maps = finish([first.maps, *(explained.maps for explained in further)], size)
+    maps = finish([first.maps, *(explained.maps for explained in further)], size, aggregation)
     return [
         ImageResult(
             logits=first.logits[n],

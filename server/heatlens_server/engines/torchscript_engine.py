@@ -93,7 +93,14 @@ class TorchScriptEngine:
         runs = [partial(self._run, self._graph(layer, spec.method)) for layer in spec.layers]
         size = (images.shape[1], images.shape[2]) if spec.upsample else None
         try:
-            return explain_batch(runs, images, class_targets(targets), classes=self._manifest.classes, size=size)
+            return explain_batch(
+                runs,
+                images,
+                class_targets(targets),
+                classes=self._manifest.classes,
+                size=size,
+                aggregation=spec.aggregation,
+            )
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise MemoryError(str(error)) from None

@@ -2,6 +2,7 @@ import cv2
 import pytest
 import torch
 
+from heatlens_server.cam.catalog import Aggregation
 from heatlens_server.cam.normalize import normalize
 from heatlens_server.cam.resize import combine_layers, upsample
 
@@ -47,6 +48,15 @@ def test_combine_layers_by_hand():
     large = torch.tensor([[[[2.0, -7.0, 1.0, 0.0]]]])
     for layers in ([small, large], [large, small]):
         assert combine_layers(layers).tolist() == [[[[0.5, 0.125, 0.625, 0.5]]]]
+        assert combine_layers(layers, aggregation=Aggregation.MAX).tolist() == [[[[1.0, 0.25, 0.75, 1.0]]]]
+        assert combine_layers(layers, aggregation=Aggregation.PRODUCT).tolist() == [[[[0.0, 0.0, 0.375, 0.0]]]]
+
+
+def test_a_product_s_factors_are_stretched_again_once_they_are_resized():
+    # Three pixels shrunk to their outer two by linear sampling: [0, 1, 0.5] at 0.25 and 1.75 is [0.25, 0.625].
+    layer, other = torch.tensor([[[[0.0, 4.0, 2.0]]]]), torch.tensor([[[[0.0, 1.0]]]])
+    assert combine_layers([layer, other], (1, 2), Aggregation.MAX).tolist() == [[[[0.25, 1.0]]]]
+    assert combine_layers([layer, other], (1, 2), Aggregation.PRODUCT).tolist() == [[[[0.0, 1.0]]]]
 
 
 def test_combine_layers_at_a_size_resizes_once():
@@ -67,6 +77,8 @@ def test_combine_layers_of_one_layer_is_its_normalised_map():
 def test_a_flat_layer_adds_zeros():
     flat, other = torch.ones(1, 1, 7, 5), random_maps(1, 1, 7, 5)
     assert torch.equal(combine_layers([flat, other]), normalize(other).values / 2)
+    assert torch.equal(combine_layers([flat, other], aggregation=Aggregation.MAX), normalize(other).values)
+    assert not combine_layers([flat, other], aggregation=Aggregation.PRODUCT).any()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from heatlens_server.cam.catalog import Aggregation
 from heatlens_server.cam.saliency import saliency
 from heatlens_server.engines.finish import Maps, combine, enlarge, finish
 
@@ -20,9 +21,9 @@ def as_graphs_return(raws: list[torch.Tensor]) -> list[Maps]:
     return [Maps(maps.values.numpy(), maps.scale.numpy(), maps.offset.numpy()) for maps in finished]
 
 
-def judged(raws: list[torch.Tensor], size: tuple[int, int] | None):
+def judged(raws: list[torch.Tensor], size: tuple[int, int] | None, aggregation: Aggregation = Aggregation.MEAN):
     """In float64: torch rounds its sampling positions to float32, which alone is 1.5e-6 off for some sizes."""
-    return saliency([raw.double() for raw in raws], size)
+    return saliency([raw.double() for raw in raws], size, aggregation)
 
 
 def assert_equal(maps: Maps, expected) -> None:
@@ -42,9 +43,10 @@ def test_one_layer_is_what_saliency_makes_of_it(of_layer, size):
 
 @pytest.mark.parametrize("size", [None, (64, 64), (224, 200)])
 @pytest.mark.parametrize("layers", [SIZES[:2], SIZES, SIZES[::-1]])
-def test_several_layers_are_what_saliency_makes_of_them(layers, size):
+@pytest.mark.parametrize("aggregation", list(Aggregation))
+def test_several_layers_are_what_saliency_makes_of_them(layers, size, aggregation):
     raws = raw_maps(*layers)
-    assert_equal(finish(as_graphs_return(raws), size), judged(raws, size))
+    assert_equal(finish(as_graphs_return(raws), size, aggregation), judged(raws, size, aggregation))
 
 
 def test_a_positive_map_keeps_its_offset():
@@ -63,9 +65,10 @@ def test_flat_maps_stay_zero(level):
     assert not enlarged.values.any()
     assert enlarged.scales == 0
     assert enlarged.offsets == level
-    both = combine([flat, flat], (14, 14))
-    assert not both.values.any()
-    assert both.scales == both.offsets == 0
+    for aggregation in Aggregation:
+        both = combine([flat, flat], (14, 14), aggregation)
+        assert not both.values.any()
+        assert both.scales == both.offsets == 0
 
 
 def test_a_map_that_is_not_finite_is_not_hidden_and_harms_no_other():
@@ -73,7 +76,8 @@ def test_a_map_that_is_not_finite_is_not_hidden_and_harms_no_other():
     raw[0, 1, 2, 3] = float("nan")
     raw[1, 0, 0, 0] = float("inf")
     (maps,) = as_graphs_return([raw])
-    for result in (enlarge(maps, (28, 28)), combine([maps, maps], (28, 28))):
+    several = [combine([maps, maps], (28, 28), aggregation) for aggregation in Aggregation]
+    for result in (enlarge(maps, (28, 28)), *several):
         finite = np.isfinite(result.values).all(axis=(2, 3))
         np.testing.assert_array_equal(finite, [[True, False, True], [False, True, True]])
 
