@@ -59,6 +59,7 @@ def artefact_key(config: ModelConfig, file_format: Format, model: "LoadedModel |
         "source": config.source,
         "weights": _weights(config),
         "layers": config.layers,
+        "grids": {layer: grid.model_dump(mode="json") for layer, grid in config.grids.items()},
         "precision": config.precision,
         "preprocess": config.preprocess.model_dump(mode="json"),
         "versions": installed_versions(),

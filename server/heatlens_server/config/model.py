@@ -1,13 +1,14 @@
 """One served model: where it comes from, what runs it, how images become its input."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal, Self, cast
 
-from pydantic import AfterValidator, BeforeValidator, Field, FilePath, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, FilePath, ValidationInfo, field_validator, model_validator
 
 from heatlens_server.cam.catalog import Method
+from heatlens_server.cam.layout import Grid, Layout
 from heatlens_server.config.section import Section
 from heatlens_server.export.manifest import MANIFEST_FILE
 from heatlens_server.imaging.preprocess import Interpolation
@@ -82,6 +83,32 @@ class PreprocessConfig(Section):
     """How images are resampled."""
 
 
+class GridConfig(Section):
+    """How a layer's output is read as a map, where that cannot be found by running the model."""
+
+    layout: Literal["map", "channels-last", "tokens"]
+    """"map" (N, C, h, w), "channels-last" (N, h, w, C) or "tokens" (N, prefix + height * width, C)."""
+    prefix: int = Field(default=0, ge=0)
+    """For "tokens": how many come before the grid (class, distillation and register tokens)."""
+    height: int = Field(default=0, ge=0)
+    """For "tokens", and required there: rows of the grid."""
+    width: int = Field(default=0, ge=0)
+    """For "tokens", and required there: columns of the grid."""
+
+    @model_validator(mode="after")
+    def _of_tokens(self) -> Self:
+        if self.layout == "tokens" and not (self.height and self.width):
+            raise ValueError('layout = "tokens" needs height and width')
+        if self.layout != "tokens" and (self.prefix or self.height or self.width):
+            raise ValueError('prefix, height and width are for layout = "tokens" only')
+        return self
+
+    @property
+    def grid(self) -> Grid:
+        """The same, as the layer's grid."""
+        return Grid(Layout(self.layout), self.prefix, self.height, self.width)
+
+
 class BatchingConfig(Section):
     """How concurrent requests share a run of the model."""
 
@@ -107,6 +134,8 @@ class ModelConfig(Section):
     """Class names: one per line, a JSON list, or a JSON object {"0": "name"}. Unset: the source's, if it has any."""
     layers: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Module names that can be explained, the default first. Empty: found by running the model once."""
+    grids: Mapping[str, GridConfig] = {}
+    """How to read what some of `layers` return, by name. A layer that is not named: found by running the model."""
     method: Method = Method.GRAD_CAM
     """The method used when a request names none."""
     version: str = Field(default="", max_length=128)
@@ -131,6 +160,16 @@ class ModelConfig(Section):
         if len(set(layers)) < len(layers):
             raise ValueError("names a layer twice")
         return layers
+
+    @field_validator("grids")
+    @classmethod
+    def _grids_of_layers(cls, grids: Mapping[str, GridConfig], info: ValidationInfo) -> Mapping[str, GridConfig]:
+        if _is_export(info) and grids:
+            raise ValueError("cannot be set for an export: they are part of it")
+        for name in grids:
+            if name not in info.data.get("layers", ()):
+                raise ValueError(f"names {name!r}, which is not in layers")
+        return grids
 
     @field_validator("weights")
     @classmethod

@@ -16,6 +16,7 @@ from torch.export.graph_signature import InputKind as SignatureKind
 from torch.export.graph_signature import OutputKind
 from torch.fx import Node
 
+from heatlens_server.cam.grid import Grid, from_map, to_map
 from heatlens_server.errors import ExportError
 from heatlens_server.export.functional import functional
 from heatlens_server.export.spec import CLASS_INDEX, IMAGE, InputKind
@@ -46,7 +47,7 @@ class Captured:
         constants: the placeholders that stand for parameters, buffers and constants, and what they stand for.
         image: the placeholder `image`.
         class_index: the placeholder `class_index`, (N, K) int64, which nothing uses yet.
-        marks: by layer, the node that marks its output, (N, A, h, w), and passes it on.
+        marks: by layer, the node that marks its output as a map, (N, A, h, w), and passes it on.
         logits: (N, C).
     """
 
@@ -122,7 +123,9 @@ def capture(
     module = model.module if dtype is torch.float32 else copy.deepcopy(model.module).to(dtype)
     wrapped = _Wrapped(model, module, input_kind, dtype).eval()
     image, class_index = traced_inputs(model, input_kind, classes)
-    handles = [module.get_submodule(layer).register_forward_hook(_marking(layer)) for layer in layers]
+    handles = [
+        module.get_submodule(layer).register_forward_hook(_marking(layer, model.grid(layer))) for layer in layers
+    ]
     try:
         with torch.no_grad():
             program = functional(
@@ -130,6 +133,8 @@ def capture(
                     wrapped, (image, class_index), dynamic_shapes=dynamic_shapes(model, classes), strict=False
                 )
             )
+    except ExportError:
+        raise
     # A network is somebody else's code and may raise anything.
     except Exception as error:
         raise ExportError(f"the network cannot be recorded for every batch size ({type(error).__name__})") from error
@@ -154,10 +159,15 @@ def dynamic_shapes(model: LoadedModel, classes: int | None) -> tuple[dict[int, o
     return {0: batch}, {0: batch} if classes else {0: batch, 1: Dim("classes", max=model.class_count)}
 
 
-def _marking(layer: str) -> Callable[[nn.Module, object, Tensor], Tensor]:
+def _marking(layer: str, grid: Grid) -> Callable[[nn.Module, object, Tensor], Tensor]:
+    """Mark what a layer returns, as a map; tokens before the grid go around the mark, as from before the layer."""
+
     def mark(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-        marked: Tensor = MARK(output, layer)
-        return marked
+        try:
+            features = to_map(output, grid)
+        except ValueError as error:
+            raise ExportError(f"layer {layer!r}: {error}") from error
+        return from_map(MARK(features, layer), output, grid)
 
     return mark
 
@@ -183,8 +193,6 @@ def _read(program: ExportedProgram, layers: Sequence[str]) -> Captured:
             layer = str(node.args[1])
             if layer in marks:
                 raise ExportError(f"layer {layer!r} runs more than once in a forward pass")
-            if node.meta["val"].ndim != 4:
-                raise ExportError(f"layer {layer!r} gives a tensor of {node.meta['val'].ndim} dimensions, not 4")
             marks[layer] = node
     for layer in layers:
         if layer not in marks:

@@ -31,7 +31,7 @@ SUFFIXES = {Format.ONNX: ".onnx", Format.TORCHSCRIPT: ".ts", Format.PT2: ".pt2"}
 _MEANINGS = {
     Output.LOGITS: "the score of every class",
     Output.CLASS_ID: "the classes explained",
-    Output.ACTIVATIONS: "the target layer's output",
+    Output.ACTIVATIONS: "the target layer's output, as a map",
     Output.GRADIENTS: "derivative of each explained class's logit with respect to the activations",
     Output.CAM: "saliency map in [0, 1]; cam * cam_scale + cam_offset is the map after ReLU",
     Output.CAM_SCALE: "maximum minus minimum of the map after ReLU; 0 if it is flat",
@@ -71,7 +71,7 @@ def export_graph(
     graph_module = differentiate(model, spec)
     file = f"{model.name}{SUFFIXES[file_format]}"
     _write(graph_module, model, spec, file_format=file_format, path=folder / file, report=report)
-    graphs = [GraphFile(file, spec.layer, spec.method, spec.outputs)]
+    graphs = [GraphFile(file, spec.layer, spec.method, spec.outputs, model.grid(spec.layer))]
     return _manifest(
         model,
         spec,
@@ -137,7 +137,8 @@ def export_bundle(
             graph_module = differentiate_layer(captured, of_layer)
             file = f"layer-{len(model.layers) - 1 - position}{SUFFIXES[file_format]}"
             _write(graph_module, model, of_layer, file_format=file_format, path=folder / file, report=report)
-            graphs = [GraphFile(file, layer, method, outputs) for of, method in targets if of == layer] + graphs
+            grid = model.grid(layer)
+            graphs = [GraphFile(file, layer, method, outputs, grid) for of, method in targets if of == layer] + graphs
     return _manifest(
         model,
         spec,
@@ -190,7 +191,7 @@ def _cut_onnx(
     graphs, wanted = [], {}
     for layer, method in targets:
         file = f"layer-{model.layers.index(layer)}.{method}{SUFFIXES[Format.ONNX]}"
-        graphs.append(GraphFile(file, layer, method, SERVED_OUTPUTS))
+        graphs.append(GraphFile(file, layer, method, SERVED_OUTPUTS, model.grid(layer)))
         wanted[folder / file] = {
             Output.LOGITS: Output.LOGITS,
             Output.CLASS_ID: Output.CLASS_ID,

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from heatlens_server.cam.catalog import Method
+from heatlens_server.cam.layout import MAP, Grid
 from heatlens_server.errors import ExportError
 from heatlens_server.export.spec import IMAGE, Format, InputKind, Output
 from heatlens_server.imaging.preprocess import PreprocessSpec
@@ -51,12 +52,14 @@ class GraphFile:
         layer: the target layer's module name.
         method: of the map in the graph.
         outputs: what it returns, in order.
+        grid: how the layer's output becomes the map (N, A, h, w) that the graph explains.
     """
 
     file: _Name
     layer: _Name
     method: Method
     outputs: tuple[Output, ...]
+    grid: Grid = MAP
 
 
 @dataclass(frozen=True, slots=True)

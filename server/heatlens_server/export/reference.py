@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from heatlens_server.cam.grid import MAP, Grid, to_map
 from heatlens_server.cam.precision import FP16_GRADIENT_SCALE
 from heatlens_server.errors import ExportError
 from heatlens_server.imaging.preprocess import PreprocessSpec
@@ -38,7 +39,7 @@ class Reference:
     Attributes:
         logits: (N, C).
         class_ids: int64 (N, K), the classes explained.
-        activations: (N, A, h, w), the target layer's output.
+        activations: (N, A, h, w), the target layer's output as a map.
         gradients: (N, K, A, h, w), of each explained class's logit.
     """
 
@@ -51,9 +52,12 @@ class Reference:
 class Network:
     """A network in a precision of its own: the model's module itself in float32, a copy in any other."""
 
-    def __init__(self, module: nn.Module, preprocess: PreprocessSpec, dtype: torch.dtype) -> None:
+    def __init__(
+        self, module: nn.Module, preprocess: PreprocessSpec, dtype: torch.dtype, grids: Mapping[str, Grid] | None = None
+    ) -> None:
         self._module = module if dtype is torch.float32 else copy.deepcopy(module).to(dtype)
         self._preprocess = preprocess
+        self._grids = grids or {}
         self._dtype = dtype
 
     def explain(
@@ -178,11 +182,14 @@ class Network:
             layer: Reference(
                 logits=_widened(logits.detach()),
                 class_ids=class_ids,
-                activations=_widened(kept[layer].detach()),
-                gradients=_widened(torch.stack(gradients, dim=1)) / scale,
+                activations=_widened(self._map(layer, kept[layer].detach())),
+                gradients=_widened(torch.stack([self._map(layer, gradient) for gradient in gradients], dim=1)) / scale,
             )
             for layer, gradients in zip(layers, zip(*by_class, strict=True), strict=True)
         }
+
+    def _map(self, layer: str, values: Tensor) -> Tensor:
+        return to_map(values, self._grids.get(layer, MAP))
 
     def _normalised(self, pixels: npt.NDArray[np.uint8]) -> Tensor:
         """(N, 3, H, W) in the network's precision, computed in no less than float32."""

@@ -240,11 +240,13 @@ def _references(model: LoadedModel, plan: _Plan) -> tuple[dict[str, Reference], 
     layers = plan.manifest.layers
     # Before anything is compared with it.
     Network(model.module, model.preprocess, torch.float32).check_steady(plan.pixels, layers)
-    judged = Network(model.module, model.preprocess, torch.float64).explain(plan.pixels, layers, plan.depth)
+    judged = Network(model.module, model.preprocess, torch.float64, model.grids).explain(
+        plan.pixels, layers, plan.depth
+    )
     for reference in judged.values():
         if not all(bool(tensor.isfinite().all()) for tensor in (reference.logits, reference.gradients)):
             raise ExportError("the network gives scores or gradients that are not finite: are its weights right?")
-    own = Network(model.module, model.preprocess, _DTYPES[plan.manifest.precision])
+    own = Network(model.module, model.preprocess, _DTYPES[plan.manifest.precision], model.grids)
     try:
         return judged, own.explain(plan.pixels, layers, judged[layers[0]].class_ids)
     except ExportError:

@@ -1,206 +1,257 @@
-"""Which layers of a network can be explained, found by running it once."""
+"""Which layers of a network can be explained, and how their outputs are read as maps, found by running it."""
 
 import difflib
-import weakref
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
+from heatlens_server.cam.grid import Grid, Layout
 from heatlens_server.errors import ModelLoadError
+from heatlens_server.models.feature_maps import (
+    Candidate,
+    grid_of,
+    map_candidates,
+    outermost,
+    repeated,
+    seen_grids,
+    token_candidates,
+    unread_tokens,
+)
+from heatlens_server.models.trace import Trace, depends, run
 
-# Their output is their input, so they are no place of their own.
-_TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 # A resolution counts as a further stage if it is this many times the one before.
 _STAGE_RATIO = 1.5
+# Where earlier blocks of a network of one resolution are explained.
+_DEPTHS = (3 / 4, 1 / 2, 1 / 4)
+# "3" of "blocks.3.norm1", "encoder_layer_3" of "encoder.layers.encoder_layer_3.ln_1".
+_NUMBERED = re.compile(r"(\D*_)?(\d+)")
 
-
-@dataclass(slots=True)
-class _Trace:
-    """One module's run. `place` numbers the distinct tensors: a container shares its last child's."""
-
-    name: str
-    module: nn.Module
-    order: int
-    shape: tuple[int, ...] | None
-    place: int
-
-    @property
-    def depth(self) -> int:
-        return self.name.count(".")
+Scores = Callable[[object], Tensor]
+"""Finds the class scores (1, classes, ...) in what a network returns; raises ModelLoadError if there are none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Discovery:
-    """What running a network once told about it.
+    """What running a network told about it.
 
     Attributes:
         layers: names of the layers that can be explained, the default first.
+        grids: how each of them is read as a map.
         class_count: number of classes.
     """
 
     layers: tuple[str, ...]
+    grids: Mapping[str, Grid]
     class_count: int
 
 
-def discover(module: nn.Module, input_size: tuple[int, int], wanted: Sequence[str] = ()) -> Discovery:
-    """Run a network on one black image and find its classes and the layers that can be explained.
+def logits(output: object) -> Tensor:
+    """A classifier's scores: its output itself, (1, classes).
+
+    Raises:
+        ModelLoadError: it is anything else.
+    """
+    if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[0] != 1 or output.shape[1] < 1:
+        found = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise ModelLoadError(f"the network must return logits of shape (N, classes), not {found}")
+    return output
+
+
+def discover(
+    module: nn.Module,
+    input_size: tuple[int, int],
+    wanted: Sequence[str] = (),
+    *,
+    grids: Mapping[str, Grid] | None = None,
+    scores: Scores = logits,
+) -> Discovery:
+    """Run a network on a black image and find its classes and the layers that can be explained.
 
     The default layer is what people choose for Grad-CAM by hand: the last module, in order of execution, whose output
     is a feature map (1, C, h, w) with h > 1 and w > 1, named by the outermost module that returns that very tensor.
     That is "layer4" of a ResNet, "features" of a VGG, DenseNet, MobileNetV2 or ConvNeXt, "Mixed_7c" of Inception v3.
-    Left out are adaptive pooling (the layer before it is finer or the same), maps that already are class scores (as
-    many channels as classes, and nothing with parameters after them: SqueezeNet's classifier), whatever lies inside
-    an attention module, and modules that run more than once. After it come the ends of the earlier stages, deepest
-    first: per resolution, the last of the outermost modules.
+    After it come the ends of the earlier stages, deepest first: per resolution, the last of the outermost modules.
 
-    A network whose last features are tokens (ViT) or channels-last maps (timm's Swin) is refused unless `wanted`
-    names a layer: its last convolution is its first layer, which explains little.
+    If channels-last maps or tokens come after the last feature map, the default is the last of those outside
+    attention on whose places of the image the scores depend. That is the norm before the last attention of a ViT with
+    a class token, the last norm of one that averages its tokens, the last norm of timm's Swin. Blocks at 3/4, 1/2 and
+    1/4 of the depth follow, if the network has one resolution.
 
     Args:
-        module: in eval mode; float32 (1, 3, H, W) to logits (1, class_count). Left as it was.
+        module: in eval mode; takes float32 (1, 3, H, W). Left as it was.
         input_size: (H, W).
         wanted: layers named by the operator; checked, and returned as they are.
+        grids: how to read some of these, if the operator says so.
+        scores: finds the class scores in what the network returns.
 
     Raises:
-        ModelLoadError: the network fails or returns no logits, no layer is fit, or a wanted layer is not.
+        ModelLoadError: the network fails or returns no scores, no layer is fit, or a wanted layer is not.
     """
-    traces, class_count = _run(module, input_size)
+    traces, output = run(module, input_size)
+    class_count = int(scores(output).shape[1])
+    search = _Search(module, input_size, traces, class_count, scores)
     if wanted:
-        for name in wanted:
-            _check(name, module, traces, input_size)
-        return Discovery(tuple(wanted), class_count)
-    return Discovery(_stages(traces, input_size, class_count), class_count)
+        found = {name: _checked(name, (grids or {}).get(name), search) for name in wanted}
+    else:
+        found = {candidate.name: candidate.grid for candidate in _choose(search)}
+    return Discovery(tuple(found), found, class_count)
 
 
-def _run(module: nn.Module, input_size: tuple[int, int]) -> tuple[list[_Trace], int]:
-    traces: list[_Trace] = []
-    # Weak, so that activations are freed as usual; only a tensor that is still alive can be returned again.
-    places: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """A network, its run, and whether its scores depend on something."""
 
-    def hook_for(name: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(child: nn.Module, _inputs: object, output: object) -> None:
-            shape, place = None, -1 - len(traces)
-            if isinstance(output, Tensor):
-                shape, place = tuple(output.shape), len(traces)
-                known = places.get(id(output))
-                if known is not None and known[0]() is output:
-                    place = known[1]
-                places[id(output)] = (weakref.ref(output), place)
-            traces.append(_Trace(name, child, len(traces), shape, place))
+    module: nn.Module
+    input_size: tuple[int, int]
+    traces: Sequence[Trace]
+    class_count: int
+    scores: Scores
 
-        return hook
+    def depends(self, candidates: Sequence[Candidate]) -> bool:
+        """Whether the scores depend on places of the image in any of these outputs."""
+        places = [(candidate.trace.module, candidate.grid) for candidate in candidates]
+        return depends(self.module, self.input_size, places, self.scores)
 
-    handles = [child.register_forward_hook(hook_for(name)) for name, child in module.named_modules() if name]
-    try:
-        with torch.no_grad():
-            logits = module(torch.zeros(1, 3, *input_size))
-    # A network is somebody else's code and may raise anything.
-    except Exception as error:
-        height_px, width_px = input_size
+
+def _choose(search: _Search) -> list[Candidate]:
+    maps = map_candidates(search.traces, search.input_size, search.class_count)
+    after = maps[-1].trace.order if maps else -1
+    tokens = token_candidates(search.traces, search.input_size, search.class_count)
+    default = _last_dependent(
+        [token for token in tokens if token.trace.order > after and token is outermost(tokens, token.trace.place)],
+        search,
+    )
+    if default is not None:
+        stages = _stages(default, maps, tokens, search)
+        blocks = [] if stages and default.grid.layout is not Layout.TOKENS else _earlier_blocks(default, tokens)
+        return [default, *(block for block in blocks if search.depends([block])), *stages]
+    if not maps:
         raise ModelLoadError(
-            f"the network fails on an input of (1, 3, {height_px}, {width_px}): {type(error).__name__}"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != 1 or logits.shape[1] < 1:
-        found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise ModelLoadError(f"the network must return logits of shape (N, classes), not {found}")
-    return traces, int(logits.shape[1])
-
-
-def _stages(traces: Sequence[_Trace], input_size: tuple[int, int], class_count: int) -> tuple[str, ...]:
-    last_parametrised = max((t.order for t in traces if next(t.module.parameters(False), None) is not None), default=-1)
-    attention = tuple(f"{t.name}." for t in traces if _is_attention(t.module))
-    repeated = _repeated(traces)
-    candidates = [
-        trace
-        for trace in traces
-        if _is_feature_map(trace.shape, input_size)
-        and trace.name not in repeated
-        and not isinstance(trace.module, _TRANSPARENT)
-        and not _is_adaptive_pool(trace.module)
-        and not _is_attention(trace.module)
-        and not trace.name.startswith(attention)
-        and not (_channels(trace) == class_count and trace.order >= last_parametrised)
-    ]
-    if not candidates:
-        raise ModelLoadError(
-            "no layer returns a feature map (N, C, h, w) and runs once per image; networks whose features are tokens "
-            "or channels-last are not supported yet"
+            "no layer returns a feature map (N, C, h, w), a channels-last map or tokens that fit the image, runs once "
+            "per image and has a place of the image that the class scores depend on"
         )
-    last = candidates[-1]
-    if any(trace.order > last.order and _is_tokens(trace.shape, input_size) for trace in traces):
+    default = outermost(maps, maps[-1].trace.place)
+    if any(trace.order > after for trace in unread_tokens(search.traces, search.input_size)):
         raise ModelLoadError(
-            f"the network's last features are tokens or channels-last maps, which are not supported yet; the last "
-            f"feature map (N, C, h, w) is {last.name!r}: name it in `layers` to explain that one"
+            f"the network's last features are tokens that fit no grid of the image; the last feature map "
+            f"(N, C, h, w) is {default.name!r}: name it in `layers` to explain that one, or a layer of tokens with its "
+            f"form in `grids`"
         )
-    default = min((t for t in candidates if t.place == last.place), key=lambda t: (t.depth, -t.order))
-    chosen, height = [default], _height(default)
-    for trace in sorted(candidates, key=lambda t: (_height(t), t.depth, -t.order)):
-        if _height(trace) >= _STAGE_RATIO * height and trace.order < default.order:
-            chosen.append(trace)
-            height = _height(trace)
-    return tuple(trace.name for trace in chosen)
+    return [default, *_stages(default, maps, tokens, search)]
 
 
-def _check(name: str, module: nn.Module, traces: Sequence[_Trace], input_size: tuple[int, int]) -> None:
-    known = [known for known, _ in module.named_modules() if known]
+def _last_dependent(candidates: Sequence[Candidate], search: _Search) -> Candidate | None:
+    """The last one that the scores depend on.
+
+    NaN in several outputs at once tells whether the scores depend on any of them, so that bisection finds the last in
+    a few runs: about twice the logarithm of how far it is from the end.
+    """
+    high, span = len(candidates), 1
+    while high > 0 and not search.depends(candidates[max(0, high - span) : high]):
+        high, span = high - span, span * 2
+    if high <= 0:
+        return None
+    low = max(0, high - span)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if search.depends(candidates[middle:high]):
+            low = middle
+        else:
+            high = middle
+    return candidates[low]
+
+
+def _stages(
+    default: Candidate, maps: Sequence[Candidate], tokens: Sequence[Candidate], search: _Search
+) -> list[Candidate]:
+    """The ends of the stages of higher resolution before the default layer, deepest first; none that are tokens.
+
+    Tokens of several resolutions need not be in the order of the image's rows: Hiera's are in that of its pooling.
+    """
+    candidates = [*maps, *(token for token in tokens if token.grid.layout is Layout.CHANNELS_LAST)]
+    chosen, height = [], default.height
+    for candidate in sorted(candidates, key=lambda c: (c.height, c.trace.depth, -c.trace.order)):
+        if candidate.height >= _STAGE_RATIO * height and candidate.trace.order < default.trace.order:
+            chosen.append(candidate)
+            height = candidate.height
+    return [stage for stage in chosen if stage.grid.layout is Layout.MAP or search.depends([stage])]
+
+
+def _earlier_blocks(default: Candidate, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """What stands where the default layer does, in blocks at some depths; deepest first.
+
+    A default layer behind the last block has no equals: then the blocks themselves are taken.
+    """
+    alike = [c for c in candidates if c.grid == default.grid and c.trace.order <= default.trace.order]
+    equals = [c for c in alike if c.trace.place == default.trace.place]
+    before = [c for c in alike if c.trace.place != default.trace.place]
+    if before:
+        last = min(before, key=lambda c: (c.trace.depth, -c.trace.order))
+        equals += [c for c in before if c.trace.place == last.trace.place]
+    for equal in equals:
+        rows = _row(equal, alike)
+        if len(rows) > 1:
+            wanted = [rows[place] for depth in _DEPTHS if (place := round(len(rows) * depth) - 1) >= 0]
+            return [block for block in dict.fromkeys(wanted) if block.trace.place != default.trace.place]
+    return []
+
+
+def _row(candidate: Candidate, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Candidates whose names differ from this one's in one number, by that number."""
+    by_name = {c.name: c for c in candidates}
+    parts = candidate.name.split(".")
+    for position, part in enumerate(parts):
+        numbered = _NUMBERED.fullmatch(part)
+        if numbered is None:
+            continue
+        names = [
+            ".".join([*parts[:position], f"{numbered[1] or ''}{number}", *parts[position + 1 :]])
+            for number in range(int(numbered[2]) + 1)
+        ]
+        row = [by_name[name] for name in names if name in by_name]
+        if len(row) > 1:
+            return row
+    return [candidate]
+
+
+def _checked(name: str, given: Grid | None, search: _Search) -> Grid:
+    """Check a layer named by the operator; return how it is read as a map."""
+    known = [known for known, _ in search.module.named_modules() if known]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
         hint = f"; near: {', '.join(near)}" if near else ""
         raise ModelLoadError(f"layers: there is no module {name!r}{hint}")
-    runs = [trace for trace in traces if trace.name == name]
+    runs = [trace for trace in search.traces if trace.name == name]
     if not runs:
         raise ModelLoadError(f"layers: module {name!r} does not run in a forward pass")
-    if len(runs) > 1 or name in _repeated(traces):
+    if len(runs) > 1 or name in repeated(search.traces):
         raise ModelLoadError(f"layers: module {name!r} runs more than once in a forward pass")
-    if not _is_feature_map(runs[0].shape, input_size):
-        found = runs[0].shape or "no single tensor"
-        raise ModelLoadError(f"layers: module {name!r} returns {found}, not a feature map (1, C, h, w) with h, w > 1")
+    shape = runs[0].shape
+    if given is not None:
+        _check_form(name, given, shape)
+    grid = given or grid_of(shape, search.input_size, seen_grids(search.traces, search.input_size))
+    if grid is None:
+        raise ModelLoadError(
+            f"layers: module {name!r} returns {shape or 'no single tensor'}, not a feature map (1, C, h, w) with "
+            f"h, w > 1, a channels-last map or tokens that fit the image; `grids` can say how it is read"
+        )
+    if grid.layout is not Layout.MAP and not search.depends([Candidate(runs[0], grid)]):
+        raise ModelLoadError(
+            f"layers: the class scores do not depend on the places of the image in what module {name!r} returns; "
+            f"choose a layer before the last attention"
+        )
+    return grid
 
 
-def _repeated(traces: Sequence[_Trace]) -> set[str]:
-    counts: dict[int, int] = {}
-    for trace in traces:
-        counts[id(trace.module)] = counts.get(id(trace.module), 0) + 1
-    return {trace.name for trace in traces if counts[id(trace.module)] > 1}
-
-
-def _is_feature_map(shape: tuple[int, ...] | None, input_size: tuple[int, int]) -> bool:
-    """Whether a shape is (1, C, h, w) with h and w > 1, in the input's proportions as channels-last maps are not."""
-    if shape is None or len(shape) != 4 or shape[0] != 1 or min(shape[2:]) < 2:
-        return False
-    height_px, width_px = input_size
-    # Unpadded convolutions shift the proportions of an oblong input a little.
-    return abs(shape[2] * width_px - shape[3] * height_px) <= 2 * max(input_size)
-
-
-def _is_tokens(shape: tuple[int, ...] | None, input_size: tuple[int, int]) -> bool:
-    """Whether a shape is (1, tokens, C), or (1, h, w, C) and nothing else."""
-    if shape is None or shape[:1] != (1,):
-        return False
-    if len(shape) == 3:
-        return min(shape[1:]) > 1
-    if len(shape) != 4 or _is_feature_map(shape, input_size):
-        return False
-    return _is_feature_map((1, shape[3], *shape[1:3]), input_size)
-
-
-def _is_attention(module: nn.Module) -> bool:
-    # Attention weights (1, heads, tokens, tokens) look like feature maps.
-    return "attention" in type(module).__name__.lower()
-
-
-def _is_adaptive_pool(module: nn.Module) -> bool:
-    return "adaptive" in type(module).__name__.lower() and "pool" in type(module).__name__.lower()
-
-
-def _channels(trace: _Trace) -> int:
-    return trace.shape[1] if trace.shape is not None else 0
-
-
-def _height(trace: _Trace) -> int:
-    return trace.shape[2] if trace.shape is not None else 0
+def _check_form(name: str, grid: Grid, shape: tuple[int, ...] | None) -> None:
+    tokens = grid.prefix + grid.height * grid.width
+    if grid.layout is Layout.TOKENS:
+        fits, form = shape is not None and len(shape) == 3 and shape[1] == tokens, f"(1, {tokens}, C)"
+    elif grid.layout is Layout.CHANNELS_LAST:
+        fits, form = shape is not None and len(shape) == 4, "(1, h, w, C)"
+    else:
+        fits, form = shape is not None and len(shape) == 4, "(1, C, h, w)"
+    if not fits:
+        raise ModelLoadError(f"grids: module {name!r} returns {shape or 'no single tensor'}, not {form}")

@@ -23,7 +23,8 @@ def load_model(config: ModelConfig) -> LoadedModel:
     source = load_source(config)
     preprocess = resolve_preprocess(source.preprocess, config.preprocess)
     module = source.module.to("cpu", torch.float32).eval().requires_grad_(False)
-    discovery = discover(module, preprocess.crop_px, config.layers)
+    grids = {layer: grid.grid for layer, grid in config.grids.items()}
+    discovery = discover(module, preprocess.crop_px, config.layers, grids=grids)
     labels = source.labels if len(source.labels) == discovery.class_count else ()
     if config.labels is not None:
         labels = read_labels(config.labels, discovery.class_count)
@@ -35,6 +36,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
         labels=labels,
         class_count=discovery.class_count,
         layers=discovery.layers,
+        grids=discovery.grids,
     )
 
 

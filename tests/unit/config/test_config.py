@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from heatlens_server.cam.catalog import Method
+from heatlens_server.cam.layout import Grid, Layout
 from heatlens_server.config import Config, ModelConfig, ServerConfig, load_config
 from heatlens_server.errors import ConfigError
 from heatlens_server.imaging.preprocess import Interpolation
@@ -93,6 +94,33 @@ def test_file_is_read_and_its_paths_are_relative_to_its_folder(folder, monkeypat
     assert (cats.batching.max_batch_size, cats.batching.max_delay_ms) == (4, 2.0)
     assert dogs == ModelConfig(name="dogs", source="python:zoo.dogs:build")
     assert config.default_model == "cats"
+
+
+GRIDS = """
+[[models]]
+name = "m"
+source = "timm:x"
+layers = ["norm", "blocks.3.norm1"]
+[models.grids."blocks.3.norm1"]
+layout = "tokens"
+"""
+
+
+def test_grids_of_layers(folder):
+    size = "prefix = 1\nheight = 3\nwidth = 4\n"
+    (found,) = load_config(write(folder, GRIDS + size)).models
+    assert {name: grid.grid for name, grid in found.grids.items()} == {
+        "blocks.3.norm1": Grid(Layout.TOKENS, prefix=1, height=3, width=4)
+    }
+    place = "models[0].grids.blocks.3.norm1"
+    assert errors_of(folder, GRIDS) == [f'{place}: layout = "tokens" needs height and width']
+    assert errors_of(folder, GRIDS.replace("tokens", "map") + size) == [
+        f'{place}: prefix, height and width are for layout = "tokens" only'
+    ]
+    (line,) = errors_of(folder, GRIDS.replace("tokens", "pyramid"))
+    assert line.startswith(f"{place}.layout: ")
+    (line,) = errors_of(folder, GRIDS.replace('grids."blocks.3', 'grids."blocks.4') + size)
+    assert line == "models[0].grids: names 'blocks.4.norm1', which is not in layers"
 
 
 def test_overrides_beat_environment_beats_file_beats_defaults(folder, monkeypatch):

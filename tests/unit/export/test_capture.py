@@ -73,7 +73,7 @@ def test_pixels_are_normalised_in_the_graph_and_half_precision_is_a_copy():
         (exports.Deciding, "middle", "the network cannot be recorded for every batch size"),
         (exports.Counting, "middle", "the network changes its own buffers in a forward pass"),
         (exports.Repeating, "middle", "layer 'middle' runs more than once in a forward pass"),
-        (exports.Staged, "head.1", "layer 'head.1' gives a tensor of 2 dimensions, not 4"),
+        (exports.Staged, "head.1", "layer 'head.1': output: must have 4 dimensions"),
         (exports.Staged, "unused", "layer 'unused' does not run in a forward pass"),
     ],
 )

@@ -61,6 +61,7 @@ def test_it_is_readable_without_us(folder):
         "layer": "layer4",
         "method": "hi-res-cam",
         "outputs": ["logits", "cam"],
+        "grid": {"layout": "map", "prefix": 0, "height": 0, "width": 0},
     }
 
 

@@ -6,6 +6,7 @@ import torch
 import torchvision
 from torch import nn
 
+from heatlens_server.cam.layout import Layout
 from heatlens_server.errors import ModelLoadError
 from heatlens_server.models.layers import discover
 
@@ -84,16 +85,9 @@ def test_inception_v3_at_its_own_size():
 def test_tokens_turned_back_into_a_map_are_explained():
     # torchvision's Swin permutes its last tokens to (N, C, h, w).
     module = torchvision.models.swin_t(weights=None).eval()
-    assert discover(module, (224, 224)).layers[0] == "permute"
-
-
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
-def test_token_networks_are_refused_and_say_what_to_do(name):
-    module = timm.create_model(name, pretrained=False).eval()
-    with pytest.raises(ModelLoadError, match=r"not supported yet.*'patch_embed\.proj'.*`layers`"):
-        discover(module, (224, 224))
-    assert hook_count(module) == 0
-    assert discover(module, (224, 224), ["patch_embed.proj"]).layers == ("patch_embed.proj",)
+    found = discover(module, (224, 224))
+    assert found.layers == ("permute", "features.5", "features.3", "features.1")
+    assert [grid.layout for grid in found.grids.values()] == [Layout.MAP, *[Layout.CHANNELS_LAST] * 3]
 
 
 def test_outermost_name_of_a_shared_tensor_and_what_is_left_out():

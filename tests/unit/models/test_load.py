@@ -14,6 +14,7 @@ import torchvision
 from skimage import data
 from torch import nn
 
+from heatlens_server.cam.layout import Grid, Layout
 from heatlens_server.config import Config, ModelConfig, PreprocessConfig
 from heatlens_server.errors import ModelLoadError
 from heatlens_server.imaging.preprocess import Interpolation, PreprocessSpec, fit, normalise
@@ -162,7 +163,21 @@ class TestTimm:
         assert "near: resnet10t" in refusal(model("timm:resnet10tt"))
         assert '"none" or a file' in refusal(model("timm:resnet10t", weights="IMAGENET1K_V1"))
         assert "timm cannot build" in refusal(model("timm:resnet10t.no_such_tag", weights="none"))
-        assert "tokens" in refusal(model("timm:vit_tiny_patch16_224", weights="none"))
+
+    def test_tokens(self):
+        found = load_model(model("timm:vit_tiny_patch16_224", weights="none"))
+        assert found.layers[:2] == ("blocks.11.norm1", "blocks.8.norm1")
+        assert found.grid("blocks.11.norm1") == Grid(Layout.TOKENS, 1, 14, 14)
+
+    def test_configured_grids(self):
+        layer = {"layout": "tokens", "prefix": 1, "height": 7, "width": 28}
+        tokens = {"weights": "none", "layers": ("blocks.3.norm1",)}
+        found = load_model(model("timm:vit_tiny_patch16_224", **tokens, grids={"blocks.3.norm1": layer}))
+        assert found.grids == {"blocks.3.norm1": Grid(Layout.TOKENS, 1, 7, 28)}
+        wrong = {"blocks.3.norm1": {**layer, "prefix": 0}}
+        assert "returns (1, 197, 192), not (1, 196, C)" in refusal(
+            model("timm:vit_tiny_patch16_224", **tokens, grids=wrong)
+        )
 
 
 class TestPythonFactory:
