@@ -33,7 +33,7 @@ class Explained:
             size_px: (height, width) of the input.
         """
         with torch.no_grad():
-            return saliency(self.raw, size_px if spec.upsample else None)
+            return saliency(self.raw, size_px if spec.upsample else None, spec.aggregation)
 
 
 OnePass = Callable[[TorchModel, Tensor, Sequence[Target], MapSpec], Explained]
