@@ -9,14 +9,16 @@ from rich.table import Table
 
 from bench.measure import take_turns
 from heatlens import PixelBox
-from heatlens._wire import explain_request, result_of
+from heatlens._wire import result_of
+from heatlens._wire_requests import explain_request
 from heatlens.v1 import explain_pb2 as pb
 from heatlens_server.cam.catalog import CLOSED_FORMS, Method
 from heatlens_server.engines.base import EngineInfo, ImageResult, MapSpec, TopK
 from heatlens_server.imaging.preprocess import FittedImage, PreprocessSpec
 from heatlens_server.rpc.encode import encode
 from heatlens_server.rpc.limits import Limits
-from heatlens_server.rpc.validation import ExplainPlan, parse_explain
+from heatlens_server.rpc.plan import ExplainPlan
+from heatlens_server.rpc.validation import parse_explain
 from heatlens_server.serving.entry import Completed
 from heatlens_server.serving.lane import Explained, Lane
 from heatlens_server.serving.served import ServedModel

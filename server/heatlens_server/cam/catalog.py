@@ -80,8 +80,37 @@ CLOSED_FORMS = (
 )
 """Functions of activations and gradients, or of activations alone: see `cam.methods`. Exports can hold them."""
 
+DEFAULT_LAYER_ONLY = frozenset(
+    {
+        Method.CAM,
+        Method.EIGEN_CAM,
+        Method.EIGEN_GRAD_CAM,
+        Method.KPCA_CAM,
+        Method.FEM,
+        Method.RANDOM_CAM,
+    }
+)
+"""Closed forms that the exports servers make hold for the default layer alone. CAM is right for no other; the others
+keep a model's first start short, and torch has them for every layer."""
+
 ACTIVATIONS_ALONE = frozenset({Method.EIGEN_CAM, Method.KPCA_CAM, Method.FEM, Method.RANDOM_CAM})
 """The closed forms that need nothing of a class: neither gradients nor, as CAM, the head's weights."""
+
+
+WEIGHTED = frozenset(
+    {
+        Method.GRAD_CAM,
+        Method.GRAD_CAM_PLUS_PLUS,
+        Method.HI_RES_CAM,
+        Method.X_GRAD_CAM,
+        Method.LAYER_CAM,
+        Method.ELEMENT_WISE_GRAD_CAM,
+    }
+)
+"""Those that sum weighted activations over channels: their sum can be a principal component instead."""
+
+AT_INPUT_SIZE = frozenset({Method.FULL_GRAD, Method.GUIDED_GRAD_CAM})
+"""Their maps are of the model's input size whatever size is asked for: they look at no layer, or at the pixels too."""
 
 
 class Score(StrEnum):

@@ -54,6 +54,11 @@ class Pixels:
     classes: ClassTarget
     mask: BoolArray | None = None
 
+    @property
+    def count(self) -> int:
+        """How many classes."""
+        return self.classes.count
+
 
 @dataclass(frozen=True, slots=True)
 class Detections:
@@ -69,6 +74,11 @@ class Detections:
     max_count: int
     class_ids: tuple[int, ...] = ()
 
+    @property
+    def count(self) -> int:
+        """How many boxes at most."""
+        return self.max_count
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Similarity:
@@ -79,6 +89,11 @@ class Similarity:
     """
 
     reference: Float32Array | UInt8Array
+
+    @property
+    def count(self) -> int:
+        """One."""
+        return 1
 
 
 Target = TopK | ClassIds | Pixels | Detections | Similarity

@@ -1,47 +1,25 @@
 """From ExplainOptions and Image to what can be run, or to every field that is wrong with them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from heatlens.v1 import explain_pb2 as pb
-from heatlens.v1 import method_pb2
-from heatlens_server.cam.catalog import Method
-from heatlens_server.engines.base import ClassIds, ClassTarget, MapSpec, TopK, UInt8Array
-from heatlens_server.errors import FieldViolation, InvalidArgument
-from heatlens_server.imaging.decode import pixels_from_tensor
+from heatlens.v1 import faithfulness_pb2, method_pb2
+from heatlens_server.cam.catalog import PRESETS, WEIGHTED, Aggregation, Method, Metric, Preset, Score
+from heatlens_server.engines.base import MapSpec
+from heatlens_server.rpc.images import SourceImage, parse_image
 from heatlens_server.rpc.limits import Limits
-from heatlens_server.rpc.wire import MAP_DTYPES, METHOD_FROM_PROTO, data_type_name
+from heatlens_server.rpc.plan import ExplainPlan
+from heatlens_server.rpc.violations import Violations, shown
+from heatlens_server.rpc.wire import (
+    AGGREGATION_FROM_PROTO,
+    MAP_DTYPES,
+    METHOD_FROM_PROTO,
+    METRIC_FROM_PROTO,
+    SCORE_FROM_PROTO,
+)
 from heatlens_server.serving.served import ServedModel
-
-_SHOWN_CHARACTERS = 80
-
-
-SourceImage = bytes | UInt8Array
-"""An encoded file, or uint8 RGB pixels (H, W, 3)."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExplainPlan:
-    """How to explain images: valid options.
-
-    Attributes:
-        target: the classes wanted.
-        spec: method, layers and map size for the engine.
-        place_on_source: True if maps are to be placed on the source image.
-        map_dtype: numpy dtype of the maps on the wire.
-        top_predictions: how many classes to list.
-    """
-
-    target: ClassTarget
-    spec: MapSpec
-    place_on_source: bool
-    map_dtype: str
-    top_predictions: int
-
-    @property
-    def target_count(self) -> int:
-        """How many maps the answer holds."""
-        return self.target.count
+from heatlens_server.tasks.wire_base import TaskWire
+from heatlens_server.tasks.wire_table import task_wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,139 +43,156 @@ def parse_explain(request: pb.ExplainRequest, model: ServedModel, limits: Limits
     return ExplainCommand(image, plan)
 
 
-def parse_options(options: pb.ExplainOptions, model: ServedModel, limits: Limits, wrong: "Violations") -> ExplainPlan:
+def parse_options(options: pb.ExplainOptions, model: ServedModel, limits: Limits, wrong: Violations) -> ExplainPlan:
     """Check how to explain. The plan may be used if nothing was added to `wrong`."""
+    wire = task_wire(model.engine.task)
     method = _method(options, model, wrong)
-    layers = _layers(options, model, method, wrong)
-    target = _target(options, model, limits, wrong)
+    preset = PRESETS.get(method, Preset(method))
+    layers = _layers(options, model, preset, wrong)
+    wanted = wire.wanted(options, model, limits, wrong)
     map_size = options.map_size
     if map_size not in pb.MapSize.values():
         wrong.add("options.map_size", f"unknown map size {map_size}")
     map_dtype = MAP_DTYPES.get(options.map_type)
     if map_dtype is None:
         wrong.add("options.map_type", f"unknown data type {options.map_type}")
-    if not 0 <= options.top_predictions <= model.engine.class_count:
-        wrong.add(
-            "options.top_predictions",
-            f"must be in [0, {model.engine.class_count}], the model's class count; got {options.top_predictions}",
-        )
-    if options.HasField("smoothing") and (options.smoothing.augmentation or options.smoothing.principal_component):
-        wrong.add("options.smoothing", "smoothing is not supported by this version of the server")
+    _check_predictions(options, model, wire, wrong)
+    spec = MapSpec(
+        method=preset.method,
+        layers=layers,
+        upsample=map_size in {pb.MAP_SIZE_INPUT, pb.MAP_SIZE_SOURCE},
+        score=_score(options, model, method, preset, wrong),
+        aggregation=_aggregation(options, model, method, preset, wrong),
+        augment=_augment(options, model, wire, wrong),
+        principal=_principal(options, model, preset, wrong),
+        metrics=_metrics(options, model, wire, wrong),
+        return_mask=options.return_mask,
+    )
     return ExplainPlan(
-        target=target,
-        spec=MapSpec(method=method, layers=layers, upsample=map_size in {pb.MAP_SIZE_INPUT, pb.MAP_SIZE_SOURCE}),
+        target=wanted.target,
+        spec=spec,
         place_on_source=map_size == pb.MAP_SIZE_SOURCE,
         map_dtype=map_dtype or "",
         top_predictions=options.top_predictions,
+        complete=wanted.complete,
     )
-
-
-def parse_image(image: pb.Image, limits: Limits, wrong: "Violations") -> SourceImage:
-    """Check an image as far as that goes without decoding it. It may be used if nothing was added to `wrong`."""
-    source = image.WhichOneof("source")
-    if source == "pixels":
-        pixels = image.pixels
-        try:
-            return pixels_from_tensor(
-                data_type=data_type_name(pixels.data_type),
-                shape=tuple(pixels.shape),
-                data=pixels.data,
-                max_pixels=limits.max_image_pixels,
-            )
-        except InvalidArgument as error:
-            wrong.add_error(error)
-    elif source is None:
-        wrong.add("image", "an image is required: set encoded or pixels", reason="IMAGE_MISSING")
-    return image.encoded
-
-
-class Violations:
-    """Collects what is wrong, so that a caller learns everything at once."""
-
-    def __init__(self) -> None:
-        """Nothing is wrong yet."""
-        self._violations: list[FieldViolation] = []
-        self._reason = ""
-        self._metadata: dict[str, str] = {}
-
-    def add(self, field: str, description: str, *, reason: str = "INVALID_OPTION") -> None:
-        """A field is wrong. The error's reason is the first one given."""
-        self._violations.append(FieldViolation(field, description))
-        self._reason = self._reason or reason
-
-    def add_error(self, error: InvalidArgument) -> None:
-        """All fields of an error are wrong."""
-        self._violations.extend(error.violations)
-        self._reason = self._reason or error.reason
-        self._metadata |= error.metadata
-
-    def raise_if_any(self) -> None:
-        """Raise InvalidArgument with everything that was added, if anything was."""
-        if self._violations:
-            raise InvalidArgument(self._violations, reason=self._reason, metadata=self._metadata)
 
 
 def _method(options: pb.ExplainOptions, model: ServedModel, wrong: Violations) -> Method:
     if options.method == method_pb2.METHOD_UNSPECIFIED:
         return model.default_method
     method = METHOD_FROM_PROTO.get(options.method)
-    supported = ", ".join(model.engine.methods)
+    offered = model.engine.offered
+    supported = ", ".join(offered)
     if method is None:
         wrong.add("options.method", f"unknown method {options.method}; this model supports: {supported}")
-    elif method not in model.engine.methods:
+    elif method not in offered:
         wrong.add("options.method", f"model {model.name!r} does not support {method}; it supports: {supported}")
     else:
         return method
     return model.default_method
 
 
-def _layers(options: pb.ExplainOptions, model: ServedModel, method: Method, wrong: Violations) -> tuple[str, ...]:
+def _layers(options: pb.ExplainOptions, model: ServedModel, preset: Preset, wrong: Violations) -> tuple[str, ...]:
     offered = model.engine.layers
     if len(options.layers) > len(offered):
         # Not one violation each: their number, and the time to compare them, would be the caller's to choose.
         wrong.add("options.layers", f"at most {len(offered)} layers, each once; got {len(options.layers)}")
         return offered[:1]
-    layers = tuple(options.layers) or offered[:1]
+    layers = tuple(options.layers) or (offered if preset.all_layers else offered[:1])
     for i, layer in enumerate(layers):
         if layer not in offered:
-            wrong.add(f"options.layers[{i}]", f"unknown layer {_shown(layer)}; this model offers: {', '.join(offered)}")
+            wrong.add(f"options.layers[{i}]", f"unknown layer {shown(layer)}; this model offers: {', '.join(offered)}")
         elif layer in layers[:i]:
-            wrong.add(f"options.layers[{i}]", f"duplicate layer {_shown(layer)}")
-    if method is Method.CAM and layers != offered[:1]:
+            wrong.add(f"options.layers[{i}]", f"duplicate layer {shown(layer)}")
+    if preset.method is Method.CAM and layers != offered[:1]:
         wrong.add("options.layers", f"{Method.CAM} explains the model's default layer only: {offered[0]}")
     return layers
 
 
-def _target(options: pb.ExplainOptions, model: ServedModel, limits: Limits, wrong: Violations) -> ClassTarget:
-    class_count = model.engine.class_count
-    kind = options.WhichOneof("target")
-    if kind == "top_k":
-        largest = min(class_count, limits.max_targets)
-        if not 1 <= options.top_k <= largest:
-            wrong.add("options.top_k", f"must be in [1, {largest}]; got {options.top_k}")
-        return TopK(options.top_k)
-    if kind == "class_ids":
-        ids = tuple(options.class_ids.values)
-        _check_class_ids(ids, class_count, limits, wrong)
-        return ClassIds(ids)
-    return TopK(1)
+def _check_predictions(options: pb.ExplainOptions, model: ServedModel, wire: TaskWire, wrong: Violations) -> None:
+    count = options.top_predictions
+    if not wire.predicts and count:
+        wrong.add("options.top_predictions", f"a model of {model.engine.task} predicts no classes for the whole image")
+    elif not 0 <= count <= model.engine.class_count:
+        wrong.add(
+            "options.top_predictions",
+            f"must be in [0, {model.engine.class_count}], the model's class count; got {count}",
+        )
 
 
-def _check_class_ids(ids: Sequence[int], class_count: int, limits: Limits, wrong: Violations) -> None:
-    field = "options.class_ids.values"
-    if not ids:
-        wrong.add(field, "must name at least one class")
-    if len(ids) > limits.max_targets:
+def _score(options: pb.ExplainOptions, model: ServedModel, method: Method, preset: Preset, wrong: Violations) -> Score:
+    if options.target_score == method_pb2.TARGET_SCORE_UNSPECIFIED:
+        return preset.score
+    score = SCORE_FROM_PROTO.get(options.target_score)
+    if score is None:
+        wrong.add("options.target_score", f"unknown target score {options.target_score}")
+    elif score not in model.engine.scores:
+        supported = ", ".join(model.engine.scores)
+        wrong.add("options.target_score", f"model {model.name!r} does not support {score}; it supports: {supported}")
+    elif method in PRESETS and preset.score is not Score.LOGIT and score is not preset.score:
+        wrong.add("options.target_score", f"{method} explains the {preset.score}")
+    else:
+        return score
+    return preset.score
+
+
+def _aggregation(
+    options: pb.ExplainOptions, model: ServedModel, method: Method, preset: Preset, wrong: Violations
+) -> Aggregation:
+    if options.aggregation == method_pb2.AGGREGATION_UNSPECIFIED:
+        return preset.aggregation
+    aggregation = AGGREGATION_FROM_PROTO.get(options.aggregation)
+    if aggregation is None:
+        wrong.add("options.aggregation", f"unknown aggregation {options.aggregation}")
+    elif preset.all_layers and aggregation is not preset.aggregation:
+        wrong.add("options.aggregation", f"{method} makes the {preset.aggregation} of its layers' maps")
+    elif aggregation is not Aggregation.MEAN and not model.engine.full:
+        wrong.add("options.aggregation", f"model {model.name!r} supports {Aggregation.MEAN} only")
+    else:
+        return aggregation
+    return preset.aggregation
+
+
+def _augment(options: pb.ExplainOptions, model: ServedModel, wire: TaskWire, wrong: Violations) -> bool:
+    if options.smoothing.augmentation and not (model.engine.full and wire.mirrors):
+        wrong.add("options.smoothing.augmentation", f"model {model.name!r} does not support it")
+    return options.smoothing.augmentation
+
+
+def _principal(options: pb.ExplainOptions, model: ServedModel, preset: Preset, wrong: Violations) -> bool:
+    if options.smoothing.principal_component:
+        if not model.engine.full:
+            wrong.add("options.smoothing.principal_component", f"model {model.name!r} does not support it")
+        elif preset.method not in WEIGHTED:
+            wrong.add(
+                "options.smoothing.principal_component",
+                f"{preset.method} does not weight activations; these methods do: {', '.join(sorted(WEIGHTED))}",
+            )
+    return options.smoothing.principal_component
+
+
+def _metrics(options: pb.ExplainOptions, model: ServedModel, wire: TaskWire, wrong: Violations) -> tuple[Metric, ...]:
+    if not options.HasField("faithfulness"):
+        return ()
+    if not (model.engine.full and wire.measures):
+        wrong.add("options.faithfulness", f"model {model.name!r} does not support it")
+        return ()
+    field = "options.faithfulness.metrics"
+    asked = options.faithfulness.metrics
+    if len(asked) > len(Metric):
         # Not one violation each: their number would be the caller's to choose.
-        wrong.add(field, f"at most {limits.max_targets} classes in one request; got {len(ids)}")
-        return
-    for i, class_id in enumerate(ids):
-        if not 0 <= class_id < class_count:
-            wrong.add(f"{field}[{i}]", f"class id {class_id} is not in [0, {class_count})")
-        elif class_id in ids[:i]:
-            wrong.add(f"{field}[{i}]", f"duplicate class id {class_id}")
-
-
-def _shown(text: str) -> str:
-    """A caller's text, as it may be repeated in an error: short, and quoted."""
-    return repr(text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "...")
+        wrong.add(field, f"at most {len(Metric)} metrics, each once; got {len(asked)}")
+        return ()
+    chosen: set[Metric] = set()
+    for i, value in enumerate(asked):
+        metric = METRIC_FROM_PROTO.get(value)
+        if metric is None:
+            wrong.add(f"{field}[{i}]", f"unknown metric {value}")
+        elif metric in chosen:
+            wrong.add(f"{field}[{i}]", f"duplicate metric {faithfulness_pb2.FaithfulnessMetric.Name(value)}")
+        elif metric not in wire.measures:
+            wrong.add(f"{field}[{i}]", f"{metric} is not defined for a model of {model.engine.task}")
+        else:
+            chosen.add(metric)
+    return tuple(metric for metric in Metric if metric in (chosen or {Metric.DELETION, Metric.INSERTION}))

@@ -3,16 +3,30 @@
 from typing import cast
 
 from heatlens.v1 import explain_pb2 as pb
-from heatlens.v1 import method_pb2
-from heatlens_server.cam.catalog import Method
+from heatlens.v1 import faithfulness_pb2, method_pb2
+from heatlens_server.cam.catalog import Aggregation, Method, Metric, Score
 
 
 def _proto_method(method: Method) -> method_pb2.Method:
-    return cast("method_pb2.Method", method_pb2.Method.Value("METHOD_" + method.value.upper().replace("-", "_")))
+    return cast("method_pb2.Method", method_pb2.Method.Value("METHOD_" + _upper(method)))
+
+
+def _upper(name: str) -> str:
+    return name.upper().replace("-", "_")
 
 
 METHOD_TO_PROTO: dict[Method, method_pb2.Method] = {method: _proto_method(method) for method in Method}
 METHOD_FROM_PROTO: dict[int, Method] = {int(value): method for method, value in METHOD_TO_PROTO.items()}
+
+SCORE_FROM_PROTO: dict[int, Score] = {
+    int(method_pb2.TargetScore.Value("TARGET_SCORE_" + _upper(score))): score for score in Score
+}
+AGGREGATION_FROM_PROTO: dict[int, Aggregation] = {
+    int(method_pb2.Aggregation.Value("AGGREGATION_" + _upper(aggregation))): aggregation for aggregation in Aggregation
+}
+METRIC_FROM_PROTO: dict[int, Metric] = {
+    int(faithfulness_pb2.FaithfulnessMetric.Value("FAITHFULNESS_METRIC_" + _upper(metric))): metric for metric in Metric
+}
 
 MAP_DTYPES: dict[int, str] = {
     pb.DATA_TYPE_UNSPECIFIED: "<f4",

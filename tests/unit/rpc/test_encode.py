@@ -9,12 +9,13 @@ from heatlens_server.cam.catalog import Method
 from heatlens_server.engines.base import ClassIds, EngineInfo, ImageResult, MapSpec, TopK
 from heatlens_server.errors import InvalidArgument
 from heatlens_server.imaging.preprocess import FittedImage, Interpolation, PreprocessSpec
-from heatlens_server.rpc.encode import check_answer_size, encode, softmax
+from heatlens_server.rpc.encode import check_answer_size, encode
 from heatlens_server.rpc.limits import Limits
-from heatlens_server.rpc.validation import ExplainPlan
+from heatlens_server.rpc.plan import ExplainPlan
 from heatlens_server.serving.entry import Completed
 from heatlens_server.serving.lane import Explained
 from heatlens_server.serving.served import ServedModel
+from heatlens_server.tasks.classification.wire import softmax
 
 LARGEST = float(np.finfo(np.float32).max)
 LABELS = ("cat", "dog", "bird", "fish")

@@ -1,5 +1,6 @@
 """Requests against a model and limits: what is accepted, and that everything else is named."""
 
+import dataclasses
 import math
 import re
 import time
@@ -13,14 +14,15 @@ from hypothesis import strategies as st
 import tiny_models
 from engine_cases import loaded
 from heatlens.v1 import explain_pb2 as pb
-from heatlens.v1 import method_pb2
-from heatlens_server.cam.catalog import Method
+from heatlens.v1 import faithfulness_pb2, method_pb2
+from heatlens_server.cam.catalog import PRESETS, WEIGHTED, Aggregation, Method, Metric, Score
 from heatlens_server.engines.base import ClassIds, MapSpec, TopK
 from heatlens_server.engines.torch_engine import TorchEngine
 from heatlens_server.errors import InvalidArgument
 from heatlens_server.rpc.limits import Limits
 from heatlens_server.rpc.status import to_wire
 from heatlens_server.rpc.validation import parse_explain
+from heatlens_server.rpc.wire import METHOD_FROM_PROTO
 from heatlens_server.serving.served import ServedModel
 
 LIMITS = Limits(
@@ -32,7 +34,8 @@ PIXELS = pb.Image(pixels=pb.Tensor(data_type=pb.DATA_TYPE_UINT8, shape=(2, 3, 3)
 def served(module, layers) -> ServedModel:
     model = loaded(module, layers)
     engine = TorchEngine(model, device="cpu")
-    info = engine.info
+    methods = {*Method} - {*PRESETS, Method.LE_GRAD} - ({Method.CAM} - {*engine.info.methods})
+    info = dataclasses.replace(engine.info, methods=tuple(method for method in Method if method in methods))
     engine.close()
     return ServedModel(
         name="tiny",
@@ -122,21 +125,31 @@ def test_all_wrong_fields_are_named_at_once():
             layers=["body", "body"],
             map_size=9,
             map_type=-1,
-            smoothing=pb.Smoothing(augmentation=True),
+            smoothing=pb.Smoothing(augmentation=True, principal_component=True),
             top_predictions=-1,
+            target_score=9,
+            aggregation=9,
+            faithfulness=faithfulness_pb2.FaithfulnessOptions(metrics=[1, 1, 0]),
+            return_mask=True,
+            min_score=0.5,
         ),
     )
     error = refusal(sent)
     assert fields(error) == [
         "options.method",
         "options.layers[1]",
+        "options.return_mask",
+        "options.min_score",
         "options.class_ids.values[1]",
         "options.class_ids.values[2]",
         "options.class_ids.values[3]",
         "options.map_size",
         "options.map_type",
         "options.top_predictions",
-        "options.smoothing",
+        "options.target_score",
+        "options.aggregation",
+        "options.faithfulness.metrics[1]",
+        "options.faithfulness.metrics[2]",
         "image.pixels.data",
     ]
     assert error.metadata["expected_bytes"] == "12"
@@ -176,8 +189,51 @@ def test_cam_wants_the_default_layer_and_a_model_that_has_it():
     assert fields(refusal(request(method=method_pb2.METHOD_CAM), TINY_MLP)) == ["options.method"]
 
 
-def test_smoothing_that_asks_for_nothing_is_accepted():
-    assert parse_explain(request(smoothing=pb.Smoothing()), TINY, LIMITS)
+def spec_of(**options) -> MapSpec:
+    return parse_explain(request(**options), TINY, LIMITS).plan.spec
+
+
+def test_presets_are_what_they_stand_for():
+    finer = spec_of(method=method_pb2.METHOD_FINER_CAM)
+    assert finer == spec_of(method=method_pb2.METHOD_GRAD_CAM, target_score=method_pb2.TARGET_SCORE_CONTRAST)
+    assert (finer.method, finer.score, finer.layers) == (Method.GRAD_CAM, Score.CONTRAST, ("body",))
+    refine = spec_of(method=method_pb2.METHOD_REFINE_CAM)
+    product = {"method": method_pb2.METHOD_GRAD_CAM, "aggregation": method_pb2.AGGREGATION_PRODUCT}
+    assert refine == spec_of(layers=["body", "stem"], **product)
+    assert refine.aggregation is Aggregation.PRODUCT
+    assert spec_of(method=method_pb2.METHOD_REFINE_CAM, layers=["stem"]).layers == ("stem",)
+
+
+def test_smoothing_and_faithfulness_reach_the_spec():
+    spec = spec_of(
+        smoothing=pb.Smoothing(augmentation=True, principal_component=True),
+        faithfulness=faithfulness_pb2.FaithfulnessOptions(metrics=[8, 3]),
+    )
+    assert (spec.augment, spec.principal, spec.in_steps) == (True, True, True)
+    assert spec.metrics == (Metric.ROAD_MORF, Metric.SPARSENESS)
+    default = spec_of(faithfulness=faithfulness_pb2.FaithfulnessOptions())
+    assert default.metrics == (Metric.DELETION, Metric.INSERTION)
+    assert spec_of(smoothing=pb.Smoothing()) == spec_of()
+
+
+def test_what_only_torch_does_is_refused_where_there_is_no_torch():
+    exported = dataclasses.replace(
+        TINY, engine=dataclasses.replace(TINY.engine, full=False, scores=(Score.LOGIT,), methods=(Method.GRAD_CAM,))
+    )
+    sent = request(
+        smoothing=pb.Smoothing(augmentation=True, principal_component=True),
+        faithfulness=faithfulness_pb2.FaithfulnessOptions(),
+        target_score=method_pb2.TARGET_SCORE_PROBABILITY,
+        aggregation=method_pb2.AGGREGATION_MAX,
+    )
+    assert fields(refusal(sent, exported)) == [
+        "options.target_score",
+        "options.aggregation",
+        "options.smoothing.augmentation",
+        "options.smoothing.principal_component",
+        "options.faithfulness",
+    ]
+    assert fields(refusal(request(method=method_pb2.METHOD_FINER_CAM), exported)) == ["options.method"]
 
 
 @pytest.mark.parametrize(
@@ -186,9 +242,10 @@ def test_smoothing_that_asks_for_nothing_is_accepted():
         request(layers=["body"] * 300_000),
         request(layers=["x" * 100_000]),
         request(class_ids=pb.ClassIds(values=range(500_000))),
+        request(faithfulness=faithfulness_pb2.FaithfulnessOptions(metrics=[1] * 500_000)),
         pb.ExplainRequest(image=pb.Image(pixels=pb.Tensor(data_type=pb.DATA_TYPE_UINT8, shape=range(300_000)))),
     ],
-    ids=["many layers", "long layer", "many classes", "many dimensions"],
+    ids=["many layers", "long layer", "many classes", "many metrics", "many dimensions"],
 )
 def test_huge_requests_are_refused_fast_and_shortly(sent):
     started_at = time.process_time()
@@ -225,12 +282,21 @@ def requests(draw) -> pb.ExplainRequest:
     target = draw(st.sampled_from([{}, {"top_k": top_k}, {"class_ids": pb.ClassIds(values=ids)}]))
     names = st.sampled_from(["body", "stem", "head"]) | st.text(max_size=100)
     options = pb.ExplainOptions(
-        method=mostly(st.integers(0, 7), st.integers(-1, 9)),
+        method=mostly(st.integers(0, 22), st.integers(-1, 26)),
         layers=mostly(st.sampled_from([[], ["body"], ["stem", "body"]]), st.lists(names, max_size=3)),
         map_size=mostly(st.integers(0, 3), st.integers(-1, 4)),
         map_type=mostly(st.integers(0, 3), st.integers(-1, 4)),
         top_predictions=mostly(st.integers(0, 10), SMALL | INTS),
-        smoothing=mostly(st.just(None), st.builds(pb.Smoothing, augmentation=st.booleans())),
+        smoothing=draw(st.builds(pb.Smoothing, augmentation=st.booleans(), principal_component=st.booleans())),
+        target_score=mostly(st.just(0), st.integers(-1, 5)),
+        aggregation=mostly(st.just(0), st.integers(-1, 4)),
+        faithfulness=mostly(
+            st.just(None),
+            st.builds(faithfulness_pb2.FaithfulnessOptions, metrics=st.lists(st.integers(-1, 11), max_size=4)),
+        ),
+        mask=mostly(st.just(None), st.just(pb.Tensor())),
+        min_score=mostly(st.just(None), st.floats(0, 1)),
+        return_mask=mostly(st.just(False), st.booleans()),
         **target,
     )
     return pb.ExplainRequest(image=mostly(st.sampled_from([PIXELS, pb.Image(encoded=b"")]), images()), options=options)
@@ -242,8 +308,20 @@ def wrong_fields(sent: pb.ExplainRequest) -> set[str]:
     ids, layers = list(options.class_ids.values), list(options.layers)
     kind, source = options.WhichOneof("target"), sent.image.WhichOneof("source")
     shape = list(pixels.shape)
+    metrics = list(options.faithfulness.metrics)
+    known = options.method in range(23) or options.method == method_pb2.METHOD_GUIDED_GRAD_CAM
+    finer = options.method == method_pb2.METHOD_FINER_CAM
+    refine = options.method == method_pb2.METHOD_REFINE_CAM
+    # A method that is not known is refused, and the default, Grad-CAM, weights activations.
+    weighted = not known or options.method == 0 or finer or refine or METHOD_FROM_PROTO[options.method] in WEIGHTED
     wrong = {
-        "method": options.method not in range(8),
+        "method": not known,
+        "target_score": options.target_score not in range(5) or (finer and options.target_score not in (0, 4)),
+        "aggregation": options.aggregation not in range(4) or (refine and options.aggregation not in (0, 3)),
+        "faithfulness": len(set(metrics)) < len(metrics) or not set(metrics) <= set(range(1, 11)),
+        "mask": options.HasField("mask"),
+        "min_score": options.HasField("min_score"),
+        "return_mask": options.return_mask,
         "layers": len(set(layers)) < len(layers)
         or not set(layers) <= set(offered)
         or (options.method == method_pb2.METHOD_CAM and layers not in ([], ["body"])),
@@ -253,7 +331,7 @@ def wrong_fields(sent: pb.ExplainRequest) -> set[str]:
         "map_size": options.map_size not in range(4),
         "map_type": options.map_type not in range(4),
         "top_predictions": not 0 <= options.top_predictions <= 10,
-        "smoothing": options.smoothing.augmentation,
+        "smoothing": options.smoothing.principal_component and not weighted,
         "image": source is None
         or (
             source == "pixels"

@@ -8,7 +8,9 @@ from google.protobuf.duration_pb2 import Duration
 from heatlens.v1 import explain_pb2 as pb
 from heatlens_server.errors import InvalidArgument
 from heatlens_server.rpc.limits import Limits
-from heatlens_server.rpc.validation import ExplainPlan, Violations, parse_options
+from heatlens_server.rpc.plan import ExplainPlan
+from heatlens_server.rpc.validation import parse_options
+from heatlens_server.rpc.violations import Violations
 from heatlens_server.serving.served import ServedModel
 
 PROTOCOL_VIOLATION = "PROTOCOL_VIOLATION"

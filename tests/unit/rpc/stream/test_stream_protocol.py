@@ -9,6 +9,7 @@ from heatlens_server.engines.base import EngineInfo, MapSpec, TopK
 from heatlens_server.errors import InvalidArgument
 from heatlens_server.imaging.preprocess import Interpolation, PreprocessSpec
 from heatlens_server.rpc.limits import Limits
+from heatlens_server.rpc.plan import ExplainPlan
 from heatlens_server.rpc.stream.protocol import (
     FrameOrder,
     StreamPlan,
@@ -16,7 +17,6 @@ from heatlens_server.rpc.stream.protocol import (
     field_of_stream,
     parse_config,
 )
-from heatlens_server.rpc.validation import ExplainPlan
 from heatlens_server.serving.served import ServedModel
 
 LIMITS = Limits(

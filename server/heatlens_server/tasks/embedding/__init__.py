@@ -1,0 +1,1 @@
+"""Turning images into vectors that are compared."""

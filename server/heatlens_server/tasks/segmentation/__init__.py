@@ -1,0 +1,1 @@
+"""Naming what every pixel shows."""
