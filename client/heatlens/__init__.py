@@ -30,12 +30,13 @@ from heatlens._exceptions import (
 )
 from heatlens._frame_result import FrameResult
 from heatlens._geometry import PixelBox, place_map
+from heatlens._heatmap import Heatmap
 from heatlens._options import TLS, Retry
 from heatlens._results import (
     ClassScore,
     Explanation,
+    Faithfulness,
     Health,
-    Heatmap,
     ModelInfo,
     ModelState,
     Result,
@@ -55,6 +56,7 @@ __all__ = [
     "DeadlineExceededError",
     "Explanation",
     "FailedPreconditionError",
+    "Faithfulness",
     "FieldViolation",
     "FrameResult",
     "Health",

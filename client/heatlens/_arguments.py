@@ -5,6 +5,8 @@ import operator
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 from heatlens._exceptions import InvalidArgumentError
 
 MAX_INT32 = 2**31 - 1
@@ -21,6 +23,13 @@ def checked_int(argument: str, value: object, *, at_least: int, at_most: int = M
     if number is None or isinstance(value, bool) or not at_least <= number <= at_most:
         raise InvalidArgumentError.of(argument, f"expected an integer from {at_least} to {at_most}, got {value!r}")
     return number
+
+
+def checked_bool(argument: str, value: object) -> bool:
+    """Return the value, True or False; numpy's too. Whatever else is true or false in Python, "no" is neither."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise InvalidArgumentError.of(argument, f"expected True or False, got {value!r}")
 
 
 def checked_timeout(timeout: float | None) -> float | None:

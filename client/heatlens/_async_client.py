@@ -6,6 +6,7 @@ import asyncio
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from types import TracebackType
 from typing import Self, TypeVar
@@ -19,11 +20,20 @@ from heatlens import _wire
 from heatlens._async_link import AsyncLink, AsyncStreamCall
 from heatlens._async_stream import AsyncStream
 from heatlens._exceptions import CallCancelledError, FailedPreconditionError, NotFoundError
-from heatlens._images import ImageSource, load_image
+from heatlens._images import ImageSource
+from heatlens._names import AggregationName, MapSizeName, MapTypeName, TargetScoreName
 from heatlens._options import DEFAULT_MAX_MESSAGE_BYTES, TLS, UNSET, Retry, Timeout, make_settings
 from heatlens._results import Health, ModelInfo, Result, ServerInfo
 from heatlens._status import error_of, unknown_model
 from heatlens._stream_wire import OverflowName, stream_plan
+from heatlens._wire_requests import (
+    MaskSource,
+    Metrics,
+    ReferenceSource,
+    check_size,
+    explain_request,
+    health_request,
+)
 from heatlens.v1 import explain_pb2_grpc, model_pb2, model_pb2_grpc
 
 Request = TypeVar("Request", bound=Message)
@@ -116,42 +126,27 @@ class AsyncClient:
         class_ids: int | Sequence[int] | None = None,
         method: str | None = None,
         layers: str | Sequence[str] | None = None,
-        map_size: _wire.MapSizeName | None = None,
-        map_type: _wire.MapTypeName | None = None,
+        map_size: MapSizeName | None = None,
+        map_type: MapTypeName | None = None,
         top_predictions: int | None = None,
+        target_score: TargetScoreName | None = None,
+        aggregation: AggregationName | None = None,
+        augment: bool = False,
+        principal_component: bool = False,
+        faithfulness: Metrics = False,
+        mask: MaskSource | None = None,
+        reference: ReferenceSource | None = None,
+        min_score: float | None = None,
+        return_mask: bool = False,
         timeout: Timeout = UNSET,
     ) -> Result:
         """Explain one image: which of its pixels made the model give a class its score.
 
-        Args:
-            image: a path, the bytes of a JPEG, PNG or WebP file, or uint8 RGB pixels of shape (height, width, 3).
-            model: name of a served model. None: the server's default.
-            top_k: explain the k most probable classes, k >= 1. Not with `class_ids`. Neither: the most probable one.
-            class_ids: explain this class or these classes, in this order.
-            method: how the map is made: "grad-cam", "layer-cam", ... None: the model's default.
-            layers: the layer or layers to explain. None: the model's default.
-            map_size: "layer" (default): the layer's own resolution. "input": enlarged to the model's input, then
-                min-max. "source": the map of "input", placed on the whole source image. `Heatmap.on` and `overlay`
-                place maps of the first two; a layer's map placed so has fewer bytes and slightly other values.
-            map_type: "float32" (default), "float16" or "uint8" on the wire; `Heatmap.values` is always float32.
-            top_predictions: how many of the most probable classes to return in `predictions`. None: none.
-            timeout: seconds for this call, all retries included; None: no limit. Not given: the client's.
-
-        Returns:
-            The maps, scores and timing.
-
-        Raises:
-            InvalidArgumentError: an argument is wrong; found before the call where possible.
-            FileNotFoundError: there is no such file (another OSError if it cannot be read).
-            NotFoundError: no model of that name.
-            UnavailableError, ResourceExhaustedError: still failing after all retries.
-            DeadlineExceededError: no answer within the timeout.
-            HeatlensError: any other failure; see `heatlens.HeatlensError` and its subclasses.
+        Arguments, what is returned and what is raised are those of `heatlens.Client.explain`. Files are read aside, so
+        that the event loop goes on.
         """
-        if isinstance(image, str | PathLike):
-            # Reading a file would hold up the event loop.
-            image = await asyncio.to_thread(load_image, image)
-        request = _wire.explain_request(
+        build = partial(
+            explain_request,
             image,
             model=model,
             top_k=top_k,
@@ -161,7 +156,19 @@ class AsyncClient:
             map_size=map_size,
             map_type=map_type,
             top_predictions=top_predictions,
+            target_score=target_score,
+            aggregation=aggregation,
+            augment=augment,
+            principal_component=principal_component,
+            faithfulness=faithfulness,
+            mask=mask,
+            reference=reference,
+            min_score=min_score,
+            return_mask=return_mask,
         )
+        # Reading a file would hold up the event loop.
+        reads = any(isinstance(source, str | PathLike) for source in (image, mask, reference))
+        request = await asyncio.to_thread(build) if reads else build()
         return _wire.result_of(
             await self._call(self._connect().explain.Explain, request, timeout), placed=map_size == "source"
         )
@@ -181,38 +188,18 @@ class AsyncClient:
         class_ids: int | Sequence[int] | None = None,
         method: str | None = None,
         layers: str | Sequence[str] | None = None,
-        map_size: _wire.MapSizeName | None = None,
-        map_type: _wire.MapTypeName | None = None,
+        map_size: MapSizeName | None = None,
+        map_type: MapTypeName | None = None,
         top_predictions: int | None = None,
+        target_score: TargetScoreName | None = None,
+        aggregation: AggregationName | None = None,
+        augment: bool = False,
+        principal_component: bool = False,
     ) -> AsyncStream:
         """Explain the frames of a video, in order. See `heatlens.AsyncStream`.
 
-        The stream opens with its `async with` statement or first use, within the client's timeout, and raises what is
-        wrong with its configuration then. From there on it has no time limit. Opening is not tried again by itself,
-        neither after a break nor when the server refuses: a model that is loading (UnavailableError) and too many
-        streams (ResourceExhaustedError) raise at once, with `retry_after_s`.
-
-        Args:
-            model: name of a served model. None: the server's default.
-            max_in_flight: the window: most unanswered frames. None: the server's choice; it may grant less.
-            overflow: when frames come faster than they are explained: "block": wait, none is lost; "drop-oldest":
-                drop the oldest that wait, answers stay fresh.
-            every: explain the first of so many frames, of those that reach the server, and answer the others
-                `skipped`. A frame that the client itself refuses or drops does not count.
-            max_fps: explain at most so many frames per second, by capture time, and answer the others `skipped`.
-            smooth: weight of the past in the moving average of a class's maps, in [0, 1); 0: none.
-            frame_timeout: seconds that a frame may wait in the server; after that it fails. None: no limit.
-            jpeg_quality: 1 to 100: pixels travel as JPEG of this quality. None: as they are. Files do in any case.
-            top_k: explain the k most probable classes of each frame, as for `explain`; so are all that follow.
-            class_ids: explain this class or these classes, in this order.
-            method: how the map is made.
-            layers: the layer or layers to explain.
-            map_size: "layer", "input" or "source".
-            map_type: "float32", "float16" or "uint8" on the wire.
-            top_predictions: how many of the most probable classes to return in `predictions`.
-
-        Raises:
-            InvalidArgumentError: an argument is wrong.
+        Arguments and what is raised are those of `heatlens.Client.stream`; the stream opens with its `async with`
+        statement or first use.
         """
         plan = stream_plan(
             model=model,
@@ -230,6 +217,10 @@ class AsyncClient:
             map_size=map_size,
             map_type=map_type,
             top_predictions=top_predictions,
+            target_score=target_score,
+            aggregation=aggregation,
+            augment=augment,
+            principal_component=principal_component,
             max_message_bytes=self._settings.max_message_bytes,
         )
         return AsyncStream(AsyncLink(self._start_stream, plan, timeout_s=self._settings.timeout))
@@ -254,7 +245,7 @@ class AsyncClient:
             UnavailableError: no server answers.
             HeatlensError: any other failure.
         """
-        request = _wire.health_request(model)
+        request = health_request(model)
         try:
             return _wire.health_of(await self._call(self._connect().health.Check, request, timeout))
         except NotFoundError as error:
@@ -294,7 +285,7 @@ class AsyncClient:
         """Make one call; only our exceptions come out, and CancelledError if our task is cancelled."""
         settings = self._settings
         timeout_s = settings.timeout_of(timeout)
-        _wire.check_size(request, settings.max_message_bytes)
+        check_size(request, settings.max_message_bytes)
         request_id, metadata = settings.call_metadata()
         try:
             return await method(

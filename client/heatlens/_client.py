@@ -12,11 +12,20 @@ from heatlens import _wire
 from heatlens._exceptions import FailedPreconditionError, NotFoundError
 from heatlens._images import ImageSource
 from heatlens._link import Link, StreamCall
+from heatlens._names import AggregationName, MapSizeName, MapTypeName, TargetScoreName
 from heatlens._options import DEFAULT_MAX_MESSAGE_BYTES, TLS, UNSET, Retry, Timeout, make_settings
 from heatlens._results import Health, ModelInfo, Result, ServerInfo
 from heatlens._status import error_of, unknown_model
 from heatlens._stream import Stream
 from heatlens._stream_wire import OverflowName, stream_plan
+from heatlens._wire_requests import (
+    MaskSource,
+    Metrics,
+    ReferenceSource,
+    check_size,
+    explain_request,
+    health_request,
+)
 from heatlens.v1 import explain_pb2, explain_pb2_grpc, model_pb2, model_pb2_grpc
 
 Request = TypeVar("Request", bound=Message)
@@ -98,9 +107,18 @@ class Client:
         class_ids: int | Sequence[int] | None = None,
         method: str | None = None,
         layers: str | Sequence[str] | None = None,
-        map_size: _wire.MapSizeName | None = None,
-        map_type: _wire.MapTypeName | None = None,
+        map_size: MapSizeName | None = None,
+        map_type: MapTypeName | None = None,
         top_predictions: int | None = None,
+        target_score: TargetScoreName | None = None,
+        aggregation: AggregationName | None = None,
+        augment: bool = False,
+        principal_component: bool = False,
+        faithfulness: Metrics = False,
+        mask: MaskSource | None = None,
+        reference: ReferenceSource | None = None,
+        min_score: float | None = None,
+        return_mask: bool = False,
         timeout: Timeout = UNSET,
     ) -> Result:
         """Explain one image: which of its pixels made the model give a class its score.
@@ -117,6 +135,19 @@ class Client:
                 place maps of the first two; a layer's map placed so has fewer bytes and slightly other values.
             map_type: "float32" (default), "float16" or "uint8" on the wire; `Heatmap.values` is always float32.
             top_predictions: how many of the most probable classes to return in `predictions`. None: none.
+            target_score: what is explained about a class: its "logit" (default), "probability" or "log-probability", or
+                its "contrast" to the classes that look like it.
+            aggregation: how the maps of several layers become one: "mean" (default), "max" or "product".
+            augment: average the maps of the image and its mirror image, each darker and brighter.
+            principal_component: project weighted activations on their first principal component, do not sum them.
+            faithfulness: measure how faithful each map is: True for deletion and insertion, or "road-combined",
+                "sparseness", ..., or a list of them: see `heatlens.Faithfulness`. Costs many runs of the model.
+            mask: segmentation: explain these pixels, not those predicted as the class: bools or integers (height,
+                width) of the upright source image, or an image file; what is not 0 counts.
+            reference: embedding models, required there: what the image is compared with: an embedding, such as
+                `Result.embedding`, or another image.
+            min_score: detection: explain detections of at least this score, in [0, 1]. None: 0.5.
+            return_mask: segmentation: return the predicted mask.
             timeout: seconds for this call, all retries included; None: no limit. Not given: the client's.
 
         Returns:
@@ -130,7 +161,7 @@ class Client:
             DeadlineExceededError: no answer within the timeout.
             HeatlensError: any other failure; see `heatlens.HeatlensError` and its subclasses.
         """
-        request = _wire.explain_request(
+        request = explain_request(
             image,
             model=model,
             top_k=top_k,
@@ -140,6 +171,15 @@ class Client:
             map_size=map_size,
             map_type=map_type,
             top_predictions=top_predictions,
+            target_score=target_score,
+            aggregation=aggregation,
+            augment=augment,
+            principal_component=principal_component,
+            faithfulness=faithfulness,
+            mask=mask,
+            reference=reference,
+            min_score=min_score,
+            return_mask=return_mask,
         )
         return _wire.result_of(self._call(self._explain.Explain, request, timeout), placed=map_size == "source")
 
@@ -158,9 +198,13 @@ class Client:
         class_ids: int | Sequence[int] | None = None,
         method: str | None = None,
         layers: str | Sequence[str] | None = None,
-        map_size: _wire.MapSizeName | None = None,
-        map_type: _wire.MapTypeName | None = None,
+        map_size: MapSizeName | None = None,
+        map_type: MapTypeName | None = None,
         top_predictions: int | None = None,
+        target_score: TargetScoreName | None = None,
+        aggregation: AggregationName | None = None,
+        augment: bool = False,
+        principal_component: bool = False,
     ) -> Stream:
         """Explain the frames of a video, in order. See `heatlens.Stream`.
 
@@ -187,6 +231,10 @@ class Client:
             map_size: "layer", "input" or "source".
             map_type: "float32", "float16" or "uint8" on the wire.
             top_predictions: how many of the most probable classes to return in `predictions`.
+            target_score: what is explained about a class.
+            aggregation: how the maps of several layers become one.
+            augment: average over changed versions of each frame.
+            principal_component: project on the first principal component.
 
         Raises:
             InvalidArgumentError: an argument is wrong.
@@ -207,6 +255,10 @@ class Client:
             map_size=map_size,
             map_type=map_type,
             top_predictions=top_predictions,
+            target_score=target_score,
+            aggregation=aggregation,
+            augment=augment,
+            principal_component=principal_component,
             max_message_bytes=self._settings.max_message_bytes,
         )
         return Stream(Link(self._start_stream, plan, timeout_s=self._settings.timeout))
@@ -227,7 +279,7 @@ class Client:
             UnavailableError: no server answers.
             HeatlensError: any other failure.
         """
-        request = _wire.health_request(model)
+        request = health_request(model)
         try:
             return _wire.health_of(self._call(self._health.Check, request, timeout))
         except NotFoundError as error:
@@ -242,7 +294,7 @@ class Client:
         """Make one call; only our exceptions come out."""
         settings = self._settings
         timeout_s = settings.timeout_of(timeout)
-        _wire.check_size(request, settings.max_message_bytes)
+        check_size(request, settings.max_message_bytes)
         if self._closed:
             raise _client_closed()
         request_id, metadata = settings.call_metadata()

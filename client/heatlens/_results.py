@@ -1,156 +1,12 @@
 """What calls return: small frozen values, without protobuf."""
 
-import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from os import PathLike
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from heatlens._exceptions import InvalidArgumentError
-from heatlens._geometry import Float32Array, PixelBox, place_map
-from heatlens._images import ImageSource, UInt8Array, checked_path, decode_image, write_image
-from heatlens._overlay import blend, color_map
-
-
-# eq=False: arrays have no truth value; two heatmaps are the same only if they are one object.
-@dataclass(frozen=True, slots=True, eq=False)
-class Heatmap:
-    """A saliency map and what it needs to be placed on its image.
-
-    Attributes:
-        values: float32 (height, width) in [0, 1], read-only.
-        scale: the raw map's largest value minus its smallest.
-        offset: the raw map's smallest value.
-        region: the part of the source image that the model saw, in pixels of the upright source image.
-        placed: whether `values` already has the source image's size (map_size="source").
-        source_size: (width, height) of the upright source image, in pixels; None if the server is too old to say.
-    """
-
-    values: Float32Array
-    scale: float
-    offset: float
-    region: PixelBox
-    placed: bool
-    source_size: tuple[int, int] | None = None
-
-    def __repr__(self) -> str:
-        height, width = self.values.shape
-        return f"Heatmap({width}x{height}, region={self.region})"
-
-    def raw(self) -> Float32Array:
-        """Return the map before normalisation, `values * scale + offset`, float32 (height, width).
-
-        Unlike `values`, raw maps can be compared between classes and images, at the same `map_size`: the minimum and
-        maximum are those of the map at the size that was asked for, and enlarging flattens peaks. Of a placed map,
-        only pixels inside `region` mean anything.
-        """
-        return self.values * np.float32(self.scale) + np.float32(self.offset)
-
-    def on(self, target: tuple[int, int] | npt.NDArray[Any] | None = None) -> Float32Array:
-        """Return the map placed on its source image: float32 (H, W) in [0, 1], zero where the model did not look.
-
-        Args:
-            target: the upright source image's (width, height) in pixels, or the image itself, an array (H, W, ...).
-                None: `source_size`.
-
-        Returns:
-            float32 (H, W); see `heatlens.place_map` for the exact definition.
-
-        Raises:
-            InvalidArgumentError: the target is no size or not that of the source image, or None without `source_size`.
-        """
-        return self._placed_on(self._size_of(target), argument="target")
-
-    def _size_of(self, target: tuple[int, int] | npt.NDArray[Any] | None) -> tuple[int, int]:
-        """Return the (width, height) that `on` was asked for."""
-        if target is None:
-            known = self._known_size()
-            if known is None:
-                raise InvalidArgumentError.of("target", "give the image's size: this server did not tell it")
-            return known
-        sides: Sequence[Any] = ()
-        if isinstance(target, np.ndarray):
-            sides = target.shape[1::-1]
-        elif isinstance(target, Sequence) and not isinstance(target, str | bytes):
-            sides = target
-        try:
-            width_px, height_px = (operator.index(side) for side in sides)
-        except (TypeError, ValueError):
-            width_px = height_px = 0
-        if width_px < 1 or height_px < 1:
-            got = f"an array of shape {target.shape}" if isinstance(target, np.ndarray) else repr(target)
-            raise InvalidArgumentError.of("target", f"expected (width, height) >= 1 or an image, got {got}")
-        return width_px, height_px
-
-    def _known_size(self) -> tuple[int, int] | None:
-        """Return the source image's (width, height) as far as this map knows it."""
-        if self.placed:
-            height_px, width_px = self.values.shape
-            return width_px, height_px
-        return self.source_size
-
-    def _placed_on(self, size: tuple[int, int], *, argument: str) -> Float32Array:
-        """Return the map on an image of `size` (width, height), which must be that of the source image."""
-        known = self._known_size()
-        if known is not None and known != size:
-            raise InvalidArgumentError.of(
-                argument,
-                f"the map was made for an upright image of {known[0]}x{known[1]} pixels, got {size[0]}x{size[1]}",
-            )
-        return self.values if self.placed else place_map(self.values, self.region, size)
-
-    def overlay(self, image: ImageSource, *, colormap: str = "jet", alpha: float = 0.5) -> UInt8Array:
-        """Return the image with the map over it, in colours: uint8 (H, W, 3), RGB, upright.
-
-        Pixels that the model did not see keep their colours.
-
-        Args:
-            image: the explained image: a path, the bytes of a file, or uint8 RGB pixels (H, W, 3).
-            colormap: name of an OpenCV colour map: "jet", "viridis", "turbo", ...
-            alpha: opacity of the colours, in [0, 1].
-
-        Raises:
-            InvalidArgumentError: not an image, not of the source image's size, no such colour map, or alpha out of
-                range.
-            FileNotFoundError: there is no such file.
-        """
-        pixels = decode_image(image)
-        height_px, width_px = pixels.shape[:2]
-        placed = self._placed_on((width_px, height_px), argument="image")
-        return blend(pixels, placed, self.region, colormap=colormap, alpha=alpha)
-
-    def save(
-        self,
-        path: str | PathLike[str],
-        image: ImageSource | None = None,
-        *,
-        colormap: str = "jet",
-        alpha: float = 0.5,
-    ) -> None:
-        """Write the map to a file of the type that the suffix names.
-
-        Args:
-            path: .npy for `values` (whatever the other arguments); .png, .jpg, ... for a picture.
-            image: the explained image: the picture is its overlay. None: the map alone, at its own size.
-            colormap: as for `overlay`.
-            alpha: as for `overlay`.
-
-        Raises:
-            InvalidArgumentError: not a path, the suffix is unknown, the picture is too large for its type, or as for
-                `overlay`.
-            OSError: the file cannot be written.
-        """
-        path = checked_path("path", path)
-        if path.suffix == ".npy":
-            np.save(path, self.values, allow_pickle=False)
-        elif image is None:
-            write_image(path, color_map(self.values, colormap))
-        else:
-            write_image(path, self.overlay(image, colormap=colormap, alpha=alpha))
+from heatlens._geometry import Float32Array, PixelBox
+from heatlens._heatmap import Heatmap
+from heatlens._images import UInt8Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,16 +26,57 @@ class ClassScore:
     probability: float
 
 
+@dataclass(frozen=True, slots=True)
+class Faithfulness:
+    """How faithful a map is. None: not asked for. docs/faithfulness.md has the definitions.
+
+    Attributes:
+        deletion: area under the probability as the most salient pixels go first, in [0, 1]; lower is better.
+        insertion: area under the probability as the most salient pixels come first, in [0, 1]; higher is better.
+        road_morf: mean change of the probability as the most salient pixels are imputed, in [-1, 1]; lower is better.
+        road_lerf: mean change of the probability as the least salient pixels are imputed, in [-1, 1]; higher is better.
+        road_combined: half of `road_lerf` - `road_morf`; higher is better.
+        average_drop: relative drop of the probability when the salient part alone is shown, in [0, 1]; lower is better.
+        increase: whether that raises the probability, 0 or 1; higher is better.
+        sparseness: Gini index of the map, in [0, 1); higher is sparser.
+        model_randomisation: rank correlation with the map of the same model with new weights, in [-1, 1]; near 0 is
+            sane.
+        class_sensitivity: rank correlation with the map of the least probable class, in [-1, 1]; lower is more
+            sensitive to the class.
+    """
+
+    deletion: float | None = None
+    insertion: float | None = None
+    road_morf: float | None = None
+    road_lerf: float | None = None
+    road_combined: float | None = None
+    average_drop: float | None = None
+    increase: float | None = None
+    sparseness: float | None = None
+    model_randomisation: float | None = None
+    class_sensitivity: float | None = None
+
+    def by_metric(self) -> dict[str, float]:
+        """Return what was measured by the metrics' names, as `explain(faithfulness=...)` takes them."""
+        values = ((item.name.replace("_", "-"), getattr(self, item.name)) for item in fields(self))
+        return {metric: value for metric, value in values if value is not None}
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Explanation:
-    """Why the model gave one class its score.
+    """Why the model gave one class its score: of the image, of its pixels (segmentation), or of one detection.
 
     Attributes:
         class_id: the explained class.
         label: its name; empty if the model has no labels.
-        logit: its score before softmax.
-        probability: softmax of the logits at this class, in [0, 1].
+        logit: its score before softmax or sigmoid. Segmentation: its mean over the explained pixels. Detection: the
+            logit of `probability`. Embedding: the cosine similarity to the reference.
+        probability: in [0, 1]: softmax of the logits, or sigmoid for multi-label models. Segmentation: its mean over
+            the explained pixels. Detection: the detection's score. Embedding: (1 + similarity) / 2.
         heatmap: where on the image the score comes from.
+        area: segmentation: the part of the model's input that is predicted as this class, in [0, 1]; 0 otherwise.
+        box: detection: the detection's box in pixels of the upright source image; None otherwise.
+        faithfulness: how faithful the map is, as asked; None if not.
     """
 
     class_id: int
@@ -187,6 +84,9 @@ class Explanation:
     logit: float
     probability: float
     heatmap: Heatmap
+    area: float = 0.0
+    box: PixelBox | None = None
+    faithfulness: Faithfulness | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +118,10 @@ class Result:
         model: name of the model that answered.
         model_version: its version.
         timing: where the time went.
+        predicted_mask: segmentation, with `return_mask`: uint8 (height, width), read-only: the class of each pixel of
+            the model's input, which covers `source_region`; with map_size="source" of the source image, 255 outside
+            `source_region`.
+        embedding: embedding models: float32 (length,), read-only. Another call's `reference`.
     """
 
     explanations: tuple[Explanation, ...]
@@ -227,6 +131,8 @@ class Result:
     model: str
     model_version: str
     timing: Timing
+    predicted_mask: UInt8Array | None = None
+    embedding: Float32Array | None = None
 
 
 class ModelState(StrEnum):
@@ -248,10 +154,10 @@ class ModelInfo:
         is_default: whether it answers calls that name no model.
         state: whether it can answer.
         state_message: why it cannot; empty if it can.
-        task: "classification".
-        input_height_px: height of the model's input.
-        input_width_px: width of the model's input.
-        class_count: number of classes.
+        task: "classification", "multi-label-classification", "segmentation", "detection" or "embedding".
+        input_height_px: height of the model's input; 0 if it takes images of any size.
+        input_width_px: width of the model's input; 0 if it takes images of any size.
+        class_count: number of classes; of an embedding model, the embedding's length.
         methods: what `explain(method=...)` takes.
         default_method: the method used when a call names none.
         layers: what `explain(layers=...)` takes, the default first.
@@ -260,6 +166,9 @@ class ModelInfo:
         precision: "fp32", "fp16", "bf16".
         max_batch_size: most images run at once.
         max_queue_delay_ms: how long an image may wait for others while the device is busy.
+        method_engines: what runs each of `methods` with default options: "onnxruntime", "torchscript", "torch"; empty
+            if the server is too old to say.
+        methods_in_steps: the methods that take many runs of the model per image.
     """
 
     name: str
@@ -279,6 +188,8 @@ class ModelInfo:
     precision: str
     max_batch_size: int
     max_queue_delay_ms: float
+    method_engines: Mapping[str, str] = field(default_factory=dict, hash=False)
+    methods_in_steps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,9 @@
 """Between a stream's values and protobuf: its configuration, its frames, and what the server answers."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, Unpack
 
 import numpy as np
 from google.protobuf.duration_pb2 import Duration
@@ -13,9 +12,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from heatlens._arguments import MAX_SECONDS, as_float, checked_int, number_of
 from heatlens._exceptions import HeatlensError, InternalError, InvalidArgumentError
 from heatlens._images import ImageSource, encode_jpeg, load_image
+from heatlens._names import OVERFLOW_POLICIES
 from heatlens._results import Result
 from heatlens._status import frame_error_of
-from heatlens._wire import OVERFLOW_POLICIES, check_size, explain_options, fill_image, model_name, result_of
+from heatlens._wire import result_of
+from heatlens._wire_requests import MapOptions, check_size, explain_options, fill_image, model_name
 from heatlens.v1 import explain_pb2
 
 OverflowName = Literal["block", "drop-oldest"]
@@ -84,14 +85,8 @@ def stream_plan(
     smooth: float,
     frame_timeout: float | None,
     jpeg_quality: int | None,
-    top_k: int | None,
-    class_ids: int | Sequence[int] | None,
-    method: str | None,
-    layers: str | Sequence[str] | None,
-    map_size: str | None,
-    map_type: str | None,
-    top_predictions: int | None,
     max_message_bytes: int,
+    **options: Unpack[MapOptions],
 ) -> StreamPlan:
     """Check a stream's arguments, which `Client.stream` documents.
 
@@ -111,15 +106,7 @@ def stream_plan(
         )
     config = explain_pb2.StreamConfig(
         model=model_name(model),
-        options=explain_options(
-            top_k=top_k,
-            class_ids=class_ids,
-            method=method,
-            layers=layers,
-            map_size=map_size,
-            map_type=map_type,
-            top_predictions=top_predictions,
-        ),
+        options=explain_options(**options),
         overflow_policy=number_of("overflow", overflow, OVERFLOW_POLICIES),
         max_in_flight=0 if max_in_flight is None else checked_int("max_in_flight", max_in_flight, at_least=1),
         explain_every=checked_int("every", every, at_least=1),
@@ -135,7 +122,7 @@ def stream_plan(
         jpeg_quality=(
             None if jpeg_quality is None else checked_int("jpeg_quality", jpeg_quality, at_least=1, at_most=100)
         ),
-        placed=map_size == "source",
+        placed=config.options.map_size == explain_pb2.MAP_SIZE_SOURCE,
         max_message_bytes=max_message_bytes,
     )
 

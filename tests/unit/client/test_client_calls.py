@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2
 
 import heatlens
 from heatlens import Retry
-from heatlens._wire import METHODS
+from heatlens._names import METHODS
 from heatlens.v1 import method_pb2, model_pb2
 
 FAST = Retry(initial_backoff_s=0.01, max_backoff_s=0.02)
