@@ -1,5 +1,6 @@
 """One image's explanation in steps: the method's own, the changed inputs of smoothing, the measures of faithfulness."""
 
+import dataclasses
 from collections.abc import Generator, Sequence
 
 import torch
@@ -10,6 +11,7 @@ from heatlens_server.engines.base import MapSpec, Steps, Target, UInt8Array
 from heatlens_server.engines.passes.one_pass import Explained, results
 from heatlens_server.engines.passes.table import explain
 from heatlens_server.engines.steps.job import Job
+from heatlens_server.engines.steps.judge import judge
 from heatlens_server.engines.steps.table import STEPPERS
 from heatlens_server.engines.torch_model import TorchModel
 
@@ -34,6 +36,12 @@ def explain_in_steps(model: TorchModel, image: UInt8Array, target: Target, spec:
         yield
         maps = yield from _smoothed(model, inputs, fixed, spec, maps, rows=rows)
     (result,) = results(explained.goals, maps)
+    # The goals may hold the graph of the whole forward pass: they are not kept across what follows.
+    del explained
+    if spec.metrics:
+        yield
+        measures = yield from judge(model, inputs, fixed, spec, maps, rows=rows, remake=raw_maps)
+        result = dataclasses.replace(result, faithfulness=measures)
     return result
 
 
