@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from heatlens_server.building.build import build
+from heatlens_server.building.warm_up import is_finite, run_trial, trial_size_px
 from heatlens_server.config import ModelConfig
-from heatlens_server.engines.base import MapSpec, TopK
 from heatlens_server.errors import ModelLoadError
 
 
 def check_model(config: ModelConfig, write: Callable[[str], None], *, cache_dir: Path | None) -> bool:
-    """Load a model and explain one noise image with every method it supports.
+    """Load a model and explain one noise image with every method it supports, or run the first steps of it.
 
     Args:
         config: the model.
@@ -31,18 +31,20 @@ def check_model(config: ModelConfig, write: Callable[[str], None], *, cache_dir:
         write(f"{config.name}: FAILED: {error!r}")
         return False
     info = built.engine.info
-    image = np.random.default_rng(0).integers(0, 256, (1, info.input_height_px, info.input_width_px, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (1, *trial_size_px(info), 3), dtype=np.uint8)
     try:
-        for method in info.methods:
-            (result,) = built.engine.explain(image, [TopK(1)], MapSpec(method, info.layers[:1], upsample=False))
-            if not (np.isfinite(result.logits).all() and np.isfinite(result.maps).all()):
+        for method in info.offered:
+            if not all(is_finite(result) for result in run_trial(built.engine, image, method)):
                 write(f"{config.name}: FAILED: {method} gave values that are not finite")
                 return False
+    except ModelLoadError as error:
+        write(f"{config.name}: FAILED: {error}")
+        return False
     finally:
         built.engine.close()
     write(
         f"{config.name}: ok: {info.kind} on {info.device} in {info.precision}, "
         f"{info.input_width_px}x{info.input_height_px} px, {info.class_count} classes, "
-        f"layers {', '.join(info.layers)}; methods {', '.join(info.methods)}"
+        f"layers {', '.join(info.layers)}; methods {', '.join(info.offered)}"
     )
     return True

@@ -6,6 +6,7 @@
   * ModelNotFound         no model of that name
   * ModelLoading          not ready yet, try again
   * ModelFailed           could not be loaded
+  * CompanionFailed       is served, but what some requests need beside it could not be loaded
   * ServerDraining        shutting down, try another server
   * QueueFull             too many requests are waiting
   * StreamLimit           too many streams are open
@@ -130,6 +131,20 @@ class ModelFailed(HeatlensError):
         self.name = name
 
 
+class CompanionFailed(HeatlensError):
+    """The model answers, but not this request: the engine that would run it could not be loaded."""
+
+    reason = "COMPANION_FAILED"
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(
+            f"model {name!r} is run by an exported graph, and torch, which this request needs beside it, could not be "
+            f"loaded: {why}",
+            metadata={"model": name},
+        )
+        self.name = name
+
+
 class ServerDraining(HeatlensError):
     """The server is shutting down."""
 
@@ -155,7 +170,7 @@ class FrameDropped(HeatlensError):
 
 
 class DeadlineExpired(HeatlensError):
-    """The caller's deadline passed before the model ran for it."""
+    """The caller's deadline passed before the model ran for it, or ran the last of many times."""
 
     reason = "DEADLINE_EXPIRED"
 

@@ -11,6 +11,7 @@ from heatlens_server.serving.entry import Entry, Outcome, Source
 
 LAYER = MapSpec(Method.GRAD_CAM, ("layer",), upsample=False)
 OTHER = MapSpec(Method.LAYER_CAM, ("layer",), upsample=False)
+STEPPED = MapSpec(Method.SCORE_CAM, ("layer",), upsample=False)
 IMAGE = FittedImage(
     pixels=np.zeros((1, 1, 3), np.uint8), region=PixelBox(0, 0, 1, 1), source_width_px=1, source_height_px=1
 )
@@ -45,10 +46,16 @@ class Bench:
         deadline = None if timeout_s is None else self.clock.now + timeout_s
         return self.batcher.admit(TopK(1), spec, deadline=deadline, resolve=lambda outcome: None, source=source)
 
-    def put(self, spec: MapSpec = LAYER, timeout_s: float | None = None, source: Source | None = None) -> Entry:
+    def put(
+        self,
+        spec: MapSpec = LAYER,
+        timeout_s: float | None = None,
+        source: Source | None = None,
+        image: FittedImage = IMAGE,
+    ) -> Entry:
         """Admit an image and queue it."""
         entry = self.admit(spec, timeout_s, source)
-        self.batcher.put(entry, IMAGE)
+        self.batcher.put(entry, image)
         return entry
 
     def due(self) -> list[Entry] | None:

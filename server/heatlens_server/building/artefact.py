@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from heatlens_server.building.abilities import keep_abilities
 from heatlens_server.building.cache import ArtefactCache
 from heatlens_server.building.key import artefact_key, is_settled
 from heatlens_server.building.likeness import is_alike
 from heatlens_server.building.quiet import stderr_to_log
 from heatlens_server.building.warm_up import check_method, warm_up
-from heatlens_server.cam.catalog import Method
+from heatlens_server.cam.catalog import CLOSED_FORMS, Method
 from heatlens_server.config import ModelConfig
 from heatlens_server.engines.base import Engine
 from heatlens_server.errors import ExportError
@@ -174,7 +175,7 @@ def _make(
 
             manifest = export_bundle(
                 model,
-                methods=methods,
+                methods=[method for method in methods if method in CLOSED_FORMS],
                 file_format=file_format,
                 precision=config.precision,
                 source=config.source,
@@ -182,7 +183,8 @@ def _make(
                 report=tell,
             )
             parity = verify(model, unfinished.folder, manifest, report=tell)
-            return Artefact(*unfinished.keep(replace(manifest, parity=parity)))
+            files = {**manifest.files, **keep_abilities(unfinished.folder, methods)}
+            return Artefact(*unfinished.keep(replace(manifest, parity=parity, files=files)))
     except ExportError as error:
         if isinstance(error.__cause__, (MemoryError, OSError)):
             raise PassingError(str(error)) from error
@@ -197,7 +199,7 @@ def _make(
 
 
 def _explainable(config: ModelConfig, model: "LoadedModel") -> tuple[Method, ...]:
-    """Which methods the reference engine has for a model. What it cannot explain is not exported either.
+    """Which methods the reference engine has for a model. A model that it cannot explain is not exported either.
 
     Raises:
         ModelLoadError: it cannot explain the model, or not with the configured method.

@@ -10,10 +10,12 @@ from pathlib import Path
 from heatlens_server.building.apart import obtain_apart
 from heatlens_server.building.artefact import Artefact, LazyModel, Report, labels_of
 from heatlens_server.building.cache import ArtefactCache
+from heatlens_server.building.companion import with_companion
 from heatlens_server.building.warm_up import check_answers, check_method, warm_up
 from heatlens_server.cam.catalog import Method
 from heatlens_server.config import EXPORT_PREFIX, ModelConfig
-from heatlens_server.engines.base import Engine
+from heatlens_server.engines.base import Engine, SteppingEngine
+from heatlens_server.engines.companion import CompanionEngine
 from heatlens_server.engines.onnxruntime_engine import OnnxRuntimeEngine
 from heatlens_server.engines.providers import CUDA, cuda_device_count, load_runtime
 from heatlens_server.errors import ExportError, ModelLoadError
@@ -39,7 +41,7 @@ class BuiltModel:
         method: for requests that name none.
     """
 
-    engine: Engine
+    engine: SteppingEngine
     preprocess: PreprocessSpec
     version: str
     labels: tuple[str, ...]
@@ -66,15 +68,20 @@ def build(config: ModelConfig, *, cache_dir: Path | None, report: Report | None 
         return _build_from_folder(config)
     lazy, cache = LazyModel(config), ArtefactCache(cache_dir)
     cache.sweep()
+    if _takes_torch(config):
+        return _build_torch(config, lazy)
     if config.engine == "auto":
         return _build_auto(config, lazy, cache, tell)
-    if config.engine == "torch":
-        return _build_torch(config, lazy)
     try:
         artefact = obtain_apart(config, _FORMATS[config.engine], lazy=lazy, cache=cache, retry=True, report=tell)
     except ExportError as error:
         raise ModelLoadError(f"the model cannot be exported for {config.engine}: {error}") from error
     return _build_exported(config, artefact, device=config.device, method=config.method)
+
+
+def _takes_torch(config: ModelConfig) -> bool:
+    """Whether torch alone runs a model. Exports are of classifiers only."""
+    return config.engine == "torch"
 
 
 def _build_auto(config: ModelConfig, lazy: LazyModel, cache: ArtefactCache, tell: Report) -> BuiltModel:
@@ -186,9 +193,12 @@ def _build_exported(config: ModelConfig, artefact: Artefact, *, device: str, met
     default = manifest.layers[0]
     # The engine opens the first graph now, and the others when they are asked for.
     graphs = sorted(manifest.graphs, key=lambda graph: (graph.layer != default, graph.method is not method))
+    primary = _open(artefact.folder, replace(manifest, graphs=tuple(graphs)), device=device, provider=config.provider)
+    # Of an export that somebody gives us there is no network.
+    is_theirs = config.source.startswith(EXPORT_PREFIX)
     return _finish(
         config,
-        _open(artefact.folder, replace(manifest, graphs=tuple(graphs)), device=device, provider=config.provider),
+        CompanionEngine(primary) if is_theirs else with_companion(config, primary, artefact),
         preprocess=manifest.preprocess,
         version=manifest.weights_version,
         labels=manifest.labels,
@@ -206,7 +216,7 @@ def _open(folder: Path, manifest: Manifest, *, device: str, provider: str) -> En
 
 def _finish(
     config: ModelConfig,
-    engine: Engine,
+    engine: SteppingEngine,
     *,
     preprocess: PreprocessSpec,
     version: str,

@@ -25,7 +25,19 @@ if TYPE_CHECKING:
 
 _SERVER = Path(__file__).parents[1]
 # What turns a configuration into an artefact and judges it. A checkout changes without its version changing.
-_OWN_SOURCES = ("cam", "export", "models", "imaging/preprocess.py", "engines/torch_engine.py")
+_OWN_SOURCES = (
+    "cam",
+    "export",
+    "models",
+    "tasks",
+    "imaging/preprocess.py",
+    "building/abilities.py",
+    "engines/passes",
+    "engines/steps",
+    "engines/tape.py",
+    "engines/torch_engine.py",
+    "engines/torch_model.py",
+)
 
 
 def is_settled(config: ModelConfig) -> bool:

@@ -149,6 +149,10 @@ class ModelConfig(Section):
     torch."""
     provider: Literal["auto", "cpu", "cuda", "tensorrt"] = "auto"
     """What runs onnxruntime's graphs. "auto": CUDA if there is a GPU and onnxruntime can use it, else the CPU."""
+    companion: bool = True
+    """Whether torch may be loaded beside onnxruntime or torchscript, when a request first needs it, for the methods and
+    options that exported graphs have not. It takes the memory of the model once more. Without it they are not offered;
+    an export ("export:DIR") never has it."""
     preprocess: PreprocessConfig = PreprocessConfig()
     """How images become the model's input."""
     batching: BatchingConfig = BatchingConfig()

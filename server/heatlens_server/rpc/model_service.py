@@ -7,6 +7,8 @@ import grpc.aio
 
 from heatlens.v1 import model_pb2 as pb
 from heatlens.v1 import model_pb2_grpc
+from heatlens_server.cam.catalog import PRESETS, Method, Score
+from heatlens_server.engines.base import EngineInfo
 from heatlens_server.models.registry import ModelState, Registry, Slot
 from heatlens_server.rpc.limits import Limits
 from heatlens_server.rpc.wire import METHOD_TO_PROTO
@@ -74,11 +76,12 @@ def _model(slot: Slot[ServedModel]) -> pb.Model:
         name=slot.name,
         version=served.version,
         state=_STATES[slot.state],
-        task="classification",
+        task=engine.task.value,
         input_height_px=engine.input_height_px,
         input_width_px=engine.input_width_px,
         class_count=engine.class_count,
-        methods=[METHOD_TO_PROTO[method] for method in engine.methods],
+        methods=[METHOD_TO_PROTO[method] for method in engine.offered],
+        method_support=[_support(method, engine) for method in engine.offered],
         layers=engine.layers,
         engine=engine.kind,
         device=engine.device,
@@ -86,4 +89,16 @@ def _model(slot: Slot[ServedModel]) -> pb.Model:
         default_method=METHOD_TO_PROTO[served.default_method],
         max_batch_size=served.max_batch_size,
         max_queue_delay=timedelta(seconds=served.max_delay_s),
+    )
+
+
+def _support(method: Method, engine: EngineInfo) -> pb.MethodSupport:
+    preset = PRESETS.get(method)
+    # Options that exported graphs have not.
+    has_options = preset is not None and (preset.score is not Score.LOGIT or len(engine.layers) > 1)
+    by_companion = method in engine.companion_methods or has_options
+    return pb.MethodSupport(
+        method=METHOD_TO_PROTO[method],
+        engine="torch" if by_companion else engine.kind,
+        in_steps=(preset.method if preset else method).in_steps,
     )

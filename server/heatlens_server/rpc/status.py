@@ -19,6 +19,7 @@ _CODES: dict[type[errors.HeatlensError], grpc.StatusCode] = {
     errors.ModelNotFound: grpc.StatusCode.NOT_FOUND,
     errors.ModelLoading: grpc.StatusCode.UNAVAILABLE,
     errors.ModelFailed: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.CompanionFailed: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ServerDraining: grpc.StatusCode.UNAVAILABLE,
     errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.StreamLimit: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -97,7 +98,7 @@ def _details(error: errors.HeatlensError, message: str, request_id: str) -> Sequ
     elif isinstance(error, errors.ModelNotFound):
         name = _cut(error.name, _MAX_TEXT_BYTES)
         details.append(error_details_pb2.ResourceInfo(resource_type="heatlens.v1.Model", resource_name=name))
-    elif isinstance(error, errors.ModelFailed):
+    elif isinstance(error, errors.ModelFailed | errors.CompanionFailed):
         details.append(
             error_details_pb2.PreconditionFailure(
                 violations=[

@@ -1,7 +1,7 @@
 """The queue of one model, and the rules that make batches of it.
 
 One owner: every change of an entry's state happens here, under one lock. A batch holds entries of one bucket (equal
-`MapSpec`) and is closed when
+`MapSpec`, images of equal size) and is closed when
 
 * it is full, or
 * the device is idle: nobody waits for a batch to fill while the device has nothing to do, or
@@ -9,22 +9,17 @@ One owner: every change of an entry's state happens here, under one lock. A batc
   would gain nothing, since the device cannot take it, and would shut out the images that arrive meanwhile; or
 * an entry's deadline, less the time that a batch takes, has come.
 
-Which entries run first is settled by turns (`turns.py`, with the literature):
+Which entries run first is settled by turns: see `round.py`. Only the bucket whose turn it is may be closed before the
+running batch is about to end: one that is always full would otherwise always be due, and one with few images never.
 
-* Inside a bucket, sources take turns: a batch takes one entry of each, then a second one of each, and the next batch
-  goes on where it stopped. A caller with a single image is a source of its own. So a stream with 64 images waiting and
-  one with a single image get one each before the first gets its second.
-* Buckets take turns as well, a batch each, so that nobody waits for more than one batch of each other bucket. Only the
-  bucket whose turn it is may be closed before the running batch is about to end: one that is always full would
-  otherwise always be due, and one with few images never. Counting batches, not images, keeps large batches: the
-  device's time goes by batches more than by images.
+An entry whose spec is `in_steps` is claimed for one step, alone, and put back until it is done: between two steps it is
+an entry that waits, with everything that this means. While a step runs, no other step is claimed, so that whoever comes
+meanwhile goes next.
 """
 
-import itertools
 import math
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 from heatlens_server.engines.base import MapSpec, Target
@@ -32,6 +27,7 @@ from heatlens_server.errors import DeadlineExpired, QueueFull, ServerDraining
 from heatlens_server.imaging.preprocess import FittedImage
 from heatlens_server.serving.entry import Complete, Entry, EntryState, Outcome, Source
 from heatlens_server.serving.estimate import BatchTimeEstimate
+from heatlens_server.serving.round import STEPS, Bucket, Round
 from heatlens_server.serving.turns import Turns
 
 PREPARE_S = 0.002
@@ -70,18 +66,21 @@ class Batcher:
         self._complete = complete
         self._clock = clock
         self._changed = threading.Condition()
-        # In turn order.
-        self._buckets: OrderedDict[MapSpec, Turns[Entry]] = OrderedDict()
+        self._round = Round(max_batch_size=max_batch_size)
         self._admitted = 0
         self._callers = 0
-        self._waiting = 0
+        # Claimed for a step, and neither put back nor finished yet.
+        self._stepping = 0
         # No entry's deadline is earlier. Spares most searches for expired ones.
         self._no_expiry_before = math.inf
         self._hold_until = 0
         self._closed = False
         self._running_since: float | None = None
         self._running_size = 0
+        self._running_step = False
         self._estimate = BatchTimeEstimate()
+        # Apart: a step runs the model on as many rows as it likes.
+        self._step_estimate = BatchTimeEstimate()
 
     def __len__(self) -> int:
         """Entries admitted and not yet claimed."""
@@ -130,25 +129,53 @@ class Batcher:
                 return
             entry.image = image
             entry.enqueued_at = self._clock()
-            entry.state = EntryState.WAITING
-            self._buckets.setdefault(entry.spec, Turns()).put(entry.owner, entry)
-            self._waiting += 1
-            if entry.deadline is not None:
-                self._no_expiry_before = min(self._no_expiry_before, entry.deadline)
-            self._changed.notify_all()
+            self._round.put(entry)
+            self._wait_for(entry)
+
+    def put_back(self, entry: Entry) -> bool:
+        """Queue an entry again that was claimed for a step and needs another one. It takes its place in the queue back.
+
+        Returns:
+            False if it was given up while the step ran: what is left of it is the caller's to free.
+        """
+        with self._changed:
+            if not self._end_step(entry):
+                return False
+            self._admitted += 1
+            self._callers += entry.source is None
+            self._round.put_back(entry)
+            self._wait_for(entry)
+            return True
+
+    def finish(self, entry: Entry) -> bool:
+        """Tell that an entry that was claimed for a step is done, or has failed.
+
+        Returns:
+            False if it was given up while the step ran: nobody is to be told of an outcome.
+        """
+        with self._changed:
+            if not self._end_step(entry):
+                return False
+            entry.state = EntryState.CLAIMED
+            return True
 
     def withdraw(self, entry: Entry) -> bool:
         """Give up an entry's place: its caller cancelled, or its image could not be decoded.
 
         Returns:
-            False if it is too late: a batch has claimed it, or it is gone already.
+            False if it is too late: a batch has claimed it, or it is gone already. One in steps can be given up until
+            its last step is done.
         """
         with self._changed:
+            if entry.state is EntryState.STEPPING:
+                # Whoever runs the step learns of it when that ends.
+                _give_up(entry)
+                return True
             if entry.state is EntryState.WAITING:
-                self._take_out(entry)
+                self._round.remove(entry)
             elif entry.state is not EntryState.PREPARING:
                 return False
-            self._release(entry, EntryState.GONE)
+            self._drop(entry)
             # Whoever waits for this entry's batch must look again.
             self._changed.notify_all()
             return True
@@ -157,14 +184,15 @@ class Batcher:
         """Wait until a batch is due and claim it.
 
         Returns:
-            1 to max_batch_size entries of one bucket, in turns; None once the batcher is closed and empty.
+            1 to max_batch_size entries of one bucket, in turns; or one entry for one of its steps, which is then to be
+            given to `put_back` or `finish`; None once the batcher is closed and empty.
         """
         while True:
             with self._changed:
                 expired = self._sweep()
                 batch = None if expired else self._claim_due()
                 if not expired and batch is None:
-                    if self._closed and not self._admitted:
+                    if self._closed and not (self._admitted or self._stepping):
                         return None
                     self._changed.wait(self._seconds_until_due())
                     continue
@@ -172,20 +200,21 @@ class Batcher:
             if batch:
                 return batch
 
-    def device_started(self, batch_size: int) -> None:
-        """Tell that the device began to run a batch."""
+    def device_started(self, batch_size: int, *, step: bool = False) -> None:
+        """Tell that the device began to run a batch, or a step."""
         with self._changed:
             self._running_since = self._clock()
             self._running_size = batch_size
+            self._running_step = step
             self._changed.notify_all()
 
     def device_finished(self) -> float:
-        """Tell that the device is free again; learns how long the batch took and returns it, in seconds."""
+        """Tell that the device is free again; learns how long that took and returns it, in seconds."""
         with self._changed:
             if self._running_since is None:
                 return 0.0
             seconds = self._clock() - self._running_since
-            self._estimate.add(self._running_size, seconds)
+            (self._step_estimate if self._running_step else self._estimate).add(self._running_size, seconds)
             self._running_since = None
             self._changed.notify_all()
             return seconds
@@ -203,34 +232,50 @@ class Batcher:
             self._hold_until = 0
             self._changed.notify_all()
 
+    def _wait_for(self, entry: Entry) -> None:
+        """An entry waits from now on. Holds the lock."""
+        entry.state = EntryState.WAITING
+        if entry.deadline is not None:
+            self._no_expiry_before = min(self._no_expiry_before, entry.deadline)
+        self._changed.notify_all()
+
+    def _end_step(self, entry: Entry) -> bool:
+        """An entry's step has ended; False if nobody wants it any more. Holds the lock."""
+        self._stepping -= 1
+        self._changed.notify_all()
+        return entry.state is EntryState.STEPPING
+
     def _claim_due(self) -> list[Entry] | None:
         """The batch to run now, or None. Holds the lock."""
         if self._held():
             return None
         now = self._clock()
-        spec = next((spec for spec, closing_at in self._closings() if closing_at <= now), None)
-        if spec is None:
-            return None
-        bucket = self._buckets[spec]
-        batch = [bucket.take() for _ in range(min(len(bucket), self._max_batch_size))]
-        self._waiting -= len(batch)
-        for entry in batch:
-            self._release(entry, EntryState.CLAIMED)
-        self._end_turn(spec)
-        return batch
+        for key, closing_at in self._closings():
+            if closing_at <= now:
+                batch = self._round.take(key)
+                for entry in batch:
+                    self._release(entry)
+                    entry.state = EntryState.STEPPING if key is STEPS else EntryState.CLAIMED
+                    entry.begun = True
+                self._stepping += key is STEPS
+                return batch
+        return None
 
-    def _closings(self) -> Iterator[tuple[MapSpec, float]]:
+    def _closings(self) -> Iterator[tuple[Bucket | None, float]]:
         """Each bucket, in turn order, and when its batch is to be closed, on the clock. Holds the lock."""
         not_before = -math.inf
-        for spec, bucket in self._buckets.items():
-            if bucket:
-                yield spec, max(self._due_at(bucket), not_before)
-                # The others let the first one go first, but not at the price of an idle device.
-                not_before = self._next_batch_at()
+        for key, bucket in self._round.in_turn():
+            yield key, max(self._due_at(key, bucket), not_before)
+            # The others let the first one go first, but not at the price of an idle device.
+            not_before = self._next_batch_at()
 
-    def _due_at(self, bucket: Turns[Entry]) -> float:
+    def _due_at(self, key: Bucket | None, bucket: Turns[Entry]) -> float:
         """When a bucket's batch is to be closed if it is the only one, on the clock. Holds the lock."""
-        if self._closed or self._running_since is None or len(bucket) >= self._max_batch_size:
+        if self._closed or self._running_since is None:
+            return -math.inf
+        if key is STEPS:
+            return math.inf if self._running_step else self._next_batch_at()
+        if len(bucket) >= self._max_batch_size:
             return -math.inf
         due = max(min(entry.enqueued_at for entry in bucket) + self._max_delay_s, self._next_batch_at())
         deadlines = [entry.deadline for entry in bucket if entry.deadline is not None]
@@ -242,18 +287,8 @@ class Batcher:
         """When the device is about to need a batch, on the clock. Holds the lock."""
         if self._closed or self._running_since is None:
             return -math.inf
-        return self._running_since + self._estimate.seconds(self._running_size) - PREPARE_S
-
-    def _end_turn(self, spec: MapSpec) -> None:
-        """Put a bucket that gave a batch at the end of the round. Holds the lock."""
-        # Those before it that are empty had their turn too.
-        for other in list(itertools.takewhile(lambda other: other != spec, self._buckets)):
-            if not self._buckets[other]:
-                del self._buckets[other]
-        if self._buckets[spec]:
-            self._buckets.move_to_end(spec)
-        else:
-            del self._buckets[spec]
+        estimate = self._step_estimate if self._running_step else self._estimate
+        return self._running_since + estimate.seconds(self._running_size) - PREPARE_S
 
     def _seconds_until_due(self) -> float | None:
         """How long nothing will be due unless something changes; None for ever. Holds the lock."""
@@ -265,7 +300,7 @@ class Batcher:
     def _held(self) -> bool:
         if not self._hold_until:
             return False
-        if self._waiting < self._hold_until:
+        if len(self._round) < self._hold_until:
             return True
         self._hold_until = 0
         return False
@@ -275,36 +310,39 @@ class Batcher:
         now = self._clock()
         if now < self._no_expiry_before:
             return []
-        timed = [(e.deadline, e) for bucket in self._buckets.values() for e in bucket if e.deadline is not None]
+        timed = [(entry.deadline, entry) for entry in self._round if entry.deadline is not None]
         expired = [entry for deadline, entry in timed if deadline <= now]
         self._no_expiry_before = min((deadline for deadline, _ in timed if deadline > now), default=math.inf)
         for entry in expired:
-            self._take_out(entry)
-            self._release(entry, EntryState.GONE)
+            self._round.remove(entry)
+            self._drop(entry)
         return expired
 
-    def _take_out(self, entry: Entry) -> None:
-        """Take a waiting entry out of its bucket. Holds the lock."""
-        # A stream that replaces a frame by a newer one keeps its turn, and so does its bucket, though they may be empty
-        # in between.
-        keep_turn = entry.source is not None
-        bucket = self._buckets[entry.spec]
-        bucket.remove(entry.owner, entry, keep_turn=keep_turn)
-        self._waiting -= 1
-        if not self._waiting:
-            self._buckets.clear()
-        elif not bucket and not keep_turn:
-            del self._buckets[entry.spec]
-
-    def _release(self, entry: Entry, state: EntryState) -> None:
-        entry.state = state
-        if state is EntryState.GONE:
-            # Nobody wants them; the entry itself may be held for long.
-            entry.prepare = entry.image = None
+    def _release(self, entry: Entry) -> None:
+        """Give an entry's place in the queue away. Holds the lock."""
         self._admitted -= 1
         self._callers -= entry.source is None
 
+    def _drop(self, entry: Entry) -> None:
+        """Give up an entry that no thread is at. Holds the lock."""
+        self._release(entry)
+        _give_up(entry)
+        if entry.steps is not None:
+            entry.steps.discard(entry.steps)
+            entry.steps = None
+
     def _deliver_expired(self, entries: list[Entry]) -> None:
         if entries:
-            error = DeadlineExpired("the deadline passed while the request was waiting for the model")
-            self._complete([(entry, error) for entry in entries])
+            self._complete([(entry, _expired(entry)) for entry in entries])
+
+
+def _give_up(entry: Entry) -> None:
+    entry.state = EntryState.GONE
+    # Nobody wants them; the entry itself may be held for long.
+    entry.prepare = entry.image = None
+
+
+def _expired(entry: Entry) -> DeadlineExpired:
+    if entry.begun:
+        return DeadlineExpired("the deadline passed before the last step of the explanation was done")
+    return DeadlineExpired("the deadline passed while the request was waiting for the model")

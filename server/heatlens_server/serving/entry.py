@@ -6,6 +6,7 @@ from enum import Enum, auto
 
 from heatlens_server.engines.base import ImageResult, MapSpec, Target
 from heatlens_server.imaging.preprocess import FittedImage
+from heatlens_server.serving.progress import Progress
 
 
 class EntryState(Enum):
@@ -14,11 +15,13 @@ class EntryState(Enum):
     PREPARING = auto()
     """Admitted; its image is being decoded."""
     WAITING = auto()
-    """In the queue."""
+    """In the queue: for its batch, or between two of its steps."""
+    STEPPING = auto()
+    """One of its steps is being run. It can still be taken back."""
     CLAIMED = auto()
-    """In a batch: being run, or done."""
+    """In a batch: being run, or done. Or done in steps."""
     GONE = auto()
-    """Cancelled, failed or expired before it was claimed."""
+    """Cancelled, failed or expired before it was claimed, or before its last step was done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +30,8 @@ class Completed:
 
     Attributes:
         result: what the engine said.
-        queue_s: seconds from decoded to running.
-        compute_s: seconds the batch ran.
+        queue_s: seconds from decoded to running; in steps, to the first one's running.
+        compute_s: seconds the batch ran; in steps, the sum of theirs.
         batch_size: images in the batch.
     """
 
@@ -55,8 +58,8 @@ class Entry:
     """One admitted request.
 
     Attributes:
-        target: the classes wanted.
-        spec: the bucket: entries of equal spec may share a batch.
+        target: what is wanted.
+        spec: how: entries of equal spec, and images of equal size, may share a batch.
         deadline: on the batcher's clock, in seconds; None for no deadline.
         resolve: takes the outcome on behalf of the caller; called once at most, by whoever `Complete` leaves it to.
         source: who sent it; None for a caller with this image only.
@@ -65,6 +68,8 @@ class Entry:
         preprocess_s: seconds of decoding and resizing.
         enqueued_at: when it entered the queue, on the batcher's clock, in seconds.
         state: where it is.
+        begun: whether it was claimed, if only for its first step.
+        steps: what is kept between two of its steps; None before the first, after the last, and where there are none.
     """
 
     target: Target
@@ -77,6 +82,8 @@ class Entry:
     preprocess_s: float = 0.0
     enqueued_at: float = 0.0
     state: EntryState = EntryState.PREPARING
+    begun: bool = False
+    steps: Progress | None = None
 
     @property
     def owner(self) -> object:

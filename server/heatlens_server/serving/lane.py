@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
-from heatlens_server.engines.base import Engine, MapSpec, Target
+from heatlens_server.engines.base import MapSpec, SteppingEngine, Target
 from heatlens_server.errors import DeadlineExpired
 from heatlens_server.imaging.preprocess import FittedImage
 from heatlens_server.serving.batcher import Batcher
 from heatlens_server.serving.entry import Completed, Entry, Outcome, Source
 from heatlens_server.serving.preparation import Preparation
+from heatlens_server.serving.readiness import Readiness
 from heatlens_server.serving.ticket import Explained, Ticket, resolve
 from heatlens_server.serving.worker import Worker
 
@@ -20,11 +21,11 @@ __all__ = ["Explained", "Lane", "Ticket"]
 
 
 class Lane:
-    """Explains images with one engine. `explain` and `submit` belong to the event loop that the lane was made on."""
+    """Explains images with one engine. Its methods belong to the event loop that the lane was made on."""
 
     def __init__(
         self,
-        engine: Engine,
+        engine: SteppingEngine,
         *,
         name: str,
         preparers: Executor,
@@ -39,7 +40,7 @@ class Lane:
             engine: owned by the lane from now on.
             name: the model's name.
             preparers: threads that decode and resize.
-            max_batch_size: most images in a batch.
+            max_batch_size: most images in a batch, and most rows in a step.
             max_delay_s: the batching window, in seconds.
             max_queue_length: most requests admitted and not running, those of streams aside.
             max_preparing: most images decoded at the same time; None: one per CPU.
@@ -53,8 +54,18 @@ class Lane:
             max_queue_length=max_queue_length,
             complete=self._complete,
         )
-        self._worker = Worker(engine, self.batcher, self._complete, name=name)
+        self._readiness = Readiness(engine, name=name, max_waiting=max_queue_length)
+        self._worker = Worker(engine, self.batcher, self._complete, name=name, step_rows=max_batch_size)
         self._worker.start()
+
+    async def ensure(self, spec: MapSpec) -> None:
+        """Have everything loaded that a spec needs; to be awaited before `submit`. Returns at once if that is so.
+
+        Raises:
+            CompanionFailed: it cannot be loaded; the next request tries again.
+            QueueFull: too many wait for it already.
+        """
+        await self._readiness.ensure(spec)
 
     async def explain(
         self, prepare: Callable[[], FittedImage], target: Target, spec: MapSpec, *, timeout_s: float | None
@@ -63,8 +74,8 @@ class Lane:
 
         Args:
             prepare: decodes and resizes; called on a preparer thread. What it raises is raised here.
-            target: the classes wanted.
-            spec: method, layers and map size.
+            target: what is wanted.
+            spec: how; everything that it needs is loaded.
             timeout_s: how long the caller will wait; the model is not run for it after that. None: for ever.
 
         Raises:
@@ -87,8 +98,8 @@ class Lane:
 
         Args:
             prepare: decodes and resizes; called on a preparer thread. What it raises is raised by `Ticket.result`.
-            target: the classes wanted.
-            spec: method, layers and map size.
+            target: what is wanted.
+            spec: how; everything that it needs is loaded.
             timeout_s: how long the caller will wait; the model is not run for it after that. None: for ever.
             source: the stream that the image belongs to. Streams and callers without one take turns, and images of
                 streams take no place in the queue from callers: whoever owns the stream bounds them.
@@ -117,13 +128,14 @@ class Lane:
         """Refuse new work, finish what was admitted, stop the threads and close the engine. Idempotent.
 
         Returns:
-            False if the time ran out; the threads are daemons and end with the process.
+            False if the time ran out, or a part of the model is still being loaded; the threads are daemons and end
+            with the process.
         """
         self.batcher.close()
         finished = await asyncio.to_thread(self._worker.join, timeout_s)
         if finished:
             self._engine.close()
-        return finished
+        return finished and not self._readiness.loading
 
     def _withdraw(self, entry: Entry) -> bool:
         withdrawn = self.batcher.withdraw(entry)

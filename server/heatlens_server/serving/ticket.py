@@ -46,15 +46,18 @@ class Ticket:
 
     @property
     def waiting(self) -> bool:
-        """Whether the image is being decoded or waits for a batch. Afterwards it runs, is answered or is given up."""
-        return self._entry.state in (EntryState.PREPARING, EntryState.WAITING)
+        """Whether the image is being decoded or waits to be run. Afterwards it runs, is answered or is given up.
+
+        One that waits between two of its steps counts as running: so much was done for it already.
+        """
+        return self._entry.state in (EntryState.PREPARING, EntryState.WAITING) and not self._entry.begun
 
     def give_up(self, error: Exception) -> bool:
         """Take the image back, so that `result` raises `error` and the model is not run for it.
 
         Returns:
             False if it is too late, and nothing has changed: a batch has claimed the image, or it failed, expired or
-            was given up before.
+            was given up before. An image in steps can be taken back until its last step is done.
         """
         if not self._withdraw(self._entry):
             return False

@@ -10,7 +10,7 @@ which never wait twice, could hold a round for ever.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -39,25 +39,37 @@ class Turns(Generic[T]):
         self._lines.setdefault(owner, deque()).append(item)
         self._count += 1
 
-    def take(self) -> T:
+    def put_back(self, owner: Hashable, item: T) -> None:
+        """Add an item that was taken at the head of its owner's line. The owner had its turn all the same."""
+        self._lines.setdefault(owner, deque()).appendleft(item)
+        self._count += 1
+
+    def take(self, suits: Callable[[T], bool] = lambda _: True) -> T:
         """Take out the next item.
+
+        Args:
+            suits: whether an item may be taken; an owner whose first item may not is passed over and keeps its turn.
 
         Raises:
             LookupError: there is none.
         """
-        while self._lines:
-            owner, line = next(iter(self._lines.items()))
+        spent = []
+        for owner, line in self._lines.items():
             if not line:  # it had its turn, and nothing to give
-                del self._lines[owner]
-                continue
-            item = line.popleft()
-            self._count -= 1
-            if line:
-                self._lines.move_to_end(owner)
-            else:
-                del self._lines[owner]
-            return item
-        raise LookupError("nobody waits")
+                spent.append(owner)
+            elif suits(line[0]):
+                break
+        else:
+            raise LookupError("nobody waits")
+        for other in spent:
+            del self._lines[other]
+        item = line.popleft()
+        self._count -= 1
+        if line:
+            self._lines.move_to_end(owner)
+        else:
+            del self._lines[owner]
+        return item
 
     def remove(self, owner: Hashable, item: T, *, keep_turn: bool) -> bool:
         """Take out an item out of turn.

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heatlens_server.engines.base import Engine, ImageResult, UInt8Array
-from heatlens_server.errors import DeviceOutOfMemory, HeatlensError, InternalError
+from heatlens_server.engines.base import ImageResult, SteppingEngine, UInt8Array
 from heatlens_server.serving.batcher import Batcher
 from heatlens_server.serving.entry import Complete, Completed, Entry, Outcome
+from heatlens_server.serving.outcome import as_domain_error, checked
+from heatlens_server.serving.progress import Progress
+from heatlens_server.serving.stepper import Stepper
 
 _log = logging.getLogger(__name__)
 
@@ -24,9 +26,11 @@ class _Batch:
 
 
 class Worker:
-    """Runs the batches of a batcher on an engine until the batcher is closed and empty."""
+    """Runs the batches and steps of a batcher on an engine until the batcher is closed and empty."""
 
-    def __init__(self, engine: Engine, batcher: Batcher, complete: Complete, *, name: str) -> None:
+    def __init__(
+        self, engine: SteppingEngine, batcher: Batcher, complete: Complete, *, name: str, step_rows: int
+    ) -> None:
         """Make the threads; `start` starts them.
 
         Args:
@@ -34,17 +38,19 @@ class Worker:
             batcher: where batches come from.
             complete: takes a batch's outcomes; what it raises is logged and harms nothing.
             name: the model's name, for thread names and logs.
+            step_rows: the most rows that a step runs the model on.
         """
         self._engine = engine
         self._batcher = batcher
         self._complete = complete
         self._name = name
-        self._slot: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        self._slot: queue.SimpleQueue[_Batch | Entry | Progress | None] = queue.SimpleQueue()
+        self._stepper = Stepper(engine, rows=step_rows, name=name, discard=self._slot.put)
         # One batch may be prepared ahead, not two: the place is reserved before the batch is closed.
         self._place = threading.Semaphore(1)
         self._threads = [
             threading.Thread(target=self._prepare_batches, name=f"prepare-{name}", daemon=True),
-            threading.Thread(target=self._run_batches, name=f"device-{name}", daemon=True),
+            threading.Thread(target=self._run_all, name=f"device-{name}", daemon=True),
         ]
 
     def start(self) -> None:
@@ -70,27 +76,59 @@ class Worker:
             if entries is None:
                 self._slot.put(None)
                 return
+            if entries[0].spec.in_steps:
+                self._slot.put(entries[0])
+                continue
             try:
                 images = np.stack([entry.image.pixels for entry in entries if entry.image is not None])
             except BaseException as error:
                 _log.exception("model %s: could not stack a batch of %d", self._name, len(entries))
                 self._place.release()
-                self._finish([(entry, _as_domain_error(error)) for entry in entries])
+                self._finish([(entry, as_domain_error(error)) for entry in entries])
                 continue
             self._slot.put(_Batch(entries, images))
 
-    def _run_batches(self) -> None:
-        while (batch := self._slot.get()) is not None:
-            self._batcher.device_started(len(batch.entries))
-            # Only now may the next batch be closed: until here, arrivals could still join it.
+    def _run_all(self) -> None:
+        while (work := self._slot.get()) is not None:
+            if isinstance(work, _Batch):
+                self._run_batch(work)
+            elif isinstance(work, Progress):
+                self._stepper.close(work)
+            else:
+                self._run_step(work)
+            del work  # or what it holds would live until there is work again
+
+    def _run_batch(self, batch: _Batch) -> None:
+        self._batcher.device_started(len(batch.entries))
+        # Only now may the next batch be closed: until here, arrivals could still join it.
+        self._place.release()
+        try:
+            outcomes = self._run(batch)
+        except BaseException as error:  # whatever a model does, its thread serves the next batch
+            _log.exception("model %s: a batch of %d failed", self._name, len(batch.entries))
+            outcomes = [(entry, as_domain_error(error)) for entry in batch.entries]
+        self._batcher.device_finished()
+        self._finish(outcomes)
+
+    def _run_step(self, entry: Entry) -> None:
+        if entry.image is None:  # given up since it was claimed
             self._place.release()
-            try:
-                outcomes = self._run(batch)
-            except BaseException as error:  # whatever a model does, its thread serves the next batch
-                _log.exception("model %s: a batch of %d failed", self._name, len(batch.entries))
-                outcomes = [(entry, _as_domain_error(error)) for entry in batch.entries]
+            self._batcher.finish(entry)
+            self._stepper.end(entry)
+            return
+        self._batcher.device_started(1, step=True)
+        self._place.release()
+        outcome = self._stepper.advance(entry)
+        if outcome is None:
+            if not self._batcher.put_back(entry):
+                self._stepper.end(entry)
             self._batcher.device_finished()
-            self._finish(outcomes)
+            return
+        self._stepper.end(entry)
+        wanted = self._batcher.finish(entry)
+        self._batcher.device_finished()
+        if wanted:
+            self._finish([(entry, outcome)])
 
     def _run(self, batch: _Batch) -> list[tuple[Entry, Outcome]]:
         started_at = time.monotonic()
@@ -119,31 +157,17 @@ class Worker:
             if len(entries) == 1:
                 if not isinstance(error, MemoryError):
                     _log.exception("model %s: the engine failed on an image", self._name)
-                return [_as_domain_error(error)]
+                return [as_domain_error(error)]
             _log.warning("model %s: a batch of %d failed (%s); running its halves", self._name, len(entries), error)
             middle = len(entries) // 2
             return [
                 *self._explain(entries[:middle], images[:middle]),
                 *self._explain(entries[middle:], images[middle:]),
             ]
-        return [_checked(result) for result in results]
+        return [checked(result) for result in results]
 
     def _finish(self, outcomes: Sequence[tuple[Entry, Outcome]]) -> None:
         try:
             self._complete(outcomes)
         except Exception:
             _log.exception("model %s: could not deliver %d outcomes", self._name, len(outcomes))
-
-
-def _checked(result: ImageResult) -> ImageResult | Exception:
-    if not (np.isfinite(result.logits).all() and np.isfinite(result.maps).all()):
-        return InternalError("the model gave a score or map that is not finite")
-    return result
-
-
-def _as_domain_error(error: BaseException) -> HeatlensError:
-    if isinstance(error, HeatlensError):
-        return error
-    if isinstance(error, MemoryError):
-        return DeviceOutOfMemory("the device has not enough memory for this image", retry_after_s=1.0)
-    return InternalError(f"the engine failed: {error!r}")

@@ -28,6 +28,11 @@ EXAMPLES: dict[type[HeatlensError], tuple[HeatlensError, grpc.StatusCode, str]] 
         "MODEL_LOADING",
     ),
     ModelFailed: (ModelFailed("a", "no file"), grpc.StatusCode.FAILED_PRECONDITION, "MODEL_FAILED"),
+    errors.CompanionFailed: (
+        errors.CompanionFailed("a", "no file"),
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "COMPANION_FAILED",
+    ),
     errors.ServerDraining: (
         errors.ServerDraining("bye", retry_after_s=0.05),
         grpc.StatusCode.UNAVAILABLE,
@@ -161,6 +166,7 @@ def test_headers_stay_small_whatever_an_error_repeats(text, count):
         InvalidArgument([FieldViolation(long, long)] * 3, metadata={f"key{i}": long for i in range(100)}),
         ModelNotFound(long, [long] * 3),
         ModelFailed(long, long),
+        errors.CompanionFailed(long, long),
         errors.QueueFull(long, metadata={"a": long}, retry_after_s=1.0),
     ]
     for error in huge:

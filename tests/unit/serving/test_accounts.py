@@ -6,13 +6,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from batching import IMAGE, LAYER, OTHER, Bench
+from batching import IMAGE, LAYER, OTHER, STEPPED, Bench
 from heatlens_server.errors import DeadlineExpired, QueueFull
 from heatlens_server.serving.entry import Entry, EntryState, Source
+from heatlens_server.serving.progress import Progress
 
 
 class Accounts(RuleBasedStateMachine):
-    """Every admitted entry is claimed, expired or withdrawn, exactly once, whatever happens in between."""
+    """Every admitted entry is claimed, done in steps, expired or withdrawn, exactly once, whatever happens in between.
+
+    And what is kept between two steps is given to be freed exactly when nobody else can free it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,11 +24,19 @@ class Accounts(RuleBasedStateMachine):
         self.sources: list[Source | None] = [None, Source(), Source()]
         self.preparing: list[Entry] = []
         self.waiting: list[Entry] = []
+        self.stepping: list[Entry] = []
+        self.kept: dict[Entry, Progress] = {}
+        self.expected_discarded: list[Progress] = []
+        self.discarded: list[Progress] = []
         self.ends: Counter[Entry] = Counter()
         self.admitted: list[Entry] = []
         self.running = False
 
-    @rule(who=st.integers(0, 2), spec=st.sampled_from([LAYER, OTHER]), timeout_s=st.sampled_from([None, 0.5, 2.0]))
+    @rule(
+        who=st.integers(0, 2),
+        spec=st.sampled_from([LAYER, OTHER, STEPPED]),
+        timeout_s=st.sampled_from([None, 0.5, 2.0]),
+    )
     def admit(self, who, spec, timeout_s):
         callers = sum(entry.source is None for entry in self.preparing + self.waiting)
         try:
@@ -49,11 +61,28 @@ class Accounts(RuleBasedStateMachine):
     @rule(data=st.data())
     def withdraw(self, data):
         entry = self.admitted[data.draw(st.integers(0, len(self.admitted) - 1))]
-        open_ = entry in self.preparing or entry in self.waiting
+        runs = entry in self.stepping and entry.state is EntryState.STEPPING
+        open_ = entry in self.preparing or entry in self.waiting or runs
         assert self.at.batcher.withdraw(entry) is open_
         if open_:
-            (self.preparing if entry in self.preparing else self.waiting).remove(entry)
             self.ends[entry] += 1
+            if not runs:
+                self.lost(entry)
+                (self.preparing if entry in self.preparing else self.waiting).remove(entry)
+
+    @precondition(lambda self: self.stepping)
+    @rule(data=st.data(), done=st.booleans())
+    def end_step(self, data, done):
+        entry = self.stepping.pop(data.draw(st.integers(0, len(self.stepping) - 1)))
+        wanted = entry.state is EntryState.STEPPING
+        entry.steps = self.kept.setdefault(entry, Progress(rows=1, queue_s=0.0, discard=self.discarded.append))
+        assert (self.at.batcher.finish if done else self.at.batcher.put_back)(entry) is wanted
+        if not wanted:
+            assert entry.image is None
+        elif done:
+            self.ends[entry] += 1
+        else:
+            self.waiting.append(entry)
 
     @rule(seconds=st.sampled_from([0.001, 0.3, 1.0]))
     def wait(self, seconds):
@@ -76,26 +105,41 @@ class Accounts(RuleBasedStateMachine):
         batcher._deliver_expired(expired)
         self.collect_expired()
         assert len({entry.spec for entry in batch}) <= 1
-        assert all(entry.state is EntryState.CLAIMED for entry in batch)
         for entry in batch:
             assert entry.deadline is None or entry.deadline > self.at.clock.now
             self.waiting.remove(entry)
-            self.ends[entry] += 1
+            if entry.spec is STEPPED:
+                assert len(batch) == 1
+                assert entry.state is EntryState.STEPPING
+                self.stepping.append(entry)
+            else:
+                assert entry.state is EntryState.CLAIMED
+                self.ends[entry] += 1
         assert batch or self.running or not self.waiting  # an idle device takes whatever there is
 
     def collect_expired(self) -> None:
         for entry, outcome in self.at.delivered:
             assert isinstance(outcome, DeadlineExpired)
             assert entry.state is EntryState.GONE
+            self.lost(entry)
             self.waiting.remove(entry)
             self.ends[entry] += 1
         self.at.delivered.clear()
 
+    def lost(self, entry: Entry) -> None:
+        assert entry.steps is None
+        if entry in self.kept:
+            self.expected_discarded.append(self.kept[entry])
+
     @invariant()
     def balanced(self):
         assert len(self.at.batcher) == len(self.preparing) + len(self.waiting)
-        assert self.at.batcher._waiting == len(self.waiting)
-        assert {entry for bucket in self.at.batcher._buckets.values() for entry in bucket} == set(self.waiting)
+        waiting = self.at.batcher._round
+        assert len(waiting) == len(self.waiting)
+        assert set(waiting) == set(self.waiting)
+        assert waiting._begun == sum(entry.begun for entry in self.waiting)
+        assert self.at.batcher._stepping == len(self.stepping)
+        assert self.discarded == self.expected_discarded
         assert all(count == 1 for count in self.ends.values())
 
     def teardown(self):
@@ -103,8 +147,12 @@ class Accounts(RuleBasedStateMachine):
             self.at.batcher.withdraw(entry)
             self.ends[entry] += 1
         self.at.batcher.close()
+        for entry in self.stepping:
+            self.ends[entry] += self.at.batcher.finish(entry)
         while (batch := self.at.batcher.take()) is not None:
             self.ends.update(batch)
+            if batch[0].spec is STEPPED:
+                assert self.at.batcher.finish(batch[0])
         self.ends.update(entry for entry, _ in self.at.delivered)
         assert set(self.ends) == set(self.admitted)
         assert all(count == 1 for count in self.ends.values())

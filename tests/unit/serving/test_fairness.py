@@ -198,7 +198,7 @@ def test_a_bucket_that_is_empty_when_its_turn_comes_loses_it():
     first = many(at, 12, Source())
     at.batcher.withdraw(frame)
     assert taken(at) == first[:8]
-    assert list(at.batcher._buckets) == [LAYER]
+    assert [spec for spec, _ in at.batcher._round._buckets] == [LAYER]
     frame = at.put(OTHER, source=camera)
     assert taken(at) == first[8:]
     assert taken(at) == [frame]
@@ -212,7 +212,7 @@ def test_bookkeeping_of_turns_does_not_outlive_the_queue():
             at.batcher.withdraw(entry)
             assert entry.image is None
     assert len(at.batcher) == 0
-    assert not at.batcher._buckets
+    assert not at.batcher._round._buckets
 
 
 @settings(max_examples=100, derandomize=True, deadline=None, database=None)

@@ -61,7 +61,7 @@ class Rig:
         self.failures_to_raise = 0
         self.batcher = Batcher(max_batch_size=8, max_delay_s=0.0, max_queue_length=64, complete=self.complete)
         self.batcher.hold_until(count)
-        self.worker = Worker(engine, self.batcher, self.complete, name="echo")
+        self.worker = Worker(engine, self.batcher, self.complete, name="echo", step_rows=8)
         self.worker.start()
 
     def complete(self, outcomes: Sequence[tuple[Entry, Outcome]]) -> None:

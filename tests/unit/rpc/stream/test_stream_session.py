@@ -46,6 +46,9 @@ class Engine:
         values = [np.array([image[0, 0, 0]], np.float32) for image in images]
         return [ImageResult(value, (0,), np.zeros((1, 1, 1), np.float32), one, one) for value in values]
 
+    def ready(self, spec: MapSpec) -> bool:
+        return True
+
     def close(self) -> None:
         pass
 

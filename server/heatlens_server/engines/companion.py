@@ -1,0 +1,161 @@
+"""Two engines for one model: an exported graph, fast at what it holds, and torch, for all the rest. No torch in here.
+
+Torch is loaded when it is first needed, and not before: it takes seconds, and the model's memory once more.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from heatlens_server.cam.catalog import Aggregation, Method, Score
+from heatlens_server.engines.base import (
+    Engine,
+    EngineInfo,
+    ImageResult,
+    MapSpec,
+    SteppingEngine,
+    Steps,
+    Target,
+    UInt8Array,
+)
+from heatlens_server.errors import ModelLoadError
+
+_log = logging.getLogger(__name__)
+
+
+class CompanionEngine:
+    """Runs each spec on its primary engine if that can, else on a companion. Implements `SteppingEngine`.
+
+    Loading and running may go on at the same time: the primary engine serves while the companion is loaded.
+    """
+
+    def __init__(
+        self,
+        primary: Engine,
+        make_companion: Callable[[], SteppingEngine] | None = None,
+        *,
+        methods: Sequence[Method] = (),
+    ) -> None:
+        """Load nothing yet.
+
+        Args:
+            primary: runs what it can; owned from now on.
+            make_companion: makes an engine of the same model, on the same device, that has every score and option;
+                raises ModelLoadError. None if there is none.
+            methods: what the companion will have.
+        """
+        self.primary = primary
+        self._make = make_companion
+        # Held while the companion is being loaded; `_state` only for an instant.
+        self._loading = threading.Lock()
+        self._state = threading.Lock()
+        self._companion: SteppingEngine | None = None
+        self._closed = False
+        self._info = primary.info if make_companion is None else _joined(primary.info, methods)
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the two can do together; the rest is the primary engine's."""
+        return self._info
+
+    def explain(self, images: UInt8Array, targets: Sequence[Target], spec: MapSpec) -> list[ImageResult]:
+        """Explain a batch; see `engines.base.Engine.explain`.
+
+        Raises:
+            MemoryError: the device is out of memory.
+            ModelLoadError: the companion is needed, was not prepared, and cannot be loaded.
+        """
+        engine = self.primary if self._is_for_primary(spec) else self._loaded()
+        return engine.explain(images, targets, spec)
+
+    def steps(self, image: UInt8Array, target: Target, spec: MapSpec, *, rows: int) -> Steps:
+        """Explain one image in steps; see `engines.base.SteppingEngine.steps`."""
+        return self._loaded().steps(image, target, spec, rows=rows)
+
+    def ready(self, spec: MapSpec) -> bool:
+        """Whether all that a spec needs is loaded."""
+        return self._companion is not None or self._make is None or self._is_for_primary(spec)
+
+    def prepare(self, spec: MapSpec) -> None:
+        """Load the companion if a spec needs it.
+
+        Raises:
+            ModelLoadError: it cannot be loaded, or is not what it was said to be.
+        """
+        if not self.ready(spec):
+            self._loaded()
+
+    def close(self) -> None:
+        """Close both. A companion that is being loaded is closed once it is. Idempotent."""
+        with self._state:
+            self._closed = True
+            companion, self._companion = self._companion, None
+        if companion is not None:
+            companion.close()
+        self.primary.close()
+
+    def _is_for_primary(self, spec: MapSpec) -> bool:
+        info = self.primary.info
+        plain = not (spec.in_steps or spec.augment or spec.principal or spec.return_mask)
+        averaged = len(spec.layers) == 1 or spec.aggregation is Aggregation.MEAN
+        return (
+            spec.method in info.methods
+            and spec.score in info.scores
+            and (info.full or (plain and averaged))
+            and all(layer in info.layers for layer in spec.layers)
+        )
+
+    def _loaded(self) -> SteppingEngine:
+        companion = self._companion
+        if companion is not None:
+            return companion
+        with self._loading:
+            return self._companion or self._load()
+
+    def _load(self) -> SteppingEngine:
+        if self._make is None:
+            raise ValueError("no engine of this model supports that")
+        started_at = time.monotonic()
+        companion = self._make()
+        try:
+            _check(companion.info, self._info)
+            self._adopt(companion)
+        except BaseException:
+            companion.close()
+            raise
+        _log.info(
+            "%s was loaded beside %s in %.1f s", companion.info.kind, self._info.kind, time.monotonic() - started_at
+        )
+        return companion
+
+    def _adopt(self, companion: SteppingEngine) -> None:
+        with self._state:
+            if self._closed:
+                raise ModelLoadError("the server is shutting down")
+            self._companion = companion
+
+
+def _joined(info: EngineInfo, methods: Sequence[Method]) -> EngineInfo:
+    further = frozenset(methods) - frozenset(info.methods)
+    return replace(
+        info,
+        methods=tuple(method for method in Method if method in info.methods or method in further),
+        companion_methods=further,
+        scores=tuple(Score),
+        full=True,
+    )
+
+
+def _check(found: EngineInfo, said: EngineInfo) -> None:
+    """Check that a companion is of the same model, and has what clients were told.
+
+    Raises:
+        ModelLoadError: it is not, or has not.
+    """
+    missing = [method for method in said.companion_methods if method not in found.methods]
+    if missing:
+        raise ModelLoadError(f"the network, as it is now, has no {', '.join(sorted(missing))}; restart the server")
+    if (found.class_count, found.task) != (said.class_count, said.task) or not set(said.layers) <= set(found.layers):
+        raise ModelLoadError("the network, as it is now, is not the one that was exported; restart the server")

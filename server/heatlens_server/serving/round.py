@@ -1,0 +1,114 @@
+"""Whose turn it is: the entries that wait, by what may share a batch, in turns.
+
+* Inside a bucket, sources take turns (`turns.py`, with the literature): a batch takes one entry of each, then a second
+  one of each, and the next batch goes on where it stopped. A caller with a single image is a source of its own. So a
+  stream with 64 images waiting and one with a single image get one each before the first gets its second.
+* Buckets take turns as well, a batch each, so that nobody waits for more than one batch of each other bucket. Counting
+  batches, not images, keeps large batches: the device's time goes by batches more than by images.
+* All entries that take steps are one bucket, whatever else they differ in, and its batch is a single step. So others
+  wait for one step, however many of these there are. After a step, others that wait go first in any case.
+* An entry between two steps comes after all others that take steps, but before those of its own source. Its memory is
+  not free, so a few are begun at a time, and the others wait for one of them to end.
+"""
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from heatlens_server.engines.base import MapSpec
+from heatlens_server.serving.entry import Entry
+from heatlens_server.serving.turns import Turns
+
+Bucket = tuple[MapSpec, tuple[int, ...]]
+"""What entries of a batch have in common: the spec and the shape of their images."""
+
+STEPS: None = None
+"""The bucket of entries that take steps."""
+
+_MOST_BEGUN = 8
+"""How many entries may wait between two of their steps."""
+
+
+class Round:
+    """Entries that wait. Not thread-safe."""
+
+    def __init__(self, *, max_batch_size: int) -> None:
+        """Nobody waits.
+
+        Args:
+            max_batch_size: most entries of a batch.
+        """
+        self._max_batch_size = max_batch_size
+        # In turn order.
+        self._buckets: OrderedDict[Bucket | None, Turns[Entry]] = OrderedDict()
+        self._count = 0
+        self._begun = 0
+        self._last_was_step = False
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Entry]:
+        """All entries, bucket by bucket."""
+        return (entry for bucket in self._buckets.values() for entry in bucket)
+
+    def put(self, entry: Entry) -> None:
+        """Add an entry that has its image."""
+        self._buckets.setdefault(_bucket_of(entry), Turns()).put(entry.owner, entry)
+        self._count += 1
+
+    def put_back(self, entry: Entry) -> None:
+        """Add an entry that was taken and has further steps."""
+        self._buckets.setdefault(STEPS, Turns()).put_back(entry.owner, entry)
+        self._count += 1
+        self._begun += 1
+
+    def remove(self, entry: Entry) -> None:
+        """Take an entry out that is not to be run any more."""
+        # A stream that replaces a frame by a newer one keeps its turn, and so does its bucket, though they may be empty
+        # in between.
+        keep_turn = entry.source is not None
+        key = _bucket_of(entry)
+        bucket = self._buckets[key]
+        bucket.remove(entry.owner, entry, keep_turn=keep_turn)
+        self._count -= 1
+        self._begun -= entry.begun
+        if not self._count:
+            self._buckets.clear()
+        elif not bucket and not keep_turn:
+            del self._buckets[key]
+
+    def in_turn(self) -> Iterator[tuple[Bucket | None, Turns[Entry]]]:
+        """The buckets in which somebody waits, the next one first."""
+        waiting = [(key, bucket) for key, bucket in self._buckets.items() if bucket]
+        if self._last_was_step:
+            waiting.sort(key=lambda item: item[0] is STEPS)
+        return iter(waiting)
+
+    def take(self, key: Bucket | None) -> list[Entry]:
+        """Take a bucket's batch. That was its turn."""
+        bucket = self._buckets[key]
+        if key is STEPS:
+            # There is one that is begun, or there may be one more.
+            batch = [bucket.take((lambda entry: entry.begun) if self._begun >= _MOST_BEGUN else lambda _: True)]
+            self._begun -= batch[0].begun
+        else:
+            batch = [bucket.take() for _ in range(min(len(bucket), self._max_batch_size))]
+        self._count -= len(batch)
+        self._last_was_step = key is STEPS
+        # Those before it that are empty had their turn too.
+        for other in list(itertools.takewhile(lambda other: other != key, self._buckets)):
+            if not self._buckets[other]:
+                del self._buckets[other]
+        if bucket:
+            self._buckets.move_to_end(key)
+        else:
+            del self._buckets[key]
+        return batch
+
+
+def _bucket_of(entry: Entry) -> Bucket | None:
+    if entry.spec.in_steps:
+        return STEPS
+    assert entry.image is not None
+    return entry.spec, entry.image.pixels.shape
