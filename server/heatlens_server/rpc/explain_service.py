@@ -37,6 +37,7 @@ class ExplainServicer(explain_pb2_grpc.ExplainServiceServicer):
         model = self._registry.get(request.model)
         command = parse_explain(request, model, self._limits)
         explainer = Explainer(model, command.plan, self._limits)
+        await explainer.ensure()
         ticket = explainer.submit(command.image, timeout_s=context.time_remaining())
         return await explainer.answer(await ticket.result())
 

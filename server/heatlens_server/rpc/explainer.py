@@ -29,6 +29,10 @@ class Explainer:
     plan: ExplainPlan
     limits: Limits
 
+    async def ensure(self) -> None:
+        """Have all loaded that the plan needs; to be awaited before `submit`. Errors are those of `Lane.ensure`."""
+        await self.model.lane.ensure(self.plan.spec)
+
     def submit(self, image: SourceImage, *, timeout_s: float | None, source: Source | None = None) -> Ticket:
         """Send an image on its way. Arguments and errors are those of `Lane.submit`."""
         return self.model.lane.submit(

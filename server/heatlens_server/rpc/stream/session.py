@@ -112,7 +112,7 @@ class StreamSession:
 
         Raises:
             InvalidArgument: the configuration is wrong, or the client violated the protocol.
-            ModelNotFound, ModelLoading, ModelFailed: so it is.
+            ModelNotFound, ModelLoading, ModelFailed, CompanionFailed: so it is.
             ServerDraining: the server shuts down.
         """
         self._hall.start_reader(self._read())
@@ -201,18 +201,20 @@ class StreamSession:
     async def _read(self) -> None:
         error: Exception | None = None
         try:
-            opened = self._open(await anext(self._requests, None))
+            opened = await self._open(await anext(self._requests, None))
             await self._read_frames(opened)
         except Exception as raised:
             error = raised
         self._end(error)
 
-    def _open(self, request: pb.StreamExplainRequest | None) -> _Opened:
+    async def _open(self, request: pb.StreamExplainRequest | None) -> _Opened:
         config = config_of(request)
         model = self._registry.get(config.model)
-        self._opened = _Opened(parse_config(config, model, self._limits), model, self._limits, self._hall)
+        opened = _Opened(parse_config(config, model, self._limits), model, self._limits, self._hall)
+        await opened.explainer.ensure()
+        self._opened = opened
         self._news.set()
-        return self._opened
+        return opened
 
     async def _read_frames(self, opened: _Opened) -> None:
         while True:
