@@ -99,12 +99,14 @@ ACTIVATIONS_ALONE = frozenset({Method.EIGEN_CAM, Method.KPCA_CAM, Method.FEM, Me
 
 WEIGHTED = frozenset(
     {
+        Method.CAM,
         Method.GRAD_CAM,
         Method.GRAD_CAM_PLUS_PLUS,
         Method.HI_RES_CAM,
         Method.X_GRAD_CAM,
         Method.LAYER_CAM,
         Method.ELEMENT_WISE_GRAD_CAM,
+        Method.SHAPLEY_CAM,
     }
 )
 """Those that sum weighted activations over channels: their sum can be a principal component instead."""

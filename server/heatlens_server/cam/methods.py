@@ -24,14 +24,14 @@ from torch import Tensor
 
 from heatlens_server.cam.activation_maps import fem, random_cam
 from heatlens_server.cam.catalog import Method
-from heatlens_server.cam.precision import accumulator, wide
+from heatlens_server.cam.precision import wide
 from heatlens_server.cam.principal import eigen_cam, eigen_grad_cam, kpca_cam
-
-GRAD_CAM_PLUS_PLUS_EPSILON = 1e-6
-"""Added to the denominator of the Grad-CAM++ coefficients, as in the `grad-cam` package 1.5.7."""
-
-X_GRAD_CAM_EPSILON = 1e-7
-"""Added to the sum of a channel's activations in XGrad-CAM, as in the `grad-cam` package 1.5.7."""
+from heatlens_server.cam.weights import (
+    grad_cam_plus_plus_weights,
+    grad_cam_weights,
+    shapley_cam_weights,
+    x_grad_cam_weights,
+)
 
 
 def cam(activations: Tensor, class_weights: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
         ValueError: a shape does not fit.
     """
     _check(activations, gradients)
-    return _weighted_sum(gradients.mean(dim=(-2, -1), dtype=accumulator(gradients.dtype)), activations)
+    return _weighted_sum(grad_cam_weights(gradients), activations)
 
 
 def grad_cam_plus_plus(activations: Tensor, gradients: Tensor) -> Tensor:
@@ -98,14 +98,7 @@ def grad_cam_plus_plus(activations: Tensor, gradients: Tensor) -> Tensor:
         ValueError: a shape does not fit.
     """
     _check(activations, gradients)
-    activations, gradients = wide(activations), wide(gradients)
-    channel_sums = activations.sum(dim=(-2, -1), keepdim=True).unsqueeze(1)
-    squared = gradients * gradients
-    denominator = squared * (channel_sums * gradients + 2.0) + GRAD_CAM_PLUS_PLUS_EPSILON
-    # Also keeps 0 / 0 away from pixels of negative gradient, whose weight is zero whatever alpha is.
-    denominator = torch.where(denominator == 0, 1.0, denominator)
-    weights = (squared / denominator * torch.relu(gradients)).sum(dim=(-2, -1))
-    return _weighted_sum(weights, activations)
+    return _weighted_sum(grad_cam_plus_plus_weights(activations, gradients), activations)
 
 
 def hi_res_cam(activations: Tensor, gradients: Tensor) -> Tensor:
@@ -145,10 +138,7 @@ def x_grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
         ValueError: a shape does not fit.
     """
     _check(activations, gradients)
-    activations = wide(activations)
-    channel_sums = activations.sum(dim=(-2, -1)).unsqueeze(1) + X_GRAD_CAM_EPSILON
-    weights = (wide(gradients) * activations.unsqueeze(1)).sum(dim=(-2, -1)) / channel_sums
-    return _weighted_sum(weights, activations)
+    return _weighted_sum(x_grad_cam_weights(activations, gradients), activations)
 
 
 def layer_cam(activations: Tensor, gradients: Tensor) -> Tensor:
@@ -210,7 +200,7 @@ def shapley_cam(activations: Tensor, gradients: Tensor, curvature: Tensor) -> Te
     _check(activations, gradients)
     if curvature.shape != gradients.shape:
         raise ValueError(f"curvature: must be {tuple(gradients.shape)} like gradients, not {tuple(curvature.shape)}")
-    return _weighted_sum((wide(gradients) - 0.5 * wide(curvature)).mean(dim=(-2, -1)), activations)
+    return _weighted_sum(shapley_cam_weights(gradients, curvature), activations)
 
 
 def _same_for_all(make: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:

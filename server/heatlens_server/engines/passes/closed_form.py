@@ -7,8 +7,10 @@ from torch import Tensor
 
 from heatlens_server.cam.catalog import Method
 from heatlens_server.cam.methods import raw_map
+from heatlens_server.cam.principal import principal_projection
+from heatlens_server.cam.weights import weighted
 from heatlens_server.engines.base import MapSpec, Target
-from heatlens_server.engines.passes.one_pass import Explained
+from heatlens_server.engines.passes.one_pass import Explained, leaf_of
 from heatlens_server.engines.torch_model import TorchModel
 from heatlens_server.tasks.base import Goals
 
@@ -31,7 +33,7 @@ def closed_form(model: TorchModel, inputs: Tensor, targets: Sequence[Target], sp
     with torch.no_grad():
         features = [model.features(layer, outputs[layer]).detach() for layer in spec.layers]
         if needs_gradient:
-            leaves = [_leaf(outputs[layer]) for layer in spec.layers]
+            leaves = [leaf_of(outputs[layer]) for layer in spec.layers]
             return Explained(goals, _gradient_maps(model, spec, goals, leaves, features))
         factors: Tensor = goals.class_ids
         if spec.method is Method.CAM:
@@ -39,7 +41,7 @@ def closed_form(model: TorchModel, inputs: Tensor, targets: Sequence[Target], sp
                 raise ValueError("this model has no linear head over pooled activations")
             # An absent class (ABSENT) indexes row 0: its map is computed and dropped.
             factors = model.head_weight[factors.clamp(min=0)]
-        return Explained(goals, [raw_map(spec.method, of_layer, factors) for of_layer in features])
+        return Explained(goals, [_map(spec, of_layer, factors) for of_layer in features])
 
 
 def _gradient_maps(
@@ -52,11 +54,12 @@ def _gradient_maps(
             score = goals.score(k)
         gradients = model.gradients(score, leaves, retain_graph=k + 1 < goals.width)
         for of_layer, layer, activation, gradient in zip(maps, spec.layers, features, gradients, strict=True):
-            of_layer.append(raw_map(spec.method, activation, model.features(layer, gradient)[:, None]))
+            of_layer.append(_map(spec, activation, model.features(layer, gradient)[:, None]))
     return [torch.cat(of_layer, dim=1) for of_layer in maps]
 
 
-def _leaf(output: object) -> Tensor:
-    if not isinstance(output, Tensor):
-        raise TypeError("a pyramid of feature maps has no gradient here")
-    return output
+def _map(spec: MapSpec, activations: Tensor, factors: Tensor) -> Tensor:
+    """The raw map (N, K, h, w) of activations and what they are weighted by; see `cam.methods.raw_map`."""
+    if spec.principal:
+        return principal_projection(weighted(spec.method, activations, factors))
+    return raw_map(spec.method, activations, factors)

@@ -40,6 +40,17 @@ OnePass = Callable[[TorchModel, Tensor, Sequence[Target], MapSpec], Explained]
 """Explains inputs (N, 3, H, W). Called with gradients enabled."""
 
 
+def leaf_of(output: object) -> Tensor:
+    """A layer's output, as something that scores can be differentiated by.
+
+    Raises:
+        TypeError: it is a pyramid of maps, which validation keeps from methods that take gradients.
+    """
+    if not isinstance(output, Tensor):
+        raise TypeError("a pyramid of feature maps has no gradient here")
+    return output
+
+
 def results(goals: Goals, maps: NormalizedMap) -> list[ImageResult]:
     """Take a batch's maps apart: one result per image."""
     values, scales, offsets = (t.float().cpu().numpy() for t in (maps.values, maps.scale, maps.offset))
