@@ -35,11 +35,17 @@ class Candidate:
         return self.trace.name
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of the map."""
+        if self.grid.layout is Layout.TOKENS:
+            return self.grid.height, self.grid.width
+        first = 2 if self.grid.layout is Layout.MAP else 1
+        return self._sizes[first], self._sizes[first + 1]
+
+    @property
     def height(self) -> int:
         """Rows of the map."""
-        if self.grid.layout is Layout.TOKENS:
-            return self.grid.height
-        return self._sizes[2 if self.grid.layout is Layout.MAP else 1]
+        return self.size[0]
 
     @property
     def channels(self) -> int:

@@ -123,23 +123,27 @@ def _choose(search: _Search) -> list[Candidate]:
         [token for token in tokens if token.trace.order > after and token is outermost(tokens, token.trace.place)],
         search,
     )
-    if default is not None:
-        stages = _stages(default, maps, tokens, search)
-        blocks = [] if stages and default.grid.layout is not Layout.TOKENS else _earlier_blocks(default, tokens)
-        return [default, *(block for block in blocks if search.depends([block])), *stages]
+    if default is None:
+        default = _last_map(maps, search)
+    stages = _stages(default, maps, tokens, search)
+    blocks = [] if stages and default.grid.layout is not Layout.TOKENS else _earlier_blocks(default, tokens)
+    return [default, *(block for block in blocks if search.depends([block])), *stages]
+
+
+def _last_map(maps: Sequence[Candidate], search: _Search) -> Candidate:
     if not maps:
         raise ModelLoadError(
             "no layer returns a feature map (N, C, h, w), a channels-last map or tokens that fit the image, runs once "
             "per image and has a place of the image that the class scores depend on"
         )
     default = outermost(maps, maps[-1].trace.place)
-    if any(trace.order > after for trace in unread_tokens(search.traces, search.input_size)):
+    if any(trace.order > maps[-1].trace.order for trace in unread_tokens(search.traces, search.input_size)):
         raise ModelLoadError(
             f"the network's last features are tokens that fit no grid of the image; the last feature map "
             f"(N, C, h, w) is {default.name!r}: name it in `layers` to explain that one, or a layer of tokens with its "
             f"form in `grids`"
         )
-    return [default, *_stages(default, maps, tokens, search)]
+    return default
 
 
 def _last_dependent(candidates: Sequence[Candidate], search: _Search) -> Candidate | None:
@@ -170,32 +174,44 @@ def _stages(
 
     Tokens of several resolutions need not be in the order of the image's rows: Hiera's are in that of its pooling.
     """
-    candidates = [*maps, *(token for token in tokens if token.grid.layout is Layout.CHANNELS_LAST)]
+    before = [c for c in (*maps, *tokens) if c.trace.order < default.trace.order and c.grid.layout is not Layout.TOKENS]
     chosen, height = [], default.height
-    for candidate in sorted(candidates, key=lambda c: (c.height, c.trace.depth, -c.trace.order)):
-        if candidate.height >= _STAGE_RATIO * height and candidate.trace.order < default.trace.order:
-            chosen.append(candidate)
-            height = candidate.height
+    for stage in sorted({candidate.height for candidate in before}):
+        if stage >= _STAGE_RATIO * height:
+            chosen.append(_end([candidate for candidate in before if candidate.height == stage]))
+            height = stage
     return [stage for stage in chosen if stage.grid.layout is Layout.MAP or search.depends([stage])]
 
 
-def _earlier_blocks(default: Candidate, candidates: Sequence[Candidate]) -> list[Candidate]:
+def _end(stage: Sequence[Candidate]) -> Candidate:
+    """The end of a stage: the last of the outermost feature maps; a channels-last map, if it is later and no deeper."""
+    maps = [candidate for candidate in stage if candidate.grid.layout is Layout.MAP]
+    others = [candidate for candidate in stage if candidate.grid.layout is not Layout.MAP]
+    end = min(maps, key=lambda c: (c.trace.depth, -c.trace.order)) if maps else None
+    other = outermost(others, others[-1].trace.place) if others else None
+    if end is None or other is None:
+        return end or other or stage[-1]
+    return other if other.trace.order > end.trace.order and other.trace.depth <= end.trace.depth else end
+
+
+def _earlier_blocks(default: Candidate, tokens: Sequence[Candidate]) -> list[Candidate]:
     """What stands where the default layer does, in blocks at some depths; deepest first.
 
     A default layer behind the last block has no equals: then the blocks themselves are taken.
     """
-    alike = [c for c in candidates if c.grid == default.grid and c.trace.order <= default.trace.order]
+    alike = [c for c in tokens if c.size == default.size and c.trace.order <= default.trace.order]
     equals = [c for c in alike if c.trace.place == default.trace.place]
-    before = [c for c in alike if c.trace.place != default.trace.place]
-    if before:
-        last = min(before, key=lambda c: (c.trace.depth, -c.trace.order))
-        equals += [c for c in before if c.trace.place == last.trace.place]
-    for equal in equals:
-        rows = _row(equal, alike)
-        if len(rows) > 1:
-            wanted = [rows[place] for depth in _DEPTHS if (place := round(len(rows) * depth) - 1) >= 0]
+    blocks = [c for c in alike if _NUMBERED.fullmatch(c.name.rpartition(".")[2]) and _holds_modules(c)]
+    for candidate in (*equals, *reversed(blocks)):
+        row = _row(candidate, alike)
+        if len(row) > 1:
+            wanted = [row[place] for depth in _DEPTHS if (place := round(len(row) * depth) - 1) >= 0]
             return [block for block in dict.fromkeys(wanted) if block.trace.place != default.trace.place]
     return []
+
+
+def _holds_modules(candidate: Candidate) -> bool:
+    return next(candidate.trace.module.children(), None) is not None
 
 
 def _row(candidate: Candidate, candidates: Sequence[Candidate]) -> list[Candidate]:
