@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from heatlens_server.cam.grid import Output, to_map
 from heatlens_server.cam.precision import FP16_GRADIENT_SCALE
+from heatlens_server.engines.attention_blocks import AttentionRecorder, find_attention
 from heatlens_server.engines.base import Task, UInt8Array
+from heatlens_server.engines.replay import first_row, laid_out_like, same, two_rows
 from heatlens_server.engines.tape import Change, Tape, TapeRecorder
 from heatlens_server.engines.torch_device import resolve_device
 from heatlens_server.errors import ModelLoadError
@@ -26,9 +28,6 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _PRECISIONS = {dtype: precision for precision, dtype in _DTYPES.items()}
 _TWIN_SEED = 0
 
-_SAME_ROWS = 1e-3
-"""What rows may differ by, relative to the largest score, when the part before a layer runs on one row only."""
-
 
 class TorchModel:
     """A frozen network in the layout and precision that it runs in. Its methods are for one thread at a time.
@@ -40,6 +39,7 @@ class TorchModel:
         device: where it is.
         dtype: what it runs in.
         head_weight: (C, A), if the logits are a linear head over the pooled first layer; None until `check` finds it.
+        attention: the blocks of a transformer; None until `check` finds them.
         gradient_scale: what scores are multiplied by before they are differentiated; see `gradients`.
     """
 
@@ -66,6 +66,7 @@ class TorchModel:
         self._recorder = TapeRecorder(self.module, model.layers)
         self._one_row: dict[str, bool] = {}
         self.head_weight: Tensor | None = None
+        self.attention: AttentionRecorder | None = None
         self._twin: TorchModel | None = None
 
     def check(self) -> None:
@@ -147,12 +148,14 @@ class TorchModel:
         Returns:
             The task's output of `rows` rows.
         """
-        if layer not in self._one_row:
+        if rows > 1 and layer not in self._one_row:
             self._one_row[layer] = self._can_run_on_one_row(inputs, layer)
-        with torch.no_grad():
-            if self._one_row[layer]:
-                return self._changed(inputs, layer, change)
-            return self._changed(inputs.expand(rows, -1, -1, -1), layer, lambda output: change(_first(output)))
+        if rows == 1 or self._one_row[layer]:
+            output = self._changed(inputs, layer, change)
+            if self.task.rows(output) == rows:
+                return output
+            self._one_row[layer] = False
+        return self._changed_in_full(inputs, layer, change, rows)
 
     def twin(self) -> "TorchModel":
         """The same network with weights that mean nothing: those of each parameter in another order, always the same.
@@ -182,32 +185,41 @@ class TorchModel:
     def close(self) -> None:
         """Take every hook off the network. Idempotent."""
         self._recorder.remove()
+        if self.attention is not None:
+            self.attention.remove()
         if self._twin is not None:
             self._twin.close()
 
     def _changed(self, inputs: Tensor, layer: str, change: Change) -> Any:  # noqa: ANN401 - what a network returns
-        with self._recorder.playing(Tape(changes={layer: change})):
+        def changed(output: Output) -> Output:
+            return laid_out_like(change(output), output)
+
+        with torch.no_grad(), self._recorder.playing(Tape(changes={layer: changed})):
             return self.run(inputs)
 
+    def _changed_in_full(self, inputs: Tensor, layer: str, change: Change, rows: int) -> Any:  # noqa: ANN401
+        return self._changed(inputs.expand(rows, -1, -1, -1), layer, lambda output: change(first_row(output)))
+
     def _can_run_on_one_row(self, inputs: Tensor, layer: str) -> bool:
-        with torch.no_grad():
-            alone, count = self.run(inputs), self.model.class_count
-            try:
-                twice = self._changed(inputs, layer, _twice)
-                if self.task.rows(twice) != 2:
-                    return False
-                first, both = self.task.total(alone, count), self.task.total(twice, count)
-            # Shapes that do not fit raise what they like in somebody else's code.
-            except Exception:
-                _log.info("model %s: the part before %s runs once per row", self.model.name, layer)
-                return False
-            return bool((both - 2 * first).abs() <= _SAME_ROWS * max(float(first.abs()), 1.0))
+        try:
+            found = self._changed(inputs, layer, two_rows)
+            # The right rows from the wrong images would be the same for one image: these two differ.
+            right = same(found, self._changed_in_full(inputs, layer, two_rows, 2), self.dtype)
+        except torch.OutOfMemoryError:
+            raise
+        # Shapes that do not fit raise what they like in somebody else's code.
+        except Exception:
+            right = False
+        if not right:
+            _log.info("model %s: the part before %s runs once per row", self.model.name, layer)
+        return right
 
     def _check(self) -> None:
         layers = self.model.layers
         height_px, width_px = self.model.preprocess.crop_px
         with recording_allowed():
-            output, outputs = self.record(self.inputs(_noise(height_px, width_px)), layers, differentiate=True)
+            inputs = self.inputs(_noise(height_px, width_px))
+            output, outputs = self.record(inputs, layers, differentiate=True)
             total = self.task.total(output, self.model.class_count)
             for layer in layers:
                 self._check_layer(layer, outputs)
@@ -222,6 +234,8 @@ class TorchModel:
                 self.head_weight = self._find_head(
                     self.features(layers[0], outputs[layers[0]]).detach(), output.detach()
                 )
+            two = torch.cat([inputs, inputs.flip(-1)])
+            self.attention = find_attention(self.module, self.run, two, self.model.grid(layers[0]))
 
     def _check_layer(self, layer: str, outputs: Mapping[str, Output]) -> None:
         if layer not in outputs:
@@ -275,15 +289,3 @@ def memory_errors() -> Iterator[None]:
 def _noise(height_px: int, width_px: int) -> UInt8Array:
     """One image of noise, uint8 (1, H, W, 3), to try a network with."""
     return np.random.default_rng(0).integers(0, 256, (1, height_px, width_px, 3), dtype=np.uint8)
-
-
-def _first(output: Output) -> Output:
-    if isinstance(output, Tensor):
-        return output[:1]
-    return {name: level[:1] for name, level in output.items()}
-
-
-def _twice(output: Output) -> Output:
-    if isinstance(output, Tensor):
-        return torch.cat([output, output])
-    return {name: torch.cat([level, level]) for name, level in output.items()}

@@ -1,14 +1,17 @@
 """One image that is explained in steps, and what a method of many runs is."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from heatlens_server.cam.grid import Output
+from heatlens_server.cam.grid import Grid, Output
 from heatlens_server.engines.torch_model import TorchModel
 from heatlens_server.tasks.base import Goals
+
+ROUNDING = 8 * torch.finfo(torch.float32).eps
+"""Scores that differ by no more than this, relative to their size, are the same: a map of the rest would be noise."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,19 +35,33 @@ class Job:
     rows: int
 
     @property
+    def grid(self) -> Grid:
+        """How to read the layer's output as a map."""
+        return self.model.model.grid(self.layer)
+
+    @property
     def features(self) -> Tensor:
         """The layer's output as a map (1, C, h, w)."""
         return self.model.features(self.layer, self.output)
 
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """(height, width) of the image."""
+        return self.inputs.shape[2], self.inputs.shape[3]
+
+    def chunks(self, indices: Tensor) -> Iterator[Tensor]:
+        """Indices (M,) in parts that a step can run the network on, in order; none if M is 0."""
+        return (indices[start : start + self.rows] for start in range(0, len(indices), self.rows))
+
     def scores_of_inputs(self, inputs: Tensor) -> Tensor:
-        """The scores (R, K) of R changed images (R, 3, H, W); one step's work."""
+        """The scores, float32 (R, K), of R changed images (R, 3, H, W); one step."""
         with torch.no_grad():
-            return self.goals.values(0, self.model.run(inputs))
+            return self.goals.values(0, self.model.run(inputs)).float()
 
     def scores_of_features(self, change: Callable[[Output], Output], rows: int) -> Tensor:
-        """The scores (rows, K) of the image with the layer's output changed in `rows` ways; one step's work."""
+        """The scores, float32 (rows, K), of the image with the layer's output changed in `rows` ways; one step."""
         with torch.no_grad():
-            return self.goals.values(0, self.model.replay(self.inputs, self.layer, change, rows))
+            return self.goals.values(0, self.model.replay(self.inputs, self.layer, change, rows)).float()
 
 
 RawMaps = Generator[None, None, Tensor]

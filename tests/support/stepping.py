@@ -1,0 +1,64 @@
+"""What tests of methods in steps share: a job on a network, and a generator that is run to its end."""
+
+import dataclasses
+from collections.abc import Callable, Generator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine_cases import loaded
+from heatlens_server.cam.catalog import Score
+from heatlens_server.cam.grid import Grid, Output
+from heatlens_server.engines.base import Target
+from heatlens_server.engines.steps.job import Job
+from heatlens_server.engines.torch_model import TorchModel
+from heatlens_server.tasks.table import task_model
+
+
+def placed(
+    module: nn.Module,
+    layer: str,
+    *,
+    grids: Mapping[str, Grid] | None = None,
+    px: int = 64,
+    class_count: int = 10,
+    precision: str = "fp32",
+) -> TorchModel:
+    """A classifier with one layer to explain."""
+    model = dataclasses.replace(loaded(module, (layer,), class_count=class_count, px=px), grids=grids or {})
+    return TorchModel(model, task_model(model.task), device="cpu", precision=precision)
+
+
+def job(model: TorchModel, image: np.ndarray, target: Target, *, rows: int, score: Score = Score.LOGIT) -> Job:
+    """One image, uint8 (H, W, 3), to explain by the model's first layer."""
+    layer = model.model.layers[0]
+    inputs = model.inputs(image[None])
+    with torch.no_grad():
+        output, outputs = model.record(inputs, (layer,), differentiate=False)
+        goals = model.task.goals(output, [target], score=score, run=model.run_images)
+    return Job(model, inputs, goals, layer, outputs[layer], rows)
+
+
+def drain(steps: Generator[None, None, Tensor]) -> tuple[Tensor, int]:
+    """What a stepper returns, and in how many steps."""
+    count = 0
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value, count
+        count += 1
+
+
+def one_by_one(model: TorchModel, inputs: Tensor, layer: str, change: Callable[[Output], Output], rows: int) -> Tensor:
+    """What `TorchModel.replay` must say, with one whole run of the network per row and a hook of the test's own."""
+    found = []
+    for row in range(rows):
+        handle = model.module.get_submodule(layer).register_forward_hook(
+            lambda _module, _args, output, row=row: change(output)[row : row + 1]
+        )
+        with torch.no_grad():
+            found.append(model.run(inputs))
+        handle.remove()
+    return torch.cat(found)
