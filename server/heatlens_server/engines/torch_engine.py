@@ -35,7 +35,11 @@ class TorchEngine:
             self._model.close()
             raise
         height_px, width_px = model.preprocess.crop_px
-        offered = {*CLOSED_FORMS, *PASSES, *STEPPERS} - ({Method.CAM} if self._model.head_weight is None else set())
+        offered = {*CLOSED_FORMS, *PASSES, *STEPPERS}
+        if self._model.head_weight is None:
+            offered -= {Method.CAM}
+        if self._model.attention is None:
+            offered -= {Method.LE_GRAD}
         self._info = EngineInfo(
             kind="torch",
             device=str(self._model.device),

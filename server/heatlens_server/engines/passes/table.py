@@ -8,10 +8,21 @@ from torch import Tensor
 from heatlens_server.cam.catalog import Method
 from heatlens_server.engines.base import MapSpec, Target
 from heatlens_server.engines.passes.closed_form import closed_form
+from heatlens_server.engines.passes.full_grad import full_grad
+from heatlens_server.engines.passes.guided_grad_cam import guided_grad_cam
+from heatlens_server.engines.passes.le_grad import le_grad
 from heatlens_server.engines.passes.one_pass import Explained, OnePass
+from heatlens_server.engines.passes.shapley_cam import shapley_cam
 from heatlens_server.engines.torch_model import TorchModel
 
-PASSES: Mapping[Method, OnePass] = MappingProxyType({})
+PASSES: Mapping[Method, OnePass] = MappingProxyType(
+    {
+        Method.SHAPLEY_CAM: shapley_cam,
+        Method.FULL_GRAD: full_grad,
+        Method.LE_GRAD: le_grad,
+        Method.GUIDED_GRAD_CAM: guided_grad_cam,
+    }
+)
 """The methods of one pass that are no closed forms."""
 
 
