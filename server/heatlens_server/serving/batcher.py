@@ -242,6 +242,7 @@ class Batcher:
     def _end_step(self, entry: Entry) -> bool:
         """An entry's step has ended; False if nobody wants it any more. Holds the lock."""
         self._stepping -= 1
+        self._round.end_step()
         self._changed.notify_all()
         return entry.state is EntryState.STEPPING
 

@@ -5,8 +5,9 @@
   stream with 64 images waiting and one with a single image get one each before the first gets its second.
 * Buckets take turns as well, a batch each, so that nobody waits for more than one batch of each other bucket. Counting
   batches, not images, keeps large batches: the device's time goes by batches more than by images.
-* All entries that take steps are one bucket, whatever else they differ in, and its batch is a single step. So others
-  wait for one step, however many of these there are. After a step, others that wait go first in any case.
+* All entries that take steps are one bucket, whatever else they differ in, and its batch is a single step, whose turn
+  ends when the step does: others that come meanwhile go first. So they wait for one step, however many of these there
+  are.
 * An entry between two steps comes after all others that take steps, but before those of its own source. Its memory is
   not free, so a few are begun at a time, and the others wait for one of them to end.
 """
@@ -43,7 +44,6 @@ class Round:
         self._buckets: OrderedDict[Bucket | None, Turns[Entry]] = OrderedDict()
         self._count = 0
         self._begun = 0
-        self._last_was_step = False
 
     def __len__(self) -> int:
         return self._count
@@ -58,7 +58,7 @@ class Round:
         self._count += 1
 
     def put_back(self, entry: Entry) -> None:
-        """Add an entry that was taken and has further steps."""
+        """Add an entry that was taken for a step, which has ended, and has further ones."""
         self._buckets.setdefault(STEPS, Turns()).put_back(entry.owner, entry)
         self._count += 1
         self._begun += 1
@@ -80,13 +80,15 @@ class Round:
 
     def in_turn(self) -> Iterator[tuple[Bucket | None, Turns[Entry]]]:
         """The buckets in which somebody waits, the next one first."""
-        waiting = [(key, bucket) for key, bucket in self._buckets.items() if bucket]
-        if self._last_was_step:
-            waiting.sort(key=lambda item: item[0] is STEPS)
-        return iter(waiting)
+        return ((key, bucket) for key, bucket in self._buckets.items() if bucket)
+
+    def end_step(self) -> None:
+        """A step that was taken has ended, and with it the turn of `STEPS`."""
+        if STEPS in self._buckets:
+            self._buckets.move_to_end(STEPS)
 
     def take(self, key: Bucket | None) -> list[Entry]:
-        """Take a bucket's batch. That was its turn."""
+        """Take a bucket's batch. That was its turn; that of `STEPS` lasts until `end_step`."""
         bucket = self._buckets[key]
         if key is STEPS:
             # There is one that is begun, or there may be one more.
@@ -95,7 +97,6 @@ class Round:
         else:
             batch = [bucket.take() for _ in range(min(len(bucket), self._max_batch_size))]
         self._count -= len(batch)
-        self._last_was_step = key is STEPS
         # Those before it that are empty had their turn too.
         for other in list(itertools.takewhile(lambda other: other != key, self._buckets)):
             if not self._buckets[other]:
