@@ -12,6 +12,8 @@ This package holds the clients and what they return. It loads no deep-learning l
 from heatlens._async_client import AsyncClient
 from heatlens._async_stream import AsyncStream
 from heatlens._client import Client
+from heatlens._evaluate import evaluate
+from heatlens._evaluation import Evaluation, Failure, MethodScores
 from heatlens._exceptions import (
     CallCancelledError,
     DeadlineExceededError,
@@ -54,8 +56,10 @@ __all__ = [
     "ClassScore",
     "Client",
     "DeadlineExceededError",
+    "Evaluation",
     "Explanation",
     "FailedPreconditionError",
+    "Failure",
     "Faithfulness",
     "FieldViolation",
     "FrameResult",
@@ -64,6 +68,7 @@ __all__ = [
     "Heatmap",
     "InternalError",
     "InvalidArgumentError",
+    "MethodScores",
     "ModelInfo",
     "ModelState",
     "NotFoundError",
@@ -80,6 +85,7 @@ __all__ = [
     "UnavailableError",
     "UnimplementedError",
     "__version__",
+    "evaluate",
     "place_map",
 ]
 

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from heatlens._cli.bench import bench
+from heatlens._cli.evaluate import evaluate
 from heatlens._cli.explain import explain
 from heatlens._cli.health import health
 from heatlens._cli.models import models
@@ -20,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (explain, video, models, health, bench):
+for _command in (explain, evaluate, video, models, health, bench):
     app.command()(_command)
 
 

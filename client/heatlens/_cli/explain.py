@@ -1,6 +1,7 @@
 """`heatlens explain`: explain image files."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
+import cv2
+import numpy as np
 import typer
 
 from heatlens._cli.connection import (
@@ -24,8 +27,21 @@ from heatlens._cli.connection import (
     reporting,
     warn,
 )
+from heatlens._cli.explaining import (
+    AggregationOption,
+    AugmentOption,
+    ClassOption,
+    LayerOption,
+    MethodOption,
+    ModelOption,
+    PrincipalOption,
+    TargetScoreOption,
+    listed,
+    reference_of,
+)
 from heatlens._client import Client
 from heatlens._exceptions import HeatlensError
+from heatlens._names import METRICS
 from heatlens._results import Result
 
 # Files in flight: enough to give the server batches, few enough to keep memory and queues small.
@@ -38,18 +54,42 @@ def explain(
     *,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="JPEG, PNG or WebP files.")],
     server: ServerOption = DEFAULT_SERVER,
-    model: Annotated[str | None, typer.Option(show_default="the server's", help="A served model.")] = None,
+    model: ModelOption = None,
     top_k: Annotated[int | None, typer.Option(metavar="N", help="Explain the N most probable classes.")] = None,
-    class_ids: Annotated[
-        list[int] | None, typer.Option("--class", metavar="ID", help="Explain this class. Repeatable.")
+    class_ids: ClassOption = None,
+    method: MethodOption = None,
+    layers: LayerOption = None,
+    target_score: TargetScoreOption = None,
+    aggregation: AggregationOption = None,
+    augment: AugmentOption = False,
+    principal_component: PrincipalOption = False,
+    faithfulness: Annotated[
+        str | None,
+        typer.Option(metavar="METRICS", help="Measure how faithful the maps are: deletion,insertion,... or all."),
     ] = None,
-    method: Annotated[str | None, typer.Option(show_default="the model's", help="grad-cam, layer-cam, ...")] = None,
-    layers: Annotated[
-        list[str] | None, typer.Option("--layer", metavar="NAME", help="Explain this layer. Repeatable.")
+    mask: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Segmentation: explain the pixels that are not black in this image."),
     ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Embedding models: what to compare with: an image, or an embedding (.npy)."),
+    ] = None,
+    min_score: Annotated[
+        float | None,
+        typer.Option(metavar="P", show_default="0.5", help="Detection: explain detections of at least this score."),
+    ] = None,
+    return_mask: Annotated[
+        bool, typer.Option("--return-mask", help="Segmentation: write the predicted mask, too. Needs -o.")
+    ] = False,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="DIR", help="Write NAME-CLASS.png (overlay) and .npy (map) there."),
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="DIR",
+            help="Write NAME-CLASS.png (overlay) and .npy (map) there; embeddings as NAME-embedding.npy.",
+        ),
     ] = None,
     colormap: Annotated[str, typer.Option(help="An OpenCV colour map, for the overlays.")] = "jet",
     as_json: JsonOption = False,
@@ -63,15 +103,26 @@ def explain(
     """
     if output is not None:
         _check_names(images)
-    options = {
+    elif return_mask:
+        raise typer.BadParameter("give -o DIR, too", param_hint="--return-mask")
+    options: dict[str, Any] = {
         "model": model,
         "top_k": top_k,
         "class_ids": class_ids or None,
         "method": method,
         "layers": layers or None,
+        "target_score": target_score,
+        "aggregation": aggregation,
+        "augment": augment,
+        "principal_component": principal_component,
+        "faithfulness": listed(faithfulness, every=METRICS) or False,
+        "mask": mask,
+        "min_score": min_score,
+        "return_mask": return_mask,
     }
     failed = False
     with reporting():
+        options["reference"] = reference_of(reference)
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
         with (
@@ -81,7 +132,7 @@ def explain(
             for path, answer in _answers(pool, client, images, options):
                 try:
                     result = answer.result()
-                    files = [] if output is None else _write(result, path, output, colormap)
+                    files = _NO_FILES if output is None else _write(result, path, output, colormap)
                 except (HeatlensError, OSError) as error:
                     text = describe(error)
                     warn(f"error: {text}" if str(path) in text else f"error: {path}: {text}")
@@ -95,10 +146,15 @@ def explain(
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """What was written for one explanation."""
+    """What was written for one image: an overlay and a map per explanation, and what else its task has."""
 
-    overlay: Path
-    map: Path
+    overlays: tuple[Path, ...] = ()
+    maps: tuple[Path, ...] = ()
+    mask: Path | None = None
+    embedding: Path | None = None
+
+
+_NO_FILES = _Files()
 
 
 def _check_names(images: list[Path]) -> None:
@@ -134,18 +190,29 @@ def _answers(
         pending += [(path, pool.submit(client.explain, path, **options)) for path in islice(rest, 1)]
 
 
-def _write(result: Result, image: Path, folder: Path, colormap: str) -> list[_Files]:
-    files = []
+def _write(result: Result, image: Path, folder: Path, colormap: str) -> _Files:
+    overlays, maps = [], []
+    seen: Counter[int] = Counter()
     for explanation in result.explanations:
-        name = f"{image.stem}-{explanation.class_id}"
-        pair = _Files(overlay=folder / f"{name}.png", map=folder / f"{name}.npy")
-        explanation.heatmap.save(pair.overlay, image, colormap=colormap)
-        explanation.heatmap.save(pair.map)
-        files.append(pair)
-    return files
+        # Detections may be several of one class.
+        seen[explanation.class_id] += 1
+        number = seen[explanation.class_id]
+        name = f"{image.stem}-{explanation.class_id}" + (f"-{number}" if number > 1 else "")
+        overlays.append(folder / f"{name}.png")
+        maps.append(folder / f"{name}.npy")
+        explanation.heatmap.save(overlays[-1], image, colormap=colormap)
+        explanation.heatmap.save(maps[-1])
+    mask = embedding = None
+    if result.predicted_mask is not None:
+        mask = folder / f"{image.stem}-mask.png"
+        mask.write_bytes(cv2.imencode(".png", result.predicted_mask)[1].tobytes())
+    if result.embedding is not None:
+        embedding = folder / f"{image.stem}-embedding.npy"
+        np.save(embedding, result.embedding, allow_pickle=False)
+    return _Files(overlays=tuple(overlays), maps=tuple(maps), mask=mask, embedding=embedding)
 
 
-def _as_dict(result: Result, image: Path, files: list[_Files]) -> dict[str, Any]:
+def _as_dict(result: Result, image: Path, files: _Files) -> dict[str, Any]:
     explanations = []
     for index, item in enumerate(result.explanations):
         height, width = item.heatmap.values.shape
@@ -157,9 +224,16 @@ def _as_dict(result: Result, image: Path, files: list[_Files]) -> dict[str, Any]
             "map_height": height,
             "map_width": width,
         }
-        if files:
-            explanation |= {"overlay": str(files[index].overlay), "map": str(files[index].map)}
+        if item.area:
+            explanation["area"] = item.area
+        if item.box is not None:
+            explanation["box"] = asdict(item.box)
+        if item.faithfulness is not None:
+            explanation["faithfulness"] = item.faithfulness.by_metric()
+        if files.maps:
+            explanation |= {"overlay": str(files.overlays[index]), "map": str(files.maps[index])}
         explanations.append(explanation)
+    whole = {"predicted_mask": files.mask, "embedding": files.embedding}
     return {
         "image": str(image),
         "model": result.model,
@@ -168,12 +242,21 @@ def _as_dict(result: Result, image: Path, files: list[_Files]) -> dict[str, Any]
         "source_size": result.source_size,
         "explanations": explanations,
         "timing": asdict(result.timing),
+        **{name: str(path) for name, path in whole.items() if path is not None},
     }
 
 
-def _as_text(result: Result, image: Path, files: list[_Files]) -> list[str]:
+def _as_text(result: Result, image: Path, files: _Files) -> list[str]:
     lines = [f"{image}: {result.model}"]
     for index, item in enumerate(result.explanations):
-        written = f"  {files[index].overlay}" if files else ""
-        lines.append(f"  {item.class_id:>5}  {item.probability:>6.1%}  {item.label or '-'}{written}")
-    return lines
+        parts = [f"  {item.class_id:>5}  {item.probability:>6.1%}  {item.label or '-'}"]
+        if item.box is not None:
+            parts.append("at {left:.0f},{top:.0f} to {right:.0f},{bottom:.0f}".format(**asdict(item.box)))
+        if item.area:
+            parts.append(f"on {item.area:.1%} of the image")
+        if item.faithfulness is not None:
+            parts += [f"{metric} {value:.3f}" for metric, value in item.faithfulness.by_metric().items()]
+        if files.overlays:
+            parts.append(str(files.overlays[index]))
+        lines.append("  ".join(parts))
+    return lines + [f"  {path}" for path in (files.mask, files.embedding) if path is not None]

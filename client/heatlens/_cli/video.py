@@ -25,6 +25,16 @@ from heatlens._cli.connection import (
     reporting,
     warn,
 )
+from heatlens._cli.explaining import (
+    AggregationOption,
+    AugmentOption,
+    ClassOption,
+    LayerOption,
+    MethodOption,
+    ModelOption,
+    PrincipalOption,
+    TargetScoreOption,
+)
 from heatlens._cli.interrupt import INTERRUPTED, TERMINATED, Interrupts, Terminated
 from heatlens._client import Client
 from heatlens._exceptions import HeatlensError, InvalidArgumentError
@@ -63,17 +73,17 @@ def video(
         Path | None, typer.Option("--json", metavar="FILE", help="Write one JSON object per frame there; - is stdout.")
     ] = None,
     server: ServerOption = DEFAULT_SERVER,
-    model: Annotated[str | None, typer.Option(show_default="the server's", help="A served model.")] = None,
+    model: ModelOption = None,
     top_k: Annotated[
         int | None, typer.Option(metavar="N", help="Explain the N most probable classes; the first one's map is drawn.")
     ] = None,
-    class_ids: Annotated[
-        list[int] | None, typer.Option("--class", metavar="ID", help="Explain this class. Repeatable.")
-    ] = None,
-    method: Annotated[str | None, typer.Option(show_default="the model's", help="grad-cam, layer-cam, ...")] = None,
-    layers: Annotated[
-        list[str] | None, typer.Option("--layer", metavar="NAME", help="Explain this layer. Repeatable.")
-    ] = None,
+    class_ids: ClassOption = None,
+    method: MethodOption = None,
+    layers: LayerOption = None,
+    target_score: TargetScoreOption = None,
+    aggregation: AggregationOption = None,
+    augment: AugmentOption = False,
+    principal_component: PrincipalOption = False,
     every: Annotated[int, typer.Option(metavar="N", min=1, help="Explain the first of every N frames.")] = 1,
     max_fps: Annotated[
         float | None, typer.Option(metavar="F", help="Explain at most F frames per second of film.")
@@ -133,6 +143,10 @@ def video(
         "class_ids": class_ids or None,
         "method": method,
         "layers": layers or None,
+        "target_score": target_score,
+        "aggregation": aggregation,
+        "augment": augment,
+        "principal_component": principal_component,
         "every": every,
         "max_fps": max_fps,
         "smooth": smooth,

@@ -1,0 +1,149 @@
+"""`heatlens evaluate`: which method's maps are faithful, on these images."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from heatlens._cli.connection import (
+    DEFAULT_SERVER,
+    CaOption,
+    JsonOption,
+    ServerOption,
+    TlsOption,
+    client_options,
+    describe,
+    fail,
+    reporting,
+    warn,
+)
+from heatlens._cli.explaining import (
+    AggregationOption,
+    AugmentOption,
+    LayerOption,
+    ModelOption,
+    PrincipalOption,
+    TargetScoreOption,
+    listed,
+    reference_of,
+)
+from heatlens._cli.interrupt import INTERRUPTED
+from heatlens._client import Client
+from heatlens._evaluate import evaluate as run
+from heatlens._names import METRICS
+
+
+def evaluate(
+    *,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="JPEG, PNG or WebP files.")],
+    server: ServerOption = DEFAULT_SERVER,
+    model: ModelOption = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            show_default="those of a single pass",
+            help="The methods, separated by commas; all: every one that the model supports. Random-CAM is added.",
+        ),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES", show_default="all", help="The metrics, separated by commas: deletion,insertion,..."
+        ),
+    ] = None,
+    layers: LayerOption = None,
+    target_score: TargetScoreOption = None,
+    aggregation: AggregationOption = None,
+    augment: AugmentOption = False,
+    principal_component: PrincipalOption = False,
+    reference: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Embedding models: what to compare with: an image, or an embedding (.npy)."),
+    ] = None,
+    min_score: Annotated[
+        float | None,
+        typer.Option(metavar="P", show_default="0.5", help="Detection: explain detections of at least this score."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="DIR", help="Write evaluation.png (chart) and .json (all) there."),
+    ] = None,
+    as_json: JsonOption = False,
+    timeout: Annotated[
+        float, typer.Option("--timeout", metavar="SECONDS", help="Time for one map and its measures.")
+    ] = 600.0,
+    tls: TlsOption = False,
+    ca: CaOption = None,
+) -> None:
+    """Measure how faithful methods are: every method explains every image, and every map is tested on the model.
+
+    Exits with 1 if an image failed; it is left out for all methods.
+    """
+    # Better now than after hours of work.
+    if output is not None and find_spec("matplotlib") is None:
+        fail("charts need matplotlib: pip install 'heatlens[plot]'")
+    try:
+        with reporting():
+            if output is not None:
+                output.mkdir(parents=True, exist_ok=True)
+            with Client(**client_options(server, tls=tls, ca=ca, timeout=timeout)) as client, _progress() as advance:
+                evaluation = run(
+                    client,
+                    images,
+                    model=model,
+                    methods=_methods(methods),
+                    metrics=listed(metrics, every=METRICS),
+                    layers=layers or None,
+                    target_score=target_score,
+                    aggregation=aggregation,
+                    augment=augment,
+                    principal_component=principal_component,
+                    reference=reference_of(reference),
+                    min_score=min_score,
+                    on_progress=advance,
+                )
+            for failure in evaluation.failures:
+                text = describe(failure.error)
+                warn(f"error: {text}" if failure.image in text else f"error: {failure.image}: {text}")
+            if not evaluation.images:
+                fail("every image failed")
+            report = json.dumps(evaluation.as_dict(), indent=2)
+            console = Console()
+            width = console.width if console.is_terminal else None
+            typer.echo(report if as_json else evaluation.table(width=width))
+            if output is not None:
+                (output / "evaluation.json").write_text(f"{report}\n")
+                evaluation.chart(output / "evaluation.png")
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    if evaluation.failures:
+        raise typer.Exit(1)
+
+
+def _methods(names: str | None) -> list[str] | str | None:
+    """Return what `evaluate` takes; which methods are all of them is the model's business."""
+    return "all" if names is not None and names.strip() == "all" else listed(names, every=())
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """Show progress on stderr if that is a terminal; yields what to call after each answer."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("measuring"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("maps"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
