@@ -12,7 +12,7 @@ from heatlens_server.models.trace import Trace
 # Their output is their input, so they are no place of their own.
 _TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 # Class, distillation and register tokens before the grid: more of them are a misreading.
-_MOST_PREFIX = 16
+_MOST_PREFIX = 8
 _ATTENTION_TYPE = re.compile(r"att(entio)?n")
 _ATTENTION_NAMES = frozenset({"attn", "attention", "self_attn", "self_attention"})
 
@@ -110,8 +110,8 @@ def grid_of(
 ) -> Grid | None:
     """How an output of this shape is read as a map; None if it cannot be.
 
-    Tokens (1, T, C) are laid on one of the grids, with the fewest tokens before it: T - h * w, at most 16. Where the
-    network shows no grid at all, on one that divides the input into whole patches of its proportions.
+    Tokens (1, T, C) are laid on one of the grids, with the fewest tokens before it: T - h * w, at most 8 and less than
+    half as many as on it. Where the network shows no grid at all, on one that divides the input into whole patches.
     """
     if shape is None or shape[:1] != (1,):
         return None
@@ -122,7 +122,9 @@ def grid_of(
     if len(shape) != 3 or shape[2] < 2:
         return None
     choices = grids or _patchings(input_size)
-    fitting = [(shape[1] - h * w, h, w) for h, w in choices if 0 <= shape[1] - h * w <= _MOST_PREFIX]
+    fitting = [
+        (prefix, h, w) for h, w in choices if 0 <= (prefix := shape[1] - h * w) <= _MOST_PREFIX and 2 * prefix < h * w
+    ]
     if not fitting:
         return None
     prefix, height, width = min(fitting)

@@ -66,6 +66,7 @@ def discover(
     *,
     grids: Mapping[str, Grid] | None = None,
     scores: Scores = logits,
+    scored: bool = True,
 ) -> Discovery:
     """Run a network on a black image and find its classes and the layers that can be explained.
 
@@ -85,13 +86,15 @@ def discover(
         wanted: layers named by the operator; checked, and returned as they are.
         grids: how to read some of these, if the operator says so.
         scores: finds the class scores in what the network returns.
+        scored: whether its last maps may be class scores already, which are not explained; False for embeddings, whose
+            last features have as many channels as the embedding has elements.
 
     Raises:
         ModelLoadError: the network fails or returns no scores, no layer is fit, or a wanted layer is not.
     """
     traces, output = run(module, input_size)
     class_count = int(scores(output).shape[1])
-    search = _Search(module, input_size, traces, class_count, scores)
+    search = _Search(module, input_size, traces, class_count if scored else 0, scores)
     if wanted:
         found = {name: _checked(name, (grids or {}).get(name), search) for name in wanted}
     else:
