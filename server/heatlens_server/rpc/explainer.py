@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from heatlens.v1 import explain_pb2 as pb
-from heatlens_server.imaging.decode import decode_image
-from heatlens_server.imaging.preprocess import FittedImage, fit
+from heatlens_server.imaging.preprocess import FittedImage
 from heatlens_server.rpc.encode import check_answer_size, encode
+from heatlens_server.rpc.images import SourceImage, fit_image
 from heatlens_server.rpc.limits import Limits
-from heatlens_server.rpc.validation import ExplainPlan, SourceImage
+from heatlens_server.rpc.plan import ExplainPlan
 from heatlens_server.serving.entry import Source
 from heatlens_server.serving.served import ServedModel
 from heatlens_server.serving.ticket import Explained, Ticket
@@ -36,7 +36,12 @@ class Explainer:
     def submit(self, image: SourceImage, *, timeout_s: float | None, source: Source | None = None) -> Ticket:
         """Send an image on its way. Arguments and errors are those of `Lane.submit`."""
         return self.model.lane.submit(
-            lambda: self._prepare(image), self.plan.target, self.plan.spec, timeout_s=timeout_s, source=source
+            lambda: self._prepare(image),
+            self.plan.target,
+            self.plan.spec,
+            timeout_s=timeout_s,
+            source=source,
+            complete=self.plan.complete,
         )
 
     async def answer(
@@ -55,9 +60,7 @@ class Explainer:
 
     def _prepare(self, image: SourceImage) -> FittedImage:
         """Decode and fit; runs on a preparer thread."""
-        if isinstance(image, bytes):
-            image = decode_image(image, max_pixels=self.limits.max_image_pixels)
-        fitted = fit(image, self.model.preprocess)
+        fitted = fit_image(image, self.model.preprocess, self.limits)
         check_answer_size(self.plan, fitted, self.limits)
         return fitted
 

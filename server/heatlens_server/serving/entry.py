@@ -58,7 +58,8 @@ class Entry:
     """One admitted request.
 
     Attributes:
-        target: what is wanted.
+        target: what is wanted, as far as it is known.
+        complete: makes the target that the engine gets, of the prepared image; None if `target` is that.
         spec: how: entries of equal spec, and images of equal size, may share a batch.
         deadline: on the batcher's clock, in seconds; None for no deadline.
         resolve: takes the outcome on behalf of the caller; called once at most, by whoever `Complete` leaves it to.
@@ -77,6 +78,7 @@ class Entry:
     deadline: float | None
     resolve: Callable[[Outcome], None]
     source: Source | None = None
+    complete: Callable[[FittedImage], Target] | None = None
     prepare: Callable[[], FittedImage] | None = None
     image: FittedImage | None = None
     preprocess_s: float = 0.0

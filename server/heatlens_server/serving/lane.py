@@ -93,6 +93,7 @@ class Lane:
         *,
         timeout_s: float | None,
         source: Source | None = None,
+        complete: Callable[[FittedImage], Target] | None = None,
     ) -> Ticket:
         """Send one image on its way and return at once.
 
@@ -103,6 +104,8 @@ class Lane:
             timeout_s: how long the caller will wait; the model is not run for it after that. None: for ever.
             source: the stream that the image belongs to. Streams and callers without one take turns, and images of
                 streams take no place in the queue from callers: whoever owns the stream bounds them.
+            complete: makes the target that the engine gets, of the prepared image, on the preparer thread; None if
+                `target` is that. What it raises is raised by `Ticket.result`.
 
         Raises:
             QueueFull: too many are waiting; never for an image of a stream.
@@ -116,7 +119,7 @@ class Lane:
             resolve=functools.partial(resolve, future),
             source=source,
         )
-        entry.prepare = prepare
+        entry.prepare, entry.complete = prepare, complete
         try:
             self._preparation.add(entry)
         except BaseException:
@@ -151,6 +154,8 @@ class Lane:
         started_at = time.monotonic()
         try:
             image = _prepare_in_time(prepare, entry.deadline, started_at)
+            if entry.complete is not None:
+                entry.target = entry.complete(image)
         except Exception as error:
             if self.batcher.withdraw(entry):
                 self._complete([(entry, error)])

@@ -15,6 +15,7 @@ from heatlens_server.errors import FrameDropped, InvalidArgument
 from heatlens_server.models.registry import Registry
 from heatlens_server.rpc.explainer import Explainer
 from heatlens_server.rpc.gate import draining
+from heatlens_server.rpc.images import SourceImage, parse_image
 from heatlens_server.rpc.limits import Limits
 from heatlens_server.rpc.record import current_record
 from heatlens_server.rpc.status import is_fault, to_status
@@ -23,7 +24,7 @@ from heatlens_server.rpc.stream.protocol import FrameOrder, StreamPlan, config_o
 from heatlens_server.rpc.stream.sampling import FrameSampler, FrameTime
 from heatlens_server.rpc.stream.smoothing import MapSmoother
 from heatlens_server.rpc.stream.window import FrameWindow, PendingFrame
-from heatlens_server.rpc.validation import SourceImage, Violations, parse_image
+from heatlens_server.rpc.violations import Violations
 from heatlens_server.serving.entry import Source
 from heatlens_server.serving.served import ServedModel
 from heatlens_server.serving.ticket import Explained, Ticket
