@@ -1,0 +1,84 @@
+"""Masks and vectors of requests: what is read, what is refused, and which pixels a mask means after the crop."""
+
+import numpy as np
+import pytest
+
+from heatlens_server.errors import InvalidArgument
+from heatlens_server.imaging.mask import OUTSIDE, fit_mask, mask_from_tensor, place_mask, vector_from_tensor
+from heatlens_server.imaging.preprocess import Interpolation, PreprocessSpec, fit
+
+SPEC = PreprocessSpec(resize_px=8, crop_px=(8, 8), mean=(0, 0, 0), std=(1, 1, 1), interpolation=Interpolation.NEAREST)
+
+
+def read(**changes):
+    given = {"data_type": "UINT8", "shape": (2, 3), "data": b"\0\1\2\3\0\0", "max_pixels": 6}
+    return mask_from_tensor(**given | changes)
+
+
+def test_every_pixel_but_zero_counts():
+    np.testing.assert_array_equal(read(), [[False, True, True], [True, False, False]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "reason"),
+    [
+        ({"data_type": "FLOAT32"}, "mask.data_type", "TENSOR_TYPE_UNSUPPORTED"),
+        ({"shape": (2, 3, 1)}, "mask.shape", "TENSOR_SIZE_MISMATCH"),
+        ({"shape": (0, 3)}, "mask.shape", "TENSOR_SIZE_MISMATCH"),
+        ({"shape": range(100_000)}, "mask.shape", "TENSOR_SIZE_MISMATCH"),
+        ({"shape": (2, 2)}, "mask.data", "TENSOR_SIZE_MISMATCH"),
+        ({"shape": (2**40, 2**40)}, "mask.shape", "IMAGE_TOO_LARGE"),
+        ({"max_pixels": 5}, "mask.shape", "IMAGE_TOO_LARGE"),
+    ],
+)
+def test_masks_that_are_none(changes, field, reason):
+    with pytest.raises(InvalidArgument) as raised:
+        read(**changes)
+    assert ([violation.field for violation in raised.value.violations], raised.value.reason) == ([field], reason)
+    assert len(raised.value.message) < 300
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ([1, 2], "embedding.shape"),
+        ([0, 0, 0], "embedding.data"),
+        ([1, np.nan, 0], "embedding.data"),
+        ([np.inf, 0, 0], "embedding.data"),
+    ],
+)
+def test_embeddings_that_cannot_be_compared_with(values, field):
+    data = np.array(values, "<f4").tobytes()
+    with pytest.raises(InvalidArgument) as raised:
+        vector_from_tensor(data_type="FLOAT32", shape=(len(values),), data=data, length=3)
+    assert [violation.field for violation in raised.value.violations] == [field]
+
+
+def test_a_mask_goes_the_way_of_its_image():
+    """A mask painted into the image lands on the same input pixels as the mask itself."""
+    rng = np.random.default_rng(0)
+    mask = rng.random((24, 40)) < 0.3
+    image = np.repeat(np.where(mask, 255, 0).astype(np.uint8)[..., None], 3, axis=2)
+    fitted = fit(image, SPEC)
+    np.testing.assert_array_equal(fit_mask(mask, fitted), fitted.pixels[..., 0] == 255)
+
+
+def test_a_mask_must_be_of_the_image_and_meet_what_the_model_sees():
+    fitted = fit(np.zeros((24, 48, 3), np.uint8), SPEC)
+    with pytest.raises(InvalidArgument, match="24x48") as raised:
+        fit_mask(np.ones((48, 24), bool), fitted)
+    assert raised.value.reason == "MASK_SIZE_MISMATCH"
+    outside = np.zeros((24, 48), bool)
+    outside[:, :12] = True  # the centre crop leaves out 12 columns on either side
+    with pytest.raises(InvalidArgument) as raised:
+        fit_mask(outside, fitted)
+    assert raised.value.reason == "MASK_EMPTY"
+
+
+def test_a_predicted_mask_is_placed_where_the_model_looked():
+    fitted = fit(np.zeros((24, 48, 3), np.uint8), SPEC)
+    mask = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    placed = place_mask(mask, fitted)
+    assert (placed[:, :12] == OUTSIDE).all()
+    assert (placed[:, 36:] == OUTSIDE).all()
+    np.testing.assert_array_equal(placed[:, 12:36], np.repeat(np.repeat(mask, 3, 0), 3, 1))
