@@ -69,7 +69,7 @@ def _torch(kind: str, model: str, batch_size: int) -> Callable[[], object]:
 
     loaded = getattr(models, model)()
     module: torch.nn.Module = loaded.module
-    inputs = torch.randn(batch_size, 3, *loaded.preprocess.crop_px, generator=torch.Generator().manual_seed(0))
+    inputs = torch.randn(batch_size, 3, *loaded.preprocess.input_px, generator=torch.Generator().manual_seed(0))
     if kind == GRAD_CAM:
         from pytorch_grad_cam import GradCAM  # noqa: PLC0415 - only what this one runs
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget  # noqa: PLC0415 - only what this one runs

@@ -61,7 +61,7 @@ def measure(source: str) -> dict[str, Any]:
         return {"source": source, "reason": reason.split("\n", maxsplit=1)[0][:200]}
     return {
         "source": source,
-        "px": model.preprocess.crop_px[0],
+        "px": model.preprocess.input_px[0],
         "parameters": _parameter_count(model.module),
         "nodes": nodes,
         "seconds": round(seconds, 1),
@@ -149,7 +149,7 @@ def _moved(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_large(model: LoadedModel) -> bool:
-    return max(model.preprocess.crop_px) > LARGE_PX or _parameter_count(model.module) > LARGE_PARAMETERS
+    return max(model.preprocess.input_px) > LARGE_PX or _parameter_count(model.module) > LARGE_PARAMETERS
 
 
 def _parameter_count(module: nn.Module) -> int:

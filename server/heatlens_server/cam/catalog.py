@@ -96,6 +96,8 @@ keep a model's first start short, and torch has them for every layer."""
 ACTIVATIONS_ALONE = frozenset({Method.EIGEN_CAM, Method.KPCA_CAM, Method.FEM, Method.RANDOM_CAM})
 """The closed forms that need nothing of a class: neither gradients nor, as CAM, the head's weights."""
 
+OF_PYRAMIDS = ACTIVATIONS_ALONE | {Method.SCORE_CAM, Method.SS_CAM, Method.IS_CAM, Method.ABLATION_CAM}
+"""Those that explain a layer which returns several maps at once. The others need the gradient or the places of one."""
 
 WEIGHTED = frozenset(
     {

@@ -72,9 +72,12 @@ class PreprocessConfig(Section):
 
     resize_px: SizePx | None = None
     """The shorter side after resizing, in pixels, or the exact [height, width]. With only `crop_px` set, the ratio
-    of the two stays as it was."""
+    of the two stays as it was; where there is none, the shorter side becomes the crop's longer one."""
     crop_px: SizePx | None = None
-    """The centre crop, in pixels: one number for a square, or [height, width]. The model's input size."""
+    """The centre crop, in pixels: one number for a square, or [height, width]. The model's input size. Models for
+    segmentation and detection take images of any size, and crop none unless this is set."""
+    max_side_px: int | None = Field(default=None, ge=1, le=_MAX_SIDE_PX)
+    """The longest side of an input, where there is no crop: larger images are shrunk. Unset: 1333."""
     mean: tuple[Fraction, Fraction, Fraction] | None = None
     """Subtracted from each RGB channel, for values in [0, 1]."""
     std: tuple[PositiveFraction, PositiveFraction, PositiveFraction] | None = None
@@ -132,6 +135,14 @@ class ModelConfig(Section):
     weights enum's member, or a .pth, .pt or .safetensors file."""
     labels: FilePath | None = None
     """Class names: one per line, a JSON list, or a JSON object {"0": "name"}. Unset: the source's, if it has any."""
+    task: Literal["auto", "classification", "multi-label-classification", "segmentation", "detection", "embedding"] = (
+        "auto"
+    )
+    """What the model does. "auto": segmentation or detection for torchvision's builders of such models, else
+    classification. "segmentation": any network that returns (N, classes, h, w), or a mapping with that as "out".
+    "detection": networks with torchvision's interface. "embedding": any network that returns (N, length); of timm's and
+    of the embedded model the classifier is left out. "multi-label-classification": a class's probability is the sigmoid
+    of its logit."""
     layers: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Module names that can be explained, the default first. Empty: found by running the model once."""
     grids: Mapping[str, GridConfig] = {}
@@ -175,6 +186,13 @@ class ModelConfig(Section):
                 raise ValueError(f"names {name!r}, which is not in layers")
         return grids
 
+    @field_validator("task")
+    @classmethod
+    def _task_of_export(cls, task: str, info: ValidationInfo) -> str:
+        if _is_export(info) and task not in {"auto", "classification", "multi-label-classification"}:
+            raise ValueError(f"exports are of classifiers, not for {task}")
+        return task
+
     @field_validator("weights")
     @classmethod
     def _weights_of_export(cls, weights: str, info: ValidationInfo) -> str:
@@ -187,6 +205,9 @@ class ModelConfig(Section):
     def _engine_fits(cls, engine: str, info: ValidationInfo) -> str:
         if _is_export(info) and engine == "torch":
             raise ValueError('an export is run by "onnxruntime" or "torchscript", or "auto" for whichever it is for')
+        task = info.data.get("task")
+        if engine in {"onnxruntime", "torchscript"} and task in {"segmentation", "detection", "embedding"}:
+            raise ValueError(f'"{engine}" runs exports, which are of classifiers; {task} is for "torch"')
         if engine in {"onnxruntime", "torchscript"} and info.data.get("precision") == "bf16":
             raise ValueError(f'"{engine}" runs in fp32 and fp16; bf16 is for "torch"')
         return engine

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from heatlens_server.cam.catalog import PRESETS, Aggregation, Method, Metric, Score
+from heatlens_server.cam.catalog import OF_PYRAMIDS, PRESETS, Aggregation, Method, Metric, Score
 
 Float32Array = npt.NDArray[np.float32]
 UInt8Array = npt.NDArray[np.uint8]
@@ -48,7 +48,8 @@ class Pixels:
 
     Attributes:
         classes: which ones.
-        mask: bool (H, W), at the model's input size, at least one True; None: those predicted as the class.
+        mask: bool (H, W), at the model's input size, at least one True; or (K, H, W), one for each of `ClassIds`. None:
+            those predicted as the class.
     """
 
     classes: ClassTarget
@@ -80,6 +81,24 @@ class Detections:
         return self.max_count
 
 
+@dataclass(frozen=True, slots=True)
+class Boxes:
+    """Detection: explain whatever is detected where these boxes are, as their classes.
+
+    Attributes:
+        boxes: left, top, right, bottom in pixels of the model's input.
+        class_ids: of each.
+    """
+
+    boxes: tuple[tuple[float, float, float, float], ...]
+    class_ids: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """How many boxes."""
+        return len(self.boxes)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Similarity:
     """Embedding models: explain the cosine similarity to a reference.
@@ -96,7 +115,7 @@ class Similarity:
         return 1
 
 
-Target = TopK | ClassIds | Pixels | Detections | Similarity
+Target = TopK | ClassIds | Pixels | Detections | Boxes | Similarity
 """What is wanted of one image; which of them a model takes is its task's business."""
 
 
@@ -222,6 +241,7 @@ class EngineInfo:
         companion_methods: those of `methods` that a second engine, torch, runs beside this one.
         scores: the supported scores.
         full: whether smoothing, faithfulness and every aggregation are supported; if not, only the mean.
+        pyramids: those of `layers` that return several maps at once: for methods of `cam.catalog.OF_PYRAMIDS`.
     """
 
     kind: str
@@ -236,6 +256,13 @@ class EngineInfo:
     companion_methods: frozenset[Method] = field(default_factory=frozenset)
     scores: tuple[Score, ...] = (Score.LOGIT,)
     full: bool = False
+    pyramids: frozenset[str] = field(default_factory=frozenset)
+
+    def layers_of(self, method: Method) -> tuple[str, ...]:
+        """The layers that a method can explain, the default first."""
+        if method in OF_PYRAMIDS:
+            return self.layers
+        return tuple(layer for layer in self.layers if layer not in self.pyramids)
 
     @property
     def offered(self) -> tuple[Method, ...]:

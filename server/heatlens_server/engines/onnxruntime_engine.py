@@ -28,7 +28,7 @@ from heatlens_server.engines.providers import (
     session_options,
 )
 from heatlens_server.engines.rows import Explained, Int64Array, explain_batch
-from heatlens_server.engines.served import check_served, check_tensors, served_info
+from heatlens_server.engines.served import can_serve, check_served, check_tensors, served_info
 from heatlens_server.errors import ModelLoadError
 from heatlens_server.export.manifest import Manifest
 from heatlens_server.export.spec import CLASS_INDEX, IMAGE, SERVED_OUTPUTS, Format, InputKind
@@ -103,6 +103,10 @@ class OnnxRuntimeEngine:
         """What this engine can do."""
         return self._info
 
+    def can(self, spec: MapSpec) -> bool:
+        """Whether the export has what a request needs: `explain` takes no other."""
+        return can_serve(self._manifest, spec)
+
     def explain(self, images: UInt8Array, targets: Sequence[Target], spec: MapSpec) -> list[ImageResult]:
         """Explain a batch; see `engines.base.Engine.explain`.
 
@@ -166,7 +170,7 @@ class OnnxRuntimeEngine:
 
     def _probe(self) -> dict[str, npt.NDArray[Any]]:
         """Inputs of one row."""
-        shape = (1, 3, *self._manifest.preprocess.crop_px)
+        shape = (1, 3, *self._manifest.preprocess.input_px)
         image = np.zeros(shape, np.uint8 if self._table is None else np.float32)
         return {IMAGE: image, CLASS_INDEX: np.full((1, self._manifest.classes or 1), RANKED, np.int64)}
 

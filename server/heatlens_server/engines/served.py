@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from heatlens_server.cam.catalog import Method
-from heatlens_server.engines.base import EngineInfo
+from heatlens_server.cam.catalog import DEFAULT_LAYER_ONLY, Method
+from heatlens_server.engines.base import EngineInfo, MapSpec
 from heatlens_server.errors import ModelLoadError
 from heatlens_server.export.manifest import Manifest
 from heatlens_server.export.spec import CLASS_INDEX, IMAGE, Format, InputKind, Output
@@ -43,7 +43,7 @@ def check_tensors(manifest: Manifest, shapes: Mapping[str, Sequence[object]], im
     if image_dtype != dtype:
         raise ModelLoadError(f"the graph takes {image_dtype} images, and its manifest's input is {manifest.input}")
     fields = (
-        ("preprocess.crop_px", IMAGE, (None, 3, *manifest.preprocess.crop_px)),
+        ("preprocess.crop_px", IMAGE, (None, 3, *manifest.preprocess.input_px)),
         ("classes", CLASS_INDEX, (None, manifest.classes)),
         ("class_count", Output.LOGITS, (None, manifest.class_count)),
     )
@@ -64,12 +64,12 @@ def check_tensors(manifest: Manifest, shapes: Mapping[str, Sequence[object]], im
 def served_info(manifest: Manifest, *, kind: str, device: str) -> EngineInfo:
     """Describe an engine that serves an export.
 
-    Its methods are those of the default layer. A layer is offered if it has all of them, but for CAM, which is for the
-    default layer alone.
+    Its methods are those of the default layer. A layer is offered if it has all of them, but for those that exports
+    hold for the default layer alone: whether there is a graph for a method and layer says `can_serve`.
     """
     layers = {layer: {graph.method for graph in manifest.graphs if graph.layer == layer} for layer in manifest.layers}
     of_default = layers[manifest.graphs[0].layer]
-    height_px, width_px = manifest.preprocess.crop_px
+    height_px, width_px = manifest.preprocess.input_px
     return EngineInfo(
         kind=kind,
         device=device,
@@ -78,5 +78,17 @@ def served_info(manifest: Manifest, *, kind: str, device: str) -> EngineInfo:
         input_width_px=width_px,
         class_count=manifest.class_count,
         methods=tuple(method for method in Method if method in of_default),
-        layers=tuple(layer for layer, methods in layers.items() if of_default - {Method.CAM} <= methods),
+        layers=tuple(layer for layer, methods in layers.items() if of_default - DEFAULT_LAYER_ONLY <= methods),
+        scores=(manifest.graphs[0].score,),
+    )
+
+
+def can_serve(manifest: Manifest, spec: MapSpec) -> bool:
+    """Whether an export has all the graphs that a request needs, and needs nothing else."""
+    graphs = {(graph.layer, graph.method, graph.score) for graph in manifest.graphs}
+    return (
+        not spec.in_steps
+        and not spec.principal
+        and not spec.return_mask
+        and all((layer, spec.method, spec.score) in graphs for layer in spec.layers)
     )

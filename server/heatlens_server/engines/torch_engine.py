@@ -3,15 +3,18 @@
 It is the reference that every other engine is compared with, and the one that has every method.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
-from heatlens_server.cam.catalog import CLOSED_FORMS, Method, Score
+from heatlens_server.cam.catalog import CLOSED_FORMS, Method
+from heatlens_server.cam.layout import Layout
 from heatlens_server.engines.base import EngineInfo, ImageResult, MapSpec, Steps, Target, UInt8Array
 from heatlens_server.engines.passes.one_pass import results
 from heatlens_server.engines.passes.table import PASSES, explain
 from heatlens_server.engines.steps.drive import explain_in_steps
 from heatlens_server.engines.steps.table import STEPPERS
 from heatlens_server.engines.torch_model import TorchModel, memory_errors, recording_allowed
+from heatlens_server.errors import InvalidArgument
 from heatlens_server.models.spec import LoadedModel
 from heatlens_server.tasks.table import task_model
 
@@ -34,8 +37,9 @@ class TorchEngine:
         except BaseException:
             self._model.close()
             raise
-        height_px, width_px = model.preprocess.crop_px
-        offered = {*CLOSED_FORMS, *PASSES, *STEPPERS}
+        task = self._model.task
+        height_px, width_px = model.preprocess.crop_px or (0, 0)
+        offered = {*CLOSED_FORMS, *PASSES, *STEPPERS} & task.methods
         if self._model.head_weight is None:
             offered -= {Method.CAM}
         if self._model.attention is None:
@@ -50,8 +54,9 @@ class TorchEngine:
             methods=tuple(method for method in Method if method in offered),
             layers=model.layers,
             task=model.task,
-            scores=tuple(Score),
+            scores=task.scores,
             full=True,
+            pyramids=frozenset(layer for layer in model.layers if model.grid(layer).layout is Layout.PYRAMID),
         )
 
     @property
@@ -65,14 +70,18 @@ class TorchEngine:
         The forward pass runs once, whatever the number of classes; each class costs one backward pass over the tail.
 
         Raises:
+            InvalidArgument: the method cannot explain a layer, or the image has not what is asked for.
             MemoryError: the device is out of memory.
         """
+        self._check_layers(spec)
         with memory_errors(), recording_allowed():
             explained = explain(self._model, self._model.inputs(images), targets, spec)
-            return results(explained.goals, explained.maps(spec, (images.shape[1], images.shape[2])))
+            found = results(explained.goals, explained.maps(spec, (images.shape[1], images.shape[2])))
+        return [_as_asked(result, spec) for result in found]
 
     def steps(self, image: UInt8Array, target: Target, spec: MapSpec, *, rows: int) -> Steps:
         """Explain one image in steps; see `engines.base.SteppingEngine.steps`."""
+        self._check_layers(spec)
         steps = explain_in_steps(self._model, image, target, spec, rows=rows)
         while True:
             # Never across a yield: other work is done on this thread meanwhile.
@@ -80,8 +89,7 @@ class TorchEngine:
                 try:
                     next(steps)
                 except StopIteration as stop:
-                    result: ImageResult = stop.value
-                    return result
+                    return _as_asked(stop.value, spec)
             yield
 
     def ready(self, spec: MapSpec) -> bool:  # noqa: ARG002 - whatever it is
@@ -94,3 +102,19 @@ class TorchEngine:
     def close(self) -> None:
         """Take every hook off the model and let go of it. Idempotent."""
         self._model.close()
+
+    def _check_layers(self, spec: MapSpec) -> None:
+        fit = self._info.layers_of(spec.method)
+        for place, layer in enumerate(spec.layers):
+            if layer in self._info.pyramids and layer not in fit:
+                raise InvalidArgument.of(
+                    f"options.layers[{place}]",
+                    f"{spec.method} does not explain {layer!r}, which is several maps at once; it explains: "
+                    f"{', '.join(fit) or 'no layer of this model'}",
+                    reason="INVALID_OPTION",
+                )
+
+
+def _as_asked(result: ImageResult, spec: MapSpec) -> ImageResult:
+    """A result without the mask, unless it is wanted."""
+    return result if spec.return_mask or result.mask is None else dataclasses.replace(result, mask=None)

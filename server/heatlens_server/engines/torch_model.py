@@ -216,7 +216,7 @@ class TorchModel:
 
     def _check(self) -> None:
         layers = self.model.layers
-        height_px, width_px = self.model.preprocess.crop_px
+        height_px, width_px = self.model.preprocess.sample_px
         with recording_allowed():
             inputs = self.inputs(_noise(height_px, width_px))
             output, outputs = self.record(inputs, layers, differentiate=True)

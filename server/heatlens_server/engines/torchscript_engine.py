@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heatlens_server.cam.catalog import RANKED, Method
+from heatlens_server.cam.catalog import ACTIVATIONS_ALONE, RANKED, Method
 from heatlens_server.cam.methods import raw_map
 from heatlens_server.cam.saliency import saliency
 from heatlens_server.engines.base import (
@@ -27,7 +27,7 @@ from heatlens_server.engines.base import (
 from heatlens_server.engines.finish import Maps
 from heatlens_server.engines.planes import normalisation_table, normalised_planes
 from heatlens_server.engines.rows import Explained, Int64Array, explain_batch
-from heatlens_server.engines.served import check_served, served_info
+from heatlens_server.engines.served import can_serve, check_served, served_info
 from heatlens_server.engines.torch_device import resolve_device
 from heatlens_server.errors import ModelLoadError
 from heatlens_server.export.manifest import GraphFile, Manifest
@@ -35,7 +35,7 @@ from heatlens_server.export.spec import Format, InputKind, Output
 
 _log = logging.getLogger(__name__)
 
-_NEEDED = (Output.LOGITS, Output.CLASS_ID, Output.ACTIVATIONS, Output.GRADIENTS)
+_NEEDED = (Output.LOGITS, Output.CLASS_ID, Output.ACTIVATIONS)
 
 # Filters of warnings are the process's: two threads that change them at once may leave one's behind.
 _loading = threading.Lock()
@@ -67,7 +67,8 @@ class TorchScriptEngine:
             ModelLoadError: the export is not one for this engine, cannot be loaded or does not run, or there is no
                 such device.
         """
-        check_served(manifest, Format.TORCHSCRIPT, _NEEDED)
+        alone = all(graph.method in ACTIVATIONS_ALONE for graph in manifest.graphs)
+        check_served(manifest, Format.TORCHSCRIPT, _NEEDED if alone else (*_NEEDED, Output.GRADIENTS))
         self._device = resolve_device(device)
         self._manifest = manifest
         self._graphs = {(graph.layer, graph.method): graph for graph in manifest.graphs}
@@ -82,6 +83,10 @@ class TorchScriptEngine:
     def info(self) -> EngineInfo:
         """What this engine can do."""
         return self._info
+
+    def can(self, spec: MapSpec) -> bool:
+        """Whether the export has what a request needs: `explain` takes no other."""
+        return can_serve(self._manifest, spec)
 
     def explain(self, images: UInt8Array, targets: Sequence[Target], spec: MapSpec) -> list[ImageResult]:
         """Explain a batch; see `engines.base.Engine.explain`.
@@ -122,10 +127,14 @@ class TorchScriptEngine:
         loaded = self._loaded(graph.file)
         returned = loaded.module(self._image(images).contiguous(memory_format=loaded.layout), index)
         outputs = dict(zip(graph.outputs, returned, strict=True))
-        activations, gradients = outputs[Output.ACTIVATIONS], outputs[Output.GRADIENTS]
-        # CAM is offered behind global average pooling and one linear layer only, whose weights these sums are.
-        factors = gradients if graph.method.needs_gradient else gradients.sum((-2, -1))
-        maps = saliency([raw_map(graph.method, activations, factors)])
+        if graph.method in ACTIVATIONS_ALONE:
+            factors = outputs[Output.CLASS_ID]
+        elif graph.method is Method.CAM:
+            # Offered behind global average pooling and one linear layer only, whose weights these sums are.
+            factors = outputs[Output.GRADIENTS].sum((-2, -1))
+        else:
+            factors = outputs[Output.GRADIENTS]
+        maps = saliency([raw_map(graph.method, outputs[Output.ACTIVATIONS], factors)])
         return Explained(
             logits=_array(outputs[Output.LOGITS]),
             class_ids=outputs[Output.CLASS_ID].cpu().numpy(),
@@ -159,7 +168,7 @@ class TorchScriptEngine:
         A view that was recorded on contiguous tensors may be impossible on others.
         """
         # Tensors of one row are in both layouts at once.
-        images = np.zeros((2, *self._manifest.preprocess.crop_px, 3), np.uint8)
+        images = np.zeros((2, *self._manifest.preprocess.input_px, 3), np.uint8)
         index = torch.full((2, self._manifest.classes or 1), RANKED, device=self._device)
         image = self._image(images)
         try:

@@ -148,7 +148,7 @@ def traced_inputs(model: LoadedModel, input_kind: InputKind, classes: int | None
     """Example inputs to trace with."""
     dtype = torch.uint8 if input_kind is InputKind.UINT8 else torch.float32
     return (
-        torch.zeros(_TRACED_BATCH, 3, *model.preprocess.crop_px, dtype=dtype),
+        torch.zeros(_TRACED_BATCH, 3, *model.preprocess.input_px, dtype=dtype),
         torch.zeros(_TRACED_BATCH, classes or min(_TRACED_CLASSES, model.class_count), dtype=torch.int64),
     )
 

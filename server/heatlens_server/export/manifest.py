@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from heatlens_server.cam.catalog import Method
+from heatlens_server.cam.catalog import Method, Score
 from heatlens_server.cam.layout import MAP, Grid
 from heatlens_server.errors import ExportError
 from heatlens_server.export.spec import IMAGE, Format, InputKind, Output
@@ -53,6 +53,7 @@ class GraphFile:
         method: of the map in the graph.
         outputs: what it returns, in order.
         grid: how the layer's output becomes the map (N, A, h, w) that the graph explains.
+        score: what is differentiated about a class.
     """
 
     file: _Name
@@ -60,6 +61,7 @@ class GraphFile:
     method: Method
     outputs: tuple[Output, ...]
     grid: Grid = MAP
+    score: Score = Score.LOGIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +182,14 @@ def _check(manifest: Manifest) -> None:
         raise ValueError(f"labels: there are {len(manifest.labels)}, for {manifest.class_count} classes")
     if manifest.classes is not None and manifest.classes > manifest.class_count:
         raise ValueError(f"classes: {manifest.classes} of {manifest.class_count}")
-    if max(manifest.preprocess.crop_px) > _MOST_PX:
+    crop_px = manifest.preprocess.crop_px
+    if crop_px is None:
+        raise ValueError("preprocess.crop_px: graphs take images of one size")
+    if max(crop_px) > _MOST_PX:
         raise ValueError(f"preprocess.crop_px: more than {_MOST_PX}")
     dtype = "float32" if manifest.input is InputKind.FLOAT else "uint8"
     for tensor in manifest.inputs:
         if tensor.name == IMAGE and tensor.dtype != dtype:
             raise ValueError(f"input: {manifest.input}, and the graphs take {tensor.dtype}")
-        if tensor.name == IMAGE and tensor.shape[1:] != (3, *manifest.preprocess.crop_px):
-            raise ValueError(f"preprocess.crop_px: {manifest.preprocess.crop_px}, and the graphs take {tensor.shape}")
+        if tensor.name == IMAGE and tensor.shape[1:] != (3, *crop_px):
+            raise ValueError(f"preprocess.crop_px: {crop_px}, and the graphs take {tensor.shape}")

@@ -1,12 +1,15 @@
 """From a model's configuration to a loaded model."""
 
 import torch
+from torch import nn
 
 from heatlens_server.config import ModelConfig, PreprocessConfig
+from heatlens_server.engines.base import Task
 from heatlens_server.errors import ModelLoadError
 from heatlens_server.imaging.preprocess import PreprocessSpec
+from heatlens_server.models.backbone_layers import discover_for_detection, discover_for_segmentation
 from heatlens_server.models.labels import read_labels
-from heatlens_server.models.layers import discover
+from heatlens_server.models.layers import Discovery, discover
 from heatlens_server.models.sources import IMAGENET_PREPROCESS, load_source
 from heatlens_server.models.spec import LoadedModel
 from heatlens_server.models.weights import weights_version
@@ -23,8 +26,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
     source = load_source(config)
     preprocess = resolve_preprocess(source.preprocess, config.preprocess)
     module = source.module.to("cpu", torch.float32).eval().requires_grad_(False)
-    grids = {layer: grid.grid for layer, grid in config.grids.items()}
-    discovery = discover(module, preprocess.crop_px, config.layers, grids=grids)
+    discovery = _discover(config, source.task, module, preprocess)
     labels = source.labels if len(source.labels) == discovery.class_count else ()
     if config.labels is not None:
         labels = read_labels(config.labels, discovery.class_count)
@@ -36,8 +38,21 @@ def load_model(config: ModelConfig) -> LoadedModel:
         labels=labels,
         class_count=discovery.class_count,
         layers=discovery.layers,
+        task=source.task,
         grids=discovery.grids,
     )
+
+
+def _discover(config: ModelConfig, task: Task, module: nn.Module, preprocess: PreprocessSpec) -> Discovery:
+    grids = {layer: grid.grid for layer, grid in config.grids.items()}
+    size = preprocess.sample_px
+    if task is Task.SEGMENTATION:
+        return discover_for_segmentation(module, size, config.layers, grids=grids)
+    if task is Task.DETECTION:
+        if grids:
+            raise ModelLoadError("grids: the layers of a detector return feature maps, or several by name")
+        return discover_for_detection(module, size, config.layers)
+    return discover(module, size, config.layers, grids=grids, scored=task is not Task.EMBEDDING)
 
 
 def resolve_preprocess(base: PreprocessSpec | None, changes: PreprocessConfig) -> PreprocessSpec:
@@ -61,7 +76,10 @@ def resolve_preprocess(base: PreprocessSpec | None, changes: PreprocessConfig) -
         crop_px = (changes.crop_px, changes.crop_px) if isinstance(changes.crop_px, int) else changes.crop_px
     resize_px = changes.resize_px
     if resize_px is None:
-        resize_px = _scaled_resize(base, crop_px)
+        resize_px = base.resize_px if crop_px is None else _scaled_resize(base, crop_px)
+    max_side_px = changes.max_side_px
+    if max_side_px is None and crop_px is None:
+        max_side_px = base.max_side_px
     try:
         return PreprocessSpec(
             resize_px=resize_px,
@@ -69,12 +87,15 @@ def resolve_preprocess(base: PreprocessSpec | None, changes: PreprocessConfig) -
             mean=changes.mean or base.mean,
             std=changes.std or base.std,
             interpolation=changes.interpolation or base.interpolation,
+            max_side_px=max_side_px,
         )
     except ValueError as error:
         raise ModelLoadError(f"preprocess: {error}") from error
 
 
 def _scaled_resize(base: PreprocessSpec, crop_px: tuple[int, int]) -> int | tuple[int, int]:
+    if base.crop_px is None or base.resize_px is None:
+        return max(crop_px)
     if isinstance(base.resize_px, int):
         return round(base.resize_px * max(crop_px) / max(base.crop_px))
     return (

@@ -5,6 +5,7 @@ Messages name a file without its folder, as clients see them.
 
 import hashlib
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from pathlib import Path
 
 import safetensors.torch
@@ -15,8 +16,8 @@ from heatlens_server.errors import ModelLoadError
 
 # Where training scripts put the state_dict inside a checkpoint.
 _NESTED_KEYS = ("state_dict", "model_state_dict", "model")
-# Heads that are only used in training (GoogLeNet, Inception v3).
-_TRAINING_ONLY = ("aux1.", "aux2.", "AuxLogits.")
+# Heads that are only used in training (GoogLeNet, Inception v3, DeepLabV3 and FCN).
+_TRAINING_ONLY = ("aux1.", "aux2.", "AuxLogits.", "aux_classifier.")
 # Absent from files older than the counter; without effect in eval mode.
 _COUNTER = "num_batches_tracked"
 
@@ -55,19 +56,22 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def build_with_weights(build: Callable[[int | None], nn.Module], path: Path) -> nn.Module:
+def build_with_weights(
+    build: Callable[[int | None], nn.Module], path: Path, *, own_count: int | None = None
+) -> nn.Module:
     """Build an architecture with as many classes as its weights file has, and load the file.
 
     Args:
         build: makes the architecture with so many classes; None for its own number.
         path: the weights file.
+        own_count: its own number, if its heads have several outputs per class; None if they have one.
 
     Raises:
         ModelLoadError: the file is unreadable or of another architecture.
     """
     state = read_weights(path)
     module = build(None)
-    class_count = _other_class_count(module.state_dict(), state)
+    class_count = _other_class_count(module.state_dict(), state, own_count)
     if class_count is not None:
         module = build(class_count)
     load_weights(module, state, path.name)
@@ -107,11 +111,19 @@ def weights_version(module: nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
-def _other_class_count(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> int | None:
-    """Return the file's number of classes if the network fits but for the first dimension of its head."""
+def _other_class_count(own: Mapping[str, Tensor], state: Mapping[str, Tensor], own_count: int | None) -> int | None:
+    """Return the file's number of classes if the network fits but for the first dimensions of its heads."""
     different = [name for name in own if name in state and state[name].shape != own[name].shape]
-    heads = {state[name].shape[:1] for name in different}
-    if len(heads) != 1 or any(state[name].shape[1:] != own[name].shape[1:] for name in different):
+    if any(
+        0 in {own[name].ndim, state[name].ndim} or state[name].shape[1:] != own[name].shape[1:] for name in different
+    ):
         return None
-    (head,) = heads
-    return int(head[0]) if len(head) == 1 else None
+    counts = {
+        # A head of so many outputs per class, as a detector's for boxes or anchors.
+        Fraction(state[name].shape[0], own[name].shape[0] if own_count is not None else 1) * (own_count or 1)
+        for name in different
+    }
+    if len(counts) != 1:
+        return None
+    (count,) = counts
+    return int(count) if count.denominator == 1 else None

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from heatlens_server.cam.catalog import Score
+from heatlens_server.cam.catalog import ABSENT, Method, Score
 from heatlens_server.engines.base import Float32Array, ImageResult, Target, Task, UInt8Array
 
 RunImages = Callable[[UInt8Array], Any]
@@ -17,7 +17,7 @@ class Goals(Protocol):
 
     @property
     def width(self) -> int:
-        """The most goals that an image has; 0 if none has any."""
+        """The most goals that an image has; 1 if none has any, so that there always is a score to differentiate."""
         ...
 
     @property
@@ -41,7 +41,10 @@ class Goals(Protocol):
         ...
 
     def fixed(self, n: int) -> Target:
-        """Image n's goals as a target that names them, whatever a changed version of the image scores highest."""
+        """Image n's goals as a target that names them, whatever a changed version of the image scores highest.
+
+        In such a version a goal may be missing: its score is 0 there.
+        """
         ...
 
     def contrary(self, n: int) -> Target | None:
@@ -66,6 +69,16 @@ class TaskModel(Protocol):
     @property
     def task(self) -> Task:
         """Which task."""
+        ...
+
+    @property
+    def methods(self) -> frozenset[Method]:
+        """The methods that make sense for it, whatever a network has."""
+        ...
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        """What can be explained about a goal."""
         ...
 
     @property
@@ -102,3 +115,8 @@ class TaskModel(Protocol):
             ModelLoadError: the output is not of this task.
         """
         ...
+
+
+def has_goals(goals: Goals) -> bool:
+    """Whether any image has a goal: where none does, nothing needs to be run."""
+    return bool((goals.class_ids != ABSENT).any())

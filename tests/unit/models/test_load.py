@@ -130,8 +130,11 @@ class TestTorchvision:
         assert "near: resnet50" in refusal(model("torchvision:resnet5"))
         assert "IMAGENET1K_V2" in refusal(model("torchvision:resnet50", weights="IMAGENET1K_V9"))
 
-    def test_detection_models_are_no_classifiers(self):
-        assert "no classification model" in refusal(model("torchvision:maskrcnn_resnet50_fpn"))
+    def test_models_of_other_tasks(self):
+        assert "for detection, not for classification" in refusal(
+            model("torchvision:maskrcnn_resnet50_fpn", task="classification")
+        )
+        assert "no model 'r3d_18' for classification" in refusal(model("torchvision:r3d_18"))
 
     def test_failed_download(self, monkeypatch):
         def offline(*args, **kwargs):

@@ -11,9 +11,10 @@ from heatlens_server.engines.base import MapSpec, Steps, Target, UInt8Array
 from heatlens_server.engines.passes.one_pass import Explained, results
 from heatlens_server.engines.passes.table import explain
 from heatlens_server.engines.steps.job import Job
-from heatlens_server.engines.steps.judge import judge
+from heatlens_server.engines.steps.judge import Measures, judge
 from heatlens_server.engines.steps.table import STEPPERS
 from heatlens_server.engines.torch_model import TorchModel
+from heatlens_server.tasks.base import has_goals
 
 _FACTORS = (0.9, 1.0, 1.1)
 """What the normalised input is multiplied by: test-time augmentation as in the `grad-cam` package 1.5.7."""
@@ -36,11 +37,14 @@ def explain_in_steps(model: TorchModel, image: UInt8Array, target: Target, spec:
         yield
         maps = yield from _smoothed(model, inputs, fixed, spec, maps, rows=rows)
     (result,) = results(explained.goals, maps)
+    measured = spec.metrics and has_goals(explained.goals)
     # The goals may hold the graph of the whole forward pass: they are not kept across what follows.
     del explained
     if spec.metrics:
         yield
-        measures = yield from judge(model, inputs, fixed, spec, maps, rows=rows, remake=raw_maps)
+        measures: Measures = ()
+        if measured:
+            measures = yield from judge(model, inputs, fixed, spec, maps, rows=rows, remake=raw_maps)
         result = dataclasses.replace(result, faithfulness=measures)
     return result
 
@@ -55,6 +59,8 @@ def raw_maps(
     with torch.no_grad():
         output, outputs = model.record(inputs, spec.layers, differentiate=False)
         goals = model.task.goals(output, targets, score=spec.score, run=model.run_images)
+    if not has_goals(goals):
+        return Explained(goals, [torch.zeros_like(model.features(name, outputs[name])[:, :1]) for name in spec.layers])
     raw = []
     for layer in spec.layers:
         yield

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heatlens_server.cam.catalog import ABSENT, RANKED, Score
+from heatlens_server.cam.catalog import ABSENT, RANKED, Method, Score
 from heatlens_server.cam.targets import class_scores, probabilities, resolve
 from heatlens_server.engines.base import (
     ClassIds,
@@ -89,6 +89,8 @@ class ClassGoals:
 class Classification:
     """Runs classifiers. Implements `tasks.base.TaskModel`."""
 
+    methods = frozenset(Method)
+    scores = tuple(Score)
     mirrors = True
 
     def __init__(self, *, multi_label: bool = False) -> None:

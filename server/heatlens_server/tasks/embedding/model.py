@@ -1,0 +1,121 @@
+"""Embedding models: the goal is the similarity to a reference."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
+from torch import Tensor, nn
+
+from heatlens_server.cam.catalog import Method, Score
+from heatlens_server.cam.precision import wide
+from heatlens_server.engines.base import Finding, Float32Array, ImageResult, Similarity, Target, Task
+from heatlens_server.errors import ModelLoadError
+from heatlens_server.tasks.base import RunImages
+from heatlens_server.tasks.classification.model import logits_of
+
+
+class SimilarityGoals:
+    """The cosine similarity of each of N images to its reference. Implements `tasks.base.Goals`."""
+
+    width = 1
+
+    def __init__(self, embeddings: Tensor, references: Tensor, *, score: Score) -> None:
+        """Take what is compared.
+
+        Args:
+            embeddings: (N, D).
+            references: (N, D), not attached to a graph.
+            score: the similarity s, or as a probability (1 + s) / 2.
+        """
+        self._embeddings = embeddings
+        self._references = references
+        self._kind = score
+
+    @property
+    def class_ids(self) -> Tensor:
+        """int64 (N, 1), all 0: there are no classes."""
+        return torch.zeros(len(self._embeddings), 1, dtype=torch.int64, device=self._embeddings.device)
+
+    def score(self, k: int) -> Tensor:  # noqa: ARG002 - there is one
+        """The sum of every image's score."""
+        return self._scored(_similarity(self._embeddings, self._references)).sum()
+
+    def values(self, n: int, output: Tensor) -> Tensor:
+        """Scores (R, 1) of embeddings (R, D) with image n's reference."""
+        return self._scored(_similarity(output, self._references[n : n + 1]))[:, None]
+
+    def probabilities(self, n: int, output: Tensor) -> Tensor:
+        """(1 + s) / 2, (R, 1), of embeddings (R, D) with image n's reference."""
+        return (1.0 + _similarity(output, self._references[n : n + 1]))[:, None] / 2.0
+
+    def fixed(self, n: int) -> Similarity:
+        """The reference's embedding."""
+        return Similarity(self._references[n].float().cpu().numpy())
+
+    def contrary(self, n: int) -> None:  # noqa: ARG002 - whatever it shows
+        """None: the opposite of a reference has the negative of every map."""
+        return
+
+    def result(self, n: int, maps: Float32Array, scales: Float32Array, offsets: Float32Array) -> ImageResult:
+        """Image n's embedding, similarity and map."""
+        with torch.no_grad():
+            similarity = float(_similarity(self._embeddings[n : n + 1], self._references[n : n + 1]))
+        return ImageResult(
+            logits=np.empty(0, np.float32),
+            class_ids=(0,),
+            maps=maps,
+            scales=scales,
+            offsets=offsets,
+            findings=(Finding(0, similarity, min(max((1.0 + similarity) / 2.0, 0.0), 1.0)),),
+            embedding=self._embeddings[n].detach().float().cpu().numpy(),
+        )
+
+    def _scored(self, similarity: Tensor) -> Tensor:
+        return (1.0 + similarity) / 2.0 if self._kind is Score.PROBABILITY else similarity
+
+
+def _similarity(embeddings: Tensor, references: Tensor) -> Tensor:
+    """Cosine similarities (R,) of embeddings (R, D) and references (R, D) or (1, D), float32 or wider."""
+    return F.cosine_similarity(wide(embeddings), wide(references), dim=1)
+
+
+class Embedding:
+    """Runs networks that return (N, D). Implements `tasks.base.TaskModel`."""
+
+    task = Task.EMBEDDING
+    methods = frozenset(Method) - {Method.CAM}
+    scores = (Score.LOGIT, Score.PROBABILITY)
+    mirrors = True
+
+    def run(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        """Embeddings (R, D) of inputs (R, 3, H, W)."""
+        return logits_of(module(inputs))
+
+    def rows(self, output: Tensor) -> int:
+        """R."""
+        return len(output)
+
+    def goals(self, output: Tensor, targets: Sequence[Target], *, score: Score, run: RunImages) -> SimilarityGoals:
+        """Take the references, or run the network on those that are images.
+
+        Raises:
+            TypeError: a target is of another task.
+        """
+        chosen = [target.reference for target in targets if isinstance(target, Similarity)]
+        if len(chosen) < len(targets):
+            raise TypeError("an embedding model explains similarities")
+        images = [n for n, reference in enumerate(chosen) if reference.dtype == np.uint8]
+        references = torch.zeros_like(output, dtype=wide(output.detach()).dtype, requires_grad=False)
+        for n, reference in enumerate(chosen):
+            if n not in images:
+                references[n] = torch.from_numpy(np.asarray(reference, np.float32)).to(references.device)
+        if images:
+            references[images] = wide(run(np.stack([np.asarray(chosen[n], np.uint8) for n in images])))
+        return SimilarityGoals(output, references, score=score)
+
+    def total(self, output: Tensor, class_count: int) -> Tensor:
+        """The sum of the elements."""
+        if output.ndim != 2 or output.shape[1] != class_count:
+            raise ModelLoadError(f"the model gives an output of shape {tuple(output.shape)}, not (1, {class_count})")
+        return output.sum()
