@@ -66,7 +66,7 @@ def run_trial(engine: SteppingEngine, images: UInt8Array, method: Method) -> lis
     preset = PRESETS.get(method, Preset(method))
     spec = MapSpec(
         method=preset.method,
-        layers=info.layers if preset.all_layers else info.layers[:1],
+        layers=info.layers_of(preset.method) if preset.all_layers else info.layers_of(preset.method)[:1],
         upsample=False,
         score=preset.score,
         aggregation=preset.aggregation,

@@ -6,7 +6,7 @@ It is the reference that every other engine is compared with, and the one that h
 import dataclasses
 from collections.abc import Sequence
 
-from heatlens_server.cam.catalog import CLOSED_FORMS, Method
+from heatlens_server.cam.catalog import CLOSED_FORMS, OF_PYRAMIDS, Method
 from heatlens_server.cam.layout import Layout
 from heatlens_server.engines.base import EngineInfo, ImageResult, MapSpec, Steps, Target, UInt8Array
 from heatlens_server.engines.passes.one_pass import results
@@ -44,6 +44,9 @@ class TorchEngine:
             offered -= {Method.CAM}
         if self._model.attention is None:
             offered -= {Method.LE_GRAD}
+        pyramids = frozenset(layer for layer in model.layers if model.grid(layer).layout is Layout.PYRAMID)
+        if pyramids == set(model.layers):
+            offered &= OF_PYRAMIDS
         self._info = EngineInfo(
             kind="torch",
             device=str(self._model.device),
@@ -56,7 +59,7 @@ class TorchEngine:
             task=model.task,
             scores=task.scores,
             full=True,
-            pyramids=frozenset(layer for layer in model.layers if model.grid(layer).layout is Layout.PYRAMID),
+            pyramids=pyramids,
         )
 
     @property

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from heatlens_server.cam.catalog import Method
+from heatlens_server.engines.base import Task
 from heatlens_server.engines.torch_engine import TorchEngine
 from heatlens_server.errors import ExportError
 from heatlens_server.export.folder import Report, export_graph
@@ -51,9 +52,11 @@ def export_model(
         The manifest, as written.
 
     Raises:
-        ExportError: the folder holds something else, the model cannot be exported like this, or the artefact is wrong.
-            The folder is as it was.
+        ExportError: the model is no classifier, the folder holds something else, the model cannot be exported like
+            this, or the artefact is wrong. The folder is as it was.
     """
+    if model.task not in {Task.CLASSIFICATION, Task.MULTI_LABEL}:
+        raise ExportError(f"exports are of classifiers, and this model is for {model.task}")
     check_target(folder)
     with _staged(folder) as staging:
         manifest = export_graph(model, spec, file_format=file_format, source=source, folder=staging, report=report)

@@ -94,14 +94,19 @@ def _method(options: pb.ExplainOptions, model: ServedModel, wrong: Violations) -
 
 
 def _layers(options: pb.ExplainOptions, model: ServedModel, preset: Preset, wrong: Violations) -> tuple[str, ...]:
-    offered = model.engine.layers
+    offered = model.engine.layers_of(preset.method)
     if len(options.layers) > len(offered):
         # Not one violation each: their number, and the time to compare them, would be the caller's to choose.
         wrong.add("options.layers", f"at most {len(offered)} layers, each once; got {len(options.layers)}")
         return offered[:1]
     layers = tuple(options.layers) or (offered if preset.all_layers else offered[:1])
     for i, layer in enumerate(layers):
-        if layer not in offered:
+        if layer in model.engine.pyramids and layer not in offered:
+            wrong.add(
+                f"options.layers[{i}]",
+                f"{shown(layer)} is several maps at once: {preset.method} explains {', '.join(offered) or 'no layer'}",
+            )
+        elif layer not in offered:
             wrong.add(f"options.layers[{i}]", f"unknown layer {shown(layer)}; this model offers: {', '.join(offered)}")
         elif layer in layers[:i]:
             wrong.add(f"options.layers[{i}]", f"duplicate layer {shown(layer)}")
