@@ -340,7 +340,7 @@ class Batcher:
 def _give_up(entry: Entry) -> None:
     entry.state = EntryState.GONE
     # Nobody wants them; the entry itself may be held for long.
-    entry.prepare = entry.image = None
+    entry.prepare = entry.complete = entry.image = None
 
 
 def _expired(entry: Entry) -> DeadlineExpired:

@@ -148,20 +148,20 @@ class Lane:
 
     def _prepare(self, entry: Entry) -> None:
         """Decode on a preparer thread, then queue."""
-        prepare = entry.prepare
+        prepare, complete = entry.prepare, entry.complete
         if prepare is None:
             return  # withdrawn
         started_at = time.monotonic()
         try:
             image = _prepare_in_time(prepare, entry.deadline, started_at)
-            if entry.complete is not None:
-                entry.target = entry.complete(image)
+            if complete is not None:
+                entry.target = complete(image)
         except Exception as error:
             if self.batcher.withdraw(entry):
                 self._complete([(entry, error)])
             return
         entry.preprocess_s = time.monotonic() - started_at
-        entry.prepare = None
+        entry.prepare = entry.complete = None
         self.batcher.put(entry, image)
 
     def _complete(self, outcomes: Sequence[tuple[Entry, Outcome]]) -> None:

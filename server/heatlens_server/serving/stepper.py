@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 
 from heatlens_server.engines.base import ImageResult, SteppingEngine
+from heatlens_server.errors import HeatlensError
 from heatlens_server.imaging.preprocess import FittedImage
 from heatlens_server.serving.entry import Completed, Entry, Outcome
 from heatlens_server.serving.outcome import as_domain_error, checked
@@ -55,6 +56,8 @@ class Stepper:
                 return as_domain_error(error)
             progress.rows //= 2
             _log.warning("model %s: out of memory; begun anew with %d rows a step", self._name, progress.rows)
+        except HeatlensError as error:
+            return error
         except BaseException as error:  # whatever a model does, its thread serves others
             _log.exception("model %s: the engine failed on an image", self._name)
             return as_domain_error(error)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from heatlens_server.engines.base import ImageResult, SteppingEngine, UInt8Array
+from heatlens_server.errors import HeatlensError
 from heatlens_server.serving.batcher import Batcher
 from heatlens_server.serving.entry import Complete, Completed, Entry, Outcome
 from heatlens_server.serving.outcome import as_domain_error, checked
@@ -155,7 +156,7 @@ class Worker:
             results = self._engine.explain(images, [entry.target for entry in entries], entries[0].spec)
         except BaseException as error:
             if len(entries) == 1:
-                if not isinstance(error, MemoryError):
+                if not isinstance(error, MemoryError | HeatlensError):
                     _log.exception("model %s: the engine failed on an image", self._name)
                 return [as_domain_error(error)]
             _log.warning("model %s: a batch of %d failed (%s); running its halves", self._name, len(entries), error)

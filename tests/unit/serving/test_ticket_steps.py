@@ -74,6 +74,7 @@ def submit(lane: Lane, timeout_s: float | None = None) -> Ticket:
 async def test_cancelling_the_wait_half_way_frees_the_device(lane):
     ticket = submit(lane)
     waiting = asyncio.create_task(ticket.result())
+    await asyncio.sleep(0)  # it waits
     await until(lambda: lane._engine.taken > 5)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
