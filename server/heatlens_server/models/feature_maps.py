@@ -76,7 +76,11 @@ def map_candidates(traces: Sequence[Trace], input_size: tuple[int, int], class_c
 
 
 def token_candidates(traces: Sequence[Trace], input_size: tuple[int, int], class_count: int) -> list[Candidate]:
-    """The channels-last maps, and tokens that fit the image, in order of execution; left out is the same as there."""
+    """The channels-last maps, and tokens that fit the image, in order of execution.
+
+    Left out is the same as there, and linear layers, whose outputs are mostly parts of an attention or hidden layers,
+    unless there is nothing else.
+    """
     grids = seen_grids(traces, input_size)
     inside = _inside_attention(traces)
     found = [
@@ -86,7 +90,8 @@ def token_candidates(traces: Sequence[Trace], input_size: tuple[int, int], class
         and (grid := grid_of(trace.shape, input_size, grids)) is not None
         and grid.layout is not Layout.MAP
     ]
-    return _fit(found, traces, class_count)
+    fit = _fit(found, traces, class_count)
+    return [candidate for candidate in fit if not isinstance(candidate.trace.module, nn.Linear)] or fit
 
 
 def unread_tokens(traces: Sequence[Trace], input_size: tuple[int, int]) -> list[Trace]:
