@@ -52,6 +52,7 @@ def _torchvision_maxvit() -> nn.Module:
 
 NETWORKS: Mapping[str, tuple[int, Callable[[], nn.Module]]] = {
     "vit": (64, _timm("vit_tiny_patch16_224", img_size=64, **_SMALL)),
+    "vit-shallow": (64, _timm("vit_tiny_patch16_224", img_size=64, depth=2, embed_dim=32, num_heads=2)),
     "vit-torchvision": (64, _torchvision_vit),
     "vit-registers": (56, _timm("vit_small_patch14_reg4_dinov2", img_size=56, **_SMALL)),
     "vit-averaged": (64, _timm("vit_medium_patch16_reg4_gap_256", img_size=64, **_SMALL)),

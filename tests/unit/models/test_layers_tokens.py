@@ -10,14 +10,14 @@ import torch
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
+from engine_cases import MEAN, STD, loaded, noise
 from heatlens_server.cam.catalog import Method
 from heatlens_server.cam.grid import MAP, Grid, Layout, from_map, to_map
 from heatlens_server.engines.base import ClassIds, MapSpec
 from heatlens_server.engines.torch_engine import TorchEngine
 from heatlens_server.errors import ModelLoadError
 from heatlens_server.models.layers import discover
-from tests.support.engine_cases import MEAN, STD, loaded, noise
-from tests.support.tiny_transformers import CLASS_COUNT, NETWORKS, transformer
+from tiny_transformers import CLASS_COUNT, NETWORKS, transformer
 
 LAST = Grid(Layout.CHANNELS_LAST)
 
@@ -32,6 +32,7 @@ def blocks(*suffixes, of="blocks.{}", norm=""):
 
 FOUND = {
     "vit": (blocks(3, 2, 1, 0, norm=".norm1"), tokens(1)),
+    "vit-shallow": (blocks(1, 0, norm=".norm1"), tokens(1)),
     "vit-torchvision": (blocks(3, 2, 1, 0, of="encoder.layers.encoder_layer_{}", norm=".ln_1"), tokens(1)),
     "vit-registers": (blocks(3, 2, 1, 0, norm=".norm1"), tokens(5)),
     "vit-averaged": (("blocks", *blocks(2, 1, 0)), tokens(4)),
