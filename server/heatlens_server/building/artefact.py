@@ -15,7 +15,7 @@ from heatlens_server.building.quiet import stderr_to_log
 from heatlens_server.building.warm_up import check_method, warm_up
 from heatlens_server.cam.catalog import CLOSED_FORMS, Method
 from heatlens_server.config import ModelConfig
-from heatlens_server.engines.base import Engine
+from heatlens_server.engines.base import Engine, Task
 from heatlens_server.errors import ExportError
 from heatlens_server.export.manifest import Manifest
 from heatlens_server.export.spec import Format
@@ -165,6 +165,8 @@ def _make(
     from heatlens_server.export.verify import verify  # noqa: PLC0415 - imports torch
 
     model = lazy.get()
+    if model.task not in {Task.CLASSIFICATION, Task.MULTI_LABEL}:
+        raise ExportError(f"exports are of classifiers, and this model is for {model.task}")
     methods = _explainable(config, model)
     report(f"exporting for {file_format}, which is done once: later starts take it from the cache")
     try:

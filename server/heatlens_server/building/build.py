@@ -14,8 +14,8 @@ from heatlens_server.building.companion import with_companion
 from heatlens_server.building.warm_up import check_answers, check_method, warm_up
 from heatlens_server.cam.catalog import Method
 from heatlens_server.config import EXPORT_PREFIX, ModelConfig
-from heatlens_server.engines.base import Engine, SteppingEngine
-from heatlens_server.engines.companion import CompanionEngine
+from heatlens_server.engines.base import SteppingEngine, Task
+from heatlens_server.engines.companion import CompanionEngine, ExportEngine
 from heatlens_server.engines.onnxruntime_engine import OnnxRuntimeEngine
 from heatlens_server.engines.providers import CUDA, cuda_device_count, load_runtime
 from heatlens_server.errors import ExportError, ModelLoadError
@@ -80,8 +80,8 @@ def build(config: ModelConfig, *, cache_dir: Path | None, report: Report | None 
 
 
 def _takes_torch(config: ModelConfig) -> bool:
-    """Whether torch alone runs a model. Exports are of classifiers only."""
-    return config.engine == "torch"
+    """Whether torch alone runs a model, as far as the configuration tells. Exports are of classifiers."""
+    return config.engine == "torch" or config.task in {Task.SEGMENTATION, Task.DETECTION, Task.EMBEDDING}
 
 
 def _build_auto(config: ModelConfig, lazy: LazyModel, cache: ArtefactCache, tell: Report) -> BuiltModel:
@@ -206,7 +206,7 @@ def _build_exported(config: ModelConfig, artefact: Artefact, *, device: str, met
     )
 
 
-def _open(folder: Path, manifest: Manifest, *, device: str, provider: str) -> Engine:
+def _open(folder: Path, manifest: Manifest, *, device: str, provider: str) -> ExportEngine:
     if manifest.format is Format.ONNX:
         return OnnxRuntimeEngine(folder, manifest, device=device, provider=provider)
     from heatlens_server.engines.torchscript_engine import TorchScriptEngine  # noqa: PLC0415 - imports torch

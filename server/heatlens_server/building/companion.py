@@ -5,14 +5,14 @@ import logging
 from heatlens_server.building.abilities import read_abilities
 from heatlens_server.building.artefact import Artefact, LazyModel
 from heatlens_server.config import ModelConfig
-from heatlens_server.engines.base import Engine, SteppingEngine
-from heatlens_server.engines.companion import CompanionEngine
+from heatlens_server.engines.base import SteppingEngine
+from heatlens_server.engines.companion import CompanionEngine, ExportEngine
 from heatlens_server.errors import ModelLoadError
 
 _log = logging.getLogger(__name__)
 
 
-def with_companion(config: ModelConfig, primary: Engine, artefact: Artefact) -> CompanionEngine:
+def with_companion(config: ModelConfig, primary: ExportEngine, artefact: Artefact) -> CompanionEngine:
     """Put torch beside an engine that runs a model's export, for what that has not.
 
     Args:

@@ -68,7 +68,7 @@ def run_trial(engine: SteppingEngine, images: UInt8Array, method: Method) -> lis
         method=preset.method,
         layers=info.layers_of(preset.method) if preset.all_layers else info.layers_of(preset.method)[:1],
         upsample=False,
-        score=preset.score,
+        score=preset.score if method in PRESETS else info.scores[0],
         aggregation=preset.aggregation,
     )
     target = _target(info)
@@ -117,7 +117,7 @@ def check_answers(engine: Engine, method: Method) -> None:
     """
     info = engine.info
     images = np.zeros((1, info.input_height_px, info.input_width_px, 3), dtype=np.uint8)
-    spec = MapSpec(method=method, layers=info.layers[:1], upsample=False)
+    spec = MapSpec(method=method, layers=info.layers[:1], upsample=False, score=info.scores[0])
     for count in sorted({1, min(2, info.class_count)}):
         (result,) = engine.explain(images, [TopK(count)], spec)
         if result.logits.shape != (info.class_count,):

@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
+from typing import Protocol
 
 from heatlens_server.cam.catalog import Aggregation, Method, Score
 from heatlens_server.engines.base import (
@@ -20,9 +22,19 @@ from heatlens_server.engines.base import (
     Target,
     UInt8Array,
 )
-from heatlens_server.errors import ModelLoadError
+from heatlens_server.errors import InvalidArgument, ModelLoadError
 
 _log = logging.getLogger(__name__)
+
+_KNOWN_SPECS = 256
+
+
+class ExportEngine(Engine, Protocol):
+    """An engine that runs exported graphs."""
+
+    def can(self, spec: MapSpec) -> bool:
+        """Whether the export has the graphs that a spec needs."""
+        ...
 
 
 class CompanionEngine:
@@ -33,7 +45,7 @@ class CompanionEngine:
 
     def __init__(
         self,
-        primary: Engine,
+        primary: ExportEngine,
         make_companion: Callable[[], SteppingEngine] | None = None,
         *,
         methods: Sequence[Method] = (),
@@ -53,6 +65,8 @@ class CompanionEngine:
         self._state = threading.Lock()
         self._companion: SteppingEngine | None = None
         self._closed = False
+        # Asked for every request, and few are unlike the others.
+        self._is_for_primary = lru_cache(maxsize=_KNOWN_SPECS)(self._can_primary)
         self._info = primary.info if make_companion is None else _joined(primary.info, methods)
 
     @property
@@ -65,14 +79,15 @@ class CompanionEngine:
 
         Raises:
             MemoryError: the device is out of memory.
+            InvalidArgument: the export has no graph for the spec, and there is no companion.
             ModelLoadError: the companion is needed, was not prepared, and cannot be loaded.
         """
-        engine = self.primary if self._is_for_primary(spec) else self._loaded()
+        engine = self.primary if self._is_for_primary(spec) else self._loaded(spec)
         return engine.explain(images, targets, spec)
 
     def steps(self, image: UInt8Array, target: Target, spec: MapSpec, *, rows: int) -> Steps:
         """Explain one image in steps; see `engines.base.SteppingEngine.steps`."""
-        return self._loaded().steps(image, target, spec, rows=rows)
+        return self._loaded(spec).steps(image, target, spec, rows=rows)
 
     def ready(self, spec: MapSpec) -> bool:
         """Whether all that a spec needs is loaded."""
@@ -85,7 +100,7 @@ class CompanionEngine:
             ModelLoadError: it cannot be loaded, or is not what it was said to be.
         """
         if not self.ready(spec):
-            self._loaded()
+            self._loaded(spec)
 
     def close(self) -> None:
         """Close both. A companion that is being loaded is closed once it is. Idempotent."""
@@ -96,29 +111,28 @@ class CompanionEngine:
             companion.close()
         self.primary.close()
 
-    def _is_for_primary(self, spec: MapSpec) -> bool:
-        info = self.primary.info
-        plain = not (spec.in_steps or spec.augment or spec.principal or spec.return_mask)
+    def _can_primary(self, spec: MapSpec) -> bool:
+        # Engines of exports average the maps of several layers.
         averaged = len(spec.layers) == 1 or spec.aggregation is Aggregation.MEAN
-        return (
-            spec.method in info.methods
-            and spec.score in info.scores
-            and (info.full or (plain and averaged))
-            and all(layer in info.layers for layer in spec.layers)
-        )
+        return averaged and self.primary.can(spec)
 
-    def _loaded(self) -> SteppingEngine:
+    def _loaded(self, spec: MapSpec) -> SteppingEngine:
         companion = self._companion
         if companion is not None:
             return companion
-        with self._loading:
-            return self._companion or self._load()
-
-    def _load(self) -> SteppingEngine:
         if self._make is None:
-            raise ValueError("no engine of this model supports that")
+            layers = ", ".join(repr(layer) for layer in spec.layers)
+            raise InvalidArgument.of(
+                "options",
+                f"the export has no graph for {spec.method} of {layers} with these options",
+                reason="INVALID_OPTION",
+            )
+        with self._loading:
+            return self._companion or self._load(self._make)
+
+    def _load(self, make: Callable[[], SteppingEngine]) -> SteppingEngine:
         started_at = time.monotonic()
-        companion = self._make()
+        companion = make()
         try:
             _check(companion.info, self._info)
             self._adopt(companion)

@@ -266,7 +266,7 @@ def test_where_auto_runs_on_a_machine_with_a_gpu(monkeypatch, device, providers,
 def export(make, cache_dir, tmp_path):
     """A folder with an export, away from the cache."""
     model, _ = make(config(), cache_dir)
-    return shutil.copytree(model.engine._folder, tmp_path / "export")
+    return shutil.copytree(model.engine.primary._folder, tmp_path / "export")
 
 
 def from_folder(folder, **changes):

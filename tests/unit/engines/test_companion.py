@@ -10,7 +10,7 @@ import pytest
 from heatlens_server.cam.catalog import Aggregation, Method, Metric, Score
 from heatlens_server.engines.base import EngineInfo, ImageResult, MapSpec, Steps, Target, Task, TopK
 from heatlens_server.engines.companion import CompanionEngine
-from heatlens_server.errors import ModelLoadError
+from heatlens_server.errors import InvalidArgument, ModelLoadError
 
 PATIENCE_S = 20
 EXPORTED = (Method.CAM, Method.GRAD_CAM)
@@ -33,6 +33,10 @@ class Engine:
     def explain(self, images: np.ndarray, targets: Sequence[Target], spec: MapSpec) -> list[ImageResult]:
         self.ran.append(spec)
         return []
+
+    def can(self, spec: MapSpec) -> bool:
+        plain = not (spec.in_steps or spec.principal or spec.return_mask)
+        return plain and spec.method in EXPORTED and spec.score in INFO.scores and set(spec.layers) <= set(INFO.layers)
 
     def steps(self, image: np.ndarray, target: Target, spec: MapSpec, *, rows: int) -> Steps:
         self.ran.append(spec)
@@ -130,8 +134,8 @@ def test_without_a_companion_it_is_the_primary():
     assert engine.info == INFO
     assert engine.info.offered == EXPORTED
     assert engine.ready(SCORE_CAM)  # there is nothing to load
-    with pytest.raises(ValueError, match="no engine"):
-        engine.explain(IMAGES, [TopK(1)], changed(augment=True))
+    with pytest.raises(InvalidArgument, match="no graph for grad-cam of 'stem', 'elsewhere' with these options"):
+        engine.explain(IMAGES, [TopK(1)], changed(layers=("stem", "elsewhere")))
     engine.close()
     assert engine.primary.closed == 1
 
