@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: real photos, a real server process, and a server on the test's own loop."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -81,10 +82,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(EXPORT_TIMEOUT_S + 60))
 
 
+def pytest_collection_finish() -> None:
+    """What was imported until now stays: the garbage collector need not walk over it in every test."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where every server of this session keeps its exports, so that a model is exported once."""
-    folder = tmp_path_factory.mktemp("cache")
+    """Where every server of this run keeps its exports, so that a model is exported once, whichever worker is first."""
+    shared = os.environ.get("TESTS_CACHE_HOME")
+    if shared is None and "PYTEST_XDIST_WORKER" in os.environ:
+        shared = str(tmp_path_factory.getbasetemp().parent / "cache")
+    folder = tmp_path_factory.mktemp("cache") if shared is None else Path(shared)
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder

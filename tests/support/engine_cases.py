@@ -1,11 +1,13 @@
 """What engine tests share: loaded tiny models, images, and a float64 judge that shares no code with the engine."""
 
-import atexit
 import copy
 import dataclasses
+import fcntl
+import hashlib
+import os
+import pickle
 import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,19 +48,18 @@ def noise(count: int, px: int = 64, seed: int = 0) -> np.ndarray:
     return np.repeat(np.repeat(coarse, px // 8, 1), px // 8, 2).astype(np.uint8)
 
 
-_exports: dict[tuple[object, ...], tuple[Path, Manifest]] = {}
+_exports: dict[str, tuple[Path, Manifest]] = {}
 
 
 def bundle(model: LoadedModel, file_format: Format) -> tuple[Path, Manifest]:
-    """What the server exports for its engines; made once per process and model, as it takes seconds."""
-    key = (weights_version(model.module), model.layers, file_format)
-    if key not in _exports:
+    """What the server exports for its engines; made once per run of the tests and model, as it takes seconds."""
+
+    def make(folder: Path) -> Manifest:
         # A copy, as the engine changes the layout of the weights, and with that what is recorded.
         reference = TorchEngine(dataclasses.replace(model, module=copy.deepcopy(model.module)), device="cpu")
         methods = reference.info.methods
         reference.close()
-        folder = _new_folder()
-        manifest = export_bundle(
+        return export_bundle(
             model,
             methods=methods,
             file_format=file_format,
@@ -67,26 +68,39 @@ def bundle(model: LoadedModel, file_format: Format) -> tuple[Path, Manifest]:
             folder=folder,
             report=lambda _: None,
         )
-        _exports[key] = (folder, manifest)
-    return _exports[key]
+
+    return _once(make, model, file_format)
 
 
 def user_export(model: LoadedModel, file_format: Format, spec: GraphSpec) -> tuple[Path, Manifest]:
-    """What people export by hand: one graph; made once per process."""
-    key = (weights_version(model.module), file_format, spec)
-    if key not in _exports:
-        folder = _new_folder()
-        manifest = export_graph(
-            model, spec, file_format=file_format, source="test", folder=folder, report=lambda _: None
-        )
-        _exports[key] = (folder, manifest)
-    return _exports[key]
+    """What people export by hand: one graph; made once per run of the tests."""
+
+    def make(folder: Path) -> Manifest:
+        return export_graph(model, spec, file_format=file_format, source="test", folder=folder, report=lambda _: None)
+
+    return _once(make, model, file_format, spec)
 
 
-def _new_folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="heatlens-test-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+def _once(make: Callable[[Path], Manifest], model: LoadedModel, *rest: object) -> tuple[Path, Manifest]:
+    """An export from where all processes of a run of the tests keep theirs (conftest.cache_home)."""
+    described = {
+        field.name: getattr(model, field.name) for field in dataclasses.fields(model) if field.name != "module"
+    }
+    named = repr((type(model.module), weights_version(model.module), described, rest))
+    if named not in _exports:
+        place = Path(os.environ["XDG_CACHE_HOME"], "test-exports")
+        folder = place / hashlib.sha256(named.encode()).hexdigest()
+        manifest_path = folder.with_suffix(".manifest")
+        place.mkdir(exist_ok=True)
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not manifest_path.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of an export that failed
+                folder.mkdir()
+                # Not in the folder: exports come without one until they are verified.
+                manifest_path.write_bytes(pickle.dumps(make(folder)))
+        _exports[named] = folder, pickle.loads(manifest_path.read_bytes())
+    return _exports[named]
 
 
 class Judge:
