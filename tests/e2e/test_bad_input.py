@@ -100,6 +100,7 @@ def test_an_image_is_required(stub, image):
     refusal(stub, pb.ExplainRequest(image=image), reason="IMAGE_MISSING", fields=["image"])
 
 
+@pytest.mark.serial
 def test_a_bomb_is_refused_before_it_is_decoded(server, stub):
     width_px, height_px = 10_000, 10_001
     bomb = black_png(width_px, height_px)

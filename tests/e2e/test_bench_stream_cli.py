@@ -7,6 +7,8 @@ from typer.testing import CliRunner
 
 from heatlens._cli import app
 
+pytestmark = pytest.mark.serial
+
 
 @pytest.fixture
 def bench(server, monkeypatch):

@@ -40,6 +40,7 @@ def entries(cache: Path) -> list[Path]:
     return sorted(path.parent for path in cache.glob("*/manifest.json") if not path.parent.name.startswith("unfin"))
 
 
+@pytest.mark.serial
 def test_the_default_server_starts_warm_on_onnxruntime_without_torch(default_export, launch, server, chelsea):
     started = time.monotonic()
     running = launch(LISTEN)
@@ -121,6 +122,7 @@ def test_a_damaged_export_is_told_and_made_again(exported_twice, tmp_path, launc
     assert entries(tmp_path / "cache") == [entry]
 
 
+@pytest.mark.serial
 def test_sigterm_during_an_export_ends_everything_and_leaves_nothing_that_is_believed(tmp_path, launch):
     running = launch(f'{LISTEN}cache_dir = "cache"\n')
     deadline = time.monotonic() + 60

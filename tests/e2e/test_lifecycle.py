@@ -130,6 +130,7 @@ def test_second_server_on_the_same_port_fails_loudly(server, tmp_path):
     assert "Traceback" not in second.stderr
 
 
+@pytest.mark.serial
 def test_sigterm_finishes_calls_in_flight_and_refuses_new_ones(tmp_path, launch):
     running = launch(f'[server]\nlisten = "127.0.0.1:0"\ngrace_s = 20\n{TINY}')
     wait_settled(running.address)
@@ -151,6 +152,7 @@ def test_sigterm_finishes_calls_in_flight_and_refuses_new_ones(tmp_path, launch)
     assert time.monotonic() - started < 15
 
 
+@pytest.mark.serial
 def test_call_that_outlives_the_grace_is_cut_off(tmp_path, launch):
     running = launch(f'[server]\nlisten = "127.0.0.1:0"\ngrace_s = 0.2\n{TINY}', env={"SLOW_S": "8"})
     wait_settled(running.address)

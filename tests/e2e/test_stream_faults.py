@@ -26,6 +26,8 @@ from stream_checks import IMAGE, a_clean_stream_works, own_channel
 from watched_server import SUPPORT, WatchedServer, forget_peak, rss_bytes, watched_server
 from wire import pixels
 
+pytestmark = pytest.mark.serial
+
 KILL_S = float(os.environ.get("HEATLENS_KILL_S", "15"))
 KILL_SEED = 4
 MAX_STREAMS = 24

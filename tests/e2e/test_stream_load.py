@@ -21,6 +21,8 @@ from stream_checks import own_channel
 from watched_server import Holdings, WatchedServer, forget_peak, rss_bytes, watched_server
 from wire import distinct
 
+pytestmark = pytest.mark.serial
+
 BATCH_S = 0.25
 BATCH_SIZE = 4
 WIDE_BATCH_SIZE = 32

@@ -11,6 +11,8 @@ import pytest
 
 from watched_server import SUPPORT, import_path, watched_server
 
+pytestmark = pytest.mark.serial
+
 TOML = """
 [server]
 listen = "127.0.0.1:0"

@@ -205,6 +205,7 @@ async def seen(folder: Path) -> None:
     await until((folder / "seen").exists)
 
 
+@pytest.mark.serial
 async def test_sigterm_in_mid_stream_answers_what_runs_and_ends_with_unavailable(launch, tmp_path):
     grace_s = 10.0
     server = armed_server(launch, tmp_path, slow_s=1.0, grace_s=grace_s)
@@ -257,6 +258,7 @@ async def test_sigterm_in_mid_stream_answers_what_runs_and_ends_with_unavailable
     assert '"level": "error"' not in server.log()
 
 
+@pytest.mark.serial
 async def test_a_batch_longer_than_the_grace_is_not_waited_for(launch, tmp_path):
     server = armed_server(launch, tmp_path, slow_s=30.0, grace_s=1.0)
     async with own_channel(server.address) as channel:

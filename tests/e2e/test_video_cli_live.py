@@ -94,6 +94,7 @@ def test_a_bad_frame_fails_alone(run, launch, tmp_path):
     assert frames[2][30:].min() > 230
 
 
+@pytest.mark.serial
 def test_dropped_frames_are_in_the_film(run, launch, long_clip, tmp_path, monkeypatch):
     server = launch(ONE_MODEL.format(name="slow"), env={"SLOW_S": "0.05"})
     wait_settled(server.address)
@@ -177,6 +178,7 @@ def camera():
         thread.join(10)
 
 
+@pytest.mark.serial
 def test_a_live_source(start, server, camera, tmp_path):
     film, lines = tmp_path / "film.mp4", tmp_path / "lines.jsonl"
     process = start(camera, "-o", film, "--json", lines, "--fps", 20, "--duration", 1, "--server", server.address)

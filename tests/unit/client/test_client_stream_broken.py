@@ -37,6 +37,7 @@ async def test_a_refused_stream_raises_where_it_opens(connect, peer, code, reaso
     await stream.close()
 
 
+@pytest.mark.serial
 async def test_a_server_that_does_not_start_the_stream(connect, peer):
     peer.streams.starts.clear()
     began = time.monotonic()

@@ -121,6 +121,7 @@ async def test_close_while_a_sender_waits(connect, peer):
         await asyncio.wait_for(sending, 5)
 
 
+@pytest.mark.serial
 async def test_an_iterable_that_hangs_does_not_hang_the_end(connect, peer):
     hangs = threading.Event()
 

@@ -180,6 +180,7 @@ async def open_stream(client, how):
     await client.stream().send(b"a")
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("how", ["with", "first use"])
 @pytest.mark.parametrize("after_s", [0, 0.1])
 async def test_giving_up_on_a_silent_server_is_prompt_and_leaves_no_task(silent_address, how, after_s):
@@ -194,6 +195,7 @@ async def test_giving_up_on_a_silent_server_is_prompt_and_leaves_no_task(silent_
     await settled(lambda: asyncio.all_tasks() == {asyncio.current_task()})
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("how", ["with", "first use"])
 async def test_a_silent_server_times_out_in_time_and_leaves_no_task(silent_address, how):
     began = time.monotonic()

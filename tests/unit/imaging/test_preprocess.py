@@ -124,6 +124,7 @@ def test_squashed_region_is_the_whole_image():
     assert (region.left, region.top, region.right, region.bottom) == (0, 0, 50, 30)
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("shape", [(1, 1), (10, 20000), (20000, 10), (1, 100_000), (100_000, 1)])
 @pytest.mark.parametrize("interpolation", list(Interpolation))
 def test_extreme_shapes_cost_no_more_than_a_photo(shape, interpolation):
