@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
 from torch import Tensor
 
-from heatlens_server.engines.substitution import Substitution
+from heatlens_server.engines.substitution import Substitutes
 
 PassOn = Callable[[Tensor], Tensor]
 """Given an attention matrix (..., queries, keys), whose rows sum to 1; what it returns takes its place."""
@@ -18,8 +18,8 @@ PassOn = Callable[[Tensor], Tensor]
 _MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
 
 
-def open_attention(pass_on: PassOn = lambda matrix: matrix) -> Substitution:
-    """Compute attention with products and a softmax, which can be differentiated twice, instead of a fused kernel.
+def open_attention(pass_on: PassOn = lambda matrix: matrix) -> Substitutes:
+    """What computes attention with products and a softmax instead of a fused kernel; it can be differentiated twice.
 
     Understood are `F.scaled_dot_product_attention`, `nn.MultiheadAttention`, and attention written out: a softmax of
     anything of three or more dimensions is taken for it.
@@ -27,16 +27,13 @@ def open_attention(pass_on: PassOn = lambda matrix: matrix) -> Substitution:
     Args:
         pass_on: called with every attention matrix.
     """
-    return Substitution(
-        {
-            F.scaled_dot_product_attention: partial(_attend, pass_on),
-            F.multi_head_attention_forward: partial(_attend_with_heads, pass_on),
-            **{
-                function: partial(_softmax, pass_on, function)
-                for function in (F.softmax, torch.softmax, Tensor.softmax)
-            },
-        }
-    )
+    return {
+        F.scaled_dot_product_attention: partial(_attend, pass_on),
+        F.multi_head_attention_forward: partial(_attend_with_heads, pass_on),
+        F.softmax: partial(_softmax, pass_on, F.softmax),
+        torch.softmax: partial(_softmax, pass_on, torch.softmax),
+        Tensor.softmax: partial(_softmax, pass_on, Tensor.softmax),
+    }
 
 
 def _softmax(pass_on: PassOn, softmax: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401

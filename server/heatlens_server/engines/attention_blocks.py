@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from heatlens_server.cam.grid import Output
 from heatlens_server.cam.layout import Grid, Layout
 from heatlens_server.engines.attention import open_attention
+from heatlens_server.engines.substitution import Substitution
 from heatlens_server.engines.tape import Tape, TapeRecorder
 
 _log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class AttentionRecorder:
             leaves.append(matrix.detach().requires_grad_())
             return leaves[-1]
 
-        with self._recorder.playing(_BlockTape(self.blocks)), open_attention(cut):
+        with self._recorder.playing(_BlockTape(self.blocks)), Substitution(open_attention(cut)):
             output = run()
         n = len(output) // (len(self.blocks) + 1)
         return output[-n:].detach(), output[:-n], leaves
@@ -147,7 +148,7 @@ def _blocks(module: nn.Module, run: Callable[[], Any], tokens: int) -> tuple[str
     for name, child in module.named_modules():
         handles += [child.register_forward_pre_hook(enter(name)), child.register_forward_hook(leave)]
     try:
-        with open_attention(note), torch.no_grad():
+        with Substitution(open_attention(note)), torch.no_grad():
             run()
     finally:
         for handle in handles:

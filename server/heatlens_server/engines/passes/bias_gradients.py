@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
 from torch import Tensor
 
 from heatlens_server.cam.precision import wide
-from heatlens_server.engines.substitution import Substitution
+from heatlens_server.engines.substitution import Substitutes
 
 Take = Callable[[Tensor, int], None]
 """Given the bias-gradient of one operation, in its output's shape, and that shape's channel dimension, 1 or -1.
@@ -21,8 +21,8 @@ Called within the backward pass: nothing is kept of a layer's gradients longer t
 _BATCH_NORM = inspect.signature(F.batch_norm)
 
 
-def bias_gradients(take: Take) -> Substitution:
-    """Run a network so that differentiating what it returns hands out the bias-gradients on the way.
+def bias_gradients(take: Take) -> Substitutes:
+    """What a network is run with so that differentiating what it returns hands out the bias-gradients on the way.
 
     The biases are those of convolutions, linear layers, layer and group normalisation, and constants of one number
     per channel that are added to maps (torchvision's FrozenBatchNorm2d). Batch normalisation in eval mode is
@@ -44,17 +44,15 @@ def bias_gradients(take: Take) -> Substitution:
         F.linear: (2, -1),
         F.layer_norm: (3, -1),
     }
-    return Substitution(
-        {
-            **{
-                function: partial(_with_bias, take, function, position, channel_dim)
-                for function, (position, channel_dim) in by_position.items()
-            },
-            F.batch_norm: partial(_batch_norm, take),
-            Tensor.add: partial(_add, take, Tensor.add),
-            torch.add: partial(_add, take, torch.add),
-        }
-    )
+    return {
+        **{
+            function: partial(_with_bias, take, function, position, channel_dim)
+            for function, (position, channel_dim) in by_position.items()
+        },
+        F.batch_norm: partial(_batch_norm, take),
+        Tensor.add: partial(_add, take, Tensor.add),
+        torch.add: partial(_add, take, torch.add),
+    }
 
 
 def _with_bias(

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from heatlens_server.cam.full_grad import spread
 from heatlens_server.cam.grid import Grid, Layout, to_map
+from heatlens_server.cam.precision import wide
 from heatlens_server.engines.base import MapSpec, Target
 from heatlens_server.engines.passes.bias_gradients import bias_gradients
-from heatlens_server.engines.passes.one_pass import Explained
+from heatlens_server.engines.passes.one_pass import Explained, input_gradient
+from heatlens_server.engines.substitution import Substitution
 from heatlens_server.engines.torch_model import TorchModel
 
 
@@ -23,20 +25,18 @@ def full_grad(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec
 
     The raw map is (N, K, H, W).
     """
-    (size_px, n) = (inputs.shape[-2:], len(inputs))
     leaf = inputs.detach().requires_grad_()
-    grid = model.model.grid(model.model.layers[0])
-    found = _Found(n, (size_px[0], size_px[1]), grid)
-    with bias_gradients(found.take):
+    found = _Found(inputs, model.model.grid(model.model.layers[0]))
+    with Substitution(bias_gradients(found.take)):
         # A copy: the network may change its input in place.
         output = model.run(leaf.clone())
     goals = model.task.goals(output, targets, score=spec.score, run=model.run_images)
     maps = []
     for k in range(goals.width):
-        found.start()
-        (gradient,) = model.gradients(goals.score(k), [leaf], retain_graph=k + 1 < goals.width)
+        more = k + 1 < goals.width
+        gradient = input_gradient(model, goals.score(k), leaf, retain_graph=more, start=found.start)
         with torch.no_grad():
-            maps.append(found.map + spread(leaf * gradient, found.size_px))
+            maps.append(found.map + spread(wide(leaf) * gradient, found.size_px))
     return Explained(goals, [torch.cat(maps, dim=1)])
 
 
@@ -48,26 +48,32 @@ class _Found:
         map: (N, 1, height, width).
     """
 
-    def __init__(self, n: int, size_px: tuple[int, int], grid: Grid) -> None:
-        self.size_px = size_px
-        self.map = torch.zeros(())
-        self._n = n
+    def __init__(self, inputs: Tensor, grid: Grid) -> None:
+        """Start with nothing.
+
+        Args:
+            inputs: (N, 3, H, W).
+            grid: how the network's tokens lie on the image, if it has any.
+        """
+        n, _, height, width = inputs.shape
+        self.size_px = (height, width)
+        self.map = torch.zeros((n, 1, height, width), device=inputs.device)
         self._grid = grid
 
     def start(self) -> None:
         """Forget what was found."""
-        self.map = torch.zeros(())
+        self.map = torch.zeros_like(self.map)
 
     def take(self, bias_gradient: Tensor, channel_dim: int) -> None:
         """Add a bias-gradient, if it lies on the image."""
         with torch.no_grad():
             placed = self._place(bias_gradient, channel_dim)
             if placed is not None:
-                self.map = self.map.to(placed.device) + spread(placed, self.size_px)
+                self.map = self.map + spread(placed, self.size_px)
 
     def _place(self, values: Tensor, channel_dim: int) -> Tensor | None:
         """Values (N, ...) as a map (N, C, h, w); None if they lie on none, or on windows."""
-        if len(values) != self._n:
+        if len(values) != len(self.map):
             return None
         grid = self._grid
         if values.ndim == 4:

@@ -14,7 +14,7 @@ from heatlens_server.cam.precision import wide
 from heatlens_server.cam.resize import upsample
 from heatlens_server.engines.base import MapSpec, Target
 from heatlens_server.engines.passes.closed_form import closed_form
-from heatlens_server.engines.passes.one_pass import Explained
+from heatlens_server.engines.passes.one_pass import Explained, input_gradient
 from heatlens_server.engines.substitution import Substitutes, Substitution
 from heatlens_server.engines.torch_model import TorchModel
 
@@ -41,7 +41,7 @@ def guided_grad_cam(model: TorchModel, inputs: Tensor, targets: Sequence[Target]
     goals = model.task.goals(output, fixed, score=spec.score, run=model.run_images)
     guided = []
     for k in range(goals.width):
-        (gradient,) = model.gradients(goals.score(k), [leaf], retain_graph=k + 1 < goals.width)
+        gradient = input_gradient(model, goals.score(k), leaf, retain_graph=k + 1 < goals.width)
         guided.append(wide(gradient).sum(dim=1, keepdim=True))
     fine = torch.cat(guided, dim=1)
     size_px = (inputs.shape[-2], inputs.shape[-1])

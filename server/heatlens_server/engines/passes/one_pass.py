@@ -10,6 +10,7 @@ from heatlens_server.cam.normalize import NormalizedMap
 from heatlens_server.cam.saliency import saliency
 from heatlens_server.engines.base import ImageResult, MapSpec, Target
 from heatlens_server.engines.torch_model import TorchModel
+from heatlens_server.errors import InvalidArgument
 from heatlens_server.tasks.base import Goals
 
 
@@ -49,6 +50,47 @@ def leaf_of(output: object) -> Tensor:
     if not isinstance(output, Tensor):
         raise TypeError("a pyramid of feature maps has no gradient here")
     return output
+
+
+def input_gradient(
+    model: TorchModel,
+    score: Tensor,
+    leaf: Tensor,
+    *,
+    retain_graph: bool,
+    start: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Differentiate a score by the network's input.
+
+    The way there is long: gradients that fit float16 at a layer may have grown out of it. Then it is gone once more,
+    and again, with gradients 2^8 times smaller.
+
+    Args:
+        model: the network.
+        score: a scalar.
+        leaf: (N, 3, H, W).
+        retain_graph: whether the graph is needed again.
+        start: called before each time.
+
+    Returns:
+        (N, 3, H, W), float32 or bfloat16.
+
+    Raises:
+        InvalidArgument: the score does not depend on the input by a gradient: the network detaches what it computes.
+    """
+    if not score.requires_grad:
+        raise InvalidArgument.of(
+            "options.method",
+            "it differentiates by the input, on which this model's score does not depend by a gradient",
+            reason="INVALID_OPTION",
+        )
+    scaled = model.gradient_scale != 1.0
+    for reduced in (1.0, 2.0**-8, 2.0**-16):
+        start()
+        (gradient,) = model.gradients(score * reduced, [leaf], retain_graph=retain_graph or scaled)
+        if not scaled or bool(gradient.isfinite().all()):
+            break
+    return gradient / reduced
 
 
 def results(goals: Goals, maps: NormalizedMap) -> list[ImageResult]:

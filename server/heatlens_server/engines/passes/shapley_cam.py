@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
 from torch import Tensor
 
 from heatlens_server.cam.methods import shapley_cam as shapley_cam_map
@@ -11,6 +12,7 @@ from heatlens_server.cam.weights import shapley_cam_weights, weigh
 from heatlens_server.engines.attention import open_attention
 from heatlens_server.engines.base import MapSpec, Target
 from heatlens_server.engines.passes.one_pass import Explained, leaf_of
+from heatlens_server.engines.substitution import Substitutes, Substitution
 from heatlens_server.engines.torch_model import TorchModel
 from heatlens_server.errors import InvalidArgument
 
@@ -24,7 +26,7 @@ def shapley_cam(model: TorchModel, inputs: Tensor, targets: Sequence[Target], sp
     Raises:
         InvalidArgument: the network has an operation that torch cannot differentiate twice.
     """
-    with open_attention():
+    with Substitution(_TWICE):
         output, outputs = model.record(inputs, spec.layers, differentiate=True)
     goals = model.task.goals(output, targets, score=spec.score, run=model.run_images)
     leaves = [leaf_of(outputs[layer]) for layer in spec.layers]
@@ -52,23 +54,38 @@ def _gradients(
             if gradient.requires_grad:
                 keep = retain_graph or index + 1 < len(leaves)
                 (found,) = torch.autograd.grad(gradient, leaf, leaf.detach(), retain_graph=keep, allow_unused=True)
+                # Nothing but the leaf has a gradient: what depends on something else is marked once_differentiable.
+                if found is None and leaf.is_leaf:
+                    raise _impossible()
             curvatures.append(torch.zeros_like(gradient) if found is None else found)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
-        if "is not implemented" not in str(error) and "differentiate twice" not in str(error):
+        if "is not implemented" not in str(error):
             raise
-        raise InvalidArgument.of(
-            "options.method",
-            "shapley-cam differentiates twice, which torch cannot do with an operation of this model",
-            reason="INVALID_OPTION",
-        ) from error
+        raise _impossible() from error
     if scale == 1.0:
         return list(zip(gradients, curvatures, strict=True))
     return [(g.float() / scale, c.float() / scale) for g, c in zip(gradients, curvatures, strict=True)]
+
+
+def _impossible() -> InvalidArgument:
+    return InvalidArgument.of(
+        "options.method",
+        "shapley-cam differentiates twice, which torch cannot do with an operation of this model",
+        reason="INVALID_OPTION",
+    )
 
 
 def _map(spec: MapSpec, activations: Tensor, gradients: Tensor, curvature: Tensor) -> Tensor:
     if spec.principal:
         return principal_projection(weigh(shapley_cam_weights(gradients, curvature), activations))
     return shapley_cam_map(activations, gradients, curvature)
+
+
+def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
+    """`F.hardsigmoid`, made of what can be differentiated twice. In place it is still: others may see the memory."""
+    result = F.hardtanh(x + 3.0, 0.0, 6.0) / 6.0
+    return x.copy_(result) if inplace else result
+
+
+_TWICE: Substitutes = {**open_attention(), F.hardsigmoid: _hardsigmoid}
+"""For the common operations whose derivative torch cannot differentiate again."""
