@@ -14,6 +14,9 @@ from heatlens_server.errors import ModelLoadError
 from heatlens_server.tasks.base import RunImages
 from heatlens_server.tasks.classification.model import logits_of
 
+_ROUNDINGS = 16
+"""How far apart two directions are that are the same, in units of the rounding of what the network runs in."""
+
 
 class SimilarityGoals:
     """The cosine similarity of each of N images to its reference. Implements `tasks.base.Goals`."""
@@ -60,14 +63,16 @@ class SimilarityGoals:
     def result(self, n: int, maps: Float32Array, scales: Float32Array, offsets: Float32Array) -> ImageResult:
         """Image n's embedding, similarity and map."""
         with torch.no_grad():
-            similarity = float(_similarity(self._embeddings[n : n + 1], self._references[n : n + 1]))
+            similarity = _similarity(self._embeddings[n : n + 1], self._references[n : n + 1])
+            # Rounding may leave [-1, 1].
+            logit = float(similarity.clamp(-1.0, 1.0))
         return ImageResult(
             logits=np.empty(0, np.float32),
             class_ids=(0,),
             maps=maps,
             scales=scales,
             offsets=offsets,
-            findings=(Finding(0, similarity, min(max((1.0 + similarity) / 2.0, 0.0), 1.0)),),
+            findings=(Finding(0, logit, (1.0 + logit) / 2.0),),
             embedding=self._embeddings[n].detach().float().cpu().numpy(),
         )
 
@@ -76,8 +81,17 @@ class SimilarityGoals:
 
 
 def _similarity(embeddings: Tensor, references: Tensor) -> Tensor:
-    """Cosine similarities (R,) of embeddings (R, D) and references (R, D) or (1, D), float32 or wider."""
-    return F.cosine_similarity(wide(embeddings), wide(references), dim=1)
+    """Cosine similarities (R,) of embeddings (R, D) and references (R, D) or (1, D), float32 or wider.
+
+    Where the two have the same direction but for rounding, nothing raises the similarity: the gradient is zero instead
+    of what rounding makes of it.
+    """
+    rounding = _ROUNDINGS * torch.finfo(embeddings.dtype).eps
+    one, other = F.normalize(wide(embeddings), dim=1), F.normalize(wide(references), dim=1)
+    similarity = (one * other).sum(dim=1)
+    with torch.no_grad():
+        same = (one - other).norm(dim=1) <= rounding
+    return torch.where(same, similarity.detach(), similarity)
 
 
 class Embedding:
