@@ -15,7 +15,7 @@ from heatlens_server.building.warm_up import check_answers, check_method, warm_u
 from heatlens_server.cam.catalog import Method
 from heatlens_server.config import EXPORT_PREFIX, ModelConfig
 from heatlens_server.engines.base import SteppingEngine, Task
-from heatlens_server.engines.companion import CompanionEngine, ExportEngine
+from heatlens_server.engines.companion import ExportEngine
 from heatlens_server.engines.onnxruntime_engine import OnnxRuntimeEngine
 from heatlens_server.engines.providers import CUDA, cuda_device_count, load_runtime
 from heatlens_server.errors import ExportError, ModelLoadError
@@ -194,11 +194,9 @@ def _build_exported(config: ModelConfig, artefact: Artefact, *, device: str, met
     # The engine opens the first graph now, and the others when they are asked for.
     graphs = sorted(manifest.graphs, key=lambda graph: (graph.layer != default, graph.method is not method))
     primary = _open(artefact.folder, replace(manifest, graphs=tuple(graphs)), device=device, provider=config.provider)
-    # Of an export that somebody gives us there is no network.
-    is_theirs = config.source.startswith(EXPORT_PREFIX)
     return _finish(
         config,
-        CompanionEngine(primary) if is_theirs else with_companion(config, primary, artefact),
+        with_companion(config, primary, artefact),
         preprocess=manifest.preprocess,
         version=manifest.weights_version,
         labels=manifest.labels,

@@ -1,11 +1,11 @@
-"""Torch beside an export. It is not imported before it is needed, and then in the middle of serving."""
+"""An engine of an export, and torch beside it, which is not imported before it is needed: in the middle of serving."""
 
 import logging
 
 from heatlens_server.building.abilities import read_abilities
 from heatlens_server.building.artefact import Artefact, LazyModel
-from heatlens_server.config import ModelConfig
-from heatlens_server.engines.base import SteppingEngine
+from heatlens_server.config import EXPORT_PREFIX, ModelConfig
+from heatlens_server.engines.base import SteppingEngine, Task
 from heatlens_server.engines.companion import CompanionEngine, ExportEngine
 from heatlens_server.errors import ModelLoadError
 
@@ -13,20 +13,23 @@ _log = logging.getLogger(__name__)
 
 
 def with_companion(config: ModelConfig, primary: ExportEngine, artefact: Artefact) -> CompanionEngine:
-    """Put torch beside an engine that runs a model's export, for what that has not.
+    """Put torch beside an engine that runs a model's export, for what that has not, unless it is not to be.
 
     Args:
-        config: the model; not an export of somebody else's.
+        config: the model.
         primary: the engine.
         artefact: what it runs.
     """
-    if not config.companion:
-        return CompanionEngine(primary)
+    task = Task.CLASSIFICATION if config.task == "auto" else Task(config.task)
+    # Of an export that somebody gives us there is no network.
+    if not config.companion or config.source.startswith(EXPORT_PREFIX):
+        return CompanionEngine(primary, task=task)
 
     def make() -> SteppingEngine:
         return _load(config, artefact.manifest.weights_version, device=primary.info.device)
 
-    return CompanionEngine(primary, make, methods=read_abilities(artefact.folder, artefact.manifest))
+    methods = read_abilities(artefact.folder, artefact.manifest)
+    return CompanionEngine(primary, make, methods=methods, task=task)
 
 
 def _load(config: ModelConfig, weights_version: str, *, device: str) -> SteppingEngine:

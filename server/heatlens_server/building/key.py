@@ -25,19 +25,7 @@ if TYPE_CHECKING:
 
 _SERVER = Path(__file__).parents[1]
 # What turns a configuration into an artefact and judges it. A checkout changes without its version changing.
-_OWN_SOURCES = (
-    "cam",
-    "export",
-    "models",
-    "tasks",
-    "imaging/preprocess.py",
-    "building/abilities.py",
-    "engines/passes",
-    "engines/steps",
-    "engines/tape.py",
-    "engines/torch_engine.py",
-    "engines/torch_model.py",
-)
+_OWN_SOURCES = ("building/abilities.py", "cam", "engines", "export", "imaging/preprocess.py", "models", "tasks")
 
 
 def is_settled(config: ModelConfig) -> bool:
@@ -69,6 +57,7 @@ def artefact_key(config: ModelConfig, file_format: Format, model: "LoadedModel |
     parts: dict[str, Any] = {
         "format": file_format,
         "source": config.source,
+        "task": config.task,
         "weights": _weights(config),
         "layers": config.layers,
         "grids": {layer: grid.model_dump(mode="json") for layer, grid in config.grids.items()},

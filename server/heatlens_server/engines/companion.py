@@ -20,6 +20,7 @@ from heatlens_server.engines.base import (
     SteppingEngine,
     Steps,
     Target,
+    Task,
     UInt8Array,
 )
 from heatlens_server.errors import InvalidArgument, ModelLoadError
@@ -49,6 +50,7 @@ class CompanionEngine:
         make_companion: Callable[[], SteppingEngine] | None = None,
         *,
         methods: Sequence[Method] = (),
+        task: Task = Task.CLASSIFICATION,
     ) -> None:
         """Load nothing yet.
 
@@ -57,6 +59,7 @@ class CompanionEngine:
             make_companion: makes an engine of the same model, on the same device, that has every score and option;
                 raises ModelLoadError. None if there is none.
             methods: what the companion will have.
+            task: what the model does, which a graph does not say.
         """
         self.primary = primary
         self._make = make_companion
@@ -67,7 +70,8 @@ class CompanionEngine:
         self._closed = False
         # Asked for every request, and few are unlike the others.
         self._is_for_primary = lru_cache(maxsize=_KNOWN_SPECS)(self._can_primary)
-        self._info = primary.info if make_companion is None else _joined(primary.info, methods)
+        info = replace(primary.info, task=task)
+        self._info = info if make_companion is None else _joined(info, methods)
 
     @property
     def info(self) -> EngineInfo:
