@@ -6,6 +6,7 @@ Every parity is printed: run with -rP to read them.
 import copy
 import functools
 import logging
+from types import SimpleNamespace
 
 import pytest
 import pytorch_grad_cam
@@ -80,7 +81,7 @@ def report(method, name, library, found, expected, tolerance=TOLERANCE):
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     for module in (pytorch_grad_cam.score_cam, pytorch_grad_cam.ablation_cam):
-        monkeypatch.setattr(module.tqdm, "tqdm", lambda chunks: chunks)
+        monkeypatch.setattr(module, "tqdm", SimpleNamespace(tqdm=lambda chunks: chunks))
     logging.getLogger("torchcam").setLevel(logging.ERROR)
 
 
