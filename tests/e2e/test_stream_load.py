@@ -24,8 +24,7 @@ from wire import distinct
 pytestmark = pytest.mark.serial
 
 BATCH_S = 0.25
-BATCH_SIZE = 4
-WIDE_BATCH_SIZE = 32
+BATCH_SIZE, WIDE_BATCH_SIZE = 4, 32
 SERVER_FPS = BATCH_SIZE / BATCH_S
 PREPROCESS = "preprocess = { resize_px = 64, crop_px = 64, mean = [0.5, 0.5, 0.5], std = [0.5, 0.5, 0.5] }"
 TOML = f"""
@@ -114,8 +113,7 @@ async def watching(server: WatchedServer, see: Callable[[Holdings], None]) -> As
 
 # Senders that never wait, and nothing may be lost.
 
-FLOOD = 64
-FLOOD_WINDOW = 8
+FLOOD, FLOOD_WINDOW = 64, 8
 # 1.7 MiB each: all of them would be 108 MiB. The window's are 14 MiB, and gRPC's own buffers about twice that.
 FLOOD_IMAGES = distinct(8, px=768)
 FLOOD_BOUND_BYTES = 80 * MIB
