@@ -14,7 +14,7 @@ from heatlens_server.engines.passes.table import PASSES, explain
 from heatlens_server.engines.steps.drive import explain_in_steps
 from heatlens_server.engines.steps.table import STEPPERS
 from heatlens_server.engines.torch_model import TorchModel, memory_errors, recording_allowed
-from heatlens_server.errors import InvalidArgument
+from heatlens_server.errors import InvalidArgument, ModelLoadError
 from heatlens_server.models.spec import LoadedModel
 from heatlens_server.tasks.table import task_model
 
@@ -29,15 +29,17 @@ class TorchEngine:
         """Prepare the model and check that it can be explained.
 
         Raises:
-            ModelLoadError: no such device, or the score does not depend on a layer.
+            ModelLoadError: no such device or precision, or the score does not depend on a layer.
         """
-        self._model = TorchModel(model, task_model(model.task), device=device, precision=precision)
+        task = task_model(model.task)
+        if precision != "fp32" and not task.half:
+            raise ModelLoadError(f"precision: a model for {model.task} runs in fp32, not {precision}")
+        self._model = TorchModel(model, task, device=device, precision=precision)
         try:
             self._model.check()
         except BaseException:
             self._model.close()
             raise
-        task = self._model.task
         height_px, width_px = model.preprocess.crop_px or (0, 0)
         offered = {*CLOSED_FORMS, *PASSES, *STEPPERS} & task.methods
         if self._model.head_weight is None:

@@ -27,6 +27,7 @@ _log = logging.getLogger(__name__)
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _PRECISIONS = {dtype: precision for precision, dtype in _DTYPES.items()}
 _TWIN_SEED = 0
+_REDUCTIONS = (1.0, 2.0**-8, 2.0**-16)
 
 
 class TorchModel:
@@ -123,15 +124,24 @@ class TorchModel:
     def gradients(self, score: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool = False) -> list[Tensor]:
         """Differentiate a scalar. In float16 it is scaled on the way, so that small gradients do not vanish.
 
+        The gradient of a sum over many places may leave float16 instead: then it is scaled down, and tried again.
+
         Returns:
             The gradients, in the leaves' shapes; float32 if scaled.
         """
-        with torch.enable_grad():
-            scaled = score if self.gradient_scale == 1.0 else score * self.gradient_scale
-        found = torch.autograd.grad(scaled, leaves, retain_graph=retain_graph)
         if self.gradient_scale == 1.0:
-            return list(found)
-        return [gradient.float() / self.gradient_scale for gradient in found]
+            return list(torch.autograd.grad(score, leaves, retain_graph=retain_graph))
+        again = self.task.sums
+        found: list[Tensor] = []
+        for reduced in _REDUCTIONS if again else _REDUCTIONS[:1]:
+            scale = self.gradient_scale * reduced
+            with torch.enable_grad():
+                scaled = score * scale
+            gradients = torch.autograd.grad(scaled, leaves, retain_graph=retain_graph or again)
+            found = [gradient.float() / scale for gradient in gradients]
+            if not again or all(bool(gradient.isfinite().all()) for gradient in found):
+                break
+        return found
 
     def replay(self, inputs: Tensor, layer: str, change: Change, rows: int) -> Any:  # noqa: ANN401
         """Run the network on one image with a layer's output changed in `rows` ways, without gradients.

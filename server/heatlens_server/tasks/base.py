@@ -82,6 +82,16 @@ class TaskModel(Protocol):
         ...
 
     @property
+    def sums(self) -> bool:
+        """Whether scores are sums over places, whose gradients may be too large for float16."""
+        ...
+
+    @property
+    def half(self) -> bool:
+        """Whether networks run in half precision."""
+        ...
+
+    @property
     def mirrors(self) -> bool:
         """Whether goals mean the same in a mirrored image, so that maps can be averaged over mirror images."""
         ...

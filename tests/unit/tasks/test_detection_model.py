@@ -14,7 +14,7 @@ from torchvision.ops import box_iou
 from heatlens_server.cam.catalog import Method, Metric, Score
 from heatlens_server.engines.base import Boxes, Detections, MapSpec, TopK
 from heatlens_server.engines.torch_engine import TorchEngine
-from heatlens_server.errors import InvalidArgument
+from heatlens_server.errors import InvalidArgument, ModelLoadError
 from heatlens_server.tasks.base import has_goals
 from heatlens_server.tasks.detection.model import BoxGoals, Detection
 from task_models import DETECTORS, LABELS, PX, by_hand, detector, photos, raw, recorded
@@ -221,6 +221,11 @@ FOUND = {
     "labels": torch.tensor([1, 2, 3]),
     "scores": torch.tensor([0.6, 0.9, 0.7], requires_grad=True),
 }
+
+
+def test_half_precision_is_refused():
+    with pytest.raises(ModelLoadError, match="precision: a model for detection runs in fp32, not fp16"):
+        TorchEngine(detector("faster-rcnn"), device="cpu", precision="fp16")
 
 
 class TestMatching:

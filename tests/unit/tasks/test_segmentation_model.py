@@ -171,6 +171,18 @@ def test_every_method_gives_finite_maps(small):
         assert (result.scales > 0).any(), method
 
 
+def test_sums_that_leave_float16_come_back():
+    """A score of 9216 pixels: its gradient at the layer is past 65504 times what float16 scores are scaled by."""
+    target, spec = Pixels(ClassIds((0,)), np.ones((PX, PX), bool)), MapSpec(Method.HI_RES_CAM, ("backbone",), False)
+    maps = []
+    for precision in ("fp32", "fp16"):
+        engine = TorchEngine(segmenter(), device="cpu", precision=precision)
+        maps.append(raw(run(engine, photos()[0], target, spec), 0))
+        engine.close()
+    assert maps[0].max() > 0
+    np.testing.assert_allclose(maps[1], maps[0], atol=0.02 * maps[0].max())
+
+
 def test_faithfulness_of_pixels(small):
     metrics = (Metric.DELETION, Metric.INSERTION, Metric.MODEL_RANDOMISATION)
     spec = MapSpec(Method.GRAD_CAM, ("backbone",), upsample=False, metrics=metrics)

@@ -91,6 +91,8 @@ class Classification:
 
     methods = frozenset(Method)
     scores = tuple(Score)
+    sums = False
+    half = True
     mirrors = True
 
     def __init__(self, *, multi_label: bool = False) -> None:

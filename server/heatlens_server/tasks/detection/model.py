@@ -189,6 +189,9 @@ class Detection:
         | {Method.SMOOTH_GRAD_CAM_PLUS_PLUS, Method.GUIDED_GRAD_CAM}
     ) - {Method.CAM}
     scores = (Score.LOGIT, Score.PROBABILITY)
+    sums = False
+    # torchvision's suppression of boxes takes float32.
+    half = False
     # Boxes would have to be mirrored as well.
     mirrors = False
 

@@ -14,8 +14,11 @@ from heatlens_server.errors import ModelLoadError
 from heatlens_server.tasks.base import RunImages
 from heatlens_server.tasks.classification.model import logits_of
 
-_ROUNDINGS = 16
-"""How far apart two directions are that are the same, in units of the rounding of what the network runs in."""
+_SAME = 16 * torch.finfo(torch.float32).eps
+"""How far apart two directions may be that are the same, in a network of float32."""
+
+_HALF_ROUNDINGS = 2
+"""The same for half precision, in units of its rounding."""
 
 
 class SimilarityGoals:
@@ -86,7 +89,7 @@ def _similarity(embeddings: Tensor, references: Tensor) -> Tensor:
     Where the two have the same direction but for rounding, nothing raises the similarity: the gradient is zero instead
     of what rounding makes of it.
     """
-    rounding = _ROUNDINGS * torch.finfo(embeddings.dtype).eps
+    rounding = max(_SAME, _HALF_ROUNDINGS * torch.finfo(embeddings.dtype).eps)
     one, other = F.normalize(wide(embeddings), dim=1), F.normalize(wide(references), dim=1)
     similarity = (one * other).sum(dim=1)
     with torch.no_grad():
@@ -100,6 +103,8 @@ class Embedding:
     task = Task.EMBEDDING
     methods = frozenset(Method) - {Method.CAM}
     scores = (Score.LOGIT, Score.PROBABILITY)
+    sums = False
+    half = True
     mirrors = True
 
     def run(self, module: nn.Module, inputs: Tensor) -> Tensor:

@@ -155,6 +155,8 @@ class Segmentation:
     task = Task.SEGMENTATION
     methods = frozenset(Method) - {Method.CAM}
     scores = tuple(Score)
+    sums = True
+    half = True
     # A mask that was sent or predicted lies on one side of the image.
     mirrors = False
 
