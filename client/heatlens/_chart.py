@@ -75,6 +75,7 @@ def _draw_panel(panel: Axes, evaluation: "Evaluation", metric: str) -> None:
     # The first on top.
     panel.set_ylim(len(ranked) - 0.5, -0.5)
     panel.tick_params(axis="x", labelsize=8)
+    panel.locator_params(axis="x", nbins=5)
     panel.tick_params(axis="y", length=0)
     for place, mean in enumerate(means):
         # At the panel's right edge, clear of bars and their errors.

@@ -75,7 +75,7 @@ def evaluate(
         images: as for `Client.explain`, at least one.
         model: name of a served model. None: the server's default.
         methods: their names; "all": every one that the model supports. None: those that take a single pass.
-        metrics: their names, as in `heatlens.Faithfulness`, with hyphens. None: all of them.
+        metrics: their names, as in `heatlens.Faithfulness`, with hyphens. None: all that the model's task has.
         layers: as for `Client.explain`; so are those that follow.
         target_score: what is explained about a class.
         aggregation: how the maps of several layers become one.
@@ -99,9 +99,11 @@ def evaluate(
         HeatlensError: any other failure that is no image's; see `heatlens.HeatlensError` and its subclasses.
     """
     sources = _sources(images)
-    wanted = _metrics(metrics)
+    if metrics is not None:
+        metrics = _each_once("metrics", metrics, METRICS)
     workers = checked_int("max_in_flight", max_in_flight, at_least=1, at_most=1024)
     served = _served(client.models(timeout=timeout), model)
+    wanted = _metrics_of(served.task) if metrics is None else tuple(metrics)
     chosen = _methods(methods, served)
     options: dict[str, Any] = {
         "model": served.name,
@@ -166,11 +168,9 @@ def _sources(images: Iterable[ImageSource]) -> dict[str, ImageSource]:
     return found
 
 
-def _metrics(metrics: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Return the metrics in the order of the protocol."""
-    if metrics is None:
-        return tuple(METRICS)
-    return _each_once("metrics", metrics, METRICS)
+def _metrics_of(task: str) -> tuple[str, ...]:
+    """Return the metrics that a task has: only classifiers say which class is the least probable."""
+    return tuple(metric for metric in METRICS if metric != "class-sensitivity" or "classification" in task)
 
 
 def _methods(methods: str | Sequence[str] | None, served: ModelInfo) -> tuple[str, ...]:

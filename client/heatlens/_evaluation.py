@@ -14,6 +14,8 @@ from heatlens._images import checked_path
 FLOOR = "random-cam"
 """The control: channels with random weights. A method that is no better says nothing about the class."""
 
+_ROUNDING = 1e-6
+
 
 class Better(StrEnum):
     """Which values of a metric are better."""
@@ -106,7 +108,8 @@ class Evaluation:
         """Return whether a method's mean is better than Random-CAM's; None where nothing is better, or no floor."""
         if self.floor is None or BETTER[metric] is Better.NEITHER:
             return None
-        return _badness(metric, row.means[metric]) < _badness(metric, self.floor.means[metric])
+        # What is equal but for rounding is no better.
+        return _badness(metric, row.means[metric]) < _badness(metric, self.floor.means[metric]) - _ROUNDING
 
     def table(self, *, width: int | None = None) -> str:
         """Return mean and standard error of every method and metric as text; the best are marked with a star.

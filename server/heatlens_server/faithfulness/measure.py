@@ -15,6 +15,8 @@ from heatlens_server.faithfulness.road import PERCENTILES, imputed, mean_change
 SANITY_CHECKS = (Metric.MODEL_RANDOMISATION, Metric.CLASS_SENSITIVITY)
 """The measures that compare with another map: of the model with new weights, of the least probable class."""
 
+_IMPUTED_AT_ONCE = 3
+
 _MORF_BASED = frozenset({Metric.ROAD_MORF, Metric.ROAD_COMBINED})
 _LERF_BASED = frozenset({Metric.ROAD_LERF, Metric.ROAD_COMBINED})
 _CONFIDENCE_BASED = frozenset({Metric.AVERAGE_DROP, Metric.INCREASE})
@@ -32,8 +34,8 @@ def measure(
 ) -> Generator[None, None, dict[Metric, float]]:
     """Measure how faithful a map is. Definitions and ranges: docs/faithfulness.md.
 
-    Yields after each run of the model, and returns the measures when driven to the end. Keeps no thread-local state
-    between steps.
+    Yields after each run of the model, and between imputations, which take longer than that on a CPU; returns the
+    measures when driven to the end. Keeps no thread-local state between steps.
 
     Args:
         metrics: what to measure; nothing runs for those that need no run.
@@ -61,9 +63,15 @@ def measure(
     saliency = saliency.detach()
     probes = _probes(frozenset(metrics), saliency, image.detach())
     found: list[float] = []
-    for images in _chunks(list(probes.values()), rows):
+    for parts in _chunks(list(probes.values()), rows):
+        images: list[Tensor] = []
+        for part in parts:
+            if part.is_slow and images:
+                yield
+            with torch.no_grad():
+                images.append(part.images().to(image.dtype))
         with torch.no_grad():
-            found += probability(images().to(image.dtype)).double().tolist()
+            found += probability(torch.cat(images)).double().tolist()
         yield
     answers: dict[str, list[float]] = {}
     for name, probe in probes.items():
@@ -78,10 +86,25 @@ class _Probe:
     Attributes:
         count: how many.
         images: makes those of [start, stop): (stop - start, C, H, W).
+        at_once: the most to make in one step; None for any number.
     """
 
     count: int
     images: Callable[[int, int], Tensor]
+    at_once: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Some images of a probe, not made yet.
+
+    Attributes:
+        images: makes them.
+        is_slow: whether making them is a step of its own.
+    """
+
+    images: Callable[[], Tensor]
+    is_slow: bool
 
 
 def _probes(metrics: frozenset[Metric], saliency: Tensor, image: Tensor) -> dict[str, _Probe]:
@@ -99,30 +122,27 @@ def _probes(metrics: frozenset[Metric], saliency: Tensor, image: Tensor) -> dict
         probes["salient"] = _Probe(1, lambda _start, _stop: (image * saliency).unsqueeze(0))
     for name, based, most_first in (("morf", _MORF_BASED, True), ("lerf", _LERF_BASED, False)):
         if metrics & based:
-            probes[name] = _Probe(len(PERCENTILES), partial(imputed, image, saliency, most_first=most_first))
+            impute = partial(imputed, image, saliency, most_first=most_first)
+            probes[name] = _Probe(len(PERCENTILES), impute, at_once=_IMPUTED_AT_ONCE)
     return probes
 
 
-def _chunks(probes: Sequence[_Probe], rows: int) -> Iterator[Callable[[], Tensor]]:
-    """Makers of at most `rows` images each, as many as there are, across probes; nothing is made before it is asked."""
-    parts: list[Callable[[], Tensor]] = []
+def _chunks(probes: Sequence[_Probe], rows: int) -> Iterator[list[_Part]]:
+    """Parts of probes that come to at most `rows` images, and to as many wherever there are; in order."""
+    parts: list[_Part] = []
     room = rows
     for probe in probes:
         start = 0
         while start < probe.count:
-            stop = min(probe.count, start + room)
-            parts.append(partial(probe.images, start, stop))
+            stop = min(probe.count, start + room, start + (probe.at_once or room))
+            parts.append(_Part(partial(probe.images, start, stop), is_slow=probe.at_once is not None))
             room -= stop - start
             start = stop
             if room == 0:
-                yield partial(_together, parts)
+                yield parts
                 parts, room = [], rows
     if parts:
-        yield partial(_together, parts)
-
-
-def _together(parts: Sequence[Callable[[], Tensor]]) -> Tensor:
-    return torch.cat([part() for part in parts])
+        yield parts
 
 
 def _value(

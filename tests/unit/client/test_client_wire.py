@@ -1,18 +1,15 @@
 """Requests and answers, without a channel."""
 
-import json
-from dataclasses import asdict, fields
-
 import cv2
 import numpy as np
 import pytest
 
-from heatlens import Faithfulness, InternalError, InvalidArgumentError, PixelBox
+from heatlens import InternalError, InvalidArgumentError, PixelBox
 from heatlens._arguments import checked_timeout
 from heatlens._names import AGGREGATIONS, MAP_SIZES, MAP_TYPES, METHODS, METRICS, TARGET_SCORES
-from heatlens._wire import map_values, models_of, result_of
+from heatlens._wire import map_values, result_of
 from heatlens._wire_requests import check_size, explain_request, health_request
-from heatlens.v1 import explain_pb2, faithfulness_pb2, method_pb2, model_pb2
+from heatlens.v1 import explain_pb2, faithfulness_pb2, method_pb2
 
 
 def tensor(data, data_type=explain_pb2.DATA_TYPE_FLOAT32, shape=None):
@@ -282,76 +279,6 @@ def test_result():
     assert (result.timing.queue_ms, result.timing.compute_ms, result.timing.batch_size) == (1.5, 2000.0, 4)
     assert not result.explanations[0].heatmap.placed
     assert result_of(response, placed=True).explanations[0].heatmap.placed
-
-
-def test_results_of_tasks():
-    plain = explain_pb2.ExplainResponse(explanations=[explain_pb2.Explanation(map=tensor(np.ones((1, 1), "<f4")))])
-    (explanation,) = result_of(plain, placed=False).explanations
-    assert (explanation.area, explanation.box, explanation.faithfulness) == (0, None, None)
-    assert result_of(plain, placed=False).predicted_mask is None
-    assert result_of(plain, placed=False).embedding is None
-
-    told = explain_pb2.ExplainResponse(
-        explanations=[
-            explain_pb2.Explanation(
-                map=tensor(np.ones((1, 1), "<f4")),
-                area=0.25,
-                box=explain_pb2.PixelBox(left=1, top=2, right=3, bottom=4),
-                faithfulness=faithfulness_pb2.Faithfulness(deletion=0.0, road_combined=0.5),
-            )
-        ],
-        predicted_mask=tensor(np.array([[1, 255]], np.uint8), explain_pb2.DATA_TYPE_UINT8),
-        embedding=tensor(np.array([1, 2, 3], "<f4")),
-    )
-    result = result_of(told, placed=False)
-    (explanation,) = result.explanations
-    assert explanation.area == 0.25
-    assert explanation.box == PixelBox(1, 2, 3, 4)
-    assert explanation.faithfulness == Faithfulness(deletion=0.0, road_combined=0.5)
-    assert explanation.faithfulness.by_metric() == {"deletion": 0.0, "road-combined": 0.5}
-    assert result.predicted_mask.tolist() == [[1, 255]]
-    assert result.predicted_mask.dtype == np.uint8
-    assert result.embedding.tolist() == [1, 2, 3]
-    assert not result.predicted_mask.flags.writeable
-    assert not result.embedding.flags.writeable
-
-
-def test_every_metric_has_a_field():
-    assert [field.name for field in fields(Faithfulness)] == [name.replace("-", "_") for name in METRICS]
-    measured = faithfulness_pb2.Faithfulness(**{field.name: 0.5 for field in fields(Faithfulness)})
-    response = explain_pb2.ExplainResponse(
-        explanations=[explain_pb2.Explanation(map=tensor(np.ones((1, 1), "<f4")), faithfulness=measured)]
-    )
-    read = result_of(response, placed=False).explanations[0].faithfulness
-    assert read.by_metric() == dict.fromkeys(METRICS, 0.5)
-
-
-@pytest.mark.parametrize(
-    "broken",
-    [
-        {"predicted_mask": tensor(np.zeros((2, 2), "<f4"))},
-        {"predicted_mask": tensor(np.zeros(2, np.uint8), explain_pb2.DATA_TYPE_UINT8)},
-        {"embedding": tensor(np.zeros((2, 2), "<f4"))},
-        {"embedding": tensor(np.zeros(2, "<f4"), shape=[3])},
-    ],
-)
-def test_broken_masks_and_embeddings_are_the_servers_fault(broken):
-    with pytest.raises(InternalError) as caught:
-        result_of(explain_pb2.ExplainResponse(**broken), placed=False)
-    assert caught.value.reason == "INVALID_RESPONSE"
-
-
-def test_what_runs_each_method():
-    support = [
-        model_pb2.MethodSupport(method=method_pb2.METHOD_GRAD_CAM, engine="onnxruntime"),
-        model_pb2.MethodSupport(method=method_pb2.METHOD_SCORE_CAM, engine="torch", in_steps=True),
-        model_pb2.MethodSupport(method=999, engine="torch"),
-    ]
-    (model,) = models_of(model_pb2.ListModelsResponse(models=[model_pb2.Model(name="m", method_support=support)]))
-    assert model.method_engines == {"grad-cam": "onnxruntime", "score-cam": "torch", "method-999": "torch"}
-    assert model.methods_in_steps == ("score-cam",)
-    hash(model)
-    assert json.loads(json.dumps(asdict(model)))["method_engines"]["grad-cam"] == "onnxruntime"
 
 
 def test_an_older_server_does_not_say_the_size():
