@@ -183,5 +183,19 @@ def _sort_stable(values: Any, stable: bool = True, dim: int = -1, descending: bo
     return op.TopK(values, count, axis=dim, largest=1 if descending else 0, sorted=1)
 
 
-_TRANSLATIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten.sort.stable: _sort_stable}
-"""Operators that torch's exporter does not know."""
+def _layer_norm(values: Any, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Any:  # noqa: ANN401
+    """aten.native_layer_norm: in half precision ONNX gives mean and deviation in float32, torch on a CPU in half."""
+    axis = -len(shape)
+    if weight is None:
+        weight = op.CastLike(op.Expand(op.Constant(value_float=1.0), op.Shape(values, start=axis)), values)
+    result, mean, deviation = op.LayerNormalization(values, weight, bias, axis=axis, epsilon=eps)
+    if values.dtype == onnx_ir.DataType.FLOAT16:
+        mean, deviation = op.CastLike(mean, values), op.CastLike(deviation, values)
+    return result, mean, deviation
+
+
+_TRANSLATIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.aten.sort.stable: _sort_stable,
+    torch.ops.aten.native_layer_norm.default: _layer_norm,
+}
+"""Operators that torch's exporter does not know, or translates to other types."""
