@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from engine_cases import MEAN, STD, loaded, noise
-from heatlens_server.cam.catalog import ABSENT, Method
+from heatlens_server.cam.catalog import ABSENT, Method, Score
 from heatlens_server.cam.methods import raw_map
 from heatlens_server.cam.saliency import saliency
+from heatlens_server.cam.targets import class_scores
 from heatlens_server.models.spec import LoadedModel
 
 PX = 32
@@ -139,7 +140,12 @@ def normalised(images: np.ndarray) -> np.ndarray:
 
 
 def truth(
-    model: LoadedModel, layer: str, images: np.ndarray, class_ids: np.ndarray, method: Method = Method.GRAD_CAM
+    model: LoadedModel,
+    layer: str,
+    images: np.ndarray,
+    class_ids: np.ndarray,
+    method: Method = Method.GRAD_CAM,
+    score: Score = Score.LOGIT,
 ) -> dict[str, np.ndarray]:
     """What a graph should return, in float64; where class_ids (N, K) are ABSENT, zeros."""
     module = copy.deepcopy(model.module).double().requires_grad_(True)
@@ -156,7 +162,9 @@ def truth(
         gradients = [
             torch.zeros_like(kept[0])
             if class_id == ABSENT
-            else torch.autograd.grad(logits[0, class_id], kept, retain_graph=True)[0]
+            else torch.autograd.grad(class_scores(logits, torch.tensor([[class_id]]), score), kept, retain_graph=True)[
+                0
+            ]
             for class_id in wanted.tolist()
         ]
         activations, stacked = kept[0].detach(), torch.stack(gradients, dim=1)

@@ -133,7 +133,9 @@ def kpca_cam(activations: Tensor) -> Tensor:
     # No eigenvalue is further from zero than this: with it on the diagonal the largest one is the largest in magnitude.
     most = (kernel * kernel).sum(dim=(-2, -1), keepdim=True).sqrt()
     pixels = points.shape[1]
-    shifted = kernel + most * torch.eye(pixels, dtype=kernel.dtype, device=kernel.device)
+    # Not torch.eye, of which torch's ONNX exporter makes slow work.
+    places = torch.arange(pixels, device=kernel.device)
+    shifted = torch.where(places == places.unsqueeze(1), kernel + most, kernel)
     # The diagonal halves the distance between eigenvalues: once more makes up for it.
     squarings, steps = (_SQUARINGS + 1, _POWER_STEPS) if pixels <= _LARGEST_SQUARED else (0, _LARGE_POWER_STEPS)
     vector = _leading(shifted, squarings)
@@ -170,9 +172,11 @@ def _component(points: Tensor, like: Tensor) -> Tensor:
 
 def _leading(matrix: Tensor, squarings: int) -> Tensor:
     """The first eigenvector (B, S, 1) of positive semidefinite matrices (B, S, S), of any length and sign."""
-    for _ in range(squarings):
-        # Of such a matrix the largest entry is on the diagonal, and no eigenvalue is more than S times it.
-        matrix = matrix / _nonzero(matrix.amax(dim=(-2, -1), keepdim=True))
+    for step in range(squarings):
+        if step % 2 == 0:
+            # Of such a matrix the largest entry is on the diagonal, and no eigenvalue is more than S times it: two
+            # squarings make at most S^3 of it, and no less than 1.
+            matrix = matrix / _nonzero(matrix.amax(dim=(-2, -1), keepdim=True))
         matrix = torch.bmm(matrix, matrix)
     # Every column is the eigenvector times one of its entries: the longest column has the largest.
     longest = (matrix * matrix).sum(dim=1).argmax(dim=1, keepdim=True)

@@ -5,7 +5,7 @@ decides which of them the gradient goes to, and either is right.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from heatlens_server.cam.activation_maps import fem_distance
 from heatlens_server.cam.catalog import Method
 from heatlens_server.cam.methods import raw_map
 from heatlens_server.cam.saliency import saliency
@@ -27,6 +28,12 @@ PER_CLASS = (WEIGHTS, *MAP_OUTPUTS)
 
 # Below this share of the raw map's largest magnitude, what is left after ReLU is mostly rounding.
 _FLAT_SHARE = 1e-2
+
+# How many times the rounding of a network's activations a graph's may be.
+_ROOM = 8.0
+
+# Taken for rounding where a network cannot be run in the graph's precision.
+_HALF_PRECISION = 2.0**-9
 
 Array = npt.NDArray[Any]
 
@@ -44,6 +51,8 @@ class Truth:
         known: by figure of every class, bool (N, K): where the network itself in the graph's precision is near enough
             to float64 for a comparison to mean something.
         own_error: by figure, the error of the network itself in the graph's precision.
+        slack: by figure, what it may differ by because a step of the method is within rounding; broadcasts.
+        by_position: whether a map depends on its class's position among the K.
     """
 
     class_ids: npt.NDArray[np.int64]
@@ -52,6 +61,8 @@ class Truth:
     shaped: npt.NDArray[np.bool_]
     known: Mapping[str, npt.NDArray[np.bool_]]
     own_error: Mapping[str, float]
+    slack: Mapping[str, Array] = field(default_factory=dict)
+    by_position: bool = False
 
     @property
     def informative(self) -> npt.NDArray[np.bool_]:
@@ -72,10 +83,15 @@ class Truth:
         """
         errors: dict[str, float] = {}
         for name, values in figures(outputs).items():
-            difference = _difference(self, name, values, rows, columns)
+            found, of_class = values, columns
+            if self.by_position and name in MAP_OUTPUTS:
+                # A class that is asked for twice has another map there.
+                first = columns == np.arange(len(columns))
+                found, of_class = values[:, first], columns[first]
+            difference = _difference(self, name, found, rows, of_class)
             if name in self.known:
                 known = self.informative if name == Output.CAM else self.known[name]
-                difference = difference[known[rows][:, columns]]
+                difference = difference[known[rows][:, of_class]]
             finite = bool(np.isfinite(values).all())
             errors[name] = float(difference.max(initial=0.0)) if finite else float("nan")
         return errors
@@ -103,7 +119,9 @@ def truth(judge: Reference, own: Reference | None, method: Method, *, unknown: f
     }
     shaped = values[Output.CAM_SCALE] > _FLAT_SHARE * peak
     everywhere = {name: np.ones_like(shaped) for name in PER_CLASS}
-    known = Truth(judge.class_ids.numpy(), values, units, shaped, everywhere, {})
+    slack = _slack_of_steps(judge, own, values, peak) if method is Method.FEM else {}
+    by_position = method is Method.RANDOM_CAM
+    known = Truth(judge.class_ids.numpy(), values, units, shaped, everywhere, {}, slack, by_position)
     if own is None:
         return known
     differences = {
@@ -148,7 +166,7 @@ def outputs_of(reference: Reference, method: Method) -> dict[Output, Array]:
 
 def _raw(reference: Reference, method: Method) -> Tensor:
     # Where CAM applies, the gradients summed over all pixels are the head's weights.
-    gradients = reference.gradients if method.needs_gradient else reference.gradients.sum((-2, -1))
+    gradients = reference.gradients.sum((-2, -1)) if method is Method.CAM else reference.gradients
     return raw_map(method, reference.activations, gradients)
 
 
@@ -158,7 +176,30 @@ def _difference(truth: Truth, name: str, values: Array, rows: slice, columns: np
     if name in PER_CLASS:
         expected, unit = expected[:, columns], unit[:, columns]
     difference: Array = np.abs(values - expected) / unit
+    slack = truth.slack.get(name)
+    if slack is not None:
+        difference = np.maximum(difference - slack[rows][:, columns], 0.0)
     return difference
+
+
+def _slack_of_steps(
+    judge: Reference, own: Reference | None, values: Mapping[str, Array], peak: Array
+) -> dict[str, Array]:
+    """What FEM's figures may differ by: activations that are within rounding of its rule may fall on either side of it.
+
+    Rounding is what the network in the graph's precision does to an image's activations, with room to spare.
+    """
+    size = judge.activations.abs().amax((1, 2, 3), keepdim=True)
+    rounding = _HALF_PRECISION * size
+    if own is not None:
+        rounding = (own.activations - judge.activations).abs().amax((1, 2, 3), keepdim=True)
+    means, distance = fem_distance(judge.activations)
+    near = distance.abs() <= _ROOM * rounding + torch.finfo(distance.dtype).eps * size
+    # Both ends of a map may move by this.
+    most = 2.0 * (means.abs() * near).sum(1).amax((-2, -1))[:, None].numpy()
+    scale = _nonzero(values[Output.CAM_SCALE])
+    of_scale = np.broadcast_to(most / _nonzero(peak), scale.shape)
+    return {Output.CAM: (most / scale)[..., None, None], Output.CAM_SCALE: of_scale, Output.CAM_OFFSET: of_scale}
 
 
 def _worst(difference: Array) -> Array:

@@ -6,11 +6,20 @@ from itertools import chain
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from heatlens_server.cam.catalog import Method
+from heatlens_server.cam.catalog import ACTIVATIONS_ALONE, Method
 from heatlens_server.export.assembly import Assembly
 from heatlens_server.export.capture import Captured, capture
 from heatlens_server.export.spec import MAP_OUTPUTS, GraphSpec, Output
-from heatlens_server.export.tail import tail_of, trace_map, trace_ranked, trace_resolve, trace_rows
+from heatlens_server.export.tail import (
+    LOGIT,
+    Goal,
+    tail_of,
+    trace_activation_map,
+    trace_map,
+    trace_ranked,
+    trace_resolve,
+    trace_rows,
+)
 from heatlens_server.models.spec import LoadedModel
 
 
@@ -34,13 +43,16 @@ def differentiate(model: LoadedModel, spec: GraphSpec) -> GraphModule:
 
 def differentiate_layer(captured: Captured, spec: GraphSpec) -> GraphModule:
     """Make the graph of one of the captured layers; see `differentiate`."""
+    if spec.method in ACTIVATIONS_ALONE and Output.GRADIENTS not in spec.outputs:
+        return _without_backward(captured, spec)
     assembly = Assembly(captured)
+    goal = Goal(spec.score, spec.multi_label)
     if spec.classes is None:
         logits, class_id = _resolved(assembly, captured)
-        activations, gradients, fakes = _rows(assembly, captured, spec.layer, class_id)
+        activations, gradients, fakes = _rows(assembly, captured, spec.layer, class_id, goal)
     else:
         tail = tail_of(captured, spec.layer)
-        part = trace_ranked(captured, tail, spec.classes)
+        part = trace_ranked(captured, tail, spec.classes, goal)
         inputs = [assembly.node(node) for node in (tail.mark, captured.class_index, *tail.needs)]
         logits, class_id, activations, gradients = assembly.inline(part, inputs)
         fakes = _traced_values(part)[2:]
@@ -51,8 +63,20 @@ def differentiate_layer(captured: Captured, spec: GraphSpec) -> GraphModule:
         Output.GRADIENTS: gradients,
     }
     if not set(MAP_OUTPUTS).isdisjoint(spec.outputs):
-        maps = assembly.inline(trace_map(spec.method, *fakes), [activations, gradients])
+        maps = _maps(assembly, captured, spec.method, (class_id, activations, gradients), fakes)
         nodes |= dict(zip(MAP_OUTPUTS, maps, strict=True))
+    return assembly.finish([nodes[output] for output in spec.outputs])
+
+
+def _without_backward(captured: Captured, spec: GraphSpec) -> GraphModule:
+    """The graph of a method that reads activations alone: nothing is differentiated."""
+    assembly = Assembly(captured)
+    mark = captured.marks[spec.layer]
+    logits, class_id = _resolved(assembly, captured)
+    part = trace_activation_map(spec.method, mark.meta["val"], captured.class_index.meta["val"])
+    activations, *maps = assembly.inline(part, [assembly.node(mark), class_id])
+    nodes = {Output.LOGITS: logits, Output.CLASS_ID: class_id, Output.ACTIVATIONS: activations}
+    nodes |= dict(zip(MAP_OUTPUTS, maps, strict=True))
     return assembly.finish([nodes[output] for output in spec.outputs])
 
 
@@ -78,7 +102,7 @@ def differentiate_all(captured: Captured, targets: Sequence[tuple[str, Method]])
     maps: list[list[Node]] = []
     for layer, method in targets:
         activations, gradients, fakes = layers[layer]
-        maps.append(assembly.inline(trace_map(method, *fakes), [activations, gradients]))
+        maps.append(_maps(assembly, captured, method, (class_id, activations, gradients), fakes))
     return assembly.finish([logits, class_id, *chain.from_iterable(maps)])
 
 
@@ -88,10 +112,27 @@ def _resolved(assembly: Assembly, captured: Captured) -> tuple[Node, Node]:
     return logits, class_id
 
 
-def _rows(assembly: Assembly, captured: Captured, layer: str, class_id: Node) -> tuple[Node, Node, list[Tensor]]:
+def _maps(
+    assembly: Assembly,
+    captured: Captured,
+    method: Method,
+    nodes: tuple[Node, Node, Node],
+    fakes: Sequence[Tensor],
+) -> list[Node]:
+    """Add a method's map, scale and offset to the nodes of class ids, activations and gradients."""
+    class_id, activations, gradients = nodes
+    if method not in ACTIVATIONS_ALONE:
+        return assembly.inline(trace_map(method, *fakes), [activations, gradients])
+    part = trace_activation_map(method, fakes[0], captured.class_index.meta["val"])
+    return assembly.inline(part, [activations, class_id])[1:]
+
+
+def _rows(
+    assembly: Assembly, captured: Captured, layer: str, class_id: Node, goal: Goal = LOGIT
+) -> tuple[Node, Node, list[Tensor]]:
     """Add a layer's activations and gradients; return their nodes and what they were traced as."""
     tail = tail_of(captured, layer)
-    part = trace_rows(captured, tail)
+    part = trace_rows(captured, tail, goal)
     activations, gradients = assembly.inline(part, [class_id, *map(assembly.node, (tail.mark, *tail.needs))])
     return activations, gradients, _traced_values(part)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import SymInt, Tensor
 from torch.fx import GraphModule
 
-from heatlens_server.cam.catalog import Method
+from heatlens_server.cam.catalog import CLOSED_FORMS, DEFAULT_LAYER_ONLY, Method, Score
 from heatlens_server.export import onnx_file, pt2_file, torchscript_file
 from heatlens_server.export.capture import capture
 from heatlens_server.export.differentiate import differentiate, differentiate_all, differentiate_layer
@@ -71,7 +71,7 @@ def export_graph(
     graph_module = differentiate(model, spec)
     file = f"{model.name}{SUFFIXES[file_format]}"
     _write(graph_module, model, spec, file_format=file_format, path=folder / file, report=report)
-    graphs = [GraphFile(file, spec.layer, spec.method, spec.outputs, model.grid(spec.layer))]
+    graphs = [GraphFile(file, spec.layer, spec.method, spec.outputs, model.grid(spec.layer), spec.score)]
     return _manifest(
         model,
         spec,
@@ -95,9 +95,12 @@ def export_bundle(
 ) -> Manifest:
     """Write a graph for every layer of a model and method, for engines to use: uint8 in, logits and maps out.
 
+    Some methods are for the default layer only (`DEFAULT_LAYER_ONLY`): more graphs take longer to make than it takes
+    torch to do without them.
+
     Args:
         model: left as it was.
-        methods: the default one first.
+        methods: the default one first; those that are no closed forms are left out.
         file_format: ONNX or TORCHSCRIPT. ONNX files share one file of weights; TorchScript has one file per layer,
             which returns activations and gradients.
         precision: "fp32" or "fp16".
@@ -116,13 +119,13 @@ def export_bundle(
     report(f"recording {model.name}")
     captured = capture(model, model.layers, input_kind=InputKind.UINT8, precision=precision, classes=classes)
     outputs = SERVED_OUTPUTS if file_format is Format.ONNX else tuple(Output)[:4]
+    methods = [method for method in methods if method in CLOSED_FORMS]
     spec = GraphSpec(model.layers[0], methods[0], classes, precision, InputKind.UINT8, outputs)
-    # What the head's linearity makes right for the default layer it does not for the others.
     targets = [
         (layer, method)
         for layer in model.layers
         for method in methods
-        if method is not Method.CAM or layer == model.layers[0]
+        if method not in DEFAULT_LAYER_ONLY or layer == model.layers[0]
     ]
     graphs: list[GraphFile] = []
     if file_format is Format.ONNX:
@@ -221,8 +224,13 @@ def _tensors(graph_module: GraphModule, spec: GraphSpec) -> tuple[tuple[TensorIn
     outputs = zip(spec.outputs, output.args[0], strict=False)
     return (
         (info(IMAGE, image, pixels), info(CLASS_INDEX, class_index, wanted)),
-        tuple(info(name, node.meta["val"], _MEANINGS[name]) for name, node in outputs),
+        tuple(info(name, node.meta["val"], _meaning(name, spec.score)) for name, node in outputs),
     )
+
+
+def _meaning(output: Output, score: Score) -> str:
+    meaning = _MEANINGS[output]
+    return meaning if score is Score.LOGIT else meaning.replace("class's logit", f"class's {score}")
 
 
 def _manifest(

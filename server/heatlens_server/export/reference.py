@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -12,8 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from heatlens_server.cam.catalog import Score
 from heatlens_server.cam.grid import MAP, Grid, to_map
 from heatlens_server.cam.precision import FP16_GRADIENT_SCALE
+from heatlens_server.cam.targets import class_scores
 from heatlens_server.errors import ExportError
 from heatlens_server.imaging.preprocess import PreprocessSpec
 
@@ -40,7 +43,7 @@ class Reference:
         logits: (N, C).
         class_ids: int64 (N, K), the classes explained.
         activations: (N, A, h, w), the target layer's output as a map.
-        gradients: (N, K, A, h, w), of each explained class's logit.
+        gradients: (N, K, A, h, w), of each explained class's score.
     """
 
     logits: Tensor
@@ -61,14 +64,22 @@ class Network:
         self._dtype = dtype
 
     def explain(
-        self, pixels: npt.NDArray[np.uint8], layers: Sequence[str], class_ids: Tensor | int
+        self,
+        pixels: npt.NDArray[np.uint8],
+        layers: Sequence[str],
+        class_ids: Tensor | int,
+        *,
+        score: Score = Score.LOGIT,
+        multi_label: bool = False,
     ) -> dict[str, Reference]:
-        """Run the network on images and differentiate the logits of K classes each by some layers' outputs.
+        """Run the network on images and differentiate the scores of K classes each by some layers' outputs.
 
         Args:
             pixels: uint8 (N, H, W, 3), RGB.
             layers: the target layers' module names.
             class_ids: int64 (N, K), or K for the K most probable classes of every image.
+            score: what is differentiated.
+            multi_label: whether a class's probability is the sigmoid of its logit.
 
         Returns:
             By layer; in float64 for a float64 network, in float32 for others.
@@ -79,7 +90,12 @@ class Network:
         chunks = [slice(start, start + _CHUNK) for start in range(0, len(pixels), _CHUNK)]
         parts = self._guarded(
             lambda: [
-                self._chunk(pixels[chunk], layers, class_ids if isinstance(class_ids, int) else class_ids[chunk])
+                self._chunk(
+                    pixels[chunk],
+                    layers,
+                    class_ids if isinstance(class_ids, int) else class_ids[chunk],
+                    partial(class_scores, kind=score, sigmoid=multi_label),
+                )
                 for chunk in chunks
             ]
         )
@@ -167,7 +183,11 @@ class Network:
                 handle.remove()
 
     def _chunk(
-        self, pixels: npt.NDArray[np.uint8], layers: Sequence[str], class_ids: Tensor | int
+        self,
+        pixels: npt.NDArray[np.uint8],
+        layers: Sequence[str],
+        class_ids: Tensor | int,
+        scores: Callable[[Tensor, Tensor], Tensor],
     ) -> dict[str, Reference]:
         logits, kept = self._forward(pixels, layers)
         if isinstance(class_ids, int):
@@ -175,7 +195,7 @@ class Network:
         scale = FP16_GRADIENT_SCALE if self._dtype is torch.float16 else 1.0
         activations = [kept[layer] for layer in layers]
         by_class = [
-            torch.autograd.grad(logits.gather(1, ids[:, None]).sum() * scale, activations, retain_graph=True)
+            torch.autograd.grad(scores(logits, ids[:, None]).sum() * scale, activations, retain_graph=True)
             for ids in class_ids.unbind(1)
         ]
         return {

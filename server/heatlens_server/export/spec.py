@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from heatlens_server.cam.catalog import Method
+from heatlens_server.cam.catalog import CLOSED_FORMS, Method, Score
 
 IMAGE = "image"
 """Input (N, 3, H, W)."""
@@ -57,6 +57,8 @@ class GraphSpec:
         precision: "fp32" or "fp16", of the network. Logits and maps are float32 in both.
         input: what `image` holds.
         outputs: at least one, in the order of `Output`.
+        score: what is differentiated; not the logit for methods that differentiate it only.
+        multi_label: whether a class's probability is the sigmoid of its logit.
 
     Raises:
         ValueError: a value is out of range.
@@ -68,8 +70,14 @@ class GraphSpec:
     precision: str = "fp32"
     input: InputKind = InputKind.FLOAT
     outputs: tuple[Output, ...] = tuple(Output)
+    score: Score = Score.LOGIT
+    multi_label: bool = False
 
     def __post_init__(self) -> None:
+        if self.method not in CLOSED_FORMS:
+            raise ValueError(f"{self.method} is no closed form of activations and gradients")
+        if self.score is not Score.LOGIT and not self.method.needs_gradient:
+            raise ValueError(f"{self.method} differentiates nothing, so it has no score but the logit")
         if self.classes is not None and self.classes < 1:
             raise ValueError("classes must be at least 1")
         if self.precision not in {"fp32", "fp16"}:

@@ -19,14 +19,30 @@ from torch.fx.node import map_arg
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from heatlens_server.cam.catalog import Method
+from heatlens_server.cam.catalog import ABSENT, Method, Score
 from heatlens_server.cam.methods import raw_map
 from heatlens_server.cam.precision import FP16_GRADIENT_SCALE, wide
 from heatlens_server.cam.saliency import saliency
-from heatlens_server.cam.targets import resolve
+from heatlens_server.cam.targets import resolve, seeds
 from heatlens_server.errors import ExportError
 from heatlens_server.export.capture import MARK, Captured
 from heatlens_server.export.gradients.table import SUBSTITUTES, TABLE
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What is differentiated.
+
+    Attributes:
+        score: of each class.
+        multi_label: whether its probability is the sigmoid of its logit.
+    """
+
+    score: Score = Score.LOGIT
+    multi_label: bool = False
+
+
+LOGIT = Goal()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +92,7 @@ def tail_of(captured: Captured, layer: str) -> Tail:
     )
 
 
-def trace_ranked(captured: Captured, tail: Tail, classes: int) -> GraphModule:
+def trace_ranked(captured: Captured, tail: Tail, classes: int, goal: Goal = LOGIT) -> GraphModule:
     """Trace the tail for a fixed number of classes: its forward pass runs once.
 
     Returns:
@@ -88,7 +104,8 @@ def trace_ranked(captured: Captured, tail: Tail, classes: int) -> GraphModule:
         logits, leaf = _forward(captured, tail, activations, needs)
         class_id = resolve(logits.detach(), class_index)
         gradients = [
-            _gradient(logits, leaf, class_id[:, k : k + 1], retain=k + 1 < classes)[:, None] for k in range(classes)
+            _gradient(logits, leaf, class_id[:, k : k + 1], goal, retain=k + 1 < classes)[:, None]
+            for k in range(classes)
         ]
         stacked = gradients[0] if classes == 1 else torch.cat(gradients, dim=1)
         return wide(logits.detach()), class_id, wide(activations), stacked
@@ -105,7 +122,7 @@ def trace_resolve(captured: Captured) -> GraphModule:
     return _trace(run, captured, (captured.logits, captured.class_index))
 
 
-def trace_rows(captured: Captured, tail: Tail) -> GraphModule:
+def trace_rows(captured: Captured, tail: Tail, goal: Goal = LOGIT) -> GraphModule:
     """Trace the tail for any number of classes: every class of every image is a row of its own.
 
     The tail's forward pass runs a second time, on N * K rows: next to nothing for the layers that people explain, and
@@ -124,7 +141,7 @@ def trace_rows(captured: Captured, tail: Tail) -> GraphModule:
             for value, count in zip(needs, per_image, strict=True)
         ]
         row_logits, leaf = _forward(captured, tail, _repeated(activations, images, classes, 1), rows)
-        gradients = _gradient(row_logits, leaf, class_id.reshape(images * classes, 1), retain=False)
+        gradients = _gradient(row_logits, leaf, class_id.reshape(images * classes, 1), goal, retain=False)
         return wide(activations), gradients.reshape(images, classes, *gradients.shape[1:])
 
     return _trace(run, captured, (captured.class_index, tail.mark, *tail.needs))
@@ -134,8 +151,8 @@ def trace_map(method: Method, activations: Tensor, gradients: Tensor) -> GraphMo
     """Trace a method's maths, the functions of `cam/` themselves.
 
     Args:
-        method: which one. CAM's class weights are the gradients summed over all pixels, which is what they are where
-            CAM applies: behind global average pooling and one linear layer.
+        method: not one of activations alone. CAM's class weights are the gradients summed over all pixels, which is
+            what they are where CAM applies: behind global average pooling and one linear layer.
         activations: a fake tensor (N, A, h, w).
         gradients: a fake tensor (N, K, A, h, w).
 
@@ -144,11 +161,33 @@ def trace_map(method: Method, activations: Tensor, gradients: Tensor) -> GraphMo
     """
 
     def run(activations: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        factors = gradients if method.needs_gradient else gradients.sum((-2, -1))
+        factors = gradients.sum((-2, -1)) if method is Method.CAM else gradients
         finished = saliency([raw_map(method, activations, factors)])
         return finished.values, finished.scale, finished.offset
 
     return traced(run, (activations, gradients))
+
+
+def trace_activation_map(method: Method, activations: Tensor, class_id: Tensor) -> GraphModule:
+    """Trace the maths of a method of activations alone.
+
+    Args:
+        method: which one.
+        activations: a fake tensor (N, A, h, w), of any precision.
+        class_id: a fake tensor int64 (N, K).
+
+    Returns:
+        A graph from the two to (activations float32, cam (N, K, h, w), cam_scale (N, K), cam_offset (N, K)). The map of
+        an absent class is zero, as if there were gradients.
+    """
+
+    def run(activations: Tensor, class_id: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        activations = wide(activations)
+        maps = torch.where(class_id[..., None, None] == ABSENT, 0.0, raw_map(method, activations, class_id))
+        finished = saliency([maps])
+        return activations, finished.values, finished.scale, finished.offset
+
+    return traced(run, (activations, class_id))
 
 
 def traced(function: Callable[..., object], values: Sequence[object]) -> GraphModule:
@@ -207,9 +246,16 @@ def _operator(node: Node) -> Callable[..., object]:
     return cast("Mapping[object, Callable[..., object]]", SUBSTITUTES).get(target, target)
 
 
-def _gradient(logits: Tensor, leaf: Tensor, class_id: Tensor, *, retain: bool) -> Tensor:
-    """Gradient (R, A, h, w), float32, of each row's logit of class_id (R, 1); zero where that is no class."""
+def _gradient(logits: Tensor, leaf: Tensor, class_id: Tensor, goal: Goal, *, retain: bool) -> Tensor:
+    """Gradient (R, A, h, w), float32, of each row's score of class_id (R, 1); zero where that is no class."""
     scale = FP16_GRADIENT_SCALE if logits.dtype is torch.float16 else 1.0
+    if goal.score is not Score.LOGIT:
+        # Probabilities of confident networks have tiny derivatives. The pass is linear: they may be put in afterwards.
+        own = seeds(logits.detach(), class_id, goal.score, sigmoid=goal.multi_label).squeeze(1)
+        size = own.abs().amax(dim=1, keepdim=True)
+        seed = (own / torch.where(size == 0, 1.0, size) * scale).to(logits.dtype)
+        (gradient,) = torch.autograd.grad(logits, [leaf], seed, retain_graph=retain)
+        return wide(gradient) * (size / scale)[:, :, None, None]
     # A one-hot seed rather than the derivative of a gather, which is a scatter that TensorRT does not have.
     hot = class_id == torch.arange(logits.shape[1])
     seed = torch.where(hot, scale, 0.0).to(logits.dtype)

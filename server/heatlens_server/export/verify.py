@@ -15,8 +15,10 @@ import numpy.typing as npt
 import torch
 
 from heatlens_server.cam.catalog import ABSENT, RANKED, Method
+from heatlens_server.engines.base import Task
 from heatlens_server.errors import ExportError
 from heatlens_server.export.comparison import PER_CLASS, WEIGHTS, Array, Truth, outputs_of, truth
+from heatlens_server.export.evidence import Evidence, telling
 from heatlens_server.export.manifest import Manifest
 from heatlens_server.export.photos import PHOTOS, load_photos
 from heatlens_server.export.reference import Network, Reference, unhurried
@@ -118,35 +120,6 @@ class _Plan:
         return np.stack([normalise(image, spec.mean, spec.std) for image in pixels])
 
 
-@dataclass(slots=True)
-class _Evidence:
-    """Whether anything that the gradients of a layer decide was compared.
-
-    Attributes:
-        shaped: maps that are not flat, all methods together.
-        compared: those of them that were compared.
-    """
-
-    shaped: int = 0
-    compared: int = 0
-
-    def add(self, truth: Truth, figures: Mapping[str, Figure], reached: npt.NDArray[np.bool_]) -> None:
-        """Count a method's maps; of a graph without maps, what it has for every class in their place."""
-        names = [Output.CAM] if Output.CAM in figures else [name for name in PER_CLASS if name in figures]
-        if names:
-            shaped = truth.shaped & reached
-            self.shaped += int(shaped.sum())
-            self.compared += int((shaped & np.any([truth.known[name] for name in names], axis=0)).sum())
-
-    def check(self, files: str, layer: str, precision: str) -> None:
-        """Raise ExportError if there were maps to compare, and none was."""
-        if self.shaped and not self.compared:
-            raise ExportError(
-                f"{files}, layer {layer}: no map could be compared: the network itself in {precision} misses all "
-                f"{self.shaped} that are not flat by more than {UNKNOWN[precision]:g}"
-            )
-
-
 def verify(model: LoadedModel, folder: Path, manifest: Manifest, *, report: Callable[[str], None]) -> dict[str, Any]:
     """Run every graph of an export and compare what it returns with the network in float64.
 
@@ -189,7 +162,7 @@ def _verify(model: LoadedModel, plan: _Plan, report: Callable[[str], None]) -> d
         report(f"verifying layer {layer}")
         # One forward and backward pass serves all layers and methods. Gradients of early layers are large: let go.
         truths = _truths(judged.pop(layer), rounded.pop(layer, None), layer, plan)
-        evidence = _Evidence()
+        evidence, counted = Evidence(), telling(list(truths))
         files = dict.fromkeys(graph.file for graph in manifest.graphs if graph.layer == layer)
         for position, file in enumerate(files):
             # What a layer's graphs make of class_index is one and the same subgraph.
@@ -199,12 +172,13 @@ def _verify(model: LoadedModel, plan: _Plan, report: Callable[[str], None]) -> d
                     if name not in worst or figure.share > worst[name].share:
                         worst[name] = figure
                 known = truths[method]
-                evidence.add(known, figures, plan.reached)
+                if method in counted:
+                    evidence.add(known, figures, plan.reached)
                 if Output.CAM in figures:
                     compared += int(plan.reached.sum())
                     informative += int((known.informative & plan.reached).sum())
-                    shaped += int((known.shaped & plan.reached).sum())
-        evidence.check(", ".join(files), layer, manifest.precision)
+        evidence.check(", ".join(files), layer, precision=manifest.precision, unknown=UNKNOWN[manifest.precision])
+        shaped += evidence.shaped
     if compared and not shaped:
         report("warning: no map could be compared, all are flat in float64 too: is the model trained?")
     return {
@@ -240,20 +214,22 @@ def _references(model: LoadedModel, plan: _Plan) -> tuple[dict[str, Reference], 
     layers = plan.manifest.layers
     # Before anything is compared with it.
     Network(model.module, model.preprocess, torch.float32).check_steady(plan.pixels, layers)
+    score, multi_label = plan.manifest.graphs[0].score, model.task is Task.MULTI_LABEL
     judged = Network(model.module, model.preprocess, torch.float64, model.grids).explain(
-        plan.pixels, layers, plan.depth
+        plan.pixels, layers, plan.depth, score=score, multi_label=multi_label
     )
     for reference in judged.values():
         if not all(bool(tensor.isfinite().all()) for tensor in (reference.logits, reference.gradients)):
             raise ExportError("the network gives scores or gradients that are not finite: are its weights right?")
     own = Network(model.module, model.preprocess, _DTYPES[plan.manifest.precision], model.grids)
     try:
-        return judged, own.explain(plan.pixels, layers, judged[layers[0]].class_ids)
+        found = own.explain(plan.pixels, layers, judged[layers[0]].class_ids, score=score, multi_label=multi_label)
     except ExportError:
         # Not every operator has a half precision kernel on CPUs.
         if plan.manifest.precision == "fp32":
             raise
         return judged, {}
+    return judged, found
 
 
 def _truths(judged: Reference, rounded: Reference | None, layer: str, plan: _Plan) -> dict[Method, Truth]:

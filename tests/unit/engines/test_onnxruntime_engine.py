@@ -13,7 +13,7 @@ import pytest
 
 import tiny_models
 from engine_cases import bundle, loaded, noise, user_export
-from heatlens_server.cam.catalog import Method
+from heatlens_server.cam.catalog import CLOSED_FORMS, Method, Score
 from heatlens_server.engines import onnxruntime_engine
 from heatlens_server.engines.base import ClassIds, MapSpec, TopK
 from heatlens_server.engines.onnxruntime_cuda import GraphedSession
@@ -114,7 +114,22 @@ def test_it_says_what_it_can_do():
     model = loaded(tiny_models.tiny_mlp(), ("body", "stem"))
     engine = OnnxRuntimeEngine(*bundle(model, Format.ONNX), threads=1)
     reference = TorchEngine(model, device="cpu")
-    assert engine.info == dataclasses.replace(reference.info, kind="onnxruntime")
+    methods = tuple(method for method in CLOSED_FORMS if method is not Method.CAM)
+    assert engine.info == dataclasses.replace(
+        reference.info, kind="onnxruntime", methods=methods, scores=(Score.LOGIT,), full=False
+    )
+    plain = MapSpec(Method.EIGEN_CAM, ("body",), upsample=False)
+    assert engine.can(plain)
+    assert engine.can(dataclasses.replace(plain, method=Method.LAYER_CAM, layers=("stem", "body")))
+    for beyond in (
+        {"layers": ("stem",)},
+        {"method": Method.CAM},
+        {"method": Method.SCORE_CAM},
+        {"method": Method.GRAD_CAM, "score": Score.PROBABILITY},
+        {"method": Method.GRAD_CAM, "principal": True},
+        {"augment": True},
+    ):
+        assert not engine.can(dataclasses.replace(plain, **beyond))
 
 
 def test_what_the_export_does_not_have_is_refused():

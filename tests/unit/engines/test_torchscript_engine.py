@@ -9,12 +9,12 @@ import torch
 
 import tiny_models
 from engine_cases import bundle, loaded, noise, user_export
-from heatlens_server.cam.catalog import Method
+from heatlens_server.cam.catalog import CLOSED_FORMS, Method, Score
 from heatlens_server.engines.base import ClassIds, MapSpec, TopK
 from heatlens_server.engines.torch_engine import TorchEngine
 from heatlens_server.engines.torchscript_engine import TorchScriptEngine
 from heatlens_server.errors import ModelLoadError
-from heatlens_server.export.spec import SERVED_OUTPUTS, Format, GraphSpec, InputKind
+from heatlens_server.export.spec import SERVED_OUTPUTS, Format, GraphSpec, InputKind, Output
 
 SPEC = MapSpec(Method.GRAD_CAM, ("body",), upsample=False)
 TARGETS = [TopK(3), ClassIds((4,)), TopK(1), ClassIds((1, 2, 3, 9, 0)), TopK(10)]
@@ -28,16 +28,33 @@ def test_it_says_what_it_can_do():
     model = loaded(tiny_models.tiny_mlp(), ("body", "stem"))
     engine = TorchScriptEngine(*bundle(model, Format.TORCHSCRIPT))
     reference = TorchEngine(model, device="cpu")
-    assert engine.info == dataclasses.replace(reference.info, kind="torchscript")
+    methods = tuple(method for method in CLOSED_FORMS if method is not Method.CAM)
+    assert engine.info == dataclasses.replace(
+        reference.info, kind="torchscript", methods=methods, scores=(Score.LOGIT,), full=False
+    )
+    plain = MapSpec(Method.EIGEN_CAM, ("body",), upsample=False)
+    assert engine.can(plain)
+    assert engine.can(dataclasses.replace(plain, method=Method.LAYER_CAM, layers=("stem", "body")))
+    for beyond in (
+        {"layers": ("stem",)},
+        {"method": Method.CAM},
+        {"method": Method.SCORE_CAM},
+        {"method": Method.GRAD_CAM, "score": Score.PROBABILITY},
+        {"method": Method.GRAD_CAM, "principal": True},
+        {"augment": True},
+    ):
+        assert not engine.can(dataclasses.replace(plain, **beyond))
 
 
 def test_one_module_per_layer_serves_every_method():
     engine = TorchScriptEngine(*bundle(loaded(tiny_models.tiny_mlp(), ("body", "stem")), Format.TORCHSCRIPT))
-    assert len(engine.info.methods) == len(Method) - 1
+    assert len(engine.info.methods) == len(CLOSED_FORMS) - 1
     assert len(engine._modules) == 1
     for method in engine.info.methods:
         for layer in ("body", "stem"):
-            engine.explain(noise(1), [TopK(1)], MapSpec(method, (layer,), upsample=False))
+            spec = MapSpec(method, (layer,), upsample=False)
+            if engine.can(spec):
+                engine.explain(noise(1), [TopK(1)], spec)
     assert len(engine._modules) == 2
 
 
@@ -55,6 +72,22 @@ def test_exports_made_by_hand_are_served_too(classes, kind):
             np.testing.assert_allclose(result.maps, expected.maps, atol=1e-5)
             np.testing.assert_allclose(result.scales, expected.scales, rtol=1e-4)
             np.testing.assert_allclose(result.logits, expected.logits, atol=1e-5)
+
+
+def test_an_export_without_gradients_is_served_if_its_method_needs_none():
+    model = loaded(tiny_models.tiny_mlp())
+    outputs = (Output.LOGITS, Output.CLASS_ID, Output.ACTIVATIONS)
+    spec = MapSpec(Method.EIGEN_CAM, ("body",), upsample=False)
+    engine = TorchScriptEngine(
+        *user_export(model, Format.TORCHSCRIPT, GraphSpec("body", spec.method, None, outputs=outputs)), device="cpu"
+    )
+    (found,) = engine.explain(noise(1), [TopK(3)], spec)
+    (expected,) = TorchEngine(model, device="cpu").explain(noise(1), [TopK(3)], spec)
+    np.testing.assert_allclose(found.maps, expected.maps, atol=1e-5)
+    assert found.maps[2].any()
+    export = user_export(model, Format.TORCHSCRIPT, GraphSpec("body", Method.LAYER_CAM, None, outputs=outputs))
+    with pytest.raises(ModelLoadError, match="does not return gradients"):
+        TorchScriptEngine(*export, device="cpu")
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])

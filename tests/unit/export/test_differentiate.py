@@ -1,12 +1,14 @@
 """Whole graphs against float64: layers, methods, classes, inputs, precisions, batch sizes."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 import exports
 from exports import assert_true, make, normalised, pixels, run_torch, truth
-from heatlens_server.cam.catalog import ABSENT, CLOSED_FORMS, RANKED, Method
+from heatlens_server.cam.catalog import ABSENT, CLOSED_FORMS, RANKED, Method, Score
 from heatlens_server.export.capture import capture
 from heatlens_server.export.differentiate import differentiate, differentiate_all
 from heatlens_server.export.spec import MAP_OUTPUTS, GraphSpec, InputKind, Output
@@ -38,13 +40,79 @@ def test_attention_behind_the_layer():
     assert_true(found, truth(model, "patch", pixels(3), ids(3, 1)))
 
 
-@pytest.mark.parametrize("method", [method for method in CLOSED_FORMS if method.needs_gradient])
-def test_every_method(method):
+@pytest.mark.parametrize(
+    ("method", "classes"),
+    list(zip([m for m in CLOSED_FORMS if m is not Method.CAM], itertools.cycle([1, None]), strict=False)),
+)
+def test_every_method(method, classes):
     model = make(exports.Staged)
-    graph = differentiate(model, GraphSpec("last", method, outputs=(Output.LOGITS, *MAP_OUTPUTS)))
-    found = run_torch(graph, ["logits", *MAP_OUTPUTS], normalised(pixels(3)), ids(3, 1))
+    graph = differentiate(model, GraphSpec("last", method, classes, outputs=(Output.LOGITS, *MAP_OUTPUTS)))
+    class_ids = ids(3, classes or 2)
+    found = run_torch(graph, ["logits", *MAP_OUTPUTS], normalised(pixels(3)), class_ids)
     assert list(found) == ["logits", "cam", "cam_scale", "cam_offset"]
-    assert_true(found, truth(model, "last", pixels(3), ids(3, 1), method))
+    assert_true(found, truth(model, "last", pixels(3), class_ids, method))
+
+
+@pytest.mark.parametrize("method", [Method.EIGEN_CAM, Method.RANDOM_CAM])
+def test_methods_of_activations_alone_need_no_backward_pass(method):
+    model = make(exports.Staged)
+    alone = tuple(output for output in Output if output is not Output.GRADIENTS)
+    graphs = {
+        outputs: differentiate(model, GraphSpec("first", method, 2, outputs=outputs))
+        for outputs in (alone, tuple(Output))
+    }
+    plain = torch.export.export(model.module, (torch.from_numpy(normalised(pixels(1))),), strict=False)
+    count = sum(node.target == torch.ops.aten.conv2d.default for node in plain.graph.nodes)
+    assert count > 1
+    convolutions = {
+        outputs: sum("conv" in str(node.target) for node in graph.graph.nodes) for outputs, graph in graphs.items()
+    }
+    assert convolutions[alone] == count < convolutions[tuple(Output)]
+    wanted = ids(3, 2)
+    wanted[1, 1] = ABSENT
+    results = [
+        run_torch(graph, [str(output) for output in outputs], normalised(pixels(3)), wanted)
+        for outputs, graph in graphs.items()
+    ]
+    for found in results:
+        assert not any(found[name][1, 1].any() for name in ("cam", "cam_scale", "cam_offset"))
+        assert found["cam"][1, 0].any()
+    for name in map(str, alone):
+        np.testing.assert_allclose(results[0][name], results[1][name], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("score", "classes"), [(Score.PROBABILITY, None), (Score.LOG_PROBABILITY, 2), (Score.CONTRAST, None)]
+)
+def test_scores_other_than_the_logit(score, classes):
+    model = make(exports.Staged)
+    class_ids = ids(3, 2)
+    class_ids[2, 1] = ABSENT
+    found = run_torch(
+        differentiate(model, GraphSpec("middle", classes=classes, score=score)), NAMES, normalised(pixels(3)), class_ids
+    )
+    assert_true(found, truth(model, "middle", pixels(3), class_ids, score=score))
+
+
+def test_a_probability_in_half_precision_keeps_its_gradients():
+    """Its derivative, 1e-7 here, is no float16 number; the gradients of the logits are."""
+    model = make(exports.Staged)
+    head = next(module for module in reversed(list(model.module.modules())) if isinstance(module, torch.nn.Linear))
+    with torch.no_grad():
+        head.bias[3] = 16.0
+    spec = GraphSpec("middle", precision="fp16", score=Score.PROBABILITY)
+    class_ids = np.full((3, 1), 3)
+    found = run_torch(differentiate(model, spec), NAMES, normalised(pixels(3)), class_ids)
+    expected = truth(model, "middle", pixels(3), class_ids, score=Score.PROBABILITY)
+    assert 0 < np.abs(expected["gradients"]).max() < 1e-6
+    assert_true(found, expected, atol=0.05)
+
+
+def test_what_no_graph_can_be():
+    with pytest.raises(ValueError, match="score-cam is no closed form"):
+        GraphSpec("last", Method.SCORE_CAM)
+    with pytest.raises(ValueError, match="eigen-cam differentiates nothing"):
+        GraphSpec("last", Method.EIGEN_CAM, score=Score.CONTRAST)
 
 
 def test_pixels_as_input():

@@ -62,6 +62,7 @@ def test_it_is_readable_without_us(folder):
         "method": "hi-res-cam",
         "outputs": ["logits", "cam"],
         "grid": {"layout": "map", "prefix": 0, "height": 0, "width": 0},
+        "score": "logit",
     }
 
 
