@@ -47,13 +47,21 @@ def calibrated(name: str) -> nn.Module:
     return copy.deepcopy(_made(name))
 
 
-def placed(module: nn.Module, layers: Sequence[str] = (), *, px: int = PX, precision: str = "fp32") -> TorchModel:
+def placed(
+    module: nn.Module,
+    layers: Sequence[str] = (),
+    *,
+    px: int | tuple[int, int] = PX,
+    precision: str = "fp32",
+) -> TorchModel:
     """A checked classifier; with no layers named, those that are found."""
-    found = discover(module.eval().requires_grad_(False), (px, px), layers)
-    bare = loaded(module, found.layers, class_count=found.class_count, px=px)
-    model = TorchModel(
-        dataclasses.replace(bare, grids=found.grids), task_model(bare.task), device="cpu", precision=precision
+    size = (px, px) if isinstance(px, int) else px
+    found = discover(module.eval().requires_grad_(False), size, layers)
+    bare = loaded(module, found.layers, class_count=found.class_count)
+    bare = dataclasses.replace(
+        bare, grids=found.grids, preprocess=dataclasses.replace(bare.preprocess, resize_px=size, crop_px=size)
     )
+    model = TorchModel(bare, task_model(bare.task), device="cpu", precision=precision)
     model.check()
     return model
 
