@@ -136,6 +136,32 @@ def test_extreme_shapes_cost_no_more_than_a_photo(shape, interpolation):
     assert (fitted.pixels == 77).all()
 
 
+@pytest.mark.parametrize(
+    ("resize_px", "max_side_px", "shape", "expected"),
+    [
+        (None, None, (30, 50), (30, 50)),
+        (None, 40, (30, 50), (24, 40)),
+        (None, 40, (50, 30), (40, 24)),
+        (20, None, (30, 50), (20, 33)),
+        (60, None, (30, 50), (60, 100)),
+        (60, 90, (30, 50), (54, 90)),
+        # What would be no pixels high is one.
+        (520, 1333, (10, 20000), (1, 1333)),
+    ],
+)
+def test_inputs_of_any_size_are_the_whole_image(resize_px, max_side_px, shape, expected):
+    any_size = PreprocessSpec(resize_px, None, MEAN, STD, Interpolation.BILINEAR, max_side_px)
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    fitted = fit(image, any_size)
+    assert fitted.pixels.shape == (*expected, 3)
+    assert fitted.pixels.flags.c_contiguous
+    region = fitted.region
+    assert (region.left, region.top, region.right, region.bottom) == (0, 0, shape[1], shape[0])
+    if resize_px is not None and min(expected) > 1:
+        theirs = np.asarray(T.Resize(resize_px, max_size=max_side_px)(Image.fromarray(image)))
+        assert np.abs(fitted.pixels.astype(int) - theirs).max() <= 1
+
+
 def test_image_of_the_right_size_passes_untouched():
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     np.testing.assert_array_equal(fit(image, spec(32, (32, 32))).pixels, image)
@@ -157,6 +183,9 @@ def test_read_only_and_strided_images_are_accepted():
         ({"resize_px": 200}, "resize_px .* is smaller than crop_px"),
         ({"resize_px": (256, 200)}, "is smaller than crop_px"),
         ({"resize_px": 0, "crop_px": (0, 0)}, "at least 1"),
+        ({"resize_px": 0, "crop_px": None}, "at least 1"),
+        ({"resize_px": None}, "crop_px needs resize_px"),
+        ({"resize_px": (64, 64), "crop_px": None}, "is an exact size"),
         ({"std": (1.0, 0.0, 1.0)}, "std positive"),
         ({"mean": (float("nan"), 0.0, 0.0)}, "finite"),
     ],
