@@ -111,6 +111,12 @@ def export(
     method: Annotated[
         str, typer.Option(metavar="METHOD", help="Method of the map, such as hi-res-cam. Unset: the model's.")
     ] = "",
+    target_score: Annotated[
+        str,
+        typer.Option(
+            metavar="logit|probability|log-probability|contrast", help="What is differentiated. Unset: the logit."
+        ),
+    ] = "",
     classes: Annotated[str, typer.Option(metavar="K|any", help="Classes explained per image.")] = "1",
     precision: Annotated[str, typer.Option(metavar="fp32|fp16", help="What the network runs in.")] = "fp32",
     outputs: Annotated[str, typer.Option(metavar="NAME,...|all", help="logits, class_id, cam and so on.")] = "all",
@@ -132,6 +138,7 @@ def export(
             file_format=file_format,
             layer=layer,
             method=method,
+            target_score=target_score,
             classes=classes,
             precision=precision,
             outputs=outputs,

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from heatlens_server.building.quiet import stderr_to_log
-from heatlens_server.cam.catalog import Method
+from heatlens_server.cam.catalog import ACTIVATIONS_ALONE, CLOSED_FORMS, PRESETS, Method, Score
 from heatlens_server.config import EXPORT_PREFIX, ModelConfig, load_config
+from heatlens_server.engines.base import Task
 from heatlens_server.errors import ConfigError, ExportError, ModelLoadError
 from heatlens_server.export.manifest import MANIFEST_FILE, Manifest
 from heatlens_server.export.spec import Format, GraphSpec, InputKind, Output
@@ -33,9 +34,11 @@ class ExportOptions:
         file_format: what the graph is written as.
         layer: the target layer; empty for the model's first.
         method: of the map; None for the model's own.
+        score: what is differentiated; None for the method's own.
         classes: K; None for any.
         precision: "fp32" or "fp16".
         outputs: in the graph's order.
+        gradients_named: whether `gradients` is among them by name, and not because all are.
         input: what `image` holds.
         verify: whether to verify.
         folder: where to.
@@ -44,9 +47,11 @@ class ExportOptions:
     file_format: Format
     layer: str
     method: Method | None
+    score: Score | None
     classes: int | None
     precision: str
     outputs: tuple[Output, ...]
+    gradients_named: bool
     input: InputKind
     verify: bool
     folder: Path
@@ -57,6 +62,7 @@ def parse_options(
     file_format: str,
     layer: str,
     method: str,
+    target_score: str = "",
     classes: str,
     precision: str,
     outputs: str,
@@ -81,9 +87,11 @@ def parse_options(
         file_format=_member("--format", Format, file_format),
         layer=layer,
         method=_member("--method", Method, method) if method else None,
+        score=_member("--target-score", Score, target_score) if target_score else None,
         classes=None if classes == _ANY else int(classes),
         precision=precision,
         outputs=tuple(output for output in Output if _ALL in names or output in wanted),
+        gradients_named=Output.GRADIENTS in wanted,
         input=_member("--input", InputKind, input_kind),
         verify=verify,
         folder=folder,
@@ -137,6 +145,9 @@ def run_export(config: ModelConfig, options: ExportOptions, *, tell: Callable[[s
         ModelLoadError: the model cannot be loaded.
     """
     started = time.monotonic()
+    method, score = _resolved(options.method or config.method, options.score)
+    # A backward pass for a map that needs none has to be asked for by name.
+    gradients = options.gradients_named or method not in ACTIVATIONS_ALONE
 
     def report(line: str) -> None:
         tell(f"{time.monotonic() - started:6.1f} s  {line}")
@@ -166,7 +177,6 @@ def run_export(config: ModelConfig, options: ExportOptions, *, tell: Callable[[s
             raise ConfigError(f"--classes: {model.name} has {model.class_count} classes, which is the most")
         if options.classes is None and model.class_count == 1:
             raise ConfigError(f'--classes: {model.name} has 1 class, so "{_ANY}" is no choice')
-        method = options.method or config.method
         _check_method(method, model)
         spec = GraphSpec(
             layer=model.layers[0],
@@ -174,7 +184,9 @@ def run_export(config: ModelConfig, options: ExportOptions, *, tell: Callable[[s
             classes=options.classes,
             precision=options.precision,
             input=options.input,
-            outputs=options.outputs,
+            outputs=tuple(output for output in options.outputs if output is not Output.GRADIENTS or gradients),
+            score=score,
+            multi_label=model.task is Task.MULTI_LABEL,
         )
         return export_model(
             model,
@@ -191,7 +203,8 @@ def describe(manifest: Manifest, folder: Path) -> list[str]:
     """Say in a few lines what an export is, where it is, and how right."""
     graph = manifest.graphs[0]
     classes = "any number of classes" if manifest.classes is None else f"classes: {manifest.classes}"
-    lines = [f"{manifest.model} by {graph.layer}, {graph.method}, {manifest.precision}, {classes}"]
+    score = "" if graph.score is Score.LOGIT else f" of the {graph.score}"
+    lines = [f"{manifest.model} by {graph.layer}, {graph.method}{score}, {manifest.precision}, {classes}"]
     files = [folder / name for name in (*manifest.files, MANIFEST_FILE)]
     lines += [f"{path}  {path.stat().st_size / 1e6:.2f} MB" for path in files]
     parity = manifest.parity
@@ -206,6 +219,33 @@ def describe(manifest: Manifest, folder: Path) -> list[str]:
         f"  {name:<12} error {figure['error']:.1e}, torch's {figure['torch_error']:.1e}, bound {figure['bound']:.1e}"
         for name, figure in parity["figures"].items()
     ]
+
+
+def _resolved(method: Method, score: Score | None) -> tuple[Method, Score]:
+    """The closed form and the score that a method stands for.
+
+    Raises:
+        ConfigError: no graph of one layer can hold it, or the score is not for it.
+    """
+    preset = PRESETS.get(method)
+    if preset is not None:
+        if preset.all_layers:
+            raise ConfigError(
+                f"--method: {method} is made of several layers' maps, and a graph has one: export "
+                f"{preset.method} by each layer"
+            )
+        if score not in {None, preset.score}:
+            raise ConfigError(f"--target-score: {method} explains the {preset.score}, not the {score}")
+        return preset.method, preset.score
+    if method not in CLOSED_FORMS:
+        known = ", ".join([*CLOSED_FORMS, *(name for name, of in PRESETS.items() if not of.all_layers)])
+        raise ConfigError(
+            f"--method: {method} is no function of a layer's activations and gradients, and a graph holds nothing else: "
+            f"{known}"
+        )
+    if score not in {None, Score.LOGIT} and not method.needs_gradient:
+        raise ConfigError(f"--target-score: {method} differentiates nothing, so it has no {score}")
+    return method, score or Score.LOGIT
 
 
 def _check_method(method: Method, model: "LoadedModel") -> None:

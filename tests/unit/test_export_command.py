@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import tiny_models
-from heatlens_server.cam.catalog import Method
+from heatlens_server.cam.catalog import Method, Score
 from heatlens_server.config import ModelConfig, PreprocessConfig
 from heatlens_server.errors import ConfigError, ExportError, ModelLoadError
 from heatlens_server.export.spec import Format, InputKind, Output
@@ -61,6 +61,7 @@ def test_values():
     [
         ({"file_format": "onnxx"}, "--format: 'onnxx' is none of onnx, torchscript, pt2; did you mean onnx?"),
         ({"method": "gradcam"}, "--method: 'gradcam' is none of cam, grad-cam,"),
+        ({"target_score": "softmax"}, "--target-score: 'softmax' is none of logit, probability,"),
         ({"outputs": "cam,logit"}, "--outputs: 'logit' is none of logits, class_id, activations, gradients,"),
         ({"outputs": ","}, "--outputs: names none of logits,"),
         ({"input_kind": "int8"}, "--input: 'int8' is none of float, uint8"),
@@ -103,6 +104,40 @@ def test_wrong_models(tmp_path, model, with_config, weights, message):
     with pytest.raises(ConfigError) as caught:
         find_model(model, path if with_config else None, weights)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"method": "refine-cam"}, "--method: refine-cam is made of several layers' maps, and a graph has one: export"),
+        ({"method": "score-cam"}, "--method: score-cam is no function of a layer's activations and gradients"),
+        ({"method": "eigen-cam", "target_score": "contrast"}, "--target-score: eigen-cam differentiates nothing"),
+        ({"method": "finer-cam", "target_score": "logit"}, "--target-score: finer-cam explains the contrast, not"),
+    ],
+)
+def test_what_no_graph_of_one_layer_holds(tmp_path, wrong, message):
+    with pytest.raises(ConfigError) as caught:
+        run_export(tiny(), options(folder=tmp_path / "out", **wrong), tell=lambda _: None)
+    assert str(caught.value).startswith(message)
+
+
+def test_finer_cam_is_grad_cam_of_the_contrast(tmp_path):
+    config = tiny("tiny_mlp", ("body",))
+    manifest = run_export(config, options(method="finer-cam", folder=tmp_path / "finer"), tell=lambda _: None)
+    (graph,) = manifest.graphs
+    assert (graph.method, graph.score) == (Method.GRAD_CAM, Score.CONTRAST)
+    assert "each explained class's contrast" in {info.name: info.meaning for info in manifest.outputs}["gradients"]
+    assert describe(manifest, tmp_path / "finer")[0].startswith("tiny by body, grad-cam of the contrast, fp32")
+    assert manifest.parity["figures"]["cam"]["error"] < 1e-3
+    assert manifest.parity["informative_maps"]
+
+
+def test_gradients_that_a_map_does_not_need_are_asked_for_by_name(tmp_path):
+    for outputs, expected in (("all", False), ("all,gradients", True)):
+        chosen = options(method="eigen-cam", outputs=outputs, folder=tmp_path / "out")
+        manifest = run_export(tiny("tiny_mlp", ("body",)), chosen, tell=lambda _: None)
+        assert (Output.GRADIENTS in manifest.graphs[0].outputs) is expected
+        assert manifest.parity["informative_maps"]
 
 
 def test_an_export_is_not_exported_again(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from heatlens_server.cam.catalog import Method
+from heatlens_server.cam.catalog import CLOSED_FORMS, Method
 from heatlens_server.engines.base import Task
 from heatlens_server.engines.torch_engine import TorchEngine
 from heatlens_server.errors import ExportError
@@ -91,7 +91,7 @@ def check_target(folder: Path) -> None:
 
 
 def methods_of(model: LoadedModel) -> tuple[Method, ...]:
-    """Ask the reference engine which methods a model's first layer has.
+    """Ask the reference engine which closed forms a model's first layer has.
 
     Raises:
         ModelLoadError: it cannot explain the model.
@@ -100,7 +100,7 @@ def methods_of(model: LoadedModel) -> tuple[Method, ...]:
     engine.close()
     # The engine has laid the weights out for itself.
     model.module.to(memory_format=torch.contiguous_format)
-    return engine.info.methods
+    return tuple(method for method in engine.info.methods if method in CLOSED_FORMS)
 
 
 @contextmanager
