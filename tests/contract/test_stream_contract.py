@@ -174,6 +174,7 @@ listen = "127.0.0.1:0"
 [[models]]
 name = "tiny"
 source = "python:tiny_models:tiny"
+engine = "torch"
 layers = ["body"]
 """
     )
