@@ -28,13 +28,6 @@ preprocess = { resize_px = 64, crop_px = 64 }
 """
 
 
-def has_torch(process: "subprocess.Popen[str]") -> bool:
-    """Whether torch's libraries are mapped into a process."""
-    maps = Path(f"/proc/{process.pid}/maps").read_text()
-    assert "libc.so" in maps  # this can fail
-    return "libtorch" in maps
-
-
 def entries(cache: Path) -> list[Path]:
     """The finished exports of a cache."""
     return sorted(path.parent for path in cache.glob("*/manifest.json") if not path.parent.name.startswith("unfin"))
@@ -62,8 +55,8 @@ def test_the_default_server_starts_warm_on_onnxruntime_without_torch(default_exp
                 assert b.heatmap.values.max() == 1
                 np.testing.assert_allclose(a.heatmap.values, b.heatmap.values, atol=1e-3)
         assert found.explanations[0].label == "tiger cat"
-    assert not has_torch(running.process)
-    assert has_torch(server.process)
+    assert not running.has_torch()
+    assert server.has_torch()
     assert "export" not in running.log()
 
 
@@ -148,7 +141,7 @@ def test_an_exported_folder_is_served_without_torch(default_export, tmp_path, la
         (model,) = client.models()
         assert (model.name, model.engine) == ("cats", "onnxruntime")
         assert client.explain(chelsea).explanations[0].label == "tiger cat"
-    assert not has_torch(running.process)
+    assert not running.has_torch()
 
 
 def test_what_auto_falls_back_from_is_in_the_log(tmp_path, launch, chelsea):

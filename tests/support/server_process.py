@@ -26,6 +26,12 @@ class ServerProcess:
         """What it logged so far."""
         return self.log_path.read_text()
 
+    def has_torch(self) -> bool:
+        """Whether torch's libraries are mapped into it."""
+        maps = Path(f"/proc/{self.process.pid}/maps").read_text()
+        assert "libc.so" in maps  # this can fail
+        return "libtorch" in maps
+
 
 def start_server_process(folder: Path, toml: str, *, env: dict[str, str] | None = None) -> ServerProcess:
     """Start the real command with a configuration and wait until every model is settled."""

@@ -12,6 +12,7 @@ from heatlens_server.building.cache import ArtefactCache
 from heatlens_server.building.key import artefact_key, is_settled
 from heatlens_server.building.likeness import is_alike
 from heatlens_server.building.quiet import stderr_to_log
+from heatlens_server.building.torch_import import importing_torch
 from heatlens_server.building.warm_up import check_method, warm_up
 from heatlens_server.cam.catalog import CLOSED_FORMS, Method
 from heatlens_server.config import ModelConfig
@@ -69,7 +70,8 @@ class LazyModel:
             ModelLoadError: it cannot be loaded, or the configured labels do not fit.
         """
         if self._model is None:
-            from heatlens_server.models.load import load_model  # noqa: PLC0415 - imports torch
+            with importing_torch:
+                from heatlens_server.models.load import load_model  # noqa: PLC0415 - imports torch
 
             self._model = load_model(self._config.model_copy(update={"labels": None, "version": ""}))
             # Told before an export takes its time.
@@ -161,8 +163,9 @@ def _make(
     cache: ArtefactCache,
     report: Report,
 ) -> Artefact:
-    from heatlens_server.export.folder import export_bundle  # noqa: PLC0415 - imports torch
-    from heatlens_server.export.verify import verify  # noqa: PLC0415 - imports torch
+    with importing_torch:
+        from heatlens_server.export.folder import export_bundle  # noqa: PLC0415 - imports torch
+        from heatlens_server.export.verify import verify  # noqa: PLC0415 - imports torch
 
     model = lazy.get()
     if model.task not in {Task.CLASSIFICATION, Task.MULTI_LABEL}:
@@ -206,7 +209,8 @@ def _explainable(config: ModelConfig, model: "LoadedModel") -> tuple[Method, ...
     Raises:
         ModelLoadError: it cannot explain the model, or not with the configured method.
     """
-    from heatlens_server.engines.torch_engine import TorchEngine  # noqa: PLC0415 - imports torch
+    with importing_torch:
+        from heatlens_server.engines.torch_engine import TorchEngine  # noqa: PLC0415 - imports torch
 
     reference = TorchEngine(model, device="cpu")
     try:
@@ -219,7 +223,8 @@ def _explainable(config: ModelConfig, model: "LoadedModel") -> tuple[Method, ...
 
 def _is_of(artefact: Artefact, model: "LoadedModel") -> bool:
     """Whether an export explains noise as a network does."""
-    from heatlens_server.engines.torch_engine import TorchEngine  # noqa: PLC0415 - imports torch
+    with importing_torch:
+        from heatlens_server.engines.torch_engine import TorchEngine  # noqa: PLC0415 - imports torch
 
     reference = TorchEngine(model, device="cpu")
     try:
@@ -241,7 +246,8 @@ def _open_on_cpu(artefact: Artefact) -> Engine:
         from heatlens_server.engines.onnxruntime_engine import OnnxRuntimeEngine  # noqa: PLC0415
 
         return OnnxRuntimeEngine(artefact.folder, artefact.manifest, device="cpu")
-    from heatlens_server.engines.torchscript_engine import TorchScriptEngine  # noqa: PLC0415 - imports torch
+    with importing_torch:
+        from heatlens_server.engines.torchscript_engine import TorchScriptEngine  # noqa: PLC0415 - imports torch
 
     return TorchScriptEngine(artefact.folder, artefact.manifest, device="cpu")
 

@@ -11,6 +11,7 @@ from heatlens_server.building.apart import obtain_apart
 from heatlens_server.building.artefact import Artefact, LazyModel, Report, labels_of
 from heatlens_server.building.cache import ArtefactCache
 from heatlens_server.building.companion import with_companion
+from heatlens_server.building.torch_import import importing_torch
 from heatlens_server.building.warm_up import check_answers, check_method, warm_up
 from heatlens_server.cam.catalog import Method
 from heatlens_server.config import EXPORT_PREFIX, ModelConfig
@@ -118,7 +119,8 @@ def _device_for_onnxruntime(config: ModelConfig) -> str:
 
 
 def _torch_has_gpu() -> bool:
-    import torch  # noqa: PLC0415 - takes seconds, and only matters where there is a GPU that onnxruntime cannot use
+    with importing_torch:
+        import torch  # noqa: PLC0415 - takes seconds, and matters only where onnxruntime cannot use a GPU that is there
 
     return torch.cuda.is_available()
 
@@ -140,7 +142,8 @@ def _try_onnxruntime(config: ModelConfig, artefact: Artefact, device: str) -> Bu
 
 
 def _build_torch(config: ModelConfig, lazy: LazyModel) -> BuiltModel:
-    from heatlens_server.engines.torch_engine import TorchEngine  # noqa: PLC0415 - imports torch
+    with importing_torch:
+        from heatlens_server.engines.torch_engine import TorchEngine  # noqa: PLC0415 - imports torch
 
     model = lazy.get()
     engine = TorchEngine(model, device=config.device, precision=config.precision)
@@ -207,7 +210,8 @@ def _build_exported(config: ModelConfig, artefact: Artefact, *, device: str, met
 def _open(folder: Path, manifest: Manifest, *, device: str, provider: str) -> ExportEngine:
     if manifest.format is Format.ONNX:
         return OnnxRuntimeEngine(folder, manifest, device=device, provider=provider)
-    from heatlens_server.engines.torchscript_engine import TorchScriptEngine  # noqa: PLC0415 - imports torch
+    with importing_torch:
+        from heatlens_server.engines.torchscript_engine import TorchScriptEngine  # noqa: PLC0415 - imports torch
 
     return TorchScriptEngine(folder, manifest, device=device)
 

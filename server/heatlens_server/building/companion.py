@@ -4,6 +4,7 @@ import logging
 
 from heatlens_server.building.abilities import read_abilities
 from heatlens_server.building.artefact import Artefact, LazyModel
+from heatlens_server.building.torch_import import importing_torch
 from heatlens_server.config import EXPORT_PREFIX, ModelConfig
 from heatlens_server.engines.base import SteppingEngine, Task
 from heatlens_server.engines.companion import CompanionEngine, ExportEngine
@@ -38,9 +39,10 @@ def _load(config: ModelConfig, weights_version: str, *, device: str) -> Stepping
     Raises:
         ModelLoadError: it cannot be loaded, or has other weights by now.
     """
-    import torch  # noqa: PLC0415 - takes seconds
+    with importing_torch:
+        import torch  # noqa: PLC0415 - takes seconds
 
-    from heatlens_server.engines.torch_engine import TorchEngine  # noqa: PLC0415 - imports torch
+        from heatlens_server.engines.torch_engine import TorchEngine  # noqa: PLC0415 - imports torch
 
     model = LazyModel(config).get()
     if model.version != weights_version:

@@ -84,7 +84,10 @@ class Stepper:
 
     def _next(self, progress: Progress, entry: Entry, image: FittedImage) -> ImageResult | Exception | None:
         if progress.steps is None:
-            progress.steps = self._engine.steps(image.pixels, entry.target, entry.spec, rows=progress.rows)
+            # A copy, as batches are: the pixels may be a view of the request, which torch does not take, and are not
+            # to be changed.
+            pixels = image.pixels.copy()
+            progress.steps = self._engine.steps(pixels, entry.target, entry.spec, rows=progress.rows)
         try:
             next(progress.steps)
         except StopIteration as stop:

@@ -27,6 +27,7 @@ POISON, NOT_FINITE, STUBBORN = 255, 254, 253
 
 def image(value: int) -> FittedImage:
     pixels = np.full((2, 2, 3), value, np.uint8)
+    pixels.flags.writeable = False  # as those that came in a request
     return FittedImage(pixels=pixels, region=PixelBox(0, 0, 2, 2), source_width_px=2, source_height_px=2)
 
 
@@ -54,6 +55,7 @@ class SteppingEngine:
         return [result(value) for value in images[:, 0, 0, 0]]
 
     def steps(self, pixels: np.ndarray, target: Target, spec: MapSpec, *, rows: int) -> Steps:
+        assert pixels.flags.writeable
         value = int(pixels[0, 0, 0])
         self.begun.append((value, rows))
         self.live += 1
