@@ -148,6 +148,7 @@ class NotFoundError(HeatlensError):
 class FailedPreconditionError(HeatlensError):
     """Not before somebody mends it: the model failed to load (MODEL_FAILED), the client is closed (CLIENT_CLOSED).
 
+    Or what this request needs beside the model did (COMPANION_FAILED); others are answered.
     Also a stream that is closed or finished, or not open yet: the reasons start with STREAM_.
     """
 
