@@ -9,7 +9,7 @@ PROTO_BIN := $(PROTO_VENV)/bin
 PROTOS := $(sort $(wildcard proto/heatlens/v1/*.proto))
 STUBS := client/heatlens/v1
 
-.PHONY: help setup demo demo-video test lint format type proto proto-check bench bench-gpu coverage-export clean
+.PHONY: help setup demo demo-video gallery test lint format type proto proto-check bench bench-gpu coverage-export clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ demo: setup ## Explain a photo of a cat end to end and write out/demo/
 
 demo-video: setup ## Explain a film clip frame by frame and write out/demo-video/
 	$(BIN)/python examples/demo_video.py
+
+gallery: setup ## Draw one photo explained by every method: out/gallery/methods.jpg (20 minutes or so)
+	$(BIN)/python examples/gallery.py
 
 test: setup ## Run the tests
 	$(BIN)/python -m pytest
