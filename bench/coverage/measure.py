@@ -7,7 +7,7 @@ import multiprocessing
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import nn
 from bench.coverage.models import inputs, make
 from bench.coverage.table import MAX_MAP_DIFFERENCE, MOVES, compared
 from heatlens_server.cam.catalog import Method
+from heatlens_server.cam.grid import Grid, to_map
 from heatlens_server.cam.methods import raw_map
 from heatlens_server.cam.saliency import saliency
 from heatlens_server.errors import ExportError
@@ -90,17 +91,18 @@ def _export(model: LoadedModel, layers: Sequence[str], path: Path) -> tuple[int,
 
 def _judge(model: LoadedModel, layers: Sequence[str], path: Path) -> list[dict[str, Any]]:
     images = inputs(model, 1 if _is_large(model) else IMAGES)
+    grids = {layer: model.grid(layer) for layer in layers}
     module = copy.deepcopy(model.module).double()
     with _activations_on_disk(module) if _is_large(model) else contextlib.nullcontext():
-        logits, class_ids, float64 = _maps(module, layers, torch.from_numpy(images), None)
+        logits, class_ids, float64 = _maps(module, grids, torch.from_numpy(images), None)
     del module
-    _, _, float32 = _maps(model.module, layers, torch.from_numpy(images).float(), class_ids)
+    _, _, float32 = _maps(model.module, grids, torch.from_numpy(images).float(), class_ids)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     values = session.run(None, {IMAGE: images.astype(np.float32), CLASS_INDEX: class_ids})
     rows = _rows(layers, values, logits, float64, [float32])
     if any(max(compared(row), default=0.0) > MAX_MAP_DIFFERENCE for row in rows):
         # Right by luck, or determined? A unit of a ReLU whose sum is zero but for rounding moves the whole map.
-        again = [_maps(moved, layers, torch.from_numpy(images).float(), class_ids)[2] for moved in _moved(model.module)]
+        again = [_maps(moved, grids, torch.from_numpy(images).float(), class_ids)[2] for moved in _moved(model.module)]
         rows = _rows(layers, values, logits, float64, [float32, *again])
     return rows
 
@@ -196,28 +198,28 @@ def _recorded(module: nn.Module, layers: Sequence[str], images: torch.Tensor) ->
 
 
 def _maps(
-    module: nn.Module, layers: Sequence[str], images: torch.Tensor, class_ids: np.ndarray | None
+    module: nn.Module, grids: Mapping[str, Grid], images: torch.Tensor, class_ids: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, list[tuple[np.ndarray, float, list[float]]]]:
     """Return logits, class ids (the most probable if none are given) and what is to be known of each layer.
 
     That is the maps (N, K, h, w), the largest gradient and, per map, its steepness: by what min-max multiplies the raw
     map's errors, relative to its largest magnitude; 0 for a flat map.
     """
-    logits, kept = _recorded(module, layers, images)
+    logits, kept = _recorded(module, list(grids), images)
     if class_ids is None:
         count = 1 if _parameter_count(module) > HUGE_PARAMETERS else CLASSES
         class_ids = np.argsort(-logits.detach().numpy(), axis=1)[:, :count].copy()
     wanted = torch.from_numpy(class_ids)
     by_class = [
         torch.autograd.grad(
-            logits.gather(1, wanted[:, k : k + 1]).sum(), [kept[layer] for layer in layers], retain_graph=True
+            logits.gather(1, wanted[:, k : k + 1]).sum(), [kept[layer] for layer in grids], retain_graph=True
         )
         for k in range(class_ids.shape[1])
     ]
     found = []
-    for position, layer in enumerate(layers):
-        gradients = torch.stack([of_class[position] for of_class in by_class], dim=1)
-        raw = raw_map(Method.GRAD_CAM, kept[layer].detach(), gradients)
+    for position, (layer, grid) in enumerate(grids.items()):
+        gradients = torch.stack([to_map(of_class[position], grid) for of_class in by_class], dim=1)
+        raw = raw_map(Method.GRAD_CAM, to_map(kept[layer].detach(), grid), gradients)
         finished = saliency([raw])
         flat = finished.scale == 0
         steepness = torch.where(flat, 0.0, raw.abs().amax((-2, -1)) / torch.where(flat, 1.0, finished.scale))

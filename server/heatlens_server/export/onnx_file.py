@@ -187,7 +187,11 @@ def _layer_norm(values: Any, shape: Sequence[int], weight: Any, bias: Any, eps: 
     """aten.native_layer_norm: in half precision ONNX gives mean and deviation in float32, torch on a CPU in half."""
     axis = -len(shape)
     if weight is None:
-        weight = op.CastLike(op.Expand(op.Constant(value_float=1.0), op.Shape(values, start=axis)), values)
+        one: Any = op.Constant(value_float=1.0)
+        weight = op.Expand(op.CastLike(one, values), op.Shape(values, start=axis))
+    result: Any
+    mean: Any
+    deviation: Any
     result, mean, deviation = op.LayerNormalization(values, weight, bias, axis=axis, epsilon=eps)
     if values.dtype == onnx_ir.DataType.FLOAT16:
         mean, deviation = op.CastLike(mean, values), op.CastLike(deviation, values)
