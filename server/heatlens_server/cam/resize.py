@@ -37,6 +37,26 @@ def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps, size=(height, width), mode="bilinear", align_corners=False)
 
 
+def top_left(maps: Tensor, share: tuple[float, float]) -> Tensor:
+    """The top left part of maps, in pixels of about their own size, bilinear between them.
+
+    Args:
+        maps: (N, K, h, w) floating point.
+        share: of the height and of the width, each in (0, 1].
+
+    Returns:
+        (N, K, height, width), the nearest whole numbers of pixels, each >= 1; `maps` itself if the part is the whole.
+    """
+    if share == (1.0, 1.0):
+        return maps
+    down, across = share
+    size = (max(1, round(maps.shape[-2] * down)), max(1, round(maps.shape[-1] * across)))
+    # Coordinates run from -1 to 1: what was the middle of the whole is not that of the part.
+    part = maps.new_tensor([[[across, 0.0, across - 1.0], [0.0, down, down - 1.0]]]).expand(len(maps), -1, -1)
+    grid = F.affine_grid(part, [len(maps), 1, *size], align_corners=False)
+    return F.grid_sample(maps, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
 def combine_layers(
     raw_maps: Sequence[Tensor],
     size: tuple[int, int] | None = None,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from heatlens_server.cam.grid import Output, to_map
 from heatlens_server.cam.precision import FP16_GRADIENT_SCALE
+from heatlens_server.cam.resize import top_left
 from heatlens_server.engines.attention_blocks import AttentionRecorder, find_attention
 from heatlens_server.engines.base import Task, UInt8Array
 from heatlens_server.engines.replay import first_row, laid_out_like, same, two_rows
@@ -120,6 +121,10 @@ class TorchModel:
     def features(self, layer: str, output: Output) -> Tensor:
         """A layer's output as a map (N, C, h, w)."""
         return to_map(output, self.model.grid(layer))
+
+    def on_image(self, maps: Tensor, size_px: tuple[int, int]) -> Tensor:
+        """The part of a layer's maps (N, C, h, w) that lies on images of a size: all of it, unless they are padded."""
+        return top_left(maps, self.task.share(self.module, size_px))
 
     def gradients(self, score: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool = False) -> list[Tensor]:
         """Differentiate a scalar. In float16 it is scaled on the way, so that small gradients do not vanish.

@@ -100,6 +100,17 @@ class TaskModel(Protocol):
         """Run a network on (R, 3, H, W), normalised; return whatever the other methods understand."""
         ...
 
+    def share(self, module: nn.Module, size_px: tuple[int, int]) -> tuple[float, float]:
+        """The part of a layer's map that lies on the image, of its height and width from the top left.
+
+        1 unless the network pads images.
+
+        Args:
+            module: the network.
+            size_px: (height, width) of the image.
+        """
+        ...
+
     def rows(self, output: Any) -> int:  # noqa: ANN401 - what a network returns
         """For how many images an output is."""
         ...

@@ -4,7 +4,7 @@ import torch
 
 from heatlens_server.cam.catalog import Aggregation
 from heatlens_server.cam.normalize import normalize
-from heatlens_server.cam.resize import combine_layers, upsample
+from heatlens_server.cam.resize import combine_layers, top_left, upsample
 
 
 def random_maps(*shape, dtype=torch.float32):
@@ -100,3 +100,19 @@ def test_upsample_wrong_input():
         upsample(torch.zeros(7, 5), (8, 8))
     with pytest.raises(ValueError, match="size: must be positive, not 0x8"):
         upsample(torch.zeros(1, 1, 7, 5), (0, 8))
+
+
+class TestTopLeft:
+    def test_the_whole_is_the_map_itself(self):
+        maps = torch.rand(1, 2, 3, 4)
+        assert top_left(maps, (1.0, 1.0)) is maps
+
+    def test_a_ramp_stays_one(self):
+        ramp = (torch.arange(20) + 0.5).expand(2, 3, 10, 20)
+        part = top_left(ramp, (0.5, 0.8125))
+        assert part.shape == (2, 3, 5, 16)
+        torch.testing.assert_close(part[1, 2, 4], (torch.arange(16) + 0.5) / 16 * 16.25)
+        torch.testing.assert_close(top_left(ramp.mT, (0.8125, 0.5)), part.mT)
+
+    def test_less_than_a_pixel_is_one(self):
+        assert top_left(torch.rand(1, 1, 2, 2), (0.01, 1.0)).shape == (1, 1, 1, 2)

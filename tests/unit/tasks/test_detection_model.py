@@ -128,6 +128,35 @@ def test_images_of_different_sizes_and_their_boxes(faster_rcnn):
             assert 0 <= top < bottom <= height
 
 
+@pytest.mark.parametrize("method", [Method.HI_RES_CAM, Method.RECIPRO_CAM])
+def test_maps_end_where_the_image_does(faster_rcnn, method):
+    """torchvision pads images to multiples of 32 pixels: of 160 columns that the layer saw, the image has 130."""
+    image, layer = photos(PX, 130)[0], "backbone.body.layer2"
+    module = detector("faster-rcnn").module
+    activations, output = recorded(module, layer, [tensor(image)])
+    assert activations.shape[2:] == (12, 20)
+    result = run(faster_rcnn, image, Detections(0.1, 1), MapSpec(method, (layer,), upsample=False))
+    assert result.maps.shape == (1, 12, 16)
+    assert run(faster_rcnn, image, NOTHING, MapSpec(method, (layer,), upsample=False)).maps.shape == (0, 12, 16)
+    if method is Method.HI_RES_CAM:
+        best = output[0]["scores"].argmax()
+        (gradient,) = torch.autograd.grad(output[0]["scores"][best].logit(), activations)
+        expected = (gradient * activations).sum(1)[0].detach().numpy()
+        # The 16 columns of the map are 1.016 columns of the layer wide.
+        centres = (np.arange(16) + 0.5) / 16 * 130 / 8 - 0.5
+        expected = np.stack([np.interp(centres, np.arange(20), row) for row in expected])
+        np.testing.assert_allclose(raw(result, 0), np.maximum(expected, 0), atol=1e-3 * expected.max())
+
+
+@pytest.mark.parametrize("family", ["faster-rcnn", "ssd"])
+def test_the_share_of_the_image_is_that_of_the_networks_own_transform(family):
+    module = detector(family).module
+    for size in ((96, 96), (96, 130), (70, 101), (333, 20), (1, 1), (500, 499)):
+        batch, _ = module.transform([torch.zeros(3, *size)])
+        ((height, width),) = batch.image_sizes
+        assert Detection().share(module, size) == (height / batch.tensors.shape[2], width / batch.tensors.shape[3])
+
+
 def test_every_method_gives_finite_maps(faster_rcnn):
     info = faster_rcnn.info
     assert info.pyramids == {"backbone"}

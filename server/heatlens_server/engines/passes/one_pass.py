@@ -26,6 +26,16 @@ class Explained:
     goals: Goals
     raw: list[Tensor]
 
+    def on_image(self, model: TorchModel, size_px: tuple[int, int]) -> "Explained":
+        """The same, without what lies beside the image where the network pads it.
+
+        Args:
+            model: the network.
+            size_px: (height, width) of the input.
+        """
+        with torch.no_grad():
+            return Explained(self.goals, [model.on_image(of_layer, size_px) for of_layer in self.raw])
+
     def maps(self, spec: MapSpec, size_px: tuple[int, int]) -> NormalizedMap:
         """Finish the maps.
 

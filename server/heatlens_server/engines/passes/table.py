@@ -5,7 +5,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from heatlens_server.cam.catalog import Method
+from heatlens_server.cam.catalog import AT_INPUT_SIZE, Method
 from heatlens_server.engines.base import MapSpec, Target
 from heatlens_server.engines.passes.closed_form import closed_form
 from heatlens_server.engines.passes.full_grad import full_grad
@@ -28,4 +28,7 @@ PASSES: Mapping[Method, OnePass] = MappingProxyType(
 
 def explain(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> Explained:
     """Explain inputs (N, 3, H, W) with any method that takes no steps. Call it with gradients enabled."""
-    return PASSES.get(spec.method, closed_form)(model, inputs, targets, spec)
+    explained = PASSES.get(spec.method, closed_form)(model, inputs, targets, spec)
+    if spec.method in AT_INPUT_SIZE:
+        return explained
+    return explained.on_image(model, (inputs.shape[2], inputs.shape[3]))

@@ -59,13 +59,15 @@ def raw_maps(
     with torch.no_grad():
         output, outputs = model.record(inputs, spec.layers, differentiate=False)
         goals = model.task.goals(output, targets, score=spec.score, run=model.run_images)
+    size_px = (inputs.shape[2], inputs.shape[3])
     if not has_goals(goals):
-        return Explained(goals, [torch.zeros_like(model.features(name, outputs[name])[:, :1]) for name in spec.layers])
+        nothing = [torch.zeros_like(model.features(layer, outputs[layer])[:, :1]) for layer in spec.layers]
+        return Explained(goals, nothing).on_image(model, size_px)
     raw = []
     for layer in spec.layers:
         yield
         raw.append((yield from stepper(Job(model, inputs, goals, layer, outputs[layer], rows))))
-    return Explained(goals, raw)
+    return Explained(goals, raw).on_image(model, size_px)
 
 
 def _smoothed(

@@ -44,6 +44,10 @@ class Job:
         """The layer's output as a map (1, C, h, w)."""
         return self.model.features(self.layer, self.output)
 
+    def on_image(self, features: Tensor) -> Tensor:
+        """The part of the layer's map, or of some of its channels, that lies on the image."""
+        return self.model.on_image(features, self.size_px)
+
     @property
     def size_px(self) -> tuple[int, int]:
         """(height, width) of the image."""

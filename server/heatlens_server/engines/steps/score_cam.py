@@ -64,7 +64,7 @@ def ss_cam(job: Job) -> RawMaps:
     noise = Noise(SS_CAM_DEVIATION, (1, *job.size_px), features.device)
     for _ in range(SS_CAM_SAMPLES):
         for chunk in job.chunks(every):
-            masks = channel_masks(features[:, chunk], job.size_px) + noise.draw(len(chunk))
+            masks = channel_masks(job.on_image(features[:, chunk]), job.size_px) + noise.draw(len(chunk))
             scores[chunk] += job.scores_of_inputs(job.inputs * masks)
             del masks
             yield
@@ -86,7 +86,7 @@ def _masked_scores(job: Job, scales: tuple[float, ...]) -> _Scores:
 def _masks(job: Job, features: Tensor, constant: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Channels, at most `rows` of them or those that share a mask, and their masks."""
     for chunk in job.chunks((~constant).nonzero()[:, 0]):
-        yield chunk, channel_masks(features[:, chunk], job.size_px)
+        yield chunk, channel_masks(job.on_image(features[:, chunk]), job.size_px)
     if constant.any():
         yield constant.nonzero()[:, 0], _NO_MASK.to(features.device)
 

@@ -112,6 +112,10 @@ class Classification:
         """Logits (R, C) of inputs (R, 3, H, W)."""
         return logits_of(module(inputs))
 
+    def share(self, module: nn.Module, size_px: tuple[int, int]) -> tuple[float, float]:  # noqa: ARG002 - of any
+        """All of it."""
+        return 1.0, 1.0
+
     def rows(self, output: Tensor) -> int:
         """R."""
         return len(output)

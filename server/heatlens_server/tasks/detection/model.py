@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import box_iou
 
 from heatlens_server.cam.catalog import ABSENT, CLOSED_FORMS, Method, Score
@@ -199,6 +200,20 @@ class Detection:
         """What was found in each of the inputs (R, 3, H, W), which are in [0, 1]: detectors normalise themselves."""
         found: list[Found] = module(list(inputs))
         return found
+
+    def share(self, module: nn.Module, size_px: tuple[int, int]) -> tuple[float, float]:
+        """Less than 1 where torchvision's transform pads what it has resized, to a multiple of 32 pixels."""
+        transform = getattr(module, "transform", None)
+        if not isinstance(transform, GeneralizedRCNNTransform):
+            return 1.0, 1.0
+        if transform.fixed_size is not None:
+            resized = transform.fixed_size[::-1]
+        else:
+            scale = min(transform.min_size[-1] / min(size_px), transform.max_size / max(size_px))
+            resized = tuple(math.floor(side * scale) for side in size_px)
+        multiple = transform.size_divisible
+        down, across = (side / (math.ceil(side / multiple) * multiple) for side in resized)
+        return down, across
 
     def rows(self, output: Sequence[Found]) -> int:
         """R."""
