@@ -108,7 +108,14 @@ def test_room_loads_no_torch_by_any_way(room):
 
 @pytest.mark.parametrize(
     "module",
-    ["engines.base", "engines.onnxruntime_engine", "engines.providers", "export.manifest", "export.spec"],
+    [
+        "engines.base",
+        "engines.companion",
+        "engines.onnxruntime_engine",
+        "engines.providers",
+        "export.manifest",
+        "export.spec",
+    ],
 )
 def test_what_serves_an_export_loads_no_torch(module):
     program = f"import sys, heatlens_server.{module}; sys.exit('torch' in sys.modules)"
