@@ -45,7 +45,7 @@ def guided_grad_cam(model: TorchModel, inputs: Tensor, targets: Sequence[Target]
         guided.append(wide(gradient).sum(dim=1, keepdim=True))
     fine = torch.cat(guided, dim=1)
     size_px = (inputs.shape[-2], inputs.shape[-1])
-    maps = [upsample(raw, size_px) * fine for raw in coarse.on_image(model, size_px).raw]
+    maps = [upsample(torch.relu(raw), size_px) * fine for raw in coarse.on_image(model, size_px).raw]
     return Explained(coarse.goals, maps)
 
 
