@@ -240,7 +240,7 @@ def _resolved(method: Method, score: Score | None) -> tuple[Method, Score]:
     if method not in CLOSED_FORMS:
         known = ", ".join([*CLOSED_FORMS, *(name for name, of in PRESETS.items() if not of.all_layers)])
         raise ConfigError(
-            f"--method: {method} is no function of a layer's activations and gradients, and a graph holds nothing else: "
+            f"--method: {method} is no function of a layer's activations and gradients, as what a graph holds must be: "
             f"{known}"
         )
     if score not in {None, Score.LOGIT} and not method.needs_gradient:

