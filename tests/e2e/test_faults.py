@@ -15,6 +15,7 @@ from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
 from heatlens_server.app import Server
 from heatlens_server.rpc import explain_service, explainer
+from heatlens_server.rpc import images as request_images
 from wire import Details, distinct, encoded, map_of, pixels
 
 PREPROCESS = """
@@ -168,7 +169,10 @@ async def test_poison_image_fails_alone_with_nothing_of_ours_in_the_text(live, s
         assert answer.explanations
 
 
-@pytest.mark.parametrize("place", ["decode_image", "fit", "encode", "parse_explain"])
+PLACES = {"decode_image": request_images, "fit": request_images, "encode": explainer, "parse_explain": explain_service}
+
+
+@pytest.mark.parametrize("place", PLACES)
 async def test_exception_inside_is_internal_and_the_server_lives(live, stub, monkeypatch, caplog, place):
     def fail(*_args, **_kwargs):
         raise KeyError("secret-token-123")
@@ -176,7 +180,7 @@ async def test_exception_inside_is_internal_and_the_server_lives(live, stub, mon
     image = distinct(1)[0]
     sent = pb.ExplainRequest(model="mlp", image=encoded(image))
     with monkeypatch.context() as patched:
-        patched.setattr(explain_service if place == "parse_explain" else explainer, place, fail)
+        patched.setattr(PLACES[place], place, fail)
         code, details = await failure(stub.Explain(sent, metadata=[("x-request-id", "my-request.1")]))
     assert code is grpc.StatusCode.INTERNAL
     assert details is not None
