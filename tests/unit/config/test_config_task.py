@@ -1,0 +1,43 @@
+"""What a model does, as far as its configuration says."""
+
+import pytest
+
+from heatlens_server.config import load_config
+from heatlens_server.errors import ConfigError
+
+
+def load(tmp_path, text):
+    file = tmp_path / "server.toml"
+    file.write_text(f"models = [{{ name = 'a', source = 'timm:x', {text} }}]")
+    return load_config(file).models[0]
+
+
+def test_it_is_found_out_unless_it_is_said(tmp_path):
+    assert load(tmp_path, "weights = 'none'").task == "auto"
+    assert load(tmp_path, "task = 'multi-label-classification', engine = 'onnxruntime'").task.startswith("multi")
+    sizes = load(tmp_path, "task = 'segmentation', preprocess = { resize_px = 300, max_side_px = 500 }").preprocess
+    assert (sizes.resize_px, sizes.crop_px, sizes.max_side_px) == (300, None, 500)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("task = 'segmentaton'", "models[0].task: "),
+        ("task = 'detection', engine = 'onnxruntime'", 'models[0].engine: "onnxruntime" runs exports'),
+        ("task = 'embedding', engine = 'torchscript'", 'models[0].engine: "torchscript" runs exports'),
+        ("preprocess = { max_side_px = 0 }", "models[0].preprocess.max_side_px: "),
+    ],
+)
+def test_what_does_not_fit_is_told(tmp_path, text, message):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    assert message in str(caught.value)
+
+
+def test_exports_are_of_classifiers(tmp_path):
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "manifest.json").write_text("{}")
+    file = tmp_path / "server.toml"
+    file.write_text(f"models = [{{ name = 'a', source = 'export:{tmp_path / 'bundle'}', task = 'detection' }}]")
+    with pytest.raises(ConfigError, match=r"models\[0\]\.task: exports are of classifiers, not for detection"):
+        load_config(file)
