@@ -5,6 +5,7 @@ process, which leaves the export in the cache and ends. Standard input holds the
 stays open: its end means that the server has ended. Standard output has one JSON object per line.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -101,7 +102,9 @@ def _follow(process: "subprocess.Popen[str]", order: dict[str, Any], report: Rep
                 error = _ERRORS[said["error"]](said["message"])
     # It died, and its exit code says so.
     except BrokenPipeError:
-        pass
+        # Closing sends what is still buffered, and would fail again, in place of that exit code.
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
     except BaseException:
         process.kill()
         raise

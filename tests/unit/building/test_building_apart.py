@@ -1,9 +1,11 @@
 """The exporting process: what gets into it, and what becomes of its errors and its end."""
 
+import subprocess
 import sys
 
 import pytest
 
+from heatlens_server.building import apart
 from heatlens_server.building.build import build
 from heatlens_server.config import ModelConfig
 from heatlens_server.errors import ModelLoadError
@@ -41,3 +43,10 @@ def test_an_exporting_process_that_dies_harms_the_export_only(tmp_path, monkeypa
     assert "not by onnxruntime: the exporting process ended with -9" in caplog.text
     assert "boom" in caplog.text
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == []
+
+
+def test_an_exporting_process_that_is_dead_before_its_order_is_given_is_known_by_its_exit_code():
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(["false"], text=True, **pipes) as process:
+        assert process.wait() == 1
+        assert apart._follow(process, {}, pytest.fail) is None
