@@ -50,7 +50,6 @@ def test_random_networks_see_something():
     photo = data.chelsea()
     for name, target in (
         ("ssdlite320_mobilenet_v3_large", Detections(0.5, 5)),
-        ("fasterrcnn_mobilenet_v3_large_320_fpn", Detections(0.5, 5)),
         ("lraspp_mobilenet_v3_large", Pixels(TopK(5))),
     ):
         model = load(f"torchvision:{name}", weights="none")
