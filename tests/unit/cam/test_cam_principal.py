@@ -150,7 +150,7 @@ def test_smoothing_has_the_sign_of_the_sum():
     torch.testing.assert_close(principal_projection(-weighted).flatten(2), -projected)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [Method.EIGEN_GRAD_CAM, Method.KPCA_CAM])
 def test_traces_with_any_batch_size(method):
     traced = make_fx(lambda a, g: raw_map(method, a, g), tracing_mode="symbolic")(*random_case(n=2, k=3))
     for n, k in [(5, 2), (1, 4)]:
