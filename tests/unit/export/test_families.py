@@ -10,6 +10,9 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+from torchvision.models.densenet import DenseNet
+from torchvision.models.efficientnet import EfficientNet, MBConvConfig
 from torchvision.models.maxvit import MaxVit
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 from torchvision.models.vision_transformer import VisionTransformer
@@ -34,12 +37,12 @@ FAMILIES = [
     ("squeezenet1_1", "features", 64, {}),
     ("googlenet", "inception4e", 64, NO_AUXILIARY_HEADS),
     ("inception_v3", "Mixed_6e", 96, NO_AUXILIARY_HEADS),
-    ("densenet121", "features.denseblock4", 64, {}),
+    ("densenet", "features.denseblock4", 64, {}),
     ("shufflenet_v2_x0_5", "stage4", 64, {}),
     ("mnasnet0_5", "layers.14", 64, {}),
     ("regnet_y_400mf", "trunk_output.block4", 64, {}),
-    ("efficientnet_b0", "features.7", 64, {}),
-    ("convnext_tiny", "features.6", 64, {}),
+    ("efficientnet", "features.3", 64, {}),
+    ("convnext", "features.4", 64, {}),
     ("swin", "features.0.0", 64, {}),
     ("swin_v2", "features.0.0", 64, {}),
     ("vit", "conv_proj", 64, {}),
@@ -49,12 +52,26 @@ FAMILIES = [
 ]
 
 SMALL: dict[str, Callable[[], nn.Module]] = {
+    "densenet": lambda: DenseNet(8, (2, 2, 2, 2), 16, num_classes=CLASSES),
+    "efficientnet": lambda: EfficientNet(
+        # The first stage does not expand; the others do, with both sizes of kernel, with and without a residual.
+        [
+            MBConvConfig(1, 3, 1, 32, 16, 1, 1, 1),
+            MBConvConfig(6, 3, 2, 16, 24, 2, 1, 1),
+            MBConvConfig(6, 5, 2, 24, 40, 2, 1, 1),
+        ],
+        0.2,
+        num_classes=CLASSES,
+    ),
+    "convnext": lambda: ConvNeXt(
+        [CNBlockConfig(16, 32, 1), CNBlockConfig(32, 64, 1), CNBlockConfig(64, None, 2)], num_classes=CLASSES
+    ),
     "vit": lambda: VisionTransformer(64, 8, 2, 2, 32, 64, num_classes=CLASSES),
-    "swin": lambda: SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], num_classes=CLASSES),
+    "swin": lambda: SwinTransformer([4, 4], 16, [2, 1], [2, 4], [4, 4], num_classes=CLASSES),
     "swin_v2": lambda: SwinTransformer(
         [4, 4],
         16,
-        [2, 2],
+        [2, 1],
         [2, 4],
         [4, 4],
         num_classes=CLASSES,
@@ -63,7 +80,7 @@ SMALL: dict[str, Callable[[], nn.Module]] = {
     ),
     "maxvit": lambda: MaxVit((64, 64), 16, 4, [16, 32], [1, 1], 8, 0.0, num_classes=CLASSES),
 }
-"""Attention takes long to record, layer by layer: few layers, of every kind that the family has."""
+"""Recording takes its time layer by layer: few layers, of every kind that the family has."""
 
 ATOL = 1e-4
 
