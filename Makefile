@@ -38,7 +38,7 @@ gallery: setup ## Draw one photo explained by every method: out/gallery/methods.
 	$(BIN)/python examples/gallery.py
 
 test: setup ## Run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python tests/run.py
 
 lint: setup $(PROTO_VENV)/.ready ## Check style: ruff, and buf on the protos
 	$(BIN)/ruff check .
