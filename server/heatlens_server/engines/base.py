@@ -240,7 +240,7 @@ class EngineInfo:
         task: what the model does.
         companion_methods: those of `methods` that a second engine, torch, runs beside this one.
         scores: the supported scores.
-        full: whether smoothing, faithfulness and every aggregation are supported; if not, only the mean.
+        full: whether smoothing and faithfulness are supported.
         pyramids: those of `layers` that return several maps at once: for methods of `cam.catalog.OF_PYRAMIDS`.
     """
 
@@ -272,7 +272,6 @@ class EngineInfo:
             for name, preset in PRESETS.items()
             if preset.method in self.methods
             and preset.score in self.scores
-            and (self.full or preset.aggregation is Aggregation.MEAN)
         }
         return tuple(method for method in Method if method in self.methods or method in presets)
 

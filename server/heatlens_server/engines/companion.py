@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Protocol
 
-from heatlens_server.cam.catalog import Aggregation, Method, Score
+from heatlens_server.cam.catalog import Method, Score
 from heatlens_server.engines.base import (
     Engine,
     EngineInfo,
@@ -69,7 +69,7 @@ class CompanionEngine:
         self._companion: SteppingEngine | None = None
         self._closed = False
         # Asked for every request, and few are unlike the others.
-        self._is_for_primary = lru_cache(maxsize=_KNOWN_SPECS)(self._can_primary)
+        self._is_for_primary = lru_cache(maxsize=_KNOWN_SPECS)(primary.can)
         info = replace(primary.info, task=task)
         self._info = info if make_companion is None else _joined(info, methods)
 
@@ -114,11 +114,6 @@ class CompanionEngine:
         if companion is not None:
             companion.close()
         self.primary.close()
-
-    def _can_primary(self, spec: MapSpec) -> bool:
-        # Engines of exports average the maps of several layers.
-        averaged = len(spec.layers) == 1 or spec.aggregation is Aggregation.MEAN
-        return averaged and self.primary.can(spec)
 
     def _loaded(self, spec: MapSpec) -> SteppingEngine:
         companion = self._companion

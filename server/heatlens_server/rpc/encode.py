@@ -29,8 +29,14 @@ _PREDICTION_BYTES = 256
 """Room for one prediction with its label."""
 
 
-def check_answer_size(plan: ExplainPlan, image: FittedImage, limits: Limits) -> None:
-    """Refuse an answer that cannot be sent, before the model runs for it.
+def check_answer_size(plan: ExplainPlan, image: FittedImage, limits: Limits, *, map_count: int) -> None:
+    """Refuse an answer that cannot be sent; if it can be told, before the model runs for it.
+
+    Args:
+        plan: how the image is explained.
+        image: the image.
+        limits: in force.
+        map_count: how many maps the answer holds.
 
     Raises:
         InvalidArgument: the maps and predictions would not fit in a message.
@@ -41,16 +47,16 @@ def check_answer_size(plan: ExplainPlan, image: FittedImage, limits: Limits) -> 
     else:
         # A layer's own map is far smaller than the input.
         pixels = at_input if plan.spec.upsample or plan.spec.method in AT_INPUT_SIZE else 0
-    maps_bytes = plan.target_count * pixels * np.dtype(plan.map_dtype).itemsize
+    maps_bytes = map_count * pixels * np.dtype(plan.map_dtype).itemsize
     if plan.spec.return_mask:
         maps_bytes += max(pixels, at_input)
     size_bytes = maps_bytes + plan.top_predictions * _PREDICTION_BYTES + _ENVELOPE_BYTES
     if size_bytes > limits.max_message_bytes:
         raise InvalidArgument.of(
             "options.map_size" if maps_bytes else "options.top_predictions",
-            f"{plan.target_count} maps of this size and {plan.top_predictions} predictions would take "
+            f"{map_count} maps of this size and {plan.top_predictions} predictions would take "
             f"{size_bytes} bytes, more than the {limits.max_message_bytes} of a message; ask for a smaller map_size "
-            "or map_type, or for fewer classes",
+            "or map_type, or for less to be explained",
             reason="ANSWER_TOO_LARGE",
             answer_bytes=size_bytes,
             max_message_bytes=limits.max_message_bytes,

@@ -61,8 +61,13 @@ class Explainer:
     def _prepare(self, image: SourceImage) -> FittedImage:
         """Decode and fit; runs on a preparer thread."""
         fitted = fit_image(image, self.model.preprocess, self.limits)
-        check_answer_size(self.plan, fitted, self.limits)
+        # Boxes are counted once they are found.
+        least = 1 if self.plan.counts_boxes else self.plan.target_count
+        check_answer_size(self.plan, fitted, self.limits, map_count=least)
         return fitted
 
     def _encode(self, explained: Explained, revise: Callable[[Explained], Explained] | None) -> pb.ExplainResponse:
+        if self.plan.counts_boxes:
+            found = len(explained.completed.result.class_ids)
+            check_answer_size(self.plan, explained.image, self.limits, map_count=found)
         return encode(explained if revise is None else revise(explained), self.plan, self.model)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from heatlens_server.engines.base import MapSpec, Target
+from heatlens_server.engines.base import Detections, MapSpec, Target
 from heatlens_server.imaging.preprocess import FittedImage
 
 
@@ -32,3 +32,8 @@ class ExplainPlan:
     def target_count(self) -> int:
         """How many maps the answer holds at most."""
         return self.target.count
+
+    @property
+    def counts_boxes(self) -> bool:
+        """Whether only the model can say how many maps there are: one per box that it finds."""
+        return isinstance(self.target, Detections)

@@ -62,7 +62,7 @@ def parse_options(options: pb.ExplainOptions, model: ServedModel, limits: Limits
         layers=layers,
         upsample=map_size in {pb.MAP_SIZE_INPUT, pb.MAP_SIZE_SOURCE},
         score=_score(options, model, method, preset, wrong),
-        aggregation=_aggregation(options, model, method, preset, wrong),
+        aggregation=_aggregation(options, method, preset, wrong),
         augment=_augment(options, model, wire, wrong),
         principal=_principal(options, model, preset, wrong),
         metrics=_metrics(options, model, wire, wrong),
@@ -142,9 +142,7 @@ def _score(options: pb.ExplainOptions, model: ServedModel, method: Method, prese
     return preset.score
 
 
-def _aggregation(
-    options: pb.ExplainOptions, model: ServedModel, method: Method, preset: Preset, wrong: Violations
-) -> Aggregation:
+def _aggregation(options: pb.ExplainOptions, method: Method, preset: Preset, wrong: Violations) -> Aggregation:
     if options.aggregation == method_pb2.AGGREGATION_UNSPECIFIED:
         return preset.aggregation
     aggregation = AGGREGATION_FROM_PROTO.get(options.aggregation)
@@ -152,8 +150,6 @@ def _aggregation(
         wrong.add("options.aggregation", f"unknown aggregation {options.aggregation}")
     elif preset.all_layers and aggregation is not preset.aggregation:
         wrong.add("options.aggregation", f"{method} makes the {preset.aggregation} of its layers' maps")
-    elif aggregation is not Aggregation.MEAN and not model.engine.full:
-        wrong.add("options.aggregation", f"model {model.name!r} supports {Aggregation.MEAN} only")
     else:
         return aggregation
     return preset.aggregation

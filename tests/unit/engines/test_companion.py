@@ -74,7 +74,8 @@ TWO = {"layers": ("stem", "body")}
         PLAIN,
         changed(method=Method.CAM),
         changed(**TWO, upsample=True),
-        changed(aggregation=Aggregation.MAX),  # of one layer
+        changed(aggregation=Aggregation.MAX),
+        changed(**TWO, aggregation=Aggregation.PRODUCT),
     ],
 )
 def test_what_the_primary_can_it_does_and_nothing_is_loaded(spec):
@@ -95,7 +96,6 @@ def test_what_the_primary_can_it_does_and_nothing_is_loaded(spec):
         changed(principal=True),
         changed(metrics=(Metric.DELETION,)),
         changed(return_mask=True),
-        changed(**TWO, aggregation=Aggregation.PRODUCT),
         changed(layers=("elsewhere",)),
     ],
 )
@@ -132,7 +132,7 @@ def test_what_both_have_is_told_without_loading_anything():
 def test_without_a_companion_it_is_the_primary():
     engine = CompanionEngine(Engine(INFO))
     assert engine.info == INFO
-    assert engine.info.offered == EXPORTED
+    assert engine.info.offered == (*EXPORTED, Method.REFINE_CAM)
     assert engine.ready(SCORE_CAM)  # there is nothing to load
     with pytest.raises(InvalidArgument, match="no graph for grad-cam of 'stem', 'elsewhere' with these options"):
         engine.explain(IMAGES, [TopK(1)], changed(layers=("stem", "elsewhere")))

@@ -156,9 +156,9 @@ def test_answers_are_refused_from_one_byte_too_many(asked, maps_bytes):
             max_message_bytes, max_image_pixels=1, max_queue_length=1, max_targets=4, max_streams=1, max_in_flight=1
         )
 
-    check_answer_size(asked, FITTED, limits(maps_bytes + ENVELOPE_BYTES))
+    check_answer_size(asked, FITTED, limits(maps_bytes + ENVELOPE_BYTES), map_count=asked.target_count)
     with pytest.raises(InvalidArgument) as raised:
-        check_answer_size(asked, FITTED, limits(maps_bytes + ENVELOPE_BYTES - 1))
+        check_answer_size(asked, FITTED, limits(maps_bytes + ENVELOPE_BYTES - 1), map_count=asked.target_count)
     assert raised.value.reason == "ANSWER_TOO_LARGE"
     assert raised.value.violations[0].field == "options.map_size"
     assert raised.value.metadata["answer_bytes"] == str(maps_bytes + ENVELOPE_BYTES)

@@ -163,11 +163,9 @@ def test_what_only_torch_does_is_refused_where_there_is_no_torch():
         smoothing=pb.Smoothing(augmentation=True, principal_component=True),
         faithfulness=faithfulness_pb2.FaithfulnessOptions(),
         target_score=method_pb2.TARGET_SCORE_PROBABILITY,
-        aggregation=method_pb2.AGGREGATION_MAX,
     )
     assert fields(refusal(sent, exported)) == [
         "options.target_score",
-        "options.aggregation",
         "options.smoothing.augmentation",
         "options.smoothing.principal_component",
         "options.faithfulness",
