@@ -111,7 +111,7 @@ def test_goals_share_every_run(method):
         (Method.SMOOTH_GRAD_CAM_PLUS_PLUS, 4),
         (Method.SCORE_CAM, 15),
         (Method.IS_CAM, 10 * 15),
-        (Method.SS_CAM, 35 * 16),
+        (Method.SS_CAM, 35 * 15),
         (Method.ABLATION_CAM, 1 + 15),
         (Method.RECIPRO_CAM, 8 * 8),
     ],

@@ -3,7 +3,7 @@
 All of an image's goals share every masked run. Masks are made chunk by chunk, at the image's size.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from itertools import accumulate
 
 import torch
@@ -56,19 +56,39 @@ def ss_cam(job: Job) -> RawMaps:
 
     Wang et al. 2020, https://arxiv.org/abs/2006.14255, the form that smooths the maps, with the noise of `torch-cam`
     0.5.0: 35 samples of deviation 2, on the mask at the image's size, drawn anew for every channel. The same for every
-    image. Costs 35 runs of the whole network per channel, constant ones too.
+    image. Constant channels share a score, as in Score-CAM: that of the first one's noise. Costs 35 runs of the whole
+    network per channel that is not constant, and 35 more if any is.
     """
     features = job.features
-    every = torch.arange(features.shape[1], device=features.device)
+    constant = constant_channels(features)
     scores = _zeros(job, features)
     noise = Noise(SS_CAM_DEVIATION, (1, *job.size_px), features.device)
+    # The first constant channel stands for all of them.
+    stands_for_itself = ~constant | ((constant.cumsum(0) == 1) & constant)
     for _ in range(SS_CAM_SAMPLES):
-        for chunk in job.chunks(every):
-            masks = channel_masks(job.on_image(features[:, chunk]), job.size_px) + noise.draw(len(chunk))
-            scores[chunk] += job.scores_of_inputs(job.inputs * masks)
-            del masks
+        for chunk, fields in _drawn(noise, stands_for_itself.tolist(), job.rows):
+            channels = torch.tensor(chunk, device=features.device)
+            masks = channel_masks(features[:, channels], job.size_px) + fields
+            scores[channels] += job.scores_of_inputs(job.inputs * masks)
+            del masks, fields
             yield
+    if constant.any():
+        scores[constant] = scores[constant.nonzero()[0]]
     return _weighted(job, scores / SS_CAM_SAMPLES)
+
+
+def _drawn(noise: Noise, wanted: Sequence[bool], rows: int) -> Iterator[tuple[list[int], Tensor]]:
+    """Draw a field for every channel, and hand out those wanted, `rows` at a time: channel numbers and their fields."""
+    channels: list[int] = []
+    fields: list[Tensor] = []
+    for channel, is_wanted in enumerate(wanted):
+        field = noise.draw(1)
+        if is_wanted:
+            channels.append(channel)
+            fields.append(field)
+        if channels and (len(channels) == rows or channel == len(wanted) - 1):
+            yield channels, torch.cat(fields)
+            channels, fields = [], []
 
 
 def _masked_scores(job: Job, scales: tuple[float, ...]) -> _Scores:
