@@ -1,6 +1,7 @@
 """The README is true: its Python runs, its TOML is the defaults, its commands, options, reasons and links exist."""
 
 import ast
+import collections.abc
 import os
 import re
 import shlex
@@ -132,6 +133,8 @@ def test_toml_block_is_the_defaults(folder):
 
 def model_of(annotation):
     """The pydantic model in an annotation such as TlsConfig | None or tuple[ModelConfig, ...], or None."""
+    if typing.get_origin(annotation) is collections.abc.Mapping:
+        return None  # a table of the user's own names
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return annotation if issubclass(annotation, BaseModel) else None
     return next((model for argument in typing.get_args(annotation) if (model := model_of(argument))), None)

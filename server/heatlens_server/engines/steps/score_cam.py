@@ -68,7 +68,7 @@ def ss_cam(job: Job) -> RawMaps:
     for _ in range(SS_CAM_SAMPLES):
         for chunk, fields in _drawn(noise, stands_for_itself.tolist(), job.rows):
             channels = torch.tensor(chunk, device=features.device)
-            masks = channel_masks(features[:, channels], job.size_px) + fields
+            masks = channel_masks(job.on_image(features[:, channels]), job.size_px) + fields
             scores[channels] += job.scores_of_inputs(job.inputs * masks)
             del masks, fields
             yield
