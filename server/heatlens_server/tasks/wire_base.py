@@ -53,6 +53,11 @@ class TaskWire(Protocol):
         """The measures of faithfulness that are defined."""
         ...
 
+    @property
+    def recurs(self) -> bool:
+        """Whether a class id tells which explanation of the next frame is of the same thing. It does not for boxes."""
+        ...
+
     def wanted(self, options: pb.ExplainOptions, model: ServedModel, limits: Limits, wrong: Violations) -> Wanted:
         """Check what is asked for. The answer may be used if nothing was added to `wrong`."""
         ...

@@ -12,6 +12,7 @@ from heatlens_server.rpc.plan import ExplainPlan
 from heatlens_server.rpc.validation import parse_options
 from heatlens_server.rpc.violations import Violations
 from heatlens_server.serving.served import ServedModel
+from heatlens_server.tasks.wire_table import task_wire
 
 PROTOCOL_VIOLATION = "PROTOCOL_VIOLATION"
 """Reason of the errors that end a stream because of the order of its messages."""
@@ -81,8 +82,7 @@ def parse_config(config: pb.StreamConfig, model: ServedModel, limits: Limits) ->
         wrong.add(
             "max_frames_per_second", f"must be finite and >= 0, 0 for no limit; got {config.max_frames_per_second}"
         )
-    if not 0 <= config.temporal_smoothing < 1:
-        wrong.add("temporal_smoothing", f"must be in [0, 1), 0 for none; got {config.temporal_smoothing:g}")
+    _check_smoothing(config, model, wrong)
     try:
         wrong.raise_if_any()
     except InvalidArgument as error:
@@ -133,6 +133,24 @@ class FrameOrder:
             )
         self._last_id = frame_id
         return request.frame
+
+
+def _check_smoothing(config: pb.StreamConfig, model: ServedModel, wrong: Violations) -> None:
+    weight = config.temporal_smoothing
+    if not 0 <= weight < 1:
+        wrong.add("temporal_smoothing", f"must be in [0, 1), 0 for none; got {weight:g}")
+    elif weight and not task_wire(model.engine.task).recurs:
+        wrong.add(
+            "temporal_smoothing",
+            f"maps of {model.engine.task} cannot be averaged over frames: nothing says which box of a frame is which "
+            "of the one before",
+        )
+    elif weight and config.options.HasField("faithfulness"):
+        wrong.add(
+            "temporal_smoothing",
+            "options.faithfulness measures each frame's own map, and what is returned would be an average: ask for one "
+            "of the two",
+        )
 
 
 def _frame_timeout_s(config: pb.StreamConfig, wrong: Violations) -> float | None:

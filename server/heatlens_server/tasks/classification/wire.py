@@ -19,6 +19,7 @@ class ClassificationWire:
     predicts = True
     mirrors = True
     measures = frozenset(Metric)
+    recurs = True
 
     def __init__(self, task: Task) -> None:
         """Describe classifiers.

@@ -21,6 +21,8 @@ class DetectionWire:
     predicts = False
     mirrors = False
     measures = frozenset(Metric) - {Metric.CLASS_SENSITIVITY}
+    # Of a class there may be many boxes, and which is which in the next frame nothing says.
+    recurs = False
 
     def wanted(self, options: pb.ExplainOptions, model: ServedModel, limits: Limits, wrong: Violations) -> Wanted:
         """The detections: `top_k` best ones, or those of the classes named; all, if nothing is said."""

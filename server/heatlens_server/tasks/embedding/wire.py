@@ -27,6 +27,7 @@ class EmbeddingWire:
     predicts = False
     mirrors = True
     measures = frozenset(Metric) - {Metric.CLASS_SENSITIVITY}
+    recurs = True
 
     def wanted(self, options: pb.ExplainOptions, model: ServedModel, limits: Limits, wrong: Violations) -> Wanted:
         """The similarity to the reference embedding, or to the reference image's."""

@@ -23,6 +23,7 @@ class SegmentationWire:
     predicts = False
     mirrors = False
     measures = frozenset(Metric) - {Metric.CLASS_SENSITIVITY}
+    recurs = True
 
     def wanted(self, options: pb.ExplainOptions, model: ServedModel, limits: Limits, wrong: Violations) -> Wanted:
         """The classes; the one of most pixels if none is named."""

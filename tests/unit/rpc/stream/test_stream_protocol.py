@@ -1,11 +1,14 @@
 """Configurations and the order of messages, without a stream."""
 
+import dataclasses
+
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from heatlens.v1 import explain_pb2 as pb
+from heatlens.v1 import faithfulness_pb2
 from heatlens_server.cam.catalog import Method
-from heatlens_server.engines.base import EngineInfo, MapSpec, TopK
+from heatlens_server.engines.base import EngineInfo, MapSpec, Task, TopK
 from heatlens_server.errors import InvalidArgument
 from heatlens_server.imaging.preprocess import Interpolation, PreprocessSpec
 from heatlens_server.rpc.limits import Limits
@@ -93,6 +96,33 @@ def test_the_reason_and_the_fields_are_those_of_explain_under_config():
         parse(options=pb.ExplainOptions(top_k=9, map_type=8), max_in_flight=-1)
     assert fields(raised) == ["config.options.top_k", "config.options.map_type", "config.max_in_flight"]
     assert raised.value.reason == "INVALID_OPTION"
+
+
+REFERENCE = pb.Tensor(data_type=pb.DATA_TYPE_FLOAT32, shape=(4,), data=bytes.fromhex("0000803f") * 4)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        (Task.CLASSIFICATION, {}, ""),
+        (Task.MULTI_LABEL, {}, ""),
+        (Task.SEGMENTATION, {"return_mask": True}, ""),
+        (Task.EMBEDDING, {"reference_embedding": REFERENCE}, ""),
+        (Task.DETECTION, {}, "which box of a frame is which"),
+        (Task.SEGMENTATION, {"faithfulness": faithfulness_pb2.FaithfulnessOptions()}, "each frame's own map"),
+    ],
+)
+def test_what_recurs_from_frame_to_frame_is_smoothed_unless_it_is_measured(task, options, message):
+    model = dataclasses.replace(MODEL, engine=dataclasses.replace(MODEL.engine, task=task, full=True))
+    config = pb.StreamConfig(options=pb.ExplainOptions(**options), temporal_smoothing=0.5)
+    if not message:
+        assert parse_config(config, model, LIMITS).temporal_smoothing == 0.5
+        return
+    with pytest.raises(InvalidArgument, match=message) as raised:
+        parse_config(config, model, LIMITS)
+    assert fields(raised) == ["config.temporal_smoothing"]
+    config.temporal_smoothing = 0
+    assert parse_config(config, model, LIMITS).temporal_smoothing == 0
 
 
 @pytest.mark.parametrize("request_", [None, pb.StreamExplainRequest(), pb.StreamExplainRequest(frame=pb.Frame())])

@@ -1,9 +1,11 @@
 """Temporal smoothing against a plain float64 loop."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from heatlens_server.engines.base import ImageResult
+from heatlens_server.engines.base import Finding, ImageResult
 from heatlens_server.rpc.stream.smoothing import MapSmoother
 
 
@@ -48,6 +50,27 @@ def test_it_is_the_average_of_raw_maps_per_class(weight):
 def test_the_first_frame_is_as_the_engine_said():
     first = result(frames(1)[0], (1, 2))
     assert MapSmoother(0.9).smooth(first) is first
+
+
+@pytest.mark.parametrize(
+    ("class_ids", "further"),
+    [
+        ((5, 2), {"mask": np.full((4, 4), 5, np.uint8)}),
+        ((0,), {"embedding": np.array([0.6, -0.8], np.float32)}),
+    ],
+    ids=["segmentation", "embedding"],
+)
+def test_without_logits_of_the_image_maps_are_averaged_by_class_and_all_else_is_the_frames_own(class_ids, further):
+    smoother = MapSmoother(0.5)
+    one, two = frames(2, classes=len(class_ids))
+    for i, raw in enumerate((one, two)):
+        findings = tuple(Finding(class_id, 1.0 + i, 0.5 + i / 8, area=i / 4) for class_id in class_ids)
+        sent = dataclasses.replace(result(raw, class_ids), logits=np.empty(0, np.float32), findings=findings, **further)
+        smoothed = smoother.smooth(sent)
+    np.testing.assert_allclose(raw_of(smoothed), 0.5 * one + 0.5 * two, rtol=1e-4, atol=1e-5)
+    assert not smoothed.logits.size
+    assert smoothed.findings is findings
+    assert all(getattr(smoothed, name) is value for name, value in further.items())
 
 
 def test_a_weight_of_zero_changes_nothing():
