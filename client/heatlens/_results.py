@@ -16,8 +16,8 @@ class ClassScore:
     Attributes:
         class_id: the class.
         label: its name; empty if the model has no labels.
-        logit: its score before softmax.
-        probability: softmax of the logits at this class, in [0, 1].
+        logit: its score before softmax or sigmoid.
+        probability: in [0, 1]: softmax of the logits, or sigmoid for multi-label models.
     """
 
     class_id: int
