@@ -13,7 +13,7 @@ from heatlens_server.building.cache import ArtefactCache
 from heatlens_server.building.companion import with_companion
 from heatlens_server.building.torch_import import importing_torch
 from heatlens_server.building.warm_up import check_answers, check_method, warm_up
-from heatlens_server.cam.catalog import Method
+from heatlens_server.cam.catalog import PRESETS, Method, Preset, name_of
 from heatlens_server.config import EXPORT_PREFIX, ModelConfig
 from heatlens_server.engines.base import SteppingEngine, Task
 from heatlens_server.engines.companion import ExportEngine
@@ -180,7 +180,8 @@ def _build_from_folder(config: ModelConfig) -> BuiltModel:
     manifest = replace(
         manifest, graphs=tuple(graph for layer in layers for graph in manifest.graphs if graph.layer == layer)
     )
-    method = config.method if "method" in config.model_fields_set else manifest.graphs[0].method
+    graph = manifest.graphs[0]
+    method = config.method if "method" in config.model_fields_set else name_of(graph.method, graph.score)
     try:
         return _build_exported(config, Artefact(folder, manifest), device=config.device, method=method)
     except ModelLoadError:
@@ -193,9 +194,9 @@ def _build_from_folder(config: ModelConfig) -> BuiltModel:
 
 def _build_exported(config: ModelConfig, artefact: Artefact, *, device: str, method: Method) -> BuiltModel:
     manifest = artefact.manifest
-    default = manifest.layers[0]
+    default, base = manifest.layers[0], PRESETS.get(method, Preset(method)).method
     # The engine opens the first graph now, and the others when they are asked for.
-    graphs = sorted(manifest.graphs, key=lambda graph: (graph.layer != default, graph.method is not method))
+    graphs = sorted(manifest.graphs, key=lambda graph: (graph.layer != default, graph.method is not base))
     primary = _open(artefact.folder, replace(manifest, graphs=tuple(graphs)), device=device, provider=config.provider)
     return _finish(
         config,

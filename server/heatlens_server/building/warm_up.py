@@ -117,7 +117,8 @@ def check_answers(engine: Engine, method: Method) -> None:
     """
     info = engine.info
     images = np.zeros((1, info.input_height_px, info.input_width_px, 3), dtype=np.uint8)
-    spec = MapSpec(method=method, layers=info.layers[:1], upsample=False, score=info.scores[0])
+    base = PRESETS.get(method, Preset(method)).method
+    spec = MapSpec(method=base, layers=info.layers[:1], upsample=False, score=info.scores[0])
     for count in sorted({1, min(2, info.class_count)}):
         (result,) = engine.explain(images, [TopK(count)], spec)
         if result.logits.shape != (info.class_count,):

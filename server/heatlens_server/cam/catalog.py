@@ -173,3 +173,8 @@ PRESETS: Mapping[Method, Preset] = MappingProxyType(
     }
 )
 """Engines never see these: a request for one is a request for what it stands for."""
+
+
+def name_of(method: Method, score: Score) -> Method:
+    """What a method is called where it explains a score: a preset, if one stands for just these two, else itself."""
+    return next((name for name, preset in PRESETS.items() if preset == Preset(method, score=score)), method)

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from heatlens_server.cam.catalog import OF_PYRAMIDS, PRESETS, Aggregation, Method, Metric, Score
+from heatlens_server.cam.catalog import OF_PYRAMIDS, PRESETS, Aggregation, Method, Metric, Score, name_of
 
 Float32Array = npt.NDArray[np.float32]
 UInt8Array = npt.NDArray[np.uint8]
@@ -240,8 +240,10 @@ class EngineInfo:
         task: what the model does.
         companion_methods: those of `methods` that a second engine, torch, runs beside this one.
         scores: the supported scores.
+        companion_scores: those of `scores` that the second engine runs.
         full: whether smoothing and faithfulness are supported.
         pyramids: those of `layers` that return several maps at once: for methods of `cam.catalog.OF_PYRAMIDS`.
+        fewer_layers: the layers of each method that explains not all of `layers`, the default first; pyramids aside.
     """
 
     kind: str
@@ -257,23 +259,26 @@ class EngineInfo:
     scores: tuple[Score, ...] = (Score.LOGIT,)
     full: bool = False
     pyramids: frozenset[str] = field(default_factory=frozenset)
+    companion_scores: frozenset[Score] = field(default_factory=frozenset)
+    fewer_layers: Mapping[Method, tuple[str, ...]] = field(default_factory=dict, hash=False)
 
     def layers_of(self, method: Method) -> tuple[str, ...]:
         """The layers that a method can explain, the default first."""
-        if method in OF_PYRAMIDS:
-            return self.layers
-        return tuple(layer for layer in self.layers if layer not in self.pyramids)
+        layers = self.fewer_layers.get(method, self.layers)
+        return layers if method in OF_PYRAMIDS else tuple(layer for layer in layers if layer not in self.pyramids)
 
     @property
     def offered(self) -> tuple[Method, ...]:
-        """What a request may name: the supported methods, and the presets that stand for one of them."""
+        """What a request may name: the supported methods, and the presets that stand for one of them.
+
+        A method that explains one score alone, for which there is a preset, goes by the preset's name only.
+        """
         presets = {
-            name
-            for name, preset in PRESETS.items()
-            if preset.method in self.methods
-            and preset.score in self.scores
+            name for name, preset in PRESETS.items() if preset.method in self.methods and preset.score in self.scores
         }
-        return tuple(method for method in Method if method in self.methods or method in presets)
+        alone = len(self.scores) == 1
+        names = {name_of(method, self.scores[0]) if alone else method for method in self.methods}
+        return tuple(method for method in Method if method in names or method in presets)
 
 
 class Engine(Protocol):

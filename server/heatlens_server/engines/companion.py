@@ -157,6 +157,8 @@ def _joined(info: EngineInfo, methods: Sequence[Method]) -> EngineInfo:
         methods=tuple(method for method in Method if method in info.methods or method in further),
         companion_methods=further,
         scores=tuple(Score),
+        companion_scores=frozenset(Score) - frozenset(info.scores),
+        fewer_layers={},
         full=True,
     )
 

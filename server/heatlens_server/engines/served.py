@@ -65,11 +65,13 @@ def served_info(manifest: Manifest, *, kind: str, device: str) -> EngineInfo:
     """Describe an engine that serves an export.
 
     Its methods are those of the default layer. A layer is offered if it has all of them, but for those that exports
-    hold for the default layer alone: whether there is a graph for a method and layer says `can_serve`.
+    hold for the default layer alone: these have `fewer_layers`.
     """
     layers = {layer: {graph.method for graph in manifest.graphs if graph.layer == layer} for layer in manifest.layers}
     of_default = layers[manifest.graphs[0].layer]
     height_px, width_px = manifest.preprocess.input_px
+    offered = tuple(layer for layer, methods in layers.items() if of_default - DEFAULT_LAYER_ONLY <= methods)
+    held = {method: tuple(layer for layer in offered if method in layers[layer]) for method in of_default}
     return EngineInfo(
         kind=kind,
         device=device,
@@ -78,8 +80,9 @@ def served_info(manifest: Manifest, *, kind: str, device: str) -> EngineInfo:
         input_width_px=width_px,
         class_count=manifest.class_count,
         methods=tuple(method for method in Method if method in of_default),
-        layers=tuple(layer for layer, methods in layers.items() if of_default - DEFAULT_LAYER_ONLY <= methods),
+        layers=offered,
         scores=(manifest.graphs[0].score,),
+        fewer_layers={method: fewer for method, fewer in held.items() if fewer != offered},
     )
 
 

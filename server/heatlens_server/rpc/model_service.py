@@ -7,7 +7,7 @@ import grpc.aio
 
 from heatlens.v1 import model_pb2 as pb
 from heatlens.v1 import model_pb2_grpc
-from heatlens_server.cam.catalog import PRESETS, Method, Score
+from heatlens_server.cam.catalog import PRESETS, Method, Preset
 from heatlens_server.engines.base import EngineInfo
 from heatlens_server.models.registry import ModelState, Registry, Slot
 from heatlens_server.rpc.limits import Limits
@@ -93,12 +93,10 @@ def _model(slot: Slot[ServedModel]) -> pb.Model:
 
 
 def _support(method: Method, engine: EngineInfo) -> pb.MethodSupport:
-    preset = PRESETS.get(method)
-    # Options that exported graphs have not.
-    has_options = preset is not None and (preset.score is not Score.LOGIT or len(engine.layers) > 1)
-    by_companion = method in engine.companion_methods or has_options
+    preset = PRESETS.get(method, Preset(method))
+    by_companion = preset.method in engine.companion_methods or preset.score in engine.companion_scores
     return pb.MethodSupport(
         method=METHOD_TO_PROTO[method],
         engine="torch" if by_companion else engine.kind,
-        in_steps=(preset.method if preset else method).in_steps,
+        in_steps=preset.method.in_steps,
     )

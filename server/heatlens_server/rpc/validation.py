@@ -95,9 +95,10 @@ def _method(options: pb.ExplainOptions, model: ServedModel, wrong: Violations) -
 
 def _layers(options: pb.ExplainOptions, model: ServedModel, preset: Preset, wrong: Violations) -> tuple[str, ...]:
     offered = model.engine.layers_of(preset.method)
-    if len(options.layers) > len(offered):
+    known = model.engine.layers
+    if len(options.layers) > len(known):
         # Not one violation each: their number, and the time to compare them, would be the caller's to choose.
-        wrong.add("options.layers", f"at most {len(offered)} layers, each once; got {len(options.layers)}")
+        wrong.add("options.layers", f"at most {len(known)} layers, each once; got {len(options.layers)}")
         return offered[:1]
     layers = tuple(options.layers) or (offered if preset.all_layers else offered[:1])
     for i, layer in enumerate(layers):
@@ -106,8 +107,13 @@ def _layers(options: pb.ExplainOptions, model: ServedModel, preset: Preset, wron
                 f"options.layers[{i}]",
                 f"{shown(layer)} is several maps at once: {preset.method} explains {', '.join(offered) or 'no layer'}",
             )
-        elif layer not in offered:
+        elif layer not in known:
             wrong.add(f"options.layers[{i}]", f"unknown layer {shown(layer)}; this model offers: {', '.join(offered)}")
+        elif layer not in offered and preset.method is not Method.CAM:
+            wrong.add(
+                f"options.layers[{i}]",
+                f"this export has no {preset.method} by {shown(layer)}, only by {', '.join(offered)}",
+            )
         elif layer in layers[:i]:
             wrong.add(f"options.layers[{i}]", f"duplicate layer {shown(layer)}")
     if preset.method is Method.CAM and layers != offered[:1]:
@@ -128,7 +134,9 @@ def _check_predictions(options: pb.ExplainOptions, model: ServedModel, wire: Tas
 
 def _score(options: pb.ExplainOptions, model: ServedModel, method: Method, preset: Preset, wrong: Violations) -> Score:
     if options.target_score == method_pb2.TARGET_SCORE_UNSPECIFIED:
-        return preset.score
+        # An export may have another score than the logit; it has that one only.
+        alone = len(model.engine.scores) == 1 and method not in PRESETS
+        return model.engine.scores[0] if alone else preset.score
     score = SCORE_FROM_PROTO.get(options.target_score)
     if score is None:
         wrong.add("options.target_score", f"unknown target score {options.target_score}")

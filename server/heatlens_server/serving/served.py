@@ -18,7 +18,7 @@ class ServedModel:
         labels: one per class; empty if unknown.
         preprocess: from source image to input pixels.
         engine: what the engine can do.
-        default_method: for requests that name none; one of `engine.methods`.
+        default_method: for requests that name none; one of `engine.offered`.
         max_batch_size: most images run at once.
         max_delay_s: the batching window, in seconds.
         lane: the way to the device.

@@ -94,18 +94,24 @@ def test_what_the_export_has_not_is_what_torch_gives(make, spec):
 def test_it_can_be_left_out(make):
     engine = make(companion=False)
     assert set(engine.info.methods) <= set(CLOSED_FORMS)
-    assert engine.info.offered == engine.info.methods
+    assert set(engine.info.offered) == {*engine.info.methods, Method.REFINE_CAM}  # Grad-CAM by both layers
+    assert engine.info.layers_of(Method.EIGEN_CAM) == ("body",)
+    assert engine.info.layers_of(Method.GRAD_CAM) == make().info.layers_of(Method.EIGEN_CAM) == ("body", "stem")
     assert (engine.info.scores, engine.info.full) == ((Score.LOGIT,), False)
     with pytest.raises(ModelLoadError, match="method score-cam is not supported"):
         make(companion=False, engine="onnxruntime", method="score-cam")
     assert make(companion=False, method="score-cam").info.kind == "torch"
 
 
-@pytest.mark.parametrize("method", ["score-cam", "shapley-cam", "finer-cam", "refine-cam"])
+@pytest.mark.parametrize("method", ["score-cam", "shapley-cam", "finer-cam"])
 def test_a_default_method_that_needs_it_loads_it_at_the_start(make, method):
     engine = make(method=method)
     assert engine.info.kind == "onnxruntime"
     assert engine._companion is not None
+
+
+def test_a_default_method_of_several_layers_is_the_exports(make):
+    assert make(method="refine-cam")._companion is None
 
 
 def test_what_a_model_does_is_told_by_the_configuration(make):

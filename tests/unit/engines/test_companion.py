@@ -15,7 +15,9 @@ from heatlens_server.errors import InvalidArgument, ModelLoadError
 PATIENCE_S = 20
 EXPORTED = (Method.CAM, Method.GRAD_CAM)
 TORCH = (Method.CAM, Method.GRAD_CAM, Method.SHAPLEY_CAM, Method.SCORE_CAM)
-INFO = EngineInfo("onnxruntime", "cpu", "fp32", 4, 4, 10, EXPORTED, ("body", "stem"))
+INFO = EngineInfo(
+    "onnxruntime", "cpu", "fp32", 4, 4, 10, EXPORTED, ("body", "stem"), fewer_layers={Method.CAM: ("body",)}
+)
 TORCH_INFO = dataclasses.replace(INFO, kind="torch", methods=TORCH, scores=tuple(Score), full=True)
 PLAIN = MapSpec(Method.GRAD_CAM, ("body",), upsample=False)
 SCORE_CAM = dataclasses.replace(PLAIN, method=Method.SCORE_CAM)
@@ -118,6 +120,8 @@ def test_what_both_have_is_told_without_loading_anything():
     info = pair.engine.info
     assert (info.methods, info.companion_methods) == (TORCH, frozenset({Method.SHAPLEY_CAM, Method.SCORE_CAM}))
     assert (info.kind, info.scores, info.full, info.layers) == ("onnxruntime", tuple(Score), True, INFO.layers)
+    assert info.companion_scores == {*Score} - {Score.LOGIT}
+    assert (info.layers_of(Method.CAM), INFO.layers_of(Method.CAM)) == (("body", "stem"), ("body",))
     assert info.offered == (
         Method.CAM,
         Method.GRAD_CAM,

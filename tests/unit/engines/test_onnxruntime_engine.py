@@ -13,7 +13,7 @@ import pytest
 
 import tiny_models
 from engine_cases import bundle, loaded, noise, user_export
-from heatlens_server.cam.catalog import CLOSED_FORMS, Method, Score
+from heatlens_server.cam.catalog import CLOSED_FORMS, DEFAULT_LAYER_ONLY, Method, Score
 from heatlens_server.engines import onnxruntime_engine
 from heatlens_server.engines.base import ClassIds, MapSpec, TopK
 from heatlens_server.engines.onnxruntime_cuda import GraphedSession
@@ -116,7 +116,12 @@ def test_it_says_what_it_can_do():
     reference = TorchEngine(model, device="cpu")
     methods = tuple(method for method in CLOSED_FORMS if method is not Method.CAM)
     assert engine.info == dataclasses.replace(
-        reference.info, kind="onnxruntime", methods=methods, scores=(Score.LOGIT,), full=False
+        reference.info,
+        kind="onnxruntime",
+        methods=methods,
+        scores=(Score.LOGIT,),
+        full=False,
+        fewer_layers=dict.fromkeys(DEFAULT_LAYER_ONLY - {Method.CAM}, ("body",)),
     )
     plain = MapSpec(Method.EIGEN_CAM, ("body",), upsample=False)
     assert engine.can(plain)

@@ -13,6 +13,7 @@ from heatlens_server.cam.catalog import Aggregation, Method, Metric, Score
 from heatlens_server.engines.base import ClassIds, MapSpec, TopK
 from heatlens_server.rpc.limits import Limits
 from heatlens_server.rpc.validation import parse_explain
+from heatlens_server.serving.served import ServedModel
 
 
 def test_nothing_set_is_the_top_class_with_the_defaults():
@@ -171,6 +172,44 @@ def test_what_only_torch_does_is_refused_where_there_is_no_torch():
         "options.faithfulness",
     ]
     assert fields(refusal(request(method=method_pb2.METHOD_FINER_CAM), exported)) == ["options.method"]
+
+
+def of_export(*scores: Score, methods=(Method.GRAD_CAM, Method.EIGEN_CAM), **changes) -> ServedModel:
+    """Served from a folder: there is no torch beside it."""
+    engine = dataclasses.replace(TINY.engine, full=False, scores=scores, methods=methods, **changes)
+    return dataclasses.replace(TINY, engine=engine, default_method=engine.offered[0])
+
+
+def test_an_export_of_another_score_explains_that_one_unless_told_otherwise():
+    model = of_export(Score.PROBABILITY, methods=(Method.GRAD_CAM,))
+    assert model.engine.offered == (Method.GRAD_CAM,)
+    for sent in (request(), request(method=method_pb2.METHOD_GRAD_CAM), request(target_score=2)):
+        assert parse_explain(sent, model, LIMITS).plan.spec.score is Score.PROBABILITY
+    error = refusal(request(target_score=method_pb2.TARGET_SCORE_LOGIT), model)
+    assert fields(error) == ["options.target_score"]
+    assert "does not support logit; it supports: probability" in error.message
+
+
+def test_grad_cam_of_the_contrast_alone_goes_by_the_name_of_finer_cam():
+    model = of_export(Score.CONTRAST, methods=(Method.GRAD_CAM, Method.LAYER_CAM))
+    assert model.engine.offered == (Method.LAYER_CAM, Method.FINER_CAM)
+    finer = parse_explain(request(method=method_pb2.METHOD_FINER_CAM), model, LIMITS).plan.spec
+    assert (finer.method, finer.score, finer.layers) == (Method.GRAD_CAM, Score.CONTRAST, ("body",))
+    assert parse_explain(request(), model, LIMITS).plan.spec.score is Score.CONTRAST
+    assert fields(refusal(request(target_score=method_pb2.TARGET_SCORE_LOGIT), model)) == ["options.target_score"]
+    error = refusal(request(method=method_pb2.METHOD_GRAD_CAM), model)
+    assert fields(error) == ["options.method"]
+    assert "does not support grad-cam; it supports: layer-cam, finer-cam" in error.message
+
+
+def test_a_layer_by_which_an_export_has_not_the_method_is_named():
+    model = of_export(Score.LOGIT, fewer_layers={Method.EIGEN_CAM: ("body",)})
+    eigen = {"method": method_pb2.METHOD_EIGEN_CAM}
+    assert parse_explain(request(**eigen), model, LIMITS).plan.spec.layers == ("body",)
+    assert parse_explain(request(layers=["stem", "body"]), model, LIMITS).plan.spec.layers == ("stem", "body")
+    error = refusal(request(layers=["body", "stem"], **eigen), model)
+    assert fields(error) == ["options.layers[1]"]
+    assert "no eigen-cam by 'stem', only by body" in error.message
 
 
 @pytest.mark.parametrize(
