@@ -42,9 +42,10 @@ def check_model(config: ModelConfig, write: Callable[[str], None], *, cache_dir:
         return False
     finally:
         built.engine.close()
+    size = f"{info.input_width_px}x{info.input_height_px} px" if info.input_width_px else "any size"
     write(
         f"{config.name}: ok: {info.kind} on {info.device} in {info.precision}, "
-        f"{info.input_width_px}x{info.input_height_px} px, {info.class_count} classes, "
+        f"{size}, {info.class_count} classes, "
         f"layers {', '.join(info.layers)}; methods {', '.join(info.offered)}"
     )
     return True

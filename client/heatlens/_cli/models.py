@@ -16,7 +16,7 @@ from heatlens._cli.connection import (
     reporting,
 )
 from heatlens._client import Client
-from heatlens._results import ModelInfo
+from heatlens._results import ModelInfo, ModelState
 
 
 def models(
@@ -27,7 +27,11 @@ def models(
     tls: TlsOption = False,
     ca: CaOption = None,
 ) -> None:
-    """List the served models. With --json, a list of objects."""
+    """List the served models and their methods: first those that the model's engine runs in one pass.
+
+    After "torch:" come those for which torch is loaded when they are first asked for; after "in steps:" those that take
+    many runs of the model. With --json, a list of objects.
+    """
     with reporting(), Client(**client_options(server, tls=tls, ca=ca, timeout=timeout)) as client:
         found = client.models()
     typer.echo(json.dumps([asdict(model) for model in found], indent=2) if as_json else _as_table(found))
@@ -35,16 +39,17 @@ def models(
 
 def _as_table(found: tuple[ModelInfo, ...]) -> str:
     """Return aligned columns; the default model is marked with a star."""
-    rows = [("NAME", "STATE", "INPUT", "CLASSES", "ENGINE", "DEVICE", "METHODS")]
+    rows = [("NAME", "STATE", "TASK", "INPUT", "CLASSES", "ENGINE", "DEVICE", "METHODS")]
     rows += [
         (
             f"{model.name}{'*' if model.is_default else ''}",
             f"{model.state}{': ' if model.state_message else ''}{model.state_message}",
-            f"{model.input_width_px}x{model.input_height_px}" if model.input_width_px else "-",
+            model.task or "-",
+            _input(model),
             str(model.class_count or "-"),
             model.engine or "-",
             f"{model.device} {model.precision}".strip() or "-",
-            " ".join(model.methods) or "-",
+            _methods(model) or "-",
         )
         for model in found
     ]
@@ -52,3 +57,25 @@ def _as_table(found: tuple[ModelInfo, ...]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def _input(model: ModelInfo) -> str:
+    if model.input_width_px:
+        return f"{model.input_width_px}x{model.input_height_px}"
+    # What is not loaded has no size either.
+    return "any" if model.state is ModelState.READY else "-"
+
+
+def _methods(model: ModelInfo) -> str:
+    """Return the methods by what runs them and how: "cam grad-cam | torch: le-grad | torch, in steps: ss-cam"."""
+    groups: dict[tuple[bool, str], list[str]] = {}
+    for method in model.methods:
+        engine = model.method_engines.get(method, model.engine)
+        groups.setdefault((method in model.methods_in_steps, "" if engine == model.engine else engine), []).append(
+            method
+        )
+    listed = []
+    for (in_steps, engine), methods in sorted(groups.items()):
+        mark = ", ".join(part for part in (engine, "in steps" if in_steps else "") if part)
+        listed.append(f"{mark}{': ' if mark else ''}{' '.join(methods)}")
+    return " | ".join(listed)

@@ -1,0 +1,25 @@
+"""What `heatlens-server check` reports of a model."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from heatlens_server import check
+from heatlens_server.cam.catalog import Method
+from heatlens_server.config import ModelConfig
+from heatlens_server.engines.base import EngineInfo, ImageResult
+
+
+@pytest.mark.parametrize(("size_px", "said"), [((32, 64), "64x32 px"), ((0, 0), "any size")])
+def test_the_size_of_a_models_input(monkeypatch, size_px, said):
+    info = EngineInfo("torch", "cpu", "fp32", *size_px, 1, (Method.GRAD_CAM,), ("body",))
+    one = np.ones(1, np.float32)
+    result = ImageResult(one, (0,), np.ones((1, 2, 2), np.float32), one, one)
+    closed = []
+    engine = SimpleNamespace(info=info, explain=lambda *_: [result], close=lambda: closed.append(True))
+    monkeypatch.setattr(check, "build", lambda *_args, **_kwargs: SimpleNamespace(engine=engine))
+    lines: list[str] = []
+    assert check.check_model(ModelConfig(name="m", source="torchvision:resnet18"), lines.append, cache_dir=None)
+    assert lines == [f"m: ok: torch on cpu in fp32, {said}, 1 classes, layers body; methods grad-cam, refine-cam"]
+    assert closed
