@@ -9,7 +9,7 @@ import torch
 
 import tiny_models
 from engine_cases import bundle, loaded, noise, user_export
-from heatlens_server.cam.catalog import CLOSED_FORMS, Method, Score
+from heatlens_server.cam.catalog import CLOSED_FORMS, DEFAULT_LAYER_ONLY, Method, Score
 from heatlens_server.engines.base import ClassIds, MapSpec, TopK
 from heatlens_server.engines.torch_engine import TorchEngine
 from heatlens_server.engines.torchscript_engine import TorchScriptEngine
@@ -30,7 +30,12 @@ def test_it_says_what_it_can_do():
     reference = TorchEngine(model, device="cpu")
     methods = tuple(method for method in CLOSED_FORMS if method is not Method.CAM)
     assert engine.info == dataclasses.replace(
-        reference.info, kind="torchscript", methods=methods, scores=(Score.LOGIT,), full=False
+        reference.info,
+        kind="torchscript",
+        methods=methods,
+        scores=(Score.LOGIT,),
+        full=False,
+        fewer_layers=dict.fromkeys(DEFAULT_LAYER_ONLY - {Method.CAM}, ("body",)),
     )
     plain = MapSpec(Method.EIGEN_CAM, ("body",), upsample=False)
     assert engine.can(plain)

@@ -2,8 +2,6 @@
 
 import dataclasses
 
-import pytest
-
 from explain_requests import LIMITS, TINY
 from heatlens.v1 import method_pb2
 from heatlens.v1 import model_pb2 as pb
@@ -31,7 +29,6 @@ def support(model: pb.Model) -> dict[str, tuple[str, bool]]:
     }
 
 
-@pytest.mark.asyncio
 async def test_only_what_the_export_has_not_is_said_to_be_run_by_torch():
     beside = dataclasses.replace(
         EXPORT,
@@ -50,7 +47,6 @@ async def test_only_what_the_export_has_not_is_said_to_be_run_by_torch():
     }
 
 
-@pytest.mark.asyncio
 async def test_an_export_of_the_contrast_alone_lists_finer_cam_and_runs_it():
     model = await listed(dataclasses.replace(EXPORT, scores=(Score.CONTRAST,)))
     assert support(model) == {"FINER_CAM": ("onnxruntime", False)}
