@@ -84,7 +84,10 @@ def vector_from_tensor(*, data_type: str, shape: Sequence[int], data: bytes, len
 
 
 def fit_mask(mask: BoolArray, image: FittedImage) -> BoolArray:
-    """Bring a mask of the source image to the model's input: the nearest source pixel of each input pixel's centre.
+    """Bring a mask of the source image to the model's input.
+
+    Along a side that is shrunk, an input pixel is in the mask if any source pixel is whose centre it holds, so that
+    nothing that the model sees is lost, however thin. Otherwise it is if the source pixel at its own centre is.
 
     Args:
         mask: bool (source height, source width).
@@ -107,9 +110,8 @@ def fit_mask(mask: BoolArray, image: FittedImage) -> BoolArray:
         )
     height_px, width_px = image.pixels.shape[:2]
     region = image.region
-    rows = _nearest(region.top, region.bottom, height_px, source[0])
-    columns = _nearest(region.left, region.right, width_px, source[1])
-    fitted = mask[rows[:, None], columns]
+    fitted = _fit_side(mask, region.top, region.bottom, height_px, axis=0)
+    fitted = _fit_side(fitted, region.left, region.right, width_px, axis=1)
     if not fitted.any():
         raise InvalidArgument.of(
             "mask.data", "no pixel of the mask is within the part of the image that the model sees", reason="MASK_EMPTY"
@@ -143,10 +145,21 @@ def _held(start: float, stop: float, count: int, length_px: int) -> tuple[npt.ND
     return inside, np.minimum(parts, count - 1)
 
 
-def _nearest(start: float, stop: float, count: int, length_px: int) -> npt.NDArray[np.intp]:
-    """The source index of the centre of each of `count` equal parts of [start, stop)."""
-    centres = start + (np.arange(count, dtype=np.float64) + 0.5) * ((stop - start) / count)
-    return np.clip(np.floor(centres), 0, length_px - 1).astype(np.intp)
+def _fit_side(mask: BoolArray, start: float, stop: float, count: int, *, axis: int) -> BoolArray:
+    """What `count` equal parts of [start, stop) along an axis hold of a mask, as `fit_mask` has it."""
+    step = (stop - start) / count
+    last = mask.shape[axis] - 1
+    if step <= 1.0:
+        centres = start + (np.arange(count, dtype=np.float64) + 0.5) * step
+        return mask.take(np.clip(np.floor(centres), 0, last).astype(np.intp), axis=axis)
+    # The first source pixel whose centre each part holds, and the first one after the last part.
+    firsts = np.ceil(start + np.arange(count + 1) * step - 0.5)
+    # A part is wider than a pixel, so that none is empty, and equal edges, of rounding, mean the pixel at the edge.
+    edges = np.clip(firsts, 0, last + 1).astype(np.intp)
+    seen = mask[: edges[-1]] if axis == 0 else mask[:, : edges[-1]]
+    # Of bytes, this runs many at a time.
+    parts = np.bitwise_or.reduceat(seen.view(np.uint8), np.minimum(edges[:-1], edges[-1] - 1), axis=axis)
+    return parts.view(np.bool_)
 
 
 def _check(

@@ -54,13 +54,39 @@ def test_embeddings_that_cannot_be_compared_with(values, field):
     assert [violation.field for violation in raised.value.violations] == [field]
 
 
-def test_a_mask_goes_the_way_of_its_image():
-    """A mask painted into the image lands on the same input pixels as the mask itself."""
-    rng = np.random.default_rng(0)
-    mask = rng.random((24, 40)) < 0.3
-    image = np.repeat(np.where(mask, 255, 0).astype(np.uint8)[..., None], 3, axis=2)
-    fitted = fit(image, SPEC)
+def painted(mask):
+    """The mask as a picture."""
+    return np.repeat(np.where(mask, 255, 0).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def test_a_mask_of_an_image_that_is_enlarged_goes_its_way():
+    mask = np.random.default_rng(0).random((5, 7)) < 0.3
+    fitted = fit(painted(mask), SPEC)
     np.testing.assert_array_equal(fit_mask(mask, fitted), fitted.pixels[..., 0] == 255)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (9, 17), (23, 30), (101, 8), (8, 101), (8, 8)])
+def test_no_pixel_that_the_model_sees_is_lost_when_an_image_is_shrunk(shape):
+    """Each seen pixel alone is in one input pixel: the one that `place_mask` puts there. Masks add up."""
+    rng = np.random.default_rng(0)
+    mask = rng.random(shape) < 0.1
+    fitted = fit(painted(mask), SPEC)
+    sources = place_mask(np.arange(64, dtype=np.uint8).reshape(8, 8), fitted)
+    wanted = np.zeros(64, bool)
+    wanted[sources[mask & (sources != OUTSIDE)]] = True
+    np.testing.assert_array_equal(fit_mask(mask, fitted).ravel(), wanted)
+    nearest = fitted.pixels[..., 0] == 255
+    assert (fit_mask(mask, fitted) | ~nearest).all()
+
+
+@pytest.mark.parametrize("place", range(12, 36))
+def test_a_line_of_one_pixel_is_not_empty(place):
+    fitted = fit(np.zeros((24, 48, 3), np.uint8), SPEC)
+    mask = np.zeros((24, 48), bool)
+    mask[:, place] = True
+    found = fit_mask(mask, fitted)
+    np.testing.assert_array_equal(np.flatnonzero(found.all(axis=0)), [(place - 12) // 3])
+    assert found.sum() == 8
 
 
 def test_a_mask_must_be_of_the_image_and_meet_what_the_model_sees():
