@@ -52,6 +52,19 @@ def test_similarity_and_gradient_by_hand(engine, score):
     assert result.logits.shape == (0,)
 
 
+@pytest.mark.parametrize("largest", [1e-45, 1e-30, 1.0, 3e38])
+def test_references_of_any_scale(engine, largest):
+    image = photos()[0]
+    spec = MapSpec(Method.GRAD_CAM, engine.info.layers[:1], upsample=False)
+    # Signs: at the smallest scale float32 has nothing else.
+    signs = np.sign(np.random.default_rng(0).normal(size=engine.info.class_count)).astype(np.float32)
+    expected = run(engine, image, Similarity(signs), spec)
+    assert abs(expected.findings[0].logit) > 0.01
+    found = run(engine, image, Similarity(signs * np.float32(largest)), spec)
+    assert found.findings[0].logit == pytest.approx(expected.findings[0].logit, rel=1e-5)
+    np.testing.assert_allclose(found.maps, expected.maps, atol=2e-3)
+
+
 def test_references_may_be_images_and_mixed_in_a_batch(engine):
     images = photos()
     spec = MapSpec(Method.HI_RES_CAM, engine.info.layers[:1], upsample=True)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
 from torch import Tensor, nn
@@ -97,6 +98,16 @@ def _similarity(embeddings: Tensor, references: Tensor) -> Tensor:
     return torch.where(same, similarity.detach(), similarity)
 
 
+def _of_ordinary_scale(reference: npt.ArrayLike) -> Float32Array:
+    """A vector times the power of two that brings its largest magnitude to [0.5, 1).
+
+    The norm of very small or large elements is zero or infinite in float32. A power of two changes no digit.
+    """
+    vector = np.asarray(reference, np.float64)
+    _, exponent = np.frexp(np.abs(vector).max())
+    return np.ldexp(vector, -exponent).astype(np.float32)
+
+
 class Embedding:
     """Runs networks that return (N, D). Implements `tasks.base.TaskModel`."""
 
@@ -132,7 +143,7 @@ class Embedding:
         references = torch.zeros_like(output, dtype=wide(output.detach()).dtype, requires_grad=False)
         for n, reference in enumerate(chosen):
             if n not in images:
-                references[n] = torch.from_numpy(np.asarray(reference, np.float32)).to(references.device)
+                references[n] = torch.from_numpy(_of_ordinary_scale(reference)).to(references.device)
         if images:
             references[images] = wide(run(np.stack([np.asarray(chosen[n], np.uint8) for n in images])))
         return SimilarityGoals(output, references, score=score)
