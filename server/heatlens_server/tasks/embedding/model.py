@@ -105,7 +105,8 @@ def _of_ordinary_scale(reference: npt.ArrayLike) -> Float32Array:
     """
     vector = np.asarray(reference, np.float64)
     _, exponent = np.frexp(np.abs(vector).max())
-    return np.ldexp(vector, -exponent).astype(np.float32)
+    scaled: Float32Array = np.ldexp(vector, -exponent).astype(np.float32)
+    return scaled
 
 
 class Embedding:
