@@ -27,12 +27,14 @@ from heatlens._results import Health, ModelInfo, Result, ServerInfo
 from heatlens._status import error_of, unknown_model
 from heatlens._stream_wire import OverflowName, stream_plan
 from heatlens._wire_requests import (
+    ALL,
     MaskSource,
     Metrics,
     ReferenceSource,
     check_size,
     explain_request,
     health_request,
+    keep_metrics_of,
 )
 from heatlens.v1 import explain_pb2_grpc, model_pb2, model_pb2_grpc
 
@@ -169,6 +171,8 @@ class AsyncClient:
         # Reading a file would hold up the event loop.
         reads = any(isinstance(source, str | PathLike) for source in (image, mask, reference))
         request = await asyncio.to_thread(build) if reads else build()
+        if isinstance(faithfulness, str) and faithfulness == ALL:
+            keep_metrics_of(await self.models(timeout=timeout), request)
         return _wire.result_of(
             await self._call(self._connect().explain.Explain, request, timeout), placed=map_size == "source"
         )

@@ -19,12 +19,14 @@ from heatlens._status import error_of, unknown_model
 from heatlens._stream import Stream
 from heatlens._stream_wire import OverflowName, stream_plan
 from heatlens._wire_requests import (
+    ALL,
     MaskSource,
     Metrics,
     ReferenceSource,
     check_size,
     explain_request,
     health_request,
+    keep_metrics_of,
 )
 from heatlens.v1 import explain_pb2, explain_pb2_grpc, model_pb2, model_pb2_grpc
 
@@ -141,7 +143,8 @@ class Client:
             augment: average the maps of the image and its mirror image, each darker and brighter.
             principal_component: project weighted activations on their first principal component, do not sum them.
             faithfulness: measure how faithful each map is: True for deletion and insertion, or "road-combined",
-                "sparseness", ..., or a list of them: see `heatlens.Faithfulness`. Costs many runs of the model.
+                "sparseness", ..., or a list of them: see `heatlens.Faithfulness`; "all": those that the model's task
+                has, for which the server is asked about the model first. Costs many runs of the model.
             mask: segmentation: explain these pixels, not those predicted as the class: bools or integers (height,
                 width) of the upright source image, or an image file; what is not 0 counts.
             reference: embedding models, required there: what the image is compared with: an embedding, such as
@@ -181,6 +184,8 @@ class Client:
             min_score=min_score,
             return_mask=return_mask,
         )
+        if isinstance(faithfulness, str) and faithfulness == ALL:
+            keep_metrics_of(self.models(timeout=timeout), request)
         return _wire.result_of(self._call(self._explain.Explain, request, timeout), placed=map_size == "source")
 
     def stream(

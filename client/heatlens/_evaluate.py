@@ -7,7 +7,7 @@ from itertools import islice, product
 from os import PathLike
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -29,10 +29,12 @@ from heatlens._images import ImageSource
 from heatlens._names import METRICS
 from heatlens._options import UNSET, Timeout
 from heatlens._results import ModelInfo, ModelState, Result
-from heatlens._wire_requests import ReferenceSource
+from heatlens._wire_requests import ALL, ReferenceSource, metrics_of
 
 _Scores = dict[str, float]
 
+# It differentiates nothing, and its weights are chance: these change nothing about it, or do not suit it.
+_OF_FLOOR = {"target_score": None, "principal_component": False}
 _NOTHING_FOUND = "NOTHING_FOUND"
 # Tried again already, where that may help.
 _HOPELESS = (
@@ -67,15 +69,19 @@ def evaluate(
 ) -> Evaluation:
     """Measure how faithful methods are: each explains each image, and each map is measured on the served model.
 
-    Random-CAM is always among them where the model supports it: it is the floor that a method must beat. An image that
-    fails with one method is left out for all of them, so that all are compared on the same images.
+    Random-CAM is always among them where the model supports it: it is the floor that a method must beat. It explains no
+    score and weights nothing that has a component: `target_score` and `principal_component` are for the others. An
+    image that fails with one method is left out for all of them, so that all are compared on the same images.
+
+    Methods that refuse the options (CAM any `layers` but the default one, for instance) are left out, unless they are
+    named; so is Random-CAM even then.
 
     Args:
         client: a client of the server; it stays open.
         images: as for `Client.explain`, at least one.
         model: name of a served model. None: the server's default.
         methods: their names; "all": every one that the model supports. None: those that take a single pass.
-        metrics: their names, as in `heatlens.Faithfulness`, with hyphens. None: all that the model's task has.
+        metrics: their names, as in `heatlens.Faithfulness`, with hyphens. None, "all": all that the model's task has.
         layers: as for `Client.explain`; so are those that follow.
         target_score: what is explained about a class.
         aggregation: how the maps of several layers become one.
@@ -89,21 +95,23 @@ def evaluate(
         on_progress: called in this thread with the number of answers so far and of all.
 
     Returns:
-        The scores, and which images failed.
+        The scores, which images failed, and which methods were left out.
 
     Raises:
-        InvalidArgumentError: an argument is wrong, or an option does not suit the model.
+        InvalidArgumentError: an argument is wrong, or an option does not suit the model, or a method that is named.
         NotFoundError: no model of that name.
         UnavailableError, FailedPreconditionError: the model is loading, or failed to load.
         UnimplementedError: the server is too old to measure.
         HeatlensError: any other failure that is no image's; see `heatlens.HeatlensError` and its subclasses.
     """
     sources = _sources(images)
+    if metrics == ALL:
+        metrics = None
     if metrics is not None:
         metrics = _each_once("metrics", metrics, METRICS)
     workers = checked_int("max_in_flight", max_in_flight, at_least=1, at_most=1024)
     served = _served(client.models(timeout=timeout), model)
-    wanted = _metrics_of(served.task) if metrics is None else tuple(metrics)
+    wanted = metrics_of(served.task) if metrics is None else tuple(metrics)
     chosen = _methods(methods, served)
     options: dict[str, Any] = {
         "model": served.name,
@@ -120,13 +128,14 @@ def evaluate(
         "timeout": timeout,
     }
     failures: dict[str, Failure] = {}
+    refusals: dict[str, InvalidArgumentError] = {}
     versions: set[str] = set()
 
     def explain(name: str, source: ImageSource, method: str) -> _Scores:
-        # What is known to fail need not be run with the other methods.
-        if name in failures:
+        # What is known to fail need not be run.
+        if name in failures or method in refusals:
             return {}
-        result = client.explain(source, method=method, **options)
+        result = client.explain(source, method=method, **options | (_OF_FLOOR if method == FLOOR else {}))
         versions.add(result.model_version)
         return _scores(result, wanted)
 
@@ -137,9 +146,13 @@ def evaluate(
         try:
             scores[method, name] = answer.result()
         except (HeatlensError, OSError) as error:
-            if _is_hopeless(error):
+            if _is_refusal(error):
+                refusals.setdefault(method, error)
+                _check_refusals(refusals, chosen, named=methods not in (None, ALL))
+            elif _is_hopeless(error):
                 raise
-            failures.setdefault(name, Failure(image=name, method=method, error=error))
+            else:
+                failures.setdefault(name, Failure(image=name, method=method, error=error))
         if on_progress is not None:
             on_progress(done, total)
     kept = tuple(name for name in sources if name not in failures)
@@ -148,8 +161,11 @@ def evaluate(
         model_version=", ".join(sorted(versions)),
         metrics=wanted,
         images=kept,
-        rows=tuple(_row(method, wanted, [scores[method, name] for name in kept]) for method in chosen),
+        rows=tuple(
+            _row(method, wanted, [scores[method, name] for name in kept]) for method in chosen if method not in refusals
+        ),
         failures=tuple(failures.values()),
+        left_out={method: refusals[method].message for method in chosen if method in refusals},
     )
 
 
@@ -168,16 +184,11 @@ def _sources(images: Iterable[ImageSource]) -> dict[str, ImageSource]:
     return found
 
 
-def _metrics_of(task: str) -> tuple[str, ...]:
-    """Return the metrics that a task has: only classifiers say which class is the least probable."""
-    return tuple(metric for metric in METRICS if metric != "class-sensitivity" or "classification" in task)
-
-
 def _methods(methods: str | Sequence[str] | None, served: ModelInfo) -> tuple[str, ...]:
     """Return the methods in the model's order, the floor last."""
     if methods is None:
         names = tuple(name for name in served.methods if name not in served.methods_in_steps)
-    elif methods == "all":
+    elif methods == ALL:
         names = served.methods
     else:
         names = _each_once("methods", methods, served.methods)
@@ -258,6 +269,33 @@ def _scores(result: Result, metrics: Sequence[str]) -> _Scores:
         if not all(metric in one for one in measured):
             raise UnimplementedError(f"the server did not measure {metric}: it is too old", reason="NOT_MEASURED")
     return {metric: fmean(one[metric] for one in measured) for metric in metrics}
+
+
+def _is_refusal(error: HeatlensError | OSError) -> TypeGuard[InvalidArgumentError]:
+    """Whether the server refuses the options, which it may with one method and not with another; not the image."""
+    if not isinstance(error, InvalidArgumentError) or not error.field_violations:
+        return False
+    return all(violation.field.startswith("options.") for violation in error.field_violations)
+
+
+def _check_refusals(refusals: Mapping[str, InvalidArgumentError], chosen: Sequence[str], *, named: bool) -> None:
+    """Give up where methods that must not be left out refuse the options.
+
+    Raises:
+        InvalidArgumentError: the refusal of a method that is named, or one of them if every method but the floor
+            refuses.
+    """
+    others = [method for method in chosen if method != FLOOR] or [FLOOR]
+    refused = [method for method in others if method in refusals]
+    if refused and (named or refused == others):
+        error = refusals[refused[-1]]
+        raise InvalidArgumentError(
+            f"{refused[-1]}: {error.message}",
+            reason=error.reason,
+            metadata=error.metadata,
+            request_id=error.request_id,
+            field_violations=error.field_violations,
+        ) from error
 
 
 def _is_hopeless(error: HeatlensError | OSError) -> bool:

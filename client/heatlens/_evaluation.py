@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from io import StringIO
 from os import PathLike
@@ -83,6 +83,7 @@ class Evaluation:
         images: the images that every method explained: paths, or "image 3".
         rows: the methods, Random-CAM last.
         failures: the images that were left out.
+        left_out: the methods that were left out since they refuse the options, and why.
     """
 
     model: str
@@ -91,6 +92,7 @@ class Evaluation:
     images: tuple[str, ...]
     rows: tuple[MethodScores, ...]
     failures: tuple[Failure, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Evaluation({len(self.rows)} methods on {len(self.images)} images, {len(self.failures)} failed)"
@@ -112,7 +114,9 @@ class Evaluation:
         return _badness(metric, row.means[metric]) < _badness(metric, self.floor.means[metric]) - _ROUNDING
 
     def table(self, *, width: int | None = None) -> str:
-        """Return mean and standard error of every method and metric as text; the best are marked with a star.
+        """Return mean and standard error of every method and metric as text.
+
+        The best are marked with a star: those of the best mean, up to rounding, if it is better than Random-CAM's.
 
         Args:
             width: columns of the terminal; metrics that do not fit side by side go below. None: any number.
@@ -179,15 +183,22 @@ class Evaluation:
                 {"image": failure.image, "method": failure.method, "error": str(failure.error)}
                 for failure in self.failures
             ],
+            "left_out": dict(self.left_out),
         }
 
     def _cell(self, metric: str, row: MethodScores) -> str:
         mean, error = row.means[metric], row.standard_errors[metric]
         if math.isnan(mean):
             return "-"
-        best = BETTER[metric] is not Better.NEITHER and mean == self.ranked(metric)[0].means[metric]
         spread = "" if math.isnan(error) else f" ± {error:.3f}"
-        return f"{mean:.3f}{spread}{' *' if best else ''}"
+        return f"{mean:.3f}{spread}{' *' if self._is_best(metric, row) else ''}"
+
+    def _is_best(self, metric: str, row: MethodScores) -> bool:
+        """Whether no method is better by more than rounding, and the floor is worse."""
+        if row.method == FLOOR or BETTER[metric] is Better.NEITHER or self.beats_floor(row, metric) is False:
+            return False
+        best = _badness(metric, self.ranked(metric)[0].means[metric])
+        return _badness(metric, row.means[metric]) <= best + _ROUNDING
 
 
 def _badness(metric: str, mean: float) -> float:

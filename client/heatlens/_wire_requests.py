@@ -13,7 +13,11 @@ from heatlens._arguments import as_float, checked_bool, checked_int, is_text, nu
 from heatlens._exceptions import InvalidArgumentError
 from heatlens._images import ImageSource, UInt8Array, load_image
 from heatlens._names import AGGREGATIONS, MAP_SIZES, MAP_TYPES, METHODS, METRICS, TARGET_SCORES
+from heatlens._results import ModelInfo
 from heatlens.v1 import explain_pb2, faithfulness_pb2
+
+ALL = "all"
+"""Stands for every name there is."""
 
 Metrics: TypeAlias = bool | str | Sequence[str]
 MaskSource: TypeAlias = ImageSource
@@ -113,6 +117,21 @@ def explain_options(
     return options
 
 
+def metrics_of(task: str) -> tuple[str, ...]:
+    """Return the metrics that a task has: only classifiers say which class is the least probable."""
+    return tuple(metric for metric in METRICS if metric != "class-sensitivity" or "classification" in task)
+
+
+def keep_metrics_of(models: Iterable[ModelInfo], request: explain_pb2.ExplainRequest) -> None:
+    """Reduce a request for all metrics to those that its model's task has; left as it is if the task is not known."""
+    task = next((one.task for one in models if (one.name == request.model if request.model else one.is_default)), "")
+    if task:
+        del request.options.faithfulness.metrics[:]
+        request.options.faithfulness.metrics.extend(
+            number_of("faithfulness", metric, METRICS) for metric in metrics_of(task)
+        )
+
+
 def check_size(request: Message, max_message_bytes: int, *, argument: str = "image") -> None:
     """Refuse a request that no channel would carry: gRPC would only find out after burning every retry.
 
@@ -186,10 +205,12 @@ def _metrics(faithfulness: Metrics) -> list[faithfulness_pb2.FaithfulnessMetric]
     """Return the metrics asked for, empty for the server's choice; None if none are."""
     if faithfulness is None or isinstance(faithfulness, bool | np.bool_):
         return [] if faithfulness else None
-    names = [faithfulness] if isinstance(faithfulness, str) else faithfulness
+    names: object = faithfulness
+    if isinstance(faithfulness, str):
+        names = METRICS if faithfulness == ALL else [faithfulness]
     if not isinstance(names, Iterable) or not (names := list(names)):
         raise InvalidArgumentError.of(
-            "faithfulness", f"expected True, a metric's name or a list of names, got {faithfulness!r}"
+            "faithfulness", f"expected True, 'all', a metric's name or a list of names, got {faithfulness!r}"
         )
     numbers = [number_of("faithfulness", name if isinstance(name, str) else repr(name), METRICS) for name in names]
     if len(set(numbers)) < len(numbers):

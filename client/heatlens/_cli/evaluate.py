@@ -36,7 +36,6 @@ from heatlens._cli.explaining import (
 from heatlens._cli.interrupt import INTERRUPTED
 from heatlens._client import Client
 from heatlens._evaluate import evaluate as run
-from heatlens._names import METRICS
 
 
 def evaluate(
@@ -84,7 +83,8 @@ def evaluate(
 ) -> None:
     """Measure how faithful methods are: every method explains every image, and every map is tested on the model.
 
-    Exits with 1 if an image failed; it is left out for all methods.
+    Exits with 1 if an image failed; it is left out for all methods. Without --methods, and with "all", methods that
+    refuse the options are left out, which is said on stderr; a method that is named must take them.
     """
     # Better now than after hours of work.
     if output is not None and find_spec("matplotlib") is None:
@@ -98,8 +98,8 @@ def evaluate(
                     client,
                     images,
                     model=model,
-                    methods=_methods(methods),
-                    metrics=listed(metrics, every=METRICS),
+                    methods=listed(methods),
+                    metrics=listed(metrics),
                     layers=layers or None,
                     target_score=target_score,
                     aggregation=aggregation,
@@ -112,6 +112,8 @@ def evaluate(
             for failure in evaluation.failures:
                 text = describe(failure.error)
                 warn(f"error: {text}" if failure.image in text else f"error: {failure.image}: {text}")
+            for method, reason in evaluation.left_out.items():
+                warn(f"left out {method}: {' '.join(reason.split())}")
             if not evaluation.images:
                 fail("every image failed")
             report = json.dumps(evaluation.as_dict(), indent=2)
@@ -125,11 +127,6 @@ def evaluate(
         raise typer.Exit(INTERRUPTED) from None
     if evaluation.failures:
         raise typer.Exit(1)
-
-
-def _methods(names: str | None) -> list[str] | str | None:
-    """Return what `evaluate` takes; which methods are all of them is the model's business."""
-    return "all" if names is not None and names.strip() == "all" else listed(names, every=())
 
 
 @contextmanager

@@ -41,7 +41,6 @@ from heatlens._cli.explaining import (
 )
 from heatlens._client import Client
 from heatlens._exceptions import HeatlensError
-from heatlens._names import METRICS
 from heatlens._results import Result
 
 # Files in flight: enough to give the server batches, few enough to keep memory and queues small.
@@ -115,7 +114,7 @@ def explain(
         "aggregation": aggregation,
         "augment": augment,
         "principal_component": principal_component,
-        "faithfulness": listed(faithfulness, every=METRICS) or False,
+        "faithfulness": listed(faithfulness) or False,
         "mask": mask,
         "min_score": min_score,
         "return_mask": return_mask,

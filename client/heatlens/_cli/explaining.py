@@ -1,6 +1,5 @@
 """What the commands that explain share: options that say how maps are made, and reading them."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -9,7 +8,7 @@ import numpy.typing as npt
 import typer
 
 from heatlens._exceptions import InvalidArgumentError
-from heatlens._wire_requests import ReferenceSource
+from heatlens._wire_requests import ALL, ReferenceSource
 
 ModelOption: TypeAlias = Annotated[str | None, typer.Option(show_default="the server's", help="A served model.")]
 ClassOption: TypeAlias = Annotated[
@@ -41,12 +40,10 @@ PrincipalOption: TypeAlias = Annotated[
 ]
 
 
-def listed(names: str | None, *, every: Iterable[str]) -> list[str] | None:
-    """Return the names of a comma-separated list; "all" stands for every one there is. None for None."""
-    if names is None:
-        return None
-    if names.strip() == "all":
-        return list(every)
+def listed(names: str | None) -> list[str] | str | None:
+    """Return the names of a comma-separated list; None, and "all", for itself: what all are is the model's business."""
+    if names is None or names.strip() == ALL:
+        return names and ALL
     return [name.strip() for name in names.split(",")]
 
 

@@ -77,6 +77,7 @@ class Peer(explain_pb2_grpc.ExplainServiceServicer, model_pb2_grpc.ModelServiceS
         return reply(request, context) if callable(reply) else reply
 
     answer = staticmethod(answer)
+    failure = staticmethod(failure)
 
     def fail(self, code, message="no", *details, trailing=(), times=1):
         """Fail the next `times` calls."""

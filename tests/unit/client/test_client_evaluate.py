@@ -1,92 +1,28 @@
 """Evaluation against a scripted server: what is asked, what fails, and what comes of it."""
 
 import json
-import signal
-import subprocess
-import sys
 import threading
-from unittest.mock import patch
 
-import cv2
 import grpc
 import numpy as np
 import pytest
-from google.rpc import error_details_pb2
-from typer.testing import CliRunner
 
 import heatlens
 from heatlens import Client, Retry, evaluate
-from heatlens._cli import app
 from heatlens._names import METHODS, METRICS
-from heatlens.v1 import faithfulness_pb2, model_pb2
-
-SERVED = ("grad-cam", "layer-cam", "random-cam", "score-cam")
-ONE_PASS = ("grad-cam", "layer-cam", "random-cam")
-# Deletion and all else of a method, less a tenth of the image's number.
-QUALITY = {"grad-cam": 0.9, "layer-cam": 0.8, "random-cam": 0.5, "score-cam": 0.7}
-NAMES = {number: name for name, number in METHODS.items()}
-
-
-def image_of(number):
-    return f"image number {number}".encode()
-
-
-def number_of(request):
-    return int(request.image.encoded.split()[-1])
+from heatlens.v1 import model_pb2
+from measuring_peer import NAMES, ONE_PASS, failing, image_of, measuring, number_of, refusing
 
 
 @pytest.fixture
 def served(peer):
-    """The peer, serving a model whose maps are as faithful as QUALITY says."""
-
-    def reply(request, context):
-        peer.asked.append((number_of(request), NAMES[request.options.method]))
-        values = {
-            name.replace("-", "_"): QUALITY[NAMES[request.options.method]] - number_of(request) / 10
-            for name, number in METRICS.items()
-            if number in request.options.faithfulness.metrics
-        }
-        answer = peer.answer()
-        answer.explanations[0].faithfulness.CopyFrom(faithfulness_pb2.Faithfulness(**values))
-        return answer
-
-    peer.asked = []
-    peer.reply = reply
-    peer.replies[0] = reply
-    support = [
-        model_pb2.MethodSupport(method=METHODS[name], engine="torch", in_steps=name == "score-cam") for name in SERVED
-    ]
-    model = model_pb2.Model(
-        name="tiny",
-        task="classification",
-        state=model_pb2.Model.STATE_READY,
-        methods=[METHODS[name] for name in SERVED],
-        method_support=support,
-    )
-    peer.models = model_pb2.ListModelsResponse(models=[model], default_model="tiny")
-    return peer
+    return measuring(peer)
 
 
 @pytest.fixture
 def client(served):
     with Client(served.address, retry=Retry(max_attempts=1)) as client:
         yield client
-
-
-def failing(served, *codes, on=2, reason="X", field=None, method=None):
-    """Let one image fail, with one method or all."""
-
-    def reply(request, context):
-        if number_of(request) == on and method in {None, NAMES[request.options.method]}:
-            details = [error_details_pb2.ErrorInfo(reason=reason, domain="heatlens")]
-            if field is not None:
-                violation = error_details_pb2.BadRequest.FieldViolation(field=field, description="wrong")
-                details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-            served.fail(codes[0], "no", *details)
-            return served.replies.popleft()(request, context)
-        return served.reply(request, context)
-
-    served.replies[0] = reply
 
 
 def test_every_method_explains_every_image(served, client):
@@ -138,8 +74,9 @@ def test_options_are_sent_and_all_metrics_asked_for(served, client):
         min_score=0.25,
         top_k=2,
     )
-    options = served.requests[0].options
-    assert served.requests[0].model == "tiny"
+    (request,) = (request for request in served.requests if request.options.method == METHODS["grad-cam"])
+    options = request.options
+    assert request.model == "tiny"
     assert list(options.faithfulness.metrics) == list(METRICS.values())
     assert list(options.layers) == ["a", "b"]
     assert (options.target_score, options.aggregation, options.top_k) == (2, 2, 2)
@@ -233,6 +170,49 @@ def test_what_no_image_is_to_blame_for_ends_it(served, client, code, field):
     assert len(served.asked) < 39
 
 
+@pytest.mark.parametrize("asked", [None, "all"])
+def test_methods_that_refuse_the_options_are_left_out(served, client, asked):
+    refusing(served, "layer-cam")
+    evaluation = evaluate(client, [image_of(number) for number in range(1, 40)], methods=asked, metrics="all")
+    assert [row.method for row in evaluation.rows] == [
+        method for method in ("grad-cam", "score-cam", "random-cam") if asked or method in ONE_PASS
+    ]
+    assert len(evaluation.images) == 39
+    assert evaluation.failures == ()
+    assert evaluation.left_out == {"layer-cam": "not with layer-cam"}
+    assert evaluation.as_dict()["left_out"] == dict(evaluation.left_out)
+    # Once it refused it is not asked again, but for what was under way.
+    assert [method for _, method in served.asked].count("layer-cam") < 20
+
+
+@pytest.mark.parametrize(
+    ("asked", "refused", "named"),
+    [
+        (["grad-cam", "layer-cam"], ["layer-cam"], "layer-cam"),
+        (None, ["grad-cam", "layer-cam"], "layer-cam"),
+        ("random-cam", ["random-cam"], "random-cam"),
+    ],
+)
+def test_a_refusal_of_a_named_method_or_of_all_is_an_error(served, client, asked, refused, named):
+    refusing(served, *refused)
+    with pytest.raises(heatlens.InvalidArgumentError, match=f"^{named}: not with {named}$") as refusal:
+        evaluate(client, [image_of(1)], methods=asked, metrics="deletion")
+    assert refusal.value.reason == "INVALID_OPTION"
+    assert refusal.value.field_violations[0].field == "options.layers[0]"
+
+
+def test_the_floor_takes_what_it_can(served, client):
+    options = {"layers": "a", "target_score": "contrast", "principal_component": True}
+    evaluate(client, [image_of(1)], methods="grad-cam", **options)
+    sent = {NAMES[request.options.method]: request.options for request in served.requests}
+    assert (sent["grad-cam"].target_score, sent["grad-cam"].smoothing.principal_component) == (4, True)
+    assert (sent["random-cam"].target_score, sent["random-cam"].smoothing.principal_component) == (0, False)
+    assert list(sent["random-cam"].layers) == ["a"]
+    refusing(served, "random-cam")
+    evaluation = evaluate(client, [image_of(1)], methods="grad-cam", layers="a", metrics="deletion")
+    assert (evaluation.floor, list(evaluation.left_out)) == (None, ["random-cam"])
+
+
 def test_a_server_too_old_to_measure(served, client):
     served.replies[0] = served.answer()
     with pytest.raises(heatlens.UnimplementedError, match="did not measure deletion"):
@@ -269,82 +249,3 @@ def test_models_that_cannot_be_evaluated(served, client):
     served.models.models[0].state_message = "no weights"
     with pytest.raises(heatlens.FailedPreconditionError, match="no weights"):
         evaluate(client, [image_of(1)])
-
-
-@pytest.fixture
-def run(served, tmp_path):
-    """Run `heatlens evaluate` on images 1 to 3 in files."""
-    paths = [tmp_path / f"{number}.jpg" for number in (1, 2, 3)]
-    for number, path in enumerate(paths, start=1):
-        path.write_bytes(image_of(number))
-
-    def run(*options):
-        command = ["evaluate", "--server", served.address, *options, *map(str, paths)]
-        return CliRunner().invoke(app, command)
-
-    return run
-
-
-def test_command_prints_a_table_and_writes_files(run, tmp_path):
-    done = run("--methods", "grad-cam, score-cam", "--metrics", "deletion,insertion", "-o", str(tmp_path / "out"))
-    assert done.exit_code == 0, done.output
-    assert [line.split()[0] for line in done.stdout.splitlines()[2:]] == ["grad-cam", "score-cam", "random-cam"]
-    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert report["images"] == [str(tmp_path / f"{number}.jpg") for number in (1, 2, 3)]
-    assert report["methods"][0]["metrics"]["deletion"]["mean"] == pytest.approx(0.7)
-    assert cv2.imread(str(tmp_path / "out" / "evaluation.png")) is not None
-
-
-def test_command_reports_failed_images(run, served, tmp_path):
-    failing(served, grpc.StatusCode.INVALID_ARGUMENT, reason="IMAGE_UNDECODABLE", field="image.encoded")
-    done = run("--json", "--metrics", "sparseness", "--methods", "all")
-    assert done.exit_code == 1
-    report = json.loads(done.stdout)
-    assert len(report["images"]) == 2
-    assert len(report["methods"]) == len(SERVED)
-    assert report["failures"][0]["image"] == str(tmp_path / "2.jpg")
-    assert f"{tmp_path / '2.jpg'}: no [IMAGE_UNDECODABLE" in done.stderr
-
-
-def test_command_without_matplotlib(run, served, tmp_path):
-    with patch("heatlens._cli.evaluate.find_spec", return_value=None):
-        done = run("-o", str(tmp_path / "out"))
-        assert done.exit_code == 1
-        assert "pip install 'heatlens[plot]'" in done.stderr
-        assert served.asked == []
-        assert run("--metrics", "deletion").exit_code == 0
-
-
-def test_command_tells_wrong_names(run):
-    done = run("--methods", "grad-kam")
-    assert done.exit_code == 1
-    assert "methods: expected some of grad-cam" in done.stderr
-
-
-# A process that was started in the background by some shells ignores SIGINT, and so do its children.
-PROGRAM = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from heatlens._cli import app
-app()
-"""
-
-
-def test_interrupt_does_not_wait_for_open_calls(served, tmp_path):
-    arrived, release = threading.Event(), threading.Event()
-    served.replies[0] = lambda request, context: arrived.set() or (release.wait(60) and served.answer())
-    path = tmp_path / "1.jpg"
-    path.write_bytes(image_of(1))
-    command = [sys.executable, "-c", PROGRAM, "evaluate", "--server", served.address, str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert arrived.wait(20)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=20)
-        assert process.returncode == 130, stderr
-        assert stdout == ""
-        assert "Traceback" not in stderr
-    finally:
-        release.set()
-        process.kill()
-        process.communicate()

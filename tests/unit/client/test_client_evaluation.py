@@ -57,6 +57,26 @@ def test_table(evaluation):
         assert narrow.count(row.method) == 3
 
 
+def test_ties_share_a_star_and_the_floor_has_none(evaluation):
+    grad_cam, layer_cam, floor = evaluation.rows
+
+    def starred(metric, *means):
+        rows = [
+            replace(row, means={metric: mean}, standard_errors={metric: 0.01})
+            for row, mean in zip((grad_cam, layer_cam, floor), means, strict=True)
+        ]
+        lines = replace(evaluation, metrics=(metric,), rows=tuple(rows)).table().splitlines()
+        return [line.split()[0] for line in lines if line.endswith("*")]
+
+    assert starred("deletion", 0.1, 0.1 + 1e-9, 0.2) == ["grad-cam", "layer-cam"]
+    assert starred("model-randomisation", -0.1, 0.1, 0.2) == ["grad-cam", "layer-cam"]
+    assert starred("deletion", 0.3, 0.4, 0.2) == []
+    assert starred("increase", 1.0, 1.0, 1.0) == []
+    assert starred("sparseness", 0.9, 0.5, 0.2) == []
+    alone = replace(evaluation, rows=(grad_cam, layer_cam))
+    assert alone.table().count("*") == 3
+
+
 def test_chart(evaluation, tmp_path):
     evaluation.chart(tmp_path / "chart.png")
     picture = cv2.imread(str(tmp_path / "chart.png"))

@@ -1,4 +1,4 @@
-"""Answers of tasks other than classification, measures, and what runs each method, without a channel."""
+"""Answers of tasks other than classification, measures, and what runs each method."""
 
 import json
 from dataclasses import asdict, fields
@@ -86,3 +86,21 @@ def test_what_runs_each_method():
     assert model.methods_in_steps == ("score-cam",)
     hash(model)
     assert json.loads(json.dumps(asdict(model)))["method_engines"]["grad-cam"] == "onnxruntime"
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "left_out"),
+    [
+        (None, "multi-label-classification", set()),
+        (None, "segmentation", {"class-sensitivity"}),
+        ("boxes", "detection", {"class-sensitivity"}),
+        ("gone", "segmentation", set()),
+    ],
+)
+async def test_all_metrics_are_those_of_the_model(connect, peer, name, task, left_out):
+    models = [model_pb2.Model(name="other", task="classification"), model_pb2.Model(name="boxes", task=task)]
+    peer.models = model_pb2.ListModelsResponse(models=models, default_model="boxes" if name is None else "other")
+    await connect().explain(b"x", model=name, faithfulness="all")
+    asked = set(peer.requests[0].options.faithfulness.metrics)
+    assert set(METRICS.values()) - asked == {METRICS[metric] for metric in left_out}
+    assert len(asked) == len(METRICS) - len(left_out)
