@@ -11,6 +11,7 @@ import pytest
 
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc, method_pb2
+from heatlens.v1.faithfulness_pb2 import FaithfulnessOptions
 from image_files import black_png, png, saved
 from wire import Details, distinct, map_of, pixels
 
@@ -198,8 +199,17 @@ OPTIONS = {
     "layer of emoji": (asking(layers=["\N{CAT FACE}" * 9999, "body"]), ["options.layers[0]"]),
     "CAM off the default layer": (asking(method=method_pb2.METHOD_CAM, layers=["stem"]), ["options.layers"]),
     "CAM of a model with a hidden layer": (asking("tiny_mlp", method=method_pb2.METHOD_CAM), ["options.method"]),
-    "augmentation": (asking(smoothing=pb.Smoothing(augmentation=True)), ["options.smoothing"]),
-    "principal component": (asking(smoothing=pb.Smoothing(principal_component=True)), ["options.smoothing"]),
+    "principal component of no weights": (asking(
+        method=method_pb2.METHOD_EIGEN_CAM, smoothing=pb.Smoothing(principal_component=True)
+    ), ["options.smoothing.principal_component"]),
+    "unknown target score": (asking(target_score=9), ["options.target_score"]),
+    "another score than the method's": (asking(
+        method=method_pb2.METHOD_FINER_CAM, target_score=method_pb2.TARGET_SCORE_LOGIT
+    ), ["options.target_score"]),
+    "unknown aggregation": (asking(aggregation=-1), ["options.aggregation"]),
+    "unknown metric": (asking(faithfulness=FaithfulnessOptions(metrics=[11])), ["options.faithfulness.metrics[0]"]),
+    "mask for a classifier": (asking(mask=pb.Tensor()), ["options.mask"]),
+    "reference for a classifier": (asking(reference_embedding=pb.Tensor()), ["options.reference_embedding"]),
 }  # fmt: skip
 
 
