@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from heatlens.v1 import explain_pb2 as pb
-from heatlens.v1 import faithfulness_pb2, method_pb2
+from heatlens.v1 import method_pb2
 from heatlens_server.cam.catalog import PRESETS, WEIGHTED, Aggregation, Method, Metric, Preset, Score
 from heatlens_server.engines.base import MapSpec
 from heatlens_server.rpc.images import SourceImage, parse_image
@@ -199,7 +199,7 @@ def _metrics(options: pb.ExplainOptions, model: ServedModel, wire: TaskWire, wro
         if metric is None:
             wrong.add(f"{field}[{i}]", f"unknown metric {value}")
         elif metric in chosen:
-            wrong.add(f"{field}[{i}]", f"duplicate metric {faithfulness_pb2.FaithfulnessMetric.Name(value)}")
+            wrong.add(f"{field}[{i}]", f"duplicate metric {metric}")
         elif metric not in wire.measures:
             wrong.add(f"{field}[{i}]", f"{metric} is not defined for a model of {model.engine.task}")
         else:

@@ -101,6 +101,7 @@ def test_all_wrong_fields_are_named_at_once():
         "image.pixels.data",
     ]
     assert error.metadata["expected_bytes"] == "12"
+    assert error.violations[12].description == "duplicate metric deletion"
     for field in fields(error):
         assert_path_exists(pb.ExplainRequest, field)
 
