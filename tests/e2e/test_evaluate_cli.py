@@ -48,6 +48,29 @@ def test_evaluate(run, photos, tmp_path):
     assert all(method in done.stdout for method in METHODS)
 
 
+@pytest.mark.parametrize(
+    ("options", "left_out"),
+    [
+        (["--principal-component"], {"eigen-cam", "fem", "full-grad"}),
+        (["--layer", "stem"], {"cam"}),
+        (["--target-score", "logit"], {"finer-cam"}),
+        (["--aggregation", "mean"], {"refine-cam"}),
+    ],
+)
+def test_methods_that_refuse_an_option_are_left_out(run, photos, options, left_out):
+    done = run("evaluate", photos[0], "--metrics", "sparseness", "--json", *options)
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert left_out <= report["left_out"].keys()
+    assert all(f"left out {method}: " in done.stderr for method in report["left_out"])
+    compared = [row["method"] for row in report["methods"]]
+    assert {"grad-cam", "layer-cam"} < set(compared)
+    assert compared[-1] == "random-cam"
+    done = run("evaluate", photos[0], "--layer", "nope", "--metrics", "sparseness")
+    assert done.exit_code == 1
+    assert "unknown layer 'nope'" in done.stderr
+
+
 def test_a_file_that_is_no_image_is_left_out(run, photos, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"not an image")
     done = run(
