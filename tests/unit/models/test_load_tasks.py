@@ -123,6 +123,7 @@ def test_factories(factory, task, classes, layer):
     [
         ("torchvision:resnet18", "detection", "torchvision's resnet18 is for classification, not for detection"),
         ("torchvision:lraspp_mobilenet_v3_large", "embedding", "is for segmentation, not for embedding"),
+        ("torchvision:resnet18", "embedding", "is for classification, not for embedding"),
         ("timm:resnet18", "segmentation", "timm has no models for segmentation"),
         ("embedded:efficientnet_lite0", "detection", "no models for detection"),
         ("python:zoo:make_embedder", "detection", "does not tell how many labels"),
