@@ -1,5 +1,7 @@
 """A batcher with a fake clock, driven by hand: no test that uses it sleeps."""
 
+import dataclasses
+
 import numpy as np
 
 from heatlens import PixelBox
@@ -7,11 +9,13 @@ from heatlens_server.cam.catalog import Method
 from heatlens_server.engines.base import MapSpec, TopK
 from heatlens_server.imaging.preprocess import FittedImage
 from heatlens_server.serving.batcher import Batcher
-from heatlens_server.serving.entry import Entry, Outcome, Source
+from heatlens_server.serving.entry import Entry, EntryState, Outcome, Source
 
 LAYER = MapSpec(Method.GRAD_CAM, ("layer",), upsample=False)
 OTHER = MapSpec(Method.LAYER_CAM, ("layer",), upsample=False)
 STEPPED = MapSpec(Method.SCORE_CAM, ("layer",), upsample=False)
+SMOOTHED = dataclasses.replace(LAYER, augment=True)
+ABLATION = MapSpec(Method.ABLATION_CAM, ("layer",), upsample=True)
 IMAGE = FittedImage(
     pixels=np.zeros((1, 1, 3), np.uint8), region=PixelBox(0, 0, 1, 1), source_width_px=1, source_height_px=1
 )
@@ -69,3 +73,32 @@ class Bench:
         self.batcher.device_started(batch_size)
         self.clock.now += seconds
         self.batcher.device_finished()
+
+
+def stepping(at: Bench) -> Entry:
+    """The entry that is claimed for a step now."""
+    batch = at.due()
+    assert batch is not None
+    assert len(batch) == 1
+    assert batch[0].state is EntryState.STEPPING
+    return batch[0]
+
+
+def step(at: Bench, seconds: float = 0.1) -> Entry:
+    """Claim an entry for a step and run it."""
+    entry = stepping(at)
+    at.batcher.device_started(1, step=True)
+    at.clock.now += seconds
+    assert at.batcher.put_back(entry)
+    at.batcher.device_finished()
+    return entry
+
+
+def finish(at: Bench, seconds: float = 0.1) -> Entry:
+    """Claim an entry for its last step and run it."""
+    entry = stepping(at)
+    at.batcher.device_started(1, step=True)
+    at.clock.now += seconds
+    assert at.batcher.finish(entry)
+    at.batcher.device_finished()
+    return entry

@@ -13,7 +13,7 @@ Which entries run first is settled by turns: see `round.py`. Only the bucket who
 running batch is about to end: one that is always full would otherwise always be due, and one with few images never.
 
 An entry whose spec is `in_steps` is claimed for one step, alone, and put back until it is done: between two steps it is
-an entry that waits, with everything that this means. While a step runs, no other step is claimed, so that whoever comes
+an entry that waits, with everything that this means. While one is claimed, no other step is, so that whoever comes
 meanwhile goes next.
 """
 
@@ -25,9 +25,10 @@ from collections.abc import Callable, Iterator
 from heatlens_server.engines.base import MapSpec, Target
 from heatlens_server.errors import DeadlineExpired, QueueFull, ServerDraining
 from heatlens_server.imaging.preprocess import FittedImage
+from heatlens_server.serving.device_time import DeviceTime
 from heatlens_server.serving.entry import Complete, Entry, EntryState, Outcome, Source
-from heatlens_server.serving.estimate import BatchTimeEstimate
 from heatlens_server.serving.round import STEPS, Bucket, Round
+from heatlens_server.serving.step_turns import StepTurns
 from heatlens_server.serving.turns import Turns
 
 PREPARE_S = 0.002
@@ -69,18 +70,14 @@ class Batcher:
         self._round = Round(max_batch_size=max_batch_size)
         self._admitted = 0
         self._callers = 0
+        self._callers_in_steps = 0
         # Claimed for a step, and neither put back nor finished yet.
         self._stepping = 0
         # No entry's deadline is earlier. Spares most searches for expired ones.
         self._no_expiry_before = math.inf
         self._hold_until = 0
         self._closed = False
-        self._running_since: float | None = None
-        self._running_size = 0
-        self._running_step = False
-        self._estimate = BatchTimeEstimate()
-        # Apart: a step runs the model on as many rows as it likes.
-        self._step_estimate = BatchTimeEstimate()
+        self._device = DeviceTime()
 
     def __len__(self) -> int:
         """Entries admitted and not yet claimed."""
@@ -108,19 +105,18 @@ class Batcher:
             # A stream is bounded by its own window: its images neither need nor take the places of callers.
             expired = self._sweep() if source is None and self._callers >= self._max_queue_length else []
             full = source is None and self._callers >= self._max_queue_length
+            entry = Entry(target=target, spec=spec, deadline=deadline, resolve=resolve, source=source)
             if not full:
-                self._admitted += 1
-                self._callers += source is None
-            rate = self._estimate.images_per_second()
+                self._count(entry, 1)
+            wait_s = self._place_s() if full else 0.0
         self._deliver_expired(expired)
         if full:
-            wait_s = self._max_batch_size / rate if rate else 1.0
             raise QueueFull(
                 f"{self._max_queue_length} requests are waiting already",
                 metadata={"max_queue_length": str(self._max_queue_length)},
                 retry_after_s=max(_MIN_RETRY_S, wait_s),
             )
-        return Entry(target=target, spec=spec, deadline=deadline, resolve=resolve, source=source)
+        return entry
 
     def put(self, entry: Entry, image: FittedImage) -> None:
         """Queue an admitted entry with its prepared image. Does nothing if it was cancelled meanwhile."""
@@ -141,8 +137,7 @@ class Batcher:
         with self._changed:
             if not self._end_step(entry):
                 return False
-            self._admitted += 1
-            self._callers += entry.source is None
+            self._count(entry, 1)
             self._round.put_back(entry)
             self._wait_for(entry)
             return True
@@ -157,6 +152,7 @@ class Batcher:
             if not self._end_step(entry):
                 return False
             entry.state = EntryState.CLAIMED
+            self._device.learn_explanation(entry.stepped_s)
             return True
 
     def withdraw(self, entry: Entry) -> bool:
@@ -203,21 +199,14 @@ class Batcher:
     def device_started(self, batch_size: int, *, step: bool = False) -> None:
         """Tell that the device began to run a batch, or a step."""
         with self._changed:
-            self._running_since = self._clock()
-            self._running_size = batch_size
-            self._running_step = step
+            self._device.start(self._clock(), batch_size, step=step)
             self._changed.notify_all()
 
     def device_finished(self) -> float:
         """Tell that the device is free again; learns how long that took and returns it, in seconds."""
         with self._changed:
-            if self._running_since is None:
-                return 0.0
-            seconds = self._clock() - self._running_since
-            (self._step_estimate if self._running_step else self._estimate).add(self._running_size, seconds)
-            self._running_since = None
             self._changed.notify_all()
-            return seconds
+            return self._device.finish(self._clock())
 
     def hold_until(self, count: int) -> None:
         """For tests: make no batch until `count` entries wait in the queue, then go on as usual."""
@@ -235,14 +224,15 @@ class Batcher:
     def _wait_for(self, entry: Entry) -> None:
         """An entry waits from now on. Holds the lock."""
         entry.state = EntryState.WAITING
-        if entry.deadline is not None:
-            self._no_expiry_before = min(self._no_expiry_before, entry.deadline)
+        if entry.expires_at is not None:
+            self._no_expiry_before = min(self._no_expiry_before, entry.expires_at)
         self._changed.notify_all()
 
     def _end_step(self, entry: Entry) -> bool:
         """An entry's step has ended; False if nobody wants it any more. Holds the lock."""
         self._stepping -= 1
-        self._round.end_step()
+        entry.stepped_s += self._device.step_s(self._clock())
+        self._round.end_step(entry)
         self._changed.notify_all()
         return entry.state is EntryState.STEPPING
 
@@ -255,7 +245,7 @@ class Batcher:
             if closing_at <= now:
                 batch = self._round.take(key)
                 for entry in batch:
-                    self._release(entry)
+                    self._count(entry, -1)
                     entry.state = EntryState.STEPPING if key is STEPS else EntryState.CLAIMED
                     entry.begun = True
                 self._stepping += key is STEPS
@@ -270,26 +260,25 @@ class Batcher:
             # The others let the first one go first, but not at the price of an idle device.
             not_before = self._next_batch_at()
 
-    def _due_at(self, key: Bucket | None, bucket: Turns[Entry]) -> float:
+    def _due_at(self, key: Bucket | None, bucket: Turns[Entry] | StepTurns) -> float:
         """When a bucket's batch is to be closed if it is the only one, on the clock. Holds the lock."""
-        if self._closed or self._running_since is None:
+        if key is STEPS and self._stepping:
+            return math.inf
+        if self._closed or not self._device.runs:
             return -math.inf
         if key is STEPS:
-            return math.inf if self._running_step else self._next_batch_at()
+            return math.inf if self._device.runs_step else self._next_batch_at()
         if len(bucket) >= self._max_batch_size:
             return -math.inf
         due = max(min(entry.enqueued_at for entry in bucket) + self._max_delay_s, self._next_batch_at())
         deadlines = [entry.deadline for entry in bucket if entry.deadline is not None]
         if deadlines:
-            due = min(due, min(deadlines) - self._estimate.seconds(len(bucket)))
+            due = min(due, min(deadlines) - self._device.batches.seconds(len(bucket)))
         return due
 
     def _next_batch_at(self) -> float:
         """When the device is about to need a batch, on the clock. Holds the lock."""
-        if self._closed or self._running_since is None:
-            return -math.inf
-        estimate = self._step_estimate if self._running_step else self._estimate
-        return self._running_since + estimate.seconds(self._running_size) - PREPARE_S
+        return -math.inf if self._closed else self._device.ends_at() - PREPARE_S
 
     def _seconds_until_due(self) -> float | None:
         """How long nothing will be due unless something changes; None for ever. Holds the lock."""
@@ -311,22 +300,29 @@ class Batcher:
         now = self._clock()
         if now < self._no_expiry_before:
             return []
-        timed = [(entry.deadline, entry) for entry in self._round if entry.deadline is not None]
-        expired = [entry for deadline, entry in timed if deadline <= now]
-        self._no_expiry_before = min((deadline for deadline, _ in timed if deadline > now), default=math.inf)
+        timed = [(entry.expires_at, entry) for entry in self._round if entry.expires_at is not None]
+        expired = [entry for expires_at, entry in timed if expires_at <= now]
+        self._no_expiry_before = min((expires_at for expires_at, _ in timed if expires_at > now), default=math.inf)
         for entry in expired:
             self._round.remove(entry)
             self._drop(entry)
         return expired
 
-    def _release(self, entry: Entry) -> None:
-        """Give an entry's place in the queue away. Holds the lock."""
-        self._admitted -= 1
-        self._callers -= entry.source is None
+    def _place_s(self) -> float:
+        """When there will be a place for a caller, roughly, in seconds from now. Holds the lock."""
+        in_steps = self._callers_in_steps
+        return self._device.place_s(self._max_batch_size, batched=self._callers > in_steps, in_steps=in_steps > 0)
+
+    def _count(self, entry: Entry, places: int) -> None:
+        """An entry takes its place in the queue, 1, or leaves it, -1. Holds the lock."""
+        self._admitted += places
+        if entry.source is None:
+            self._callers += places
+            self._callers_in_steps += places * entry.spec.in_steps
 
     def _drop(self, entry: Entry) -> None:
         """Give up an entry that no thread is at. Holds the lock."""
-        self._release(entry)
+        self._count(entry, -1)
         _give_up(entry)
         if entry.steps is not None:
             entry.steps.discard(entry.steps)

@@ -61,7 +61,7 @@ class Entry:
         target: what is wanted, as far as it is known.
         complete: makes the target that the engine gets, of the prepared image; None if `target` is that.
         spec: how: entries of equal spec, and images of equal size, may share a batch.
-        deadline: on the batcher's clock, in seconds; None for no deadline.
+        deadline: on the batcher's clock, in seconds; None for no deadline. See `expires_at`.
         resolve: takes the outcome on behalf of the caller; called once at most, by whoever `Complete` leaves it to.
         source: who sent it; None for a caller with this image only.
         prepare: makes `image`; None once that is done or not wanted any more.
@@ -70,6 +70,7 @@ class Entry:
         enqueued_at: when it entered the queue, on the batcher's clock, in seconds.
         state: where it is.
         begun: whether it was claimed, if only for its first step.
+        stepped_s: seconds that its steps took so far.
         steps: what is kept between two of its steps; None before the first, after the last, and where there are none.
     """
 
@@ -85,12 +86,21 @@ class Entry:
     enqueued_at: float = 0.0
     state: EntryState = EntryState.PREPARING
     begun: bool = False
+    stepped_s: float = 0.0
     steps: Progress | None = None
 
     @property
     def owner(self) -> object:
         """Who takes turns with others: the source, or a caller with this image only."""
         return self.source or self
+
+    @property
+    def expires_at(self) -> float | None:
+        """When it is given up if it waits then; None for never.
+
+        A caller is gone after the deadline. A stream is not: its deadline is how long an image may wait to be begun.
+        """
+        return None if self.begun and self.source is not None else self.deadline
 
 
 Complete = Callable[[Sequence[tuple[Entry, Outcome]]], None]

@@ -7,9 +7,7 @@
   batches, not images, keeps large batches: the device's time goes by batches more than by images.
 * All entries that take steps are one bucket, whatever else they differ in, and its batch is a single step, whose turn
   ends when the step does: others that come meanwhile go first. So they wait for one step, however many of these there
-  are.
-* An entry between two steps comes after all others that take steps, but before those of its own source. Its memory is
-  not free, so a few are begun at a time, and the others wait for one of them to end.
+  are. Whose step it is: see `step_turns.py`.
 """
 
 import itertools
@@ -18,6 +16,7 @@ from collections.abc import Iterator
 
 from heatlens_server.engines.base import MapSpec
 from heatlens_server.serving.entry import Entry
+from heatlens_server.serving.step_turns import StepTurns
 from heatlens_server.serving.turns import Turns
 
 Bucket = tuple[MapSpec, tuple[int, ...]]
@@ -25,9 +24,6 @@ Bucket = tuple[MapSpec, tuple[int, ...]]
 
 STEPS: None = None
 """The bucket of entries that take steps."""
-
-_MOST_BEGUN = 8
-"""How many entries may wait between two of their steps."""
 
 
 class Round:
@@ -41,9 +37,9 @@ class Round:
         """
         self._max_batch_size = max_batch_size
         # In turn order.
-        self._buckets: OrderedDict[Bucket | None, Turns[Entry]] = OrderedDict()
+        self._buckets: OrderedDict[Bucket | None, Turns[Entry] | StepTurns] = OrderedDict()
+        self._steps = StepTurns()
         self._count = 0
-        self._begun = 0
 
     def __len__(self) -> int:
         return self._count
@@ -54,14 +50,15 @@ class Round:
 
     def put(self, entry: Entry) -> None:
         """Add an entry that has its image."""
-        self._buckets.setdefault(_bucket_of(entry), Turns()).put(entry.owner, entry)
+        key = _bucket_of(entry)
+        self._buckets.setdefault(key, self._steps if key is STEPS else Turns()).put(entry.owner, entry)
         self._count += 1
 
     def put_back(self, entry: Entry) -> None:
         """Add an entry that was taken for a step, which has ended, and has further ones."""
-        self._buckets.setdefault(STEPS, Turns()).put_back(entry.owner, entry)
+        self._buckets.setdefault(STEPS, self._steps)
+        self._steps.put_back(entry)
         self._count += 1
-        self._begun += 1
 
     def remove(self, entry: Entry) -> None:
         """Take an entry out that is not to be run any more."""
@@ -72,30 +69,25 @@ class Round:
         bucket = self._buckets[key]
         bucket.remove(entry.owner, entry, keep_turn=keep_turn)
         self._count -= 1
-        self._begun -= entry.begun
         if not self._count:
             self._buckets.clear()
         elif not bucket and not keep_turn:
             del self._buckets[key]
 
-    def in_turn(self) -> Iterator[tuple[Bucket | None, Turns[Entry]]]:
+    def in_turn(self) -> Iterator[tuple[Bucket | None, Turns[Entry] | StepTurns]]:
         """The buckets in which somebody waits, the next one first."""
         return ((key, bucket) for key, bucket in self._buckets.items() if bucket)
 
-    def end_step(self) -> None:
-        """A step that was taken has ended, and with it the turn of `STEPS`."""
+    def end_step(self, entry: Entry) -> None:
+        """An entry's step that was taken has ended, and with it the turns of its spec and of `STEPS`."""
+        self._steps.end_step(entry.spec)
         if STEPS in self._buckets:
             self._buckets.move_to_end(STEPS)
 
     def take(self, key: Bucket | None) -> list[Entry]:
         """Take a bucket's batch. That was its turn; that of `STEPS` lasts until `end_step`."""
         bucket = self._buckets[key]
-        if key is STEPS:
-            # There is one that is begun, or there may be one more.
-            batch = [bucket.take((lambda entry: entry.begun) if self._begun >= _MOST_BEGUN else lambda _: True)]
-            self._begun -= batch[0].begun
-        else:
-            batch = [bucket.take() for _ in range(min(len(bucket), self._max_batch_size))]
+        batch = [bucket.take() for _ in range(1 if key is STEPS else min(len(bucket), self._max_batch_size))]
         self._count -= len(batch)
         # Those before it that are empty had their turn too.
         for other in list(itertools.takewhile(lambda other: other != key, self._buckets)):

@@ -10,7 +10,7 @@ which never wait twice, could hold a round for ever.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -39,26 +39,17 @@ class Turns(Generic[T]):
         self._lines.setdefault(owner, deque()).append(item)
         self._count += 1
 
-    def put_back(self, owner: Hashable, item: T) -> None:
-        """Add an item that was taken at the head of its owner's line. The owner had its turn all the same."""
-        self._lines.setdefault(owner, deque()).appendleft(item)
-        self._count += 1
-
-    def take(self, suits: Callable[[T], bool] = lambda _: True) -> T:
+    def take(self) -> T:
         """Take out the next item.
-
-        Args:
-            suits: whether an item may be taken; an owner whose first item may not is passed over and keeps its turn.
 
         Raises:
             LookupError: there is none.
         """
         spent = []
         for owner, line in self._lines.items():
-            if not line:  # it had its turn, and nothing to give
-                spent.append(owner)
-            elif suits(line[0]):
+            if line:
                 break
+            spent.append(owner)  # it had its turn, and nothing to give
         else:
             raise LookupError("nobody waits")
         for other in spent:

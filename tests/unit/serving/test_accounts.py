@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from batching import IMAGE, LAYER, OTHER, STEPPED, Bench
+from batching import ABLATION, IMAGE, LAYER, OTHER, STEPPED, Bench
 from heatlens_server.errors import DeadlineExpired, QueueFull
 from heatlens_server.serving.entry import Entry, EntryState, Source
 from heatlens_server.serving.progress import Progress
@@ -34,7 +34,7 @@ class Accounts(RuleBasedStateMachine):
 
     @rule(
         who=st.integers(0, 2),
-        spec=st.sampled_from([LAYER, OTHER, STEPPED]),
+        spec=st.sampled_from([LAYER, OTHER, STEPPED, ABLATION]),
         timeout_s=st.sampled_from([None, 0.5, 2.0]),
     )
     def admit(self, who, spec, timeout_s):
@@ -106,16 +106,26 @@ class Accounts(RuleBasedStateMachine):
         self.collect_expired()
         assert len({entry.spec for entry in batch}) <= 1
         for entry in batch:
-            assert entry.deadline is None or entry.deadline > self.at.clock.now
+            on_time = entry.deadline is None or entry.deadline > self.at.clock.now
+            # A stream's image that is begun is not late any more.
+            assert on_time or (entry in self.kept and entry.source is not None)
             self.waiting.remove(entry)
-            if entry.spec is STEPPED:
+            if entry.spec.in_steps:
                 assert len(batch) == 1
                 assert entry.state is EntryState.STEPPING
+                assert not self.stepping
+                # The one of its spec that is begun goes on.
+                assert entry in self.kept or not any(other.spec == entry.spec for other in self.begun())
                 self.stepping.append(entry)
             else:
                 assert entry.state is EntryState.CLAIMED
                 self.ends[entry] += 1
-        assert batch or self.running or not self.waiting  # an idle device takes whatever there is
+        # An idle device takes whatever there is, a step at a time.
+        left = [entry for entry in self.waiting if not (self.stepping and entry.spec.in_steps)]
+        assert batch or self.running or not left
+
+    def begun(self) -> list[Entry]:
+        return [entry for entry in self.waiting if entry.begun]
 
     def collect_expired(self) -> None:
         for entry, outcome in self.at.delivered:
@@ -137,7 +147,13 @@ class Accounts(RuleBasedStateMachine):
         waiting = self.at.batcher._round
         assert len(waiting) == len(self.waiting)
         assert set(waiting) == set(self.waiting)
-        assert waiting._begun == sum(entry.begun for entry in self.waiting)
+        assert waiting._steps._begun == len(self.begun()) == len({entry.spec for entry in self.begun()})
+        assert set(waiting._steps) == {entry for entry in self.waiting if entry.spec.in_steps}
+        if not self.waiting:
+            assert not waiting._buckets
+            assert not waiting._steps._lines
+        in_steps = [e for e in self.preparing + self.waiting if e.source is None and e.spec.in_steps]
+        assert self.at.batcher._callers_in_steps == len(in_steps)
         assert self.at.batcher._stepping == len(self.stepping)
         assert self.discarded == self.expected_discarded
         assert all(count == 1 for count in self.ends.values())
@@ -151,7 +167,7 @@ class Accounts(RuleBasedStateMachine):
             self.ends[entry] += self.at.batcher.finish(entry)
         while (batch := self.at.batcher.take()) is not None:
             self.ends.update(batch)
-            if batch[0].spec is STEPPED:
+            if batch[0].spec.in_steps:
                 assert self.at.batcher.finish(batch[0])
         self.ends.update(entry for entry, _ in self.at.delivered)
         assert set(self.ends) == set(self.admitted)

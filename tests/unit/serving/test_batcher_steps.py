@@ -5,38 +5,13 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from batching import IMAGE, LAYER, OTHER, STEPPED, Bench
-from heatlens_server.cam.catalog import Method
-from heatlens_server.engines.base import MapSpec
+from batching import ABLATION, IMAGE, LAYER, OTHER, SMOOTHED, STEPPED, Bench, finish, step, stepping
 from heatlens_server.errors import DeadlineExpired, QueueFull
 from heatlens_server.serving.entry import Entry, EntryState, Source
 from heatlens_server.serving.progress import Progress
 
 BIG = dataclasses.replace(IMAGE, pixels=np.zeros((2, 3, 3), np.uint8))
-SMOOTHED = dataclasses.replace(LAYER, augment=True)
-ABLATION = MapSpec(Method.ABLATION_CAM, ("layer",), upsample=True)
-
-
-def stepping(at: Bench) -> Entry:
-    """The entry that is claimed for a step now."""
-    batch = at.due()
-    assert batch is not None
-    assert len(batch) == 1
-    assert batch[0].state is EntryState.STEPPING
-    return batch[0]
-
-
-def step(at: Bench, seconds: float = 0.1) -> Entry:
-    """Claim an entry for a step and run it."""
-    entry = stepping(at)
-    at.batcher.device_started(1, step=True)
-    at.clock.now += seconds
-    assert at.batcher.put_back(entry)
-    at.batcher.device_finished()
-    return entry
 
 
 def kept(entry: Entry, discarded: list[Progress]) -> Progress:
@@ -56,22 +31,16 @@ def test_images_of_different_sizes_never_share_a_batch():
 @pytest.mark.parametrize("spec", [STEPPED, SMOOTHED, ABLATION])
 def test_an_entry_in_steps_is_claimed_alone_and_waits_again(spec):
     at = Bench()
-    entry, other = at.put(spec), at.put(spec)
+    entry, _ = at.put(spec), at.put(spec)
     assert stepping(at) is entry
     assert len(at.batcher) == 1
+    assert at.due() is None
     assert at.batcher.put_back(entry)
     assert (entry.state, len(at.batcher)) == (EntryState.WAITING, 2)
-    assert stepping(at) is other
     assert stepping(at) is entry
     assert at.batcher.finish(entry)
     assert entry.state is EntryState.CLAIMED
     assert not at.batcher.withdraw(entry)
-
-
-def test_entries_in_steps_take_turns_whatever_their_specs():
-    at = Bench()
-    entries = [at.put(spec) for spec in (STEPPED, ABLATION, SMOOTHED)]
-    assert [step(at) for _ in range(7)] == [*entries, *entries, entries[0]]
 
 
 def test_one_that_waits_again_takes_its_place_from_others():
@@ -147,76 +116,6 @@ def test_steps_go_on_under_a_steady_load_of_full_batches():
     assert all(entry.state in {EntryState.WAITING, EntryState.STEPPING} for entry in slow)
 
 
-@settings(max_examples=150, derandomize=True, deadline=None, database=None)
-@given(
-    # What each run takes, and what comes before each of its ticks: often shorter or longer than what was learned.
-    runs=st.lists(st.integers(1, 6), min_size=30, max_size=30),
-    arrivals=st.lists(st.sampled_from([None, None, LAYER, OTHER, STEPPED, ABLATION]), min_size=60, max_size=60),
-)
-def test_nobody_waits_for_two_steps_whenever_they_come(runs, arrivals):
-    """The worker's two threads on a fake clock, a batch claimed ahead and all."""
-    at = Bench(max_batch_size=16, max_queue_length=999)
-    for _ in range(3):
-        at.put(STEPPED)
-    waited: dict[Entry, int] = {}
-    running: list[Entry] | None = None
-    ahead: list[Entry] | None = None
-    left = 0
-    durations, coming = iter(runs), iter(arrivals)
-    steps_run = 0
-    while True:
-        if running is None:
-            ahead = ahead or at.due()
-            running, ahead = ahead, None
-            if running is not None:
-                left = next(durations, 0)
-                if not left:
-                    break
-                is_step = running[0].state is EntryState.STEPPING
-                steps_run += is_step
-                at.batcher.device_started(len(running), step=is_step)
-                if is_step:
-                    waited.update({entry: steps + 1 for entry, steps in waited.items()})
-                for entry in running:
-                    assert waited.pop(entry, 0) <= 1
-        spec = next(coming, None)
-        if spec is not None:
-            entry = at.put(spec)
-            if not spec.in_steps:
-                # It waits for the rest of the step that runs.
-                waited[entry] = int(running is not None and running[0].state is EntryState.STEPPING)
-        if ahead is None:
-            ahead = at.due()
-        at.clock.now += 0.01
-        left -= 1
-        if running is not None and left <= 0:
-            if running[0].state is EntryState.STEPPING:
-                assert at.batcher.put_back(running[0])
-            at.batcher.device_finished()
-            running = None
-    assert steps_run
-
-
-def test_a_few_are_begun_at_a_time():
-    at = Bench(max_queue_length=99)
-    entries = [at.put(STEPPED) for _ in range(12)]
-    begun = [step(at) for _ in range(24)]
-    assert begun == entries[:8] * 3
-    done = stepping(at)
-    assert at.batcher.finish(done)
-    assert [step(at) for _ in range(8)] == [entries[8], *entries[1:8]]
-
-
-def test_a_stream_finishes_a_frame_before_it_begins_the_next():
-    at = Bench(max_queue_length=99)
-    stream, rival = Source(), at.put(STEPPED)
-    frames = [at.put(STEPPED, source=stream) for _ in range(20)]
-    assert [step(at) for _ in range(4)] == [rival, frames[0], rival, frames[0]]
-    assert step(at) is rival
-    assert at.batcher.finish(stepping(at))
-    assert [step(at) for _ in range(2)] == [rival, frames[1]]
-
-
 def test_cancelled_between_two_steps():
     at, discarded = Bench(), []
     entry = at.put(STEPPED)
@@ -246,7 +145,7 @@ def test_cancelled_while_a_step_runs(done):
 
 def test_a_deadline_passes_between_two_steps():
     at, discarded = Bench(), []
-    entry, other = at.put(STEPPED, timeout_s=0.25), at.put(STEPPED)
+    entry, other = at.put(STEPPED, timeout_s=0.25), at.put(ABLATION)
     progress = kept(entry, discarded)
     assert [step(at) for _ in range(3)] == [entry, other, entry]
     assert at.batcher.take() == [other]
@@ -266,6 +165,44 @@ def test_a_deadline_that_passes_during_a_step_is_noticed_after_it():
     assert at.batcher.take() == [other]
     assert [late for late, _ in at.delivered] == [entry]
     assert discarded == [progress]
+
+
+def test_a_frames_timeout_is_over_once_it_is_begun():
+    at = Bench()
+    stream = Source()
+    frames = [at.put(STEPPED, timeout_s=0.25, source=stream) for _ in range(2)]
+    assert [step(at) for _ in range(2)] == [frames[0]] * 2
+    at.clock.now += 0.1
+    assert at.batcher.take() == [frames[0]]
+    # The other one was not begun in time.
+    ((late, outcome),) = at.delivered
+    assert late is frames[1]
+    assert isinstance(outcome, DeadlineExpired)
+    assert at.batcher.put_back(frames[0])
+    at.clock.now += 9.0
+    assert finish(at) is frames[0]
+    assert at.batcher._seconds_until_due() is None
+
+
+def test_a_full_queue_of_steps_says_when_an_explanation_will_have_ended():
+    def hint() -> float:
+        with pytest.raises(QueueFull) as refused:
+            at.put()
+        return refused.value.retry_after_s
+
+    at = Bench(max_queue_length=2, max_batch_size=4)
+    at.run(0.2, 4)
+    entries = [at.put(STEPPED), at.put(STEPPED)]
+    assert hint() == pytest.approx(1.0)  # nothing is known
+    for _ in range(29):
+        step(at, seconds=0.5)
+    assert finish(at, seconds=0.5) is entries[0]
+    at.put(STEPPED)
+    assert hint() == pytest.approx(15.0)
+    # With somebody who waits for a batch: it comes after a step.
+    assert at.batcher.withdraw(entries[1])
+    at.put()
+    assert hint() == pytest.approx(0.2 + 0.5)
 
 
 def test_a_closed_batcher_hands_out_all_steps_and_ends_after_the_last():
@@ -291,5 +228,5 @@ def test_steps_do_not_spoil_what_is_known_about_batches():
     at.put(STEPPED)
     for _ in range(20):
         step(at, seconds=7.0)
-    assert at.batcher._estimate.seconds(1) == pytest.approx(0.1)
-    assert at.batcher._step_estimate.seconds(1) == pytest.approx(7.0)
+    assert at.batcher._device.batches.seconds(1) == pytest.approx(0.1)
+    assert at.batcher._device.steps.seconds(1) == pytest.approx(7.0)

@@ -303,7 +303,8 @@ def test_what_is_half_done_at_the_end_is_finished(make):
 
 def test_what_is_given_up_at_the_end_is_freed(make):
     rig = make(count=1000)
-    entries = [rig.put(value) for value in (1, 2, 3)]
+    # Of one spec, one would be begun.
+    entries = [rig.put(value, dataclasses.replace(SPEC, layers=(str(value),))) for value in (1, 2, 3)]
     rig.enter()
     for _ in range(5):
         rig.step()
