@@ -16,7 +16,7 @@ from heatlens_server.config import Config, ModelConfig
 from heatlens_server.errors import ModelLoadError
 from heatlens_server.models.registry import Registry
 from heatlens_server.rpc.explain_service import ExplainServicer
-from heatlens_server.rpc.gate import CallGate
+from heatlens_server.rpc.gate import CallGate, draining
 from heatlens_server.rpc.health import Health
 from heatlens_server.rpc.limits import Limits
 from heatlens_server.rpc.listener import bind, enable_reflection, make_server
@@ -32,6 +32,9 @@ _NOTICE_S = 0.1
 
 _FLUSH_S = 1.0
 """How long answers that are on their way out, and health watchers, have once every call is done, in seconds."""
+
+_PARTING_S = 0.5
+"""How long calls that outlived the grace have to hear why they are given up, in seconds."""
 
 _CLOSE_S = 2.0
 """How long engines may take to end once no call is left, in seconds."""
@@ -88,9 +91,10 @@ class Server:
         await asyncio.gather(*self._loading)
 
     async def drain(self, grace_s: float) -> bool:
-        """Health NOT_SERVING, refuse new calls, finish those in flight, cut them off after the grace. Idempotent.
+        """Health NOT_SERVING, refuse new calls, finish those in flight, give them up after the grace. Idempotent.
 
-        Streams read no more frames, answer those that run, and end.
+        Streams read no more frames, answer those that run, and end. After the grace, what waits or is between two steps
+        is answered SERVER_DRAINING, and a moment later calls whose batch still runs are cut off.
 
         Args:
             grace_s: how long calls in flight may take, in seconds.
@@ -107,10 +111,14 @@ class Server:
         deadline = time.monotonic() + grace_s
         self.streams.drain()
         finished = await self._gate.close(grace_s)
+        lanes = [slot.value.lane for slot in self.registry.slots if slot.value is not None]
+        if not finished:
+            for lane in lanes:
+                lane.give_up(draining())
+            finished = await self._gate.close(_PARTING_S)
         await asyncio.sleep(min(_NOTICE_S, max(0.0, deadline - time.monotonic())))
         await self._grpc.stop(_FLUSH_S if finished else 0.0)
         self._preparers.shutdown(wait=False, cancel_futures=True)
-        lanes = [slot.value.lane for slot in self.registry.slots if slot.value is not None]
         closed = await asyncio.gather(*(lane.close(timeout_s=_CLOSE_S) for lane in lanes))
         _log.info("stopped")
         return all(closed) and not any(thread.is_alive() for thread in self._loaders)

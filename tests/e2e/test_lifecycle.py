@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from heatlens.v1 import explain_pb2 as pb
-from heatlens.v1 import explain_pb2_grpc, model_pb2, model_pb2_grpc
+from heatlens.v1 import explain_pb2_grpc, method_pb2, model_pb2, model_pb2_grpc
 from server_process import wait_settled
 from wire import Details, distinct, pixels
 
@@ -38,17 +38,16 @@ def health(address: str, service: str = "") -> int:
         return stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status
 
 
-def explain(address: str, **kwargs) -> pb.ExplainResponse:
+def explain(address: str, *, method: int = method_pb2.METHOD_UNSPECIFIED, **kwargs) -> pb.ExplainResponse:
+    request = pb.ExplainRequest(image=IMAGE, options=pb.ExplainOptions(method=method))
     with grpc.insecure_channel(address) as channel:
-        return explain_pb2_grpc.ExplainServiceStub(channel).Explain(
-            pb.ExplainRequest(image=IMAGE), timeout=30, **kwargs
-        )
+        return explain_pb2_grpc.ExplainServiceStub(channel).Explain(request, timeout=30, **kwargs)
 
 
-def slow_call(folder: Path, pool: ThreadPoolExecutor, address: str) -> "Future[pb.ExplainResponse]":
-    """A call that is in the model now, and will be for SLOW_S seconds."""
+def slow_call(folder: Path, pool: ThreadPoolExecutor, address: str, **kwargs) -> "Future[pb.ExplainResponse]":
+    """A call that is in the model now, and will be for SLOW_S seconds, or that long per step."""
     (folder / "armed").touch()
-    in_flight = pool.submit(explain, address)
+    in_flight = pool.submit(explain, address, **kwargs)
     deadline = time.monotonic() + 20
     while not (folder / "seen").exists():
         assert time.monotonic() < deadline
@@ -163,6 +162,24 @@ def test_call_that_outlives_the_grace_is_cut_off(tmp_path, launch):
         assert isinstance(in_flight.exception(), grpc.RpcError)
         assert running.process.wait(20) == 0
         assert time.monotonic() - started < 7
+
+
+@pytest.mark.serial
+def test_calls_in_steps_that_outlive_the_grace_are_told_so(tmp_path, launch):
+    running = launch(f'[server]\nlisten = "127.0.0.1:0"\ngrace_s = 1.5\n{TINY}', env={"SLOW_S": "0.3"})
+    wait_settled(running.address)
+    with ThreadPoolExecutor() as pool:
+        # 35 runs of Score-CAM's, of which one waits for the other.
+        calls = [slow_call(tmp_path, pool, running.address, method=method_pb2.METHOD_SS_CAM) for _ in range(2)]
+        started = time.monotonic()
+        running.process.send_signal(signal.SIGTERM)
+        for call in calls:
+            error = call.exception()
+            assert isinstance(error, grpc.RpcError)
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+            assert Details(error).info.reason == "SERVER_DRAINING"
+        assert running.process.wait(20) == 0
+        assert time.monotonic() - started < 5
 
 
 def test_token_is_required_but_for_health(launch):

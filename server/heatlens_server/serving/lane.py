@@ -4,6 +4,7 @@ import asyncio
 import functools
 import os
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
@@ -57,6 +58,8 @@ class Lane:
         self._readiness = Readiness(engine, name=name, max_waiting=max_queue_length)
         self._worker = Worker(engine, self.batcher, self._complete, name=name, step_rows=max_batch_size)
         self._worker.start()
+        # One that nobody holds any more is nobody's to answer.
+        self._tickets: weakref.WeakSet[Ticket] = weakref.WeakSet()
 
     async def ensure(self, spec: MapSpec) -> None:
         """Have everything loaded that a spec needs; to be awaited before `submit`. Returns at once if that is so.
@@ -101,7 +104,8 @@ class Lane:
             prepare: decodes and resizes; called on a preparer thread. What it raises is raised by `Ticket.result`.
             target: what is wanted.
             spec: how; everything that it needs is loaded.
-            timeout_s: how long the caller will wait; the model is not run for it after that. None: for ever.
+            timeout_s: how long the caller will wait; the model is not run for it after that. With a source, how long
+                the image may wait to be begun. None: for ever.
             source: the stream that the image belongs to. Streams and callers without one take turns, and images of
                 streams take no place in the queue from callers: whoever owns the stream bounds them.
             complete: makes the target that the engine gets, of the prepared image, on the preparer thread; None if
@@ -125,7 +129,16 @@ class Lane:
         except BaseException:
             self.batcher.withdraw(entry)
             raise
-        return Ticket(entry, future, withdraw=self._withdraw)
+        ticket = Ticket(entry, future, withdraw=self._withdraw)
+        self._tickets.add(ticket)
+        return ticket
+
+    def give_up(self, error: Exception) -> None:
+        """Refuse new work, and answer with an error all that was admitted, but for batches that are claimed already."""
+        self.batcher.close()
+        self._readiness.give_up(error)
+        for ticket in list(self._tickets):
+            ticket.give_up(error)
 
     async def close(self, *, timeout_s: float | None = None) -> bool:
         """Refuse new work, finish what was admitted, stop the threads and close the engine. Idempotent.

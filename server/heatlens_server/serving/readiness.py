@@ -62,6 +62,7 @@ class Readiness:
         Raises:
             CompanionFailed: what it needs cannot be loaded.
             QueueFull: too many wait for that already.
+            Exception: what `give_up` was told.
         """
         while not self._engine.ready(spec):
             load = self._load or self._start(spec)
@@ -70,6 +71,13 @@ class Readiness:
                 raise CompanionFailed(self._name, str(error)) from None
             if load.spec == spec:
                 return
+
+    def give_up(self, error: Exception) -> None:
+        """Whoever waits for a load waits no longer: their `ensure` raises `error`. The load itself goes on."""
+        if self._load is not None and not self._load.ended.done():
+            self._load.ended.set_exception(error)
+            # Counts as retrieved, should nobody wait.
+            self._load.ended.exception()
 
     async def _end_of(self, load: _Load) -> ModelLoadError | None:
         if self._waiting >= self._max_waiting:
@@ -110,4 +118,5 @@ class Readiness:
 
     def _end(self, ended: "asyncio.Future[ModelLoadError | None]", error: ModelLoadError | None) -> None:
         self._load = None
-        ended.set_result(error)
+        if not ended.done():
+            ended.set_result(error)

@@ -30,7 +30,7 @@ class Ticket:
     Nobody has to await it: an error that nobody asks for is dropped without a word.
     """
 
-    __slots__ = ("_entry", "_future", "_withdraw")
+    __slots__ = ("__weakref__", "_entry", "_future", "_withdraw")
 
     def __init__(self, entry: Entry, future: asyncio.Future[Completed], *, withdraw: Callable[[Entry], bool]) -> None:
         """Hold a place in the queue.

@@ -12,7 +12,7 @@ import pytest_asyncio
 from heatlens import PixelBox
 from heatlens_server.cam.catalog import Method
 from heatlens_server.engines.base import ImageResult, MapSpec, Target, TopK
-from heatlens_server.errors import CompanionFailed, ModelLoadError, QueueFull
+from heatlens_server.errors import CompanionFailed, ModelLoadError, QueueFull, ServerDraining
 from heatlens_server.imaging.preprocess import FittedImage
 from heatlens_server.serving.lane import Lane
 
@@ -162,3 +162,15 @@ async def test_closing_while_something_is_loaded_says_so(lane):
     assert lane._engine.closed == 1
     lane._engine.gate.set()
     await asyncio.gather(*tasks)
+
+
+async def test_those_who_wait_for_a_load_can_be_told_to_go(lane):
+    tasks = await entering(lane, 2)
+    lane.give_up(ServerDraining("over"))
+    for ended in await asyncio.gather(*tasks, return_exceptions=True):
+        assert isinstance(ended, ServerDraining)
+    with pytest.raises(ServerDraining):
+        await lane.ensure(NEEDY)
+    assert lane._readiness.loading
+    lane._engine.gate.set()
+    await until(lambda: lane._engine.loaded)

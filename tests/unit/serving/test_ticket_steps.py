@@ -12,7 +12,7 @@ import pytest_asyncio
 from heatlens import PixelBox
 from heatlens_server.cam.catalog import Method
 from heatlens_server.engines.base import ImageResult, MapSpec, Steps, Target, TopK
-from heatlens_server.errors import DeadlineExpired, FrameDropped
+from heatlens_server.errors import DeadlineExpired, FrameDropped, ServerDraining
 from heatlens_server.imaging.preprocess import FittedImage
 from heatlens_server.serving.lane import Lane
 from heatlens_server.serving.ticket import Ticket
@@ -120,3 +120,26 @@ async def test_what_is_half_done_when_the_lane_closes_is_finished(lane):
     lane._engine.near_end.set()
     assert (await asyncio.wait_for(ticket.result(), PATIENCE_S)).completed.batch_size == 1
     assert await closing
+
+
+async def test_all_that_is_not_done_can_be_given_up(lane):
+    """One in its steps, one that waits to begin, and one whose image is being decoded."""
+    decoding = threading.Event()
+
+    def decode() -> FittedImage:
+        assert decoding.wait(PATIENCE_S)
+        return IMAGE
+
+    stepping, waiting = submit(lane), submit(lane)
+    await until(lambda: lane._engine.taken > 5)
+    preparing = lane.submit(decode, TopK(1), SPEC, timeout_s=None)
+    lane.give_up(ServerDraining("over"))
+    for ticket in (stepping, waiting, preparing):
+        with pytest.raises(ServerDraining, match="over"):
+            await asyncio.wait_for(ticket.result(), PATIENCE_S)
+    with pytest.raises(ServerDraining):
+        submit(lane)
+    # The engine would never have ended, and an image is still being decoded.
+    assert await lane.close(timeout_s=PATIENCE_S)
+    assert lane._engine.live == 0
+    decoding.set()
