@@ -34,7 +34,7 @@ demo: setup ## Explain a photo of a cat end to end and write out/demo/
 demo-video: setup ## Explain a film clip frame by frame and write out/demo-video/
 	$(BIN)/python examples/demo_video.py
 
-gallery: setup ## Draw one photo explained by every method: out/gallery/methods.jpg (20 minutes or so)
+gallery: setup ## Draw one photo explained by every method: out/gallery/methods.jpg (some minutes)
 	$(BIN)/python examples/gallery.py
 
 test: setup ## Run the tests
