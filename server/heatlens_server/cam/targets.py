@@ -7,7 +7,7 @@ from torch import Tensor
 from heatlens_server.cam.catalog import ABSENT, RANKED, Score
 from heatlens_server.cam.precision import wide
 
-__all__ = ["ABSENT", "RANKED", "class_scores", "probabilities", "resolve", "score", "seeds"]
+__all__ = ["ABSENT", "RANKED", "class_scores", "probabilities", "resolve", "seeds"]
 
 CONTRASTED = 3
 """How many classes `Score.CONTRAST` compares a class with, as in the `grad-cam` package."""
@@ -45,26 +45,6 @@ def resolve(logits: Tensor, wanted: Tensor) -> Tensor:
         positions = torch.arange(count, device=logits.device).expand(logits.shape[0], count)
         ranked = torch.sort(logits, dim=1, descending=True, stable=True).indices.gather(1, positions)
     return torch.where(wanted == RANKED, ranked, wanted)
-
-
-def score(logits: Tensor, class_ids: Tensor, k: int) -> Tensor:
-    """Sum, over the batch, the logits of each image's k-th class: the scalar to differentiate.
-
-    Images do not meet inside a network in eval mode, so the gradient of this sum at image n is the gradient of image
-    n's own logit. Where the class is absent it is zero.
-
-    Args:
-        logits: (N, C) floating point.
-        class_ids: int64 (N, K), as `resolve` returns them.
-        k: which of the K, in [0, K).
-
-    Returns:
-        A scalar, float32 or wider.
-    """
-    ids = class_ids[:, k : k + 1]
-    # Wide so that the sum over the batch cannot overflow float16; the gradient is 1 all the same.
-    chosen = wide(logits.gather(1, ids.clamp(min=0)))
-    return torch.where(ids >= 0, chosen, 0.0).sum()
 
 
 def probabilities(logits: Tensor, *, sigmoid: bool = False) -> Tensor:

@@ -3,9 +3,14 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from heatlens_server.cam.targets import ABSENT, RANKED, resolve, score
+from heatlens_server.cam.targets import ABSENT, RANKED, class_scores, resolve
 
 LOGITS = torch.tensor([[0.1, 3.0, -1.0, 2.0], [5.0, 1.0, 6.0, 0.0]])  # ranked: 1 3 0 2, and 2 0 1 3
+
+
+def summed(logits, class_ids, k):
+    """What is differentiated: every image's k-th class."""
+    return class_scores(logits, class_ids)[:, k].sum()
 
 
 def test_ranks_ids_and_absent_ones():
@@ -48,18 +53,18 @@ def test_wrong_input(logits, wanted, message):
 
 def test_score_by_hand():
     ids = torch.tensor([[1, 0], [2, ABSENT]])
-    assert score(LOGITS, ids, 0).item() == 9.0
-    assert score(LOGITS, ids, 1).item() == pytest.approx(0.1)
+    assert summed(LOGITS, ids, 0).item() == 9.0
+    assert summed(LOGITS, ids, 1).item() == pytest.approx(0.1)
 
 
 def test_score_ignores_what_stands_at_absent_classes():
     logits = LOGITS.clone()
     logits[1] = torch.nan
-    assert score(logits, torch.tensor([[1], [ABSENT]]), 0).item() == 3.0
+    assert summed(logits, torch.tensor([[1], [ABSENT]]), 0).item() == 3.0
 
 
 def test_score_of_half_precision_does_not_overflow():
-    assert score(torch.full((4, 2), 60000.0, dtype=torch.float16), torch.zeros(4, 1, dtype=torch.int64), 0) == 240000
+    assert summed(torch.full((4, 2), 60000.0, dtype=torch.float16), torch.zeros(4, 1, dtype=torch.int64), 0) == 240000
 
 
 def test_the_gradient_of_an_image_depends_on_that_image_only():
@@ -68,7 +73,7 @@ def test_the_gradient_of_an_image_depends_on_that_image_only():
     images = torch.randn(3, 3, 5, 5, dtype=torch.float64, requires_grad=True)
     ids = torch.tensor([[4, 1], [ABSENT, 5], [2, ABSENT]])
     for k in range(2):
-        (together,) = torch.autograd.grad(score(net(images), ids, k), images)
+        (together,) = torch.autograd.grad(summed(net(images), ids, k), images)
         for n in range(3):
             if ids[n, k] == ABSENT:
                 assert not together[n].any()
@@ -81,7 +86,7 @@ def test_the_gradient_of_an_image_depends_on_that_image_only():
 def test_traces_with_any_batch_size():
     def graph(logits, wanted):
         ids = resolve(logits, wanted)
-        return ids, score(logits, ids, 0)
+        return ids, summed(logits, ids, 0)
 
     for k in (1, 3):
         example = torch.randn(2, 7, generator=torch.Generator().manual_seed(0)), torch.full((2, k), RANKED)
