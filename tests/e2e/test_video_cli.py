@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from films import FPS, SIZE, lines_of, one_line, picture, read_film, start_video, statuses, write_clip
+from cli_process import start_cli
+from films import FPS, SIZE, lines_of, one_line, picture, read_film, statuses, write_clip
 from heatlens._cli import app
 
 NOBODY = "127.0.0.1:1"
@@ -45,7 +46,7 @@ def run_on(run, server):
 
 def test_a_film_and_its_lines_in_silence(server, clip, tmp_path):
     film, lines = tmp_path / "film.mp4", tmp_path / "lines.jsonl"
-    process = start_video(clip, "-o", film, "--json", lines, "--server", server.address, "--smooth", 0.5)
+    process = start_cli("video", clip, "-o", film, "--json", lines, "--server", server.address, "--smooth", 0.5)
     stdout, stderr = process.communicate(timeout=QUICKLY_S)
     assert process.returncode == 0, stderr
     assert stderr == ""

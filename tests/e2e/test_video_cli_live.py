@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from films import lines_of, one_line, picture, read_film, start_video, statuses, write_clip
+from cli_process import start_cli
+from films import lines_of, one_line, picture, read_film, statuses, write_clip
 from heatlens._cli import app
 from server_process import wait_settled
 
 QUICKLY_S = 60
+CLIP_FRAMES = 100
 
 ONE_MODEL = """
 [server]
@@ -44,6 +46,12 @@ def long_clip(tmp_path_factory):
     return write_clip(tmp_path_factory.mktemp("clip") / "long.mov", frames=3000)
 
 
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Longer than what is read and written ahead of the answers."""
+    return write_clip(tmp_path_factory.mktemp("clip") / "clip.mov", frames=CLIP_FRAMES)
+
+
 @pytest.fixture
 def run(monkeypatch):
     """Run the command in this process; stdout and stderr apart."""
@@ -63,8 +71,8 @@ def start():
     """Start the command in a process of its own."""
     running = []
 
-    def start(*arguments):
-        running.append(start_video(*arguments))
+    def start(*arguments, **options):
+        running.append(start_cli("video", *arguments, **options))
         return running[-1]
 
     yield start
@@ -141,6 +149,17 @@ def test_a_signal_leaves_a_film(start, server, long_clip, tmp_path, number, exit
     assert one_line(stderr).startswith(f"{len(answers)} frames in ")
     assert 5 <= len(answers) < 3000
     assert len(read_film(film)[1]) == len(answers)
+
+
+def test_an_ignored_interrupt_changes_nothing(start, server, clip, tmp_path):
+    """As under `nohup`, or in the background of a script."""
+    film = tmp_path / "film.mp4"
+    process = start(clip, "-o", film, "--json", "-", "--server", server.address, ignore_interrupts=True)
+    first = [process.stdout.readline() for _ in range(5)]
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=QUICKLY_S)
+    assert process.returncode == 0, stderr
+    assert len(lines_of("".join(first) + stdout)) == len(read_film(film)[1]) == CLIP_FRAMES
 
 
 class Camera(BaseHTTPRequestHandler):

@@ -1,9 +1,6 @@
-"""Clips that tests watch, the command that explains them, and what it leaves behind."""
+"""Clips that tests of `heatlens video` watch, and what the command leaves behind."""
 
 import json
-import os
-import subprocess
-import sys
 from fractions import Fraction
 
 import av
@@ -17,13 +14,6 @@ silence()
 
 FPS = 12.5
 SIZE = (65, 49)
-# A process that was started in the background by some shells ignores SIGINT, and so do its children.
-PROGRAM = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from heatlens._cli import app
-app()
-"""
 
 
 def picture(index, size=SIZE):
@@ -70,10 +60,3 @@ def one_line(text):
 
 def statuses(path):
     return [line["status"] for line in lines_of(path.read_text())]
-
-
-def start_video(*arguments):
-    """Start `heatlens video` in a process of its own, which inherits no settings."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HEATLENS_", "OPENCV_"))}
-    command = [sys.executable, "-c", PROGRAM, "video", *(str(argument) for argument in arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)

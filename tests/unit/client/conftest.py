@@ -1,6 +1,7 @@
 """A scripted gRPC server, and both clients behind one asynchronous face."""
 
 import asyncio
+import signal
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -138,6 +139,14 @@ async def connect(request, peer):
     yield make
     for face in faces:
         await face.close()
+
+
+@pytest.fixture
+def ctrl_c_interrupts():
+    """SIGINT raises KeyboardInterrupt here, even if the tests were started in the background, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import threading
 from unittest.mock import patch
 
@@ -12,6 +10,7 @@ import grpc
 import pytest
 from typer.testing import CliRunner
 
+from cli_process import start_cli
 from heatlens._cli import app
 from measuring_peer import SERVED, failing, image_of, measuring, refusing
 
@@ -81,22 +80,12 @@ def test_command_tells_wrong_names(run):
     assert "methods: expected some of grad-cam" in done.stderr
 
 
-# A process that was started in the background by some shells ignores SIGINT, and so do its children.
-PROGRAM = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from heatlens._cli import app
-app()
-"""
-
-
 def test_interrupt_does_not_wait_for_open_calls(served, tmp_path):
     arrived, release = threading.Event(), threading.Event()
     served.replies[0] = lambda request, context: arrived.set() or (release.wait(60) and served.answer())
     path = tmp_path / "1.jpg"
     path.write_bytes(image_of(1))
-    command = [sys.executable, "-c", PROGRAM, "evaluate", "--server", served.address, str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start_cli("evaluate", "--server", served.address, path)
     try:
         assert arrived.wait(20)
         process.send_signal(signal.SIGINT)

@@ -2,20 +2,13 @@
 
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from contextlib import closing
 
 import pytest
 
-# A process that was started in the background by some shells ignores SIGINT, and so do its children.
-PROGRAM = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from heatlens._cli import app
-app()
-"""
+from cli_process import start_cli
+
 TIMEOUT_S = 120
 QUICKLY_S = 20
 
@@ -29,8 +22,7 @@ def explain(tmp_path):
     running = []
 
     def start(address):
-        command = [sys.executable, "-c", PROGRAM, "explain", "--server", address, "--timeout", str(TIMEOUT_S)]
-        running.append(subprocess.Popen([*command, *paths], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        running.append(start_cli("explain", "--server", address, "--timeout", TIMEOUT_S, *paths))
         return running[-1]
 
     yield start

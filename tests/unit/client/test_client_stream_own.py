@@ -23,6 +23,7 @@ def test_leaving_a_for_loop_stops_the_pump_at_once(peer):
     assert not any("heatlens" in thread.name for thread in threading.enumerate())
 
 
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_ctrl_c(peer):
     peer.streams.gate.clear()
     peer.streams.permits.release()
@@ -40,6 +41,21 @@ def test_ctrl_c(peer):
     assert not any("heatlens" in thread.name for thread in threading.enumerate())
 
 
+def test_a_ctrl_c_that_is_ignored(peer):
+    """As under `nohup`, or in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Client(peer.address) as client, client.stream() as stream:
+            frames = []
+            for item in stream.map(FRAMES):
+                frames.append(item.frame)
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert frames == FRAMES
+
+
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_ctrl_c_while_opening(peer):
     peer.streams.starts.clear()
 

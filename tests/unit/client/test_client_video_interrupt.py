@@ -7,12 +7,7 @@ import pytest
 
 from heatlens._cli.interrupt import Interrupts, Terminated
 
-
-@pytest.fixture(autouse=True)
-def default_handler():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+pytestmark = pytest.mark.usefixtures("ctrl_c_interrupts")
 
 
 def test_an_interrupt_is_raised_at_once():

@@ -21,6 +21,7 @@ def test_what_is_opened_is_returned_and_what_is_raised_is_raised():
     assert caught.value.filename == "there"
 
 
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_an_interrupt_does_not_wait_and_what_opens_late_is_closed():
     gate, closed = threading.Event(), threading.Event()
 
@@ -30,12 +31,8 @@ def test_an_interrupt_does_not_wait_and_what_opens_late_is_closed():
         assert gate.wait(10)
         return SimpleNamespace(close=closed.set)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            opened_aside(hang)
-        assert not gate.is_set()
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        opened_aside(hang)
+    assert not gate.is_set()
     gate.set()
     assert closed.wait(10)
