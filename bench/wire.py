@@ -9,8 +9,8 @@ from rich.table import Table
 
 from bench.measure import take_turns
 from heatlens import PixelBox
-from heatlens._wire import result_of
-from heatlens._wire_requests import explain_request
+from heatlens._wire.answers import result_of
+from heatlens._wire.requests import explain_request
 from heatlens.v1 import explain_pb2 as pb
 from heatlens_server.cam.catalog import CLOSED_FORMS, Method
 from heatlens_server.engines.base import EngineInfo, ImageResult, MapSpec, TopK

@@ -9,11 +9,11 @@
 This package holds the clients and what they return. It loads no deep-learning library.
 """
 
-from heatlens._async_client import AsyncClient
-from heatlens._async_stream import AsyncStream
-from heatlens._client import Client
-from heatlens._evaluate import evaluate
-from heatlens._evaluation import Evaluation, Failure, MethodScores
+from heatlens._calls.async_client import AsyncClient
+from heatlens._calls.client import Client
+from heatlens._calls.settings import TLS, Retry
+from heatlens._evaluation.evaluate import evaluate
+from heatlens._evaluation.evaluation import Evaluation, Failure, MethodScores
 from heatlens._exceptions import (
     CallCancelledError,
     DeadlineExceededError,
@@ -30,11 +30,10 @@ from heatlens._exceptions import (
     UnavailableError,
     UnimplementedError,
 )
-from heatlens._frame_result import FrameResult
-from heatlens._geometry import PixelBox, place_map
-from heatlens._heatmap import Heatmap
-from heatlens._options import TLS, Retry
-from heatlens._results import (
+from heatlens._results.frame import FrameResult
+from heatlens._results.geometry import PixelBox, place_map
+from heatlens._results.heatmap import Heatmap
+from heatlens._results.results import (
     ClassScore,
     Explanation,
     Faithfulness,
@@ -45,7 +44,8 @@ from heatlens._results import (
     ServerInfo,
     Timing,
 )
-from heatlens._stream import Stream
+from heatlens._stream.async_stream import AsyncStream
+from heatlens._stream.stream import Stream
 from heatlens._version import __version__
 
 __all__ = [

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from heatlens import Client, evaluate
 from heatlens._cli import app
-from heatlens._names import METRICS
+from heatlens._wire.names import METRICS
 
 METHODS = ("grad-cam", "score-cam", "random-cam")
 

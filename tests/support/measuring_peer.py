@@ -3,7 +3,7 @@
 import grpc
 from google.rpc import error_details_pb2
 
-from heatlens._names import METHODS, METRICS
+from heatlens._wire.names import METHODS, METRICS
 from heatlens.v1 import faithfulness_pb2, model_pb2
 
 SERVED = ("grad-cam", "layer-cam", "random-cam", "score-cam")

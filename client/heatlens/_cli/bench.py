@@ -29,7 +29,7 @@ from heatlens._cli.connection import (
     reporting,
 )
 from heatlens._cli.stream_load import Sources
-from heatlens._images import load_image
+from heatlens._results.images import load_image
 
 _DEFAULT_CONCURRENCY = 8
 _DEFAULT_DURATION_S = 10.0

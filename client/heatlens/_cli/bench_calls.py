@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from heatlens._async_client import AsyncClient
+from heatlens._calls.async_client import AsyncClient
+from heatlens._calls.settings import Retry
 from heatlens._cli.connection import ClientOptions
 from heatlens._cli.load import (
     Latency,
@@ -19,9 +20,8 @@ from heatlens._cli.load import (
 )
 from heatlens._cli.stream_load import StreamReport
 from heatlens._exceptions import HeatlensError
-from heatlens._images import ImageSource
-from heatlens._options import Retry
-from heatlens._results import Timing
+from heatlens._results.images import ImageSource
+from heatlens._results.results import Timing
 
 
 class Arrivals(StrEnum):

@@ -5,12 +5,12 @@ from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from heatlens._async_client import AsyncClient
+from heatlens._calls.async_client import AsyncClient
+from heatlens._calls.settings import Retry
 from heatlens._cli.bench_calls import latency_text, prime, server_lines
 from heatlens._cli.connection import ClientOptions
 from heatlens._cli.stream_load import Sources, StreamReport, StreamShare, run_streams, summarise_streams
-from heatlens._options import Retry
-from heatlens._stream_wire import OverflowName
+from heatlens._wire.streams import OverflowName
 
 
 @dataclass(frozen=True, slots=True)

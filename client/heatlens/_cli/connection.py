@@ -9,8 +9,8 @@ from typing import Annotated, NoReturn, TypeAlias, TypedDict
 
 import typer
 
+from heatlens._calls.settings import TLS
 from heatlens._exceptions import HeatlensError
-from heatlens._options import TLS
 
 ServerOption: TypeAlias = Annotated[
     str, typer.Option("--server", "-s", envvar="HEATLENS_ADDRESS", metavar="HOST:PORT", help="The server.")

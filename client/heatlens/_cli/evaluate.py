@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from heatlens._calls.client import Client
 from heatlens._cli.connection import (
     DEFAULT_SERVER,
     CaOption,
@@ -34,8 +35,7 @@ from heatlens._cli.explaining import (
     reference_of,
 )
 from heatlens._cli.interrupt import INTERRUPTED
-from heatlens._client import Client
-from heatlens._evaluate import evaluate as run
+from heatlens._evaluation.evaluate import evaluate as run
 
 
 def evaluate(

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import typer
 
+from heatlens._calls.client import Client
 from heatlens._cli.connection import (
     DEFAULT_SERVER,
     CaOption,
@@ -39,9 +40,8 @@ from heatlens._cli.explaining import (
     listed,
     reference_of,
 )
-from heatlens._client import Client
 from heatlens._exceptions import HeatlensError
-from heatlens._results import Result
+from heatlens._results.results import Result
 
 # Files in flight: enough to give the server batches, few enough to keep memory and queues small.
 _CONCURRENCY = 8

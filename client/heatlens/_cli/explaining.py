@@ -8,7 +8,7 @@ import numpy.typing as npt
 import typer
 
 from heatlens._exceptions import InvalidArgumentError
-from heatlens._wire_requests import ALL, ReferenceSource
+from heatlens._wire.requests import ALL, ReferenceSource
 
 ModelOption: TypeAlias = Annotated[str | None, typer.Option(show_default="the server's", help="A served model.")]
 ClassOption: TypeAlias = Annotated[

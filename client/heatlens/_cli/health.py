@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from heatlens._calls.client import Client
 from heatlens._cli.connection import (
     DEFAULT_SERVER,
     CaOption,
@@ -13,8 +14,7 @@ from heatlens._cli.connection import (
     client_options,
     reporting,
 )
-from heatlens._client import Client
-from heatlens._results import Health
+from heatlens._results.results import Health
 
 _EXIT_CODES = {Health.SERVING: 0, Health.NOT_SERVING: 1, Health.UNKNOWN: 2}
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from heatlens._exceptions import HeatlensError
-from heatlens._results import Timing
+from heatlens._results.results import Timing
 
 Call = Callable[[], Awaitable[Timing]]
 Now = Callable[[], float]

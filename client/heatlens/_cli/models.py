@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import typer
 
+from heatlens._calls.client import Client
 from heatlens._cli.connection import (
     DEFAULT_SERVER,
     CaOption,
@@ -15,8 +16,7 @@ from heatlens._cli.connection import (
     client_options,
     reporting,
 )
-from heatlens._client import Client
-from heatlens._results import ModelInfo, ModelState
+from heatlens._results.results import ModelInfo, ModelState
 
 
 def models(

@@ -18,9 +18,9 @@ from typing import Protocol
 
 from heatlens._cli.load import Latency, Now, Sleep, batch_size_of, lag_of, latency_of, mean_of
 from heatlens._exceptions import HeatlensError
-from heatlens._frame_result import FrameResult
-from heatlens._images import ImageSource
-from heatlens._results import Timing
+from heatlens._results.frame import FrameResult
+from heatlens._results.images import ImageSource
+from heatlens._results.results import Timing
 
 EXPLAINED, DROPPED, SKIPPED = "OK", "DROPPED", "SKIPPED"
 

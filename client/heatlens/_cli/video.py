@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from heatlens._calls.client import Client
 from heatlens._cli.connection import (
     DEFAULT_SERVER,
     CaOption,
@@ -36,10 +37,9 @@ from heatlens._cli.explaining import (
     TargetScoreOption,
 )
 from heatlens._cli.interrupt import INTERRUPTED, TERMINATED, Interrupts, Terminated
-from heatlens._client import Client
 from heatlens._exceptions import HeatlensError, InvalidArgumentError
-from heatlens._overlay import color_table
-from heatlens._stream import Stream
+from heatlens._results.overlay import color_table
+from heatlens._stream.stream import Stream
 from heatlens._video.feed import answers
 from heatlens._video.inputs import files_of, is_url
 from heatlens._video.lines import Lines

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import cv2
 
-from heatlens._geometry import Float32Array, PixelBox
-from heatlens._images import UInt8Array
-from heatlens._overlay import blend
-from heatlens._results import Result
+from heatlens._results.geometry import Float32Array, PixelBox
+from heatlens._results.images import UInt8Array
+from heatlens._results.overlay import blend
+from heatlens._results.results import Result
 
 NO_ANSWER = "no answer"
 _FONT = cv2.FONT_HERSHEY_SIMPLEX

@@ -7,8 +7,8 @@ from contextlib import suppress
 from queue import SimpleQueue
 
 from heatlens._exceptions import HeatlensError, InvalidArgumentError
-from heatlens._frame_result import FrameResult
-from heatlens._stream import Stream
+from heatlens._results.frame import FrameResult
+from heatlens._stream.stream import Stream
 from heatlens._video.source import VideoFrame
 
 # A stream that drops frames takes hundreds while nobody reads. In a film that is slow to draw and write, they would be

@@ -12,7 +12,7 @@ from typing import Protocol
 import cv2
 import numpy as np
 
-from heatlens._images import UInt8Array
+from heatlens._results.images import UInt8Array
 from heatlens._video.quiet import silence
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")

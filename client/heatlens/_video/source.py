@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from heatlens._exceptions import InvalidArgumentError
-from heatlens._images import UInt8Array, decode_image
+from heatlens._results.images import UInt8Array, decode_image
 from heatlens._video.clock import Clock
 from heatlens._video.inputs import camera_of, checked_url, images_of, is_url, public_name
 from heatlens._video.live import LiveVideo

@@ -1,0 +1,335 @@
+"""The client for threads."""
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Self, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2_grpc
+
+from heatlens._calls.settings import DEFAULT_MAX_MESSAGE_BYTES, TLS, UNSET, Retry, Timeout, make_settings
+from heatlens._exceptions import FailedPreconditionError, NotFoundError
+from heatlens._results.images import ImageSource
+from heatlens._results.results import Health, ModelInfo, Result, ServerInfo
+from heatlens._stream.link import Link, StreamCall
+from heatlens._stream.stream import Stream
+from heatlens._wire import answers
+from heatlens._wire.names import AggregationName, MapSizeName, MapTypeName, TargetScoreName
+from heatlens._wire.requests import (
+    ALL,
+    MaskSource,
+    Metrics,
+    ReferenceSource,
+    check_size,
+    explain_request,
+    health_request,
+    keep_metrics_of,
+)
+from heatlens._wire.status import error_of, unknown_model
+from heatlens._wire.streams import OverflowName, stream_plan
+from heatlens.v1 import explain_pb2, explain_pb2_grpc, model_pb2, model_pb2_grpc
+
+Request = TypeVar("Request", bound=Message)
+Response = TypeVar("Response")
+
+
+class Client:
+    """Asks a heatlens server why its models say what they say. Thread-safe; create it after forking, not before.
+
+    The connection is made by the first call, shared by all and mended by itself. Use it as a context manager, or
+    call `close`.
+
+    Args:
+        address: "host:port", or a gRPC target: "dns:///models.example:50051" spreads calls over all its addresses.
+        timeout: seconds for a call that names none, all retries included; None: no limit.
+        token: bearer token. Never sent in plaintext, except to this machine.
+        tls: TLS settings; True: the default ones; False: plaintext. None: encrypt if a token goes to another machine.
+        retry: when calls are tried again.
+        wait_for_ready: whether calls wait, within their timeout, for a server that is not there yet.
+        max_message_bytes: largest request and answer.
+
+    Raises:
+        InvalidArgumentError: an argument is wrong, or a token would travel in plaintext to another machine.
+        FileNotFoundError: a certificate file does not exist.
+    """
+
+    def __init__(
+        self,
+        address: str = "localhost:50051",
+        *,
+        timeout: float | None = 30.0,
+        token: str | None = None,
+        tls: TLS | bool | None = None,
+        retry: Retry = Retry(),  # noqa: B008 - frozen
+        wait_for_ready: bool = False,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        self._settings = make_settings(
+            address,
+            timeout=timeout,
+            token=token,
+            tls=tls,
+            retry=retry,
+            wait_for_ready=wait_for_ready,
+            max_message_bytes=max_message_bytes,
+        )
+        self._channel = (
+            grpc.insecure_channel(address, self._settings.options)
+            if self._settings.credentials is None
+            else grpc.secure_channel(address, self._settings.credentials, self._settings.options)
+        )
+        self._explain = explain_pb2_grpc.ExplainServiceStub(self._channel)
+        self._models = model_pb2_grpc.ModelServiceStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return self._settings.describe("Client")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; calls still open in other threads fail with CallCancelledError. Idempotent."""
+        self._closed = True
+        self._channel.close()
+
+    def explain(
+        self,
+        image: ImageSource,
+        *,
+        model: str | None = None,
+        top_k: int | None = None,
+        class_ids: int | Sequence[int] | None = None,
+        method: str | None = None,
+        layers: str | Sequence[str] | None = None,
+        map_size: MapSizeName | None = None,
+        map_type: MapTypeName | None = None,
+        top_predictions: int | None = None,
+        target_score: TargetScoreName | None = None,
+        aggregation: AggregationName | None = None,
+        augment: bool = False,
+        principal_component: bool = False,
+        faithfulness: Metrics = False,
+        mask: MaskSource | None = None,
+        reference: ReferenceSource | None = None,
+        min_score: float | None = None,
+        return_mask: bool = False,
+        timeout: Timeout = UNSET,
+    ) -> Result:
+        """Explain one image: which of its pixels made the model give a class its score.
+
+        Args:
+            image: a path, the bytes of a JPEG, PNG or WebP file, or uint8 RGB pixels of shape (height, width, 3).
+            model: name of a served model. None: the server's default.
+            top_k: explain the k most probable classes, k >= 1. Not with `class_ids`. Neither: the most probable one.
+            class_ids: explain this class or these classes, in this order.
+            method: how the map is made: "grad-cam", "layer-cam", ... None: the model's default.
+            layers: the layer or layers to explain. None: the model's default.
+            map_size: "layer" (default): the layer's own resolution. "input": enlarged to the model's input, then
+                min-max. "source": the map of "input", placed on the whole source image. `Heatmap.on` and `overlay`
+                place maps of the first two; a layer's map placed so has fewer bytes and slightly other values.
+            map_type: "float32" (default), "float16" or "uint8" on the wire; `Heatmap.values` is always float32.
+            top_predictions: how many of the most probable classes to return in `predictions`. None: none.
+            target_score: what is explained about a class: its "logit" (default), "probability" or "log-probability", or
+                its "contrast" to the classes that look like it.
+            aggregation: how the maps of several layers become one: "mean" (default), "max" or "product".
+            augment: average the maps of the image and its mirror image, each darker and brighter.
+            principal_component: project weighted activations on their first principal component, do not sum them.
+            faithfulness: measure how faithful each map is: True for deletion and insertion, or "road-combined",
+                "sparseness", ..., or a list of them: see `heatlens.Faithfulness`; "all": those that the model's task
+                has, for which the server is asked about the model first. Costs many runs of the model.
+            mask: segmentation: explain these pixels, not those predicted as the class: bools or integers (height,
+                width) of the upright source image, or an image file; what is not 0 counts.
+            reference: embedding models, required there: what the image is compared with: an embedding, such as
+                `Result.embedding`, or another image.
+            min_score: detection: explain detections of at least this score, in [0, 1]. None: 0.5.
+            return_mask: segmentation: return the predicted mask.
+            timeout: seconds for this call, all retries included; None: no limit. Not given: the client's.
+
+        Returns:
+            The maps, scores and timing.
+
+        Raises:
+            InvalidArgumentError: an argument is wrong; found before the call where possible.
+            FileNotFoundError: there is no such file (another OSError if it cannot be read).
+            NotFoundError: no model of that name.
+            UnavailableError, ResourceExhaustedError: still failing after all retries.
+            DeadlineExceededError: no answer within the timeout.
+            HeatlensError: any other failure; see `heatlens.HeatlensError` and its subclasses.
+        """
+        request = explain_request(
+            image,
+            model=model,
+            top_k=top_k,
+            class_ids=class_ids,
+            method=method,
+            layers=layers,
+            map_size=map_size,
+            map_type=map_type,
+            top_predictions=top_predictions,
+            target_score=target_score,
+            aggregation=aggregation,
+            augment=augment,
+            principal_component=principal_component,
+            faithfulness=faithfulness,
+            mask=mask,
+            reference=reference,
+            min_score=min_score,
+            return_mask=return_mask,
+        )
+        if isinstance(faithfulness, str) and faithfulness == ALL:
+            keep_metrics_of(self.models(timeout=timeout), request)
+        return answers.result_of(self._call(self._explain.Explain, request, timeout), placed=map_size == "source")
+
+    def stream(
+        self,
+        *,
+        model: str | None = None,
+        max_in_flight: int | None = None,
+        overflow: OverflowName = "block",
+        every: int = 1,
+        max_fps: float | None = None,
+        smooth: float = 0.0,
+        frame_timeout: float | None = None,
+        jpeg_quality: int | None = None,
+        top_k: int | None = None,
+        class_ids: int | Sequence[int] | None = None,
+        method: str | None = None,
+        layers: str | Sequence[str] | None = None,
+        map_size: MapSizeName | None = None,
+        map_type: MapTypeName | None = None,
+        top_predictions: int | None = None,
+        target_score: TargetScoreName | None = None,
+        aggregation: AggregationName | None = None,
+        augment: bool = False,
+        principal_component: bool = False,
+    ) -> Stream:
+        """Explain the frames of a video, in order. See `heatlens.Stream`.
+
+        The stream opens with its `with` statement or first use, within the client's timeout, and raises what is wrong
+        with its configuration then. From there on it has no time limit. Opening is not tried again by itself, neither
+        after a break nor when the server refuses: a model that is loading (UnavailableError) and too many streams
+        (ResourceExhaustedError) raise at once, with `retry_after_s`.
+
+        Args:
+            model: name of a served model. None: the server's default.
+            max_in_flight: the window: most unanswered frames. None: the server's choice; it may grant less.
+            overflow: when frames come faster than they are explained: "block": wait, none is lost; "drop-oldest":
+                drop the oldest that wait, answers stay fresh.
+            every: explain the first of so many frames, of those that reach the server, and answer the others
+                `skipped`. A frame that the client itself refuses or drops does not count.
+            max_fps: explain at most so many frames per second, by capture time, and answer the others `skipped`.
+            smooth: weight of the past in the moving average of a class's maps, in [0, 1); 0: none.
+            frame_timeout: seconds that a frame may wait in the server; after that it fails. None: no limit.
+            jpeg_quality: 1 to 100: pixels travel as JPEG of this quality. None: as they are. Files do in any case.
+            top_k: explain the k most probable classes of each frame, as for `explain`; so are all that follow.
+            class_ids: explain this class or these classes, in this order.
+            method: how the map is made.
+            layers: the layer or layers to explain.
+            map_size: "layer", "input" or "source".
+            map_type: "float32", "float16" or "uint8" on the wire.
+            top_predictions: how many of the most probable classes to return in `predictions`.
+            target_score: what is explained about a class.
+            aggregation: how the maps of several layers become one.
+            augment: average over changed versions of each frame.
+            principal_component: project on the first principal component.
+
+        Raises:
+            InvalidArgumentError: an argument is wrong.
+        """
+        plan = stream_plan(
+            model=model,
+            max_in_flight=max_in_flight,
+            overflow=overflow,
+            every=every,
+            max_fps=max_fps,
+            smooth=smooth,
+            frame_timeout=frame_timeout,
+            jpeg_quality=jpeg_quality,
+            top_k=top_k,
+            class_ids=class_ids,
+            method=method,
+            layers=layers,
+            map_size=map_size,
+            map_type=map_type,
+            top_predictions=top_predictions,
+            target_score=target_score,
+            aggregation=aggregation,
+            augment=augment,
+            principal_component=principal_component,
+            max_message_bytes=self._settings.max_message_bytes,
+        )
+        return Stream(Link(self._start_stream, plan, timeout_s=self._settings.timeout))
+
+    def models(self, *, timeout: Timeout = UNSET) -> tuple[ModelInfo, ...]:
+        """List the served models, whatever their state. Raises HeatlensError if the call fails."""
+        return answers.models_of(self._call(self._models.ListModels, model_pb2.ListModelsRequest(), timeout))
+
+    def server_info(self, *, timeout: Timeout = UNSET) -> ServerInfo:
+        """Return the server's version and limits. Raises HeatlensError if the call fails."""
+        return answers.server_info_of(self._call(self._models.GetServerInfo, model_pb2.GetServerInfoRequest(), timeout))
+
+    def health(self, model: str | None = None, *, timeout: Timeout = UNSET) -> Health:
+        """Return whether the server, or one model, serves. Never retried: it says how things are now.
+
+        Raises:
+            NotFoundError: no model of that name.
+            UnavailableError: no server answers.
+            HeatlensError: any other failure.
+        """
+        request = health_request(model)
+        try:
+            return answers.health_of(self._call(self._health.Check, request, timeout))
+        except NotFoundError as error:
+            raise unknown_model(error, model) from None
+
+    def _call(
+        self,
+        method: "grpc.UnaryUnaryMultiCallable[Request, Response]",
+        request: Request,
+        timeout: Timeout,
+    ) -> Response:
+        """Make one call; only our exceptions come out."""
+        settings = self._settings
+        timeout_s = settings.timeout_of(timeout)
+        check_size(request, settings.max_message_bytes)
+        if self._closed:
+            raise _client_closed()
+        request_id, metadata = settings.call_metadata()
+        try:
+            return method(request, timeout=timeout_s, metadata=metadata, wait_for_ready=settings.wait_for_ready or None)
+        except grpc.RpcError as error:
+            raise error_of(error, request_id) from None
+        except ValueError:
+            # Closed by another thread since we looked: gRPC says so with a bare ValueError.
+            if not self._closed:
+                raise
+            raise _client_closed() from None
+
+    def _start_stream(self, requests: Iterator[explain_pb2.StreamExplainRequest]) -> tuple[StreamCall, str]:
+        """Begin a stream's call; return it and its request id."""
+        if self._closed:
+            raise _client_closed()
+        settings = self._settings
+        request_id, metadata = settings.call_metadata()
+        try:
+            call = self._explain.StreamExplain(
+                requests, metadata=metadata, wait_for_ready=settings.wait_for_ready or None
+            )
+        except ValueError:
+            # As in _call.
+            if not self._closed:
+                raise
+            raise _client_closed() from None
+        return call, request_id
+
+
+def _client_closed() -> FailedPreconditionError:
+    return FailedPreconditionError("the client is closed", reason="CLIENT_CLOSED")

@@ -1,0 +1,275 @@
+"""How to reach a server: checked settings, and the gRPC channel options that follow from them."""
+
+import ipaddress
+import json
+import uuid
+from dataclasses import dataclass, field
+from enum import Enum
+from os import PathLike
+from pathlib import Path
+from typing import Final, TypeAlias
+
+import grpc
+
+from heatlens._exceptions import InvalidArgumentError
+from heatlens._results.images import checked_path
+from heatlens._version import __version__
+from heatlens._wire.arguments import MAX_SECONDS, as_float, checked_int, checked_timeout, is_text
+from heatlens._wire.status import REQUEST_ID_KEY
+
+DEFAULT_MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+
+
+class Unset(Enum):
+    """Tells "not given" from None, which means "no limit"."""
+
+    UNSET = "UNSET"
+
+    def __repr__(self) -> str:
+        return "UNSET"
+
+
+UNSET: Final = Unset.UNSET
+Timeout: TypeAlias = float | Unset | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TLS:
+    """How to encrypt and whom to trust.
+
+    Attributes:
+        ca_file: PEM file with the certificate authorities to trust. None: those that come with gRPC.
+        cert_file: PEM file with this client's certificate chain, for servers that ask for one.
+        key_file: PEM file with its private key. Given if and only if `cert_file` is.
+        server_name: the name that the server's certificate must have. None: the host of the address.
+    """
+
+    ca_file: str | PathLike[str] | None = None
+    cert_file: str | PathLike[str] | None = None
+    key_file: str | PathLike[str] | None = None
+    server_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise InvalidArgumentError.of("tls", "give both of cert_file and key_file, or none")
+        for name in (self.ca_file, self.cert_file, self.key_file):
+            if name is not None:
+                checked_path("tls", name)
+        if self.server_name is not None and not is_text(self.server_name):
+            raise InvalidArgumentError.of("tls", f"expected server_name to be a name, got {self.server_name!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retry:
+    """When a call is tried again: on UNAVAILABLE and RESOURCE_EXHAUSTED, within the call's timeout.
+
+    The wait before attempt n is about initial_backoff_s * multiplier ** (n - 2), at most max_backoff_s, give or take
+    20 %. If the server says how long to wait, or not to try again, that counts instead.
+
+    RESOURCE_EXHAUSTED is tried again because a full queue drains within moments, and the server says when. gRPC uses
+    the same code for messages that are too large, which never get better: the SDK measures requests beforehand.
+
+    Attributes:
+        max_attempts: attempts in all, 1 (no retries) to 5 (gRPC's own limit).
+        initial_backoff_s: the first wait, in seconds, at least a millisecond.
+        max_backoff_s: the longest wait, in seconds, at most 1e9.
+        multiplier: growth of the wait, 0.001 to 1000.
+    """
+
+    max_attempts: int = 4
+    initial_backoff_s: float = 0.1
+    max_backoff_s: float = 2.0
+    multiplier: float = 2.0
+
+    def __post_init__(self) -> None:
+        checked_int("retry.max_attempts", self.max_attempts, at_least=1, at_most=5)
+        waits = (self.initial_backoff_s, self.max_backoff_s)
+        if not 1e-3 <= as_float(waits[0]) <= as_float(waits[1]) <= MAX_SECONDS:
+            raise InvalidArgumentError.of(
+                "retry", f"expected 0.001 <= initial_backoff_s <= max_backoff_s <= {MAX_SECONDS:g}, got {waits}"
+            )
+        if not 1e-3 <= as_float(self.multiplier) <= 1e3:
+            raise InvalidArgumentError.of("retry", f"expected multiplier from 0.001 to 1000, got {self.multiplier!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything a client needs to make its channel and its calls. Made by `make_settings`.
+
+    Attributes:
+        address: gRPC target, as given.
+        timeout: seconds for a call that names none; None: no limit.
+        token: bearer token.
+        credentials: for a secure channel; None: plaintext.
+        wait_for_ready: whether calls wait for a server that is not there yet.
+        max_message_bytes: largest request and answer.
+        options: gRPC channel options.
+    """
+
+    address: str
+    timeout: float | None
+    token: str | None = field(repr=False)
+    credentials: grpc.ChannelCredentials | None
+    wait_for_ready: bool
+    max_message_bytes: int
+    options: tuple[tuple[str, str | int], ...]
+
+    def timeout_of(self, timeout: Timeout) -> float | None:
+        """Return the seconds for one call, None for no limit.
+
+        Raises:
+            InvalidArgumentError: not a number of seconds that gRPC can carry.
+        """
+        return self.timeout if timeout is UNSET else checked_timeout(timeout)
+
+    def describe(self, name: str) -> str:
+        """Return the client's repr; the token is masked."""
+        token = "None" if self.token is None else "'********'"
+        return f"{name}({self.address!r}, tls={self.credentials is not None}, token={token}, timeout={self.timeout})"
+
+    def call_metadata(self) -> tuple[str, tuple[tuple[str, str], ...]]:
+        """Return a new request id and the metadata of one call."""
+        request_id = uuid.uuid4().hex
+        metadata: tuple[tuple[str, str], ...] = ((REQUEST_ID_KEY, request_id),)
+        if self.token is not None:
+            # As metadata, not as call credentials: those are refused on plaintext channels, loopback included.
+            metadata += (("authorization", f"Bearer {self.token}"),)
+        return request_id, metadata
+
+
+def make_settings(
+    address: str,
+    *,
+    timeout: float | None,
+    token: str | None,
+    tls: TLS | bool | None,
+    retry: Retry,
+    wait_for_ready: bool,
+    max_message_bytes: int,
+) -> Settings:
+    """Check a client's arguments and read its certificate files.
+
+    Raises:
+        InvalidArgumentError: an argument is wrong, or a token would travel in plaintext to another machine.
+        FileNotFoundError: a certificate file does not exist (another OSError if it cannot be read).
+    """
+    if (
+        not is_text(address)
+        or not address
+        or "\0" in address
+        or address.partition("://")[0].lower() in {"http", "https", "grpc", "grpcs"}
+    ):
+        raise InvalidArgumentError.of("address", f"expected 'host:port' or a gRPC target, got {address!r}")
+    if not isinstance(retry, Retry):
+        raise InvalidArgumentError.of("retry", f"expected a Retry, got {retry!r}; Retry(max_attempts=1) is no retry")
+    if not isinstance(tls, TLS | bool | None):
+        raise InvalidArgumentError.of("tls", f"expected a TLS, True, False or None, got {tls!r}")
+    if not isinstance(wait_for_ready, bool):
+        raise InvalidArgumentError.of("wait_for_ready", f"expected True or False, got {wait_for_ready!r}")
+    max_message_bytes = checked_int("max_message_bytes", max_message_bytes, at_least=1)
+    if token is not None and not (
+        isinstance(token, str) and token.isascii() and token.isprintable() and token and " " not in token
+    ):
+        raise InvalidArgumentError.of("token", "expected printable ASCII without spaces")
+    loopback = is_loopback(address)
+    if tls is None:
+        tls = token is not None and not loopback
+    if tls is False and token is not None and not loopback:
+        raise InvalidArgumentError.of(
+            "token", f"refusing to send it in plaintext to {address}: set tls", reason="PLAINTEXT_TOKEN"
+        )
+    options = channel_options(retry, max_message_bytes)
+    if loopback:
+        # A proxy has no business between this machine and itself, least of all with a plaintext token.
+        options += (("grpc.enable_http_proxy", 0),)
+    if isinstance(tls, TLS) and tls.server_name is not None:
+        options += (("grpc.ssl_target_name_override", tls.server_name),)
+    return Settings(
+        address=address,
+        timeout=checked_timeout(timeout),
+        token=token,
+        credentials=_credentials(TLS() if tls is True else tls) if tls else None,
+        wait_for_ready=wait_for_ready,
+        max_message_bytes=max_message_bytes,
+        options=options,
+    )
+
+
+def channel_options(retry: Retry, max_message_bytes: int) -> tuple[tuple[str, str | int], ...]:
+    """Return the gRPC channel options that every client uses."""
+    return (
+        ("grpc.service_config", service_config(retry)),
+        # Without this, gRPC silently drops retries of requests over 256 KiB: of most photos.
+        ("grpc.per_rpc_retry_buffer_size", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        # Pings only while calls are open, and no closer than servers tolerate (heatlens: 20 s).
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.primary_user_agent", f"heatlens-python/{__version__}"),
+    )
+
+
+def service_config(retry: Retry) -> str:
+    """Return the gRPC service config (JSON): round robin over all addresses of the target, and the retry policy.
+
+    Without healthCheckConfig on purpose: it would turn "model X is loading, try again in 2 s" into a bare
+    "unavailable", and would keep `health()` and `models()` from reaching the very server they ask about.
+    Health itself is never retried: it says how things are now.
+    """
+    config: dict[str, object] = {"loadBalancingConfig": [{"round_robin": {}}]}
+    if retry.max_attempts > 1:
+        config["methodConfig"] = [
+            {
+                "name": [
+                    {"service": "heatlens.v1.ExplainService", "method": "Explain"},
+                    {"service": "heatlens.v1.ModelService"},
+                ],
+                "retryPolicy": {
+                    "maxAttempts": int(retry.max_attempts),
+                    "initialBackoff": f"{float(retry.initial_backoff_s):.9f}s",
+                    "maxBackoff": f"{float(retry.max_backoff_s):.9f}s",
+                    "backoffMultiplier": float(retry.multiplier),
+                    "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+                },
+            }
+        ]
+        # Stop retrying when half of the last calls failed: retries must not keep a struggling server down.
+        config["retryThrottling"] = {"maxTokens": 20, "tokenRatio": 0.1}
+    return json.dumps(config)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether every endpoint of a gRPC target is on this machine: loopback addresses, localhost, Unix sockets."""
+    scheme, separator, rest = address.partition(":")
+    if separator and scheme in {"unix", "unix-abstract"}:
+        return True
+    if separator and scheme in {"ipv4", "ipv6"}:
+        return all(_is_loopback_host(endpoint) for endpoint in rest.split(","))
+    if separator and scheme == "dns":
+        # dns:host:port, dns:///host:port or dns://resolver/host:port.
+        rest = rest.rpartition("/")[2]
+        return _is_loopback_host(rest)
+    return _is_loopback_host(address)
+
+
+def _is_loopback_host(endpoint: str) -> bool:
+    if endpoint.startswith("["):
+        host = endpoint[1:].partition("]")[0]
+    elif endpoint.count(":") > 1:
+        host = endpoint
+    else:
+        host = endpoint.partition(":")[0]
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _credentials(tls: TLS) -> grpc.ChannelCredentials:
+    ca, key, chain = (
+        None if name is None else Path(name).read_bytes() for name in (tls.ca_file, tls.key_file, tls.cert_file)
+    )
+    return grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=chain)

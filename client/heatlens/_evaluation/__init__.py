@@ -1,0 +1,1 @@
+"""Which method to trust: measuring, tables and charts."""

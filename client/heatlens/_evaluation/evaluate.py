@@ -1,0 +1,321 @@
+"""Which method to trust: every method on every image, each map measured on the served model."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice, product
+from os import PathLike
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from heatlens._calls.client import Client
+from heatlens._calls.settings import UNSET, Timeout
+from heatlens._evaluation.evaluation import Evaluation, Failure, MethodScores
+from heatlens._evaluation.metrics import FLOOR
+from heatlens._exceptions import (
+    CallCancelledError,
+    FailedPreconditionError,
+    HeatlensError,
+    InvalidArgumentError,
+    NotFoundError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+    UnavailableError,
+    UnimplementedError,
+)
+from heatlens._results.images import ImageSource
+from heatlens._results.results import ModelInfo, ModelState, Result
+from heatlens._wire.arguments import checked_int
+from heatlens._wire.names import METRICS
+from heatlens._wire.requests import ALL, ReferenceSource, metrics_of
+
+_Scores = dict[str, float]
+
+# It differentiates nothing, and its weights are chance: these change nothing about it, or do not suit it.
+_OF_FLOOR = {"target_score": None, "principal_component": False}
+_NOTHING_FOUND = "NOTHING_FOUND"
+# Tried again already, where that may help.
+_HOPELESS = (
+    CallCancelledError,
+    FailedPreconditionError,
+    NotFoundError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+    UnavailableError,
+    UnimplementedError,
+)
+
+
+def evaluate(
+    client: Client,
+    images: Iterable[ImageSource],
+    *,
+    model: str | None = None,
+    methods: str | Sequence[str] | None = None,
+    metrics: str | Sequence[str] | None = None,
+    layers: str | Sequence[str] | None = None,
+    target_score: str | None = None,
+    aggregation: str | None = None,
+    augment: bool = False,
+    principal_component: bool = False,
+    top_k: int | None = None,
+    reference: ReferenceSource | None = None,
+    min_score: float | None = None,
+    max_in_flight: int = 8,
+    timeout: Timeout = UNSET,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measure how faithful methods are: each explains each image, and each map is measured on the served model.
+
+    Random-CAM is always among them where the model supports it: it is the floor that a method must beat. It explains no
+    score and weights nothing that has a component: `target_score` and `principal_component` are for the others. An
+    image that fails with one method is left out for all of them, so that all are compared on the same images.
+
+    Methods that refuse the options (CAM any `layers` but the default one, for instance) are left out, unless they are
+    named; so is Random-CAM even then.
+
+    Args:
+        client: a client of the server; it stays open.
+        images: as for `Client.explain`, at least one.
+        model: name of a served model. None: the server's default.
+        methods: their names; "all": every one that the model supports. None: those that take a single pass.
+        metrics: their names, as in `heatlens.Faithfulness`, with hyphens. None, "all": all that the model's task has.
+        layers: as for `Client.explain`; so are those that follow.
+        target_score: what is explained about a class.
+        aggregation: how the maps of several layers become one.
+        augment: average over changed versions of each image.
+        principal_component: project on the first principal component.
+        top_k: explain the k most probable classes. An image's score is the mean over what is explained of it.
+        reference: embedding models: what the images are compared with.
+        min_score: detection: explain detections of at least this score.
+        max_in_flight: the most calls at a time, so that the server has batches to run.
+        timeout: seconds for each call, all retries included; None: no limit. Not given: the client's.
+        on_progress: called in this thread with the number of answers so far and of all.
+
+    Returns:
+        The scores, which images failed, and which methods were left out.
+
+    Raises:
+        InvalidArgumentError: an argument is wrong, or an option does not suit the model, or a method that is named.
+        NotFoundError: no model of that name.
+        UnavailableError, FailedPreconditionError: the model is loading, or failed to load.
+        UnimplementedError: the server is too old to measure.
+        HeatlensError: any other failure that is no image's; see `heatlens.HeatlensError` and its subclasses.
+    """
+    sources = _sources(images)
+    if metrics == ALL:
+        metrics = None
+    if metrics is not None:
+        metrics = _each_once("metrics", metrics, METRICS)
+    workers = checked_int("max_in_flight", max_in_flight, at_least=1, at_most=1024)
+    served = _served(client.models(timeout=timeout), model)
+    wanted = metrics_of(served.task) if metrics is None else tuple(metrics)
+    chosen = _methods(methods, served)
+    options: dict[str, Any] = {
+        "model": served.name,
+        "layers": layers,
+        "target_score": target_score,
+        "aggregation": aggregation,
+        "augment": augment,
+        "principal_component": principal_component,
+        "top_k": top_k,
+        "reference": reference,
+        "min_score": min_score,
+        "faithfulness": wanted,
+        "map_type": "uint8",
+        "timeout": timeout,
+    }
+    failures: dict[str, Failure] = {}
+    refusals: dict[str, InvalidArgumentError] = {}
+    versions: set[str] = set()
+
+    def explain(name: str, source: ImageSource, method: str) -> _Scores:
+        # What is known to fail need not be run.
+        if name in failures or method in refusals:
+            return {}
+        result = client.explain(source, method=method, **options | (_OF_FLOOR if method == FLOOR else {}))
+        versions.add(result.model_version)
+        return _scores(result, wanted)
+
+    scores: dict[tuple[str, str], _Scores] = {}
+    total = len(sources) * len(chosen)
+    jobs = ((explain, name, source, method) for (name, source), method in product(sources.items(), chosen))
+    for done, ((_, name, _, method), answer) in enumerate(_answers(jobs, workers), start=1):
+        try:
+            scores[method, name] = answer.result()
+        except (HeatlensError, OSError) as error:
+            if _is_refusal(error):
+                refusals.setdefault(method, error)
+                _check_refusals(refusals, chosen, named=methods not in (None, ALL))
+            elif _is_hopeless(error):
+                raise
+            else:
+                failures.setdefault(name, Failure(image=name, method=method, error=error))
+        if on_progress is not None:
+            on_progress(done, total)
+    kept = tuple(name for name in sources if name not in failures)
+    return Evaluation(
+        model=served.name,
+        model_version=", ".join(sorted(versions)),
+        metrics=wanted,
+        images=kept,
+        rows=tuple(
+            _row(method, wanted, [scores[method, name] for name in kept]) for method in chosen if method not in refusals
+        ),
+        failures=tuple(failures.values()),
+        left_out={method: refusals[method].message for method in chosen if method in refusals},
+    )
+
+
+def _sources(images: Iterable[ImageSource]) -> dict[str, ImageSource]:
+    """Return the images by name: the path, or "image 3"."""
+    if isinstance(images, str | bytes | bytearray | memoryview | PathLike | np.ndarray) or not isinstance(
+        images, Iterable
+    ):
+        raise InvalidArgumentError.of("images", f"expected a list of images, got {type(images).__name__}")
+    found = {
+        str(Path(image)) if isinstance(image, str | PathLike) else f"image {number}": image
+        for number, image in enumerate(images, start=1)
+    }
+    if not found:
+        raise InvalidArgumentError.of("images", "expected at least one image")
+    return found
+
+
+def _methods(methods: str | Sequence[str] | None, served: ModelInfo) -> tuple[str, ...]:
+    """Return the methods in the model's order, the floor last."""
+    if methods is None:
+        names = tuple(name for name in served.methods if name not in served.methods_in_steps)
+    elif methods == ALL:
+        names = served.methods
+    else:
+        names = _each_once("methods", methods, served.methods)
+    with_floor = [name for name in names if name != FLOOR]
+    return (*with_floor, FLOOR) if FLOOR in served.methods else tuple(with_floor)
+
+
+def _each_once(argument: str, names: str | Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
+    """Return the names in the order of those known.
+
+    Raises:
+        InvalidArgumentError: none, or one that is not known.
+    """
+    given = [names] if isinstance(names, str) else list(names) if isinstance(names, Iterable) else []
+    known = tuple(known)
+    unknown = [name for name in given if name not in known]
+    if unknown or not given:
+        got = repr(unknown[0]) if unknown else repr(names)
+        raise InvalidArgumentError.of(argument, f"expected some of {', '.join(known)}; got {got}")
+    return tuple(name for name in known if name in given)
+
+
+def _served(models: Sequence[ModelInfo], name: str | None) -> ModelInfo:
+    """Return the model that is to be evaluated.
+
+    Raises:
+        NotFoundError: there is none of that name.
+        UnavailableError: it is loading.
+        FailedPreconditionError: it failed to load.
+    """
+    for model in models:
+        if model.is_default if name is None else model.name == name:
+            if model.state is ModelState.FAILED:
+                raise FailedPreconditionError(
+                    f"the model {model.name!r} failed to load: {model.state_message}", reason="MODEL_FAILED"
+                )
+            if model.state is not ModelState.READY:
+                raise UnavailableError(f"the model {model.name!r} is loading", reason="MODEL_LOADING")
+            return model
+    available = ", ".join(model.name for model in models)
+    raise NotFoundError(
+        f"the server has no model {name!r}; it has {available}",
+        reason="MODEL_NOT_FOUND",
+        metadata={"available": available},
+    )
+
+
+def _answers(
+    jobs: Iterator[tuple[Any, ...]], max_in_flight: int
+) -> Iterator[tuple[tuple[Any, ...], "Future[_Scores]"]]:
+    """Run jobs, a function and its arguments each, in threads; yield each with its answer as they come.
+
+    Given up or interrupted, what runs is not waited for: it ends with its call.
+    """
+    pool = ThreadPoolExecutor(max_in_flight, thread_name_prefix="evaluate")
+    try:
+        pending = {pool.submit(*job): job for job in islice(jobs, max_in_flight)}
+        while pending:
+            finished, _ = wait(pending, return_when=FIRST_COMPLETED)
+            for answer in finished:
+                yield pending.pop(answer), answer
+                pending |= {pool.submit(*job): job for job in islice(jobs, 1)}
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _scores(result: Result, metrics: Sequence[str]) -> _Scores:
+    """Return an image's score by metric: the mean over its explanations.
+
+    Raises:
+        FailedPreconditionError: nothing was explained.
+        UnimplementedError: the server did not measure.
+    """
+    measured = [{} if item.faithfulness is None else item.faithfulness.by_metric() for item in result.explanations]
+    if not measured:
+        raise FailedPreconditionError("nothing to explain was found in it", reason=_NOTHING_FOUND)
+    for metric in metrics:
+        if not all(metric in one for one in measured):
+            raise UnimplementedError(f"the server did not measure {metric}: it is too old", reason="NOT_MEASURED")
+    return {metric: fmean(one[metric] for one in measured) for metric in metrics}
+
+
+def _is_refusal(error: HeatlensError | OSError) -> TypeGuard[InvalidArgumentError]:
+    """Whether the server refuses the options, which it may with one method and not with another; not the image."""
+    if not isinstance(error, InvalidArgumentError) or not error.field_violations:
+        return False
+    return all(violation.field.startswith("options.") for violation in error.field_violations)
+
+
+def _check_refusals(refusals: Mapping[str, InvalidArgumentError], chosen: Sequence[str], *, named: bool) -> None:
+    """Give up where methods that must not be left out refuse the options.
+
+    Raises:
+        InvalidArgumentError: the refusal of a method that is named, or one of them if every method but the floor
+            refuses.
+    """
+    others = [method for method in chosen if method != FLOOR] or [FLOOR]
+    refused = [method for method in others if method in refusals]
+    if refused and (named or refused == others):
+        error = refusals[refused[-1]]
+        raise InvalidArgumentError(
+            f"{refused[-1]}: {error.message}",
+            reason=error.reason,
+            metadata=error.metadata,
+            request_id=error.request_id,
+            field_violations=error.field_violations,
+        ) from error
+
+
+def _is_hopeless(error: HeatlensError | OSError) -> bool:
+    """Whether an error is not this image's, so that every other call would end like it."""
+    if isinstance(error, InvalidArgumentError):
+        fields = [violation.field for violation in error.field_violations]
+        return not any(field == "image" or field.startswith("image.") for field in fields)
+    return isinstance(error, _HOPELESS) and error.reason != _NOTHING_FOUND
+
+
+def _row(method: str, metrics: Sequence[str], scores: Sequence[Mapping[str, float]]) -> MethodScores:
+    """Return a method's scores, and what they come to over the images."""
+    values = {metric: tuple(one[metric] for one in scores) for metric in metrics}
+    return MethodScores(
+        method=method,
+        means={metric: fmean(of_images) if of_images else math.nan for metric, of_images in values.items()},
+        standard_errors={
+            metric: stdev(of_images) / math.sqrt(len(of_images)) if len(of_images) > 1 else math.nan
+            for metric, of_images in values.items()
+        },
+        values=values,
+    )

@@ -1,0 +1,1 @@
+"""What calls return: values, heat maps and pictures."""

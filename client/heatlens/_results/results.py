@@ -1,0 +1,227 @@
+"""What calls return: small frozen values, without protobuf."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+
+from heatlens._results.geometry import Float32Array, PixelBox
+from heatlens._results.heatmap import Heatmap
+from heatlens._results.images import UInt8Array
+
+
+@dataclass(frozen=True, slots=True)
+class ClassScore:
+    """A class and its score.
+
+    Attributes:
+        class_id: the class.
+        label: its name; empty if the model has no labels.
+        logit: its score before softmax or sigmoid.
+        probability: in [0, 1]: softmax of the logits, or sigmoid for multi-label models.
+    """
+
+    class_id: int
+    label: str
+    logit: float
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class Faithfulness:
+    """How faithful a map is. None: not asked for. docs/faithfulness.md has the definitions.
+
+    Attributes:
+        deletion: area under the probability as the most salient pixels go first, in [0, 1]; lower is better.
+        insertion: area under the probability as the most salient pixels come first, in [0, 1]; higher is better.
+        road_morf: mean change of the probability as the most salient pixels are imputed, in [-1, 1]; lower is better.
+        road_lerf: mean change of the probability as the least salient pixels are imputed, in [-1, 1]; higher is better.
+        road_combined: half of `road_lerf` - `road_morf`; higher is better.
+        average_drop: relative drop of the probability when the salient part alone is shown, in [0, 1]; lower is better.
+        increase: whether that raises the probability, 0 or 1; higher is better.
+        sparseness: Gini index of the map, in [0, 1); higher is sparser.
+        model_randomisation: rank correlation with the map of the same model with new weights, in [-1, 1]; near 0 is
+            sane.
+        class_sensitivity: rank correlation with the map of the least probable class, in [-1, 1]; lower is more
+            sensitive to the class.
+    """
+
+    deletion: float | None = None
+    insertion: float | None = None
+    road_morf: float | None = None
+    road_lerf: float | None = None
+    road_combined: float | None = None
+    average_drop: float | None = None
+    increase: float | None = None
+    sparseness: float | None = None
+    model_randomisation: float | None = None
+    class_sensitivity: float | None = None
+
+    def by_metric(self) -> dict[str, float]:
+        """Return what was measured by the metrics' names, as `explain(faithfulness=...)` takes them."""
+        values = ((item.name.replace("_", "-"), getattr(self, item.name)) for item in fields(self))
+        return {metric: value for metric, value in values if value is not None}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Explanation:
+    """Why the model gave one class its score: of the image, of its pixels (segmentation), or of one detection.
+
+    Attributes:
+        class_id: the explained class.
+        label: its name; empty if the model has no labels.
+        logit: its score before softmax or sigmoid. Segmentation: its mean over the explained pixels. Detection: the
+            logit of `probability`. Embedding: the cosine similarity to the reference.
+        probability: in [0, 1]: softmax of the logits, or sigmoid for multi-label models. Segmentation: its mean over
+            the explained pixels. Detection: the detection's score. Embedding: (1 + similarity) / 2.
+        heatmap: where on the image the score comes from.
+        area: segmentation: the part of the model's input that is predicted as this class, in [0, 1]; 0 otherwise.
+        box: detection: the detection's box in pixels of the upright source image; None otherwise.
+        faithfulness: how faithful the map is, as asked; None if not.
+    """
+
+    class_id: int
+    label: str
+    logit: float
+    probability: float
+    heatmap: Heatmap
+    area: float = 0.0
+    box: PixelBox | None = None
+    faithfulness: Faithfulness | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where the time of one call went, inside the server.
+
+    Attributes:
+        queue_ms: waiting for a batch.
+        preprocess_ms: decoding and resizing the image.
+        compute_ms: running the batch that held the image.
+        batch_size: how many images that batch held.
+    """
+
+    queue_ms: float
+    preprocess_ms: float
+    compute_ms: float
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Result:
+    """The answer for one image.
+
+    Attributes:
+        explanations: one per explained class, in the order asked for.
+        predictions: the most probable classes, as many as `top_predictions`.
+        source_region: the part of the source image that the model saw, in pixels of the upright source image.
+        source_size: (width, height) of the upright source image, in pixels; None if the server is too old to say.
+        model: name of the model that answered.
+        model_version: its version.
+        timing: where the time went.
+        predicted_mask: segmentation, with `return_mask`: uint8 (height, width), read-only: the class of each pixel of
+            the model's input, which covers `source_region`; with map_size="source" of the source image, 255 outside
+            `source_region`.
+        embedding: embedding models: float32 (length,), read-only. Another call's `reference`.
+    """
+
+    explanations: tuple[Explanation, ...]
+    predictions: tuple[ClassScore, ...]
+    source_region: PixelBox
+    source_size: tuple[int, int] | None
+    model: str
+    model_version: str
+    timing: Timing
+    predicted_mask: UInt8Array | None = None
+    embedding: Float32Array | None = None
+
+
+class ModelState(StrEnum):
+    """Whether a model can answer."""
+
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """One served model. What is only known once it is loaded is zero or empty before.
+
+    Attributes:
+        name: what `explain(model=...)` takes.
+        version: from the server's configuration, or derived from the weights.
+        is_default: whether it answers calls that name no model.
+        state: whether it can answer.
+        state_message: why it cannot; empty if it can.
+        task: "classification", "multi-label-classification", "segmentation", "detection" or "embedding".
+        input_height_px: height of the model's input; 0 if it takes images of any size.
+        input_width_px: width of the model's input; 0 if it takes images of any size.
+        class_count: number of classes; of an embedding model, the embedding's length.
+        methods: what `explain(method=...)` takes.
+        default_method: the method used when a call names none.
+        layers: what `explain(layers=...)` takes, the default first.
+        engine: what runs the model.
+        device: where it runs.
+        precision: "fp32", "fp16", "bf16".
+        max_batch_size: most images run at once.
+        max_queue_delay_ms: how long an image may wait for others while the device is busy.
+        method_engines: what runs each of `methods` with default options: "onnxruntime", "torchscript", "torch"; empty
+            if the server is too old to say.
+        methods_in_steps: the methods that take many runs of the model per image.
+    """
+
+    name: str
+    version: str
+    is_default: bool
+    state: ModelState
+    state_message: str
+    task: str
+    input_height_px: int
+    input_width_px: int
+    class_count: int
+    methods: tuple[str, ...]
+    default_method: str
+    layers: tuple[str, ...]
+    engine: str
+    device: str
+    precision: str
+    max_batch_size: int
+    max_queue_delay_ms: float
+    method_engines: Mapping[str, str] = field(default_factory=dict, hash=False)
+    methods_in_steps: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """A server's version and limits.
+
+    Attributes:
+        version: version of heatlens that serves.
+        max_message_bytes: largest message accepted and sent.
+        max_image_pixels: largest image accepted, width times height.
+        max_queue_length: most requests that may wait per model.
+        max_targets: most classes explained in one call.
+        max_in_flight: largest window of a stream, in frames; 0: streaming is not served.
+        max_batch_size: largest batch of any model.
+        max_queue_delay_ms: longest batching window of any model.
+        max_streams: most streams open at a time; 0 if the server is too old to say.
+    """
+
+    version: str
+    max_message_bytes: int
+    max_image_pixels: int
+    max_queue_length: int
+    max_targets: int
+    max_in_flight: int
+    max_batch_size: int
+    max_queue_delay_ms: float
+    max_streams: int
+
+
+class Health(StrEnum):
+    """What a server says about itself or one model (grpc.health.v1)."""
+
+    SERVING = "serving"
+    NOT_SERVING = "not-serving"
+    UNKNOWN = "unknown"

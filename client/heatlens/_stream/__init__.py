@@ -1,0 +1,1 @@
+"""Streams: the window of frames, the call under a stream, and both faces."""

@@ -1,0 +1,283 @@
+"""Streams for asyncio: the same as `heatlens.Stream`, awaited."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+from heatlens._exceptions import HeatlensError
+from heatlens._results.frame import FrameResult
+from heatlens._results.images import ImageSource
+from heatlens._stream.async_link import AsyncLink, gone
+from heatlens._stream.link import PATIENCE_S
+from heatlens._stream.puller import Puller
+from heatlens._stream.window import wrong_moment
+from heatlens._wire.streams import CaptureTime, Started, check_frames, refusal_of, timestamp_of
+
+
+class _Mapping:
+    """One run of `map`, and the task that pulls for it."""
+
+    def __init__(self, frames: AsyncIterator[ImageSource]) -> None:
+        self.frames = frames
+        self.task: asyncio.Task[None] | None = None
+        self.stopped = False
+        self.done = False
+        self.error: BaseException | None = None
+
+
+class AsyncStream:
+    """Explains the frames of one video, in order. Made by `AsyncClient.stream`; an asynchronous context manager.
+
+        async with AsyncClient("localhost:50051") as client, client.stream(overflow="drop-oldest") as stream:
+            async for item in stream.map(camera_frames()):
+                if item.result is not None:
+                    show(item.result.explanations[0].heatmap.overlay(item.frame))
+
+    Use `map`, or `send` and `receive`; these two may be called from different tasks. A frame that fails is a value,
+    `FrameResult.error`. A stream that breaks raises, after the answers that came before, a HeatlensError whose
+    `last_frame_id` tells where a new stream can go on. Nothing is sent twice behind your back.
+
+    The stream opens with the `async with` statement or at its first use, within the client's timeout.
+    """
+
+    def __init__(self, link: AsyncLink) -> None:
+        self._link = link
+        # Held by `send` from the choice of the id to the sending: frames leave in the order of their ids.
+        self._sending = asyncio.Lock()
+        self._mapping: _Mapping | None = None
+
+    def __repr__(self) -> str:
+        started = self._link.started
+        return (
+            f"AsyncStream({'closed' if self._link.closed else f'window={started.window}' if started else 'not open'})"
+        )
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._link.open()
+        except BaseException:
+            # Also a task that is cancelled while it waits for the server: no __aexit__ follows.
+            await self._link.shut(politely=False)
+            raise
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._shut(politely=exc_type is None)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> FrameResult:
+        item = await self._receive()
+        if item is None:
+            raise StopAsyncIteration
+        return item
+
+    @property
+    def window(self) -> int:
+        """The window in force: most unanswered frames. Raises FailedPreconditionError before the stream is open."""
+        return self._started().window
+
+    @property
+    def model(self) -> str:
+        """Name of the model that answers. Raises FailedPreconditionError before the stream is open."""
+        return self._started().model
+
+    @property
+    def model_version(self) -> str:
+        """Version of the model that answers. Raises FailedPreconditionError before the stream is open."""
+        return self._started().model_version
+
+    @property
+    def last_frame_id(self) -> int | None:
+        """The last frame answered, whether its answer was received yet or not; None before the first."""
+        return self._link.window.last_frame_id
+
+    def map(self, frames: Iterable[ImageSource] | AsyncIterable[ImageSource]) -> AsyncGenerator[FrameResult, None]:
+        """Explain frames and yield one answer for each, in order.
+
+        Frames are pulled in a task of their own, or, as they may block, in a thread if the iterable is no
+        asynchronous one: with overflow="block" at most `window` frames ahead of the loop; with "drop-oldest" as they
+        come, and when the server or the loop is late, older frames are answered `dropped`. Leaving the loop stops the
+        pulling and forgets the answers still to come.
+
+        Args:
+            frames: paths, bytes of image files, or uint8 RGB pixels (height, width, 3). Ids count on from the last
+                frame's, from 0 in a new stream; the capture time is when a frame is pulled.
+
+        Raises:
+            InvalidArgumentError: not an iterable of frames.
+            FailedPreconditionError: the stream is closed or finished, or in use already.
+            HeatlensError: the stream broke; `last_frame_id` is the last frame answered.
+            Exception: whatever the iterable raises, after the answers of the frames before.
+        """
+        check_frames(frames, Iterable, AsyncIterable)
+        return self._map(aiter(frames) if isinstance(frames, AsyncIterable) else Puller(iter(frames)))
+
+    async def send(
+        self, frame: ImageSource, *, frame_id: int | None = None, capture_time: CaptureTime | None = None
+    ) -> int:
+        """Send a frame and return its id.
+
+        With overflow="block" it waits while `window` frames are unanswered; with "drop-oldest" it does not, and
+        older frames are dropped. In both it waits while hundreds of answers are not received; with "block" also while
+        more than a window of results is not received and their maps fill 64 MiB.
+
+        Args:
+            frame: a path, the bytes of an image file, or uint8 RGB pixels (height, width, 3).
+            frame_id: at least 0, and larger than the last one. None: one more than the last one.
+            capture_time: a datetime with a time zone, or seconds since 1970. Counts for `max_fps`.
+
+        Raises:
+            InvalidArgumentError: an argument is wrong. Nothing was sent; the stream lives.
+            FileNotFoundError: there is no such file (another OSError if it cannot be read). The stream lives.
+            FailedPreconditionError: the stream is closed or finished, or a `map` is running.
+            HeatlensError: the stream broke.
+        """
+        accepted_s = time.monotonic()
+        captured = timestamp_of(capture_time)
+        await self._link.open()
+        window = self._link.window
+        async with self._sending:
+            await self._free()
+            window.check_accepts()
+            frame_id = window.checked_id(frame_id)
+            while not await self._link.put(frame, frame_id, captured=captured, accepted_s=accepted_s):
+                # Finished or broken meanwhile: this raises.
+                window.check_accepts()
+        return frame_id
+
+    async def receive(self) -> FrameResult:
+        """Wait for the next answer and return it. Iterating over the stream does so until the end.
+
+        Raises:
+            FailedPreconditionError: the stream is finished and every answer received, or closed, or a `map` is
+                running.
+            HeatlensError: the stream broke.
+        """
+        item = await self._receive()
+        if item is None:
+            raise wrong_moment("STREAM_FINISHED", "the stream is finished: every answer was received")
+        return item
+
+    async def finish(self) -> None:
+        """Say that no frames follow. The answers still do, then iteration ends. Idempotent."""
+        if not self._link.closed:
+            await self._link.open()
+            self._link.window.finish()
+            self._link.notify()
+
+    async def close(self) -> None:
+        """End the stream; frames still unanswered are cancelled. Idempotent."""
+        await self._shut(politely=True)
+
+    async def _receive(self) -> FrameResult | None:
+        await self._link.open()
+        await self._free()
+        return await self._link.take()
+
+    async def _map(self, frames: AsyncIterator[ImageSource]) -> AsyncGenerator[FrameResult, None]:
+        await self._link.open()
+        await self._free()
+        window = self._link.window
+        window.check_accepts()
+        if window.ahead:
+            raise wrong_moment("STREAM_BUSY", "frames passed to `send` wait for `receive`")
+        mapping = self._mapping = _Mapping(frames)
+        mapping.task = asyncio.create_task(self._pump(mapping), name="heatlens-stream-pump")
+
+        def complete() -> bool:
+            # A broken stream has lost answers and says so itself, unless the iterable failed: that came first.
+            return mapping.error is not None if window.ended else mapping.done and window.ahead == 0
+
+        try:
+            while (item := await self._link.take(complete)) is not None:
+                yield item
+                del item
+            if mapping.error is not None:
+                raise mapping.error
+        finally:
+            await self._stop(mapping)
+
+    async def _pump(self, mapping: _Mapping) -> None:
+        """Pull frames and send them. A task of its own while `map` runs."""
+        link, window = self._link, self._link.window
+
+        def over() -> bool:
+            return window.ended or window.finishing or mapping.stopped
+
+        try:
+            while True:
+                await link.until(lambda: window.may_pull or over())
+                if over():
+                    break
+                frame_id = window.checked_id(None)
+                frame = await anext(mapping.frames)
+                accepted_s, captured = time.monotonic(), timestamp_of(time.time())
+                try:
+                    await link.put(frame, frame_id, captured=captured, accepted_s=accepted_s, stopped=over)
+                except (HeatlensError, OSError) as error:
+                    refusal = refusal_of(error)
+                    if not over():
+                        window.refuse(frame_id, frame, refusal, accepted_s=accepted_s, now_s=time.monotonic())
+                        link.notify()
+                # The caller's memory, while this waits for the next.
+                del frame
+        except StopAsyncIteration:
+            pass
+        except BaseException as error:
+            # The caller's iterable raised: `map` passes it on. Unless this task was cancelled, by `_stop` or the loop.
+            mapping.error = error
+            if isinstance(error, asyncio.CancelledError):
+                raise
+        finally:
+            mapping.done = True
+            link.notify()
+
+    async def _stop(self, mapping: _Mapping) -> None:
+        """End a `map`, wherever it is."""
+        mapping.stopped = True
+        if self._mapping is mapping:
+            self._mapping = None
+            self._link.window.forget()
+        self._link.notify()
+        task = mapping.task
+        try:
+            if task is not None and isinstance(mapping.frames, Puller):
+                # A frame that is on its way: the caller may release a camera next.
+                await gone(task)
+        finally:
+            if isinstance(mapping.frames, Puller):
+                mapping.frames.close()
+            if task is not None and not task.done():
+                task.cancel()
+        if task is not None:
+            await gone(task)
+
+    async def _shut(self, *, politely: bool) -> None:
+        mapping = self._mapping
+        await self._link.shut(politely=politely and mapping is None)
+        if mapping is not None:
+            await self._stop(mapping)
+
+    def _started(self) -> Started:
+        if self._link.started is None:
+            raise wrong_moment("STREAM_NOT_OPEN", "the stream is not open yet")
+        return self._link.started
+
+    async def _free(self) -> None:
+        """Wait for a `map` whose loop was left: asyncio closes its generator a moment later.
+
+        Raises:
+            FailedPreconditionError: its loop still runs.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):
+                await self._link.until(lambda: self._mapping is None)
+        if self._mapping is not None:
+            raise wrong_moment("STREAM_BUSY", "a `map` is running")

@@ -1,0 +1,266 @@
+"""Streams for threads."""
+
+import threading
+import time
+from collections.abc import Generator, Iterable, Iterator
+from types import TracebackType
+from typing import Self
+
+from heatlens._exceptions import HeatlensError
+from heatlens._results.frame import FrameResult
+from heatlens._results.images import ImageSource
+from heatlens._stream.link import Link, join
+from heatlens._stream.window import wrong_moment
+from heatlens._wire.streams import CaptureTime, Started, check_frames, refusal_of, timestamp_of
+
+
+class _Mapping:
+    """One run of `map`, and the thread that pulls for it."""
+
+    def __init__(self) -> None:
+        self.thread: threading.Thread | None = None
+        self.stopped = False
+        self.done = False
+        self.error: BaseException | None = None
+
+
+class Stream:
+    """Explains the frames of one video, in order. Made by `Client.stream`; a context manager.
+
+        with Client("localhost:50051") as client, client.stream(overflow="drop-oldest") as stream:
+            for item in stream.map(camera_frames()):
+                if item.result is not None:
+                    show(item.result.explanations[0].heatmap.overlay(item.frame))
+
+    Use `map`, or `send` and `receive`; these two may be called from different threads. A frame that fails is a value,
+    `FrameResult.error`. A stream that breaks raises, after the answers that came before, a HeatlensError whose
+    `last_frame_id` tells where a new stream can go on. Nothing is sent twice behind your back.
+
+    The stream opens with the `with` statement or at its first use, within the client's timeout.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        # Held by `send` from the choice of the id to the sending: frames leave in the order of their ids.
+        self._sending = threading.Lock()
+        self._mapping: _Mapping | None = None
+
+    def __repr__(self) -> str:
+        started = self._link.started
+        return f"Stream({'closed' if self._link.closed else f'window={started.window}' if started else 'not open'})"
+
+    def __enter__(self) -> Self:
+        try:
+            self._link.open()
+        except BaseException:
+            # Also Ctrl-C while waiting for the server: no __exit__ follows.
+            self._link.shut(politely=False)
+            raise
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._shut(politely=exc_type is None)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> FrameResult:
+        item = self._receive()
+        if item is None:
+            raise StopIteration
+        return item
+
+    @property
+    def window(self) -> int:
+        """The window in force: most unanswered frames. Raises FailedPreconditionError before the stream is open."""
+        return self._started().window
+
+    @property
+    def model(self) -> str:
+        """Name of the model that answers. Raises FailedPreconditionError before the stream is open."""
+        return self._started().model
+
+    @property
+    def model_version(self) -> str:
+        """Version of the model that answers. Raises FailedPreconditionError before the stream is open."""
+        return self._started().model_version
+
+    @property
+    def last_frame_id(self) -> int | None:
+        """The last frame answered, whether its answer was received yet or not; None before the first."""
+        return self._link.window.last_frame_id
+
+    def map(self, frames: Iterable[ImageSource]) -> Generator[FrameResult, None, None]:
+        """Explain frames and yield one answer for each, in order.
+
+        Frames are pulled in a thread of their own: with overflow="block" at most `window` frames ahead of the loop;
+        with "drop-oldest" as they come, and when the server or the loop is late, older frames are answered
+        `dropped`. Leaving the loop stops the pulling (it waits at most a second for a frame that is on its way) and
+        forgets the answers still to come.
+
+        Args:
+            frames: paths, bytes of image files, or uint8 RGB pixels (height, width, 3). Ids count on from the last
+                frame's, from 0 in a new stream; the capture time is when a frame is pulled.
+
+        Raises:
+            InvalidArgumentError: not an iterable of frames.
+            FailedPreconditionError: the stream is closed or finished, or in use already.
+            HeatlensError: the stream broke; `last_frame_id` is the last frame answered.
+            Exception: whatever the iterable raises, after the answers of the frames before.
+        """
+        check_frames(frames, Iterable)
+        return self._map(iter(frames))
+
+    def send(self, frame: ImageSource, *, frame_id: int | None = None, capture_time: CaptureTime | None = None) -> int:
+        """Send a frame and return its id.
+
+        With overflow="block" it waits while `window` frames are unanswered; with "drop-oldest" it does not, and
+        older frames are dropped. In both it waits while hundreds of answers are not received; with "block" also while
+        more than a window of results is not received and their maps fill 64 MiB.
+
+        Args:
+            frame: a path, the bytes of an image file, or uint8 RGB pixels (height, width, 3).
+            frame_id: at least 0, and larger than the last one. None: one more than the last one.
+            capture_time: a datetime with a time zone, or seconds since 1970. Counts for `max_fps`.
+
+        Raises:
+            InvalidArgumentError: an argument is wrong. Nothing was sent; the stream lives.
+            FileNotFoundError: there is no such file (another OSError if it cannot be read). The stream lives.
+            FailedPreconditionError: the stream is closed or finished, or a `map` is running.
+            HeatlensError: the stream broke.
+        """
+        accepted_s = time.monotonic()
+        captured = timestamp_of(capture_time)
+        self._link.open()
+        window = self._link.window
+        with self._sending:
+            with self._link.lock:
+                self._check_free()
+                window.check_accepts()
+                frame_id = window.checked_id(frame_id)
+            while not self._link.put(frame, frame_id, captured=captured, accepted_s=accepted_s):
+                # Finished or broken meanwhile: this raises.
+                window.check_accepts()
+        return frame_id
+
+    def receive(self) -> FrameResult:
+        """Wait for the next answer and return it. Iterating over the stream does so until the end.
+
+        Raises:
+            FailedPreconditionError: the stream is finished and every answer received, or closed, or a `map` is
+                running.
+            HeatlensError: the stream broke.
+        """
+        item = self._receive()
+        if item is None:
+            raise wrong_moment("STREAM_FINISHED", "the stream is finished: every answer was received")
+        return item
+
+    def finish(self) -> None:
+        """Say that no frames follow. The answers still do, then iteration ends. Idempotent."""
+        if not self._link.closed:
+            self._link.open()
+            with self._link.lock:
+                self._link.window.finish()
+                self._link.tell(everybody=True)
+
+    def close(self) -> None:
+        """End the stream; frames still unanswered are cancelled. Idempotent, from any thread."""
+        self._shut(politely=True)
+
+    def _receive(self) -> FrameResult | None:
+        self._link.open()
+        self._check_free()
+        return self._link.take()
+
+    def _map(self, frames: Iterator[ImageSource]) -> Generator[FrameResult, None, None]:
+        self._link.open()
+        window = self._link.window
+        mapping = _Mapping()
+        with self._link.lock:
+            self._check_free()
+            window.check_accepts()
+            if window.ahead:
+                raise wrong_moment("STREAM_BUSY", "frames passed to `send` wait for `receive`")
+            self._mapping = mapping
+        mapping.thread = threading.Thread(
+            target=self._pump, args=(frames, mapping), name="heatlens-stream-pump", daemon=True
+        )
+
+        def complete() -> bool:
+            # A broken stream has lost answers and says so itself, unless the iterable failed: that came first.
+            return mapping.error is not None if window.ended else mapping.done and window.ahead == 0
+
+        try:
+            mapping.thread.start()
+            while (item := self._link.take(complete)) is not None:
+                yield item
+                del item
+            if mapping.error is not None:
+                raise mapping.error
+        finally:
+            self._stop(mapping)
+
+    def _pump(self, frames: Iterator[ImageSource], mapping: _Mapping) -> None:
+        """Pull frames and send them. Runs in a thread of its own while `map` does."""
+        link, window = self._link, self._link.window
+
+        def over() -> bool:
+            return window.ended or window.finishing or mapping.stopped
+
+        try:
+            while True:
+                with link.lock:
+                    link.pulling.wait_for(lambda: window.may_pull or over())
+                    if over():
+                        break
+                    frame_id = window.checked_id(None)
+                frame = next(frames)
+                accepted_s, captured = time.monotonic(), timestamp_of(time.time())
+                try:
+                    link.put(frame, frame_id, captured=captured, accepted_s=accepted_s, stopped=over)
+                except (HeatlensError, OSError) as error:
+                    refusal = refusal_of(error)
+                    with link.lock:
+                        if not over():
+                            window.refuse(frame_id, frame, refusal, accepted_s=accepted_s, now_s=time.monotonic())
+                            link.tell()
+                # The caller's memory, while this waits for the next.
+                del frame
+        except StopIteration:
+            pass
+        except BaseException as error:
+            # The caller's iterable raised: `map` passes it on.
+            mapping.error = error
+        finally:
+            with link.lock:
+                mapping.done = True
+                link.tell(everybody=True)
+
+    def _stop(self, mapping: _Mapping) -> None:
+        """End a `map`, wherever it is."""
+        with self._link.lock:
+            mapping.stopped = True
+            if self._mapping is mapping:
+                self._mapping = None
+                self._link.window.forget()
+            self._link.tell(everybody=True)
+        join(mapping.thread)
+
+    def _shut(self, *, politely: bool) -> None:
+        mapping = self._mapping
+        self._link.shut(politely=politely and mapping is None)
+        if mapping is not None:
+            # The caller may release a camera next.
+            self._stop(mapping)
+
+    def _started(self) -> Started:
+        if self._link.started is None:
+            raise wrong_moment("STREAM_NOT_OPEN", "the stream is not open yet")
+        return self._link.started
+
+    def _check_free(self) -> None:
+        if self._mapping is not None:
+            raise wrong_moment("STREAM_BUSY", "a `map` is running")
