@@ -6,47 +6,53 @@
         result = client.explain("cat.jpg")
     result.explanations[0].heatmap.save("why.png", image="cat.jpg")
 
-This package holds the clients and what they return. It loads no deep-learning library.
+This package holds the clients and what they return. It loads no deep-learning library. A name is loaded when it is
+first used, so that `import heatlens.v1.explain_pb2` costs the generated stubs alone.
 """
 
-from heatlens._calls.async_client import AsyncClient
-from heatlens._calls.client import Client
-from heatlens._calls.settings import TLS, Retry
-from heatlens._evaluation.evaluate import evaluate
-from heatlens._evaluation.evaluation import Evaluation, Failure, MethodScores
-from heatlens._exceptions import (
-    CallCancelledError,
-    DeadlineExceededError,
-    FailedPreconditionError,
-    FieldViolation,
-    HeatlensError,
-    InternalError,
-    InvalidArgumentError,
-    NotFoundError,
-    PermissionDeniedError,
-    ResourceExhaustedError,
-    StatusCode,
-    UnauthenticatedError,
-    UnavailableError,
-    UnimplementedError,
-)
-from heatlens._results.frame import FrameResult
-from heatlens._results.geometry import PixelBox, place_map
-from heatlens._results.heatmap import Heatmap
-from heatlens._results.results import (
-    ClassScore,
-    Explanation,
-    Faithfulness,
-    Health,
-    ModelInfo,
-    ModelState,
-    Result,
-    ServerInfo,
-    Timing,
-)
-from heatlens._stream.async_stream import AsyncStream
-from heatlens._stream.stream import Stream
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from heatlens._version import __version__
+
+if TYPE_CHECKING:
+    from heatlens._calls.async_client import AsyncClient
+    from heatlens._calls.client import Client
+    from heatlens._calls.settings import TLS, Retry
+    from heatlens._evaluation.evaluate import evaluate
+    from heatlens._evaluation.evaluation import Evaluation, Failure, MethodScores
+    from heatlens._exceptions import (
+        CallCancelledError,
+        DeadlineExceededError,
+        FailedPreconditionError,
+        FieldViolation,
+        HeatlensError,
+        InternalError,
+        InvalidArgumentError,
+        NotFoundError,
+        PermissionDeniedError,
+        ResourceExhaustedError,
+        StatusCode,
+        UnauthenticatedError,
+        UnavailableError,
+        UnimplementedError,
+    )
+    from heatlens._results.geometry import PixelBox, place_map
+    from heatlens._results.heatmap import Heatmap
+    from heatlens._results.results import (
+        ClassScore,
+        Explanation,
+        Faithfulness,
+        FrameResult,
+        Health,
+        ModelInfo,
+        ModelState,
+        Result,
+        ServerInfo,
+        Timing,
+    )
+    from heatlens._stream.async_stream import AsyncStream
+    from heatlens._stream.stream import Stream
 
 __all__ = [
     "TLS",
@@ -89,8 +95,39 @@ __all__ = [
     "place_map",
 ]
 
-# Tracebacks, reprs and documentation say heatlens.Client: where a name is written is nobody's business but ours.
-for _name in __all__:
-    if _name != "__version__":
-        globals()[_name].__module__ = "heatlens"
-del _name
+# Where each name is written.
+_MODULES = {
+    "_calls.async_client": "AsyncClient",
+    "_calls.client": "Client",
+    "_calls.settings": "Retry TLS",
+    "_evaluation.evaluate": "evaluate",
+    "_evaluation.evaluation": "Evaluation Failure MethodScores",
+    "_exceptions": (
+        "CallCancelledError DeadlineExceededError FailedPreconditionError FieldViolation HeatlensError "
+        "InternalError InvalidArgumentError NotFoundError PermissionDeniedError ResourceExhaustedError "
+        "StatusCode UnauthenticatedError UnavailableError UnimplementedError"
+    ),
+    "_results.geometry": "PixelBox place_map",
+    "_results.heatmap": "Heatmap",
+    "_results.results": (
+        "ClassScore Explanation Faithfulness FrameResult Health ModelInfo ModelState Result ServerInfo Timing"
+    ),
+    "_stream.async_stream": "AsyncStream",
+    "_stream.stream": "Stream",
+}
+_HOMES = {name: f"heatlens.{module}" for module, names in _MODULES.items() for name in names.split()}
+
+# Type checkers see the imports above, and report names that do not exist.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """Load a name when it is first used."""
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        """Return the names, loaded or not."""
+        return sorted({*globals(), *__all__})

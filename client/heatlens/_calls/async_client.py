@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2_grpc
 
 from heatlens._calls.settings import DEFAULT_MAX_MESSAGE_BYTES, TLS, UNSET, Retry, Timeout, make_settings
 from heatlens._exceptions import CallCancelledError, FailedPreconditionError, NotFoundError
+from heatlens._public import public
 from heatlens._results.images import ImageSource
 from heatlens._results.results import Health, ModelInfo, Result, ServerInfo
 from heatlens._stream.async_link import AsyncLink, AsyncStreamCall
@@ -53,6 +54,7 @@ class _Connection:
     health: health_pb2_grpc.HealthStub
 
 
+@public
 class AsyncClient:
     """Asks a heatlens server why its models say what they say, from asyncio. Create it after forking, not before.
 

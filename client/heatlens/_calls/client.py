@@ -10,6 +10,7 @@ from grpc_health.v1 import health_pb2_grpc
 
 from heatlens._calls.settings import DEFAULT_MAX_MESSAGE_BYTES, TLS, UNSET, Retry, Timeout, make_settings
 from heatlens._exceptions import FailedPreconditionError, NotFoundError
+from heatlens._public import public
 from heatlens._results.images import ImageSource
 from heatlens._results.results import Health, ModelInfo, Result, ServerInfo
 from heatlens._stream.link import Link, StreamCall
@@ -34,6 +35,7 @@ Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response")
 
 
+@public
 class Client:
     """Asks a heatlens server why its models say what they say. Thread-safe; create it after forking, not before.
 

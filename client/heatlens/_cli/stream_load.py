@@ -18,9 +18,8 @@ from typing import Protocol
 
 from heatlens._cli.load import Latency, Now, Sleep, batch_size_of, lag_of, latency_of, mean_of
 from heatlens._exceptions import HeatlensError
-from heatlens._results.frame import FrameResult
 from heatlens._results.images import ImageSource
-from heatlens._results.results import Timing
+from heatlens._results.results import FrameResult, Timing
 
 EXPLAINED, DROPPED, SKIPPED = "OK", "DROPPED", "SKIPPED"
 

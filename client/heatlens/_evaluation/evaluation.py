@@ -9,11 +9,13 @@ from typing import Any
 
 from heatlens._evaluation.metrics import BETTER, FLOOR, Better
 from heatlens._exceptions import FailedPreconditionError, HeatlensError
+from heatlens._public import public
 from heatlens._results.images import checked_path
 
 _ROUNDING = 1e-6
 
 
+@public
 @dataclass(frozen=True, slots=True, eq=False)
 class MethodScores:
     """How faithful one method's maps are.
@@ -31,6 +33,7 @@ class MethodScores:
     values: Mapping[str, tuple[float, ...]]
 
 
+@public
 @dataclass(frozen=True, slots=True, eq=False)
 class Failure:
     """An image that was left out.
@@ -46,6 +49,7 @@ class Failure:
     error: HeatlensError | OSError
 
 
+@public
 @dataclass(frozen=True, slots=True, eq=False)
 class Evaluation:
     """How faithful methods are, on the same images. Made by `heatlens.evaluate`.

@@ -3,12 +3,19 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from typing import Any
 
+from heatlens._exceptions import HeatlensError
+from heatlens._public import public
 from heatlens._results.geometry import Float32Array, PixelBox
 from heatlens._results.heatmap import Heatmap
 from heatlens._results.images import UInt8Array
 
+FRAME_DROPPED = "FRAME_DROPPED"
+"""The reason of a frame that gave way to newer ones."""
 
+
+@public
 @dataclass(frozen=True, slots=True)
 class ClassScore:
     """A class and its score.
@@ -26,6 +33,7 @@ class ClassScore:
     probability: float
 
 
+@public
 @dataclass(frozen=True, slots=True)
 class Faithfulness:
     """How faithful a map is. None: not asked for. docs/faithfulness.md has the definitions.
@@ -62,6 +70,7 @@ class Faithfulness:
         return {metric: value for metric, value in values if value is not None}
 
 
+@public
 @dataclass(frozen=True, slots=True, eq=False)
 class Explanation:
     """Why the model gave one class its score: of the image, of its pixels (segmentation), or of one detection.
@@ -89,6 +98,7 @@ class Explanation:
     faithfulness: Faithfulness | None = None
 
 
+@public
 @dataclass(frozen=True, slots=True)
 class Timing:
     """Where the time of one call went, inside the server.
@@ -106,6 +116,7 @@ class Timing:
     batch_size: int
 
 
+@public
 @dataclass(frozen=True, slots=True, eq=False)
 class Result:
     """The answer for one image.
@@ -135,6 +146,7 @@ class Result:
     embedding: Float32Array | None = None
 
 
+@public
 class ModelState(StrEnum):
     """Whether a model can answer."""
 
@@ -144,6 +156,7 @@ class ModelState(StrEnum):
     UNKNOWN = "unknown"
 
 
+@public
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """One served model. What is only known once it is loaded is zero or empty before.
@@ -192,6 +205,7 @@ class ModelInfo:
     methods_in_steps: tuple[str, ...] = ()
 
 
+@public
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
     """A server's version and limits.
@@ -219,9 +233,42 @@ class ServerInfo:
     max_streams: int
 
 
+@public
 class Health(StrEnum):
     """What a server says about itself or one model (grpc.health.v1)."""
 
     SERVING = "serving"
     NOT_SERVING = "not-serving"
     UNKNOWN = "unknown"
+
+
+# eq=False: frames are mostly arrays, and arrays have no truth value.
+@public
+@dataclass(frozen=True, slots=True, eq=False)
+class FrameResult:
+    """The answer for one frame of a stream: a result, an error, or left out on purpose.
+
+    Attributes:
+        frame_id: the frame's id.
+        frame: what was passed to `map` or `send`.
+        result: the explanation; None if the frame failed or was left out.
+        error: why the frame failed; None if it did not. The stream goes on.
+        skipped: whether the frame was left out, as `every` or `max_fps` asked for.
+        latency_ms: from when the frame was passed to `send`, or pulled by `map`, to its answer.
+    """
+
+    frame_id: int
+    frame: Any
+    result: Result | None
+    error: HeatlensError | None
+    skipped: bool
+    latency_ms: float
+
+    def __repr__(self) -> str:
+        outcome = "skipped" if self.skipped else f"error={self.error!r}" if self.error else f"result={self.result!r}"
+        return f"FrameResult({self.frame_id}, {outcome}, latency_ms={self.latency_ms:.1f})"
+
+    @property
+    def dropped(self) -> bool:
+        """Whether the frame gave way to newer ones (overflow="drop-oldest"). `error` says so too."""
+        return self.error is not None and self.error.reason == FRAME_DROPPED

@@ -14,8 +14,8 @@ import grpc.aio
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from heatlens._exceptions import CallCancelledError, DeadlineExceededError, HeatlensError, InternalError
-from heatlens._results.frame import FrameResult
 from heatlens._results.images import ImageSource
+from heatlens._results.results import FrameResult
 from heatlens._stream.async_ending import Ending
 from heatlens._stream.link import PATIENCE_S, never
 from heatlens._stream.window import Window, wrong_moment

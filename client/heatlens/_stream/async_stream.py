@@ -8,8 +8,9 @@ from types import TracebackType
 from typing import Self
 
 from heatlens._exceptions import HeatlensError
-from heatlens._results.frame import FrameResult
+from heatlens._public import public
 from heatlens._results.images import ImageSource
+from heatlens._results.results import FrameResult
 from heatlens._stream.async_link import AsyncLink, gone
 from heatlens._stream.link import PATIENCE_S
 from heatlens._stream.puller import Puller
@@ -28,6 +29,7 @@ class _Mapping:
         self.error: BaseException | None = None
 
 
+@public
 class AsyncStream:
     """Explains the frames of one video, in order. Made by `AsyncClient.stream`; an asynchronous context manager.
 

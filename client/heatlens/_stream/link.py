@@ -16,8 +16,8 @@ import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from heatlens._exceptions import CallCancelledError, DeadlineExceededError, HeatlensError, InternalError
-from heatlens._results.frame import FrameResult
 from heatlens._results.images import ImageSource
+from heatlens._results.results import FrameResult
 from heatlens._stream.window import Window, wrong_moment
 from heatlens._wire.status import error_of
 from heatlens._wire.streams import Started, StreamPlan, answer_of, config_request, frame_request

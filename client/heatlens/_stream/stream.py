@@ -7,8 +7,9 @@ from types import TracebackType
 from typing import Self
 
 from heatlens._exceptions import HeatlensError
-from heatlens._results.frame import FrameResult
+from heatlens._public import public
 from heatlens._results.images import ImageSource
+from heatlens._results.results import FrameResult
 from heatlens._stream.link import Link, join
 from heatlens._stream.window import wrong_moment
 from heatlens._wire.streams import CaptureTime, Started, check_frames, refusal_of, timestamp_of
@@ -24,6 +25,7 @@ class _Mapping:
         self.error: BaseException | None = None
 
 
+@public
 class Stream:
     """Explains the frames of one video, in order. Made by `Client.stream`; a context manager.
 

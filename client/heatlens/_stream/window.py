@@ -25,8 +25,7 @@ from heatlens._exceptions import (
     InvalidArgumentError,
     ResourceExhaustedError,
 )
-from heatlens._results.frame import FRAME_DROPPED, FrameResult
-from heatlens._results.results import Result
+from heatlens._results.results import FRAME_DROPPED, FrameResult, Result
 from heatlens._wire.arguments import checked_int
 
 Message = TypeVar("Message")

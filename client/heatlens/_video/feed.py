@@ -7,7 +7,7 @@ from contextlib import suppress
 from queue import SimpleQueue
 
 from heatlens._exceptions import HeatlensError, InvalidArgumentError
-from heatlens._results.frame import FrameResult
+from heatlens._results.results import FrameResult
 from heatlens._stream.stream import Stream
 from heatlens._video.source import VideoFrame
 

@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from heatlens._results.frame import FrameResult
+from heatlens._results.results import FrameResult
 from heatlens._video.draw import FAILED, Look, draw, look_of
 from heatlens._video.lines import Lines
 from heatlens._video.sink import Film, open_sink

@@ -10,7 +10,7 @@ import pytest
 from heatlens import FrameResult, InvalidArgumentError, PixelBox, ResourceExhaustedError, Result, Timing
 from heatlens import UnavailableError as Unavailable
 from heatlens._cli.stream_load import FrameSample, Sources, Trace, run_streams, summarise_streams
-from heatlens._results.frame import FRAME_DROPPED
+from heatlens._results.results import FRAME_DROPPED
 
 TIMING = Timing(queue_ms=1.0, preprocess_ms=2.0, compute_ms=3.0, batch_size=4)
 RESULT = Result((), (), PixelBox(0, 0, 1, 1), None, "tiny", "1", TIMING)

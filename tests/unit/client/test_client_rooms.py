@@ -10,6 +10,7 @@ CLIENT = Path(__file__).parents[3] / "client" / "heatlens"
 ROOMS = [
     "v1",
     "_version",
+    "_public",
     "_exceptions",
     "_results",
     "_wire",

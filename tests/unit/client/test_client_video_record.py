@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from heatlens import Explanation, Heatmap, InternalError, PixelBox, ResourceExhaustedError, Result, Timing
-from heatlens._results.frame import FRAME_DROPPED, FrameResult
+from heatlens._results.results import FRAME_DROPPED, FrameResult
 from heatlens._video.quiet import silence
 from heatlens._video.record import Record, Status
 from heatlens._video.source import VideoFrame

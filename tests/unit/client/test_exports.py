@@ -1,19 +1,30 @@
 """The package's face: names, where they say they live, and what importing it costs."""
 
 import inspect
+import pickle
+import re
 import subprocess
 import sys
 import traceback
+from pathlib import Path
+
+import pytest
 
 import heatlens
 
 
-def test_all_is_complete():
-    # Modules are imported as a side effect of the import system; generated stubs live in heatlens.v1.
-    public = {
-        name for name, value in vars(heatlens).items() if not name.startswith("_") and not inspect.ismodule(value)
-    }
-    assert public | {"__version__"} == set(heatlens.__all__)
+def test_all_names_are_there():
+    assert set(heatlens.__all__) <= set(dir(heatlens))
+    for name in heatlens.__all__:
+        assert getattr(heatlens, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Clint'"):
+        heatlens.Clint  # noqa: B018 - looking is the test
+
+
+def test_what_is_marked_public_is_offered():
+    marked = re.compile(r"^@public\n(?:@.*\n)*(?:class|def) (\w+)", re.MULTILINE)
+    found = [name for path in Path(heatlens.__file__).parent.rglob("*.py") for name in marked.findall(path.read_text())]
+    assert sorted([*found, "__version__"]) == sorted(heatlens.__all__)
 
 
 def test_all_is_sorted():
@@ -35,6 +46,24 @@ def test_import_is_light():
     program = f"import sys, heatlens; print(sorted({heavy} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_stubs_load_without_the_clients():
+    program = (
+        "import sys, heatlens.v1.explain_pb2;"
+        "ours = {name for name in sys.modules if name.startswith('heatlens.')};"
+        "loaded = {name for name in ours if not name.startswith('heatlens.v1')};"
+        "print(sorted(loaded | {'grpc', 'cv2', 'numpy'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['heatlens._version']"
+
+
+@pytest.mark.parametrize(
+    "value", [heatlens.NotFoundError("no"), heatlens.PixelBox(0, 1, 2, 3), heatlens.Health.SERVING]
+)
+def test_values_travel_between_processes(value):
+    assert repr(pickle.loads(pickle.dumps(value))) == repr(value)
 
 
 def test_everything_has_a_docstring():
