@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from heatlens_server.engines.allocator import keep_freed_memory
+from heatlens_server.allocator import keep_freed_memory
 
 
 def main(

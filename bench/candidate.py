@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from heatlens_server.cam.catalog import Method
-from heatlens_server.engines.allocator import keep_freed_memory
-from heatlens_server.engines.base import Engine, MapSpec, TopK
+from heatlens_server.allocator import keep_freed_memory
+from heatlens_server.core.engine import Engine, MapSpec, TopK
+from heatlens_server.core.methods import Method
 
 FORWARD, TUNED, GRAD_CAM = "forward", "forward tuned", "grad-cam"
 TORCH, ONNXRUNTIME, TORCHSCRIPT = "torch", "onnxruntime", "torchscript"
@@ -41,19 +41,19 @@ def _engine(kind: str, model: str, batch_size: int, folder: Path) -> Callable[[]
     engine: Engine
     if kind == TORCH:
         from bench import models  # noqa: PLC0415 - only what this one runs
-        from heatlens_server.engines.torch_engine import TorchEngine  # noqa: PLC0415 - only what this one runs
+        from heatlens_server.backends.torch.engine import TorchEngine  # noqa: PLC0415 - only what this one runs
 
         engine = TorchEngine(getattr(models, model)(), device="cpu")
     else:
-        from heatlens_server.export.manifest import read_manifest  # noqa: PLC0415 - only what this one runs
+        from heatlens_server.backends.onnx.manifest import read_manifest  # noqa: PLC0415 - only what this one runs
 
         of_kind = folder / kind
         if kind == ONNXRUNTIME:
-            from heatlens_server.engines.onnxruntime_engine import OnnxRuntimeEngine  # noqa: PLC0415 - only what this one runs
+            from heatlens_server.backends.onnx.engine import OnnxRuntimeEngine  # noqa: PLC0415 - only what this one runs
 
             engine = OnnxRuntimeEngine(of_kind, read_manifest(of_kind), device="cpu")
         else:
-            from heatlens_server.engines.torchscript_engine import TorchScriptEngine  # noqa: PLC0415 - only what this one runs
+            from heatlens_server.backends.torch.torchscript_engine import TorchScriptEngine  # noqa: PLC0415 - only what this one runs
 
             engine = TorchScriptEngine(of_kind, read_manifest(of_kind), device="cpu")
     spec = MapSpec(Method.GRAD_CAM, engine.info.layers[:1], upsample=False)

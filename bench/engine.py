@@ -11,12 +11,12 @@ from pathlib import Path
 from rich.table import Table
 
 from bench.candidate import FORWARD, GRAD_CAM, ONNXRUNTIME, TORCH, TORCHSCRIPT, TUNED
-from bench.measure import Turns, take_turns
+from bench.measure import FairQueue, take_turns
 from bench.models import efficientnet_lite0, resnet50
-from heatlens_server.cam.catalog import Method
-from heatlens_server.export.folder import export_bundle
-from heatlens_server.export.spec import Format
-from heatlens_server.models.spec import LoadedModel
+from heatlens_server.backends.torch.export.folder import export_bundle
+from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
+from heatlens_server.core.graph_spec import Format
+from heatlens_server.core.methods import Method
 
 MODELS: tuple[Callable[[], LoadedModel], ...] = (efficientnet_lite0, resnet50)
 BATCH_SIZES = (1, 8)
@@ -80,7 +80,7 @@ def run(*, turns: int) -> list[Table]:
     return [times, ratios]
 
 
-def _cell(target: Target, measured: Turns, batch_size: int) -> str:
+def _cell(target: Target, measured: FairQueue, batch_size: int) -> str:
     ratio = measured.ratio(target.of, target.to)
     if not target.bound or batch_size not in target.batch_sizes:
         return f"{ratio:.2f}"
@@ -106,7 +106,7 @@ def _export(make: Callable[[], LoadedModel], folder: Path) -> None:
         manifest.write(of_kind)
 
 
-def _measure(model: str, batch_size: int, folder: Path, *, turns: int) -> Turns:
+def _measure(model: str, batch_size: int, folder: Path, *, turns: int) -> FairQueue:
     with ExitStack() as stack:
         runs = {kind: stack.enter_context(_candidate(kind, model, batch_size, folder)) for kind in KINDS}
         return take_turns(runs, turns=turns)

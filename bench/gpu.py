@@ -15,15 +15,15 @@ from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from rich.console import Console
 
-from bench.measure import Turns, take_turns
+from bench.measure import FairQueue, take_turns
 from bench.models import INPUT_PX, noise_images, resnet50
-from heatlens_server.cam.catalog import Method
-from heatlens_server.engines.base import Engine, MapSpec, TopK
-from heatlens_server.engines.onnxruntime_engine import OnnxRuntimeEngine
-from heatlens_server.engines.torch_engine import TorchEngine
-from heatlens_server.export.folder import export_bundle
-from heatlens_server.export.manifest import read_manifest
-from heatlens_server.export.spec import Format
+from heatlens_server.backends.onnx.engine import OnnxRuntimeEngine
+from heatlens_server.backends.onnx.manifest import read_manifest
+from heatlens_server.backends.torch.engine import TorchEngine
+from heatlens_server.backends.torch.export.folder import export_bundle
+from heatlens_server.core.engine import Engine, MapSpec, TopK
+from heatlens_server.core.graph_spec import Format
+from heatlens_server.core.methods import Method
 
 BATCH_SIZES = (1, 8, 32, 128)
 DEVICE = "cuda:0"
@@ -115,7 +115,7 @@ def _graphed(module: torch.nn.Module, inputs: torch.Tensor) -> Callable[[], None
     return replay
 
 
-def _page(measured: Mapping[int, Turns]) -> str:
+def _page(measured: Mapping[int, FairQueue]) -> str:
     names = list(next(iter(measured.values())).seconds)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "onnxruntime-gpu", "grad-cam", "numpy"))
     today = datetime.date.today()  # noqa: DTZ011 - the reader's date

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Turns:
+class FairQueue:
     """Seconds per candidate, one entry per turn."""
 
     seconds: Mapping[str, list[float]]
@@ -22,7 +22,7 @@ class Turns:
         return statistics.median(one / other for one, other in pairs)
 
 
-def take_turns(candidates: Mapping[str, Callable[[], object]], *, turns: int, warm_up: int = 2) -> Turns:
+def take_turns(candidates: Mapping[str, Callable[[], object]], *, turns: int, warm_up: int = 2) -> FairQueue:
     """Run the candidates A B C A B C ...
 
     Args:
@@ -39,4 +39,4 @@ def take_turns(candidates: Mapping[str, Callable[[], object]], *, turns: int, wa
             started = time.perf_counter()
             own = run()
             seconds[name].append(own if isinstance(own, float) else time.perf_counter() - started)
-    return Turns(seconds)
+    return FairQueue(seconds)

@@ -8,10 +8,10 @@ import torch
 import torchvision
 from torch import nn
 
+from heatlens_server.backends.torch.sources.load import load_model
+from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.config import ModelConfig
-from heatlens_server.imaging.preprocess import PreprocessSpec
-from heatlens_server.models.load import load_model
-from heatlens_server.models.spec import LoadedModel
+from heatlens_server.core.preprocess import PreprocessSpec
 
 INPUT_PX = 224
 

@@ -25,9 +25,9 @@ from bench.models import photo_paths
 from bench.wire import encode_ms
 from heatlens import AsyncClient, Client, Timing
 from heatlens._cli.load import batch_size_of
-from heatlens_server.building.build import build
 from heatlens_server.config import load_config
-from heatlens_server.engines.base import MapSpec, TopK
+from heatlens_server.core.engine import MapSpec, TopK
+from heatlens_server.fleet.build import build
 from heatlens_server.imaging.decode import decode_image
 from heatlens_server.imaging.preprocess import fit
 

@@ -12,16 +12,16 @@ from heatlens import PixelBox
 from heatlens._wire.answers import result_of
 from heatlens._wire.requests import explain_request
 from heatlens.v1 import explain_pb2 as pb
-from heatlens_server.cam.catalog import CLOSED_FORMS, Method
-from heatlens_server.engines.base import EngineInfo, ImageResult, MapSpec, TopK
-from heatlens_server.imaging.preprocess import FittedImage, PreprocessSpec
-from heatlens_server.rpc.encode import encode
-from heatlens_server.rpc.limits import Limits
-from heatlens_server.rpc.plan import ExplainPlan
-from heatlens_server.rpc.validation import parse_explain
-from heatlens_server.serving.entry import Completed
-from heatlens_server.serving.lane import Explained, Lane
-from heatlens_server.serving.served import ServedModel
+from heatlens_server.api.limits import Limits
+from heatlens_server.api.plan import ExplainPlan
+from heatlens_server.api.validation import parse_explain
+from heatlens_server.core.engine import EngineInfo, ImageResult, MapSpec, TopK
+from heatlens_server.core.methods import CLOSED_FORMS, Method
+from heatlens_server.core.preprocess import FittedImage, PreprocessSpec
+from heatlens_server.fleet.served_model import ServedModel
+from heatlens_server.scheduling.entry import Completed
+from heatlens_server.scheduling.model_queue import Explained, ModelQueue
+from heatlens_server.transports.grpc.encode import encode
 
 MAX_MS = 0.2
 CALLS = 50
@@ -57,7 +57,7 @@ _MODEL = ServedModel(
     default_method=Method.GRAD_CAM,
     max_batch_size=8,
     max_delay_s=0.0,
-    lane=cast("Lane", None),  # nothing here runs
+    queue=cast("ModelQueue", None),  # nothing here runs
 )
 _LIMITS = Limits(
     max_message_bytes=1 << 24,

@@ -19,17 +19,17 @@ from torch import nn
 
 from bench.coverage.models import inputs, make
 from bench.coverage.table import MAX_MAP_DIFFERENCE, MOVES, compared
-from heatlens_server.cam.catalog import Method
-from heatlens_server.cam.grid import Grid, to_map
-from heatlens_server.cam.methods import raw_map
-from heatlens_server.cam.saliency import saliency
-from heatlens_server.errors import ExportError
-from heatlens_server.export import onnx_file
-from heatlens_server.export.capture import capture
-from heatlens_server.export.differentiate import differentiate_all
-from heatlens_server.export.pt2_file import to_program
-from heatlens_server.export.spec import CLASS_INDEX, IMAGE, MAP_OUTPUTS, InputKind, Output
-from heatlens_server.models.spec import LoadedModel
+from heatlens_server.backends.torch.cam.grid import Grid, to_map
+from heatlens_server.backends.torch.cam.methods import raw_map
+from heatlens_server.backends.torch.cam.saliency import saliency
+from heatlens_server.backends.torch.export import onnx_file
+from heatlens_server.backends.torch.export.capture import capture
+from heatlens_server.backends.torch.export.differentiate import differentiate_all
+from heatlens_server.backends.torch.export.pt2_file import to_program
+from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
+from heatlens_server.core.errors import ExportError
+from heatlens_server.core.graph_spec import CLASS_INDEX, IMAGE, MAP_OUTPUTS, InputKind, Output
+from heatlens_server.core.methods import Method
 
 # Traced with 2 images and 5 classes.
 IMAGES = 3

@@ -8,12 +8,12 @@ import torchvision
 from torch import nn
 
 from bench.models import photo_paths
+from heatlens_server.backends.torch.sources.load import load_model
+from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.config import ModelConfig
-from heatlens_server.errors import ModelLoadError
+from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.imaging.decode import decode_image
 from heatlens_server.imaging.preprocess import fit
-from heatlens_server.models.load import load_model
-from heatlens_server.models.spec import LoadedModel
 
 # One network of each family, mostly the smallest that has all of the family's parts.
 TIMM = (

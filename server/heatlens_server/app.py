@@ -11,19 +11,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from heatlens.v1 import explain_pb2_grpc, model_pb2_grpc
-from heatlens_server.building.build import BuiltModel, build
+from heatlens_server.api.gate import CallGate, draining
+from heatlens_server.api.limits import Limits
+from heatlens_server.api.stream.open_streams import OpenStreams
 from heatlens_server.config import Config, ModelConfig
-from heatlens_server.errors import ModelLoadError
-from heatlens_server.models.registry import Registry
-from heatlens_server.rpc.explain_service import ExplainServicer
-from heatlens_server.rpc.gate import CallGate, draining
-from heatlens_server.rpc.health import Health
-from heatlens_server.rpc.limits import Limits
-from heatlens_server.rpc.listener import bind, enable_reflection, make_server
-from heatlens_server.rpc.model_service import ModelServicer
-from heatlens_server.rpc.stream.hall import StreamHall
-from heatlens_server.serving.lane import Lane
-from heatlens_server.serving.served import ServedModel
+from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.fleet.build import BuiltModel, build
+from heatlens_server.fleet.registry import Registry
+from heatlens_server.fleet.served_model import ServedModel
+from heatlens_server.scheduling.model_queue import ModelQueue
+from heatlens_server.transports.grpc.explain_service import ExplainServicer
+from heatlens_server.transports.grpc.health import Health
+from heatlens_server.transports.grpc.listener import bind, enable_reflection, make_server
+from heatlens_server.transports.grpc.model_service import ModelServicer
 
 _log = logging.getLogger("heatlens")
 
@@ -63,7 +63,7 @@ class Server:
         )
         token = config.server.read_token()
         self._gate = CallGate()
-        self.streams = StreamHall(max_streams=self._limits.max_streams)
+        self.streams = OpenStreams(max_streams=self._limits.max_streams)
         self._grpc = make_server(config.server, self._gate, token=None if token is None else token.get_secret_value())
         self.port = 0
 
@@ -111,15 +111,15 @@ class Server:
         deadline = time.monotonic() + grace_s
         self.streams.drain()
         finished = await self._gate.close(grace_s)
-        lanes = [slot.value.lane for slot in self.registry.slots if slot.value is not None]
+        queues = [slot.value.queue for slot in self.registry.slots if slot.value is not None]
         if not finished:
-            for lane in lanes:
-                lane.give_up(draining())
+            for queue in queues:
+                queue.give_up(draining())
             finished = await self._gate.close(_PARTING_S)
         await asyncio.sleep(min(_NOTICE_S, max(0.0, deadline - time.monotonic())))
         await self._grpc.stop(_FLUSH_S if finished else 0.0)
         self._preparers.shutdown(wait=False, cancel_futures=True)
-        closed = await asyncio.gather(*(lane.close(timeout_s=_CLOSE_S) for lane in lanes))
+        closed = await asyncio.gather(*(queue.close(timeout_s=_CLOSE_S) for queue in queues))
         _log.info("stopped")
         return all(closed) and not any(thread.is_alive() for thread in self._loaders)
 
@@ -196,7 +196,7 @@ class Server:
 
     def _serve(self, config: ModelConfig, built: BuiltModel) -> ServedModel:
         max_delay_s = config.batching.max_delay_ms / 1e3
-        lane = Lane(
+        queue = ModelQueue(
             built.engine,
             name=config.name,
             preparers=self._preparers,
@@ -214,7 +214,7 @@ class Server:
             default_method=built.method,
             max_batch_size=config.batching.max_batch_size,
             max_delay_s=max_delay_s,
-            lane=lane,
+            queue=queue,
         )
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from heatlens_server.building.build import build
-from heatlens_server.building.warm_up import is_finite, run_trial, trial_size_px
 from heatlens_server.config import ModelConfig
-from heatlens_server.errors import ModelLoadError
+from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.fleet.build import build
+from heatlens_server.fleet.warm_up import is_finite, run_trial, trial_size_px
 
 
 def check_model(config: ModelConfig, write: Callable[[str], None], *, cache_dir: Path | None) -> bool:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
-from heatlens_server.engines.allocator import keep_freed_memory
-from heatlens_server.errors import ConfigError, ExportError, ModelLoadError
-from heatlens_server.telemetry import configure_logging
+from heatlens_server.allocator import keep_freed_memory
+from heatlens_server.core.errors import ConfigError, ExportError, ModelLoadError
+from heatlens_server.telemetry.logs import configure_logging
 
 if TYPE_CHECKING:
     from heatlens_server.config import Config

@@ -8,16 +8,16 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from heatlens_server.building.quiet import stderr_to_log
-from heatlens_server.cam.catalog import ACTIVATIONS_ALONE, CLOSED_FORMS, PRESETS, Method, Score
+from heatlens_server.backends.onnx.manifest import Manifest
 from heatlens_server.config import EXPORT_PREFIX, ModelConfig, load_config
-from heatlens_server.engines.base import Task
-from heatlens_server.errors import ConfigError, ExportError, ModelLoadError
-from heatlens_server.export.manifest import MANIFEST_FILE, Manifest
-from heatlens_server.export.spec import Format, GraphSpec, InputKind, Output
+from heatlens_server.core.engine import Task
+from heatlens_server.core.errors import ConfigError, ExportError, ModelLoadError
+from heatlens_server.core.graph_spec import MANIFEST_FILE, Format, GraphSpec, InputKind, Output
+from heatlens_server.core.methods import ACTIVATIONS_ALONE, CLOSED_FORMS, PRESETS, Method, Score
+from heatlens_server.fleet.stderr import stderr_to_log
 
 if TYPE_CHECKING:
-    from heatlens_server.models.spec import LoadedModel
+    from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 
 _E = TypeVar("_E", bound=StrEnum)
 
@@ -153,8 +153,8 @@ def run_export(config: ModelConfig, options: ExportOptions, *, tell: Callable[[s
         tell(f"{time.monotonic() - started:6.1f} s  {line}")
 
     # Only now: they import torch, which takes seconds, and a wrong option should be told at once.
-    from heatlens_server.export.delivery import check_target, export_model  # noqa: PLC0415
-    from heatlens_server.models.load import load_model  # noqa: PLC0415
+    from heatlens_server.backends.torch.export.delivery import check_target, export_model  # noqa: PLC0415
+    from heatlens_server.backends.torch.sources.load import load_model  # noqa: PLC0415
 
     try:
         check_target(options.folder)
@@ -249,7 +249,7 @@ def _resolved(method: Method, score: Score | None) -> tuple[Method, Score]:
 
 
 def _check_method(method: Method, model: "LoadedModel") -> None:
-    from heatlens_server.export.delivery import methods_of  # noqa: PLC0415 - imports torch
+    from heatlens_server.backends.torch.export.delivery import methods_of  # noqa: PLC0415 - imports torch
 
     # The others apply to every layer.
     if method is Method.CAM and method not in (methods := methods_of(model)):

@@ -9,13 +9,13 @@ from torch import nn
 
 import tiny_models
 from engine_cases import Judge, bundle, loaded, noise
-from heatlens_server.cam.catalog import CLOSED_FORMS, Method
-from heatlens_server.engines.base import ClassIds, Engine, MapSpec, TopK
-from heatlens_server.engines.onnxruntime_engine import OnnxRuntimeEngine
-from heatlens_server.engines.torch_engine import TorchEngine
-from heatlens_server.engines.torchscript_engine import TorchScriptEngine
-from heatlens_server.export.spec import Format
-from heatlens_server.models.spec import LoadedModel
+from heatlens_server.backends.onnx.engine import OnnxRuntimeEngine
+from heatlens_server.backends.torch.engine import TorchEngine
+from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
+from heatlens_server.backends.torch.torchscript_engine import TorchScriptEngine
+from heatlens_server.core.engine import ClassIds, Engine, MapSpec, TopK
+from heatlens_server.core.graph_spec import Format
+from heatlens_server.core.methods import CLOSED_FORMS, Method
 
 ENGINES: dict[str, Callable[[LoadedModel], Engine]] = {
     "torch": lambda model: TorchEngine(model, device="cpu"),

@@ -51,9 +51,9 @@ async def live(start_server) -> AsyncIterator["Server"]:
     """A server on this test's loop. Whatever a test does to its streams, they give back what they took."""
     server = await start_server(STREAMS_TOML)
     yield server
-    ledger = server.streams.ledger
-    await until(lambda: ledger.open == 0)
-    for name, balance in dataclasses.asdict(ledger).items():
+    counters = server.streams.counters
+    await until(lambda: counters.open == 0)
+    for name, balance in dataclasses.asdict(counters).items():
         assert balance["created"] == balance["released"], name
     assert len(batcher_of(server)) == 0
 

@@ -93,7 +93,7 @@ class Gate:
     def __init__(self, server: "Server") -> None:
         self.taken = self.live = 0
         self._tickets = threading.Semaphore(0)
-        engine = server.registry.get(MODEL).lane._engine
+        engine = server.registry.get(MODEL).queue._engine
         steps = engine.steps
 
         def gated(*args, **kwargs):

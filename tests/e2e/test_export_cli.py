@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from heatlens_server.export.manifest import read_manifest
-from heatlens_server.export.spec import Output
+from heatlens_server.backends.onnx.manifest import read_manifest
+from heatlens_server.core.graph_spec import Output
 from server_process import SUPPORT
 
 COMMAND = Path(sys.executable).parent / "heatlens-server"

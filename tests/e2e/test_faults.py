@@ -13,9 +13,10 @@ import pytest_asyncio
 from heatlens import Client
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
+from heatlens_server.api import explainer
+from heatlens_server.api import images as request_images
 from heatlens_server.app import Server
-from heatlens_server.rpc import explain_service, explainer
-from heatlens_server.rpc import images as request_images
+from heatlens_server.transports.grpc import explain_service
 from wire import Details, distinct, encoded, map_of, pixels
 
 PREPROCESS = """
@@ -50,7 +51,7 @@ async def live(start_server) -> Server:
 
 
 def batcher(server: Server, model: str = "mlp"):
-    return server.registry.get(model).lane.batcher
+    return server.registry.get(model).queue.batcher
 
 
 def request(image: np.ndarray, model: str = "mlp") -> pb.ExplainRequest:
@@ -119,7 +120,7 @@ async def test_deadline_that_expires_in_the_queue_spares_the_model(live, stub):
     image = distinct(1)[0]
     await stub.Explain(request(image))
     engine_calls: list[int] = []
-    engine = live.registry.get("mlp").lane._engine
+    engine = live.registry.get("mlp").queue._engine
     explain = engine.explain
     engine.explain = lambda images, *rest: (engine_calls.append(len(images)), explain(images, *rest))[1]
     held = batcher(live)

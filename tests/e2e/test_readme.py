@@ -25,9 +25,9 @@ from heatlens import _exceptions as exceptions
 from heatlens._cli import app as client_app
 from heatlens_server.cli import app as server_app
 from heatlens_server.config import Config, load_config
-from heatlens_server.errors import InvalidArgument
-from heatlens_server.imaging.preprocess import Interpolation
-from heatlens_server.rpc.status import _CODES
+from heatlens_server.core.errors import InvalidArgument
+from heatlens_server.core.preprocess import Interpolation
+from heatlens_server.transports.grpc.status import _CODES
 from server_process import start_server_process, wait_settled
 
 ROOT = Path(__file__).parents[2]

@@ -127,7 +127,7 @@ async def test_a_full_window_stops_the_reading_and_loses_nothing(live, stub, cha
     await until(lambda: len(batcher_of(live)) == 2)
     for _ in range(5):  # what else it might read, it would have read by now
         await model_pb2_grpc.ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest())
-    assert live.streams.ledger.frames.created == 2
+    assert live.streams.counters.frames.created == 2
     batcher_of(live).hold_until(0)
     assert kinds(await stream.finish()) == [(10 * i, "result") for i in range(12)]
 
@@ -139,7 +139,7 @@ async def test_frames_left_out_are_answered_in_order_and_need_no_image(live, stu
     for i in range(7):
         await stream.send(i, image if i % 3 == 0 else None if i % 3 == 1 else pb.Image(encoded=b"garbage"))
     assert kinds(await stream.finish()) == [(i, "skipped" if i % 3 else "result") for i in range(7)]
-    assert live.streams.ledger.tickets.created == 3
+    assert live.streams.counters.tickets.created == 3
 
 
 async def test_frames_per_second_are_counted_on_the_clients_clock(stub):

@@ -12,8 +12,8 @@ from google.protobuf.duration_pb2 import Duration
 
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
+from heatlens_server.api.stream import window
 from heatlens_server.app import Server
-from heatlens_server.rpc.stream import window
 from raw_stream import PATIENCE_S, RawStream, batcher_of, kinds, status_details, until
 from wire import distinct, pixels
 
@@ -29,7 +29,7 @@ class Gate:
         self._open.set()
         self.entered = 0
         self.batches: list[list[tuple[int, ...]]] = []
-        engine = server.registry.get("mlp").lane._engine
+        engine = server.registry.get("mlp").queue._engine
         explain = engine.explain
 
         def gated(images, *rest):
@@ -63,7 +63,7 @@ async def running(stream: RawStream, gate: Gate) -> None:
 
 
 async def balanced(server: Server) -> None:
-    await until(lambda: server.streams.ledger.open == 0 and len(batcher_of(server)) == 0)
+    await until(lambda: server.streams.counters.open == 0 and len(batcher_of(server)) == 0)
 
 
 async def a_clean_stream_works(stub) -> None:
@@ -97,7 +97,7 @@ async def test_frames_that_run_are_not_dropped_and_one_more_is_let_in(live, stub
     batcher_of(live).hold_until(99)  # the batch that is prepared ahead would claim the second one
     for i in (1, 2, 3):
         await stream.send(i, IMAGE)
-    await until(lambda: live.streams.ledger.frames.created == 4)
+    await until(lambda: live.streams.counters.frames.created == 4)
     assert len(batcher_of(live)) == 1
     batcher_of(live).hold_until(0)
     gate.open()
@@ -112,7 +112,7 @@ async def test_unsent_answers_of_dropped_frames_are_bounded(live, stub, gate, mo
     await running(stream, gate)
     batcher_of(live).hold_until(99)
     sending = asyncio.create_task(send_many(stream, range(1, 200)))
-    frames = live.streams.ledger.frames
+    frames = live.streams.counters.frames
     await until(lambda: frames.open == 2 + 64)
     await a_round_trip(stub)
     assert frames.open == 2 + 64
@@ -225,7 +225,7 @@ async def test_too_many_streams_are_refused_and_places_come_back(live, stub):
     first = [RawStream(stub) for _ in range(3)]
     await first[0].open()
     await first[1].open()
-    await until(lambda: live.streams.ledger.streams.open == 3)  # the third holds its place before it says anything
+    await until(lambda: live.streams.counters.streams.open == 3)  # the third holds its place before it says anything
     refused = RawStream(stub)
     code, details, _ = await refused.failure()
     assert (code, details.info.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "STREAM_LIMIT")
@@ -241,7 +241,7 @@ async def test_too_many_streams_are_refused_and_places_come_back(live, stub):
 async def test_drain_answers_what_runs_and_ends_every_stream(live, stub, gate):
     idle, silent, busy = (RawStream(stub) for _ in range(3))
     await idle.open()
-    await until(lambda: live.streams.ledger.streams.open == 3)  # one of them has said nothing at all
+    await until(lambda: live.streams.counters.streams.open == 3)  # one of them has said nothing at all
     await busy.open(max_in_flight=4)
     await running(busy, gate)
     batcher_of(live).hold_until(99)
@@ -287,7 +287,7 @@ async def test_a_reader_that_stalls_holds_neither_other_streams_nor_the_drain(li
         await stalled.configure(options=large, max_in_flight=4, overflow_policy=policy)
         sending = asyncio.create_task(send_many(stalled, range(10_000)))
         # No answer is ever read: sooner or later the server can neither send nor, therefore, read.
-        frames = live.streams.ledger.frames
+        frames = live.streams.counters.frames
         reads = -1
         while frames.created != reads or frames.open == 0:
             reads = frames.created

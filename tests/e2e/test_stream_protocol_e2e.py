@@ -8,7 +8,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
-from heatlens_server.models.registry import Slot
+from heatlens_server.fleet.registry import Slot
 from raw_stream import RawStream, kinds
 from wire import distinct, pixels
 

@@ -47,9 +47,9 @@ def gate(live) -> DeviceGate:
 
 async def into_state(state: str, stream: RawStream, live, gate: DeviceGate, policy: int) -> None:
     """Bring a stream into a state. The gate is closed."""
-    ledger = live.streams.ledger
+    counters = live.streams.counters
     if state == "silent":
-        await until(lambda: ledger.streams.open == 1)
+        await until(lambda: counters.streams.open == 1)
         return
     config = {"max_in_flight": 64 if state == "window of 64 full" else 1, "overflow_policy": policy}
     if state == "configured":
@@ -68,16 +68,16 @@ async def into_state(state: str, stream: RawStream, live, gate: DeviceGate, poli
         await stream.send(i, IMAGE)
     if policy == DROP_OLDEST:
         # Most are dropped, and their answers wait for the one of frame 0.
-        await until(lambda: ledger.frames.open > 60)
+        await until(lambda: counters.frames.open > 60)
     else:
-        await until(lambda: ledger.frames.open == config["max_in_flight"])
+        await until(lambda: counters.frames.open == config["max_in_flight"])
 
 
 STATES = ["silent", "configured", "started", "running", "window of 1 full", "window of 64 full"]
 
 
 async def balanced(live) -> None:
-    await until(lambda: live.streams.ledger.open == 0 and len(batcher_of(live)) == 0)
+    await until(lambda: live.streams.counters.open == 0 and len(batcher_of(live)) == 0)
 
 
 @POLICIES
@@ -113,7 +113,7 @@ async def test_a_cancel_while_the_server_drains_gives_everything_back(live, stub
 @pytest.mark.parametrize("overflow", ["block", "drop-oldest"])
 @pytest.mark.parametrize("window", [1, 64])
 async def test_closing_the_sdks_stream_in_mid_flight_gives_everything_back(live, gate, overflow, window):
-    frames = live.streams.ledger.frames
+    frames = live.streams.counters.frames
     with gate.closed():
         async with AsyncClient(f"127.0.0.1:{live.port}") as client:
             stream = client.stream(overflow=overflow, max_in_flight=window)
@@ -165,7 +165,7 @@ async def test_garbage_in_mid_stream_ends_that_stream_after_its_answers(live, ch
         for i in range(4):
             frame = pb.Frame(frame_id=i, image=pixels(IMAGE))
             await call.write(pb.StreamExplainRequest(frame=frame).SerializeToString())
-        await until(lambda: live.streams.ledger.frames.open == 4)
+        await until(lambda: live.streams.counters.frames.open == 4)
         await call.write(GARBAGE[garbage])
     code, details, answers = await failure_of(stream)
     if garbage == "too large":

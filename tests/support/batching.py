@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 
 from heatlens import PixelBox
-from heatlens_server.cam.catalog import Method
-from heatlens_server.engines.base import MapSpec, TopK
-from heatlens_server.imaging.preprocess import FittedImage
-from heatlens_server.serving.batcher import Batcher
-from heatlens_server.serving.entry import Entry, EntryState, Outcome, Source
+from heatlens_server.core.engine import MapSpec, TopK
+from heatlens_server.core.methods import Method
+from heatlens_server.core.preprocess import FittedImage
+from heatlens_server.scheduling.batcher import Batcher
+from heatlens_server.scheduling.entry import Entry, EntryState, Outcome, Source
 
 LAYER = MapSpec(Method.GRAD_CAM, ("layer",), upsample=False)
 OTHER = MapSpec(Method.LAYER_CAM, ("layer",), upsample=False)

@@ -22,7 +22,7 @@ class DeviceGate:
         self.entered = 0
         self._open = threading.Event()
         self._open.set()
-        engine = server.registry.get(model).lane._engine
+        engine = server.registry.get(model).queue._engine
         explain = engine.explain
 
         def gated(images, *rest):

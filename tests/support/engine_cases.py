@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from heatlens_server.cam.catalog import Method
-from heatlens_server.cam.methods import raw_map
-from heatlens_server.cam.saliency import saliency
-from heatlens_server.engines.torch_engine import TorchEngine
-from heatlens_server.export.folder import export_bundle, export_graph
-from heatlens_server.export.manifest import Manifest
-from heatlens_server.export.spec import Format, GraphSpec
-from heatlens_server.imaging.preprocess import PreprocessSpec
-from heatlens_server.models.spec import LoadedModel
-from heatlens_server.models.weights import weights_version
+from heatlens_server.backends.onnx.manifest import Manifest
+from heatlens_server.backends.torch.cam.methods import raw_map
+from heatlens_server.backends.torch.cam.saliency import saliency
+from heatlens_server.backends.torch.engine import TorchEngine
+from heatlens_server.backends.torch.export.folder import export_bundle, export_graph
+from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
+from heatlens_server.backends.torch.sources.weights import weights_version
+from heatlens_server.core.graph_spec import Format, GraphSpec
+from heatlens_server.core.methods import Method
+from heatlens_server.core.preprocess import PreprocessSpec
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

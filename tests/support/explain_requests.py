@@ -9,12 +9,12 @@ from google.protobuf.message import Message
 import tiny_models
 from engine_cases import loaded
 from heatlens.v1 import explain_pb2 as pb
-from heatlens_server.cam.catalog import PRESETS, Method
-from heatlens_server.engines.torch_engine import TorchEngine
-from heatlens_server.errors import InvalidArgument
-from heatlens_server.rpc.limits import Limits
-from heatlens_server.rpc.validation import parse_explain
-from heatlens_server.serving.served import ServedModel
+from heatlens_server.api.limits import Limits
+from heatlens_server.api.validation import parse_explain
+from heatlens_server.backends.torch.engine import TorchEngine
+from heatlens_server.core.errors import InvalidArgument
+from heatlens_server.core.methods import PRESETS, Method
+from heatlens_server.fleet.served_model import ServedModel
 
 LIMITS = Limits(
     max_message_bytes=1 << 20, max_image_pixels=5000, max_queue_length=8, max_targets=4, max_streams=2, max_in_flight=8
@@ -37,7 +37,7 @@ def served(module, layers) -> ServedModel:
         default_method=Method.GRAD_CAM,
         max_batch_size=4,
         max_delay_s=0.0,
-        lane=None,  # parsing never touches it
+        queue=None,  # parsing never touches it
     )
 
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from engine_cases import MEAN, STD, loaded, noise
-from heatlens_server.cam.catalog import ABSENT, Method, Score
-from heatlens_server.cam.methods import raw_map
-from heatlens_server.cam.saliency import saliency
-from heatlens_server.cam.targets import class_scores
-from heatlens_server.models.spec import LoadedModel
+from heatlens_server.backends.torch.cam.methods import raw_map
+from heatlens_server.backends.torch.cam.saliency import saliency
+from heatlens_server.backends.torch.cam.targets import class_scores
+from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
+from heatlens_server.core.methods import ABSENT, Method, Score
 
 PX = 32
 CLASSES = 7

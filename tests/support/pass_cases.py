@@ -11,12 +11,12 @@ import torchvision
 from torch import Tensor, nn
 
 from engine_cases import loaded
-from heatlens_server.cam.catalog import Method
-from heatlens_server.engines.base import ClassIds, MapSpec, Target
-from heatlens_server.engines.passes.table import explain
-from heatlens_server.engines.torch_model import TorchModel
-from heatlens_server.models.layers import discover
-from heatlens_server.tasks.table import task_model
+from heatlens_server.backends.torch.goals.table import task_model
+from heatlens_server.backends.torch.network.network import TorchModel
+from heatlens_server.backends.torch.passes.table import explain
+from heatlens_server.backends.torch.sources.layers import discover
+from heatlens_server.core.engine import ClassIds, MapSpec, Target
+from heatlens_server.core.methods import Method
 
 PX = 64
 

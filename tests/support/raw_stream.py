@@ -13,7 +13,7 @@ from wire import Details, pixels
 
 if TYPE_CHECKING:
     from heatlens_server.app import Server
-    from heatlens_server.serving.batcher import Batcher
+    from heatlens_server.scheduling.batcher import Batcher
 
 PATIENCE_S = 20
 
@@ -101,7 +101,7 @@ class _InBand(grpc.RpcError):
 
 def batcher_of(server: "Server", model: str = "mlp") -> "Batcher":
     """The queue of a model of a server on the test's own loop."""
-    return server.registry.get(model).lane.batcher
+    return server.registry.get(model).queue.batcher
 
 
 async def until(condition) -> None:

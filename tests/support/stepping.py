@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from engine_cases import loaded
-from heatlens_server.cam.catalog import Score
-from heatlens_server.cam.grid import Grid, Output
-from heatlens_server.engines.base import Target
-from heatlens_server.engines.steps.job import Job
-from heatlens_server.engines.torch_model import TorchModel
-from heatlens_server.tasks.table import task_model
+from heatlens_server.backends.torch.cam.grid import Grid, Output
+from heatlens_server.backends.torch.goals.table import task_model
+from heatlens_server.backends.torch.network.network import TorchModel
+from heatlens_server.backends.torch.steps.job import Job
+from heatlens_server.core.engine import Target
+from heatlens_server.core.methods import Score
 
 
 def placed(

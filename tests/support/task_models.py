@@ -18,14 +18,14 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from heatlens_server.cam.catalog import Method
-from heatlens_server.engines.base import Float32Array, ImageResult, Task
-from heatlens_server.models.backbone_layers import discover_for_detection, discover_for_segmentation
-from heatlens_server.models.layers import discover
-from heatlens_server.models.random_heads import settle
-from heatlens_server.models.sources import IMAGENET_PREPROCESS
-from heatlens_server.models.spec import LoadedModel
-from heatlens_server.models.torchvision_models import DETECTION_PREPROCESS
+from heatlens_server.backends.torch.sources.backbone_layers import discover_for_detection, discover_for_segmentation
+from heatlens_server.backends.torch.sources.layers import discover
+from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
+from heatlens_server.backends.torch.sources.random_heads import settle
+from heatlens_server.backends.torch.sources.sources import IMAGENET_PREPROCESS
+from heatlens_server.backends.torch.sources.torchvision_models import DETECTION_PREPROCESS
+from heatlens_server.core.engine import Float32Array, ImageResult, Task
+from heatlens_server.core.methods import Method
 
 LABELS = 7
 PX = 96

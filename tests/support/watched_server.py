@@ -32,7 +32,7 @@ class Holdings:
     """What a server has at one moment.
 
     Attributes:
-        created: of each kind in the streams' ledger.
+        created: of each kind in the streams' counters.
         released: the same.
         queued: images admitted by all models and not yet claimed by a batch.
         fds: open file descriptors.
@@ -156,7 +156,7 @@ def _main(config_path: str) -> None:
     import tiny_models  # noqa: PLC0415
     from heatlens_server.app import serve  # noqa: PLC0415
     from heatlens_server.config import load_config  # noqa: PLC0415
-    from heatlens_server.telemetry import configure_logging  # noqa: PLC0415
+    from heatlens_server.telemetry.logs import configure_logging  # noqa: PLC0415
 
     tiny_models.make_all()
     if os.environ.get("LEAK"):
@@ -186,12 +186,12 @@ def _tell(server: "Server") -> None:
 
     if not os.read(sys.stdin.fileno(), 1):
         return
-    ledger = server.streams.ledger
-    lanes = [slot.value.lane for slot in server.registry.slots if slot.value is not None]
+    counters = server.streams.counters
+    queues = [slot.value.queue for slot in server.registry.slots if slot.value is not None]
     told = {
-        "created": {name: getattr(ledger, name).created for name in BALANCES},
-        "released": {name: getattr(ledger, name).released for name in BALANCES},
-        "queued": sum(len(lane.batcher) for lane in lanes),
+        "created": {name: getattr(counters, name).created for name in BALANCES},
+        "released": {name: getattr(counters, name).released for name in BALANCES},
+        "queued": sum(len(queue.batcher) for queue in queues),
         "python_threads": threading.active_count(),
     }
     print(json.dumps(told), flush=True)
@@ -199,7 +199,7 @@ def _tell(server: "Server") -> None:
 
 def _leak() -> None:
     """Keep every answer: what a test of steady memory must find."""
-    from heatlens_server.rpc.explainer import Explainer  # noqa: PLC0415
+    from heatlens_server.api.explainer import Explainer  # noqa: PLC0415
 
     kept, answer = [], Explainer.answer
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from heatlens_server import check
-from heatlens_server.cam.catalog import Method
 from heatlens_server.config import ModelConfig
-from heatlens_server.engines.base import EngineInfo, ImageResult
+from heatlens_server.core.engine import EngineInfo, ImageResult
+from heatlens_server.core.methods import Method
 
 
 @pytest.mark.parametrize(("size_px", "said"), [((32, 64), "64x32 px"), ((0, 0), "any size")])

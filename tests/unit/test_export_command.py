@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 import tiny_models
-from heatlens_server.cam.catalog import Method, Score
 from heatlens_server.config import ModelConfig, PreprocessConfig
-from heatlens_server.errors import ConfigError, ExportError, ModelLoadError
-from heatlens_server.export.spec import Format, InputKind, Output
+from heatlens_server.core.errors import ConfigError, ExportError, ModelLoadError
+from heatlens_server.core.graph_spec import Format, InputKind, Output
+from heatlens_server.core.methods import Method, Score
 from heatlens_server.export_command import describe, find_model, parse_options, run_export
 
 TINY = """

@@ -11,11 +11,11 @@ from typing import Self, cast
 from pydantic import ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
+from heatlens_server.config.environment import check_environment
 from heatlens_server.config.model import EMBEDDED_MODEL, EXPORT_PREFIX, WEIGHT_FILE_SUFFIXES, ModelConfig
 from heatlens_server.config.section import Section
 from heatlens_server.config.server import ServerConfig
-from heatlens_server.environment import check_environment
-from heatlens_server.errors import ConfigError
+from heatlens_server.core.errors import ConfigError
 
 _PATH_KEYS = frozenset({"token_file", "certificate", "private_key", "client_ca", "labels", "cache_dir"})
 

@@ -7,11 +7,11 @@ from typing import Annotated, Literal, Self, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field, FilePath, ValidationInfo, field_validator, model_validator
 
-from heatlens_server.cam.catalog import Method
-from heatlens_server.cam.layout import Grid, Layout
 from heatlens_server.config.section import Section
-from heatlens_server.export.manifest import MANIFEST_FILE
-from heatlens_server.imaging.preprocess import Interpolation
+from heatlens_server.core.graph_spec import MANIFEST_FILE
+from heatlens_server.core.grid import Grid, Layout
+from heatlens_server.core.methods import Method
+from heatlens_server.core.preprocess import Interpolation
 
 EMBEDDED_MODEL = "efficientnet_lite0"
 WEIGHT_FILE_SUFFIXES = (".pth", ".pt", ".safetensors")

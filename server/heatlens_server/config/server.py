@@ -7,8 +7,8 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, FilePath, SecretStr, model_validator
 
 from heatlens_server.config.section import Section
-from heatlens_server.errors import ConfigError
-from heatlens_server.imaging.decode import MAX_PIXELS_LIMIT
+from heatlens_server.core.errors import ConfigError
+from heatlens_server.core.preprocess import MAX_PIXELS_LIMIT
 
 
 def _check_listen(address: str) -> str:

@@ -10,12 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from heatlens_server.errors import InvalidArgument
+from heatlens_server.core.errors import InvalidArgument
 
 UInt8Array = npt.NDArray[np.uint8]
-
-# Pillow's own limit on what it opens without complaint (PIL.Image.MAX_IMAGE_PIXELS); ours is never above it.
-MAX_PIXELS_LIMIT = 89_478_485
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
 # OpenCV refuses longer sides (CV_IO_MAX_IMAGE_WIDTH, CV_IO_MAX_IMAGE_HEIGHT).

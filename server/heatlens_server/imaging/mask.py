@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from heatlens_server.errors import InvalidArgument
-from heatlens_server.imaging.preprocess import FittedImage
+from heatlens_server.core.errors import InvalidArgument
+from heatlens_server.core.preprocess import FittedImage
 
 BoolArray = npt.NDArray[np.bool_]
 Float32Array = npt.NDArray[np.float32]

@@ -6,29 +6,16 @@ with, but only the crop is ever computed: an image of 20000x10 pixels costs no m
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from heatlens import PixelBox
+from heatlens_server.core.geometry import PixelBox
+from heatlens_server.core.preprocess import FittedImage, Interpolation, PreprocessSpec
 
 UInt8Array = npt.NDArray[np.uint8]
 
-
-class Interpolation(StrEnum):
-    """How pixels are resampled. All but NEAREST are antialiased when shrinking, as in Pillow."""
-
-    NEAREST = "nearest"
-    BILINEAR = "bilinear"
-    BICUBIC = "bicubic"
-    LANCZOS = "lanczos"
-
-
-# A side of an input that is made up, for models that take any: a multiple of what networks shrink images by.
-_SAMPLE_PX = 256
 
 # Pillow's filter, and the radius of its kernel in pixels at scale 1.
 _FILTERS = {
@@ -36,104 +23,6 @@ _FILTERS = {
     Interpolation.BICUBIC: (Image.Resampling.BICUBIC, 2.0),
     Interpolation.LANCZOS: (Image.Resampling.LANCZOS, 3.0),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class PreprocessSpec:
-    """How an image becomes a model's input: resize, crop the centre, then (value / 255 - mean) / std.
-
-    Attributes:
-        resize_px: the length of the shorter side after resizing, in pixels, or the exact (height, width). None: images
-            keep their size, which takes a model of inputs of any size.
-        crop_px: (height, width) of the centre crop, in pixels: the model's input size. None: the model takes inputs of
-            any size, and the image is not cropped.
-        mean: one per RGB channel, for values in [0, 1].
-        std: one per RGB channel, for values in [0, 1], each > 0.
-        interpolation: how pixels are resampled.
-        max_side_px: of inputs of any size, the longest side: what would be longer is shrunk as a whole. None: no limit.
-
-    Raises:
-        ValueError: a value is out of range, does not go with another, or the resized image would be smaller than the
-            crop.
-    """
-
-    resize_px: int | tuple[int, int] | None
-    crop_px: tuple[int, int] | None
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: Interpolation
-    max_side_px: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.crop_px is None:
-            self._check_any_size()
-        else:
-            self._check_crop(self.crop_px)
-        if not all(math.isfinite(value) for value in (*self.mean, *self.std)) or min(self.std) <= 0:
-            raise ValueError("mean and std must be finite, and std positive")
-
-    def _check_any_size(self) -> None:
-        if isinstance(self.resize_px, tuple):
-            raise ValueError(f"resize_px {self.resize_px} is an exact size: set crop_px as well")  # noqa: TRY004
-        if any(side is not None and side < 1 for side in (self.resize_px, self.max_side_px)):
-            raise ValueError("resize_px and max_side_px must be at least 1")
-
-    def _check_crop(self, crop_px: tuple[int, int]) -> None:
-        if self.resize_px is None:
-            raise ValueError("crop_px needs resize_px")
-        if self.max_side_px is not None:
-            raise ValueError("max_side_px is for inputs of any size, without crop_px")
-        sides = (self.resize_px, self.resize_px) if isinstance(self.resize_px, int) else self.resize_px
-        if min(*crop_px, *sides) < 1:
-            raise ValueError("resize_px and crop_px must be at least 1")
-        if any(side < crop for side, crop in zip(sides, crop_px, strict=True)):
-            raise ValueError(f"resize_px ({_size_text(self.resize_px)}) is smaller than crop_px ({crop_px})")
-
-    @property
-    def input_px(self) -> tuple[int, int]:
-        """(height, width) of the model's input, for models of one size.
-
-        Raises:
-            ValueError: the model takes inputs of any size.
-        """
-        if self.crop_px is None:
-            raise ValueError("the model takes inputs of any size")
-        return self.crop_px
-
-    @property
-    def sample_px(self) -> tuple[int, int]:
-        """(height, width) of an input to try the model with: its input size, or else a small one."""
-        side_px = min(_SAMPLE_PX, self.max_side_px or _SAMPLE_PX)
-        return self.crop_px or (side_px, side_px)
-
-    def resized_size(self, height_px: int, width_px: int) -> tuple[int, int]:
-        """Return the (height, width) that an image of (height_px, width_px) is resized to, as torchvision does."""
-        if isinstance(self.resize_px, tuple):
-            return self.resize_px
-        short_px, long_px = min(height_px, width_px), max(height_px, width_px)
-        if self.resize_px is not None:
-            # torchvision truncates the long side (_compute_resized_output_size).
-            short_px, long_px = self.resize_px, int(self.resize_px * long_px / short_px)
-        if self.max_side_px is not None and long_px > self.max_side_px:
-            short_px, long_px = max(1, int(self.max_side_px * short_px / long_px)), self.max_side_px
-        return (short_px, long_px) if height_px <= width_px else (long_px, short_px)
-
-
-@dataclass(frozen=True, slots=True)
-class FittedImage:
-    """A model's input pixels and where they came from.
-
-    Attributes:
-        pixels: uint8 (H, W, 3), RGB, at the model's input size, C-contiguous.
-        region: the part of the upright source image that `pixels` show, in source pixels.
-        source_width_px: width of the upright source image.
-        source_height_px: height of the upright source image.
-    """
-
-    pixels: UInt8Array
-    region: PixelBox
-    source_width_px: int
-    source_height_px: int
 
 
 def fit(image: UInt8Array, spec: PreprocessSpec) -> FittedImage:
@@ -220,7 +109,3 @@ def _nearest(offset_px: int, count: int, scale: float, length_px: int) -> npt.ND
     """Return the source index of each of `count` output pixels from `offset_px` on."""
     centres = (np.arange(offset_px, offset_px + count, dtype=np.float64) + 0.5) * scale
     return np.minimum(centres.astype(np.intp), length_px - 1)
-
-
-def _size_text(size_px: int | tuple[int, int]) -> str:
-    return f"shorter side {size_px}" if isinstance(size_px, int) else str(size_px)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from heatlens_server.cam.catalog import Method
-from heatlens_server.cam.layout import Grid, Layout
 from heatlens_server.config import Config, ModelConfig, ServerConfig, load_config
-from heatlens_server.errors import ConfigError
-from heatlens_server.imaging.preprocess import Interpolation
+from heatlens_server.core.errors import ConfigError
+from heatlens_server.core.grid import Grid, Layout
+from heatlens_server.core.methods import Method
+from heatlens_server.core.preprocess import Interpolation
 
 FULL = """
 [server]

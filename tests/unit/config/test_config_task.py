@@ -3,7 +3,7 @@
 import pytest
 
 from heatlens_server.config import load_config
-from heatlens_server.errors import ConfigError
+from heatlens_server.core.errors import ConfigError
 
 
 def load(tmp_path, text):

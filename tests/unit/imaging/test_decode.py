@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from heatlens_server.errors import InvalidArgument
-from heatlens_server.imaging.decode import MAX_PIXELS_LIMIT, decode_image, pixels_from_tensor
+from heatlens_server.core.errors import InvalidArgument
+from heatlens_server.core.preprocess import MAX_PIXELS_LIMIT
+from heatlens_server.imaging.decode import decode_image, pixels_from_tensor
 
 LIMIT = 64_000_000
 

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from heatlens_server.errors import InvalidArgument
+from heatlens_server.core.errors import InvalidArgument
+from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
 from heatlens_server.imaging.mask import OUTSIDE, fit_mask, mask_from_tensor, place_mask, vector_from_tensor
-from heatlens_server.imaging.preprocess import Interpolation, PreprocessSpec, fit
+from heatlens_server.imaging.preprocess import fit
 
 SPEC = PreprocessSpec(resize_px=8, crop_px=(8, 8), mean=(0, 0, 0), std=(1, 1, 1), interpolation=Interpolation.NEAREST)
 

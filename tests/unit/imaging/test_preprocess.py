@@ -11,7 +11,8 @@ from PIL import Image
 from skimage import data
 from sklearn.datasets import load_sample_images
 
-from heatlens_server.imaging.preprocess import Interpolation, PreprocessSpec, fit, normalise
+from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
+from heatlens_server.imaging.preprocess import fit, normalise
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FILTERS = [Interpolation.BILINEAR, Interpolation.BICUBIC, Interpolation.LANCZOS]

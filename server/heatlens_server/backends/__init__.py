@@ -1,0 +1,1 @@
+"""What runs models: exported graphs without PyTorch, and PyTorch."""

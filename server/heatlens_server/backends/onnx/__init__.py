@@ -1,0 +1,1 @@
+"""Exported graphs: manifest, cache, and the onnxruntime engine. Needs no PyTorch."""

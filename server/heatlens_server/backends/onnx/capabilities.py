@@ -1,0 +1,97 @@
+"""What engines need to know of an export, from its manifest. No torch in here."""
+
+from collections.abc import Mapping, Sequence
+
+from heatlens_server.backends.onnx.manifest import Manifest
+from heatlens_server.core.engine import EngineInfo, MapSpec
+from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.core.graph_spec import CLASS_INDEX, IMAGE, Format, InputKind, Output
+from heatlens_server.core.methods import DEFAULT_LAYER_ONLY, Method
+
+
+def check_served(manifest: Manifest, wanted: Format, needed: tuple[Output, ...]) -> None:
+    """Check that an export is of the format wanted and that all its graphs return what is needed.
+
+    Raises:
+        ModelLoadError: it is not, or they do not.
+    """
+    if manifest.format is not wanted:
+        raise ModelLoadError(f"the export is {manifest.format}, not {wanted}")
+    if not manifest.graphs:
+        raise ModelLoadError("the export has no graphs")
+    for graph in manifest.graphs:
+        missing = [output for output in needed if output not in graph.outputs]
+        if missing:
+            raise ModelLoadError(
+                f"the graph of layer {graph.layer!r} does not return {', '.join(missing)}, which a server needs: "
+                "export it with more outputs"
+            )
+
+
+def check_tensors(manifest: Manifest, shapes: Mapping[str, Sequence[object]], image_dtype: str) -> None:
+    """Check what a graph says about its inputs and outputs against its manifest.
+
+    Args:
+        manifest: of the export.
+        shapes: by name of input or output; what is no number may vary.
+        image_dtype: of the input image, as numpy calls it.
+
+    Raises:
+        ModelLoadError: they differ; the message names the field of the manifest.
+    """
+    dtype = "uint8" if manifest.input is InputKind.UINT8 else "float32"
+    if image_dtype != dtype:
+        raise ModelLoadError(f"the graph takes {image_dtype} images, and its manifest's input is {manifest.input}")
+    fields = (
+        ("preprocess.crop_px", IMAGE, (None, 3, *manifest.preprocess.input_px)),
+        ("classes", CLASS_INDEX, (None, manifest.classes)),
+        ("class_count", Output.LOGITS, (None, manifest.class_count)),
+    )
+    for field, name, expected in fields:
+        shape = shapes.get(name)
+        if shape is None:
+            raise ModelLoadError(f"the graph has no {name}")
+        if len(shape) != len(expected) or any(
+            # A number where any is expected is as wrong as another number; the batch is tried by running it.
+            isinstance(size, int) and size != wanted
+            for size, wanted in zip(shape[1:], expected[1:], strict=True)
+        ):
+            raise ModelLoadError(
+                f"the graph's {name} is of shape {tuple(shape)}, which its manifest's {field} does not fit"
+            )
+
+
+def served_info(manifest: Manifest, *, kind: str, device: str) -> EngineInfo:
+    """Describe an engine that serves an export.
+
+    Its methods are those of the default layer. A layer is offered if it has all of them, but for those that exports
+    hold for the default layer alone: these have `fewer_layers`.
+    """
+    layers = {layer: {graph.method for graph in manifest.graphs if graph.layer == layer} for layer in manifest.layers}
+    of_default = layers[manifest.graphs[0].layer]
+    height_px, width_px = manifest.preprocess.input_px
+    offered = tuple(layer for layer, methods in layers.items() if of_default - DEFAULT_LAYER_ONLY <= methods)
+    held = {method: tuple(layer for layer in offered if method in layers[layer]) for method in of_default}
+    return EngineInfo(
+        kind=kind,
+        device=device,
+        precision=manifest.precision,
+        input_height_px=height_px,
+        input_width_px=width_px,
+        class_count=manifest.class_count,
+        methods=tuple(method for method in Method if method in of_default),
+        layers=offered,
+        scores=(manifest.graphs[0].score,),
+        fewer_layers={method: fewer for method, fewer in held.items() if fewer != offered},
+    )
+
+
+def can_serve(manifest: Manifest, spec: MapSpec) -> bool:
+    """Whether an export has all the graphs that a request needs, and needs nothing else."""
+    graphs = {(graph.layer, graph.method, graph.score) for graph in manifest.graphs}
+    return (
+        not spec.in_steps
+        and not spec.principal
+        and not spec.return_mask
+        and all((layer, spec.method, spec.score) in graphs for layer in spec.layers)
+    )

@@ -1,0 +1,275 @@
+"""Raw class activation maps from activations and gradients, one pure function per method.
+
+Shapes are the same everywhere: activations `A` are (N, C, h, w), N images and C channels of the target layer;
+gradients `g` are (N, K, C, h, w), the derivative of K class scores per image with respect to the activations;
+the raw map is (N, K, h, w), before the final ReLU (see `heatlens_server.backends.torch.cam.saliency` for what follows).
+
+Half precision (float16, bfloat16) in gives float32 out and all sums run in float32: 49 products of small gradients
+underflow in float16, and a sum over 2048 channels loses most of bfloat16's 8 bits. float32 stays float32; float64 stays
+float64, and does not mix with others.
+On CUDA, matrix products follow torch's float32 matmul precision, which is full float32 unless the caller lowers it.
+Nothing here depends on the data, writes to its inputs or leaves their device, so every function can be traced.
+Non-finite values are not filtered: they reach the map.
+
+A weighted sum with one weight per channel is a matrix product, (K, C) @ (C, h*w). A sum over channels whose weights
+differ per pixel is not: as an einsum it is 4 to 20 times slower on a CPU than a product and a sum, whose
+intermediate is no larger than the gradients themselves.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from heatlens_server.backends.torch.cam.activation_maps import fem, random_cam
+from heatlens_server.backends.torch.cam.precision import wide
+from heatlens_server.backends.torch.cam.principal import eigen_cam, eigen_grad_cam, kpca_cam
+from heatlens_server.backends.torch.cam.weights import (
+    grad_cam_plus_plus_weights,
+    grad_cam_weights,
+    shapley_cam_weights,
+    x_grad_cam_weights,
+)
+from heatlens_server.core.methods import Method
+
+
+def cam(activations: Tensor, class_weights: Tensor) -> Tensor:
+    """CAM: channels weighted by a linear head's weights, `sum_c W[k, c] A[c]`.
+
+    Zhou et al. 2016, https://arxiv.org/abs/1512.04150, equation 2. For a network that ends in global average pooling
+    and one linear layer only; there it equals h*w times Grad-CAM. The paper's form: no bias.
+
+    Args:
+        activations: (N, C, h, w), the input of the global average pooling.
+        class_weights: (N, K, C), the rows of the head's weight that belong to the wanted classes.
+
+    Returns:
+        Raw map (N, K, h, w), float32 or wider.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    _check_activations(activations)
+    n, c = activations.shape[:2]
+    if class_weights.ndim != 3 or class_weights.shape[0] != n or class_weights.shape[2] != c:
+        raise ValueError(
+            f"class_weights: must be ({n}, K, {c}) for activations {tuple(activations.shape)}, "
+            f"not {tuple(class_weights.shape)}"
+        )
+    return _weighted_sum(class_weights, activations)
+
+
+def grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
+    """Grad-CAM: channels weighted by their mean gradient, `sum_c mean_ij(g[c]) A[c]`.
+
+    Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391, equations 1 and 2.
+
+    Args:
+        activations: (N, C, h, w).
+        gradients: (N, K, C, h, w).
+
+    Returns:
+        Raw map (N, K, h, w), float32 or wider.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    _check(activations, gradients)
+    return _weighted_sum(grad_cam_weights(gradients), activations)
+
+
+def grad_cam_plus_plus(activations: Tensor, gradients: Tensor) -> Tensor:
+    """Grad-CAM++: channels weighted by `sum_ij alpha[c] relu(g[c])`, `alpha = g^2 / (2 g^2 + (sum_ij A[c]) g^3 + eps)`.
+
+    Chattopadhyay et al. 2018, https://arxiv.org/abs/1710.11063, equations 7 and 19. Implementations disagree. This is
+    the paper's `(sum A) g^3` with absolute eps 1e-6 as in the `grad-cam` package 1.5.7, and without the factor
+    exp(score); others use `sum(A g^3)` or another eps, which gives visibly different maps for large gradients. Where
+    the denominator is exactly zero (it takes negative activations) alpha is g^2 instead of infinite.
+
+    Args:
+        activations: (N, C, h, w).
+        gradients: (N, K, C, h, w).
+
+    Returns:
+        Raw map (N, K, h, w), float32 or wider.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    _check(activations, gradients)
+    return _weighted_sum(grad_cam_plus_plus_weights(activations, gradients), activations)
+
+
+def hi_res_cam(activations: Tensor, gradients: Tensor) -> Tensor:
+    """HiResCAM: gradient times activation at every pixel, `sum_c g[c] A[c]`.
+
+    Draelos and Carin 2020, https://arxiv.org/abs/2011.08891.
+
+    Args:
+        activations: (N, C, h, w).
+        gradients: (N, K, C, h, w).
+
+    Returns:
+        Raw map (N, K, h, w), float32 or wider.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    _check(activations, gradients)
+    return (wide(gradients) * wide(activations).unsqueeze(1)).sum(dim=2)
+
+
+def x_grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
+    """XGrad-CAM: channels weighted by their gradient at the mean activation, `sum_ij(g[c] A[c]) / (sum_ij A[c] + eps)`.
+
+    Fu et al. 2020, https://arxiv.org/abs/2008.02312, equation 8. eps is 1e-7 on the sum of the channel, as in the
+    `grad-cam` package 1.5.7. Where a layer's activations take both signs a channel's sum may be close to zero and its
+    weight huge: that is the method, not rounding.
+
+    Args:
+        activations: (N, C, h, w).
+        gradients: (N, K, C, h, w).
+
+    Returns:
+        Raw map (N, K, h, w), float32 or wider.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    _check(activations, gradients)
+    return _weighted_sum(x_grad_cam_weights(activations, gradients), activations)
+
+
+def layer_cam(activations: Tensor, gradients: Tensor) -> Tensor:
+    """LayerCAM: positive gradient times activation at every pixel, `sum_c relu(g[c]) A[c]`.
+
+    Jiang et al. 2021, https://doi.org/10.1109/TIP.2021.3089943, equations 6 and 7.
+
+    Args:
+        activations: (N, C, h, w).
+        gradients: (N, K, C, h, w).
+
+    Returns:
+        Raw map (N, K, h, w), float32 or wider.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    _check(activations, gradients)
+    return (torch.relu(wide(gradients)) * wide(activations).unsqueeze(1)).sum(dim=2)
+
+
+def element_wise_grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
+    """Element-wise Grad-CAM: the positive part of gradient times activation, `sum_c relu(g[c] A[c])`.
+
+    As `GradCAMElementWise` of the `grad-cam` package 1.5.7; it has no paper. Equals LayerCAM where activations
+    are not negative.
+
+    Args:
+        activations: (N, C, h, w).
+        gradients: (N, K, C, h, w).
+
+    Returns:
+        Raw map (N, K, h, w), never negative, float32 or wider.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    _check(activations, gradients)
+    return torch.relu(wide(gradients) * wide(activations).unsqueeze(1)).sum(dim=2)
+
+
+def shapley_cam(activations: Tensor, gradients: Tensor, curvature: Tensor) -> Tensor:
+    """Shapley-CAM: channels weighted by the mean of `g - H A / 2`, the gradient less half its change along A.
+
+    Cai 2025, https://arxiv.org/abs/2501.06261, as `ShapleyCAM` of the `grad-cam` package 1.5.7. No closed form: H A is
+    the product of the score's Hessian with the activations, a second differentiation of the network.
+
+    Args:
+        activations: (N, C, h, w).
+        gradients: (N, K, C, h, w).
+        curvature: (N, K, C, h, w), H A of every class score.
+
+    Returns:
+        Raw map (N, K, h, w), float32 or wider.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    _check(activations, gradients)
+    if curvature.shape != gradients.shape:
+        raise ValueError(f"curvature: must be {tuple(gradients.shape)} like gradients, not {tuple(curvature.shape)}")
+    return _weighted_sum(shapley_cam_weights(gradients, curvature), activations)
+
+
+def _same_for_all(make: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The function of a method whose map is the same for every class."""
+
+    def repeated(activations: Tensor, factors: Tensor) -> Tensor:
+        return make(activations).expand(-1, factors.shape[1], -1, -1)
+
+    return repeated
+
+
+RAW_MAPS: Mapping[Method, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType(
+    {
+        Method.CAM: cam,
+        Method.GRAD_CAM: grad_cam,
+        Method.GRAD_CAM_PLUS_PLUS: grad_cam_plus_plus,
+        Method.HI_RES_CAM: hi_res_cam,
+        Method.X_GRAD_CAM: x_grad_cam,
+        Method.LAYER_CAM: layer_cam,
+        Method.ELEMENT_WISE_GRAD_CAM: element_wise_grad_cam,
+        Method.EIGEN_CAM: _same_for_all(eigen_cam),
+        Method.EIGEN_GRAD_CAM: eigen_grad_cam,
+        Method.KPCA_CAM: _same_for_all(kpca_cam),
+        Method.FEM: _same_for_all(fem),
+        Method.RANDOM_CAM: lambda activations, factors: random_cam(activations, factors.shape[1]),
+    }
+)
+"""The function of every closed form."""
+
+
+def raw_map(method: Method, activations: Tensor, factors: Tensor) -> Tensor:
+    """Make the raw map of a method.
+
+    Args:
+        method: which one.
+        activations: (N, C, h, w).
+        factors: the gradients (N, K, C, h, w); for `Method.CAM`, which differentiates nothing, the class weights
+            (N, K, C); for methods of activations alone anything of (N, K, ...), of which only K is read.
+
+    Returns:
+        Raw map (N, K, h, w), before the final ReLU, float32 or wider.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    return RAW_MAPS[method](activations, factors)
+
+
+def _weighted_sum(weights: Tensor, activations: Tensor) -> Tensor:
+    """Sum channels, (N, K, C) times (N, C, h, w) to (N, K, h, w)."""
+    height, width = activations.shape[-2:]
+    return torch.unflatten(torch.bmm(wide(weights), wide(activations).flatten(2)), 2, (height, width))
+
+
+def _check_activations(activations: Tensor) -> None:
+    if activations.ndim != 4:
+        raise ValueError(f"activations: must be (N, C, h, w), not {tuple(activations.shape)}")
+
+
+def _check(activations: Tensor, gradients: Tensor) -> None:
+    # Wrong shapes often broadcast: (N, C, h, w) gradients would give a map, and a wrong one.
+    _check_activations(activations)
+    if (
+        gradients.ndim != 5
+        or gradients.shape[2:] != activations.shape[1:]
+        or gradients.shape[0] != activations.shape[0]
+    ):
+        n, c, h, w = activations.shape
+        raise ValueError(
+            f"gradients: must be ({n}, K, {c}, {h}, {w}) for activations {tuple(activations.shape)}, "
+            f"not {tuple(gradients.shape)}"
+        )

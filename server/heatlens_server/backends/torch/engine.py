@@ -1,0 +1,125 @@
+"""The torch engine: the model as it is, hooks on its layers, a backward pass over the tail alone.
+
+It is the reference that every other engine is compared with, and the one that has every method.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from heatlens_server.backends.torch.goals.table import task_model
+from heatlens_server.backends.torch.network.network import TorchModel, memory_errors, recording_allowed
+from heatlens_server.backends.torch.passes.one_pass import results
+from heatlens_server.backends.torch.passes.table import PASSES, explain
+from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
+from heatlens_server.backends.torch.steps.drive import explain_in_steps
+from heatlens_server.backends.torch.steps.table import STEPPERS
+from heatlens_server.core.engine import EngineInfo, ImageResult, MapSpec, Steps, Target, UInt8Array
+from heatlens_server.core.errors import InvalidArgument, ModelLoadError
+from heatlens_server.core.grid import Layout
+from heatlens_server.core.methods import CLOSED_FORMS, OF_PYRAMIDS, Method
+
+
+class TorchEngine:
+    """Explains with PyTorch, on a CPU or a CUDA device. Implements `core.engine.SteppingEngine`.
+
+    The module given is moved to the device and frozen; the engine owns it from then on.
+    """
+
+    def __init__(self, model: LoadedModel, *, device: str = "auto", precision: str = "fp32") -> None:
+        """Prepare the model and check that it can be explained.
+
+        Raises:
+            ModelLoadError: no such device or precision, or the score does not depend on a layer.
+        """
+        task = task_model(model.task)
+        if precision != "fp32" and not task.half:
+            raise ModelLoadError(f"precision: a model for {model.task} runs in fp32, not {precision}")
+        self._model = TorchModel(model, task, device=device, precision=precision)
+        try:
+            self._model.check()
+        except BaseException:
+            self._model.close()
+            raise
+        height_px, width_px = model.preprocess.crop_px or (0, 0)
+        offered = {*CLOSED_FORMS, *PASSES, *STEPPERS} & task.methods
+        if self._model.head_weight is None:
+            offered -= {Method.CAM}
+        if self._model.attention is None:
+            offered -= {Method.LE_GRAD}
+        pyramids = frozenset(layer for layer in model.layers if model.grid(layer).layout is Layout.PYRAMID)
+        if pyramids == set(model.layers):
+            offered &= OF_PYRAMIDS
+        self._info = EngineInfo(
+            kind="torch",
+            device=str(self._model.device),
+            precision=precision,
+            input_height_px=height_px,
+            input_width_px=width_px,
+            class_count=model.class_count,
+            methods=tuple(method for method in Method if method in offered),
+            layers=model.layers,
+            task=model.task,
+            scores=task.scores,
+            full=True,
+            pyramids=pyramids,
+        )
+
+    @property
+    def info(self) -> EngineInfo:
+        """What this engine can do."""
+        return self._info
+
+    def explain(self, images: UInt8Array, targets: Sequence[Target], spec: MapSpec) -> list[ImageResult]:
+        """Explain a batch; see `core.engine.Engine.explain`.
+
+        The forward pass runs once, whatever the number of classes; each class costs one backward pass over the tail.
+
+        Raises:
+            InvalidArgument: the method cannot explain a layer, or the image has not what is asked for.
+            MemoryError: the device is out of memory.
+        """
+        self._check_layers(spec)
+        with memory_errors(), recording_allowed():
+            explained = explain(self._model, self._model.inputs(images), targets, spec)
+            found = results(explained.goals, explained.maps(spec, (images.shape[1], images.shape[2])))
+        return [_as_asked(result, spec) for result in found]
+
+    def steps(self, image: UInt8Array, target: Target, spec: MapSpec, *, rows: int) -> Steps:
+        """Explain one image in steps; see `core.engine.SteppingEngine.steps`."""
+        self._check_layers(spec)
+        steps = explain_in_steps(self._model, image, target, spec, rows=rows)
+        while True:
+            # Never across a yield: other work is done on this thread meanwhile.
+            with memory_errors(), recording_allowed():
+                try:
+                    next(steps)
+                except StopIteration as stop:
+                    return _as_asked(stop.value, spec)
+            yield
+
+    def ready(self, spec: MapSpec) -> bool:  # noqa: ARG002 - whatever it is
+        """True: everything is loaded from the start."""
+        return True
+
+    def prepare(self, spec: MapSpec) -> None:
+        """Everything is loaded already."""
+
+    def close(self) -> None:
+        """Take every hook off the model and let go of it. Idempotent."""
+        self._model.close()
+
+    def _check_layers(self, spec: MapSpec) -> None:
+        fit = self._info.layers_of(spec.method)
+        for place, layer in enumerate(spec.layers):
+            if layer in self._info.pyramids and layer not in fit:
+                raise InvalidArgument.of(
+                    f"options.layers[{place}]",
+                    f"{spec.method} does not explain {layer!r}, which is several maps at once; it explains: "
+                    f"{', '.join(fit) or 'no layer of this model'}",
+                    reason="INVALID_OPTION",
+                )
+
+
+def _as_asked(result: ImageResult, spec: MapSpec) -> ImageResult:
+    """A result without the mask, unless it is wanted."""
+    return result if spec.return_mask or result.mask is None else dataclasses.replace(result, mask=None)

@@ -1,0 +1,1 @@
+"""Differentiating a network into a static graph; writing, reading and verifying it."""

@@ -1,0 +1,264 @@
+"""Writing an export: the graphs and the manifest of a folder."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import SymInt, Tensor
+from torch.fx import GraphModule
+
+from heatlens_server.backends.onnx.manifest import GraphFile, Manifest, TensorInfo, sha256_of
+from heatlens_server.backends.onnx.versions import installed_versions
+from heatlens_server.backends.torch.export import onnx_file, pt2_file, torchscript_file
+from heatlens_server.backends.torch.export.capture import capture
+from heatlens_server.backends.torch.export.differentiate import differentiate, differentiate_all, differentiate_layer
+from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
+from heatlens_server.backends.torch.sources.weights import weights_version
+from heatlens_server.core.graph_spec import (
+    CLASS_INDEX,
+    IMAGE,
+    MAP_OUTPUTS,
+    SERVED_OUTPUTS,
+    Format,
+    GraphSpec,
+    InputKind,
+    Output,
+)
+from heatlens_server.core.methods import CLOSED_FORMS, DEFAULT_LAYER_ONLY, Method, Score
+
+SUFFIXES = {Format.ONNX: ".onnx", Format.TORCHSCRIPT: ".ts", Format.PT2: ".pt2"}
+
+_MEANINGS = {
+    Output.LOGITS: "the score of every class",
+    Output.CLASS_ID: "the classes explained",
+    Output.ACTIVATIONS: "the target layer's output, as a map",
+    Output.GRADIENTS: "derivative of each explained class's logit with respect to the activations",
+    Output.CAM: "saliency map in [0, 1]; cam * cam_scale + cam_offset is the map after ReLU",
+    Output.CAM_SCALE: "maximum minus minimum of the map after ReLU; 0 if it is flat",
+    Output.CAM_OFFSET: "minimum of the map after ReLU",
+}
+
+Report = Callable[[str], None]
+"""Takes one line about the phase that begins."""
+
+
+def export_graph(
+    model: LoadedModel,
+    spec: GraphSpec,
+    *,
+    file_format: Format,
+    source: str,
+    folder: Path,
+    report: Report,
+) -> Manifest:
+    """Write one graph of a model, for people to use.
+
+    Args:
+        model: left as it was.
+        spec: which graph.
+        file_format: what it is written as.
+        source: where the architecture came from, for the manifest.
+        folder: exists and is empty.
+        report: told each phase.
+
+    Returns:
+        The manifest, not written yet: its parity is empty.
+
+    Raises:
+        ExportError: the model cannot be exported like this.
+    """
+    report(f"differentiating {model.name} by {spec.layer}")
+    graph_module = differentiate(model, spec)
+    file = f"{model.name}{SUFFIXES[file_format]}"
+    _write(graph_module, model, spec, file_format=file_format, path=folder / file, report=report)
+    graphs = [GraphFile(file, spec.layer, spec.method, spec.outputs, model.grid(spec.layer), spec.score)]
+    return _manifest(
+        model,
+        spec,
+        file_format=file_format,
+        source=source,
+        folder=folder,
+        graphs=graphs,
+        tensors=_tensors(graph_module, spec),
+    )
+
+
+def export_bundle(
+    model: LoadedModel,
+    *,
+    methods: Sequence[Method],
+    file_format: Format,
+    precision: str,
+    source: str,
+    folder: Path,
+    report: Report,
+) -> Manifest:
+    """Write a graph for every layer of a model and method, for engines to use: uint8 in, logits and maps out.
+
+    Some methods are for the default layer only (`DEFAULT_LAYER_ONLY`): more graphs take longer to make than it takes
+    torch to do without them.
+
+    Args:
+        model: left as it was.
+        methods: the default one first; those that are no closed forms are left out.
+        file_format: ONNX or TORCHSCRIPT. ONNX files share one file of weights; TorchScript has one file per layer,
+            which returns activations and gradients.
+        precision: "fp32" or "fp16".
+        source: where the architecture came from, for the manifest.
+        folder: exists and is empty.
+        report: told each phase.
+
+    Returns:
+        The manifest, not written yet: its parity is empty.
+
+    Raises:
+        ExportError: the model cannot be exported like this.
+    """
+    # A class_index of one column cannot be traced as one of any number.
+    classes = None if model.class_count > 1 else 1
+    report(f"recording {model.name}")
+    captured = capture(model, model.layers, input_kind=InputKind.UINT8, precision=precision, classes=classes)
+    outputs = SERVED_OUTPUTS if file_format is Format.ONNX else tuple(Output)[:4]
+    methods = [method for method in methods if method in CLOSED_FORMS]
+    spec = GraphSpec(model.layers[0], methods[0], classes, precision, InputKind.UINT8, outputs)
+    targets = [
+        (layer, method)
+        for layer in model.layers
+        for method in methods
+        if method not in DEFAULT_LAYER_ONLY or layer == model.layers[0]
+    ]
+    graphs: list[GraphFile] = []
+    if file_format is Format.ONNX:
+        report(f"differentiating {model.name} by {', '.join(model.layers)}")
+        graph_module = differentiate_all(captured, targets)
+        graphs = _cut_onnx(graph_module, model, targets, classes=classes, folder=folder, report=report)
+    else:
+        for position, layer in enumerate(reversed(model.layers)):
+            report(f"differentiating {model.name} by {layer}")
+            of_layer = replace(spec, layer=layer)
+            # The last one made is the default layer's, whose tensors the manifest describes.
+            graph_module = differentiate_layer(captured, of_layer)
+            file = f"layer-{len(model.layers) - 1 - position}{SUFFIXES[file_format]}"
+            _write(graph_module, model, of_layer, file_format=file_format, path=folder / file, report=report)
+            grid = model.grid(layer)
+            graphs = [GraphFile(file, layer, method, outputs, grid) for of, method in targets if of == layer] + graphs
+    return _manifest(
+        model,
+        spec,
+        file_format=file_format,
+        source=source,
+        folder=folder,
+        graphs=graphs,
+        tensors=_tensors(graph_module, spec),
+    )
+
+
+def _write(
+    graph_module: GraphModule,
+    model: LoadedModel,
+    spec: GraphSpec,
+    *,
+    file_format: Format,
+    path: Path,
+    report: Report,
+) -> None:
+    report(f"writing {path.name}")
+    if file_format is Format.TORCHSCRIPT:
+        torchscript_file.save(torchscript_file.to_torchscript(graph_module), path)
+        return
+    program = pt2_file.to_program(graph_module, model, input_kind=spec.input, classes=spec.classes)
+    if file_format is Format.PT2:
+        pt2_file.save(program, path)
+    else:
+        onnx_file.save(onnx_file.to_onnx(program, input_names=(IMAGE, CLASS_INDEX), output_names=spec.outputs), path)
+
+
+def _cut_onnx(
+    graph_module: GraphModule,
+    model: LoadedModel,
+    targets: Sequence[tuple[str, Method]],
+    *,
+    classes: int | None,
+    folder: Path,
+    report: Report,
+) -> list[GraphFile]:
+    """Translate the graph of all targets once, which takes a while, and cut it into one file per target."""
+    report("translating to ONNX")
+    program = pt2_file.to_program(graph_module, model, input_kind=InputKind.UINT8, classes=classes)
+    names = [f"{output}:{layer}:{method}" for layer, method in targets for output in MAP_OUTPUTS]
+    translated = onnx_file.to_onnx(
+        program, input_names=(IMAGE, CLASS_INDEX), output_names=(Output.LOGITS, Output.CLASS_ID, *names)
+    )
+    whole = folder / "all.onnx"
+    onnx_file.save(translated, whole, separate_weights=True)
+    graphs, wanted = [], {}
+    for layer, method in targets:
+        file = f"layer-{model.layers.index(layer)}.{method}{SUFFIXES[Format.ONNX]}"
+        graphs.append(GraphFile(file, layer, method, SERVED_OUTPUTS, model.grid(layer)))
+        wanted[folder / file] = {
+            Output.LOGITS: Output.LOGITS,
+            Output.CLASS_ID: Output.CLASS_ID,
+            **{f"{output}:{layer}:{method}": output for output in MAP_OUTPUTS},
+        }
+    onnx_file.cut(whole, wanted)
+    whole.unlink()
+    for path in wanted:
+        onnx_file.check(path)
+    return graphs
+
+
+def _tensors(graph_module: GraphModule, spec: GraphSpec) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
+    """What goes in and comes out of a graph."""
+    image, class_index = (node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder"))
+    names = {str(image.shape[0]): "batch"}
+    if isinstance(class_index.shape[1], SymInt):
+        names[str(class_index.shape[1])] = "classes"
+
+    def info(name: str, value: Tensor, meaning: str) -> TensorInfo:
+        shape = tuple(size if isinstance(size, int) else names.get(str(size), str(size)) for size in value.shape)
+        return TensorInfo(name, str(value.dtype).removeprefix("torch."), shape, meaning)
+
+    pixels = "RGB pixels" if spec.input is InputKind.UINT8 else "RGB, (value / 255 - mean) / std"
+    wanted = "class ids; -1 at position k is the k-th most probable class, -2 none"
+    (output,) = graph_module.graph.find_nodes(op="output")
+    outputs = zip(spec.outputs, output.args[0], strict=False)
+    return (
+        (info(IMAGE, image, pixels), info(CLASS_INDEX, class_index, wanted)),
+        tuple(info(name, node.meta["val"], _meaning(name, spec.score)) for name, node in outputs),
+    )
+
+
+def _meaning(output: Output, score: Score) -> str:
+    meaning = _MEANINGS[output]
+    return meaning if score is Score.LOGIT else meaning.replace("class's logit", f"class's {score}")
+
+
+def _manifest(
+    model: LoadedModel,
+    spec: GraphSpec,
+    *,
+    file_format: Format,
+    source: str,
+    folder: Path,
+    graphs: Sequence[GraphFile],
+    tensors: tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]],
+) -> Manifest:
+    return Manifest(
+        format=file_format,
+        model=model.name,
+        source=source,
+        weights_version=weights_version(model.module),
+        class_count=model.class_count,
+        labels=model.labels,
+        preprocess=model.preprocess,
+        input=spec.input,
+        precision=spec.precision,
+        classes=spec.classes,
+        graphs=tuple(graphs),
+        inputs=tensors[0],
+        outputs=tensors[1],
+        files={path.name: sha256_of(path) for path in sorted(folder.iterdir())},
+        opset=onnx_file.OPSET if file_format is Format.ONNX else None,
+        versions=installed_versions(),
+        parity={},
+    )

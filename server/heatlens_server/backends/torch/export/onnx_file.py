@@ -1,0 +1,205 @@
+"""A graph as ONNX files."""
+
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir
+import torch
+from onnx_ir.passes import common
+from onnxscript import opset20 as op
+from onnxscript import optimizer
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+
+from heatlens_server.core.errors import ExportError
+
+OPSET = 20
+
+# Protobuf's limit is 2 GiB for a message: larger weights go to a file of their own.
+_LARGEST_SINGLE_FILE_BYTES = 1_900_000_000
+
+
+def to_onnx(
+    program: ExportedProgram, *, input_names: Sequence[str], output_names: Sequence[str]
+) -> torch.onnx.ONNXProgram:
+    """Translate a graph to ONNX.
+
+    Args:
+        program: the graph.
+        input_names: of its inputs.
+        output_names: of its outputs.
+
+    Raises:
+        ExportError: an operator has no translation.
+    """
+    _decompose_only_if_needed(program)
+    try:
+        with warnings.catch_warnings():
+            # Torch's exporter warns of its own deprecated internals.
+            warnings.simplefilter("ignore")
+            translated = torch.onnx.export(
+                program,
+                dynamo=True,
+                input_names=list(input_names),
+                output_names=list(output_names),
+                opset_version=OPSET,
+                custom_translation_table=dict(_TRANSLATIONS),
+                # Its rewrite rules take time in the square of the graph's size; `_simplify` does the rest.
+                optimize=False,
+                verbose=False,
+            )
+    # Its message holds a whole report; its cause is what matters.
+    except Exception as error:
+        cause = error.__cause__ or error
+        # Of a node's dump, what it calls is enough.
+        called = re.search(r"target=([\w.]+)", str(cause))
+        reason = called[1] if called else str(cause).split("\n", maxsplit=1)[0][:200]
+        raise ExportError(f"the graph cannot be translated to ONNX ({type(cause).__name__}: {reason})") from error
+    if translated is None:
+        raise ExportError("the graph cannot be translated to ONNX")
+    _simplify(translated.model)
+    return translated
+
+
+def _decompose_only_if_needed(program: ExportedProgram) -> None:
+    """Spare torch's exporter its decomposition pass where it would change nothing.
+
+    It traces the whole program twice more, which is most of the time that an export takes. Nothing would change if no
+    operator is in the exporter's table and none writes to its input; our graphs are made of such operators.
+    """
+    decompose = program.run_decompositions
+
+    def run_decompositions(table: Mapping[Any, Any] | None = None, **options: Any) -> ExportedProgram:  # noqa: ANN401
+        operators = {node.target for node in program.graph.nodes if isinstance(node.target, OpOverload)}
+        if table is not None and not any(
+            operator in table or operator._schema.is_mutable  # noqa: SLF001 - the only way to ask
+            for operator in operators
+        ):
+            return program
+        decomposed: ExportedProgram = decompose(None if table is None else dict(table), **options)
+        return decomposed
+
+    program.run_decompositions = run_decompositions
+
+
+def _simplify(model: onnx_ir.Model) -> None:
+    """Fold constants and sizes, store equal tensors once, drop what is unused."""
+    onnx_ir.passes.Sequential(
+        common.InlinePass(),
+        # Stack traces with paths of this machine, several times the size of a small graph.
+        common.ClearMetadataAndDocStringPass(),
+    )(model)
+    optimizer.fold_constants(model, onnx_shape_inference=True)
+    onnx_ir.passes.Sequential(
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.IdentityEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )(model)
+
+
+def save(translated: torch.onnx.ONNXProgram, path: Path, *, separate_weights: bool = False) -> None:
+    """Write a translated graph, and check the file.
+
+    Args:
+        translated: the graph.
+        path: of the file.
+        separate_weights: put the weights in `path` + ".data", as is done anyway if they exceed 2 GB.
+
+    Raises:
+        ExportError: it is not valid ONNX.
+    """
+    size_bytes = sum(
+        value.const_value.nbytes for value in translated.model.graph.initializers.values() if value.const_value
+    )
+    translated.save(path, external_data=separate_weights or size_bytes > _LARGEST_SINGLE_FILE_BYTES)
+    check(path)
+
+
+def check(path: Path) -> None:
+    """Raise ExportError if a file is not valid ONNX."""
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        first_line = str(error).split("\n", maxsplit=1)[0][:200]
+        raise ExportError(f"the exported file is not valid ONNX ({first_line})") from error
+
+
+def cut(path: Path, wanted: Mapping[Path, Mapping[str, str]]) -> None:
+    """Cut a file into files of fewer outputs beside it, all of which go on using its separate weights.
+
+    Args:
+        path: a file with separate weights and no nested graphs.
+        wanted: by new file, the outputs it keeps, from their names in `path` to their new names.
+    """
+    whole = onnx.load(path, load_external_data=False)
+    producers = {name: node for node in whole.graph.node for name in node.output}
+    for target, names in wanted.items():
+        kept: set[int] = set()
+        needed = list(names)
+        read: set[str] = set()
+        while needed:
+            name = needed.pop()
+            if name in read:
+                continue
+            read.add(name)
+            node = producers.get(name)
+            if node is not None and id(node) not in kept:
+                kept.add(id(node))
+                needed.extend(node.input)
+        part = onnx.ModelProto()
+        part.CopyFrom(whole)
+        for field in ("node", "initializer", "output", "value_info"):
+            part.graph.ClearField(field)
+        part.graph.node.extend(node for node in whole.graph.node if id(node) in kept)
+        part.graph.initializer.extend(tensor for tensor in whole.graph.initializer if tensor.name in read)
+        part.graph.value_info.extend(info for info in whole.graph.value_info if info.name in read)
+        outputs = {info.name: info for info in whole.graph.output}
+        part.graph.output.extend(outputs[name] for name in names)
+        _rename(part.graph, names)
+        onnx.save(part, target)
+
+
+def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    for info in (*graph.output, *graph.value_info):
+        info.name = names.get(info.name, info.name)
+
+
+def _sort_stable(values: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:  # noqa: ANN401, ARG001
+    """aten.sort.stable: among equals, ONNX's TopK puts the lower index first, which is what stable means."""
+    count = op.Shape(values, start=dim, end=dim + 1 or None)
+    return op.TopK(values, count, axis=dim, largest=1 if descending else 0, sorted=1)
+
+
+def _layer_norm(values: Any, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Any:  # noqa: ANN401
+    """aten.native_layer_norm: in half precision ONNX gives mean and deviation in float32, torch on a CPU in half."""
+    axis = -len(shape)
+    if weight is None:
+        one: Any = op.Constant(value_float=1.0)
+        weight = op.Expand(op.CastLike(one, values), op.Shape(values, start=axis))
+    result: Any
+    mean: Any
+    deviation: Any
+    result, mean, deviation = op.LayerNormalization(values, weight, bias, axis=axis, epsilon=eps)
+    if values.dtype == onnx_ir.DataType.FLOAT16:
+        mean, deviation = op.CastLike(mean, values), op.CastLike(deviation, values)
+    return result, mean, deviation
+
+
+_TRANSLATIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.aten.sort.stable: _sort_stable,
+    torch.ops.aten.native_layer_norm.default: _layer_norm,
+}
+"""Operators that torch's exporter does not know, or translates to other types."""

@@ -1,0 +1,95 @@
+"""Deletion and insertion: what becomes of the probability while pixels go, or come, in the order of the map.
+
+Petsiuk, Das and Saenko 2018, "RISE: Randomized Input Sampling for Explanation of Black-box Models", arXiv:1806.07421,
+section 4, with the baselines of the authors' code (github.com/eclique/RISE, evaluation.py).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
+from torch import Tensor
+
+from heatlens_server.backends.torch.faithfulness.order import places
+
+STEPS = 28
+"""Steps from nothing changed to everything changed. The authors use one per row of pixels; the area hardly differs."""
+
+_BLUR_SIZE = 11
+_BLUR_SIGMA = 5.0
+
+
+def deleted(image: Tensor, saliency: Tensor, start: int, stop: int) -> Tensor:
+    """The image without its k / STEPS most salient pixels, for each k in [start, stop): they are 0.
+
+    Zero in a normalised image is the mean colour of the data that the model was trained on.
+
+    Args:
+        image: (C, H, W), normalised.
+        saliency: (H, W).
+        start: the first k, in [0, STEPS].
+        stop: after the last k, at most STEPS + 1.
+
+    Returns:
+        (stop - start, C, H, W).
+    """
+    return torch.where(_first(saliency, start, stop), torch.zeros_like(image), image)
+
+
+def inserted(image: Tensor, saliency: Tensor, start: int, stop: int) -> Tensor:
+    """A blurred image with the k / STEPS most salient pixels as they were, for each k in [start, stop).
+
+    Args:
+        image: (C, H, W), normalised.
+        saliency: (H, W).
+        start: the first k, in [0, STEPS].
+        stop: after the last k, at most STEPS + 1.
+
+    Returns:
+        (stop - start, C, H, W).
+    """
+    return torch.where(_first(saliency, start, stop), image, blurred(image))
+
+
+def blurred(image: Tensor) -> Tensor:
+    """The image blurred as in the authors' code: an 11 x 11 kernel of sigma 5, zeros around the image. (C, H, W)."""
+    kernel = torch.tensor(_blur_kernel(), dtype=image.dtype, device=image.device)
+    planes = image.unsqueeze(1)
+    half = _BLUR_SIZE // 2
+    planes = F.conv2d(planes, kernel.reshape(1, 1, -1, 1), padding=(half, 0))
+    return F.conv2d(planes, kernel.reshape(1, 1, 1, -1), padding=(0, half)).squeeze(1)
+
+
+def area(probabilities: Sequence[float]) -> float:
+    """Area under a curve of evenly spaced points over [0, 1], by the trapezoidal rule.
+
+    Args:
+        probabilities: at least two.
+    """
+    ends = (probabilities[0] + probabilities[-1]) / 2
+    return (ends + math.fsum(probabilities[1:-1])) / (len(probabilities) - 1)
+
+
+def _first(saliency: Tensor, start: int, stop: int) -> Tensor:
+    """Which pixels are among the k / STEPS most salient ones: bool (stop - start, 1, H, W)."""
+    counts = torch.arange(start, stop, device=saliency.device) * saliency.numel() // STEPS
+    return (places(saliency) < counts.reshape(-1, 1, 1)).unsqueeze(1)
+
+
+def _blur_kernel() -> list[float]:
+    """One axis of the authors' kernel; sums to 1.
+
+    They filter a single 1 in an 11 x 11 image with scipy's `gaussian_filter`, which mirrors the image at its borders
+    and cuts the Gaussian at 4 sigma. What would lie outside is so folded back inside.
+    """
+    radius = round(4 * _BLUR_SIGMA)
+    weights = {offset: math.exp(-0.5 * (offset / _BLUR_SIGMA) ** 2) for offset in range(-radius, radius + 1)}
+    total = math.fsum(weights.values())
+    kernel = [0.0] * _BLUR_SIZE
+    for place in range(_BLUR_SIZE):
+        for offset, weight in weights.items():
+            mirrored = (place + offset) % (2 * _BLUR_SIZE)
+            if min(mirrored, 2 * _BLUR_SIZE - 1 - mirrored) == _BLUR_SIZE // 2:
+                kernel[place] += weight / total
+    return kernel

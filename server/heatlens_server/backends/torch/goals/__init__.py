@@ -1,0 +1,1 @@
+"""What is explained about the output of a network of each task."""

@@ -1,0 +1,143 @@
+"""What a task tells the torch engine: how to run a network, and which of its numbers are explained. No protobuf."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from heatlens_server.core.engine import Float32Array, ImageResult, Target, Task, UInt8Array
+from heatlens_server.core.methods import ABSENT, Method, Score
+
+RunImages = Callable[[UInt8Array], Any]
+"""Runs the network, without gradients, on further images, uint8 (R, H, W, 3); returns what `TaskModel.run` does."""
+
+
+class Goals(Protocol):
+    """What is to be explained about the images of one batch: of each, some numbers that the network computes."""
+
+    @property
+    def width(self) -> int:
+        """The most goals that an image has; 1 if none has any, so that there always is a score to differentiate."""
+        ...
+
+    @property
+    def class_ids(self) -> Tensor:
+        """int64 (N, width): the class of each goal, ABSENT where there is none."""
+        ...
+
+    def score(self, k: int) -> Tensor:
+        """The sum over the images of their k-th goal's score: a scalar to differentiate, float32 or wider.
+
+        Images do not meet inside a network in eval mode, so its gradient at image n is that of image n's own score.
+        """
+        ...
+
+    def values(self, n: int, output: Any) -> Tensor:  # noqa: ANN401 - what a network returns
+        """The scores (R, K) of image n's goals in an output for R changed versions of that image, float32 or wider."""
+        ...
+
+    def probabilities(self, n: int, output: Any) -> Tensor:  # noqa: ANN401 - what a network returns
+        """The same as probabilities, in [0, 1]."""
+        ...
+
+    def fixed(self, n: int) -> Target:
+        """Image n's goals as a target that names them, whatever a changed version of the image scores highest.
+
+        In such a version a goal may be missing: its score is 0 there.
+        """
+        ...
+
+    def contrary(self, n: int) -> Target | None:
+        """Something that the network sees least of in image n, as a target; None where there is no such thing."""
+        ...
+
+    def result(self, n: int, maps: Float32Array, scales: Float32Array, offsets: Float32Array) -> ImageResult:
+        """Image n's result.
+
+        Args:
+            n: which image.
+            maps: (width, h, w), of which those of absent goals are dropped.
+            scales: (width,).
+            offsets: (width,).
+        """
+        ...
+
+
+class TaskModel(Protocol):
+    """How networks of one task are run and what can be explained about them."""
+
+    @property
+    def task(self) -> Task:
+        """Which task."""
+        ...
+
+    @property
+    def methods(self) -> frozenset[Method]:
+        """The methods that make sense for it, whatever a network has."""
+        ...
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        """What can be explained about a goal."""
+        ...
+
+    @property
+    def sums(self) -> bool:
+        """Whether scores are sums over places, whose gradients may be too large for float16."""
+        ...
+
+    @property
+    def half(self) -> bool:
+        """Whether networks run in half precision."""
+        ...
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether goals mean the same in a mirrored image, so that maps can be averaged over mirror images."""
+        ...
+
+    def run(self, module: nn.Module, inputs: Tensor) -> Any:  # noqa: ANN401 - what a network returns
+        """Run a network on (R, 3, H, W), normalised; return whatever the other methods understand."""
+        ...
+
+    def share(self, module: nn.Module, size_px: tuple[int, int]) -> tuple[float, float]:
+        """The part of a layer's map that lies on the image, of its height and width from the top left.
+
+        1 unless the network pads images.
+
+        Args:
+            module: the network.
+            size_px: (height, width) of the image.
+        """
+        ...
+
+    def rows(self, output: Any) -> int:  # noqa: ANN401 - what a network returns
+        """For how many images an output is."""
+        ...
+
+    def goals(self, output: Any, targets: Sequence[Target], *, score: Score, run: RunImages) -> Goals:  # noqa: ANN401
+        """Find what the targets ask for in the network's output for N images.
+
+        Args:
+            output: what `run` returned, attached to the graph if gradients are wanted.
+            targets: N targets.
+            score: what is explained about a class.
+            run: runs the network on further images.
+
+        Raises:
+            InvalidArgument: a target cannot be met by this image; names the field.
+        """
+        ...
+
+    def total(self, output: Any, class_count: int) -> Tensor:  # noqa: ANN401 - what a network returns
+        """A scalar that depends on all scores: layers that it does not depend on cannot be explained by gradients.
+
+        Raises:
+            ModelLoadError: the output is not of this task.
+        """
+        ...
+
+
+def has_goals(goals: Goals) -> bool:
+    """Whether any image has a goal: where none does, nothing needs to be run."""
+    return bool((goals.class_ids != ABSENT).any())

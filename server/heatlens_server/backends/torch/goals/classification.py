@@ -1,0 +1,152 @@
+"""Classification, single- and multi-label: the goals are classes, their scores functions of the logits."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from heatlens_server.backends.torch.cam.targets import class_scores, probabilities, resolve
+from heatlens_server.backends.torch.goals.base import RunImages
+from heatlens_server.core.engine import (
+    ClassIds,
+    ClassTarget,
+    Float32Array,
+    ImageResult,
+    Target,
+    Task,
+    TopK,
+    class_targets,
+)
+from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.core.methods import ABSENT, RANKED, Method, Score
+
+
+class ClassGoals:
+    """Classes of N images. Implements `goals.base.Goals`."""
+
+    def __init__(self, logits: Tensor, targets: Sequence[ClassTarget], *, score: Score, sigmoid: bool) -> None:
+        """Rank the classes.
+
+        Args:
+            logits: (N, C).
+            targets: N targets.
+            score: what is explained about a class.
+            sigmoid: whether classes do not exclude each other.
+        """
+        self._logits = logits
+        self._counts = [target.count for target in targets]
+        self._kind = score
+        self._sigmoid = sigmoid
+        self._ids = resolve(logits.detach(), _wanted(targets, logits.device))
+        self._scores = class_scores(logits, self._ids, score, sigmoid=sigmoid)
+
+    @property
+    def width(self) -> int:
+        """The most classes that are explained of an image."""
+        return max(self._counts)
+
+    @property
+    def class_ids(self) -> Tensor:
+        """int64 (N, width)."""
+        return self._ids
+
+    def score(self, k: int) -> Tensor:
+        """The sum of every image's k-th class's score."""
+        return self._scores[:, k].sum()
+
+    def values(self, n: int, output: Tensor) -> Tensor:
+        """Scores (R, K) of image n's classes in logits (R, C)."""
+        return class_scores(output, self._ids_of(n).expand(len(output), -1), self._kind, sigmoid=self._sigmoid)
+
+    def probabilities(self, n: int, output: Tensor) -> Tensor:
+        """Probabilities (R, K) of image n's classes in logits (R, C)."""
+        return probabilities(output, sigmoid=self._sigmoid)[:, self._ids_of(n)]
+
+    def fixed(self, n: int) -> ClassIds:
+        """Image n's classes by id."""
+        return ClassIds(tuple(self._ids_of(n).tolist()))
+
+    def contrary(self, n: int) -> ClassIds:
+        """The least probable class."""
+        return ClassIds((int(self._logits[n].argmin()),))
+
+    def result(self, n: int, maps: Float32Array, scales: Float32Array, offsets: Float32Array) -> ImageResult:
+        """Image n's logits, classes and maps."""
+        count = self._counts[n]
+        return ImageResult(
+            logits=self._logits[n].detach().float().cpu().numpy(),
+            class_ids=tuple(self._ids_of(n).tolist()),
+            maps=maps[:count],
+            scales=scales[:count],
+            offsets=offsets[:count],
+        )
+
+    def _ids_of(self, n: int) -> Tensor:
+        return self._ids[n, : self._counts[n]]
+
+
+class Classification:
+    """Runs classifiers. Implements `goals.base.TaskModel`."""
+
+    methods = frozenset(Method)
+    scores = tuple(Score)
+    sums = False
+    half = True
+    mirrors = True
+
+    def __init__(self, *, multi_label: bool = False) -> None:
+        """Describe the classifiers.
+
+        Args:
+            multi_label: whether classes do not exclude each other: a class's probability is the sigmoid of its logit.
+        """
+        self._multi_label = multi_label
+
+    @property
+    def task(self) -> Task:
+        """Which of the two."""
+        return Task.MULTI_LABEL if self._multi_label else Task.CLASSIFICATION
+
+    def run(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        """Logits (R, C) of inputs (R, 3, H, W)."""
+        return logits_of(module(inputs))
+
+    def share(self, module: nn.Module, size_px: tuple[int, int]) -> tuple[float, float]:  # noqa: ARG002 - of any
+        """All of it."""
+        return 1.0, 1.0
+
+    def rows(self, output: Tensor) -> int:
+        """R."""
+        return len(output)
+
+    def goals(self, output: Tensor, targets: Sequence[Target], *, score: Score, run: RunImages) -> ClassGoals:  # noqa: ARG002
+        """Find the classes that are asked for."""
+        return ClassGoals(output, class_targets(targets), score=score, sigmoid=self._multi_label)
+
+    def total(self, output: Tensor, class_count: int) -> Tensor:
+        """The sum of the logits."""
+        if output.ndim != 2 or output.shape[1] != class_count:
+            raise ModelLoadError(f"the model gives an output of shape {tuple(output.shape)}, not (1, {class_count})")
+        return output.sum()
+
+
+def logits_of(output: Any) -> Tensor:  # noqa: ANN401 - what a network returns
+    """The logits in a network's output: the tensor itself, or its `logits`.
+
+    Raises:
+        ModelLoadError: there are none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    raise ModelLoadError(f"the model gives a {type(output).__name__}, not a tensor of logits")
+
+
+def _wanted(targets: Sequence[ClassTarget], device: torch.device) -> Tensor:
+    """The targets as int64 (N, K) for `cam.targets.resolve`, short rows padded with ABSENT."""
+    rows = [[RANKED] * target.k if isinstance(target, TopK) else list(target.ids) for target in targets]
+    width = max(len(row) for row in rows)
+    return torch.tensor([row + [ABSENT] * (width - len(row)) for row in rows], dtype=torch.int64, device=device)

@@ -1,0 +1,195 @@
+"""Segmentation: the goals are classes, their scores sums over pixels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
+from torch import Tensor, nn
+
+from heatlens_server.backends.torch.cam.precision import wide
+from heatlens_server.backends.torch.cam.targets import class_scores
+from heatlens_server.backends.torch.goals.base import RunImages
+from heatlens_server.backends.torch.sources.backbone_layers import class_maps
+from heatlens_server.core.engine import ClassIds, Finding, Float32Array, ImageResult, Pixels, Target, Task, TopK
+from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.core.methods import ABSENT, Method, Score
+
+_MOST_CLASSES = 255
+"""In a mask of uint8: the last value means that the model did not look."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Goal:
+    """A class of one image.
+
+    Attributes:
+        class_id: which one.
+        mask: bool (H, W), its pixels. They stay the same whatever a changed version of the image is predicted as.
+        area: the part of the image that is predicted as the class.
+    """
+
+    class_id: int
+    mask: Tensor
+    area: float
+
+
+class PixelGoals:
+    """Classes of N images, each over its pixels. Implements `goals.base.Goals`.
+
+    The score of a class is the sum over its pixels of the score that it has there, as `SemanticSegmentationTarget` of
+    the `grad-cam` package 1.5.7: of its logits, or of what `cam.targets.class_scores` makes of a pixel's logits.
+    """
+
+    def __init__(self, logits: Tensor, targets: Sequence[Pixels], *, score: Score) -> None:
+        """Rank the classes and find their pixels.
+
+        Args:
+            logits: (N, C, H, W), at the input's size.
+            targets: N targets.
+            score: what is explained about a class.
+        """
+        self._logits = logits
+        self._kind = score
+        self._predicted = logits.detach().argmax(dim=1)
+        self._goals = [self._find(n, target) for n, target in enumerate(targets)]
+
+    @property
+    def width(self) -> int:
+        """The most classes that are explained of an image."""
+        return max(len(goals) for goals in self._goals)
+
+    @property
+    def class_ids(self) -> Tensor:
+        """int64 (N, width)."""
+        rows = [[goal.class_id for goal in goals] for goals in self._goals]
+        padded = [row + [ABSENT] * (self.width - len(row)) for row in rows]
+        return torch.tensor(padded, dtype=torch.int64, device=self._logits.device)
+
+    def score(self, k: int) -> Tensor:
+        """The sum of every image's k-th class's score; without a gradient where it has no pixel."""
+        found = [
+            _total(logits, goals[k], self._kind)
+            for logits, goals in zip(self._logits, self._goals, strict=True)
+            if k < len(goals)
+        ]
+        return torch.stack(found).sum()
+
+    def values(self, n: int, output: Tensor) -> Tensor:
+        """Scores (R, K) of image n's classes, over their pixels, in logits (R, C, H, W)."""
+        return self._of_rows(n, output, self._kind)
+
+    def probabilities(self, n: int, output: Tensor) -> Tensor:
+        """Probabilities (R, K) of image n's classes, their means over the pixels, in logits (R, C, H, W)."""
+        counts = torch.stack([goal.mask.sum() for goal in self._goals[n]]).clamp(min=1)
+        return self._of_rows(n, output, Score.PROBABILITY) / counts
+
+    def fixed(self, n: int) -> Pixels:
+        """Image n's classes by id, each over its pixels."""
+        goals = self._goals[n]
+        masks = np.stack([goal.mask.cpu().numpy() for goal in goals])
+        return Pixels(ClassIds(tuple(goal.class_id for goal in goals)), masks)
+
+    def contrary(self, n: int) -> None:  # noqa: ARG002 - whatever it shows
+        """None: what a network sees nowhere has no pixels."""
+        return
+
+    def result(self, n: int, maps: Float32Array, scales: Float32Array, offsets: Float32Array) -> ImageResult:
+        """Image n's classes, maps and predicted mask."""
+        goals = self._goals[n]
+        with torch.no_grad():
+            sums = self._of_rows(n, self._logits[n : n + 1], Score.LOGIT)[0]
+            probabilities = self.probabilities(n, self._logits[n : n + 1])[0].tolist()
+            counts = torch.stack([goal.mask.sum() for goal in goals]).clamp(min=1)
+            logits = (sums / counts).tolist()
+        few = self._logits.shape[1] <= _MOST_CLASSES
+        return ImageResult(
+            logits=np.empty(0, np.float32),
+            class_ids=tuple(goal.class_id for goal in goals),
+            maps=maps[: len(goals)],
+            scales=scales[: len(goals)],
+            offsets=offsets[: len(goals)],
+            findings=tuple(
+                Finding(goal.class_id, logit, probability, area=goal.area)
+                for goal, logit, probability in zip(goals, logits, probabilities, strict=True)
+            ),
+            mask=self._predicted[n].to(torch.uint8).cpu().numpy() if few else None,
+        )
+
+    def _find(self, n: int, target: Pixels) -> list[_Goal]:
+        predicted = self._predicted[n]
+        areas = torch.bincount(predicted.flatten(), minlength=self._logits.shape[1])
+        masks = None if target.mask is None else torch.from_numpy(target.mask).to(predicted.device)
+        if isinstance(target.classes, TopK):
+            inside = areas if masks is None else torch.bincount(predicted[masks], minlength=len(areas))
+            ranked = torch.sort(inside, descending=True, stable=True).indices[: target.classes.k]
+            # What no pixel is predicted as is not among the largest, however many are asked for.
+            ids = ranked[inside[ranked] > 0].tolist()
+        else:
+            ids = list(target.classes.ids)
+        share = (areas.double() / predicted.numel()).tolist()
+        if masks is None:
+            return [_Goal(class_id, predicted == class_id, share[class_id]) for class_id in ids]
+        of_goals = masks.expand(len(ids), *predicted.shape)
+        return [_Goal(class_id, mask, share[class_id]) for class_id, mask in zip(ids, of_goals, strict=True)]
+
+    def _of_rows(self, n: int, output: Tensor, kind: Score) -> Tensor:
+        goals = self._goals[n]
+        return torch.stack([torch.stack([_total(row, goal, kind) for goal in goals]) for row in output])
+
+
+def _total(logits: Tensor, goal: _Goal, kind: Score) -> Tensor:
+    """The sum over a class's pixels of its score there: of logits (C, H, W) a scalar, float32 or wider."""
+    if kind is Score.LOGIT:
+        return wide(logits[goal.class_id][goal.mask]).sum()
+    pixels = logits[:, goal.mask].T
+    ids = torch.full((len(pixels), 1), goal.class_id, device=pixels.device)
+    return class_scores(pixels, ids, kind).sum()
+
+
+class Segmentation:
+    """Runs networks that return (N, C, h, w), or a mapping with that as "out". Implements `goals.base.TaskModel`."""
+
+    task = Task.SEGMENTATION
+    methods = frozenset(Method) - {Method.CAM}
+    scores = tuple(Score)
+    sums = True
+    half = True
+    # A mask that was sent or predicted lies on one side of the image.
+    mirrors = False
+
+    def run(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        """Logits (R, C, H, W) of inputs (R, 3, H, W); those of a smaller output are resized bilinearly."""
+        logits = class_maps(module(inputs))
+        size = inputs.shape[2:]
+        if logits.shape[2:] == size:
+            return logits
+        return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+
+    def share(self, module: nn.Module, size_px: tuple[int, int]) -> tuple[float, float]:  # noqa: ARG002 - of any
+        """All of it."""
+        return 1.0, 1.0
+
+    def rows(self, output: Tensor) -> int:
+        """R."""
+        return len(output)
+
+    def goals(self, output: Tensor, targets: Sequence[Target], *, score: Score, run: RunImages) -> PixelGoals:  # noqa: ARG002
+        """Find the classes that are asked for, and their pixels.
+
+        Raises:
+            TypeError: a target is of another task.
+        """
+        chosen = [target for target in targets if isinstance(target, Pixels)]
+        if len(chosen) < len(targets):
+            raise TypeError("a model for segmentation explains pixels")
+        return PixelGoals(output, chosen, score=score)
+
+    def total(self, output: Any, class_count: int) -> Tensor:  # noqa: ANN401 - what a network returns
+        """The sum of all logits."""
+        scores = class_maps(output)
+        if scores.shape[1] != class_count:
+            raise ModelLoadError(f"the model gives scores of shape {tuple(scores.shape)}, not (1, {class_count}, h, w)")
+        return scores.sum()

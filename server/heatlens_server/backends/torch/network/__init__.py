@@ -1,0 +1,1 @@
+"""A network on its device: layer hooks, attention, replay."""

@@ -1,0 +1,306 @@
+"""A network on its device, as everything that explains with torch uses it: run it, record layers, change them."""
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from heatlens_server.backends.torch.cam.grid import Output, to_map
+from heatlens_server.backends.torch.cam.precision import FP16_GRADIENT_SCALE
+from heatlens_server.backends.torch.cam.resize import top_left
+from heatlens_server.backends.torch.goals.base import TaskModel
+from heatlens_server.backends.torch.network.attention_blocks import AttentionRecorder, find_attention
+from heatlens_server.backends.torch.network.device import resolve_device
+from heatlens_server.backends.torch.network.layer_hooks import Change, Tape, TapeRecorder
+from heatlens_server.backends.torch.network.replay import first_row, laid_out_like, same, two_rows
+from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
+from heatlens_server.core.engine import Task, UInt8Array
+from heatlens_server.core.errors import ModelLoadError
+
+_log = logging.getLogger(__name__)
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_PRECISIONS = {dtype: precision for precision, dtype in _DTYPES.items()}
+_TWIN_SEED = 0
+_REDUCTIONS = (1.0, 2.0**-8, 2.0**-16)
+
+
+class TorchModel:
+    """A frozen network in the layout and precision that it runs in. Its methods are for one thread at a time.
+
+    Attributes:
+        model: what was loaded.
+        task: what it does.
+        module: the network; owned from construction on.
+        device: where it is.
+        dtype: what it runs in.
+        head_weight: (C, A), if the logits are a linear head over the pooled first layer; None until `check` finds it.
+        attention: the blocks of a transformer; None until `check` finds them.
+        gradient_scale: what scores are multiplied by before they are differentiated; see `gradients`.
+    """
+
+    def __init__(self, model: LoadedModel, task: TaskModel, *, device: str, precision: str) -> None:
+        """Move the network to its device.
+
+        Raises:
+            ModelLoadError: there is no such device.
+        """
+        self.model = model
+        self.task = task
+        self.device = resolve_device(device)
+        self.dtype = _DTYPES[precision]
+        self.gradient_scale = FP16_GRADIENT_SCALE if self.dtype is torch.float16 else 1.0
+        self.module: nn.Module = model.module.eval().requires_grad_(requires_grad=False)
+        # channels_last is what the uint8 images arrive in, and what convolutions are fastest in: on CUDA with half
+        # precision, and on CPUs too (1.2x to 3x here for depthwise networks).
+        self._layout = torch.channels_last
+        self.module.to(self.device, self.dtype).to(memory_format=self._layout)
+        std = torch.tensor(model.preprocess.std, dtype=torch.float64)
+        mean = torch.tensor(model.preprocess.mean, dtype=torch.float64)
+        self._scale = self._channel_vector(1.0 / (255.0 * std))
+        self._bias = self._channel_vector(-mean / std)
+        self._recorder = TapeRecorder(self.module, model.layers)
+        self._one_row: dict[str, bool] = {}
+        self.head_weight: Tensor | None = None
+        self.attention: AttentionRecorder | None = None
+        self._twin: TorchModel | None = None
+
+    def check(self) -> None:
+        """Run the network once on noise, so that what cannot be explained fails at load.
+
+        Raises:
+            ModelLoadError: the output is not of the task, or a layer cannot be explained.
+        """
+        try:
+            self._check()
+        except RuntimeError as error:
+            if "view size is not compatible" not in str(error):
+                raise
+            # The network takes `x.view(len(x), -1)` of a feature map.
+            _log.info("model %s runs in torch's default layout: it takes views of feature maps", self.model.name)
+            self._layout = torch.contiguous_format
+            self.module.to(memory_format=self._layout)
+            self._check()
+
+    def inputs(self, images: UInt8Array) -> Tensor:
+        """uint8 (N, H, W, 3) to normalised (N, 3, H, W) on the device; channels_last takes no copy."""
+        pixels = torch.from_numpy(images).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        normalised = torch.addcmul(self._bias, pixels.to(torch.float32), self._scale).to(self.dtype)
+        return normalised.contiguous(memory_format=self._layout)
+
+    def run(self, inputs: Tensor) -> Any:  # noqa: ANN401 - what a network returns
+        """Run the network on (R, 3, H, W) in any floating dtype; return the task's output."""
+        return self.task.run(self.module, inputs.to(self.dtype).contiguous(memory_format=self._layout))
+
+    def run_images(self, images: UInt8Array) -> Any:  # noqa: ANN401 - what a network returns
+        """Run the network on uint8 (N, H, W, 3), without gradients."""
+        with torch.no_grad():
+            return self.run(self.inputs(images))
+
+    def record(self, inputs: Tensor, layers: Sequence[str], *, differentiate: bool) -> tuple[Any, dict[str, Output]]:
+        """Run the network and keep what layers return.
+
+        Args:
+            inputs: (N, 3, H, W).
+            layers: of the model's.
+            differentiate: whether the outputs are to be leaves that the scores can be differentiated by.
+
+        Returns:
+            The task's output, and the layers' outputs by name.
+        """
+        with self._recorder.playing(Tape(layers, differentiate=differentiate)) as tape:
+            output = self.run(inputs)
+        return output, tape.outputs
+
+    def features(self, layer: str, output: Output) -> Tensor:
+        """A layer's output as a map (N, C, h, w)."""
+        return to_map(output, self.model.grid(layer))
+
+    def on_image(self, maps: Tensor, size_px: tuple[int, int]) -> Tensor:
+        """The part of a layer's maps (N, C, h, w) that lies on images of a size: all of it, unless they are padded."""
+        return top_left(maps, self.task.share(self.module, size_px))
+
+    def gradients(self, score: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool = False) -> list[Tensor]:
+        """Differentiate a scalar. In float16 it is scaled on the way, so that small gradients do not vanish.
+
+        The gradient of a sum over many places may leave float16 instead: then it is scaled down, and tried again.
+
+        Returns:
+            The gradients, in the leaves' shapes; float32 if scaled.
+        """
+        if self.gradient_scale == 1.0:
+            return list(torch.autograd.grad(score, leaves, retain_graph=retain_graph))
+        again = self.task.sums
+        found: list[Tensor] = []
+        for reduced in _REDUCTIONS if again else _REDUCTIONS[:1]:
+            scale = self.gradient_scale * reduced
+            with torch.enable_grad():
+                scaled = score * scale
+            gradients = torch.autograd.grad(scaled, leaves, retain_graph=retain_graph or again)
+            found = [gradient.float() / scale for gradient in gradients]
+            if not again or all(bool(gradient.isfinite().all()) for gradient in found):
+                break
+        return found
+
+    def replay(self, inputs: Tensor, layer: str, change: Change, rows: int) -> Any:  # noqa: ANN401
+        """Run the network on one image with a layer's output changed in `rows` ways, without gradients.
+
+        The part before the layer runs on one row, where the network allows it: what bypasses the layer is then
+        broadcast. Whether it does is tried once per layer.
+
+        Args:
+            inputs: (1, 3, H, W).
+            layer: of the model's.
+            change: from the layer's output for the image to one of `rows` rows.
+            rows: how many.
+
+        Returns:
+            The task's output of `rows` rows.
+        """
+        if rows > 1 and layer not in self._one_row:
+            self._one_row[layer] = self._can_run_on_one_row(inputs, layer)
+        if rows == 1 or self._one_row[layer]:
+            output = self._changed(inputs, layer, change)
+            if self.task.rows(output) == rows:
+                return output
+            self._one_row[layer] = False
+        return self._changed_in_full(inputs, layer, change, rows)
+
+    def twin(self) -> "TorchModel":
+        """The same network with weights that mean nothing: those of each parameter in another order, always the same.
+
+        For the sanity check of Adebayo et al. 2018, arXiv:1810.03292. Made when it is first asked for, and kept.
+        """
+        if self._twin is None:
+            module = copy.deepcopy(self.module)
+            generator = torch.Generator().manual_seed(_TWIN_SEED)
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+                    parameter.copy_(parameter.flatten()[order].view_as(parameter))
+            for child in module.modules():
+                # The copies of the hooks play this network's tapes.
+                child._forward_hooks.clear()  # noqa: SLF001 - copied with the module, and there is no other way
+            twin = TorchModel(
+                dataclasses.replace(self.model, module=module),
+                self.task,
+                device=str(self.device),
+                precision=_PRECISIONS[self.dtype],
+            )
+            twin.check()
+            self._twin = twin
+        return self._twin
+
+    def close(self) -> None:
+        """Take every hook off the network. Idempotent."""
+        self._recorder.remove()
+        if self.attention is not None:
+            self.attention.remove()
+        if self._twin is not None:
+            self._twin.close()
+
+    def _changed(self, inputs: Tensor, layer: str, change: Change) -> Any:  # noqa: ANN401 - what a network returns
+        def changed(output: Output) -> Output:
+            return laid_out_like(change(output), output)
+
+        with torch.no_grad(), self._recorder.playing(Tape(changes={layer: changed})):
+            return self.run(inputs)
+
+    def _changed_in_full(self, inputs: Tensor, layer: str, change: Change, rows: int) -> Any:  # noqa: ANN401
+        return self._changed(inputs.expand(rows, -1, -1, -1), layer, lambda output: change(first_row(output)))
+
+    def _can_run_on_one_row(self, inputs: Tensor, layer: str) -> bool:
+        try:
+            found = self._changed(inputs, layer, two_rows)
+            # The right rows from the wrong images would be the same for one image: these two differ.
+            right = same(found, self._changed_in_full(inputs, layer, two_rows, 2), self.dtype)
+        except torch.OutOfMemoryError:
+            raise
+        # Shapes that do not fit raise what they like in somebody else's code.
+        except Exception:
+            right = False
+        if not right:
+            _log.info("model %s: the part before %s runs once per row", self.model.name, layer)
+        return right
+
+    def _check(self) -> None:
+        layers = self.model.layers
+        height_px, width_px = self.model.preprocess.sample_px
+        with recording_allowed():
+            inputs = self.inputs(_noise(height_px, width_px))
+            output, outputs = self.record(inputs, layers, differentiate=True)
+            total = self.task.total(output, self.model.class_count)
+            for layer in layers:
+                self._check_layer(layer, outputs)
+            leaves = {layer: leaf for layer, leaf in outputs.items() if isinstance(leaf, Tensor)}
+            gradients: Sequence[Tensor | None] = [None] * len(leaves)
+            if total.requires_grad:
+                gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+            for layer, gradient in zip(leaves, gradients, strict=True):
+                if gradient is None:
+                    raise ModelLoadError(f"the model's output does not depend on layer {layer!r} by a gradient")
+            if self.model.task is Task.CLASSIFICATION or self.model.task is Task.MULTI_LABEL:
+                self.head_weight = self._find_head(
+                    self.features(layers[0], outputs[layers[0]]).detach(), output.detach()
+                )
+            two = torch.cat([inputs, inputs.flip(-1)])
+            self.attention = find_attention(self.module, self.run, two, self.model.grid(layers[0]))
+
+    def _check_layer(self, layer: str, outputs: Mapping[str, Output]) -> None:
+        if layer not in outputs:
+            raise ModelLoadError(f"layer {layer!r} did not run")
+        try:
+            self.features(layer, outputs[layer])
+        except ValueError as error:
+            raise ModelLoadError(f"layer {layer!r}: {error}") from error
+
+    def _find_head(self, features: Tensor, logits: Tensor) -> Tensor | None:
+        """The last linear layer's weight, if it alone stands between the pooled features and the logits."""
+        linears = [
+            module
+            for module in self.module.modules()
+            if isinstance(module, nn.Linear) and module.weight.shape == (logits.shape[1], features.shape[1])
+        ]
+        if not linears:
+            return None
+        head = linears[-1]
+        predicted = head(features.mean((-2, -1)))
+        tolerance = 1e-4 if self.dtype is torch.float32 else 2e-2
+        spread = float(logits.float().abs().amax())
+        matches = float((predicted.float() - logits.float()).abs().amax()) <= tolerance * max(spread, 1e-12)
+        return head.weight.detach() if matches else None
+
+    def _channel_vector(self, values: Tensor) -> Tensor:
+        return values.to(device=self.device, dtype=torch.float32).view(1, 3, 1, 1)
+
+
+@contextmanager
+def recording_allowed() -> Iterator[None]:
+    """Callers may be in no_grad or inference_mode: neither is any business of ours."""
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        yield
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn torch's out-of-memory errors into MemoryError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        raise MemoryError(str(error)) from None
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):
+            raise MemoryError(str(error)) from None
+        raise
+
+
+def _noise(height_px: int, width_px: int) -> UInt8Array:
+    """One image of noise, uint8 (1, H, W, 3), to try a network with."""
+    return np.random.default_rng(0).integers(0, 256, (1, height_px, width_px, 3), dtype=np.uint8)

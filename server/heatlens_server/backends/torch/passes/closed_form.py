@@ -1,0 +1,65 @@
+"""The closed forms: a forward pass, a backward pass over the tail for each class, the maths of `cam.methods`."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from heatlens_server.backends.torch.cam.methods import raw_map
+from heatlens_server.backends.torch.cam.principal import principal_projection
+from heatlens_server.backends.torch.cam.weights import weighted
+from heatlens_server.backends.torch.goals.base import Goals
+from heatlens_server.backends.torch.network.network import TorchModel
+from heatlens_server.backends.torch.passes.one_pass import Explained, leaf_of
+from heatlens_server.core.engine import MapSpec, Target
+from heatlens_server.core.methods import Method
+
+
+def closed_form(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> Explained:
+    """Explain with one of `core.methods.CLOSED_FORMS`.
+
+    Args:
+        model: the network.
+        inputs: (N, 3, H, W).
+        targets: N targets.
+        spec: how.
+
+    Raises:
+        ValueError: CAM is asked for, and the model has no linear head over its pooled first layer.
+    """
+    needs_gradient = spec.method.needs_gradient
+    output, outputs = model.record(inputs, spec.layers, differentiate=needs_gradient)
+    goals = model.task.goals(output, targets, score=spec.score, run=model.run_images)
+    with torch.no_grad():
+        features = [model.features(layer, outputs[layer]).detach() for layer in spec.layers]
+        if needs_gradient:
+            leaves = [leaf_of(outputs[layer]) for layer in spec.layers]
+            return Explained(goals, _gradient_maps(model, spec, goals, leaves, features))
+        factors: Tensor = goals.class_ids
+        if spec.method is Method.CAM:
+            if model.head_weight is None:
+                raise ValueError("this model has no linear head over pooled activations")
+            # An absent class (ABSENT) indexes row 0: its map is computed and dropped.
+            factors = model.head_weight[factors.clamp(min=0)]
+        return Explained(goals, [_map(spec, of_layer, factors) for of_layer in features])
+
+
+def _gradient_maps(
+    model: TorchModel, spec: MapSpec, goals: Goals, leaves: Sequence[Tensor], features: Sequence[Tensor]
+) -> list[Tensor]:
+    """Raw maps (N, K, h, w), one per layer. Class by class, so that one class's gradients are held at a time."""
+    maps: list[list[Tensor]] = [[] for _ in leaves]
+    for k in range(goals.width):
+        with torch.enable_grad():
+            score = goals.score(k)
+        gradients = model.gradients(score, leaves, retain_graph=k + 1 < goals.width)
+        for of_layer, layer, activation, gradient in zip(maps, spec.layers, features, gradients, strict=True):
+            of_layer.append(_map(spec, activation, model.features(layer, gradient)[:, None]))
+    return [torch.cat(of_layer, dim=1) for of_layer in maps]
+
+
+def _map(spec: MapSpec, activations: Tensor, factors: Tensor) -> Tensor:
+    """The raw map (N, K, h, w) of activations and what they are weighted by; see `cam.methods.raw_map`."""
+    if spec.principal:
+        return principal_projection(weighted(spec.method, activations, factors))
+    return raw_map(spec.method, activations, factors)

@@ -1,0 +1,91 @@
+"""Shapley-CAM: gradients, and how they change along the activations. Two differentiations of the tail per class."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
+from torch import Tensor
+
+from heatlens_server.backends.torch.cam.methods import shapley_cam as shapley_cam_map
+from heatlens_server.backends.torch.cam.principal import principal_projection
+from heatlens_server.backends.torch.cam.weights import shapley_cam_weights, weigh
+from heatlens_server.backends.torch.network.attention import open_attention
+from heatlens_server.backends.torch.network.network import TorchModel
+from heatlens_server.backends.torch.network.substitution import Substitutes, Substitution
+from heatlens_server.backends.torch.passes.one_pass import Explained, leaf_of
+from heatlens_server.core.engine import MapSpec, Target
+from heatlens_server.core.errors import InvalidArgument
+
+
+def shapley_cam(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> Explained:
+    """Explain with `cam.methods.shapley_cam`; see `passes.one_pass.OnePass`.
+
+    Images do not meet inside the network: the product of the whole batch's Hessian with the whole batch's activations
+    is that of each image's. Piecewise linear tails have no curvature: there it is Grad-CAM.
+
+    Raises:
+        InvalidArgument: the network has an operation that torch cannot differentiate twice.
+    """
+    with Substitution(_TWICE):
+        output, outputs = model.record(inputs, spec.layers, differentiate=True)
+    goals = model.task.goals(output, targets, score=spec.score, run=model.run_images)
+    leaves = [leaf_of(outputs[layer]) for layer in spec.layers]
+    maps: list[list[Tensor]] = [[] for _ in leaves]
+    for k in range(goals.width):
+        both = _gradients(model, goals.score(k), leaves, retain_graph=k + 1 < goals.width)
+        with torch.no_grad():
+            for of_layer, layer, leaf, (gradient, curvature) in zip(maps, spec.layers, leaves, both, strict=True):
+                activations, g, c = (model.features(layer, t.detach()) for t in (leaf, gradient, curvature))
+                of_layer.append(_map(spec, activations, g[:, None], c[:, None]))
+    return Explained(goals, [torch.cat(of_layer, dim=1) for of_layer in maps])
+
+
+def _gradients(
+    model: TorchModel, score: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """Of each leaf A its gradient g, and the derivative of `sum(g * A)` for a fixed A: the Hessian times A."""
+    scale = model.gradient_scale
+    try:
+        # The graph of the gradients holds that of the score: both go when the last of them is let go of.
+        gradients = torch.autograd.grad(score * scale, leaves, create_graph=True)
+        curvatures: list[Tensor] = []
+        for index, (gradient, leaf) in enumerate(zip(gradients, leaves, strict=True)):
+            found = None
+            if gradient.requires_grad:
+                keep = retain_graph or index + 1 < len(leaves)
+                (found,) = torch.autograd.grad(gradient, leaf, leaf.detach(), retain_graph=keep, allow_unused=True)
+                # Nothing but the leaf has a gradient: what depends on something else is marked once_differentiable.
+                if found is None and leaf.is_leaf:
+                    raise _impossible()
+            curvatures.append(torch.zeros_like(gradient) if found is None else found)
+    except RuntimeError as error:
+        if "is not implemented" not in str(error):
+            raise
+        raise _impossible() from error
+    if scale == 1.0:
+        return list(zip(gradients, curvatures, strict=True))
+    return [(g.float() / scale, c.float() / scale) for g, c in zip(gradients, curvatures, strict=True)]
+
+
+def _impossible() -> InvalidArgument:
+    return InvalidArgument.of(
+        "options.method",
+        "shapley-cam differentiates twice, which torch cannot do with an operation of this model",
+        reason="INVALID_OPTION",
+    )
+
+
+def _map(spec: MapSpec, activations: Tensor, gradients: Tensor, curvature: Tensor) -> Tensor:
+    if spec.principal:
+        return principal_projection(weigh(shapley_cam_weights(gradients, curvature), activations))
+    return shapley_cam_map(activations, gradients, curvature)
+
+
+def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
+    """`F.hardsigmoid`, made of what can be differentiated twice. In place it is still: others may see the memory."""
+    result = F.hardtanh(x + 3.0, 0.0, 6.0) / 6.0
+    return x.copy_(result) if inplace else result
+
+
+_TWICE: Substitutes = {**open_attention(), F.hardsigmoid: _hardsigmoid}
+"""For the common operations whose derivative torch cannot differentiate again."""

@@ -1,0 +1,1 @@
+"""Where networks come from: sources, weights, layers that can be explained."""

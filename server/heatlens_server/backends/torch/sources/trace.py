@@ -1,0 +1,127 @@
+"""Running a network to see what its modules return, and again to see which places of that the result depends on."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from heatlens_server.backends.torch.cam.grid import Grid, to_map
+from heatlens_server.core.errors import ModelLoadError
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One module's run.
+
+    Attributes:
+        name: of the module.
+        module: itself.
+        order: when it returned, counted from 0.
+        shape: of the tensor it returned; None if it returned anything else.
+        place: numbers the distinct tensors: a container shares its last child's.
+    """
+
+    name: str
+    module: nn.Module
+    order: int
+    shape: tuple[int, ...] | None
+    place: int
+
+    @property
+    def depth(self) -> int:
+        """How deep it lies in other modules."""
+        return self.name.count(".")
+
+
+def run(module: nn.Module, input_size: tuple[int, int]) -> tuple[list[Trace], object]:
+    """Run a network on one black image.
+
+    Args:
+        module: in eval mode; takes float32 (1, 3, H, W). Left as it was.
+        input_size: (H, W).
+
+    Returns:
+        Every run of every module in it, in the order in which they returned, and what the network returned.
+
+    Raises:
+        ModelLoadError: the network fails.
+    """
+    traces: list[Trace] = []
+    # Weak, so that activations are freed as usual; only a tensor that is still alive can be returned again.
+    places: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+    def hook_for(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(child: nn.Module, _inputs: object, output: object) -> None:
+            shape, place = None, -1 - len(traces)
+            if isinstance(output, Tensor):
+                shape, place = tuple(output.shape), len(traces)
+                known = places.get(id(output))
+                if known is not None and known[0]() is output:
+                    place = known[1]
+                places[id(output)] = (weakref.ref(output), place)
+            traces.append(Trace(name, child, len(traces), shape, place))
+
+        return hook
+
+    hooks = [(child, hook_for(name)) for name, child in module.named_modules() if name]
+    return traces, _called(module, input_size, hooks)
+
+
+def depends(
+    module: nn.Module,
+    input_size: tuple[int, int],
+    places: Sequence[tuple[nn.Module, Grid]],
+    scores: Callable[[object], Tensor],
+) -> bool:
+    """Whether the scores depend on the image's places in what any of some modules return.
+
+    The network runs with NaN in one place of each of these outputs, and the scores become NaN or not. Unlike a
+    gradient, NaN passes weights that are zero, as those of a new head often are; it does not pass where a place is
+    not read at all, as all tokens but the class token are not behind the last attention.
+
+    Args:
+        module: in eval mode. Left as it was.
+        input_size: (H, W).
+        places: modules that run once, and how to read what they return; prefix tokens are left as they are.
+        scores: finds the scores in what the network returns.
+
+    Raises:
+        ModelLoadError: the network fails.
+    """
+
+    def hook_for(grid: Grid) -> Callable[[nn.Module, object, Tensor], Tensor]:
+        def hook(_child: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+            changed = output.clone()
+            features = to_map(changed, grid)
+            # In the middle, and even: strided layers skip odd places.
+            row, column = (size // 4 * 2 for size in features.shape[2:])
+            features[:, :, row, column] = float("nan")
+            return changed
+
+        return hook
+
+    hooks = [(child, hook_for(grid)) for child, grid in places]
+    return bool(scores(_called(module, input_size, hooks)).isnan().any())
+
+
+def _called(
+    module: nn.Module,
+    input_size: tuple[int, int],
+    hooks: Sequence[tuple[nn.Module, Callable[..., Tensor | None]]],
+) -> object:
+    handles = [child.register_forward_hook(hook) for child, hook in hooks]
+    height_px, width_px = input_size
+    try:
+        with torch.no_grad():
+            output: object = module(torch.zeros(1, 3, height_px, width_px))
+    # A network is somebody else's code and may raise anything.
+    except Exception as error:
+        raise ModelLoadError(
+            f"the network fails on an input of (1, 3, {height_px}, {width_px}): {type(error).__name__}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return output

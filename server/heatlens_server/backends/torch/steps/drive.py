@@ -1,0 +1,99 @@
+"""One image's explanation in steps: the method's own, the changed inputs of smoothing, the measures of faithfulness."""
+
+import dataclasses
+from collections.abc import Generator, Sequence
+
+import torch
+from torch import Tensor
+
+from heatlens_server.backends.torch.cam.normalize import NormalizedMap, normalize
+from heatlens_server.backends.torch.goals.base import has_goals
+from heatlens_server.backends.torch.network.network import TorchModel
+from heatlens_server.backends.torch.passes.one_pass import Explained, results
+from heatlens_server.backends.torch.passes.table import explain
+from heatlens_server.backends.torch.steps.job import Job
+from heatlens_server.backends.torch.steps.measure_maps import Measures, judge
+from heatlens_server.backends.torch.steps.table import STEPPERS
+from heatlens_server.core.engine import MapSpec, Steps, Target, UInt8Array
+
+_FACTORS = (0.9, 1.0, 1.1)
+"""What the normalised input is multiplied by: test-time augmentation as in the `grad-cam` package 1.5.7."""
+
+Maps = Generator[None, None, NormalizedMap]
+
+
+def explain_in_steps(model: TorchModel, image: UInt8Array, target: Target, spec: MapSpec, *, rows: int) -> Steps:
+    """Explain one image with a spec that is `in_steps`; see `core.engine.SteppingEngine.steps`.
+
+    Resume it with gradients enabled.
+    """
+    yield from ()  # nothing runs before the first `next`, nor is there a step of no work
+    inputs = model.inputs(image[None])
+    size_px = (image.shape[0], image.shape[1])
+    explained = yield from raw_maps(model, inputs, [target], spec, rows=rows)
+    maps = explained.maps(spec, size_px)
+    fixed = explained.goals.fixed(0)
+    if spec.augment:
+        yield
+        maps = yield from _smoothed(model, inputs, fixed, spec, maps, rows=rows)
+    (result,) = results(explained.goals, maps)
+    measured = spec.metrics and has_goals(explained.goals)
+    # The goals may hold the graph of the whole forward pass: they are not kept across what follows.
+    del explained
+    if spec.metrics:
+        yield
+        measures: Measures = ()
+        if measured:
+            measures = yield from judge(model, inputs, fixed, spec, maps, rows=rows, remake=raw_maps)
+        result = dataclasses.replace(result, faithfulness=measures)
+    return result
+
+
+def raw_maps(
+    model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec, *, rows: int
+) -> Generator[None, None, Explained]:
+    """Explain inputs with any method, smoothing aside: in one go, or, one image only, in steps."""
+    stepper = STEPPERS.get(spec.method)
+    if stepper is None:
+        return explain(model, inputs, targets, spec)
+    with torch.no_grad():
+        output, outputs = model.record(inputs, spec.layers, differentiate=False)
+        goals = model.task.goals(output, targets, score=spec.score, run=model.run_images)
+    size_px = (inputs.shape[2], inputs.shape[3])
+    if not has_goals(goals):
+        nothing = [torch.zeros_like(model.features(layer, outputs[layer])[:, :1]) for layer in spec.layers]
+        return Explained(goals, nothing).on_image(model, size_px)
+    raw = []
+    for layer in spec.layers:
+        yield
+        raw.append((yield from stepper(Job(model, inputs, goals, layer, outputs[layer], rows))))
+    return Explained(goals, raw).on_image(model, size_px)
+
+
+def _smoothed(
+    model: TorchModel, inputs: Tensor, target: Target, spec: MapSpec, plain: NormalizedMap, *, rows: int
+) -> Maps:
+    """Average finished maps over the image and its mirror image, each in three strengths.
+
+    Args:
+        model: the network.
+        inputs: (1, 3, H, W).
+        target: names its goals.
+        spec: how.
+        plain: the maps of the image as it is, one of the six.
+        rows: the most rows of a step.
+    """
+    size_px = (inputs.shape[2], inputs.shape[3])
+    total = plain.values
+    variants = [(factor, flip) for flip in (False, True) for factor in _FACTORS if flip or factor != 1.0]
+    step = 1 if spec.method.in_steps else rows
+    for start in range(0, len(variants), step):
+        chosen = variants[start : start + step]
+        changed = torch.cat([(inputs.flip(-1) if flip else inputs) * factor for factor, flip in chosen])
+        explained = yield from raw_maps(model, changed, [target] * len(chosen), spec, rows=rows)
+        maps = explained.maps(spec, size_px).values
+        del explained
+        for one, (_, flip) in zip(maps, chosen, strict=True):
+            total = total + (one.flip(-1) if flip else one)
+        yield
+    return normalize(total / (len(variants) + 1))

@@ -1,0 +1,119 @@
+"""Score-CAM and its smoothed and integrated forms: channels weighted by what the network says of the image behind them.
+
+All of an image's goals share every masked run. Masks are made chunk by chunk, at the image's size.
+"""
+
+from collections.abc import Generator, Iterator, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from heatlens_server.backends.torch.cam.masks import channel_masks, constant_channels
+from heatlens_server.backends.torch.cam.methods import cam
+from heatlens_server.backends.torch.steps.job import Job, RawMaps
+from heatlens_server.backends.torch.steps.noise import Noise
+
+SS_CAM_SAMPLES = 35
+SS_CAM_DEVIATION = 2.0
+"""Of the noise on a mask in [0, 1]. Both as in `torch-cam` 0.5.0."""
+
+IS_CAM_STEPS = 10
+"""As in `torch-cam` 0.5.0."""
+
+_NO_MASK = torch.zeros(1, 1, 1, 1)
+"""The mask of every constant channel."""
+
+_Scores = Generator[None, None, Tensor]
+
+
+def score_cam(job: Job) -> RawMaps:
+    """Score-CAM: `sum_c softmax_c(s(X * M[c])) A[c]`, M[c] the channel as a mask over the normalised input.
+
+    Wang et al. 2020, https://arxiv.org/abs/1910.01279: the softmax does not change with the baseline that the paper
+    subtracts from s. Weights, masks and their order as in the `grad-cam` package 1.5.7, but for the upsampling; see
+    `channel_masks`. A constant channel's mask is zero: it gets the score of an empty image, which runs once for all.
+    Costs a run of the whole network per channel that is not constant, and one more if any is.
+    """
+    scores = yield from _masked_scores(job, (1.0,))
+    return _weighted(job, scores)
+
+
+def is_cam(job: Job) -> RawMaps:
+    """IS-CAM: Score-CAM with each mask scaled in steps, and the scores averaged over them.
+
+    Naidu et al. 2020, https://arxiv.org/abs/2010.03023, as in `torch-cam` 0.5.0: the scale accumulates, at step i of
+    N = 10 it is 1/N + ... + i/N, so 0.1, 0.3, 0.6 ... 5.5. Costs N runs of the whole network per channel that is not
+    constant, and N more if any is.
+    """
+    scales = tuple(accumulate(step / IS_CAM_STEPS for step in range(1, IS_CAM_STEPS + 1)))
+    scores = yield from _masked_scores(job, scales)
+    return _weighted(job, scores)
+
+
+def ss_cam(job: Job) -> RawMaps:
+    """SS-CAM: Score-CAM with noise on the masks, and the scores averaged over it.
+
+    Wang et al. 2020, https://arxiv.org/abs/2006.14255, the form that smooths the maps, with the noise of `torch-cam`
+    0.5.0: 35 samples of deviation 2, on the mask at the image's size, drawn anew for every channel. The same for every
+    image. Constant channels share a score, as in Score-CAM: that of the first one's noise. Costs 35 runs of the whole
+    network per channel that is not constant, and 35 more if any is.
+    """
+    features = job.features
+    constant = constant_channels(features)
+    scores = _zeros(job, features)
+    noise = Noise(SS_CAM_DEVIATION, (1, *job.size_px), features.device)
+    # The first constant channel stands for all of them.
+    stands_for_itself = ~constant | ((constant.cumsum(0) == 1) & constant)
+    for _ in range(SS_CAM_SAMPLES):
+        for chunk, fields in _drawn(noise, stands_for_itself.tolist(), job.rows):
+            channels = torch.tensor(chunk, device=features.device)
+            masks = channel_masks(job.on_image(features[:, channels]), job.size_px) + fields
+            scores[channels] += job.scores_of_inputs(job.inputs * masks)
+            del masks, fields
+            yield
+    if constant.any():
+        scores[constant] = scores[constant.nonzero()[0]]
+    return _weighted(job, scores / SS_CAM_SAMPLES)
+
+
+def _drawn(noise: Noise, wanted: Sequence[bool], rows: int) -> Iterator[tuple[list[int], Tensor]]:
+    """Draw a field for every channel, and hand out those wanted, `rows` at a time: channel numbers and their fields."""
+    channels: list[int] = []
+    fields: list[Tensor] = []
+    for channel, is_wanted in enumerate(wanted):
+        field = noise.draw(1)
+        if is_wanted:
+            channels.append(channel)
+            fields.append(field)
+        if channels and (len(channels) == rows or channel == len(wanted) - 1):
+            yield channels, torch.cat(fields)
+            channels, fields = [], []
+
+
+def _masked_scores(job: Job, scales: tuple[float, ...]) -> _Scores:
+    """The scores (C, K) of the image behind each channel's mask, averaged over what the masks are multiplied by."""
+    features = job.features
+    constant = constant_channels(features)
+    scores = _zeros(job, features)
+    for chunk, masks in _masks(job, features, constant):
+        for scale in scales:
+            scores[chunk] += job.scores_of_inputs(job.inputs * (masks * scale))
+            yield
+    return scores / len(scales)
+
+
+def _masks(job: Job, features: Tensor, constant: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Channels, at most `rows` of them or those that share a mask, and their masks."""
+    for chunk in job.chunks((~constant).nonzero()[:, 0]):
+        yield chunk, channel_masks(job.on_image(features[:, chunk]), job.size_px)
+    if constant.any():
+        yield constant.nonzero()[:, 0], _NO_MASK.to(features.device)
+
+
+def _zeros(job: Job, features: Tensor) -> Tensor:
+    return torch.zeros(features.shape[1], job.goals.width, device=features.device)
+
+
+def _weighted(job: Job, scores: Tensor) -> Tensor:
+    return cam(job.features, scores.softmax(dim=0).T[None])

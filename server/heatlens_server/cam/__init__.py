@@ -1,1 +1,0 @@
-"""Pure tensor maths of class activation maps. Imports nothing of heatlens outside this folder, and no gRPC."""

@@ -1,0 +1,1 @@
+"""The words of every room: methods, tasks, targets, results, engines, errors. numpy only; imports no other room."""

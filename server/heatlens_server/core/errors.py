@@ -1,0 +1,199 @@
+"""Every error the server raises on purpose, as one tree. Only `transports/grpc/status.py` maps it to gRPC.
+
+* HeatlensError
+  * InvalidArgument       the request is wrong whatever the server's state; names the fields
+  * Unauthenticated       the token is missing or wrong
+  * ModelNotFound         no model of that name
+  * ModelLoading          not ready yet, try again
+  * ModelFailed           could not be loaded
+  * CompanionFailed       is served, but what some requests need beside it could not be loaded
+  * ServerDraining        shutting down, try another server
+  * QueueFull             too many requests are waiting
+  * StreamLimit           too many streams are open
+  * FrameDropped          a newer frame of its stream took its place
+  * DeadlineExpired       the caller's deadline passed before the model ran
+  * DeviceOutOfMemory     not even one image fits
+  * InternalError         our fault; the text is for the log, callers get a request id only
+
+Messages of all but InternalError reach the client: no paths, no tracebacks, nothing internal.
+`ConfigError` and `ModelLoadError` are raised at start-up and never cross the wire.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """One wrong field of a request: its path as in the proto ("options.top_k") and what is wrong with it.
+
+    The path is empty if the message as a whole is wrong.
+    """
+
+    field: str
+    description: str
+
+
+class HeatlensError(Exception):
+    """Base of all errors that a client may see.
+
+    Attributes:
+        reason: UPPER_SNAKE_CASE, stable; what programs switch on.
+        metadata: the message's dynamic parts, for programs.
+        retry_after_s: when to try again, in seconds; None if retrying does not help.
+    """
+
+    reason = "UNKNOWN"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.reason = reason or type(self).reason
+        self.metadata = dict(metadata or {})
+        self.retry_after_s = retry_after_s
+
+
+class InvalidArgument(HeatlensError):
+    """The request is wrong. Reasons: IMAGE_UNDECODABLE, IMAGE_TOO_LARGE, TENSOR_SIZE_MISMATCH, INVALID_OPTION, ..."""
+
+    reason = "INVALID_REQUEST"
+
+    def __init__(
+        self,
+        violations: Sequence[FieldViolation],
+        *,
+        reason: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        message = "; ".join(
+            f"{wrong.field}: {wrong.description}" if wrong.field else wrong.description for wrong in violations
+        )
+        super().__init__(message, reason=reason, metadata=metadata)
+        self.violations = tuple(violations)
+
+    @classmethod
+    def of(cls, field: str, description: str, *, reason: str, **metadata: object) -> "InvalidArgument":
+        """Make the error for a single wrong field."""
+        return cls(
+            [FieldViolation(field, description)],
+            reason=reason,
+            metadata={key: str(value) for key, value in metadata.items()},
+        )
+
+    def within(self, path: Callable[[str], str]) -> "InvalidArgument":
+        """The same error about a part of a larger message: `path` tells where each of its fields lies there."""
+        return InvalidArgument(
+            [FieldViolation(path(wrong.field), wrong.description) for wrong in self.violations],
+            reason=self.reason,
+            metadata=self.metadata,
+        )
+
+
+class Unauthenticated(HeatlensError):
+    """The bearer token is missing or wrong."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class ModelNotFound(HeatlensError):
+    """No model of that name is configured."""
+
+    reason = "MODEL_NOT_FOUND"
+
+    def __init__(self, name: str, available: Sequence[str]) -> None:
+        super().__init__(
+            f"there is no model {name!r}; this server has: {', '.join(available) or 'none'}",
+            metadata={"model": name, "available": ",".join(available)},
+        )
+        self.name = name
+
+
+class ModelLoading(HeatlensError):
+    """The model is being loaded or warmed up."""
+
+    reason = "MODEL_LOADING"
+
+
+class ModelFailed(HeatlensError):
+    """The model could not be loaded."""
+
+    reason = "MODEL_FAILED"
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"model {name!r} could not be loaded: {why}", metadata={"model": name})
+        self.name = name
+
+
+class CompanionFailed(HeatlensError):
+    """The model answers, but not this request: the engine that would run it could not be loaded."""
+
+    reason = "COMPANION_FAILED"
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(
+            f"model {name!r} is run by an exported graph, and torch, which this request needs beside it, could not be "
+            f"loaded: {why}",
+            metadata={"model": name},
+        )
+        self.name = name
+
+
+class ServerDraining(HeatlensError):
+    """The server is shutting down."""
+
+    reason = "SERVER_DRAINING"
+
+
+class QueueFull(HeatlensError):
+    """Too many requests are waiting for this model."""
+
+    reason = "QUEUE_FULL"
+
+
+class StreamLimit(HeatlensError):
+    """Too many streams are open."""
+
+    reason = "STREAM_LIMIT"
+
+
+class FrameDropped(HeatlensError):
+    """A newer frame of the same stream took its place (OVERFLOW_POLICY_DROP_OLDEST)."""
+
+    reason = "FRAME_DROPPED"
+
+
+class DeadlineExpired(HeatlensError):
+    """The caller's deadline passed before the model ran for it, or ran the last of many times."""
+
+    reason = "DEADLINE_EXPIRED"
+
+
+class DeviceOutOfMemory(HeatlensError):
+    """The device ran out of memory on a single image."""
+
+    reason = "DEVICE_OUT_OF_MEMORY"
+
+
+class InternalError(HeatlensError):
+    """A fault of ours. Its message is logged and never sent."""
+
+    reason = "INTERNAL"
+
+
+class ConfigError(Exception):
+    """The configuration is wrong. The message names the key."""
+
+
+class ModelLoadError(Exception):
+    """A model cannot be loaded. The message is shown to clients: it names no path of this machine."""
+
+
+class ExportError(Exception):
+    """A model cannot be turned into a static graph. The message names no path of this machine."""

@@ -1,1 +1,0 @@
-"""Several ways to run a model, one interface."""

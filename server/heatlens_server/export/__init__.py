@@ -1,1 +1,0 @@
-"""Differentiating a model into one static graph."""

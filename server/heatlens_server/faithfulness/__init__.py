@@ -1,1 +1,0 @@
-"""How faithful a map is: whether what it marks is what the model looks at. docs/faithfulness.md has the definitions."""

@@ -1,0 +1,239 @@
+"""From a model's configuration to an engine that has explained an image.
+
+No torch is imported until a model has to be loaded: a cached export needs none.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from heatlens_server.backends.onnx.engine import OnnxRuntimeEngine
+from heatlens_server.backends.onnx.export_cache import ArtefactCache
+from heatlens_server.backends.onnx.manifest import Manifest, read_manifest
+from heatlens_server.backends.onnx.providers import CUDA, cuda_device_count, load_runtime
+from heatlens_server.config import EXPORT_PREFIX, ModelConfig
+from heatlens_server.core.engine import SteppingEngine, Task
+from heatlens_server.core.errors import ExportError, ModelLoadError
+from heatlens_server.core.graph_spec import Format
+from heatlens_server.core.methods import PRESETS, Method, Preset, name_of
+from heatlens_server.core.preprocess import PreprocessSpec
+from heatlens_server.fleet.artefact import Artefact, LazyModel, Report, labels_of
+from heatlens_server.fleet.export_process import obtain_apart
+from heatlens_server.fleet.fallback_engine import ExportEngine
+from heatlens_server.fleet.torch_fallback import with_companion
+from heatlens_server.fleet.torch_import import importing_torch
+from heatlens_server.fleet.warm_up import check_answers, check_method, warm_up
+
+_log = logging.getLogger(__name__)
+
+_ENGINES = {Format.ONNX: "onnxruntime", Format.TORCHSCRIPT: "torchscript"}
+_FORMATS = {engine: file_format for file_format, engine in _ENGINES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltModel:
+    """A loaded, warmed-up model.
+
+    Attributes:
+        engine: runs it.
+        preprocess: from source image to input pixels.
+        version: of the weights.
+        labels: one per class; empty if unknown.
+        method: for requests that name none.
+    """
+
+    engine: SteppingEngine
+    preprocess: PreprocessSpec
+    version: str
+    labels: tuple[str, ...]
+    method: Method
+
+
+class _Unfit(Exception):
+    """Why "auto" does not take onnxruntime for a model. The message names no path of this machine."""
+
+
+def build(config: ModelConfig, *, cache_dir: Path | None, report: Report | None = None) -> BuiltModel:
+    """Load a model, make its engine and warm it up with a batch of one and, on a GPU, a full one.
+
+    Args:
+        config: the model.
+        cache_dir: where exports are kept; None for nowhere.
+        report: told each phase of an export, which takes a while; None to log them.
+
+    Raises:
+        ModelLoadError: with a message that may be shown to clients.
+    """
+    tell = report or (lambda line: _log.info("model %s: %s", config.name, line))
+    if config.source.startswith(EXPORT_PREFIX):
+        return _build_from_folder(config)
+    lazy, cache = LazyModel(config), ArtefactCache(cache_dir)
+    cache.sweep()
+    if _takes_torch(config):
+        return _build_torch(config, lazy)
+    if config.engine == "auto":
+        return _build_auto(config, lazy, cache, tell)
+    try:
+        artefact = obtain_apart(config, _FORMATS[config.engine], lazy=lazy, cache=cache, retry=True, report=tell)
+    except ExportError as error:
+        raise ModelLoadError(f"the model cannot be exported for {config.engine}: {error}") from error
+    return _build_exported(config, artefact, device=config.device, method=config.method)
+
+
+def _takes_torch(config: ModelConfig) -> bool:
+    """Whether torch alone runs a model, as far as the configuration tells. Exports are of classifiers."""
+    return config.engine == "torch" or config.task in {Task.SEGMENTATION, Task.DETECTION, Task.EMBEDDING}
+
+
+def _build_auto(config: ModelConfig, lazy: LazyModel, cache: ArtefactCache, tell: Report) -> BuiltModel:
+    try:
+        device = _device_for_onnxruntime(config)
+        artefact = obtain_apart(config, Format.ONNX, lazy=lazy, cache=cache, retry=False, report=tell)
+        return _try_onnxruntime(config, artefact, device)
+    except (_Unfit, ExportError) as error:
+        _log.warning("model %s is run by torch, not by onnxruntime: %s", config.name, error)
+    return _build_torch(config, lazy)
+
+
+def _device_for_onnxruntime(config: ModelConfig) -> str:
+    """Where "auto" runs a model with onnxruntime.
+
+    Raises:
+        _Unfit: onnxruntime is not installed as it should be, or torch is better at it.
+    """
+    if config.precision == "bf16":
+        raise _Unfit("it does not run bf16")
+    try:
+        runtime = load_runtime()
+    except ModelLoadError as error:
+        raise _Unfit(str(error)) from error
+    # The driver is asked only if need be: that alone takes memory on a GPU.
+    has_gpu = config.device != "cpu" and (config.device != "auto" or cuda_device_count() > 0)
+    if has_gpu and CUDA in runtime.get_available_providers():
+        return "cuda:0" if config.device == "auto" else config.device
+    if has_gpu and (config.device != "auto" or _torch_has_gpu()):
+        raise _Unfit(f"this onnxruntime has no {CUDA}: install onnxruntime-gpu in its place")
+    if config.precision == "fp16":
+        raise _Unfit("fp16 makes it slower on a CPU, not faster")
+    return "cpu"
+
+
+def _torch_has_gpu() -> bool:
+    with importing_torch:
+        import torch  # noqa: PLC0415 - takes seconds, and matters only where onnxruntime cannot use a GPU that is there
+
+    return torch.cuda.is_available()
+
+
+def _try_onnxruntime(config: ModelConfig, artefact: Artefact, device: str) -> BuiltModel:
+    """Raises _Unfit if onnxruntime cannot run an export after all."""
+    try:
+        return _build_exported(config, artefact, device=device, method=config.method)
+    except ModelLoadError as error:
+        movable = config.device == "auto" and config.precision == "fp32"
+        if movable and device != "cpu" and not _torch_has_gpu():
+            _log.warning("model %s runs on the CPU although there is a GPU: %s", config.name, error)
+            return _try_onnxruntime(config, artefact, "cpu")
+        raise _Unfit(str(error)) from error
+    # onnxruntime has an exception class for each of its status codes, and paths in their messages.
+    except Exception as error:
+        _log.exception("model %s: onnxruntime cannot run its export", config.name)
+        raise _Unfit(f"it cannot run the export ({type(error).__name__})") from error
+
+
+def _build_torch(config: ModelConfig, lazy: LazyModel) -> BuiltModel:
+    with importing_torch:
+        from heatlens_server.backends.torch.engine import TorchEngine  # noqa: PLC0415 - imports torch
+
+    model = lazy.get()
+    engine = TorchEngine(model, device=config.device, precision=config.precision)
+    return _finish(
+        config,
+        engine,
+        preprocess=model.preprocess,
+        version=model.version,
+        labels=model.labels,
+        method=config.method,
+    )
+
+
+def _build_from_folder(config: ModelConfig) -> BuiltModel:
+    """Serve an export that people made: everything about it is in its manifest."""
+    folder = Path(config.source.removeprefix(EXPORT_PREFIX))
+    try:
+        manifest = read_manifest(folder)
+    except ExportError as error:
+        raise ModelLoadError(f"the export cannot be served: {error}") from error
+    engine = _ENGINES.get(manifest.format)
+    if engine is None:
+        raise ModelLoadError(f"no engine serves {manifest.format} exports: export the model as onnx or torchscript")
+    if config.engine not in {"auto", engine}:
+        raise ModelLoadError(f"engine {config.engine!r} does not run {manifest.format} exports: set {engine!r}")
+    if "precision" in config.model_fields_set and config.precision != manifest.precision:
+        raise ModelLoadError(f"the export runs in {manifest.precision}, not {config.precision}")
+    if config.provider != "auto" and engine != "onnxruntime":
+        raise ModelLoadError(f"provider is for onnx exports, and this one is {manifest.format}")
+    unknown = [layer for layer in config.layers if layer not in manifest.layers]
+    if unknown:
+        raise ModelLoadError(f"the export has no layer {unknown[0]!r}, only {', '.join(manifest.layers)}")
+    layers = config.layers or manifest.layers
+    manifest = replace(
+        manifest, graphs=tuple(graph for layer in layers for graph in manifest.graphs if graph.layer == layer)
+    )
+    graph = manifest.graphs[0]
+    method = config.method if "method" in config.model_fields_set else name_of(graph.method, graph.score)
+    try:
+        return _build_exported(config, Artefact(folder, manifest), device=config.device, method=method)
+    except ModelLoadError:
+        raise
+    # Runtimes raise all sorts, with paths in their messages.
+    except Exception as error:
+        _log.exception("model %s: its export does not run", config.name)
+        raise ModelLoadError(f"the export does not run as its manifest says ({type(error).__name__})") from error
+
+
+def _build_exported(config: ModelConfig, artefact: Artefact, *, device: str, method: Method) -> BuiltModel:
+    manifest = artefact.manifest
+    default, base = manifest.layers[0], PRESETS.get(method, Preset(method)).method
+    # The engine opens the first graph now, and the others when they are asked for.
+    graphs = sorted(manifest.graphs, key=lambda graph: (graph.layer != default, graph.method is not base))
+    primary = _open(artefact.folder, replace(manifest, graphs=tuple(graphs)), device=device, provider=config.provider)
+    return _finish(
+        config,
+        with_companion(config, primary, artefact),
+        preprocess=manifest.preprocess,
+        version=manifest.weights_version,
+        labels=manifest.labels,
+        method=method,
+    )
+
+
+def _open(folder: Path, manifest: Manifest, *, device: str, provider: str) -> ExportEngine:
+    if manifest.format is Format.ONNX:
+        return OnnxRuntimeEngine(folder, manifest, device=device, provider=provider)
+    with importing_torch:
+        from heatlens_server.backends.torch.torchscript_engine import TorchScriptEngine  # noqa: PLC0415 - imports torch
+
+    return TorchScriptEngine(folder, manifest, device=device)
+
+
+def _finish(
+    config: ModelConfig,
+    engine: SteppingEngine,
+    *,
+    preprocess: PreprocessSpec,
+    version: str,
+    labels: tuple[str, ...],
+    method: Method,
+) -> BuiltModel:
+    """Check an engine and warm it up; lay the configuration over what is known about its model."""
+    try:
+        labels = labels_of(config, labels, engine.info.class_count)
+        check_method(engine, method)
+        if config.source.startswith(EXPORT_PREFIX):
+            check_answers(engine, method)
+        warm_up(engine, config, method)
+    except BaseException:
+        engine.close()
+        raise
+    return BuiltModel(engine, preprocess, config.version or version, labels, method)

@@ -1,0 +1,39 @@
+"""A model that is ready to answer, as the gRPC edge sees it."""
+
+from dataclasses import dataclass
+
+from heatlens_server.core.engine import EngineInfo
+from heatlens_server.core.methods import Method
+from heatlens_server.core.preprocess import PreprocessSpec
+from heatlens_server.scheduling.model_queue import ModelQueue
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A ready model.
+
+    Attributes:
+        name: unique name.
+        version: of the weights.
+        labels: one per class; empty if unknown.
+        preprocess: from source image to input pixels.
+        engine: what the engine can do.
+        default_method: for requests that name none; one of `engine.offered`.
+        max_batch_size: most images run at once.
+        max_delay_s: the batching window, in seconds.
+        queue: the way to the device.
+    """
+
+    name: str
+    version: str
+    labels: tuple[str, ...]
+    preprocess: PreprocessSpec
+    engine: EngineInfo
+    default_method: Method
+    max_batch_size: int
+    max_delay_s: float
+    queue: ModelQueue
+
+    def label(self, class_id: int) -> str:
+        """The class's name; empty if the model has no labels."""
+        return self.labels[class_id] if self.labels else ""

@@ -1,0 +1,139 @@
+"""Running an engine once before its first caller does. No torch in here."""
+
+import numpy as np
+
+from heatlens_server.config import ModelConfig
+from heatlens_server.core.engine import (
+    Detections,
+    Engine,
+    EngineInfo,
+    ImageResult,
+    MapSpec,
+    Pixels,
+    Similarity,
+    SteppingEngine,
+    Target,
+    Task,
+    TopK,
+    UInt8Array,
+)
+from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.core.methods import PRESETS, Method, Preset
+
+_ANY_SIZE_PX = 256
+"""The side of the image for a model that takes any."""
+
+_FIRST_STEPS = 3
+"""How many steps are tried of what may take hundreds: among the first are one of a single row and one of all rows."""
+
+
+def check_method(engine: Engine, method: Method) -> None:
+    """Raise ModelLoadError if an engine does not have a method."""
+    methods = engine.info.offered
+    if method not in methods:
+        raise ModelLoadError(f"method {method} is not supported; this model supports: {', '.join(methods)}")
+
+
+def warm_up(engine: SteppingEngine, config: ModelConfig, method: Method) -> None:
+    """Run what the first caller would otherwise wait for; on a GPU also the largest batch, to see that it fits.
+
+    Raises:
+        ModelLoadError: it does not fit, or what comes out is not finite.
+    """
+    info = engine.info
+    sizes = {1} if info.device == "cpu" else {1, config.batching.max_batch_size}
+    for size in sorted(sizes):
+        try:
+            results = run_trial(engine, np.zeros((size, *trial_size_px(info), 3), dtype=np.uint8), method)
+        except MemoryError:
+            raise ModelLoadError(f"out of memory on {info.device} with a batch of {size}") from None
+        if not all(is_finite(result) for result in results):
+            raise ModelLoadError("the model gives scores or maps that are not finite: are its weights right?")
+
+
+def run_trial(engine: SteppingEngine, images: UInt8Array, method: Method) -> list[ImageResult]:
+    """Explain images with a method and default options; if that takes steps, run the first few for the first image.
+
+    Args:
+        engine: has the method.
+        images: uint8 (N, H, W, 3), of `trial_size_px`; a step runs the model on as many rows as there are images.
+        method: one of `engine.info.offered`.
+
+    Returns:
+        The results; nothing if steps are left.
+    """
+    info = engine.info
+    preset = PRESETS.get(method, Preset(method))
+    spec = MapSpec(
+        method=preset.method,
+        layers=info.layers_of(preset.method) if preset.all_layers else info.layers_of(preset.method)[:1],
+        upsample=False,
+        score=preset.score if method in PRESETS else info.scores[0],
+        aggregation=preset.aggregation,
+    )
+    target = _target(info)
+    if not spec.in_steps:
+        return engine.explain(images, [target] * len(images), spec)
+    steps = engine.steps(images[0], target, spec, rows=len(images))
+    try:
+        for _ in range(_FIRST_STEPS):
+            next(steps)
+    except StopIteration as stop:
+        return [stop.value]
+    finally:
+        steps.close()
+    return []
+
+
+def trial_size_px(info: EngineInfo) -> tuple[int, int]:
+    """(height, width) of an image that a model takes."""
+    return info.input_height_px or _ANY_SIZE_PX, info.input_width_px or _ANY_SIZE_PX
+
+
+def is_finite(result: ImageResult) -> bool:
+    """Whether all scores and maps are numbers."""
+    return bool(np.isfinite(result.logits).all() and np.isfinite(result.maps).all())
+
+
+def _target(info: EngineInfo) -> Target:
+    match info.task:
+        case Task.SEGMENTATION:
+            return Pixels(TopK(1))
+        case Task.DETECTION:
+            return Detections(min_score=0.0, max_count=1)
+        case Task.EMBEDDING:
+            return Similarity(np.ones(info.class_count, np.float32))
+        case _:
+            return TopK(1)
+
+
+def check_answers(engine: Engine, method: Method) -> None:
+    """Check that an engine's answers are of the shape that it says, for more than one class too.
+
+    Of an export that somebody gives us, only the manifest says what is in it.
+
+    Raises:
+        ModelLoadError: they are not.
+    """
+    info = engine.info
+    images = np.zeros((1, info.input_height_px, info.input_width_px, 3), dtype=np.uint8)
+    base = PRESETS.get(method, Preset(method)).method
+    spec = MapSpec(method=base, layers=info.layers[:1], upsample=False, score=info.scores[0])
+    for count in sorted({1, min(2, info.class_count)}):
+        (result,) = engine.explain(images, [TopK(count)], spec)
+        if result.logits.shape != (info.class_count,):
+            raise ModelLoadError(
+                f"the graph gives scores of shape {result.logits.shape}, and class_count is {info.class_count}"
+            )
+        if not _is_answer(result, count):
+            raise ModelLoadError(f"the graph does not give one map, scale and offset for each of {count} classes")
+
+
+def _is_answer(result: ImageResult, count: int) -> bool:
+    return (
+        result.maps.ndim == 3
+        and result.maps.shape[0] == count
+        and result.scales.shape == result.offsets.shape == (count,)
+        and len(set(result.class_ids)) == count
+        and all(0 <= class_id < len(result.logits) for class_id in result.class_ids)
+    )

@@ -1,1 +1,0 @@
-"""The gRPC edge: the only room that knows protobuf."""

@@ -1,1 +1,0 @@
-"""StreamExplain: one session per stream, from its configuration to its last answer."""

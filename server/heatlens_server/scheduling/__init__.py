@@ -1,0 +1,1 @@
+"""The queue of one model, its batches and its device threads."""

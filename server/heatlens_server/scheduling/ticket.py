@@ -1,0 +1,100 @@
+"""One submitted image, as its caller holds it: to wait for the answer, or to take the image back."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from heatlens_server.core.errors import InternalError
+from heatlens_server.core.preprocess import FittedImage
+from heatlens_server.scheduling.entry import Completed, Entry, EntryState, Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """What a caller gets.
+
+    Attributes:
+        completed: the engine's result and the time in queue and device.
+        image: the image as the model saw it, and where that lies in the source.
+        preprocess_s: seconds of decoding and resizing.
+    """
+
+    completed: Completed
+    image: FittedImage
+    preprocess_s: float
+
+
+class Ticket:
+    """An image on its way through a queue. Belongs to the event loop; made by `ModelQueue.submit`.
+
+    Nobody has to await it: an error that nobody asks for is dropped without a word.
+    """
+
+    __slots__ = ("__weakref__", "_entry", "_future", "_withdraw")
+
+    def __init__(self, entry: Entry, future: asyncio.Future[Completed], *, withdraw: Callable[[Entry], bool]) -> None:
+        """Hold a place in the queue.
+
+        Args:
+            entry: the place.
+            future: resolved by `resolve`, on its event loop.
+            withdraw: gives up the entry's place; False if it is too late.
+        """
+        self._entry = entry
+        self._future = future
+        self._withdraw = withdraw
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the image is being decoded or waits to be run. Afterwards it runs, is answered or is given up.
+
+        One that waits between two of its steps counts as running: so much was done for it already.
+        """
+        return self._entry.state in (EntryState.PREPARING, EntryState.WAITING) and not self._entry.begun
+
+    def give_up(self, error: Exception) -> bool:
+        """Take the image back, so that `result` raises `error` and the model is not run for it.
+
+        Returns:
+            False if it is too late, and nothing has changed: a batch has claimed the image, or it failed, expired or
+            was given up before. An image in steps can be taken back until its last step is done.
+        """
+        if not self._withdraw(self._entry):
+            return False
+        resolve(self._future, error)
+        return True
+
+    async def result(self) -> Explained:
+        """Wait for the answer. Cancelling the wait takes the image back, as `give_up` does.
+
+        Raises:
+            DeadlineExpired: the timeout passed before the model ran.
+            DeviceOutOfMemory: even alone the image did not fit.
+            InternalError: the engine failed on this image.
+            Exception: what preparing the image raised, or what `give_up` was told.
+        """
+        try:
+            completed = await self._future
+        except BaseException:
+            # If the wait was cancelled, the place in the queue is free at once; batch mates notice nothing.
+            self._withdraw(self._entry)
+            # The error's traceback holds this frame. Without a way back to the future, which holds the error, frames
+            # dropped by the thousand are free at once instead of when the garbage collector comes.
+            del self
+            raise
+        if self._entry.image is None:
+            raise InternalError("an entry completed without an image")
+        return Explained(completed, self._entry.image, self._entry.preprocess_s)
+
+
+def resolve(future: asyncio.Future[Completed], outcome: Outcome) -> None:
+    """Tell a ticket's future how it ended; nothing happens if that is settled. Call it on the future's loop."""
+    # A caller that went away has cancelled its future.
+    if future.done():
+        return
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
+        # Counts as retrieved: asyncio would otherwise complain about each error that nobody awaits.
+        future.exception()
+    else:
+        future.set_result(outcome)

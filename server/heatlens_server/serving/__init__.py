@@ -1,1 +1,0 @@
-"""Queue, batches and device threads. Knows engines only by their interface."""

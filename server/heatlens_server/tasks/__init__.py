@@ -1,1 +1,0 @@
-"""What models do: for each task, what is asked for, what is differentiated and what is answered."""

@@ -1,1 +1,0 @@
-"""Naming what an image shows: one class of many, or any of them (multi-label)."""

@@ -1,1 +1,0 @@
-"""Finding things and drawing boxes around them."""

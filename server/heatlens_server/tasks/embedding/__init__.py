@@ -1,1 +1,0 @@
-"""Turning images into vectors that are compared."""

@@ -1,1 +1,0 @@
-"""Naming what every pixel shows."""

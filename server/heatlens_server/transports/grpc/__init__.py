@@ -1,0 +1,1 @@
+"""gRPC and protobuf at the edge."""

@@ -1,0 +1,342 @@
+"""One stream without gRPC: what it reads and writes is in the test's hands. The queue is real, its engine a fake."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import pytest_asyncio
+
+from heatlens.v1 import explain_pb2 as pb
+from heatlens_server.api.limits import Limits
+from heatlens_server.api.stream import window
+from heatlens_server.api.stream.open_streams import OpenStreams
+from heatlens_server.api.stream.session import StreamSession
+from heatlens_server.core.engine import EngineInfo, ImageResult, MapSpec, Target
+from heatlens_server.core.errors import InvalidArgument, ServerDraining, StreamLimit
+from heatlens_server.core.methods import Method
+from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
+from heatlens_server.fleet.registry import Registry
+from heatlens_server.fleet.served_model import ServedModel
+from heatlens_server.scheduling.model_queue import ModelQueue
+from raw_stream import PATIENCE_S, kinds, until
+from wire import pixels
+
+INFO = EngineInfo("torch", "cpu", "fp32", 2, 2, 1, (Method.GRAD_CAM,), ("layer",))
+LIMITS = Limits(
+    max_message_bytes=1 << 20, max_image_pixels=100, max_queue_length=1, max_targets=1, max_streams=2, max_in_flight=64
+)
+
+
+class Engine:
+    """Answers each image with its own value, once the gate is open."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = 0
+        self.info = INFO
+
+    def explain(self, images: np.ndarray, targets: Sequence[Target], spec: MapSpec) -> list[ImageResult]:
+        self.entered += 1
+        assert self.gate.wait(PATIENCE_S)
+        one = np.zeros(1, np.float32)
+        values = [np.array([image[0, 0, 0]], np.float32) for image in images]
+        return [ImageResult(value, (0,), np.zeros((1, 1, 1), np.float32), one, one) for value in values]
+
+    def ready(self, spec: MapSpec) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
+
+
+class Client:
+    """Both ends of a stream's wire."""
+
+    def __init__(self) -> None:
+        self._sent: asyncio.Queue[pb.StreamExplainRequest | Exception | None] = asyncio.Queue()
+        self.reads = 0
+        self.reads_cancelled = 0
+        self.received: list[pb.StreamExplainResponse] = []
+        self.reading = asyncio.Event()
+        self.reading.set()
+        self.write_error: Exception | None = None
+
+    def configure(self, **config) -> None:
+        self._sent.put_nowait(pb.StreamExplainRequest(config=pb.StreamConfig(**config)))
+
+    def send(self, frame_id: int) -> None:
+        image = pixels(np.full((2, 2, 3), frame_id % 256, np.uint8))
+        self._sent.put_nowait(pb.StreamExplainRequest(frame=pb.Frame(frame_id=frame_id, image=image)))
+
+    def finish(self, error: Exception | None = None) -> None:
+        self._sent.put_nowait(error)
+
+    def all_read(self) -> bool:
+        return self._sent.empty()
+
+    def __aiter__(self) -> AsyncIterator[pb.StreamExplainRequest]:
+        return self
+
+    async def __anext__(self) -> pb.StreamExplainRequest:
+        self.reads += 1
+        try:
+            sent = await self._sent.get()
+        except asyncio.CancelledError:
+            self.reads_cancelled += 1
+            raise
+        if sent is None:
+            raise StopAsyncIteration
+        if isinstance(sent, Exception):
+            raise sent
+        return sent
+
+    async def write(self, response: pb.StreamExplainResponse) -> None:
+        await self.reading.wait()
+        if self.write_error is not None:
+            raise self.write_error
+        self.received.append(response)
+
+    def answers(self) -> list[tuple[int, str]]:
+        """What came after the first message."""
+        assert self.received[0].WhichOneof("payload") == "started"
+        return kinds(self.received[1:])
+
+
+class Rig:
+    def __init__(self, engine: Engine, queue: ModelQueue) -> None:
+        self.engine, self.queue, self.open_streams = engine, queue, OpenStreams(max_streams=2)
+        self.registry: Registry[ServedModel] = Registry(["m"], default="m")
+        preprocess = PreprocessSpec(2, (2, 2), (0.5,) * 3, (0.5,) * 3, Interpolation.BILINEAR)
+        self.registry.set_ready("m", ServedModel("m", "1", (), preprocess, INFO, Method.GRAD_CAM, 4, 0.0, queue))
+
+    def start(self, client: Client) -> "asyncio.Task[None]":
+        session = StreamSession(self.registry, LIMITS, self.open_streams, requests=client, write=client.write)
+
+        async def call() -> None:
+            with self.open_streams.admit(session):
+                await session.run()
+
+        return asyncio.create_task(call())
+
+    async def balanced(self) -> None:
+        await until(lambda: self.open_streams.counters.open == 0 and len(self.queue.batcher) == 0)
+
+
+@pytest_asyncio.fixture
+async def rig() -> AsyncIterator[Rig]:
+    engine = Engine()
+    with ThreadPoolExecutor(2) as preparers:
+        queue = ModelQueue(engine, name="m", preparers=preparers, max_batch_size=4, max_delay_s=0.0, max_queue_length=1)
+        yield Rig(engine, queue)
+        engine.gate.set()
+        assert await queue.close(timeout_s=PATIENCE_S)
+
+
+async def ended(call: "asyncio.Task[None]") -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        await call
+
+
+async def test_frames_are_answered_in_order_with_their_own_results(rig):
+    client = Client()
+    client.configure(max_in_flight=5)
+    for i in range(1, 60):
+        client.send(i)
+    client.finish()
+    await ended(rig.start(client))
+    assert client.answers() == [(i, "result") for i in range(1, 60)]
+    assert [r.result.explanations[0].logit for r in client.received[1:]] == list(range(1, 60))
+    await rig.balanced()
+    counters = rig.open_streams.counters
+    counts = (counters.streams, counters.readers, counters.frames, counters.tickets)
+    assert [balance.created for balance in counts] == [1, 1, 59, 59]
+
+
+@pytest.mark.parametrize("policy", [pb.OVERFLOW_POLICY_BLOCK, pb.OVERFLOW_POLICY_DROP_OLDEST])
+async def test_a_client_that_never_reads_is_not_read_for_ever(rig, policy, monkeypatch):
+    monkeypatch.setattr(window, "_MAX_UNSENT", 64)
+    client = Client()
+    client.configure(max_in_flight=3, overflow_policy=policy)
+    client.reading.clear()
+    for i in range(300):
+        client.send(i)
+    call = rig.start(client)
+    bound = 3 if policy == pb.OVERFLOW_POLICY_BLOCK else 3 + 64
+    other = Client()
+    other.configure()
+    for i in range(1, 20):
+        other.send(i)
+    other.finish()
+    await ended(rig.start(other))
+    assert other.answers() == [(i, "result") for i in range(1, 20)]
+    frames = rig.open_streams.counters.frames
+    assert frames.open <= bound
+    # Told to drain, it still cannot send; only the end of the grace, a cancel, ends it.
+    rig.open_streams.drain()
+    assert client.received == []
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    client.finish()  # as gRPC does when the call is over
+    await rig.balanced()
+    assert client.reads_cancelled == 0
+
+
+async def test_a_read_that_is_under_way_is_left_alone_and_is_the_last(rig):
+    client = Client()
+    client.configure()
+    call = rig.start(client)
+    await until(lambda: client.reads == 2)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert (rig.open_streams.counters.streams.open, rig.open_streams.counters.readers.open) == (0, 1)
+    client.send(1)
+    await rig.balanced()
+    assert (client.reads, client.reads_cancelled) == (2, 0)
+    assert (rig.open_streams.counters.frames.created, rig.engine.entered) == (0, 0)
+
+
+async def test_an_answer_that_cannot_be_written_ends_the_stream_and_is_raised(rig):
+    client = Client()
+    client.configure()
+    client.write_error = BrokenPipeError("gone")
+    call = rig.start(client)
+    for i in range(5):
+        client.send(i)
+    with pytest.raises(BrokenPipeError):
+        await ended(call)
+    client.finish()
+    await rig.balanced()
+
+
+async def test_what_reading_raises_is_raised_after_the_answers(rig):
+    client = Client()
+    client.configure()
+    client.send(1)
+    client.finish(KeyError("a bug"))
+    with pytest.raises(KeyError, match="a bug"):
+        await ended(rig.start(client))
+    assert client.answers() == [(1, "result")]
+    await rig.balanced()
+
+
+async def test_drain_before_the_configuration(rig):
+    client = Client()
+    call = rig.start(client)
+    await until(lambda: client.reads == 1)
+    rig.open_streams.drain()
+    with pytest.raises(ServerDraining):
+        await ended(call)
+    client.configure()  # comes too late
+    await rig.balanced()
+    assert client.received == []
+    with pytest.raises(ServerDraining):
+        await ended(rig.start(Client()))
+
+
+async def frame_in_hand(rig: Rig, client: Client) -> "asyncio.Task[None]":
+    """A stream whose frames 1 and 2 run, and which has read frame 3 and has no place for it."""
+    client.configure(max_in_flight=1, overflow_policy=pb.OVERFLOW_POLICY_DROP_OLDEST)
+    rig.engine.gate.clear()
+    call = rig.start(client)
+    client.send(1)
+    await until(lambda: rig.engine.entered == 1)
+    rig.queue.batcher.hold_until(99)
+    client.send(2)
+    # Frame 2 waits, so that the next frame is being read.
+    await until(lambda: client.reads == 4 and len(rig.queue.batcher) == 1)
+    rig.queue.batcher.hold_until(0)
+    # The batch that is prepared ahead claims it.
+    await until(lambda: len(rig.queue.batcher) == 0)
+    client.send(3)
+    await until(client.all_read)
+    return call
+
+
+async def test_drain_answers_what_runs_and_not_the_frame_in_hand(rig):
+    client = Client()
+    call = await frame_in_hand(rig, client)
+    rig.open_streams.drain()
+    rig.engine.gate.set()
+    with pytest.raises(ServerDraining):
+        await ended(call)
+    assert client.answers() == [(1, "result"), (2, "result")]
+    assert client.reads == 4
+    await rig.balanced()
+
+
+async def test_drain_while_the_head_waits_answers_nothing(rig):
+    client = Client()
+    client.configure(max_in_flight=2)
+    rig.queue.batcher.hold_until(99)
+    call = rig.start(client)
+    client.send(1)
+    client.send(2)
+    await until(lambda: len(rig.queue.batcher) == 2)
+    rig.open_streams.drain()
+    with pytest.raises(ServerDraining):
+        await ended(call)
+    assert client.answers() == []
+    await rig.balanced()
+
+
+async def test_cancel_with_a_frame_in_hand_forgets_it(rig):
+    client = Client()
+    call = await frame_in_hand(rig, client)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await rig.balanced()
+    assert (client.reads, rig.open_streams.counters.frames.created) == (4, 2)
+
+
+async def test_a_frame_in_hand_gets_its_place_once_another_is_answered(rig):
+    client = Client()
+    call = await frame_in_hand(rig, client)
+    rig.engine.gate.set()
+    client.finish()
+    await ended(call)
+    assert client.answers() == [(1, "result"), (2, "result"), (3, "result")]
+    await rig.balanced()
+
+
+async def test_a_violation_is_raised_after_the_window_is_answered(rig):
+    client = Client()
+    client.configure()
+    for i in (1, 2, 2, 3):
+        client.send(i)
+    with pytest.raises(InvalidArgument, match="must increase"):
+        await ended(rig.start(client))
+    assert client.answers() == [(1, "result"), (2, "result")]
+    await rig.balanced()
+
+
+async def test_a_lane_that_takes_nothing_fails_frames_not_the_stream(rig, caplog):
+    client = Client()
+    client.configure()
+    call = rig.start(client)
+    await until(lambda: client.received)
+    rig.queue.batcher.close()
+    client.send(1)
+    client.finish()
+    await ended(call)
+    assert client.answers() == [(1, "UNAVAILABLE")]
+    await rig.balanced()
+
+
+async def test_places_are_counted_from_the_first_moment(rig):
+    clients = [Client() for _ in range(3)]
+    calls = [rig.start(client) for client in clients]
+    with pytest.raises(StreamLimit):
+        await ended(calls[2])
+    for client, call in zip(clients[:2], calls[:2], strict=True):
+        client.configure()
+        client.finish()
+        await ended(call)
+    await rig.balanced()
+    assert rig.open_streams.counters.streams.created == 2

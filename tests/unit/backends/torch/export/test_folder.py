@@ -1,0 +1,88 @@
+"""What is written into an export's folder, and what its manifest says about it."""
+
+import pytest
+
+import exports
+from engine_cases import bundle, user_export
+from exports import make
+from heatlens_server.backends.onnx.manifest import read_manifest, sha256_of
+from heatlens_server.backends.torch.export.folder import export_graph
+from heatlens_server.backends.torch.sources.weights import weights_version
+from heatlens_server.core.errors import ExportError
+from heatlens_server.core.graph_spec import SERVED_OUTPUTS, Format, GraphSpec, InputKind, Output
+from heatlens_server.core.methods import CLOSED_FORMS, DEFAULT_LAYER_ONLY, Method
+
+
+def test_manifest_of_one_graph(tmp_path):
+    model = make(exports.Staged)
+    spec = GraphSpec("last", Method.LAYER_CAM, classes=2, outputs=(Output.LOGITS, Output.CAM), input=InputKind.UINT8)
+    phases = []
+    manifest = export_graph(
+        model, spec, file_format=Format.TORCHSCRIPT, source="python:x:y", folder=tmp_path, report=phases.append
+    )
+    assert phases == ["differentiating test by last", "writing test.ts"]
+    assert [path.name for path in tmp_path.iterdir()] == ["test.ts"]
+    assert manifest.files == {"test.ts": sha256_of(tmp_path / "test.ts")}
+    (graph,) = manifest.graphs
+    assert (graph.file, graph.layer, graph.method, graph.outputs) == ("test.ts", "last", spec.method, spec.outputs)
+    assert (manifest.source, manifest.weights_version) == ("python:x:y", weights_version(model.module))
+    assert (manifest.classes, manifest.input, manifest.precision) == (2, InputKind.UINT8, "fp32")
+    assert (manifest.opset, manifest.parity) == (None, {})
+    assert [(info.name, info.dtype, info.shape) for info in (*manifest.inputs, *manifest.outputs)] == [
+        ("image", "uint8", ("batch", 3, exports.PX, exports.PX)),
+        ("class_index", "int64", ("batch", 2)),
+        ("logits", "float32", ("batch", exports.CLASSES)),
+        ("cam", "float32", ("batch", 2, 4, 4)),
+    ]
+    assert all(info.meaning for info in (*manifest.inputs, *manifest.outputs))
+    assert {"heatlens", "torch", "onnx"} <= set(manifest.versions)
+    manifest.write(tmp_path)
+    assert read_manifest(tmp_path) == manifest
+
+
+def test_any_number_of_classes_has_a_name():
+    _, manifest = user_export(make(exports.Staged), Format.PT2, GraphSpec("last", classes=None))
+    assert {info.name: info.shape for info in manifest.outputs}["gradients"] == ("batch", "classes", 12, 4, 4)
+    assert manifest.inputs[1].shape == ("batch", "classes")
+
+
+def test_a_server_s_export_has_every_layer_and_method():
+    model = make(exports.Staged, "last", "first")
+    _, manifest = bundle(model, Format.ONNX)
+    methods = [method for method in CLOSED_FORMS if method is not Method.CAM]
+    expected = [("last", method) for method in methods]
+    expected += [("first", method) for method in methods if method not in DEFAULT_LAYER_ONLY]
+    assert [(graph.layer, graph.method) for graph in manifest.graphs] == expected
+    assert {graph.outputs for graph in manifest.graphs} == {SERVED_OUTPUTS}
+    assert (manifest.layers, manifest.classes, manifest.input) == (("last", "first"), None, InputKind.UINT8)
+    assert {info.name: info.shape for info in manifest.outputs}["cam"] == ("batch", "classes", 4, 4)
+
+
+def test_a_server_s_torchscript_export_has_a_file_for_each_layer():
+    model = make(exports.Staged, "last", "first")
+    _, manifest = bundle(model, Format.TORCHSCRIPT)
+    assert list(dict.fromkeys(graph.file for graph in manifest.graphs)) == ["layer-0.ts", "layer-1.ts"]
+    assert manifest.layers == ("last", "first")
+    assert {graph.outputs for graph in manifest.graphs} == {tuple(Output)[:4]}
+    assert {info.name: info.shape for info in manifest.outputs}["activations"] == ("batch", 12, 4, 4)
+
+
+def test_a_model_that_cannot_be_exported_leaves_no_file(tmp_path):
+    with pytest.raises(ExportError, match="the network cannot be recorded for every batch size"):
+        export_graph(
+            make(exports.Baked),
+            GraphSpec("last"),
+            file_format=Format.ONNX,
+            source="x",
+            folder=tmp_path,
+            report=lambda _: None,
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"classes": 0}, {"precision": "bf16"}, {"outputs": ()}, {"outputs": (Output.CAM, Output.LOGITS)}]
+)
+def test_impossible_specs(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        GraphSpec("last", **wrong)

@@ -1,0 +1,52 @@
+"""The exporting process: what gets into it, and what becomes of its errors and its end."""
+
+import subprocess
+import sys
+
+import pytest
+
+from heatlens_server.config import ModelConfig
+from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.fleet import export_process as apart
+from heatlens_server.fleet.build import build
+
+
+def test_modules_of_the_current_folder_do_not_get_into_the_exporting_process(tmp_path, monkeypatch):
+    for name in ("torchvision", "timm", "json"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w.pth").write_bytes(b"garbage")
+    model = ModelConfig(
+        name="m", source="torchvision:squeezenet1_1", weights=str(tmp_path / "w.pth"), engine="onnxruntime"
+    )
+    with pytest.raises(ModelLoadError, match=r"weights file 'w\.pth' cannot be read"):
+        build(model, cache_dir=tmp_path / "cache")
+
+
+def test_weights_that_cannot_be_read_are_told_by_the_exporting_process(tmp_path):
+    (tmp_path / "w.pth").write_bytes(b"garbage")
+    model = ModelConfig(
+        name="m", source="torchvision:squeezenet1_1", weights=str(tmp_path / "w.pth"), engine="onnxruntime"
+    )
+    with pytest.raises(ModelLoadError, match=r"weights file 'w\.pth' cannot be read as plain tensors"):
+        build(model, cache_dir=tmp_path / "cache")
+
+
+def test_an_exporting_process_that_dies_harms_the_export_only(tmp_path, monkeypatch, caplog):
+    dies = tmp_path / "dies"
+    dies.write_text("#!/bin/sh\necho boom >&2\nkill -9 $$\n")
+    dies.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(dies))
+    model = build(ModelConfig(name="m", source="embedded:efficientnet_lite0"), cache_dir=tmp_path / "cache")
+    model.engine.close()
+    assert model.engine.info.kind == "torch"
+    assert "not by onnxruntime: the exporting process ended with -9" in caplog.text
+    assert "boom" in caplog.text
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == []
+
+
+def test_an_exporting_process_that_is_dead_before_its_order_is_given_is_known_by_its_exit_code():
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(["false"], text=True, **pipes) as process:
+        assert process.wait() == 1
+        assert apart._follow(process, {}, pytest.fail) is None

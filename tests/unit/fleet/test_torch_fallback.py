@@ -1,0 +1,139 @@
+"""Torch beside an export: what is offered before it is loaded, what it then gives, and when it is not to be."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import tiny_models
+from engine_cases import noise
+from heatlens_server.config import ModelConfig
+from heatlens_server.core.engine import ClassIds, ImageResult, MapSpec, SteppingEngine, Task
+from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.core.methods import CLOSED_FORMS, Aggregation, Method, Score
+from heatlens_server.fleet import torch_fallback as companion
+from heatlens_server.fleet.artefact import Artefact
+from heatlens_server.fleet.build import BuiltModel, build
+
+PREPROCESS = {
+    "resize_px": 64,
+    "crop_px": 64,
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
+    "interpolation": "bilinear",
+}
+TARGET = ClassIds((3, 7))
+PLAIN = MapSpec(Method.GRAD_CAM, ("body",), upsample=False)
+BOTH = dataclasses.replace(PLAIN, layers=("body", "stem"))
+
+
+def config(**changes) -> ModelConfig:
+    # As in conftest.SERVER_TOML, whose export is the same.
+    given = {"name": "m", "source": "python:tiny_models:tiny", "layers": ["body", "stem"], "preprocess": PREPROCESS}
+    return ModelConfig(**{**given, **changes})
+
+
+@pytest.fixture
+def make(cache_home):
+    made: list[BuiltModel] = []
+
+    def make(**changes) -> SteppingEngine:
+        made.append(build(config(**changes), cache_dir=cache_home / "heatlens", report=lambda line: None))
+        return made[-1].engine
+
+    yield make
+    for model in made:
+        model.engine.close()
+
+
+def explained(engine: SteppingEngine, image: np.ndarray, spec: MapSpec) -> ImageResult:
+    if not spec.in_steps:
+        return engine.explain(image[None], [TARGET], spec)[0]
+    steps = engine.steps(image, TARGET, spec, rows=4)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
+
+
+def test_both_together_have_what_torch_has_and_say_so_without_loading_it(make, monkeypatch):
+    torch_engine = make(engine="torch")
+    monkeypatch.setattr(companion, "_load", lambda *_args, **_kwargs: pytest.fail("torch was loaded"))
+    engine = make()
+    assert engine.info.kind == "onnxruntime"
+    assert engine.info.methods == torch_engine.info.methods
+    assert (engine.info.scores, engine.info.full) == (torch_engine.info.scores, True)
+    assert engine.info.offered == torch_engine.info.offered
+    assert engine.info.companion_methods == set(engine.info.methods) - set(CLOSED_FORMS)
+    assert Method.LE_GRAD not in engine.info.methods  # there is no attention in it
+    assert not engine.ready(dataclasses.replace(PLAIN, method=Method.SHAPLEY_CAM))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        dataclasses.replace(PLAIN, method=Method.SHAPLEY_CAM),
+        dataclasses.replace(PLAIN, method=Method.SCORE_CAM),
+        dataclasses.replace(PLAIN, score=Score.CONTRAST),
+        dataclasses.replace(PLAIN, augment=True),
+        dataclasses.replace(BOTH, aggregation=Aggregation.PRODUCT),
+        dataclasses.replace(BOTH, method=Method.EIGEN_CAM),  # exported for the default layer alone
+    ],
+)
+def test_what_the_export_has_not_is_what_torch_gives(make, spec):
+    engine, reference = make(), make(engine="torch")
+    image = noise(1)[0]
+    engine.prepare(spec)
+    found, expected = explained(engine, image, spec), explained(reference, image, spec)
+    assert expected.maps.max() == 1
+    np.testing.assert_allclose(found.maps, expected.maps, atol=1e-5)
+    np.testing.assert_allclose(found.logits, explained(engine, image, PLAIN).logits, atol=1e-4)
+
+
+def test_it_can_be_left_out(make):
+    engine = make(companion=False)
+    assert set(engine.info.methods) <= set(CLOSED_FORMS)
+    assert set(engine.info.offered) == {*engine.info.methods, Method.REFINE_CAM}  # Grad-CAM by both layers
+    assert engine.info.layers_of(Method.EIGEN_CAM) == ("body",)
+    assert engine.info.layers_of(Method.GRAD_CAM) == make().info.layers_of(Method.EIGEN_CAM) == ("body", "stem")
+    assert (engine.info.scores, engine.info.full) == ((Score.LOGIT,), False)
+    with pytest.raises(ModelLoadError, match="method score-cam is not supported"):
+        make(companion=False, engine="onnxruntime", method="score-cam")
+    assert make(companion=False, method="score-cam").info.kind == "torch"
+
+
+@pytest.mark.parametrize("method", ["score-cam", "shapley-cam", "finer-cam"])
+def test_a_default_method_that_needs_it_loads_it_at_the_start(make, method):
+    engine = make(method=method)
+    assert engine.info.kind == "onnxruntime"
+    assert engine._companion is not None
+
+
+def test_a_default_method_of_several_layers_is_the_exports(make):
+    assert make(method="refine-cam")._companion is None
+
+
+def test_what_a_model_does_is_told_by_the_configuration(make):
+    """A graph does not say it."""
+    single = make()
+    assert single.info.task is Task.CLASSIFICATION
+    changed = config(task="multi-label-classification")
+    artefact = Artefact(single.primary._folder, single.primary._manifest)
+    engine = companion.with_companion(changed, single.primary, artefact)
+    assert engine.info.task is Task.MULTI_LABEL
+    spec = dataclasses.replace(PLAIN, score=Score.PROBABILITY)
+    engine.prepare(spec)
+    assert engine.ready(spec)
+
+
+def test_other_weights_than_those_that_were_exported_are_not_taken(make, monkeypatch):
+    engine = make()
+    monkeypatch.setattr(tiny_models, "tiny", tiny_models.tiny_mlp)
+    spec = dataclasses.replace(PLAIN, score=Score.CONTRAST)
+    with pytest.raises(ModelLoadError, match="gives other weights than those that were exported"):
+        engine.prepare(spec)
+    assert explained(engine, noise(1)[0], PLAIN).maps.max() == 1
+    monkeypatch.undo()
+    engine.prepare(spec)
+    assert engine.ready(spec)

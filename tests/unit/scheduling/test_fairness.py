@@ -1,0 +1,248 @@
+"""Who runs first: sources take turns inside a bucket, and buckets take turns. A fake clock, no sleeps."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batching import LAYER, OTHER, Bench
+from heatlens_server.core.engine import MapSpec
+from heatlens_server.core.errors import QueueFull
+from heatlens_server.scheduling.batcher import PREPARE_S
+from heatlens_server.scheduling.entry import Entry, EntryState, Source
+
+BATCH = 8
+
+
+def bench(**options: float) -> Bench:
+    return Bench(**{"max_batch_size": BATCH, "max_queue_length": 16} | options)
+
+
+def many(at: Bench, count: int, source: Source, spec: MapSpec = LAYER) -> list[Entry]:
+    return [at.put(spec, source=source) for _ in range(count)]
+
+
+def taken(at: Bench) -> list[Entry]:
+    batch = at.due()
+    assert batch is not None
+    return batch
+
+
+def test_a_stream_with_one_image_is_in_the_next_batch_of_one_with_64():
+    at = bench()
+    big = many(at, 64, Source())
+    assert taken(at) == big[:8]
+    small = at.put(source=Source())
+    assert set(taken(at)) == {small, *big[8:15]}
+
+
+def test_the_same_across_buckets():
+    at = bench()
+    big = many(at, 64, Source())
+    small = at.put(OTHER, source=Source())
+    assert taken(at) == big[:8]
+    assert taken(at) == [small]
+    assert taken(at) == big[8:16]
+
+
+def test_callers_with_one_image_share_with_a_big_stream():
+    at = bench()
+    big = many(at, 64, Source())
+    callers = [at.put() for _ in range(4)]
+    assert taken(at) == [big[0], *callers, *big[1:4]]
+
+
+def test_a_flood_of_callers_leaves_a_stream_its_turn():
+    at = bench()
+    stream = many(at, 3, Source())
+    for i in range(3):
+        crowd = [at.put() for _ in range(BATCH)]
+        batch = taken(at)
+        assert stream[i] in batch
+        assert len(batch) == BATCH
+        assert crowd[-1] not in batch  # one too many: it is left over, and first next time
+        for entry in crowd:
+            at.batcher.withdraw(entry)
+
+
+def test_two_streams_that_always_wait_get_the_same_whatever_their_windows():
+    at = bench(max_batch_size=5)
+    windows = {Source(): 64, Source(): 3, Source(): 7}
+    source_of = {}
+    served: Counter[Source] = Counter()
+    for source, window in windows.items():
+        source_of |= dict.fromkeys(many(at, window, source), source)
+    for _ in range(40):
+        for entry in taken(at):
+            served[source_of[entry]] += 1
+            source_of[at.put(source=source_of[entry])] = source_of[entry]
+        assert max(served.values()) - min(served[source] for source in windows) <= 1
+
+
+def test_an_idle_source_gets_no_credit_for_the_past():
+    at = bench()
+    idle, busy = Source(), Source()
+    many(at, 1, idle)
+    many(at, 80, busy)
+    for _ in range(9):
+        taken(at)
+    back = many(at, 64, idle)
+    batch = taken(at)
+    assert sum(entry in back for entry in batch) == BATCH // 2
+
+
+def test_a_source_that_ran_alone_has_no_debt():
+    at = bench()
+    alone = Source()
+    many(at, 64, alone)
+    for _ in range(8):
+        taken(at)
+    other, again = many(at, 64, Source()), many(at, 64, alone)
+    assert sum(entry in again for entry in taken(at)) == BATCH // 2
+    assert other[0].state is EntryState.CLAIMED
+
+
+def test_a_lone_stream_in_another_bucket_does_not_set_callers_back():
+    at = bench()
+    crowd = [many(at, 64, Source()) for _ in range(BATCH)]
+    many(at, 64, Source(), OTHER)
+    taken(at)
+    taken(at)
+    caller = at.put()
+    # The crowd's next round was waiting before; then it is the caller's turn. The other bucket goes once in each round.
+    batches = [taken(at) for _ in range(3)]
+    assert caller in batches[2]
+    assert all(entries[1] in batches[0] for entries in crowd)
+
+
+def test_order_within_a_source_is_kept():
+    at = bench()
+    sources = [Source() for _ in range(3)]
+    lines = {source: many(at, 20, source) for source in sources}
+    order = [entry for _ in range(8) for entry in taken(at)]
+    for source, line in lines.items():
+        assert [entry for entry in order if entry.source is source] == line
+
+
+def test_images_of_streams_take_no_place_from_callers():
+    at = bench(max_queue_length=2)
+    stream = many(at, 64, Source())
+    callers = [at.put(), at.put()]
+    with pytest.raises(QueueFull):
+        at.put()
+    stream += many(at, 1, stream[0].source)
+    assert len(at.batcher) == 67
+    assert set(callers) < set(taken(at))
+    at.put()
+
+
+def test_withdrawn_images_cost_their_source_nothing():
+    at = bench(max_batch_size=2)
+    dropper, rival = Source(), Source()
+    many(at, 64, rival)
+    kept = many(at, 33, dropper)
+    for entry in kept[:-1]:  # a camera that is faster than the server
+        assert at.batcher.withdraw(entry)
+    assert kept[-1] in taken(at)
+
+
+@pytest.mark.parametrize("spec", [LAYER, OTHER])
+def test_a_stream_that_replaces_its_only_image_keeps_its_turn(spec):
+    at = bench(max_batch_size=2)
+    camera = Source()
+    rivals = [Source() for _ in range(6)]
+    for rival in rivals:
+        many(at, 8, rival)
+    frame = at.put(spec, source=camera)
+    batches = 0
+    while frame.state is EntryState.WAITING:
+        assert at.batcher.withdraw(frame)
+        frame = at.put(spec, source=camera)
+        taken(at)
+        batches += 1
+    assert batches <= 4  # six rivals in batches of two, then the camera
+
+
+def test_a_bucket_that_is_always_full_cannot_shut_out_another_on_a_busy_device():
+    at = bench()
+    at.run(0.1, BATCH)
+    at.batcher.device_started(BATCH)
+    flood = Source()
+    many(at, 64, flood)
+    lone = at.put(OTHER, source=Source())
+    assert len(taken(at)) == BATCH  # its turn, and full: at once
+    assert at.due() is None  # full again, but it is the other's turn, which may still fill
+    assert at.batcher._seconds_until_due() == pytest.approx(0.1 - PREPARE_S)
+    at.clock.now += 0.1 - PREPARE_S
+    assert taken(at) == [lone]
+    assert len(taken(at)) == BATCH
+
+
+def test_a_busy_device_does_not_wait_for_a_bucket_that_is_not_due():
+    at = bench(max_delay_s=10.0)
+    at.run(0.1, BATCH)
+    at.batcher.device_started(BATCH)
+    lone = at.put(OTHER)
+    many(at, 64, Source())
+    assert at.due() is None
+    at.clock.now += 0.1 - PREPARE_S
+    assert len(taken(at)) == BATCH
+    assert lone.state is EntryState.WAITING
+
+
+def test_a_bucket_that_is_empty_when_its_turn_comes_loses_it():
+    at = bench()
+    camera = Source()
+    frame = at.put(OTHER, source=camera)
+    first = many(at, 12, Source())
+    at.batcher.withdraw(frame)
+    assert taken(at) == first[:8]
+    assert [spec for spec, _ in at.batcher._round._buckets] == [LAYER]
+    frame = at.put(OTHER, source=camera)
+    assert taken(at) == first[8:]
+    assert taken(at) == [frame]
+
+
+def test_bookkeeping_of_turns_does_not_outlive_the_queue():
+    at = bench()
+    for spec in (LAYER, OTHER):
+        entries = many(at, 3, Source(), spec)
+        for entry in entries:
+            at.batcher.withdraw(entry)
+            assert entry.image is None
+    assert len(at.batcher) == 0
+    assert not at.batcher._round._buckets
+
+
+@settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@given(
+    windows=st.lists(st.integers(1, 40), min_size=2, max_size=8),
+    batch_size=st.integers(1, 16),
+    arrivals=st.lists(st.integers(0, 7), max_size=60),
+)
+def test_shares_of_sources_that_wait_all_the_while_differ_by_one_at_most(windows, batch_size, arrivals):
+    at = bench(max_batch_size=batch_size, max_queue_length=100)
+    sources = [Source() for _ in windows]
+    waiting = Counter(dict.fromkeys(sources, 0))
+    for source, window in zip(sources, windows, strict=True):
+        many(at, window, source)
+        waiting[source] += window
+    # `since[pair]`: how often each of two sources was served since both wait.
+    since = {(a, b): [0, 0] for a in sources for b in sources if a is not b}
+    for arrival in arrivals:
+        if arrival < len(sources):
+            many(at, 1, sources[arrival])
+            waiting[sources[arrival]] += 1
+        else:
+            at.put()
+        for entry in at.due() or []:
+            if entry.source is None:
+                continue
+            waiting[entry.source] -= 1
+            for (a, b), counts in since.items():
+                if entry.source in (a, b):
+                    counts[0 if entry.source is a else 1] += 1
+                if not (waiting[a] and waiting[b]):
+                    counts[:] = [0, 0]
+                assert abs(counts[0] - counts[1]) <= 1
