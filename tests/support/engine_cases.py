@@ -48,6 +48,19 @@ def noise(count: int, px: int = 64, seed: int = 0) -> np.ndarray:
     return np.repeat(np.repeat(coarse, px // 8, 1), px // 8, 2).astype(np.uint8)
 
 
+def hook_count(module: nn.Module) -> int:
+    """How many hooks there are on a module and all below it."""
+    return sum(len(m._forward_hooks) + len(m._backward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
+def without_hooks(module: nn.Module) -> nn.Module:
+    """A copy of a network, in the same mode, that no engine has its hooks on."""
+    module = copy.deepcopy(module)
+    for child in module.modules():
+        child._forward_hooks.clear()
+    return module
+
+
 _exports: dict[str, tuple[Path, Manifest]] = {}
 
 

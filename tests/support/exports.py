@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 
 from engine_cases import MEAN, STD, loaded, noise
 from heatlens_server.backends.torch.cam.methods import raw_map
@@ -201,6 +202,11 @@ def run_torch(
     with torch.inference_mode():
         values = graph(torch.from_numpy(image), torch.from_numpy(class_index))
     return {name: value.numpy() for name, value in zip(names, values, strict=True)}
+
+
+def writes(target: object) -> bool:
+    """Whether a node's target is an operator that writes to its input."""
+    return isinstance(target, OpOverload) and target._schema.is_mutable
 
 
 def contents(path: Path) -> bytes:

@@ -24,6 +24,7 @@ PREPROCESS = {
 }
 TARGET = ClassIds((3, 7))
 PLAIN = MapSpec(Method.GRAD_CAM, ("body",), upsample=False)
+NEEDS_TORCH = dataclasses.replace(PLAIN, method=Method.SHAPLEY_CAM)
 BOTH = dataclasses.replace(PLAIN, layers=("body", "stem"))
 
 
@@ -107,11 +108,11 @@ def test_it_can_be_left_out(make):
 def test_a_default_method_that_needs_it_loads_it_at_the_start(make, method):
     engine = make(method=method)
     assert engine.info.kind == "onnxruntime"
-    assert engine._companion is not None
+    assert engine.ready(NEEDS_TORCH)
 
 
 def test_a_default_method_of_several_layers_is_the_exports(make):
-    assert make(method="refine-cam")._companion is None
+    assert not make(method="refine-cam").ready(NEEDS_TORCH)
 
 
 def test_what_a_model_does_is_told_by_the_configuration(make):

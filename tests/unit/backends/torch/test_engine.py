@@ -3,20 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import tiny_models
-from engine_cases import Judge, loaded, noise
+from engine_cases import Judge, hook_count, loaded, noise
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.core.engine import ClassIds, MapSpec, TopK
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import Method
 
 SPEC = MapSpec(Method.GRAD_CAM, ("body",), upsample=False)
-
-
-def hook_count(module: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._backward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
 
 
 def test_hooks_are_registered_once_and_gone_after_close():

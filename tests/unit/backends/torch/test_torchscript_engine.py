@@ -1,7 +1,9 @@
 """What is particular to the TorchScript engine: modules, warnings, modes, exports of either kind."""
 
 import dataclasses
+import gc
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -51,16 +53,31 @@ def test_it_says_what_it_can_do():
         assert not engine.can(dataclasses.replace(plain, **beyond))
 
 
-def test_one_module_per_layer_serves_every_method():
+@pytest.fixture
+def modules(monkeypatch):
+    """Every module that is loaded, for as long as somebody holds it."""
+    loaded_modules: list[weakref.ref[torch.jit.ScriptModule]] = []
+    load = torch.jit.load
+
+    def noting(*args, **kwargs):
+        module = load(*args, **kwargs)
+        loaded_modules.append(weakref.ref(module))
+        return module
+
+    monkeypatch.setattr(torch.jit, "load", noting)
+    return loaded_modules
+
+
+def test_one_module_per_layer_serves_every_method(modules):
     engine = TorchScriptEngine(*bundle(loaded(tiny_models.tiny_mlp(), ("body", "stem")), Format.TORCHSCRIPT))
     assert len(engine.info.methods) == len(CLOSED_FORMS) - 1
-    assert len(engine._modules) == 1
+    assert len(modules) == 1
     for method in engine.info.methods:
         for layer in ("body", "stem"):
             spec = MapSpec(method, (layer,), upsample=False)
             if engine.can(spec):
                 engine.explain(noise(1), [TopK(1)], spec)
-    assert len(engine._modules) == 2
+    assert len(modules) == 2
 
 
 @pytest.mark.parametrize(("classes", "kind"), [(1, InputKind.FLOAT), (2, InputKind.UINT8), (None, InputKind.FLOAT)])
@@ -128,11 +145,12 @@ def test_what_the_export_does_not_have_is_refused():
         engine.explain(noise(1), [TopK(1)], MapSpec(Method.GRAD_CAM, ("stem",), upsample=False))
 
 
-def test_close_lets_go_of_the_modules():
+def test_close_lets_go_of_the_modules(modules):
     engine = TorchScriptEngine(*tiny_bundle(), device="cpu")
     engine.close()
     engine.close()
-    assert not engine._modules
+    gc.collect()
+    assert [module() for module in modules] == [None]
     with pytest.raises(ValueError, match="no graph"):
         engine.explain(noise(1), [TopK(1)], SPEC)
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._ops import HigherOrderOperator
 
 from engine_cases import loaded, user_export
 from exports import CLASSES, PX
@@ -92,8 +93,8 @@ def test_results_stay(kind):
 
 def test_no_region_is_left():
     program = exported(made(Regions))
-    assert any(isinstance(kind, torch._ops.HigherOrderOperator) for kind in kinds_of(program))
-    assert not any(isinstance(kind, torch._ops.HigherOrderOperator) for kind in kinds_of(functional(program)))
+    assert any(isinstance(kind, HigherOrderOperator) for kind in kinds_of(program))
+    assert not any(isinstance(kind, HigherOrderOperator) for kind in kinds_of(functional(program)))
 
 
 def test_autocast_that_casts_is_not_taken_out():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import exports
-from engine_cases import bundle, user_export
+from engine_cases import bundle, hook_count, user_export
 from exports import make
 from heatlens_server.backends.torch.export import verify as verifying
 from heatlens_server.backends.torch.export.folder import export_graph
@@ -45,7 +45,7 @@ def test_a_right_export_passes_with_figures(file_format, classes):
         assert figure["bound"] == TOLERANCES["fp32"]
     assert parity["figures"]["cam"]["error"] > 0
     assert lines == ["running the network in float64", "verifying layer middle"]
-    assert not any(module._forward_hooks for module in model.module.modules())
+    assert hook_count(model.module) == 0
     assert {parameter.dtype for parameter in model.module.parameters()} == {torch.float32}
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine_cases import noise
+from engine_cases import hook_count, noise
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.passes.table import PASSES
 from heatlens_server.core.engine import ClassIds, MapSpec, TopK
@@ -89,10 +89,7 @@ def test_nothing_is_left_on_the_network(method, name):
     model = placed(NETWORKS[name]())
 
     def state():
-        return {
-            key: (set(vars(child)), len(child._forward_hooks), len(child._backward_hooks), type(child))
-            for key, child in model.module.named_modules()
-        }
+        return {key: (set(vars(child)), hook_count(child), type(child)) for key, child in model.module.named_modules()}
 
     before, weights = state(), {key: value.clone() for key, value in model.module.state_dict().items()}
     raw(model, noise(2), [TopK(1)] * 2, method)
@@ -101,7 +98,7 @@ def test_nothing_is_left_on_the_network(method, name):
     for key, value in model.module.state_dict().items():
         assert torch.equal(value, weights[key])
     model.close()
-    assert not any(child._forward_hooks for child in model.module.modules())
+    assert hook_count(model.module) == 0
 
 
 def test_threads_that_share_a_network_do_not_meet():

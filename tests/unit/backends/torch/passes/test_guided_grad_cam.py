@@ -1,7 +1,5 @@
 """Guided Grad-CAM against captum 0.9.0 and `grad-cam` 1.5.7; every way to write a ReLU."""
 
-import copy
-
 import pytest
 import pytorch_grad_cam
 import torch
@@ -9,7 +7,7 @@ import torch.nn.functional as F
 from captum.attr import GuidedGradCam
 from torch import nn
 
-from engine_cases import noise
+from engine_cases import noise, without_hooks
 from heatlens_server.backends.torch.passes.one_pass import input_gradient
 from heatlens_server.core.engine import ClassIds
 from heatlens_server.core.methods import Method
@@ -25,9 +23,8 @@ def made(name):
 
 def reference(model):
     """A copy for libraries that replace or hook ReLUs, which must not work in place then."""
-    module = copy.deepcopy(model.module).requires_grad_(requires_grad=True)
+    module = without_hooks(model.module).requires_grad_(requires_grad=True)
     for child in module.modules():
-        child._forward_hooks.clear()
         if isinstance(child, nn.ReLU):
             child.inplace = False
     return module

@@ -1,13 +1,11 @@
 """LeGrad against `torchcam` 0.5.0 and against block after block by hand; which networks it is offered for."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 from torchcam.methods import LeGrad
 
-from engine_cases import noise
+from engine_cases import hook_count, noise, without_hooks
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.core.engine import ClassIds
 from heatlens_server.core.methods import Method
@@ -21,9 +19,7 @@ def test_parity_with_torchcam():
     images = noise(2)
     targets = top(model, images)
     (maps,) = raw(model, images, targets, Method.LE_GRAD)
-    module = copy.deepcopy(model.module)
-    for child in module.modules():
-        child._forward_hooks.clear()
+    module = without_hooks(model.module)
     with LeGrad(module, list(module.encoder.layers)) as explainer:
         for k in range(2):
             scores = module(model.inputs(images))
@@ -33,9 +29,8 @@ def test_parity_with_torchcam():
 
 def by_hand(module, inputs, class_id, prefix, end):
     """Every block alone, in float64, with timm's attention written out: the dropout after it sees the matrix."""
-    module = copy.deepcopy(module).double()
+    module = without_hooks(module).double()
     for child in module.modules():
-        child._forward_hooks.clear()
         if hasattr(child, "fused_attn"):
             child.fused_attn = False
     entering = []
@@ -137,7 +132,7 @@ def test_it_is_offered_where_attention_is_over_the_grid(make, offered):
     assert (Method.LE_GRAD in engine.info.methods) is offered
     model.close()
     engine.close()
-    assert not any(child._forward_hooks or child._forward_pre_hooks for child in module.modules())
+    assert hook_count(module) == 0
 
 
 def test_without_blocks_it_says_so():

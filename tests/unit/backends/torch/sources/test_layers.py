@@ -6,13 +6,10 @@ import torch
 import torchvision
 from torch import nn
 
+from engine_cases import hook_count
 from heatlens_server.backends.torch.sources.layers import discover
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.grid import Layout
-
-
-def hook_count(module):
-    return sum(len(child._forward_hooks) for child in module.modules())
 
 
 class Tiny(nn.Module):

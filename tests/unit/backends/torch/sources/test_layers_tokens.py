@@ -10,7 +10,7 @@ import torch
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
-from engine_cases import MEAN, STD, loaded, noise
+from engine_cases import MEAN, STD, hook_count, loaded, noise
 from heatlens_server.backends.torch.cam.grid import MAP, Grid, Layout, from_map, to_map
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.sources.layers import discover
@@ -95,7 +95,7 @@ def test_layers_and_grids(network):
     assert found.grids[layers[0]] == grid
     assert tuple(found.grids) == found.layers
     assert found.class_count == CLASS_COUNT
-    assert not any(child._forward_hooks for child in module.modules())
+    assert hook_count(module) == 0
 
 
 @pytest.mark.parametrize("name", FOUND)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
@@ -230,7 +231,7 @@ def onnxruntime_session(program: torch.export.ExportedProgram) -> Callable[..., 
 def torchscript(graph_module: GraphModule) -> Callable[..., tuple[Tensor, ...]]:
     """Script a graph, which is changed for it: TorchScript chooses overloads itself."""
     for node in graph_module.graph.nodes:
-        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        if node.op == "call_function" and isinstance(node.target, OpOverload):
             node.target = aten.size if node.target is aten.sym_size.int else node.target.overloadpacket
             node.kwargs = {key: value for key, value in node.kwargs.items() if key != "pin_memory"}
     graph_module.recompile()
