@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from rich.table import Table
@@ -19,9 +19,11 @@ from heatlens_server.core.engine import EngineInfo, ImageResult, MapSpec, TopK
 from heatlens_server.core.methods import CLOSED_FORMS, Method
 from heatlens_server.core.preprocess import FittedImage, PreprocessSpec
 from heatlens_server.fleet.served_model import ServedModel
-from heatlens_server.scheduling.entry import Completed
-from heatlens_server.scheduling.model_queue import Explained, ModelQueue
+from heatlens_server.scheduling.entry import QueueResult, Timing
 from heatlens_server.transports.grpc.encode import encode
+
+if TYPE_CHECKING:
+    from heatlens_server.scheduling.model_queue import ModelQueue
 
 MAX_MS = 0.2
 CALLS = 50
@@ -34,10 +36,10 @@ _RESULT = ImageResult(
     scales=np.ones(1, np.float32),
     offsets=np.zeros(1, np.float32),
 )
-_EXPLAINED = Explained(
-    completed=Completed(result=_RESULT, queue_s=0.001, compute_s=0.1, batch_size=8),
+_EXPLAINED = QueueResult(
+    result=_RESULT,
     image=FittedImage(pixels=_PIXELS, region=PixelBox(0, 0, 224, 224), source_width_px=224, source_height_px=224),
-    preprocess_s=0.001,
+    timing=Timing(preprocess_s=0.001, queue_s=0.001, compute_s=0.1, batch_size=8),
 )
 _PLAN = ExplainPlan(
     target=TopK(1),

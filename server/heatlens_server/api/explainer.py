@@ -10,8 +10,8 @@ from heatlens_server.api.limits import Limits
 from heatlens_server.api.plan import ExplainPlan
 from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.fleet.served_model import ServedModel
-from heatlens_server.scheduling.entry import Source
-from heatlens_server.scheduling.ticket import Explained, Ticket
+from heatlens_server.scheduling.entry import QueueResult, Source
+from heatlens_server.scheduling.ticket import Ticket
 from heatlens_server.transports.grpc.encode import check_answer_size, encode
 
 
@@ -45,7 +45,7 @@ class Explainer:
         )
 
     async def answer(
-        self, explained: Explained, *, revise: Callable[[Explained], Explained] | None = None
+        self, explained: QueueResult, *, revise: Callable[[QueueResult], QueueResult] | None = None
     ) -> pb.ExplainResponse:
         """Build the answer.
 
@@ -66,8 +66,10 @@ class Explainer:
         check_answer_size(self.plan, fitted, self.limits, map_count=least)
         return fitted
 
-    def _encode(self, explained: Explained, revise: Callable[[Explained], Explained] | None) -> pb.ExplainResponse:
+    def _encode(
+        self, explained: QueueResult, revise: Callable[[QueueResult], QueueResult] | None
+    ) -> pb.ExplainResponse:
         if self.plan.counts_boxes:
-            found = len(explained.completed.result.class_ids)
+            found = len(explained.result.class_ids)
             check_answer_size(self.plan, explained.image, self.limits, map_count=found)
         return encode(explained if revise is None else revise(explained), self.plan, self.model)

@@ -25,23 +25,38 @@ class EntryState(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Completed:
-    """A result with its timing.
+class Timing:
+    """How long one image took.
 
     Attributes:
-        result: what the engine said.
-        queue_s: seconds from decoded to running; in steps, to the first one's running.
-        compute_s: seconds the batch ran; in steps, the sum of theirs.
+        preprocess_s: seconds of decoding and resizing.
+        queue_s: seconds from decoded to running; in steps, until the first step runs.
+        compute_s: seconds that the batch ran; in steps, the sum over the steps.
         batch_size: images in the batch.
     """
 
-    result: ImageResult
+    preprocess_s: float
     queue_s: float
     compute_s: float
     batch_size: int
 
 
-Outcome = Completed | Exception
+@dataclass(frozen=True, slots=True)
+class QueueResult:
+    """What a caller gets for one image.
+
+    Attributes:
+        result: what the engine said.
+        image: the image as the model saw it, and where that lies in the source.
+        timing: how long it took.
+    """
+
+    result: ImageResult
+    image: FittedImage
+    timing: Timing
+
+
+Outcome = QueueResult | Exception
 
 
 class Source:

@@ -12,13 +12,11 @@ from heatlens_server.core.engine import MapSpec, SteppingEngine, Target
 from heatlens_server.core.errors import DeadlineExpired
 from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.scheduling.batcher import Batcher
-from heatlens_server.scheduling.entry import Completed, Entry, Outcome, Source
+from heatlens_server.scheduling.entry import Entry, Outcome, QueueResult, Source
 from heatlens_server.scheduling.preparation import Preparation
 from heatlens_server.scheduling.readiness import Readiness
-from heatlens_server.scheduling.ticket import Explained, Ticket, resolve
+from heatlens_server.scheduling.ticket import Ticket, resolve
 from heatlens_server.scheduling.worker import Worker
-
-__all__ = ["Explained", "ModelQueue", "Ticket"]
 
 
 class ModelQueue:
@@ -72,7 +70,7 @@ class ModelQueue:
 
     async def explain(
         self, prepare: Callable[[], FittedImage], target: Target, spec: MapSpec, *, timeout_s: float | None
-    ) -> Explained:
+    ) -> QueueResult:
         """Explain one image.
 
         Args:
@@ -115,7 +113,7 @@ class ModelQueue:
             QueueFull: too many are waiting; never for an image of a stream.
             ServerDraining: the queue is closing.
         """
-        future: asyncio.Future[Completed] = self._loop.create_future()
+        future: asyncio.Future[QueueResult] = self._loop.create_future()
         entry = self.batcher.admit(
             target,
             spec,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from heatlens_server.core.engine import ImageResult, SteppingEngine
 from heatlens_server.core.errors import HeatlensError
 from heatlens_server.core.preprocess import FittedImage
-from heatlens_server.scheduling.entry import Completed, Entry, Outcome
+from heatlens_server.scheduling.entry import Entry, Outcome, QueueResult, Timing
 from heatlens_server.scheduling.outcome import as_domain_error, checked
 from heatlens_server.scheduling.progress import Progress
 
@@ -64,7 +64,10 @@ class Stepper:
         progress.compute_s += time.monotonic() - started_at
         if found is None or isinstance(found, Exception):
             return found
-        return Completed(result=found, queue_s=progress.queue_s, compute_s=progress.compute_s, batch_size=1)
+        timing = Timing(
+            preprocess_s=entry.preprocess_s, queue_s=progress.queue_s, compute_s=progress.compute_s, batch_size=1
+        )
+        return QueueResult(found, image, timing)
 
     def end(self, entry: Entry) -> None:
         """Let go of what is kept of an entry that is done, failed or given up."""

@@ -2,26 +2,8 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from heatlens_server.core.errors import InternalError
-from heatlens_server.core.preprocess import FittedImage
-from heatlens_server.scheduling.entry import Completed, Entry, EntryState, Outcome
-
-
-@dataclass(frozen=True, slots=True)
-class Explained:
-    """What a caller gets.
-
-    Attributes:
-        completed: the engine's result and the time in queue and device.
-        image: the image as the model saw it, and where that lies in the source.
-        preprocess_s: seconds of decoding and resizing.
-    """
-
-    completed: Completed
-    image: FittedImage
-    preprocess_s: float
+from heatlens_server.scheduling.entry import Entry, EntryState, Outcome, QueueResult
 
 
 class Ticket:
@@ -32,7 +14,7 @@ class Ticket:
 
     __slots__ = ("__weakref__", "_entry", "_future", "_withdraw")
 
-    def __init__(self, entry: Entry, future: asyncio.Future[Completed], *, withdraw: Callable[[Entry], bool]) -> None:
+    def __init__(self, entry: Entry, future: asyncio.Future[QueueResult], *, withdraw: Callable[[Entry], bool]) -> None:
         """Hold a place in the queue.
 
         Args:
@@ -64,7 +46,7 @@ class Ticket:
         resolve(self._future, error)
         return True
 
-    async def result(self) -> Explained:
+    async def result(self) -> QueueResult:
         """Wait for the answer. Cancelling the wait takes the image back, as `give_up` does.
 
         Raises:
@@ -74,7 +56,7 @@ class Ticket:
             Exception: what preparing the image raised, or what `give_up` was told.
         """
         try:
-            completed = await self._future
+            return await self._future
         except BaseException:
             # If the wait was cancelled, the place in the queue is free at once; batch mates notice nothing.
             self._withdraw(self._entry)
@@ -82,12 +64,9 @@ class Ticket:
             # dropped by the thousand are free at once instead of when the garbage collector comes.
             del self
             raise
-        if self._entry.image is None:
-            raise InternalError("an entry completed without an image")
-        return Explained(completed, self._entry.image, self._entry.preprocess_s)
 
 
-def resolve(future: asyncio.Future[Completed], outcome: Outcome) -> None:
+def resolve(future: asyncio.Future[QueueResult], outcome: Outcome) -> None:
     """Tell a ticket's future how it ended; nothing happens if that is settled. Call it on the future's loop."""
     # A caller that went away has cancelled its future.
     if future.done():

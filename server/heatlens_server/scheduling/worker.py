@@ -12,7 +12,7 @@ import numpy as np
 from heatlens_server.core.engine import ImageResult, SteppingEngine, UInt8Array
 from heatlens_server.core.errors import HeatlensError
 from heatlens_server.scheduling.batcher import Batcher
-from heatlens_server.scheduling.entry import Complete, Completed, Entry, Outcome
+from heatlens_server.scheduling.entry import Complete, Entry, Outcome, QueueResult, Timing
 from heatlens_server.scheduling.outcome import as_domain_error, checked
 from heatlens_server.scheduling.progress import Progress
 from heatlens_server.scheduling.stepper import Stepper
@@ -135,20 +135,20 @@ class Worker:
         started_at = time.monotonic()
         results = self._explain(batch.entries, batch.images)
         compute_s = time.monotonic() - started_at
-        return [
-            (
-                entry,
-                result
-                if isinstance(result, Exception)
-                else Completed(
-                    result=result,
-                    queue_s=max(0.0, started_at - entry.enqueued_at),
-                    compute_s=compute_s,
-                    batch_size=len(batch.entries),
-                ),
+        outcomes: list[tuple[Entry, Outcome]] = []
+        for entry, result in zip(batch.entries, results, strict=True):
+            if isinstance(result, Exception):
+                outcomes.append((entry, result))
+                continue
+            assert entry.image is not None
+            timing = Timing(
+                preprocess_s=entry.preprocess_s,
+                queue_s=max(0.0, started_at - entry.enqueued_at),
+                compute_s=compute_s,
+                batch_size=len(batch.entries),
             )
-            for entry, result in zip(batch.entries, results, strict=True)
-        ]
+            outcomes.append((entry, QueueResult(result, entry.image, timing)))
+        return outcomes
 
     def _explain(self, entries: Sequence[Entry], images: UInt8Array) -> list[ImageResult | Exception]:
         """Run a batch; if it fails, run its halves, so that one bad image fails alone and memory may suffice."""

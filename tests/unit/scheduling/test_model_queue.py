@@ -15,8 +15,8 @@ from heatlens_server.core.errors import DeadlineExpired, InternalError, InvalidA
 from heatlens_server.core.geometry import PixelBox
 from heatlens_server.core.methods import Method
 from heatlens_server.core.preprocess import FittedImage
-from heatlens_server.scheduling.entry import EntryState
-from heatlens_server.scheduling.model_queue import Explained, ModelQueue
+from heatlens_server.scheduling.entry import EntryState, QueueResult
+from heatlens_server.scheduling.model_queue import ModelQueue
 
 SPEC = MapSpec(Method.GRAD_CAM, ("layer",), upsample=False)
 POISON = 255
@@ -90,13 +90,13 @@ def explain(
     *,
     prepare: Callable[[], FittedImage] | None = None,
     timeout_s: float | None = None,
-) -> "asyncio.Task[Explained]":
+) -> "asyncio.Task[QueueResult]":
     make = prepare or (lambda: image(value))
     return asyncio.create_task(queue.explain(make, TopK(1), SPEC, timeout_s=timeout_s))
 
 
-def value_of(explained: Explained) -> int:
-    return int(explained.completed.result.logits[0])
+def value_of(explained: QueueResult) -> int:
+    return int(explained.result.logits[0])
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -123,8 +123,8 @@ async def test_a_caller_gets_its_own_result_with_times_and_geometry(queue):
     explained = await explain(queue, 7)
     assert value_of(explained) == 7
     assert explained.image.source_width_px == 2
-    assert explained.preprocess_s >= 0
-    assert explained.completed.batch_size == 1
+    assert explained.timing.preprocess_s >= 0
+    assert explained.timing.batch_size == 1
     assert len(queue.batcher) == 0
 
 
@@ -138,7 +138,7 @@ async def test_a_batch_is_delivered_with_one_wake_up_of_the_loop(queue, monkeypa
     queue.batcher.hold_until(4)
     answers = await asyncio.gather(*(explain(queue, value) for value in (3, 1, 4, 2)))
     assert [value_of(answer) for answer in answers] == [3, 1, 4, 2]
-    assert [answer.completed.batch_size for answer in answers] == [4] * 4
+    assert [answer.timing.batch_size for answer in answers] == [4] * 4
     assert wake_ups == [4]
 
 

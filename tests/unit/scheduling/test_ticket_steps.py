@@ -118,7 +118,7 @@ async def test_what_is_half_done_when_the_lane_closes_is_finished(queue):
     closing = asyncio.create_task(queue.close())
     await until(lambda: queue.batcher._closed)
     queue._engine.near_end.set()
-    assert (await asyncio.wait_for(ticket.result(), PATIENCE_S)).completed.batch_size == 1
+    assert (await asyncio.wait_for(ticket.result(), PATIENCE_S)).timing.batch_size == 1
     assert await closing
 
 

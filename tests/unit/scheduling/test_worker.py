@@ -12,7 +12,7 @@ from heatlens_server.core.geometry import PixelBox
 from heatlens_server.core.methods import Method
 from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.scheduling.batcher import Batcher
-from heatlens_server.scheduling.entry import Completed, Entry, Outcome
+from heatlens_server.scheduling.entry import Entry, Outcome, QueueResult
 from heatlens_server.scheduling.worker import Worker
 
 SPEC = MapSpec(Method.GRAD_CAM, ("layer",), upsample=False)
@@ -87,7 +87,7 @@ class Rig:
 
 
 def value_of(outcome: Outcome) -> float:
-    assert isinstance(outcome, Completed), outcome
+    assert isinstance(outcome, QueueResult), outcome
     return float(outcome.result.logits[0])
 
 
@@ -96,7 +96,7 @@ def test_every_entry_gets_its_own_result():
     outcomes = rig.run(range(8))
     rig.stop()
     assert [value_of(o) for o in outcomes] == list(range(8))
-    assert all(isinstance(o, Completed) and o.batch_size == 8 for o in outcomes)
+    assert all(isinstance(o, QueueResult) and o.timing.batch_size == 8 for o in outcomes)
 
 
 def test_poison_image_fails_alone():

@@ -15,7 +15,7 @@ from heatlens_server.core.methods import Method
 from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.scheduling import stepper
 from heatlens_server.scheduling.batcher import Batcher
-from heatlens_server.scheduling.entry import Completed, Entry, EntryState, Outcome
+from heatlens_server.scheduling.entry import Entry, EntryState, Outcome, QueueResult
 from heatlens_server.scheduling.worker import Worker
 
 SPEC = MapSpec(Method.SCORE_CAM, ("layer",), upsample=False)
@@ -155,7 +155,7 @@ def make() -> Iterator[Callable[..., Rig]]:
 
 
 def value_of(outcome: Outcome) -> float:
-    assert isinstance(outcome, Completed), outcome
+    assert isinstance(outcome, QueueResult), outcome
     return float(outcome.result.logits[0])
 
 
@@ -170,9 +170,9 @@ def test_each_gets_its_own_result_after_its_steps(make):
     assert rig.engine.begun == [(7, ROWS), (8, ROWS), (9, ROWS)]
     for entry in entries:
         completed = rig.outcome(entry)
-        assert completed.batch_size == 1
-        assert completed.compute_s > 0
-        assert completed.queue_s >= 0
+        assert completed.timing.batch_size == 1
+        assert completed.timing.compute_s > 0
+        assert completed.timing.queue_s >= 0
         assert entry.steps is None
     assert rig.engine.closed_by == []
 
@@ -197,8 +197,8 @@ def test_the_time_is_that_of_the_steps_alone(monkeypatch):
     assert stepping.advance(entry) is None
     now += 50.0
     completed = stepping.advance(entry)
-    assert isinstance(completed, Completed)
-    assert (completed.queue_s, completed.compute_s) == (10.0, 7.0)
+    assert isinstance(completed, QueueResult)
+    assert (completed.timing.queue_s, completed.timing.compute_s) == (10.0, 7.0)
 
 
 def test_a_batch_runs_between_two_steps(make):

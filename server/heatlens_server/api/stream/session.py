@@ -25,8 +25,8 @@ from heatlens_server.api.violations import Violations
 from heatlens_server.core.errors import FrameDropped, InvalidArgument
 from heatlens_server.fleet.registry import Registry
 from heatlens_server.fleet.served_model import ServedModel
-from heatlens_server.scheduling.entry import Source
-from heatlens_server.scheduling.ticket import Explained, Ticket
+from heatlens_server.scheduling.entry import QueueResult, Source
+from heatlens_server.scheduling.ticket import Ticket
 from heatlens_server.transports.grpc.status import is_fault, to_status
 
 _log = logging.getLogger("heatlens.rpc")
@@ -62,15 +62,15 @@ class _Opened:
         self._smoother = MapSmoother(plan.temporal_smoothing)
 
     @property
-    def revise(self) -> Callable[[Explained], Explained] | None:
+    def revise(self) -> Callable[[QueueResult], QueueResult] | None:
         """What is done to each frame's maps, in the order of frames; None if nothing is."""
         return self._smooth if self.plan.temporal_smoothing else None
 
-    def _smooth(self, explained: Explained) -> Explained:
+    def _smooth(self, explained: QueueResult) -> QueueResult:
         image = explained.image
         size_px = (image.source_height_px, image.source_width_px) if self.plan.explain.place_on_source else None
-        result = self._smoother.smooth(explained.completed.result, size_px=size_px)
-        return dataclasses.replace(explained, completed=dataclasses.replace(explained.completed, result=result))
+        result = self._smoother.smooth(explained.result, size_px=size_px)
+        return dataclasses.replace(explained, result=result)
 
 
 class StreamSession:

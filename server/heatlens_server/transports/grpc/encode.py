@@ -18,7 +18,7 @@ from heatlens_server.core.methods import AT_INPUT_SIZE, Metric
 from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.imaging.mask import place_mask
-from heatlens_server.scheduling.model_queue import Explained
+from heatlens_server.scheduling.entry import QueueResult
 
 _PROTO_TYPES = {"<f4": pb.DATA_TYPE_FLOAT32, "<f2": pb.DATA_TYPE_FLOAT16, "u1": pb.DATA_TYPE_UINT8}
 
@@ -63,11 +63,10 @@ def check_answer_size(plan: ExplainPlan, image: FittedImage, limits: Limits, *, 
         )
 
 
-def encode(explained: Explained, plan: ExplainPlan, model: ServedModel) -> pb.ExplainResponse:
+def encode(explained: QueueResult, plan: ExplainPlan, model: ServedModel) -> pb.ExplainResponse:
     """Build the answer. Fast at layer and input size; placing maps on large source images takes milliseconds each."""
-    result = explained.completed.result
+    result, timing = explained.result, explained.timing
     wire = task_wire(model.engine.task)
-    timing = explained.completed
     findings = wire.findings(result)
     return pb.ExplainResponse(
         explanations=[_explanation(k, finding, explained, plan, model) for k, finding in enumerate(findings)],
@@ -79,7 +78,7 @@ def encode(explained: Explained, plan: ExplainPlan, model: ServedModel) -> pb.Ex
         model_version=model.version,
         timing=pb.Timing(
             queue_duration=timedelta(seconds=timing.queue_s),
-            preprocess_duration=timedelta(seconds=explained.preprocess_s),
+            preprocess_duration=timedelta(seconds=timing.preprocess_s),
             compute_duration=timedelta(seconds=timing.compute_s),
             batch_size=timing.batch_size,
         ),
@@ -89,9 +88,9 @@ def encode(explained: Explained, plan: ExplainPlan, model: ServedModel) -> pb.Ex
 
 
 def _explanation(
-    k: int, finding: Finding, explained: Explained, plan: ExplainPlan, model: ServedModel
+    k: int, finding: Finding, explained: QueueResult, plan: ExplainPlan, model: ServedModel
 ) -> pb.Explanation:
-    result, image = explained.completed.result, explained.image
+    result, image = explained.result, explained.image
     values = result.maps[k]
     if plan.place_on_source:
         values = place_map(values, image.region, (image.source_width_px, image.source_height_px))

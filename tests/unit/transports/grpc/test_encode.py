@@ -13,8 +13,7 @@ from heatlens_server.core.geometry import PixelBox, place_map
 from heatlens_server.core.methods import Method
 from heatlens_server.core.preprocess import FittedImage, Interpolation, PreprocessSpec
 from heatlens_server.fleet.served_model import ServedModel
-from heatlens_server.scheduling.entry import Completed
-from heatlens_server.scheduling.model_queue import Explained
+from heatlens_server.scheduling.entry import QueueResult, Timing
 from heatlens_server.transports.grpc.encode import check_answer_size, encode
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -45,7 +44,7 @@ def plan(target=TWO, *, upsample=False, place=False, map_dtype="<f4", top_predic
     return ExplainPlan(target, spec, place, map_dtype, top_predictions)
 
 
-def explained(logits=(1.0, 3.0, 3.0, -2.0)) -> Explained:
+def explained(logits=(1.0, 3.0, 3.0, -2.0)) -> QueueResult:
     result = ImageResult(
         logits=np.array(logits, np.float32),
         class_ids=(2, 0),
@@ -53,7 +52,7 @@ def explained(logits=(1.0, 3.0, 3.0, -2.0)) -> Explained:
         scales=np.array([2.0, 0.5], np.float32),
         offsets=np.array([0.0, 0.125], np.float32),
     )
-    return Explained(Completed(result, queue_s=0.001, compute_s=0.25, batch_size=3), FITTED, preprocess_s=0.5)
+    return QueueResult(result, FITTED, Timing(preprocess_s=0.5, queue_s=0.001, compute_s=0.25, batch_size=3))
 
 
 @pytest.mark.parametrize(
