@@ -11,15 +11,17 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from heatlens.v1 import explain_pb2_grpc, model_pb2_grpc
-from heatlens_server.api.gate import CallGate, draining
+from heatlens_server.api.calls import CallGate
 from heatlens_server.api.limits import Limits
 from heatlens_server.api.stream.open_streams import OpenStreams
 from heatlens_server.config import Config, ModelConfig
-from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.core.errors import ModelLoadError, ServerDraining
+from heatlens_server.core.events import Observer, Observers
 from heatlens_server.fleet.build import BuiltModel, build
 from heatlens_server.fleet.registry import Registry
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.scheduling.model_queue import ModelQueue
+from heatlens_server.telemetry.log_observer import LogObserver
 from heatlens_server.transports.grpc.explain_service import ExplainServicer
 from heatlens_server.transports.grpc.health import Health
 from heatlens_server.transports.grpc.listener import bind, enable_reflection, make_server
@@ -62,9 +64,10 @@ class Server:
             max_in_flight=config.server.max_in_flight,
         )
         token = config.server.read_token()
-        self._gate = CallGate()
+        self._observer: Observer = Observers([LogObserver()])
+        self._gate = CallGate(self._observer, token=None if token is None else token.get_secret_value())
         self.streams = OpenStreams(max_streams=self._limits.max_streams)
-        self._grpc = make_server(config.server, self._gate, token=None if token is None else token.get_secret_value())
+        self._grpc = make_server(config.server, self._gate)
         self.port = 0
 
     @classmethod
@@ -114,7 +117,7 @@ class Server:
         queues = [slot.value.queue for slot in self.registry.slots if slot.value is not None]
         if not finished:
             for queue in queues:
-                queue.give_up(draining())
+                queue.give_up(ServerDraining())
             finished = await self._gate.close(_PARTING_S)
         await asyncio.sleep(min(_NOTICE_S, max(0.0, deadline - time.monotonic())))
         await self._grpc.stop(_FLUSH_S if finished else 0.0)

@@ -150,6 +150,9 @@ class ServerDraining(HeatlensError):
 
     reason = "SERVER_DRAINING"
 
+    def __init__(self, message: str = "the server is shutting down", *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+
 
 class QueueFull(HeatlensError):
     """Too many requests are waiting for this model."""

@@ -101,7 +101,7 @@ class Batcher:
         """
         with self._changed:
             if self._closed:
-                raise ServerDraining("the server is shutting down", retry_after_s=_MIN_RETRY_S)
+                raise ServerDraining
             # A stream is bounded by its own window: its images neither need nor take the places of callers.
             expired = self._sweep() if source is None and self._callers >= self._max_queue_length else []
             full = source is None and self._callers >= self._max_queue_length

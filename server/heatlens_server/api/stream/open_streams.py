@@ -5,9 +5,8 @@ from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from heatlens_server.api.gate import draining
 from heatlens_server.api.stream.stream_counters import StreamCounters
-from heatlens_server.core.errors import StreamLimit
+from heatlens_server.core.errors import ServerDraining, StreamLimit
 
 _RETRY_S = 1.0
 
@@ -47,7 +46,7 @@ class OpenStreams:
             ServerDraining: the server is shutting down.
         """
         if self._draining:
-            raise draining()
+            raise ServerDraining
         if len(self._open) >= self._max_streams:
             raise StreamLimit(
                 f"{self._max_streams} streams are open already",

@@ -11,23 +11,22 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 from heatlens.v1 import explain_pb2 as pb
+from heatlens_server.api.calls import current_call, is_fault
 from heatlens_server.api.explainer import Explainer
-from heatlens_server.api.gate import draining
 from heatlens_server.api.images import SourceImage, parse_image
 from heatlens_server.api.limits import Limits
-from heatlens_server.api.record import current_record
 from heatlens_server.api.stream.open_streams import OpenStreams
 from heatlens_server.api.stream.protocol import FrameOrder, StreamPlan, config_of, field_of_stream, parse_config
 from heatlens_server.api.stream.sampling import FrameSampler, FrameTime
 from heatlens_server.api.stream.smoothing import MapSmoother
 from heatlens_server.api.stream.window import FrameWindow, PendingFrame
 from heatlens_server.api.violations import Violations
-from heatlens_server.core.errors import FrameDropped, InvalidArgument
+from heatlens_server.core.errors import FrameDropped, InvalidArgument, ServerDraining
 from heatlens_server.fleet.registry import Registry
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.scheduling.entry import QueueResult, Source
 from heatlens_server.scheduling.ticket import Ticket
-from heatlens_server.transports.grpc.status import is_fault, to_status
+from heatlens_server.transports.grpc.status import to_status
 
 _log = logging.getLogger("heatlens.rpc")
 
@@ -99,7 +98,7 @@ class StreamSession:
         self._open_streams = open_streams
         self._requests = requests
         self._write = write
-        self._record = current_record()
+        self._call = current_call()
         self._opened: _Opened | None = None
         self._counts = _Counts()
         # The first of these ends the reading; then the window is answered.
@@ -140,7 +139,7 @@ class StreamSession:
 
     def drain(self) -> None:
         """Read no more, answer the frames that run, and end with ServerDraining."""
-        error = draining()
+        error = ServerDraining()
         self._end(error)
         cut = self._opened is not None and self._opened.window.cut(error)
         if cut and self._end_error is None:
@@ -180,7 +179,7 @@ class StreamSession:
 
     def _failed(self, frame_id: int, error: Exception) -> pb.StreamExplainResponse:
         """The answer for a frame that has none."""
-        request_id = self._record.request_id
+        request_id = self._call.request_id
         if isinstance(error, FrameDropped):
             self._counts.dropped += 1
         else:
@@ -197,8 +196,8 @@ class StreamSession:
         self._end(None)
         if self._opened is not None:
             self._opened.window.close(asyncio.InvalidStateError("the stream is over"))
-            self._record.fields["model"] = self._opened.model.name
-        self._record.fields.update({f"frames_{name}": n for name, n in dataclasses.asdict(self._counts).items()})
+            self._call.fields["model"] = self._opened.model.name
+        self._call.fields.update({f"frames_{name}": n for name, n in dataclasses.asdict(self._counts).items()})
 
     # The reading side.
 
@@ -255,7 +254,7 @@ class StreamSession:
         while not opened.window.make_room():
             await self._wait(self._room)
             if self._over:
-                raise self._end_error or draining()
+                raise self._end_error or ServerDraining()
         timeout_s = opened.plan.frame_timeout_s
         if timeout_s is not None:
             timeout_s -= time.monotonic() - read_s

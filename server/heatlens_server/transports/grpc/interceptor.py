@@ -1,15 +1,10 @@
-"""What happens around every call: request id, token, one log line, and errors turned into statuses.
+"""`api.calls` around every gRPC call, and errors turned into statuses.
 
 Health checks pass through untouched: probes carry no token and would flood the log.
 """
 
 import asyncio
-import hmac
 import inspect
-import logging
-import re
-import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn
 
@@ -17,15 +12,10 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from heatlens_server.api.gate import CallGate
-from heatlens_server.api.record import CallRecord, set_current_record
-from heatlens_server.core.errors import FieldViolation, HeatlensError, InvalidArgument, Unauthenticated
-from heatlens_server.transports.grpc.status import REQUEST_ID_KEY, WireStatus, is_fault, to_wire
+from heatlens_server.api.calls import Call, CallGate
+from heatlens_server.core.errors import FieldViolation, InvalidArgument
+from heatlens_server.transports.grpc.status import REQUEST_ID_KEY, WireStatus, to_wire
 
-_log = logging.getLogger("heatlens.rpc")
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_SHOWN_CHARACTERS = 500
-"""How much of an error a log line repeats."""
 _HEALTH_PREFIX = "/grpc.health.v1.Health/"
 
 Context = Any  # grpc.aio.ServicerContext, whose type parameters differ per method
@@ -34,15 +24,9 @@ Context = Any  # grpc.aio.ServicerContext, whose type parameters differ per meth
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps unary and bidirectional handlers of every service but health."""
 
-    def __init__(self, gate: CallGate, *, token: str | None = None) -> None:
-        """Wrap calls.
-
-        Args:
-            gate: counts the calls, and refuses them once the server drains.
-            token: the bearer token that callers must send; None lets everybody in.
-        """
+    def __init__(self, gate: CallGate) -> None:
+        """Wrap calls, which the gate lets in and counts."""
         self._gate = gate
-        self._token = None if token is None else token.encode()
 
     async def intercept_service(
         self,
@@ -66,103 +50,62 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return handler
 
     def _unary(self, behavior: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
-        async def call(request: Any, context: Context) -> Any:  # noqa: ANN401 - any message
-            span = _Call(method, context)
+        async def handle(request: Any, context: Context) -> Any:  # noqa: ANN401 - any message
+            call, metadata = self._begin(method, context)
             try:
-                self._authenticate(context)
-                with self._gate:
+                with self._gate.admit(metadata.get("authorization", "")):
                     response = await behavior(_parsed(request), context)
             except BaseException as error:
-                await span.fail(error)
-            span.succeed()
+                await self._fail(call, context, error)
+            self._gate.end(call, "OK")
             return response
 
-        return call
+        return handle
 
     def _stream(self, behavior: Callable[..., Any], method: str) -> Callable[..., Awaitable[None]]:
         if inspect.isasyncgenfunction(behavior):
             behavior = _writing(behavior)
 
-        async def call(requests: object, context: Context) -> None:  # noqa: ARG001 - read through the context
-            span = _Call(method, context)
+        async def handle(requests: object, context: Context) -> None:  # noqa: ARG001 - read through the context
+            call, metadata = self._begin(method, context)
             try:
-                self._authenticate(context)
-                with self._gate:
+                with self._gate.admit(metadata.get("authorization", "")):
                     await behavior(_Requests(context), context)
             except BaseException as error:
-                await span.fail(error)
-            span.succeed()
+                await self._fail(call, context, error)
+            self._gate.end(call, "OK")
 
-        return call
+        return handle
 
-    def _authenticate(self, context: Context) -> None:
-        if self._token is None:
-            return
-        sent = dict(context.invocation_metadata() or ()).get("authorization", "")
-        scheme, _, token = str(sent).partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(token.encode(), self._token):
-            raise Unauthenticated("send the server's token as metadata `authorization: Bearer <token>`")
+    def _begin(self, method: str, context: Context) -> tuple[Call, dict[str, str | bytes]]:
+        """The call, and its metadata."""
+        metadata = dict(context.invocation_metadata() or ())
+        call = self._gate.begin(method, peer=context.peer(), request_id=metadata.get(REQUEST_ID_KEY, ""))
+        context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
+        return call, metadata
 
-
-class _Call:
-    """One call: its record, its log line and its end."""
-
-    def __init__(self, method: str, context: Context) -> None:
-        sent = dict(context.invocation_metadata() or ()).get(REQUEST_ID_KEY, "")
-        known = isinstance(sent, str) and _REQUEST_ID.fullmatch(sent)
-        self._record = CallRecord(request_id=sent if known else uuid.uuid4().hex)
-        self._context = context
-        self._method = method
-        self._started_at = time.perf_counter()
-        context.set_trailing_metadata(((REQUEST_ID_KEY, self._record.request_id),))
-        set_current_record(self._record)
-
-    def succeed(self) -> None:
-        self._write(logging.INFO, "OK")
-
-    async def fail(self, error: BaseException) -> NoReturn:
-        """Log, and end the call with the error's status; what is not an error (cancellation) is raised again."""
+    async def _fail(self, call: Call, context: Context, error: BaseException) -> NoReturn:
+        """End a call with its error's status; what is not an error (cancellation) is raised again."""
         if isinstance(error, asyncio.CancelledError):
-            self._write(logging.INFO, "CANCELLED")
+            self._gate.end(call, "CANCELLED")
             raise error
         if isinstance(error, grpc.aio.InternalError):
             # A message could not be sent: the peer is gone, and gRPC cancels this task a moment later.
-            self._write(logging.INFO, "CANCELLED")
-            await self._abort(WireStatus(grpc.StatusCode.CANCELLED, "", ((REQUEST_ID_KEY, self._record.request_id),)))
+            self._gate.end(call, "CANCELLED")
+            await _abort(context, WireStatus(grpc.StatusCode.CANCELLED, "", ((REQUEST_ID_KEY, call.request_id),)))
         if not isinstance(error, Exception):
             raise error
-        status = to_wire(error, self._record.request_id)
-        if isinstance(error, HeatlensError) and not is_fault(error):
-            self._write(logging.INFO, status.code.name, error=error.message[:_SHOWN_CHARACTERS], reason=error.reason)
-        else:
-            self._write(logging.ERROR, status.code.name, error=repr(error)[:_SHOWN_CHARACTERS], exc_info=error)
-        await self._abort(status)
+        status = to_wire(error, call.request_id)
+        self._gate.end(call, status.code.name, error=error)
+        await _abort(context, status)
 
-    async def _abort(self, status: WireStatus) -> NoReturn:
-        try:
-            await self._context.abort(status.code, status.message, status.trailing_metadata)
-        except grpc.aio.InternalError as gone:
-            raise asyncio.CancelledError from gone
-        raise AssertionError("abort returned")
 
-    def _write(self, level: int, code: str, *, exc_info: Exception | None = None, **fields: str) -> None:
-        if not _log.isEnabledFor(level):
-            return
-        duration_ms = round((time.perf_counter() - self._started_at) * 1e3, 3)
-        _log.log(
-            level,
-            "call",
-            exc_info=exc_info,
-            extra={
-                "method": self._method,
-                "code": code,
-                "duration_ms": duration_ms,
-                "request_id": self._record.request_id,
-                "peer": self._context.peer(),
-                **self._record.fields,
-                **fields,
-            },
-        )
+async def _abort(context: Context, status: WireStatus) -> NoReturn:
+    try:
+        await context.abort(status.code, status.message, status.trailing_metadata)
+    except grpc.aio.InternalError as gone:
+        raise asyncio.CancelledError from gone
+    raise AssertionError("abort returned")
 
 
 def _tolerant(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

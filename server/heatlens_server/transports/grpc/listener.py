@@ -4,7 +4,7 @@ import grpc
 import grpc.aio
 from grpc_reflection.v1alpha import reflection
 
-from heatlens_server.api.gate import CallGate
+from heatlens_server.api.calls import CallGate
 from heatlens_server.config import ServerConfig, TlsConfig
 from heatlens_server.core.errors import ConfigError
 from heatlens_server.transports.grpc.health import SERVICES
@@ -19,10 +19,10 @@ _KEEPALIVE_OPTIONS = (
 )
 
 
-def make_server(config: ServerConfig, gate: CallGate, *, token: str | None) -> grpc.aio.Server:
+def make_server(config: ServerConfig, gate: CallGate) -> grpc.aio.Server:
     """Make a server with limits, keepalive and the call interceptor, without services and without a port."""
     return grpc.aio.server(
-        interceptors=[CallInterceptor(gate, token=token)],
+        interceptors=[CallInterceptor(gate)],
         options=[
             ("grpc.max_receive_message_length", config.max_message_bytes),
             ("grpc.max_send_message_length", config.max_message_bytes),

@@ -8,6 +8,7 @@ import grpc
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
+from heatlens_server.api.calls import is_fault
 from heatlens_server.core import errors
 
 DOMAIN = "heatlens"
@@ -72,11 +73,6 @@ def to_status(error: BaseException, request_id: str) -> status_pb2.Status:
     for detail in _details(error, message, request_id):
         status.details.add().Pack(detail)
     return status
-
-
-def is_fault(error: BaseException) -> bool:
-    """Whether an exception is a fault of ours: it is logged with its traceback, and callers get a request id only."""
-    return not isinstance(error, errors.HeatlensError) or isinstance(error, errors.InternalError)
 
 
 def _shown(error: BaseException, request_id: str) -> errors.HeatlensError:

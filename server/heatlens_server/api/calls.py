@@ -1,0 +1,146 @@
+"""What happens around every call, whatever the transport: request id, token, the count of calls, and the call's end."""
+
+import asyncio
+import hmac
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from heatlens_server.core.errors import HeatlensError, InternalError, ServerDraining, Unauthenticated
+from heatlens_server.core.events import CallEnd, Observer
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call that is being handled.
+
+    Attributes:
+        method: what is called, as the transport names it.
+        request_id: the caller's, or a random one.
+        peer: the caller's address.
+        fields: what the handler adds to what observers are told.
+        started_at: on `time.perf_counter`, in seconds.
+    """
+
+    method: str
+    request_id: str
+    peer: str
+    fields: dict[str, object] = field(default_factory=dict)
+    started_at: float = field(default_factory=time.perf_counter)
+
+
+_current: ContextVar[Call] = ContextVar("heatlens_call")
+
+
+def current_call() -> Call:
+    """The call that this task handles; outside of calls an empty one."""
+    return _current.get(None) or Call(method="", request_id="", peer="")
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether an exception is a fault of ours: it is logged with its traceback, and callers get a request id only."""
+    return not isinstance(error, HeatlensError) or isinstance(error, InternalError)
+
+
+class CallGate:
+    """Lets calls in while the server serves, and tells the observer how each ended. Belongs to the event loop."""
+
+    def __init__(self, observer: Observer, *, token: str | None = None) -> None:
+        """Make an open gate.
+
+        Args:
+            observer: is told of the end of every call.
+            token: what callers must send; None lets everybody in.
+        """
+        self._observer = observer
+        self._token = None if token is None else token.encode()
+        self._in_flight = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def begin(self, method: str, *, peer: str, request_id: object) -> Call:
+        """A call has come: from now on this task, and the tasks that it starts, handle it. `end` must follow.
+
+        Args:
+            method: what is called, as the transport names it.
+            peer: the caller's address.
+            request_id: what the caller sent for one. Anything but 1 to 64 of A-Z a-z 0-9 . _ - is replaced.
+        """
+        known = isinstance(request_id, str) and _REQUEST_ID.fullmatch(request_id)
+        call = Call(method, str(request_id) if known else uuid.uuid4().hex, peer)
+        _current.set(call)
+        return call
+
+    def end(self, call: Call, code: str, *, error: Exception | None = None) -> None:
+        """A call is over.
+
+        Args:
+            call: from `begin`.
+            code: the status in the transport's terms; "OK" if the call ended well.
+            error: what it failed with; None if it did not, or was cancelled.
+        """
+        end = CallEnd(
+            method=call.method,
+            request_id=call.request_id,
+            peer=call.peer,
+            code=code,
+            duration_s=time.perf_counter() - call.started_at,
+            fields=call.fields,
+            error=error,
+            is_fault=error is not None and is_fault(error),
+        )
+        if code == "OK":
+            self._observer.answered(end)
+        else:
+            self._observer.refused(end)
+
+    @contextmanager
+    def admit(self, authorization: object) -> Iterator[None]:
+        """Count a call in, until the end of the block.
+
+        Args:
+            authorization: what the caller sent as such: "Bearer <token>".
+
+        Raises:
+            Unauthenticated: a token is required, and this is another.
+            ServerDraining: the gate is closed.
+        """
+        self._authenticate(str(authorization))
+        if self._draining:
+            raise ServerDraining
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            if self._in_flight == 0:
+                self._idle.set()
+
+    async def close(self, timeout_s: float) -> bool:
+        """Refuse new calls from now on, and wait for those in flight.
+
+        Returns:
+            False if some are still in flight when the time is over.
+        """
+        self._draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _authenticate(self, authorization: str) -> None:
+        if self._token is None:
+            return
+        scheme, _, token = authorization.partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(token.encode(), self._token):
+            raise Unauthenticated("send the server's token as metadata `authorization: Bearer <token>`")

@@ -1,0 +1,65 @@
+"""One log line per call and per change of a model's state."""
+
+import logging
+
+import pytest
+
+from heatlens_server.core.errors import InternalError, InvalidArgument
+from heatlens_server.core.events import CallEnd
+from heatlens_server.telemetry.log_observer import LogObserver
+
+
+def end(code: str = "OK", error: Exception | None = None, *, is_fault: bool = False, **fields: object) -> CallEnd:
+    return CallEnd("Explain", "id-1", "ipv4:1", code, 0.0123456, fields, error, is_fault)
+
+
+@pytest.fixture
+def line(caplog):
+    """The one line that was written."""
+    caplog.set_level(logging.INFO)
+
+    def only() -> logging.LogRecord:
+        (record,) = caplog.records
+        return record
+
+    return only
+
+
+def test_a_call_that_ended_well(line):
+    LogObserver().answered(end(model="m", frames_answered=3))
+    record = line()
+    assert (record.name, record.levelno, record.getMessage()) == ("heatlens.rpc", logging.INFO, "call")
+    assert (record.method, record.code, record.request_id, record.peer) == ("Explain", "OK", "id-1", "ipv4:1")
+    assert (record.duration_ms, record.model, record.frames_answered) == (12.346, "m", 3)
+    assert not hasattr(record, "error")
+
+
+def test_a_cancelled_call(line):
+    LogObserver().refused(end("CANCELLED"))
+    assert (line().levelno, line().code, hasattr(line(), "error")) == (logging.INFO, "CANCELLED", False)
+
+
+def test_the_callers_fault_has_its_reason_and_no_traceback(line):
+    error = InvalidArgument.of("options.top_k", "x" * 600, reason="INVALID_OPTION")
+    LogObserver().refused(end("INVALID_ARGUMENT", error))
+    assert (line().levelno, line().reason, line().exc_info) == (logging.INFO, "INVALID_OPTION", None)
+    assert line().error == error.message[:500]
+
+
+@pytest.mark.parametrize("error", [KeyError("secret-1"), InternalError("secret-1")])
+def test_our_fault_has_its_traceback(line, error):
+    LogObserver().refused(end("INTERNAL", error, is_fault=True))
+    assert (line().levelno, line().exc_info[1], line().error) == (logging.ERROR, error, repr(error))
+
+
+@pytest.mark.parametrize(
+    ("state", "level", "text"),
+    [
+        ("ready", logging.INFO, "model m ready: why"),
+        ("failed", logging.ERROR, "model m failed to load: why"),
+        ("unloaded", logging.INFO, "model m unloaded"),
+    ],
+)
+def test_states_of_models(line, state, level, text):
+    LogObserver().model_changed(model="m", state=state, message="why")
+    assert (line().name, line().levelno, line().getMessage()) == ("heatlens", level, text)
