@@ -9,7 +9,7 @@ PROTO_BIN := $(PROTO_VENV)/bin
 PROTOS := $(sort $(wildcard proto/heatlens/v1/*.proto))
 STUBS := client/heatlens/v1
 
-.PHONY: help setup demo demo-video gallery test lint format type proto proto-check bench bench-gpu coverage-export clean
+.PHONY: help setup demo demo-video gallery test lint format type proto proto-check sync-client bench bench-gpu coverage-export clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,7 @@ test: setup ## Run the tests
 lint: setup $(PROTO_VENV)/.ready ## Check style: ruff, and buf on the protos
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python client/unasync.py --check
 	$(PROTO_BIN)/buf lint
 	$(PROTO_BIN)/buf format --diff --exit-code
 
@@ -61,6 +62,9 @@ proto-check: $(PROTO_VENV)/.ready ## Fail if the committed stubs are stale
 	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && $(MAKE) --no-print-directory proto-into OUT="$$tmp" \
 	  && diff -r --exclude=__pycache__ --exclude=__init__.py "$$tmp/heatlens/v1" $(STUBS) \
 	  && echo "stubs are up to date"
+
+sync-client: setup ## Rewrite the client for threads after a change of the one for asyncio
+	$(BIN)/python client/unasync.py
 
 .PHONY: proto-into
 proto-into:

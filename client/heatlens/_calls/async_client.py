@@ -1,65 +1,33 @@
-"""The client for asyncio: the same calls as `heatlens.Client`, awaited."""
+"""The client for asyncio."""
 
 # ruff: noqa: ASYNC109 - `timeout` is a gRPC deadline: the server sees it too, which asyncio.timeout cannot do.
 
-import asyncio
-import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self, Unpack
 
-import grpc
-import grpc.aio
-from google.protobuf.message import Message
-from grpc_health.v1 import health_pb2_grpc
-
+from heatlens._calls.connection import AsyncConnection
 from heatlens._calls.settings import DEFAULT_MAX_MESSAGE_BYTES, TLS, UNSET, Retry, Timeout, make_settings
-from heatlens._exceptions import CallCancelledError, FailedPreconditionError, NotFoundError
+from heatlens._exceptions import NotFoundError
 from heatlens._public import public
 from heatlens._results.images import ImageSource
 from heatlens._results.results import Health, ModelInfo, Result, ServerInfo
-from heatlens._stream.async_link import AsyncLink, AsyncStreamCall
+from heatlens._stream.async_link import AsyncLink
 from heatlens._stream.async_stream import AsyncStream
 from heatlens._wire import answers
-from heatlens._wire.names import AggregationName, MapSizeName, MapTypeName, TargetScoreName
-from heatlens._wire.requests import (
-    ALL,
-    MaskSource,
-    Metrics,
-    ReferenceSource,
-    check_size,
-    explain_request,
-    health_request,
-    keep_metrics_of,
-)
-from heatlens._wire.status import error_of, unknown_model
-from heatlens._wire.streams import OverflowName, stream_plan
-from heatlens.v1 import explain_pb2_grpc, model_pb2, model_pb2_grpc
-
-Request = TypeVar("Request", bound=Message)
-Response = TypeVar("Response")
-
-
-@dataclass(frozen=True, slots=True)
-class _Connection:
-    """A channel, its event loop and its stubs."""
-
-    loop: asyncio.AbstractEventLoop
-    channel: grpc.aio.Channel
-    explain: "explain_pb2_grpc.ExplainServiceAsyncStub"
-    models: "model_pb2_grpc.ModelServiceAsyncStub"
-    health: health_pb2_grpc.HealthStub
+from heatlens._wire.requests import ALL, ExplainOptions, explain_request, health_request, keep_metrics_of
+from heatlens._wire.status import unknown_model
+from heatlens._wire.streams import StreamOptions, stream_plan
+from heatlens.v1 import model_pb2
 
 
 @public
 class AsyncClient:
     """Asks a heatlens server why its models say what they say, from asyncio. Create it after forking, not before.
 
-    The connection is made by the first call, shared by all and mended by itself; it belongs to that call's event
-    loop. Use the client as an asynchronous context manager, or await `close`. Cancelling a task cancels its call.
+    The connection is made by the first call, shared by all and mended by itself; it belongs to that call's event loop.
+    Use the client as an asynchronous context manager, or await `close`. Cancelling a task cancels its call.
 
     Args:
         address: "host:port", or a gRPC target: "dns:///models.example:50051" spreads calls over all its addresses.
@@ -95,13 +63,10 @@ class AsyncClient:
             wait_for_ready=wait_for_ready,
             max_message_bytes=max_message_bytes,
         )
-        # Made by the first call: a grpc.aio channel belongs to the event loop that is running then.
-        self._connection: _Connection | None = None
-        self._stream_calls: weakref.WeakSet[AsyncStreamCall] = weakref.WeakSet()
-        self._closed = False
+        self._connection = AsyncConnection(self._settings)
 
     def __repr__(self) -> str:
-        return self._settings.describe("AsyncClient")
+        return self._settings.describe(type(self).__name__)
 
     async def __aenter__(self) -> Self:
         return self
@@ -113,134 +78,115 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connection; calls still open in other tasks fail with CallCancelledError. Idempotent."""
-        self._closed = True
-        connection, self._connection = self._connection, None
-        # Older channels (grpcio 1.76) cancel only the calls that a task awaits directly.
-        for call in list(self._stream_calls):
-            call.cancel()
-        if connection is not None:
-            await connection.channel.close()
+        await self._connection.close()
 
     async def explain(
         self,
         image: ImageSource,
         *,
         model: str | None = None,
-        top_k: int | None = None,
-        class_ids: int | Sequence[int] | None = None,
-        method: str | None = None,
-        layers: str | Sequence[str] | None = None,
-        map_size: MapSizeName | None = None,
-        map_type: MapTypeName | None = None,
-        top_predictions: int | None = None,
-        target_score: TargetScoreName | None = None,
-        aggregation: AggregationName | None = None,
-        augment: bool = False,
-        principal_component: bool = False,
-        faithfulness: Metrics = False,
-        mask: MaskSource | None = None,
-        reference: ReferenceSource | None = None,
-        min_score: float | None = None,
-        return_mask: bool = False,
         timeout: Timeout = UNSET,
+        **options: Unpack[ExplainOptions],
     ) -> Result:
         """Explain one image: which of its pixels made the model give a class its score.
 
-        Arguments, what is returned and what is raised are those of `heatlens.Client.explain`. Files are read aside, so
-        that the event loop goes on.
-        """
-        build = partial(
-            explain_request,
-            image,
-            model=model,
-            top_k=top_k,
-            class_ids=class_ids,
-            method=method,
-            layers=layers,
-            map_size=map_size,
-            map_type=map_type,
-            top_predictions=top_predictions,
-            target_score=target_score,
-            aggregation=aggregation,
-            augment=augment,
-            principal_component=principal_component,
-            faithfulness=faithfulness,
-            mask=mask,
-            reference=reference,
-            min_score=min_score,
-            return_mask=return_mask,
-        )
-        # Reading a file would hold up the event loop.
-        reads = any(isinstance(source, str | PathLike) for source in (image, mask, reference))
-        request = await asyncio.to_thread(build) if reads else build()
-        if isinstance(faithfulness, str) and faithfulness == ALL:
-            keep_metrics_of(await self.models(timeout=timeout), request)
-        return answers.result_of(
-            await self._call(self._connect().explain.Explain, request, timeout), placed=map_size == "source"
-        )
+        Args:
+            image: a path, the bytes of a JPEG, PNG or WebP file, or uint8 RGB pixels of shape (height, width, 3).
+            model: name of a served model. None: the server's default.
+            top_k: explain the k most probable classes, k >= 1. Not with `class_ids`. Neither: the most probable one.
+            class_ids: explain this class or these classes, in this order.
+            method: how the map is made: "grad-cam", "layer-cam", ... None: the model's default.
+            layers: the layer or layers to explain. None: the model's default.
+            map_size: "layer" (default): the layer's own resolution. "input": enlarged to the model's input, then
+                min-max. "source": the map of "input", placed on the whole source image. `Heatmap.on` and `overlay`
+                place maps of the first two; a layer's map placed so has fewer bytes and slightly other values.
+            map_type: "float32" (default), "float16" or "uint8" on the wire; `Heatmap.values` is always float32.
+            top_predictions: how many of the most probable classes to return in `predictions`. None: none.
+            target_score: what is explained about a class: its "logit" (default), "probability" or "log-probability", or
+                its "contrast" to the classes that look like it.
+            aggregation: how the maps of several layers become one: "mean" (default), "max" or "product".
+            augment: average the maps of the image and its mirror image, each darker and brighter.
+            principal_component: project weighted activations on their first principal component, do not sum them.
+            faithfulness: measure how faithful each map is: True for deletion and insertion, or "road-combined",
+                "sparseness", ..., or a list of them: see `heatlens.Faithfulness`; "all": those that the model's task
+                has, for which the server is asked about the model first. Costs many runs of the model.
+            mask: segmentation: explain these pixels, not those predicted as the class: bools or integers (height,
+                width) of the upright source image, or an image file; what is not 0 counts.
+            reference: embedding models, required there: what the image is compared with: an embedding, such as
+                `Result.embedding`, or another image.
+            min_score: detection: explain detections of at least this score, in [0, 1]. None: 0.5.
+            return_mask: segmentation: return the predicted mask.
+            timeout: seconds for this call, all retries included; None: no limit. Not given: the client's.
 
-    def stream(
-        self,
-        *,
-        model: str | None = None,
-        max_in_flight: int | None = None,
-        overflow: OverflowName = "block",
-        every: int = 1,
-        max_fps: float | None = None,
-        smooth: float = 0.0,
-        frame_timeout: float | None = None,
-        jpeg_quality: int | None = None,
-        top_k: int | None = None,
-        class_ids: int | Sequence[int] | None = None,
-        method: str | None = None,
-        layers: str | Sequence[str] | None = None,
-        map_size: MapSizeName | None = None,
-        map_type: MapTypeName | None = None,
-        top_predictions: int | None = None,
-        target_score: TargetScoreName | None = None,
-        aggregation: AggregationName | None = None,
-        augment: bool = False,
-        principal_component: bool = False,
-    ) -> AsyncStream:
+        Returns:
+            The maps, scores and timing.
+
+        Raises:
+            InvalidArgumentError: an argument is wrong; found before the call where possible.
+            FileNotFoundError: there is no such file (another OSError if it cannot be read).
+            NotFoundError: no model of that name.
+            UnavailableError, ResourceExhaustedError: still failing after all retries.
+            DeadlineExceededError: no answer within the timeout.
+            HeatlensError: any other failure; see `heatlens.HeatlensError` and its subclasses.
+        """
+        build = partial(explain_request, image, model=model, **options)
+        # Reading a file blocks.
+        sources = (image, options.get("mask"), options.get("reference"))
+        request = await self._connection.run(build, blocks=any(isinstance(one, str | PathLike) for one in sources))
+        if isinstance(metrics := options.get("faithfulness"), str) and metrics == ALL:
+            keep_metrics_of(await self.models(timeout=timeout), request)
+        response = await self._connection.call(self._connection.stubs.explain.Explain, request, timeout)
+        return answers.result_of(response, placed=options.get("map_size") == "source")
+
+    def stream(self, *, model: str | None = None, **options: Unpack[StreamOptions]) -> AsyncStream:
         """Explain the frames of a video, in order. See `heatlens.AsyncStream`.
 
-        Arguments and what is raised are those of `heatlens.Client.stream`; the stream opens with its `async with`
-        statement or first use.
+        The stream opens with its `async with` statement or first use, within the client's timeout, and raises then what
+        is wrong with its configuration. From there on it has no time limit. Opening is not tried again by itself,
+        neither after a break nor when the server refuses: a model that is loading (UnavailableError) and too many
+        streams (ResourceExhaustedError) raise at once, with `retry_after_s`.
+
+        Args:
+            model: name of a served model. None: the server's default.
+            max_in_flight: the window: most unanswered frames. None: the server's choice; it may grant less.
+            overflow: when frames come faster than they are explained: "block": wait, none is lost; "drop-oldest":
+                drop the oldest that wait, answers stay fresh.
+            every: explain the first of so many frames, of those that reach the server, and answer the others
+                `skipped`. A frame that the client itself refuses or drops does not count.
+            max_fps: explain at most so many frames per second, by capture time, and answer the others `skipped`.
+            smooth: weight of the past in the moving average of a class's maps, in [0, 1); 0: none.
+            frame_timeout: seconds that a frame may wait in the server; after that it fails. None: no limit.
+            jpeg_quality: 1 to 100: pixels travel as JPEG of this quality. None: as they are. Files do in any case.
+            top_k: explain the k most probable classes of each frame, as for `explain`; so are all that follow.
+            class_ids: explain this class or these classes, in this order.
+            method: how the map is made.
+            layers: the layer or layers to explain.
+            map_size: "layer", "input" or "source".
+            map_type: "float32", "float16" or "uint8" on the wire.
+            top_predictions: how many of the most probable classes to return in `predictions`.
+            target_score: what is explained about a class.
+            aggregation: how the maps of several layers become one.
+            augment: average over changed versions of each frame.
+            principal_component: project on the first principal component.
+
+        Raises:
+            InvalidArgumentError: an argument is wrong.
         """
-        plan = stream_plan(
-            model=model,
-            max_in_flight=max_in_flight,
-            overflow=overflow,
-            every=every,
-            max_fps=max_fps,
-            smooth=smooth,
-            frame_timeout=frame_timeout,
-            jpeg_quality=jpeg_quality,
-            top_k=top_k,
-            class_ids=class_ids,
-            method=method,
-            layers=layers,
-            map_size=map_size,
-            map_type=map_type,
-            top_predictions=top_predictions,
-            target_score=target_score,
-            aggregation=aggregation,
-            augment=augment,
-            principal_component=principal_component,
-            max_message_bytes=self._settings.max_message_bytes,
-        )
-        return AsyncStream(AsyncLink(self._start_stream, plan, timeout_s=self._settings.timeout))
+        plan = stream_plan(model=model, max_message_bytes=self._settings.max_message_bytes, **options)
+        return AsyncStream(AsyncLink(self._connection.start_stream, plan, timeout_s=self._settings.timeout))
 
     async def models(self, *, timeout: Timeout = UNSET) -> tuple[ModelInfo, ...]:
         """List the served models, whatever their state. Raises HeatlensError if the call fails."""
+        request = model_pb2.ListModelsRequest()
         return answers.models_of(
-            await self._call(self._connect().models.ListModels, model_pb2.ListModelsRequest(), timeout)
+            await self._connection.call(self._connection.stubs.models.ListModels, request, timeout)
         )
 
     async def server_info(self, *, timeout: Timeout = UNSET) -> ServerInfo:
         """Return the server's version and limits. Raises HeatlensError if the call fails."""
+        request = model_pb2.GetServerInfoRequest()
         return answers.server_info_of(
-            await self._call(self._connect().models.GetServerInfo, model_pb2.GetServerInfoRequest(), timeout)
+            await self._connection.call(self._connection.stubs.models.GetServerInfo, request, timeout)
         )
 
     async def health(self, model: str | None = None, *, timeout: Timeout = UNSET) -> Health:
@@ -253,64 +199,6 @@ class AsyncClient:
         """
         request = health_request(model)
         try:
-            return answers.health_of(await self._call(self._connect().health.Check, request, timeout))
+            return answers.health_of(await self._connection.call(self._connection.stubs.health.Check, request, timeout))
         except NotFoundError as error:
             raise unknown_model(error, model) from None
-
-    def _connect(self) -> _Connection:
-        """Return the connection, made by the first call."""
-        if self._closed:
-            raise FailedPreconditionError("the client is closed", reason="CLIENT_CLOSED")
-        loop = asyncio.get_running_loop()
-        if self._connection is None:
-            settings = self._settings
-            channel = (
-                grpc.aio.insecure_channel(settings.address, settings.options)
-                if settings.credentials is None
-                else grpc.aio.secure_channel(settings.address, settings.credentials, settings.options)
-            )
-            self._connection = _Connection(
-                loop=loop,
-                channel=channel,
-                explain=explain_pb2_grpc.ExplainServiceStub(channel),
-                models=model_pb2_grpc.ModelServiceStub(channel),
-                health=health_pb2_grpc.HealthStub(channel),
-            )
-        elif self._connection.loop is not loop:
-            raise FailedPreconditionError(
-                "the client belongs to another event loop: create one per event loop", reason="WRONG_EVENT_LOOP"
-            )
-        return self._connection
-
-    async def _call(
-        self,
-        method: "grpc.aio.UnaryUnaryMultiCallable[Request, Response]",
-        request: Request,
-        timeout: Timeout,
-    ) -> Response:
-        """Make one call; only our exceptions come out, and CancelledError if our task is cancelled."""
-        settings = self._settings
-        timeout_s = settings.timeout_of(timeout)
-        check_size(request, settings.max_message_bytes)
-        request_id, metadata = settings.call_metadata()
-        try:
-            return await method(
-                request, timeout=timeout_s, metadata=metadata, wait_for_ready=settings.wait_for_ready or None
-            )
-        except grpc.RpcError as error:
-            raise error_of(error, request_id) from None
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            # Nobody cancelled the task: `close` cancelled the call.
-            raise CallCancelledError("the client was closed during the call", request_id=request_id) from None
-
-    def _start_stream(self) -> tuple[AsyncStreamCall, str]:
-        """Begin a stream's call; return it and its request id."""
-        connection = self._connect()
-        settings = self._settings
-        request_id, metadata = settings.call_metadata()
-        call = connection.explain.StreamExplain(metadata=metadata, wait_for_ready=settings.wait_for_ready or None)
-        self._stream_calls.add(call)
-        return call, request_id

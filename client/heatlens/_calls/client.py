@@ -1,46 +1,32 @@
+# Generated from heatlens/_calls/async_client.py by client/unasync.py; do not edit.
 """The client for threads."""
 
-from collections.abc import Iterator, Sequence
+from functools import partial
+from os import PathLike
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self, Unpack
 
-import grpc
-from google.protobuf.message import Message
-from grpc_health.v1 import health_pb2_grpc
-
+from heatlens._calls.connection import Connection
 from heatlens._calls.settings import DEFAULT_MAX_MESSAGE_BYTES, TLS, UNSET, Retry, Timeout, make_settings
-from heatlens._exceptions import FailedPreconditionError, NotFoundError
+from heatlens._exceptions import NotFoundError
 from heatlens._public import public
 from heatlens._results.images import ImageSource
 from heatlens._results.results import Health, ModelInfo, Result, ServerInfo
-from heatlens._stream.link import Link, StreamCall
+from heatlens._stream.link import Link
 from heatlens._stream.stream import Stream
 from heatlens._wire import answers
-from heatlens._wire.names import AggregationName, MapSizeName, MapTypeName, TargetScoreName
-from heatlens._wire.requests import (
-    ALL,
-    MaskSource,
-    Metrics,
-    ReferenceSource,
-    check_size,
-    explain_request,
-    health_request,
-    keep_metrics_of,
-)
-from heatlens._wire.status import error_of, unknown_model
-from heatlens._wire.streams import OverflowName, stream_plan
-from heatlens.v1 import explain_pb2, explain_pb2_grpc, model_pb2, model_pb2_grpc
-
-Request = TypeVar("Request", bound=Message)
-Response = TypeVar("Response")
+from heatlens._wire.requests import ALL, ExplainOptions, explain_request, health_request, keep_metrics_of
+from heatlens._wire.status import unknown_model
+from heatlens._wire.streams import StreamOptions, stream_plan
+from heatlens.v1 import model_pb2
 
 
 @public
 class Client:
     """Asks a heatlens server why its models say what they say. Thread-safe; create it after forking, not before.
 
-    The connection is made by the first call, shared by all and mended by itself. Use it as a context manager, or
-    call `close`.
+    The connection is made by the first call, shared by all and mended by itself.
+    Use it as a context manager, or call `close`.
 
     Args:
         address: "host:port", or a gRPC target: "dns:///models.example:50051" spreads calls over all its addresses.
@@ -76,18 +62,10 @@ class Client:
             wait_for_ready=wait_for_ready,
             max_message_bytes=max_message_bytes,
         )
-        self._channel = (
-            grpc.insecure_channel(address, self._settings.options)
-            if self._settings.credentials is None
-            else grpc.secure_channel(address, self._settings.credentials, self._settings.options)
-        )
-        self._explain = explain_pb2_grpc.ExplainServiceStub(self._channel)
-        self._models = model_pb2_grpc.ModelServiceStub(self._channel)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
-        self._closed = False
+        self._connection = Connection(self._settings)
 
     def __repr__(self) -> str:
-        return self._settings.describe("Client")
+        return self._settings.describe(type(self).__name__)
 
     def __enter__(self) -> Self:
         return self
@@ -99,31 +77,15 @@ class Client:
 
     def close(self) -> None:
         """Close the connection; calls still open in other threads fail with CallCancelledError. Idempotent."""
-        self._closed = True
-        self._channel.close()
+        self._connection.close()
 
     def explain(
         self,
         image: ImageSource,
         *,
         model: str | None = None,
-        top_k: int | None = None,
-        class_ids: int | Sequence[int] | None = None,
-        method: str | None = None,
-        layers: str | Sequence[str] | None = None,
-        map_size: MapSizeName | None = None,
-        map_type: MapTypeName | None = None,
-        top_predictions: int | None = None,
-        target_score: TargetScoreName | None = None,
-        aggregation: AggregationName | None = None,
-        augment: bool = False,
-        principal_component: bool = False,
-        faithfulness: Metrics = False,
-        mask: MaskSource | None = None,
-        reference: ReferenceSource | None = None,
-        min_score: float | None = None,
-        return_mask: bool = False,
         timeout: Timeout = UNSET,
+        **options: Unpack[ExplainOptions],
     ) -> Result:
         """Explain one image: which of its pixels made the model give a class its score.
 
@@ -166,59 +128,22 @@ class Client:
             DeadlineExceededError: no answer within the timeout.
             HeatlensError: any other failure; see `heatlens.HeatlensError` and its subclasses.
         """
-        request = explain_request(
-            image,
-            model=model,
-            top_k=top_k,
-            class_ids=class_ids,
-            method=method,
-            layers=layers,
-            map_size=map_size,
-            map_type=map_type,
-            top_predictions=top_predictions,
-            target_score=target_score,
-            aggregation=aggregation,
-            augment=augment,
-            principal_component=principal_component,
-            faithfulness=faithfulness,
-            mask=mask,
-            reference=reference,
-            min_score=min_score,
-            return_mask=return_mask,
-        )
-        if isinstance(faithfulness, str) and faithfulness == ALL:
+        build = partial(explain_request, image, model=model, **options)
+        # Reading a file blocks.
+        sources = (image, options.get("mask"), options.get("reference"))
+        request = self._connection.run(build, blocks=any(isinstance(one, str | PathLike) for one in sources))
+        if isinstance(metrics := options.get("faithfulness"), str) and metrics == ALL:
             keep_metrics_of(self.models(timeout=timeout), request)
-        return answers.result_of(self._call(self._explain.Explain, request, timeout), placed=map_size == "source")
+        response = self._connection.call(self._connection.stubs.explain.Explain, request, timeout)
+        return answers.result_of(response, placed=options.get("map_size") == "source")
 
-    def stream(
-        self,
-        *,
-        model: str | None = None,
-        max_in_flight: int | None = None,
-        overflow: OverflowName = "block",
-        every: int = 1,
-        max_fps: float | None = None,
-        smooth: float = 0.0,
-        frame_timeout: float | None = None,
-        jpeg_quality: int | None = None,
-        top_k: int | None = None,
-        class_ids: int | Sequence[int] | None = None,
-        method: str | None = None,
-        layers: str | Sequence[str] | None = None,
-        map_size: MapSizeName | None = None,
-        map_type: MapTypeName | None = None,
-        top_predictions: int | None = None,
-        target_score: TargetScoreName | None = None,
-        aggregation: AggregationName | None = None,
-        augment: bool = False,
-        principal_component: bool = False,
-    ) -> Stream:
+    def stream(self, *, model: str | None = None, **options: Unpack[StreamOptions]) -> Stream:
         """Explain the frames of a video, in order. See `heatlens.Stream`.
 
-        The stream opens with its `with` statement or first use, within the client's timeout, and raises what is wrong
-        with its configuration then. From there on it has no time limit. Opening is not tried again by itself, neither
-        after a break nor when the server refuses: a model that is loading (UnavailableError) and too many streams
-        (ResourceExhaustedError) raise at once, with `retry_after_s`.
+        The stream opens with its `with` statement or first use, within the client's timeout, and raises then what
+        is wrong with its configuration. From there on it has no time limit. Opening is not tried again by itself,
+        neither after a break nor when the server refuses: a model that is loading (UnavailableError) and too many
+        streams (ResourceExhaustedError) raise at once, with `retry_after_s`.
 
         Args:
             model: name of a served model. None: the server's default.
@@ -246,37 +171,20 @@ class Client:
         Raises:
             InvalidArgumentError: an argument is wrong.
         """
-        plan = stream_plan(
-            model=model,
-            max_in_flight=max_in_flight,
-            overflow=overflow,
-            every=every,
-            max_fps=max_fps,
-            smooth=smooth,
-            frame_timeout=frame_timeout,
-            jpeg_quality=jpeg_quality,
-            top_k=top_k,
-            class_ids=class_ids,
-            method=method,
-            layers=layers,
-            map_size=map_size,
-            map_type=map_type,
-            top_predictions=top_predictions,
-            target_score=target_score,
-            aggregation=aggregation,
-            augment=augment,
-            principal_component=principal_component,
-            max_message_bytes=self._settings.max_message_bytes,
-        )
-        return Stream(Link(self._start_stream, plan, timeout_s=self._settings.timeout))
+        plan = stream_plan(model=model, max_message_bytes=self._settings.max_message_bytes, **options)
+        return Stream(Link(self._connection.start_stream, plan, timeout_s=self._settings.timeout))
 
     def models(self, *, timeout: Timeout = UNSET) -> tuple[ModelInfo, ...]:
         """List the served models, whatever their state. Raises HeatlensError if the call fails."""
-        return answers.models_of(self._call(self._models.ListModels, model_pb2.ListModelsRequest(), timeout))
+        request = model_pb2.ListModelsRequest()
+        return answers.models_of(self._connection.call(self._connection.stubs.models.ListModels, request, timeout))
 
     def server_info(self, *, timeout: Timeout = UNSET) -> ServerInfo:
         """Return the server's version and limits. Raises HeatlensError if the call fails."""
-        return answers.server_info_of(self._call(self._models.GetServerInfo, model_pb2.GetServerInfoRequest(), timeout))
+        request = model_pb2.GetServerInfoRequest()
+        return answers.server_info_of(
+            self._connection.call(self._connection.stubs.models.GetServerInfo, request, timeout)
+        )
 
     def health(self, model: str | None = None, *, timeout: Timeout = UNSET) -> Health:
         """Return whether the server, or one model, serves. Never retried: it says how things are now.
@@ -288,50 +196,6 @@ class Client:
         """
         request = health_request(model)
         try:
-            return answers.health_of(self._call(self._health.Check, request, timeout))
+            return answers.health_of(self._connection.call(self._connection.stubs.health.Check, request, timeout))
         except NotFoundError as error:
             raise unknown_model(error, model) from None
-
-    def _call(
-        self,
-        method: "grpc.UnaryUnaryMultiCallable[Request, Response]",
-        request: Request,
-        timeout: Timeout,
-    ) -> Response:
-        """Make one call; only our exceptions come out."""
-        settings = self._settings
-        timeout_s = settings.timeout_of(timeout)
-        check_size(request, settings.max_message_bytes)
-        if self._closed:
-            raise _client_closed()
-        request_id, metadata = settings.call_metadata()
-        try:
-            return method(request, timeout=timeout_s, metadata=metadata, wait_for_ready=settings.wait_for_ready or None)
-        except grpc.RpcError as error:
-            raise error_of(error, request_id) from None
-        except ValueError:
-            # Closed by another thread since we looked: gRPC says so with a bare ValueError.
-            if not self._closed:
-                raise
-            raise _client_closed() from None
-
-    def _start_stream(self, requests: Iterator[explain_pb2.StreamExplainRequest]) -> tuple[StreamCall, str]:
-        """Begin a stream's call; return it and its request id."""
-        if self._closed:
-            raise _client_closed()
-        settings = self._settings
-        request_id, metadata = settings.call_metadata()
-        try:
-            call = self._explain.StreamExplain(
-                requests, metadata=metadata, wait_for_ready=settings.wait_for_ready or None
-            )
-        except ValueError:
-            # As in _call.
-            if not self._closed:
-                raise
-            raise _client_closed() from None
-        return call, request_id
-
-
-def _client_closed() -> FailedPreconditionError:
-    return FailedPreconditionError("the client is closed", reason="CLIENT_CLOSED")

@@ -6,76 +6,64 @@ loop and change the window between awaits, so nothing needs a lock; one event te
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Coroutine
+from contextlib import nullcontext, suppress
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from heatlens._exceptions import CallCancelledError, DeadlineExceededError, HeatlensError, InternalError
+from heatlens._exceptions import CallCancelledError, HeatlensError, InternalError
 from heatlens._results.images import ImageSource
 from heatlens._results.results import FrameResult
-from heatlens._stream.async_ending import Ending
-from heatlens._stream.link import PATIENCE_S, never
-from heatlens._stream.window import Window, wrong_moment
+from heatlens._stream.link import JOIN_TIMEOUT_S, BaseLink
 from heatlens._wire.status import error_of
-from heatlens._wire.streams import Started, StreamPlan, answer_of, config_request, frame_request, takes_time
+from heatlens._wire.streams import StreamPlan, config_request, frame_request, takes_time
 from heatlens.v1 import explain_pb2
+
+Value = TypeVar("Value")
 
 AsyncStreamCall: TypeAlias = (
     "grpc.aio.StreamStreamCall[explain_pb2.StreamExplainRequest, explain_pb2.StreamExplainResponse]"
 )
 AsyncStartCall: TypeAlias = Callable[[], tuple[AsyncStreamCall, str]]
 
+# How grpc.aio names what it makes up when a message cannot be sent.
+_MADE_UP = (grpc.StatusCode.INTERNAL, "Internal error from Core")
 
-class AsyncLink:
-    """One call of StreamExplain.
+
+class AsyncLink(BaseLink):
+    """One call of StreamExplain, for asyncio.
 
     Args:
         start: makes the call; returns it and its request id.
         plan: what the stream was asked for.
         timeout_s: how long the server may take to start the stream; None: for ever.
-
-    Attributes:
-        window: the frames.
-        started: the server's leave to send; None before.
-        closed: whether `shut` was called.
     """
 
     def __init__(self, start: AsyncStartCall, plan: StreamPlan, *, timeout_s: float | None) -> None:
-        self.window: Window[explain_pb2.StreamExplainRequest] = Window(drop_oldest=plan.drop_oldest, every=plan.every)
-        self.started: Started | None = None
-        self.closed = False
+        # Between two awaits, no other task runs: there is nothing to lock.
+        super().__init__(plan, timeout_s=timeout_s, lock=nullcontext())
         self._changed = asyncio.Event()
         self._start = start
-        self._plan = plan
-        self._timeout_s = timeout_s
         self._call: AsyncStreamCall | None = None
-        self._request_id = ""
         self._tasks: list[asyncio.Task[None]] = []
 
-    def notify(self) -> None:
+    def tell(self, *, everybody: bool = False) -> None:  # noqa: ARG002 - all are woken in any case
         """Tell everybody of a change."""
-        # Whoever waits now wakes up; whoever comes later looks for himself before he waits.
+        # Tasks that wait now wake up; those that come later look for themselves before they wait.
         self._changed.set()
         self._changed.clear()
 
-    async def until(self, ready: Callable[[], object]) -> None:
+    async def _until(self, ready: Callable[[], object]) -> None:
         """Wait until something is so."""
         while not ready():
             await self._changed.wait()
 
     async def open(self) -> None:
-        """Wait until the server has started the stream. The first to come makes the call.
-
-        Raises:
-            FailedPreconditionError: the stream is closed, or the client.
-            DeadlineExceededError: the server took too long.
-            HeatlensError: the server refused the stream. What breaks it later is not raised here.
-        """
-        if self.closed:
-            raise wrong_moment("STREAM_CLOSED", "the stream is closed")
+        """Wait until the server has started the stream. Raises what `Link.open` raises."""
+        self._check_open()
         if self._call is None:
             call, self._request_id = self._start()
             self._call = call
@@ -87,13 +75,23 @@ class AsyncLink:
         if self.started is None:
             try:
                 async with asyncio.timeout(self._timeout_s):
-                    await self.until(lambda: self.started is not None or self.window.ended)
+                    await self._until(lambda: self.started is not None or self.window.ended)
             except TimeoutError:
-                message = f"the server did not start the stream within {self._timeout_s} s"
-                self._end(DeadlineExceededError(message, request_id=self._request_id))
+                self._end_unstarted()
                 self._cancel()
         if self.started is None:
             self.window.raise_if_broken()
+
+    async def wait_to_pull(self, over: Callable[[], bool]) -> int | None:
+        """Wait until `map` may pull a frame; returns its id, or None when `map` is over."""
+        await self._until(lambda: self.window.may_pull or over())
+        return None if over() else self.window.checked_id(None)
+
+    async def wait_free(self, free: Callable[[], bool]) -> None:
+        """Wait for a `map` whose loop was left: asyncio closes its generator a moment later."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(JOIN_TIMEOUT_S):
+                await self._until(free)
 
     async def put(
         self,
@@ -102,24 +100,9 @@ class AsyncLink:
         *,
         captured: Timestamp | None,
         accepted_s: float,
-        stopped: Callable[[], bool] = never,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> bool:
-        """Send a frame as soon as there is room.
-
-        Args:
-            frame: the frame.
-            frame_id: its id, checked.
-            captured: when it was captured.
-            accepted_s: when the caller passed it, on the monotonic clock, in seconds.
-            stopped: whether nobody wants it sent any more.
-
-        Returns:
-            False: it was not sent, as the stream ended, or is finished, or `stopped`.
-
-        Raises:
-            InvalidArgumentError: the frame is no image source, or larger than a message may be.
-            FileNotFoundError: there is no such file (another OSError if it cannot be read).
-        """
+        """Send a frame as soon as there is room. As `Link.put`; files are read and JPEGs encoded in a thread."""
         window = self.window
 
         def too_late() -> bool:
@@ -133,34 +116,24 @@ class AsyncLink:
 
             slow = takes_time(self._plan, frame, left_out=left_out)
             request = await asyncio.to_thread(build) if slow else build()
-            await self.until(lambda: window.room or too_late())
+            await self._until(lambda: window.room or too_late())
             if too_late():
                 return False
             # Otherwise a frame held back was sent meanwhile, and this one has become the next.
             if window.leaves_out == left_out:
                 window.put(frame_id, frame, request, accepted_s=accepted_s, now_s=time.monotonic())
-                self.notify()
+                self.tell()
                 return True
 
-    async def take(self, complete: Callable[[], bool] = never) -> FrameResult | None:
-        """Wait for the next answer.
-
-        Args:
-            complete: whether no answer will follow, although the stream goes on.
-
-        Returns:
-            None: no answer will follow.
-
-        Raises:
-            HeatlensError: the stream broke; answers that came before are returned first.
-        """
-        await self.until(lambda: self.window.answered or self.window.ended or complete())
+    async def take(self, complete: Callable[[], bool] = lambda: False) -> FrameResult | None:
+        """Wait for the next answer. As `Link.take`."""
+        await self._until(lambda: self.window.answered or self.window.ended or complete())
         if not self.window.answered:
             if not complete():
                 self.window.raise_if_broken()
             return None
         item = self.window.take()
-        self.notify()
+        self.tell()
         return item
 
     async def shut(self, *, politely: bool) -> None:
@@ -169,12 +142,12 @@ class AsyncLink:
         try:
             if politely and self.started is not None and self.window.idle:
                 self.window.finish()
-                self.notify()
-                await gone(*self._tasks)
+                self.tell()
+                await wait_done(*self._tasks)
         finally:
-            self._end(CallCancelledError("the stream was closed", reason="STREAM_CLOSED", request_id=self._request_id))
+            self._end_closed()
             self._cancel()
-        await gone(*self._tasks)
+        await wait_done(*self._tasks)
 
     def _cancel(self) -> None:
         if self._call is not None:
@@ -182,17 +155,13 @@ class AsyncLink:
         for task in self._tasks:
             task.cancel()
 
-    def _end(self, error: HeatlensError | None) -> None:
-        self.window.end(error)
-        self.notify()
-
     async def _write(self, call: AsyncStreamCall) -> None:
         """Send what the window lets out, then half-close. The writer."""
         window = self.window
         try:
             await call.write(config_request(self._plan))
             while True:
-                await self.until(lambda: window.outgoing or window.ended or window.half_closed)
+                await self._until(lambda: window.outgoing or window.ended or window.half_closed)
                 if not window.outgoing:
                     break
                 await call.write(window.outgoing.popleft())
@@ -212,39 +181,21 @@ class AsyncLink:
         try:
             # Not call.read(): that forgets what has arrived when a write fails.
             async for response in call:
-                self._take_in(response, call)
+                self._handle(response)
             error = None
         except grpc.RpcError as failure:
-            true = await ending.of(failure, patience_s=PATIENCE_S)
+            true = await ending.of(failure, timeout_s=JOIN_TIMEOUT_S)
             error = None if true is None else error_of(true, self._request_id)
+        except HeatlensError as failure:
+            failure.request_id = self._request_id
+            error = failure
+            call.cancel()
         except asyncio.CancelledError:
             error = CallCancelledError("the client was closed during the call", request_id=self._request_id)
             if _cancelled():
                 raise
         finally:
             self._end(error)
-
-    def _take_in(self, response: explain_pb2.StreamExplainResponse, call: AsyncStreamCall) -> None:
-        if self.window.ended:
-            return
-        try:
-            answer = answer_of(response, self._plan, self._request_id)
-            if isinstance(answer, Started):
-                self.window.start(answer.window)
-                self.started = answer
-            else:
-                self.window.answer(
-                    answer.frame_id,
-                    now_s=time.monotonic(),
-                    result=answer.result,
-                    error=answer.error,
-                    skipped=answer.skipped,
-                )
-        except HeatlensError as failure:
-            failure.request_id = self._request_id
-            self._end(failure)
-            call.cancel()
-        self.notify()
 
 
 def _cancelled() -> bool:
@@ -253,7 +204,55 @@ def _cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-async def gone(*tasks: "asyncio.Task[Any]") -> None:
-    """Wait for tasks, not for ever."""
+async def wait_done(*tasks: "asyncio.Task[Any]") -> None:
+    """Wait for tasks, at most JOIN_TIMEOUT_S."""
     if tasks:
-        await asyncio.wait(tasks, timeout=PATIENCE_S)
+        await asyncio.wait(tasks, timeout=JOIN_TIMEOUT_S)
+
+
+class Ending:
+    """Remembers the status with which the server, or the connection, ended a call.
+
+    When a write fails, grpc.aio replaces the call's status by one it makes up; and writes do fail when the server ends
+    a stream that the client is still sending to. Which of the two statuses comes last is chance. But a call's done
+    callbacks run at each, at once: there the other one can be seen.
+    """
+
+    def __init__(self, call: "grpc.aio.StreamStreamCall[Any, Any]") -> None:
+        self._known = asyncio.Event()
+        self._status: grpc.aio.AioRpcError | None = None
+        call.add_done_callback(self._note)
+
+    async def of(self, failure: grpc.RpcError, *, timeout_s: float) -> grpc.RpcError | None:
+        """Return why the call really ended; None: it ended well.
+
+        Args:
+            failure: what reading from the call raised.
+            timeout_s: how long the true status may take to arrive if that is not it, in seconds.
+        """
+        if not isinstance(failure, grpc.aio.AioRpcError) or (failure.code(), failure.details()) != _MADE_UP:
+            return failure
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._known.wait()
+        except TimeoutError:
+            return failure
+        return None if self._status is None or self._status.code() is grpc.StatusCode.OK else self._status
+
+    def _note(self, call: Any) -> None:  # noqa: ANN401 - grpc.aio's own call, whose type its stubs do not say here
+        code, details = _at_once(call.code()), _at_once(call.details())
+        if (code, details) != _MADE_UP:
+            trailing = _at_once(call.trailing_metadata())
+            self._status = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details)
+            self._known.set()
+
+
+def _at_once(coroutine: Coroutine[Any, Any, Value]) -> Value:
+    """Return the result of a coroutine that has nothing to wait for."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        value: Value = done.value
+        return value
+    coroutine.close()
+    raise RuntimeError("the call is done, and does not know how")

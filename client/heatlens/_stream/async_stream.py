@@ -1,9 +1,9 @@
-"""Streams for asyncio: the same as `heatlens.Stream`, awaited."""
+"""Streams for asyncio."""
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -11,22 +11,10 @@ from heatlens._exceptions import HeatlensError
 from heatlens._public import public
 from heatlens._results.images import ImageSource
 from heatlens._results.results import FrameResult
-from heatlens._stream.async_link import AsyncLink, gone
-from heatlens._stream.link import PATIENCE_S
-from heatlens._stream.puller import Puller
+from heatlens._stream.async_link import AsyncLink
+from heatlens._stream.map_run import AsyncMapRun
 from heatlens._stream.window import wrong_moment
-from heatlens._wire.streams import CaptureTime, Started, check_frames, refusal_of, timestamp_of
-
-
-class _Mapping:
-    """One run of `map`, and the task that pulls for it."""
-
-    def __init__(self, frames: AsyncIterator[ImageSource]) -> None:
-        self.frames = frames
-        self.task: asyncio.Task[None] | None = None
-        self.stopped = False
-        self.done = False
-        self.error: BaseException | None = None
+from heatlens._wire.streams import CaptureTime, Started, refusal_of, timestamp_of
 
 
 @public
@@ -49,13 +37,12 @@ class AsyncStream:
         self._link = link
         # Held by `send` from the choice of the id to the sending: frames leave in the order of their ids.
         self._sending = asyncio.Lock()
-        self._mapping: _Mapping | None = None
+        self._run: AsyncMapRun | None = None
 
     def __repr__(self) -> str:
         started = self._link.started
-        return (
-            f"AsyncStream({'closed' if self._link.closed else f'window={started.window}' if started else 'not open'})"
-        )
+        state = "closed" if self._link.closed else f"window={started.window}" if started else "not open"
+        return f"{type(self).__name__}({state})"
 
     async def __aenter__(self) -> Self:
         try:
@@ -118,8 +105,7 @@ class AsyncStream:
             HeatlensError: the stream broke; `last_frame_id` is the last frame answered.
             Exception: whatever the iterable raises, after the answers of the frames before.
         """
-        check_frames(frames, Iterable, AsyncIterable)
-        return self._map(aiter(frames) if isinstance(frames, AsyncIterable) else Puller(iter(frames)))
+        return self._map(AsyncMapRun(frames))
 
     async def send(
         self, frame: ImageSource, *, frame_id: int | None = None, capture_time: CaptureTime | None = None
@@ -146,9 +132,10 @@ class AsyncStream:
         await self._link.open()
         window = self._link.window
         async with self._sending:
-            await self._free()
-            window.check_accepts()
-            frame_id = window.checked_id(frame_id)
+            with self._link.lock:
+                await self._check_free()
+                window.check_accepts()
+                frame_id = window.checked_id(frame_id)
             while not await self._link.put(frame, frame_id, captured=captured, accepted_s=accepted_s):
                 # Finished or broken meanwhile: this raises.
                 window.check_accepts()
@@ -171,8 +158,9 @@ class AsyncStream:
         """Say that no frames follow. The answers still do, then iteration ends. Idempotent."""
         if not self._link.closed:
             await self._link.open()
-            self._link.window.finish()
-            self._link.notify()
+            with self._link.lock:
+                self._link.window.finish()
+                self._link.tell(everybody=True)
 
     async def close(self) -> None:
         """End the stream; frames still unanswered are cancelled. Idempotent."""
@@ -180,106 +168,86 @@ class AsyncStream:
 
     async def _receive(self) -> FrameResult | None:
         await self._link.open()
-        await self._free()
+        await self._check_free()
         return await self._link.take()
 
-    async def _map(self, frames: AsyncIterator[ImageSource]) -> AsyncGenerator[FrameResult, None]:
+    async def _map(self, run: AsyncMapRun) -> AsyncGenerator[FrameResult, None]:
         await self._link.open()
-        await self._free()
         window = self._link.window
-        window.check_accepts()
-        if window.ahead:
-            raise wrong_moment("STREAM_BUSY", "frames passed to `send` wait for `receive`")
-        mapping = self._mapping = _Mapping(frames)
-        mapping.task = asyncio.create_task(self._pump(mapping), name="heatlens-stream-pump")
+        with self._link.lock:
+            await self._check_free()
+            window.check_accepts()
+            if window.ahead:
+                raise wrong_moment("STREAM_BUSY", "frames passed to `send` wait for `receive`")
+            self._run = run
 
         def complete() -> bool:
             # A broken stream has lost answers and says so itself, unless the iterable failed: that came first.
-            return mapping.error is not None if window.ended else mapping.done and window.ahead == 0
+            return run.error is not None if window.ended else run.done and window.ahead == 0
 
         try:
+            run.start(partial(self._pump, run))
             while (item := await self._link.take(complete)) is not None:
                 yield item
                 del item
-            if mapping.error is not None:
-                raise mapping.error
+            if run.error is not None:
+                raise run.error
         finally:
-            await self._stop(mapping)
+            await self._stop(run)
 
-    async def _pump(self, mapping: _Mapping) -> None:
-        """Pull frames and send them. A task of its own while `map` runs."""
+    async def _pump(self, run: AsyncMapRun) -> None:
+        """Pull frames and send them, while the loop over `map` runs."""
         link, window = self._link, self._link.window
 
         def over() -> bool:
-            return window.ended or window.finishing or mapping.stopped
+            return window.ended or window.finishing or run.stopped
 
         try:
-            while True:
-                await link.until(lambda: window.may_pull or over())
-                if over():
-                    break
-                frame_id = window.checked_id(None)
-                frame = await anext(mapping.frames)
+            while (frame_id := await link.wait_to_pull(over)) is not None:
+                frame = await anext(run.frames)
                 accepted_s, captured = time.monotonic(), timestamp_of(time.time())
                 try:
                     await link.put(frame, frame_id, captured=captured, accepted_s=accepted_s, stopped=over)
                 except (HeatlensError, OSError) as error:
                     refusal = refusal_of(error)
-                    if not over():
-                        window.refuse(frame_id, frame, refusal, accepted_s=accepted_s, now_s=time.monotonic())
-                        link.notify()
+                    with link.lock:
+                        if not over():
+                            window.refuse(frame_id, frame, refusal, accepted_s=accepted_s, now_s=time.monotonic())
+                            link.tell()
                 # The caller's memory, while this waits for the next.
                 del frame
         except StopAsyncIteration:
             pass
         except BaseException as error:
-            # The caller's iterable raised: `map` passes it on. Unless this task was cancelled, by `_stop` or the loop.
-            mapping.error = error
-            if isinstance(error, asyncio.CancelledError):
-                raise
+            # The caller's iterable raised: `map` passes it on.
+            run.error = error
         finally:
-            mapping.done = True
-            link.notify()
+            with link.lock:
+                run.done = True
+                link.tell(everybody=True)
 
-    async def _stop(self, mapping: _Mapping) -> None:
+    async def _stop(self, run: AsyncMapRun) -> None:
         """End a `map`, wherever it is."""
-        mapping.stopped = True
-        if self._mapping is mapping:
-            self._mapping = None
-            self._link.window.forget()
-        self._link.notify()
-        task = mapping.task
-        try:
-            if task is not None and isinstance(mapping.frames, Puller):
-                # A frame that is on its way: the caller may release a camera next.
-                await gone(task)
-        finally:
-            if isinstance(mapping.frames, Puller):
-                mapping.frames.close()
-            if task is not None and not task.done():
-                task.cancel()
-        if task is not None:
-            await gone(task)
+        with self._link.lock:
+            run.stopped = True
+            if self._run is run:
+                self._run = None
+                self._link.window.forget()
+            self._link.tell(everybody=True)
+        await run.join()
 
     async def _shut(self, *, politely: bool) -> None:
-        mapping = self._mapping
-        await self._link.shut(politely=politely and mapping is None)
-        if mapping is not None:
-            await self._stop(mapping)
+        run = self._run
+        await self._link.shut(politely=politely and run is None)
+        if run is not None:
+            await self._stop(run)
 
     def _started(self) -> Started:
         if self._link.started is None:
             raise wrong_moment("STREAM_NOT_OPEN", "the stream is not open yet")
         return self._link.started
 
-    async def _free(self) -> None:
-        """Wait for a `map` whose loop was left: asyncio closes its generator a moment later.
-
-        Raises:
-            FailedPreconditionError: its loop still runs.
-        """
-        with suppress(TimeoutError):
-            async with asyncio.timeout(PATIENCE_S):
-                await self._link.until(lambda: self._mapping is None)
-        if self._mapping is not None:
+    async def _check_free(self) -> None:
+        await self._link.wait_free(lambda: self._run is None)
+        if self._run is not None:
             raise wrong_moment("STREAM_BUSY", "a `map` is running")

@@ -9,8 +9,8 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from typing import Protocol, TypeAlias
+from contextlib import AbstractContextManager, suppress
+from typing import Any, Protocol, TypeAlias
 
 import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -23,10 +23,10 @@ from heatlens._wire.status import error_of
 from heatlens._wire.streams import Started, StreamPlan, answer_of, config_request, frame_request
 from heatlens.v1 import explain_pb2
 
-# How often whoever waits for a server to start a stream looks up.
-_GLANCE_S = 0.5
-# How long closing waits for threads: for a polite end of the stream, and for a caller's iterable that is being pulled.
-PATIENCE_S = 1.0
+# How often a thread that waits for a server to start a stream looks for a Ctrl-C.
+_POLL_S = 0.5
+# How long closing waits for threads or tasks: for the server to end the stream, and for a caller's iterable.
+JOIN_TIMEOUT_S = 1.0
 
 
 class StreamCall(Protocol):
@@ -40,58 +40,113 @@ class StreamCall(Protocol):
 StartCall: TypeAlias = Callable[[Iterator[explain_pb2.StreamExplainRequest]], tuple[StreamCall, str]]
 
 
-def never() -> bool:
-    """Nothing stops it."""
-    return False
+class BaseLink:
+    """What the links for threads and for asyncio share: the state of one call of StreamExplain.
+
+    Args:
+        plan: what the stream was asked for.
+        timeout_s: how long the server may take to start the stream; None: for ever.
+        lock: what guards the window.
+
+    Attributes:
+        window: the frames. Only touched while `lock` is held.
+        lock: what guards the window.
+        started: the server's leave to send; None before.
+        closed: whether `shut` was called.
+    """
+
+    def __init__(self, plan: StreamPlan, *, timeout_s: float | None, lock: AbstractContextManager[Any]) -> None:
+        self.window: Window[explain_pb2.StreamExplainRequest] = Window(drop_oldest=plan.drop_oldest, every=plan.every)
+        self.lock = lock
+        self.started: Started | None = None
+        self.closed = False
+        self._plan = plan
+        self._timeout_s = timeout_s
+        self._request_id = ""
+
+    def tell(self, *, everybody: bool = False) -> None:
+        """After a change of the window, wake what waits for it. `lock` must be held."""
+        raise NotImplementedError
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise wrong_moment("STREAM_CLOSED", "the stream is closed")
+
+    def _end(self, error: HeatlensError | None) -> None:
+        """End the window; None: the server says that everything is answered."""
+        with self.lock:
+            self.window.end(error)
+            self.tell()
+
+    def _end_unstarted(self) -> None:
+        """End the window because the server took too long to start the stream."""
+        message = f"the server did not start the stream within {self._timeout_s} s"
+        self._end(DeadlineExceededError(message, request_id=self._request_id))
+
+    def _end_closed(self) -> None:
+        """End the window because the caller closed the stream."""
+        self._end(CallCancelledError("the stream was closed", reason="STREAM_CLOSED", request_id=self._request_id))
+
+    def _handle(self, response: explain_pb2.StreamExplainResponse) -> None:
+        """Tell the window what the server sent.
+
+        Raises:
+            InternalError: it breaks the contract.
+        """
+        answer = answer_of(response, self._plan, self._request_id)
+        with self.lock:
+            if self.window.ended:
+                return
+            if isinstance(answer, Started):
+                self.window.start(answer.window)
+                self.started = answer
+            else:
+                self.window.answer(
+                    answer.frame_id,
+                    now_s=time.monotonic(),
+                    result=answer.result,
+                    error=answer.error,
+                    skipped=answer.skipped,
+                )
+            self.tell(everybody=isinstance(answer, Started))
 
 
-class Link:
-    """One call of StreamExplain.
+class Link(BaseLink):
+    """One call of StreamExplain, for threads.
 
     Args:
         start: makes the call; returns it and its request id.
         plan: what the stream was asked for.
         timeout_s: how long the server may take to start the stream; None: for ever.
-
-    Attributes:
-        window: the frames. Only touched while `lock` is held.
-        lock: reentrant, as a generator of `map` may be collected in any thread.
-        pulling: where `map` waits to pull a frame.
-        started: the server's leave to send; None before.
-        closed: whether `close` was called.
     """
 
     def __init__(self, start: StartCall, plan: StreamPlan, *, timeout_s: float | None) -> None:
-        self.window: Window[explain_pb2.StreamExplainRequest] = Window(drop_oldest=plan.drop_oldest, every=plan.every)
-        self.lock = threading.RLock()
-        self.pulling = threading.Condition(self.lock)
-        self._answered = threading.Condition(self.lock)
-        self._outgoing = threading.Condition(self.lock)
-        self._room = threading.Condition(self.lock)
-        self.started: Started | None = None
-        self.closed = False
+        # Reentrant: a generator of `map` may be collected in any thread.
+        lock = threading.RLock()
+        super().__init__(plan, timeout_s=timeout_s, lock=lock)
+        self._answered = threading.Condition(lock)
+        self._outgoing = threading.Condition(lock)
+        self._room = threading.Condition(lock)
+        self._pulling = threading.Condition(lock)
         self._start = start
-        self._plan = plan
-        self._timeout_s = timeout_s
         self._call: StreamCall | None = None
-        self._request_id = ""
         self._reader: threading.Thread | None = None
 
     def tell(self, *, everybody: bool = False) -> None:
-        """After a change of the window, wake those who can go on; or everybody. `lock` must be held."""
+        """After a change of the window, wake the threads that can go on; or all. `lock` must be held."""
         window = self.window
         everybody = everybody or window.ended
         for condition, met in (
             (self._answered, window.answered),
             (self._outgoing, window.outgoing or window.half_closed),
             (self._room, window.room),
-            (self.pulling, window.may_pull),
+            (self._pulling, window.may_pull),
         ):
             if everybody or met:
                 condition.notify_all()
 
     def open(self) -> None:
-        """Wait until the server has started the stream. The first to come makes the call.
+        """Wait until the server has started the stream. The first caller makes the call.
 
         Raises:
             FailedPreconditionError: the stream is closed, or the client.
@@ -99,31 +154,38 @@ class Link:
             HeatlensError: the server refused the stream. What breaks it later is not raised here.
         """
         with self.lock:
-            if self.closed:
-                raise wrong_moment("STREAM_CLOSED", "the stream is closed")
+            self._check_open()
             if self._call is None:
                 self._call, self._request_id = self._start(self._requests())
                 self._reader = threading.Thread(
                     target=self._read, args=(self._call,), name="heatlens-stream-reader", daemon=True
                 )
                 self._reader.start()
-            self._wait_settled()
+            self._wait_started()
             if self.started is None:
-                message = f"the server did not start the stream within {self._timeout_s} s"
-                self._end(DeadlineExceededError(message, request_id=self._request_id))
+                self._end_unstarted()
                 self._call.cancel()
                 self.window.raise_if_broken()
 
-    def _wait_settled(self) -> None:
+    def _wait_started(self) -> None:
         """Wait until the stream has started or ended, within the timeout. Holds the lock."""
         deadline_s = math.inf if self._timeout_s is None else time.monotonic() + self._timeout_s
         # A Ctrl-C that comes just before a thread begins to wait is noticed when the wait ends: so it is a short one.
         while not self._answered.wait_for(
             lambda: self.started is not None or self.window.ended,
-            max(0.0, min(_GLANCE_S, deadline_s - time.monotonic())),
+            max(0.0, min(_POLL_S, deadline_s - time.monotonic())),
         ):
             if time.monotonic() >= deadline_s:
                 return
+
+    def wait_to_pull(self, over: Callable[[], bool]) -> int | None:
+        """Wait until `map` may pull a frame; returns its id, or None when `map` is over."""
+        with self.lock:
+            self._pulling.wait_for(lambda: self.window.may_pull or over())
+            return None if over() else self.window.checked_id(None)
+
+    def wait_free(self, free: Callable[[], bool]) -> None:
+        """Wait for a `map` whose loop was left: not here, as Python closes its generator at once."""
 
     def put(
         self,
@@ -132,7 +194,7 @@ class Link:
         *,
         captured: Timestamp | None,
         accepted_s: float,
-        stopped: Callable[[], bool] = never,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> bool:
         """Send a frame as soon as there is room.
 
@@ -141,7 +203,7 @@ class Link:
             frame_id: its id, checked.
             captured: when it was captured.
             accepted_s: when the caller passed it, on the monotonic clock, in seconds.
-            stopped: whether nobody wants it sent any more.
+            stopped: whether it need not be sent any more.
 
         Returns:
             False: it was not sent, as the stream ended, or is finished, or `stopped`.
@@ -168,7 +230,7 @@ class Link:
                     self.tell()
                     return True
 
-    def take(self, complete: Callable[[], bool] = never) -> FrameResult | None:
+    def take(self, complete: Callable[[], bool] = lambda: False) -> FrameResult | None:
         """Wait for the next answer.
 
         Args:
@@ -200,15 +262,10 @@ class Link:
                 self.tell(everybody=True)
         if polite:
             join(self._reader)
-        self._end(CallCancelledError("the stream was closed", reason="STREAM_CLOSED", request_id=self._request_id))
+        self._end_closed()
         if self._call is not None:
             self._call.cancel()
         join(self._reader)
-
-    def _end(self, error: HeatlensError | None) -> None:
-        with self.lock:
-            self.window.end(error)
-            self.tell()
 
     def _requests(self) -> Iterator[explain_pb2.StreamExplainRequest]:
         """Yield what is sent. Runs in gRPC's thread; when it returns, gRPC half-closes."""
@@ -221,7 +278,7 @@ class Link:
                     return
                 request = window.outgoing.popleft()
             yield request
-            # Megabytes that nobody needs while this waits for the next.
+            # Free its megabytes while this waits for the next.
             del request
 
     def _read(self, call: StreamCall) -> None:
@@ -229,21 +286,7 @@ class Link:
         error: HeatlensError | None = InternalError("the stream's reader failed", request_id=self._request_id)
         try:
             for response in call:
-                answer = answer_of(response, self._plan, self._request_id)
-                with self.lock:
-                    if isinstance(answer, Started):
-                        self.window.start(answer.window)
-                        self.started = answer
-                        self.tell(everybody=True)
-                    else:
-                        self.window.answer(
-                            answer.frame_id,
-                            now_s=time.monotonic(),
-                            result=answer.result,
-                            error=answer.error,
-                            skipped=answer.skipped,
-                        )
-                        self.tell()
+                self._handle(response)
             error = None
         except grpc.RpcError as failure:
             error = error_of(failure, self._request_id)
@@ -256,7 +299,7 @@ class Link:
 
 
 def join(thread: threading.Thread | None) -> None:
-    """Wait for a thread, not for ever. One that never ran, or is the caller's own, needs no waiting."""
+    """Wait for a thread, at most JOIN_TIMEOUT_S. One that never ran, or is the caller's own, needs no waiting."""
     if thread is not None and thread is not threading.current_thread():
         with suppress(RuntimeError):
-            thread.join(PATIENCE_S)
+            thread.join(JOIN_TIMEOUT_S)

@@ -1,8 +1,10 @@
+# Generated from heatlens/_stream/async_stream.py by client/unasync.py; do not edit.
 """Streams for threads."""
 
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -10,19 +12,10 @@ from heatlens._exceptions import HeatlensError
 from heatlens._public import public
 from heatlens._results.images import ImageSource
 from heatlens._results.results import FrameResult
-from heatlens._stream.link import Link, join
+from heatlens._stream.link import Link
+from heatlens._stream.map_run import MapRun
 from heatlens._stream.window import wrong_moment
-from heatlens._wire.streams import CaptureTime, Started, check_frames, refusal_of, timestamp_of
-
-
-class _Mapping:
-    """One run of `map`, and the thread that pulls for it."""
-
-    def __init__(self) -> None:
-        self.thread: threading.Thread | None = None
-        self.stopped = False
-        self.done = False
-        self.error: BaseException | None = None
+from heatlens._wire.streams import CaptureTime, Started, refusal_of, timestamp_of
 
 
 @public
@@ -45,11 +38,12 @@ class Stream:
         self._link = link
         # Held by `send` from the choice of the id to the sending: frames leave in the order of their ids.
         self._sending = threading.Lock()
-        self._mapping: _Mapping | None = None
+        self._run: MapRun | None = None
 
     def __repr__(self) -> str:
         started = self._link.started
-        return f"Stream({'closed' if self._link.closed else f'window={started.window}' if started else 'not open'})"
+        state = "closed" if self._link.closed else f"window={started.window}" if started else "not open"
+        return f"{type(self).__name__}({state})"
 
     def __enter__(self) -> Self:
         try:
@@ -97,10 +91,10 @@ class Stream:
     def map(self, frames: Iterable[ImageSource]) -> Generator[FrameResult, None, None]:
         """Explain frames and yield one answer for each, in order.
 
-        Frames are pulled in a thread of their own: with overflow="block" at most `window` frames ahead of the loop;
-        with "drop-oldest" as they come, and when the server or the loop is late, older frames are answered
-        `dropped`. Leaving the loop stops the pulling (it waits at most a second for a frame that is on its way) and
-        forgets the answers still to come.
+        Frames are pulled in a thread of their own:
+        with overflow="block" at most `window` frames ahead of the loop; with "drop-oldest" as they come, and when the
+        server or the loop is late, older frames are answered `dropped`. Leaving the loop stops the pulling (it waits at
+        most a second for a frame that is on its way) and forgets the answers still to come.
 
         Args:
             frames: paths, bytes of image files, or uint8 RGB pixels (height, width, 3). Ids count on from the last
@@ -112,8 +106,7 @@ class Stream:
             HeatlensError: the stream broke; `last_frame_id` is the last frame answered.
             Exception: whatever the iterable raises, after the answers of the frames before.
         """
-        check_frames(frames, Iterable)
-        return self._map(iter(frames))
+        return self._map(MapRun(frames))
 
     def send(self, frame: ImageSource, *, frame_id: int | None = None, capture_time: CaptureTime | None = None) -> int:
         """Send a frame and return its id.
@@ -177,49 +170,40 @@ class Stream:
         self._check_free()
         return self._link.take()
 
-    def _map(self, frames: Iterator[ImageSource]) -> Generator[FrameResult, None, None]:
+    def _map(self, run: MapRun) -> Generator[FrameResult, None, None]:
         self._link.open()
         window = self._link.window
-        mapping = _Mapping()
         with self._link.lock:
             self._check_free()
             window.check_accepts()
             if window.ahead:
                 raise wrong_moment("STREAM_BUSY", "frames passed to `send` wait for `receive`")
-            self._mapping = mapping
-        mapping.thread = threading.Thread(
-            target=self._pump, args=(frames, mapping), name="heatlens-stream-pump", daemon=True
-        )
+            self._run = run
 
         def complete() -> bool:
             # A broken stream has lost answers and says so itself, unless the iterable failed: that came first.
-            return mapping.error is not None if window.ended else mapping.done and window.ahead == 0
+            return run.error is not None if window.ended else run.done and window.ahead == 0
 
         try:
-            mapping.thread.start()
+            run.start(partial(self._pump, run))
             while (item := self._link.take(complete)) is not None:
                 yield item
                 del item
-            if mapping.error is not None:
-                raise mapping.error
+            if run.error is not None:
+                raise run.error
         finally:
-            self._stop(mapping)
+            self._stop(run)
 
-    def _pump(self, frames: Iterator[ImageSource], mapping: _Mapping) -> None:
-        """Pull frames and send them. Runs in a thread of its own while `map` does."""
+    def _pump(self, run: MapRun) -> None:
+        """Pull frames and send them, while the loop over `map` runs."""
         link, window = self._link, self._link.window
 
         def over() -> bool:
-            return window.ended or window.finishing or mapping.stopped
+            return window.ended or window.finishing or run.stopped
 
         try:
-            while True:
-                with link.lock:
-                    link.pulling.wait_for(lambda: window.may_pull or over())
-                    if over():
-                        break
-                    frame_id = window.checked_id(None)
-                frame = next(frames)
+            while (frame_id := link.wait_to_pull(over)) is not None:
+                frame = next(run.frames)
                 accepted_s, captured = time.monotonic(), timestamp_of(time.time())
                 try:
                     link.put(frame, frame_id, captured=captured, accepted_s=accepted_s, stopped=over)
@@ -235,28 +219,27 @@ class Stream:
             pass
         except BaseException as error:
             # The caller's iterable raised: `map` passes it on.
-            mapping.error = error
+            run.error = error
         finally:
             with link.lock:
-                mapping.done = True
+                run.done = True
                 link.tell(everybody=True)
 
-    def _stop(self, mapping: _Mapping) -> None:
+    def _stop(self, run: MapRun) -> None:
         """End a `map`, wherever it is."""
         with self._link.lock:
-            mapping.stopped = True
-            if self._mapping is mapping:
-                self._mapping = None
+            run.stopped = True
+            if self._run is run:
+                self._run = None
                 self._link.window.forget()
             self._link.tell(everybody=True)
-        join(mapping.thread)
+        run.join()
 
     def _shut(self, *, politely: bool) -> None:
-        mapping = self._mapping
-        self._link.shut(politely=politely and mapping is None)
-        if mapping is not None:
-            # The caller may release a camera next.
-            self._stop(mapping)
+        run = self._run
+        self._link.shut(politely=politely and run is None)
+        if run is not None:
+            self._stop(run)
 
     def _started(self) -> Started:
         if self._link.started is None:
@@ -264,5 +247,6 @@ class Stream:
         return self._link.started
 
     def _check_free(self) -> None:
-        if self._mapping is not None:
+        self._link.wait_free(lambda: self._run is None)
+        if self._run is not None:
             raise wrong_moment("STREAM_BUSY", "a `map` is running")

@@ -1,7 +1,9 @@
 """From values to protobuf: pure functions that build requests. `answers` reads what comes back."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias, TypedDict, Unpack
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack
 
 import cv2
 import numpy as np
@@ -10,10 +12,21 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 
 from heatlens._exceptions import InvalidArgumentError
-from heatlens._results.images import ImageSource, UInt8Array, load_image
+from heatlens._results.images import ImageSource, load_image
 from heatlens._results.results import ModelInfo
 from heatlens._wire.arguments import as_float, checked_bool, checked_int, is_text, number_of
-from heatlens._wire.names import AGGREGATIONS, MAP_SIZES, MAP_TYPES, METHODS, METRICS, TARGET_SCORES
+from heatlens._wire.names import (
+    AGGREGATIONS,
+    MAP_SIZES,
+    MAP_TYPES,
+    METHODS,
+    METRICS,
+    TARGET_SCORES,
+    AggregationName,
+    MapSizeName,
+    MapTypeName,
+    TargetScoreName,
+)
 from heatlens.v1 import explain_pb2, faithfulness_pb2
 
 ALL = "all"
@@ -25,96 +38,70 @@ ReferenceSource: TypeAlias = ImageSource | Sequence[float]
 
 
 class MapOptions(TypedDict, total=False):
-    """What `explain` and `stream` have in common. `Client.explain` documents them."""
+    """How maps are made, of images and of frames. `Client.explain` documents the options."""
 
     top_k: int | None
     class_ids: int | Sequence[int] | None
     method: str | None
     layers: str | Sequence[str] | None
-    map_size: str | None
-    map_type: str | None
+    map_size: MapSizeName | None
+    map_type: MapTypeName | None
     top_predictions: int | None
-    target_score: str | None
-    aggregation: str | None
+    target_score: TargetScoreName | None
+    aggregation: AggregationName | None
     augment: bool
     principal_component: bool
 
 
+class ExplainOptions(MapOptions, total=False):
+    """What `Client.explain` takes besides, which documents it."""
+
+    faithfulness: Metrics
+    mask: MaskSource | None
+    reference: ReferenceSource | None
+    min_score: float | None
+    return_mask: bool
+
+
 def explain_request(
-    image: ImageSource,
-    *,
-    model: str | None = None,
-    faithfulness: Metrics = False,
-    mask: MaskSource | None = None,
-    reference: ReferenceSource | None = None,
-    min_score: float | None = None,
-    return_mask: bool = False,
-    **options: Unpack[MapOptions],
+    image: ImageSource, *, model: str | None = None, **options: Unpack[ExplainOptions]
 ) -> explain_pb2.ExplainRequest:
     """Build the request for `Client.explain`, which documents the arguments. Reads the file if the image is a path.
 
     Raises:
         InvalidArgumentError: an argument is wrong; names it.
+        TypeError: there is no option of that name.
         FileNotFoundError: there is no such file (another OSError if it cannot be read).
     """
-    request = explain_pb2.ExplainRequest(model=model_name(model), options=explain_options(**options))
-    wanted = request.options
-    wanted.return_mask = checked_bool("return_mask", return_mask)
-    metrics = _metrics(faithfulness)
-    if metrics is not None:
-        wanted.faithfulness.CopyFrom(faithfulness_pb2.FaithfulnessOptions(metrics=metrics))
-    if min_score is not None:
-        score = as_float(min_score)
-        if not 0 <= score <= 1:
-            raise InvalidArgumentError.of("min_score", f"expected a number in [0, 1], got {min_score!r}")
-        wanted.min_score = score
-    if mask is not None:
-        _fill_tensor(wanted.mask, _mask(mask), explain_pb2.DATA_TYPE_UINT8)
-    if reference is not None:
-        _fill_reference(wanted, reference)
+    request = explain_pb2.ExplainRequest(model=model_name(model))
+    write_options(request.options, options, known=ExplainOptions.__optional_keys__, function="explain")
     fill_image(request.image, load_image(image))
     return request
 
 
-def explain_options(
-    *,
-    top_k: int | None = None,
-    class_ids: int | Sequence[int] | None = None,
-    method: str | None = None,
-    layers: str | Sequence[str] | None = None,
-    map_size: str | None = None,
-    map_type: str | None = None,
-    top_predictions: int | None = None,
-    target_score: str | None = None,
-    aggregation: str | None = None,
-    augment: bool = False,
-    principal_component: bool = False,
-) -> explain_pb2.ExplainOptions:
-    """Build what `explain` and `stream` have in common. `Client.explain` documents the arguments.
+def write_options(
+    message: explain_pb2.ExplainOptions, options: Mapping[str, object], *, known: frozenset[str], function: str
+) -> None:
+    """Write options into their fields. One that has its default is not sent.
+
+    Args:
+        message: where they go.
+        options: the values by name.
+        known: the names that are allowed.
+        function: the name of the function that was called, for errors.
 
     Raises:
-        InvalidArgumentError: an argument is wrong; names it.
+        InvalidArgumentError: a value is wrong; names the option.
+        TypeError: there is no option of that name.
     """
-    if top_k is not None and class_ids is not None:
+    message.SetInParent()
+    if options.get("top_k") is not None and options.get("class_ids") is not None:
         raise InvalidArgumentError.of("class_ids", "cannot be combined with top_k: give one of the two")
-    options = explain_pb2.ExplainOptions(
-        method=number_of("method", method, METHODS),
-        layers=_layer_names(layers),
-        map_size=number_of("map_size", map_size, MAP_SIZES),
-        map_type=number_of("map_type", map_type, MAP_TYPES),
-        top_predictions=0 if top_predictions is None else checked_int("top_predictions", top_predictions, at_least=0),
-        target_score=number_of("target_score", target_score, TARGET_SCORES),
-        aggregation=number_of("aggregation", aggregation, AGGREGATIONS),
-    )
-    if checked_bool("augment", augment):
-        options.smoothing.augmentation = True
-    if checked_bool("principal_component", principal_component):
-        options.smoothing.principal_component = True
-    if top_k is not None:
-        options.top_k = checked_int("top_k", top_k, at_least=1)
-    if class_ids is not None:
-        options.class_ids.values.extend(_class_ids(class_ids))
-    return options
+    for name, value in options.items():
+        if name not in known:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+        if value is not OPTIONS[name].default:
+            OPTIONS[name].write(message, name, value)
 
 
 def metrics_of(task: str) -> tuple[str, ...]:
@@ -179,16 +166,50 @@ def model_name(model: str | None) -> str:
     return model or ""
 
 
-def _layer_names(layers: str | Sequence[str] | None) -> list[str]:
-    if layers is None:
-        return []
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What is known of an option.
+
+    Attributes:
+        field: its path in heatlens.v1.ExplainOptions; empty if `check` returns several fields, as such a message.
+        check: returns what is sent for a value: a number, a list, a message; False for nothing. It is given the
+            option's name, for its InvalidArgumentError.
+        help: one line for the command line.
+        default: the value that is not sent.
+    """
+
+    field: str
+    check: Callable[[str, Any], Any]
+    help: str
+    default: bool | None = None
+
+    def write(self, message: Message, name: str, value: object) -> None:
+        """Check a value and write it into its field."""
+        checked = self.check(name, value)
+        if checked is False:
+            return
+        if not self.field:
+            message.MergeFrom(checked)
+            return
+        *parents, field = self.field.split(".")
+        for parent in parents:
+            message = getattr(message, parent)
+        if isinstance(checked, Message):
+            getattr(message, field).CopyFrom(checked)
+        elif isinstance(checked, list):
+            getattr(message, field).extend(checked)
+        else:
+            setattr(message, field, checked)
+
+
+def _layer_names(name: str, layers: str | Sequence[str]) -> list[str]:
     names = [layers] if isinstance(layers, str) else list(layers) if isinstance(layers, Iterable) else []
-    if not names or not all(is_text(name) and name for name in names):
-        raise InvalidArgumentError.of("layers", f"expected a layer's name or a list of names, got {layers!r}")
+    if not names or not all(is_text(one) and one for one in names):
+        raise InvalidArgumentError.of(name, f"expected a layer's name or a list of names, got {layers!r}")
     return names
 
 
-def _class_ids(class_ids: int | Sequence[int]) -> list[int]:
+def _class_ids(name: str, class_ids: int | Sequence[int]) -> list[int]:
     values: list[Any]
     if isinstance(class_ids, np.ndarray):
         values = list(np.atleast_1d(class_ids))
@@ -197,55 +218,63 @@ def _class_ids(class_ids: int | Sequence[int]) -> list[int]:
     else:
         values = [class_ids]
     if not values:
-        raise InvalidArgumentError.of("class_ids", "expected at least one class id")
-    return [checked_int("class_ids", value, at_least=0) for value in values]
+        raise InvalidArgumentError.of(name, "expected at least one class id")
+    return [checked_int(name, value, at_least=0) for value in values]
 
 
-def _metrics(faithfulness: Metrics) -> list[faithfulness_pb2.FaithfulnessMetric] | None:
-    """Return the metrics asked for, empty for the server's choice; None if none are."""
+def _score(name: str, value: float) -> float:
+    score = as_float(value)
+    if not 0 <= score <= 1:
+        raise InvalidArgumentError.of(name, f"expected a number in [0, 1], got {value!r}")
+    return score
+
+
+def _metrics(argument: str, faithfulness: Metrics | None) -> faithfulness_pb2.FaithfulnessOptions | Literal[False]:
+    """Return the metrics asked for, empty for the server's choice; False if none are."""
     if faithfulness is None or isinstance(faithfulness, bool | np.bool_):
-        return [] if faithfulness else None
+        return faithfulness_pb2.FaithfulnessOptions() if faithfulness else False
     names: object = faithfulness
     if isinstance(faithfulness, str):
         names = METRICS if faithfulness == ALL else [faithfulness]
     if not isinstance(names, Iterable) or not (names := list(names)):
         raise InvalidArgumentError.of(
-            "faithfulness", f"expected True, 'all', a metric's name or a list of names, got {faithfulness!r}"
+            argument, f"expected True, 'all', a metric's name or a list of names, got {faithfulness!r}"
         )
-    numbers = [number_of("faithfulness", name if isinstance(name, str) else repr(name), METRICS) for name in names]
+    numbers = [number_of(argument, name if isinstance(name, str) else repr(name), METRICS) for name in names]
     if len(set(numbers)) < len(numbers):
-        raise InvalidArgumentError.of("faithfulness", f"expected each metric once, got {names!r}")
-    return numbers
+        raise InvalidArgumentError.of(argument, f"expected each metric once, got {names!r}")
+    return faithfulness_pb2.FaithfulnessOptions(metrics=numbers)
 
 
-def _mask(mask: MaskSource) -> UInt8Array:
+def _mask(name: str, mask: MaskSource) -> explain_pb2.Tensor:
     """Return a mask as sent: uint8 (height, width), 1 where the pixel counts."""
     if isinstance(mask, np.ndarray):
         if mask.ndim != 2 or mask.dtype.kind not in "bui":
             raise InvalidArgumentError.of(
-                "mask", f"expected bools or integers of shape (height, width), got {mask.dtype} of shape {mask.shape}"
+                name, f"expected bools or integers of shape (height, width), got {mask.dtype} of shape {mask.shape}"
             )
         pixels: npt.NDArray[Any] = mask
     else:
-        encoded = load_image(mask, argument="mask")
+        encoded = load_image(mask, argument=name)
         try:
             decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_GRAYSCALE)
         except cv2.error:
             decoded = None
         if decoded is None:
-            raise InvalidArgumentError.of("mask", "cannot be decoded", reason="IMAGE_UNDECODABLE")
+            raise InvalidArgumentError.of(name, "cannot be decoded", reason="IMAGE_UNDECODABLE")
         pixels = decoded
     if not pixels.any():
-        raise InvalidArgumentError.of("mask", "expected at least one pixel that is not 0")
-    return np.asarray(pixels != 0, dtype=np.uint8)
+        raise InvalidArgumentError.of(name, "expected at least one pixel that is not 0")
+    return _tensor(np.asarray(pixels != 0, dtype=np.uint8), explain_pb2.DATA_TYPE_UINT8)
 
 
-def _fill_reference(options: explain_pb2.ExplainOptions, reference: ReferenceSource) -> None:
-    """Write an embedding (numbers, or an array of one dimension) or else an image into its place."""
+def _reference(name: str, reference: ReferenceSource) -> explain_pb2.ExplainOptions:
+    """Return options with an embedding (numbers, or an array of one dimension), or else an image."""
+    options = explain_pb2.ExplainOptions()
     is_numbers = isinstance(reference, Sequence) and not isinstance(reference, str | bytes | bytearray | memoryview)
     if not is_numbers and not (isinstance(reference, np.ndarray) and reference.ndim == 1):
-        fill_image(options.reference_image, load_image(reference, argument="reference"))  # type: ignore[arg-type]
-        return
+        fill_image(options.reference_image, load_image(reference, argument=name))  # type: ignore[arg-type]
+        return options
     try:
         numbers = np.asarray(reference)
     except ValueError:
@@ -255,11 +284,53 @@ def _fill_reference(options: explain_pb2.ExplainOptions, reference: ReferenceSou
     with np.errstate(over="ignore"):
         embedding = numbers.astype(np.float32) if numbers.dtype.kind in "fiu" else np.empty(0, np.float32)
     if embedding.ndim != 1 or not embedding.any() or not np.isfinite(embedding).all():
-        raise InvalidArgumentError.of("reference", "expected an embedding of finite numbers, not all 0, or an image")
-    _fill_tensor(options.reference_embedding, embedding, explain_pb2.DATA_TYPE_FLOAT32)
+        raise InvalidArgumentError.of(name, "expected an embedding of finite numbers, not all 0, or an image")
+    options.reference_embedding.CopyFrom(_tensor(embedding, explain_pb2.DATA_TYPE_FLOAT32))
+    return options
 
 
-def _fill_tensor(tensor: explain_pb2.Tensor, values: npt.NDArray[Any], data_type: explain_pb2.DataType) -> None:
-    tensor.data_type = data_type
-    tensor.shape.extend(values.shape)
-    tensor.data = values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+def _tensor(values: npt.NDArray[Any], data_type: explain_pb2.DataType) -> explain_pb2.Tensor:
+    data = values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+    return explain_pb2.Tensor(data_type=data_type, shape=values.shape, data=data)
+
+
+OPTIONS: Mapping[str, Option] = {
+    "top_k": Option("top_k", partial(checked_int, at_least=1), "Explain the N most probable classes."),
+    "class_ids": Option("class_ids.values", _class_ids, "Explain this class. Repeatable."),
+    "method": Option("method", partial(number_of, names=METHODS), "grad-cam, layer-cam, ..."),
+    "layers": Option("layers", _layer_names, "Explain this layer. Repeatable."),
+    "map_size": Option("map_size", partial(number_of, names=MAP_SIZES), "layer, input or source."),
+    "map_type": Option("map_type", partial(number_of, names=MAP_TYPES), "float32, float16 or uint8 on the wire."),
+    "top_predictions": Option(
+        "top_predictions", partial(checked_int, at_least=0), "Return so many of the most probable classes."
+    ),
+    "target_score": Option(
+        "target_score",
+        partial(number_of, names=TARGET_SCORES),
+        "What is explained about a class: logit, probability, log-probability or contrast.",
+    ),
+    "aggregation": Option(
+        "aggregation",
+        partial(number_of, names=AGGREGATIONS),
+        "Several layers' maps become one: mean, max or product.",
+    ),
+    "augment": Option(
+        "smoothing.augmentation",
+        checked_bool,
+        "Average the maps of the image and its mirror image, darker and brighter.",
+        default=False,
+    ),
+    "principal_component": Option(
+        "smoothing.principal_component", checked_bool, "Smooth maps: their first principal component.", default=False
+    ),
+    "faithfulness": Option(
+        "faithfulness", _metrics, "Measure how faithful the maps are: deletion,insertion,... or all.", default=False
+    ),
+    "mask": Option("mask", _mask, "Segmentation: explain the pixels that are not black in this image."),
+    "reference": Option("", _reference, "Embedding models: what to compare with: an image, or an embedding (.npy)."),
+    "min_score": Option("min_score", _score, "Detection: explain detections of at least this score."),
+    "return_mask": Option(
+        "return_mask", checked_bool, "Segmentation: write the predicted mask, too. Needs -o.", default=False
+    ),
+}
+"""The options of `Client.explain`, by name. Those of MapOptions are options of streams, too."""

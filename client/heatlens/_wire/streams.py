@@ -15,7 +15,7 @@ from heatlens._results.results import Result
 from heatlens._wire.answers import result_of
 from heatlens._wire.arguments import MAX_SECONDS, as_float, checked_int, number_of
 from heatlens._wire.names import OVERFLOW_POLICIES
-from heatlens._wire.requests import MapOptions, check_size, explain_options, fill_image, model_name
+from heatlens._wire.requests import MapOptions, check_size, fill_image, model_name, write_options
 from heatlens._wire.status import frame_error_of
 from heatlens.v1 import explain_pb2
 
@@ -75,23 +75,36 @@ class Answer:
     skipped: bool = False
 
 
+class StreamOptions(MapOptions, total=False):
+    """What `Client.stream` takes besides, which documents it."""
+
+    max_in_flight: int | None
+    overflow: OverflowName
+    every: int
+    max_fps: float | None
+    smooth: float
+    frame_timeout: float | None
+    jpeg_quality: int | None
+
+
 def stream_plan(
     *,
-    model: str | None,
-    max_in_flight: int | None,
-    overflow: str,
-    every: int,
-    max_fps: float | None,
-    smooth: float,
-    frame_timeout: float | None,
-    jpeg_quality: int | None,
     max_message_bytes: int,
+    model: str | None = None,
+    max_in_flight: int | None = None,
+    overflow: str = "block",
+    every: int = 1,
+    max_fps: float | None = None,
+    smooth: float = 0.0,
+    frame_timeout: float | None = None,
+    jpeg_quality: int | None = None,
     **options: Unpack[MapOptions],
 ) -> StreamPlan:
     """Check a stream's arguments, which `Client.stream` documents.
 
     Raises:
         InvalidArgumentError: an argument is wrong; names it.
+        TypeError: there is no option of that name.
     """
     if overflow is None:
         raise InvalidArgumentError.of("overflow", f"expected one of {', '.join(OVERFLOW_POLICIES)}; got None")
@@ -106,13 +119,13 @@ def stream_plan(
         )
     config = explain_pb2.StreamConfig(
         model=model_name(model),
-        options=explain_options(**options),
         overflow_policy=number_of("overflow", overflow, OVERFLOW_POLICIES),
         max_in_flight=0 if max_in_flight is None else checked_int("max_in_flight", max_in_flight, at_least=1),
         explain_every=checked_int("every", every, at_least=1),
         max_frames_per_second=frames_per_s,
         temporal_smoothing=weight,
     )
+    write_options(config.options, options, known=MapOptions.__optional_keys__, function="stream")
     if frame_timeout is not None:
         config.frame_timeout.CopyFrom(_frame_timeout(frame_timeout))
     return StreamPlan(

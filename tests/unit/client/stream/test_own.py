@@ -88,7 +88,7 @@ async def test_leaving_an_async_for_loop_and_going_on_by_hand(peer, use):
             item = await stream.receive()
         else:
             receiving = asyncio.create_task(stream.receive())
-            await settled(lambda: stream._mapping is None)
+            await settled(lambda: stream._run is None)
             frame_id = await stream.send(b"z")
             item = await receiving
         assert (item.frame_id, item.frame) == (frame_id, b"z")

@@ -213,7 +213,7 @@ async def test_finish_wakes_a_sender_that_waits(connect, peer):
 
 async def test_one_use_at_a_time(connect, peer, monkeypatch):
     # How long the loop of a map may have been left before its generator is closed.
-    monkeypatch.setattr(heatlens._stream.async_stream, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(heatlens._stream.async_link, "JOIN_TIMEOUT_S", 0.05)
     async with connect().stream() as stream:
         await stream.send(b"a")
         with pytest.raises(heatlens.FailedPreconditionError, match="wait for `receive`"):

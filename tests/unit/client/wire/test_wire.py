@@ -8,7 +8,8 @@ from heatlens import InternalError, InvalidArgumentError, PixelBox
 from heatlens._wire.answers import map_values, result_of
 from heatlens._wire.arguments import checked_timeout
 from heatlens._wire.names import AGGREGATIONS, MAP_SIZES, MAP_TYPES, METHODS, METRICS, TARGET_SCORES
-from heatlens._wire.requests import check_size, explain_request, health_request
+from heatlens._wire.requests import OPTIONS, ExplainOptions, check_size, explain_request, health_request
+from heatlens._wire.streams import stream_plan
 from heatlens.v1 import explain_pb2, faithfulness_pb2, method_pb2
 
 
@@ -186,6 +187,25 @@ def test_wrong_arguments_are_named(argument, value):
     assert caught.value.field_violations[0].field == argument
     assert str(caught.value).startswith(f"{argument}: ")
     assert caught.value.request_id is None
+
+
+def test_every_option_has_a_row():
+    assert set(OPTIONS) == ExplainOptions.__optional_keys__
+    names = {field.name for field in explain_pb2.ExplainOptions.DESCRIPTOR.fields}
+    sent = {option.field.partition(".")[0] for option in OPTIONS.values() if option.field}
+    assert sent | {"reference_embedding", "reference_image"} == names
+
+
+@pytest.mark.parametrize("name", ["topk", "overflow", "image_"])
+def test_unknown_options_are_refused_as_by_any_function(name):
+    with pytest.raises(TypeError, match=rf"explain\(\) got an unexpected keyword argument '{name}'"):
+        explain_request(b"x", **{name: None})
+
+
+@pytest.mark.parametrize("name", ["mask", "faithfulness", "on_progress"])
+def test_streams_have_no_other_options(name):
+    with pytest.raises(TypeError, match=rf"stream\(\) got an unexpected keyword argument '{name}'"):
+        stream_plan(max_message_bytes=1000, **{name: None})
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), "3", True, 1e10, 1.001e9, 10**400])

@@ -1,0 +1,204 @@
+"""How the clients reach a server: a channel for threads, and one for asyncio."""
+
+# ruff: noqa: ASYNC109 - `timeout` is a gRPC deadline: the server sees it too, which asyncio.timeout cannot do.
+
+import asyncio
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2_grpc
+
+from heatlens._calls.settings import Settings, Timeout
+from heatlens._exceptions import CallCancelledError, FailedPreconditionError
+from heatlens._stream.async_link import AsyncStreamCall
+from heatlens._stream.link import StreamCall
+from heatlens._wire.requests import check_size
+from heatlens._wire.status import error_of
+from heatlens.v1 import explain_pb2, explain_pb2_grpc, model_pb2_grpc
+
+Request = TypeVar("Request", bound=Message)
+Response = TypeVar("Response")
+Value = TypeVar("Value")
+
+
+class Connection:
+    """A channel for threads. Made when the client is, connected by the first call."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._channel = (
+            grpc.insecure_channel(settings.address, settings.options)
+            if settings.credentials is None
+            else grpc.secure_channel(settings.address, settings.credentials, settings.options)
+        )
+        self._stubs = Stubs(
+            explain_pb2_grpc.ExplainServiceStub(self._channel),
+            model_pb2_grpc.ModelServiceStub(self._channel),
+            health_pb2_grpc.HealthStub(self._channel),
+        )
+        self._closed = False
+
+    @property
+    def stubs(self) -> "Stubs":
+        """The services. Raises FailedPreconditionError after `close`."""
+        if self._closed:
+            raise _client_closed()
+        return self._stubs
+
+    def close(self) -> None:
+        """Close the channel; open calls are cancelled. Idempotent."""
+        self._closed = True
+        self._channel.close()
+
+    def run(self, work: Callable[[], Value], *, blocks: bool) -> Value:  # noqa: ARG002 - a thread may block
+        """Return what `work` returns."""
+        return work()
+
+    def call(
+        self,
+        method: "grpc.UnaryUnaryMultiCallable[Request, Response]",
+        request: Request,
+        timeout: Timeout,
+    ) -> Response:
+        """Make one call; only our exceptions come out."""
+        settings = self._settings
+        timeout_s = settings.timeout_of(timeout)
+        check_size(request, settings.max_message_bytes)
+        request_id, metadata = settings.call_metadata()
+        try:
+            return method(request, timeout=timeout_s, metadata=metadata, wait_for_ready=settings.wait_for_ready or None)
+        except grpc.RpcError as error:
+            raise error_of(error, request_id) from None
+        except ValueError:
+            # Closed by another thread meanwhile: gRPC says so with a bare ValueError.
+            if not self._closed:
+                raise
+            raise _client_closed() from None
+
+    def start_stream(self, requests: Iterator[explain_pb2.StreamExplainRequest]) -> tuple[StreamCall, str]:
+        """Begin a stream's call; return it and its request id."""
+        settings = self._settings
+        request_id, metadata = settings.call_metadata()
+        stream = self.stubs.explain.StreamExplain
+        try:
+            call = stream(requests, metadata=metadata, wait_for_ready=settings.wait_for_ready or None)
+        except ValueError:
+            # As in `call`.
+            if not self._closed:
+                raise
+            raise _client_closed() from None
+        return call, request_id
+
+
+class AsyncConnection:
+    """A channel for asyncio. Made by the first call: it belongs to the event loop that is running then."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._opened: tuple[asyncio.AbstractEventLoop, grpc.aio.Channel, AsyncStubs] | None = None
+        self._stream_calls: weakref.WeakSet[AsyncStreamCall] = weakref.WeakSet()
+        self._closed = False
+
+    @property
+    def stubs(self) -> "AsyncStubs":
+        """The services.
+
+        Raises:
+            FailedPreconditionError: after `close`, or in another event loop than before.
+        """
+        if self._closed:
+            raise _client_closed()
+        loop = asyncio.get_running_loop()
+        if self._opened is None:
+            settings = self._settings
+            channel = (
+                grpc.aio.insecure_channel(settings.address, settings.options)
+                if settings.credentials is None
+                else grpc.aio.secure_channel(settings.address, settings.credentials, settings.options)
+            )
+            stubs = AsyncStubs(
+                explain_pb2_grpc.ExplainServiceStub(channel),
+                model_pb2_grpc.ModelServiceStub(channel),
+                health_pb2_grpc.HealthStub(channel),
+            )
+            self._opened = loop, channel, stubs
+        opened_by, _, stubs = self._opened
+        if opened_by is not loop:
+            raise FailedPreconditionError(
+                "the client belongs to another event loop: create one per event loop", reason="WRONG_EVENT_LOOP"
+            )
+        return stubs
+
+    async def close(self) -> None:
+        """Close the channel; open calls are cancelled. Idempotent."""
+        self._closed = True
+        opened, self._opened = self._opened, None
+        # Older channels (grpcio 1.76) cancel only the calls that a task awaits directly.
+        for call in list(self._stream_calls):
+            call.cancel()
+        if opened is not None:
+            _, channel, _ = opened
+            await channel.close()
+
+    async def run(self, work: Callable[[], Value], *, blocks: bool) -> Value:
+        """Return what `work` returns. If it blocks, it runs in a thread, so that the event loop goes on."""
+        return await asyncio.to_thread(work) if blocks else work()
+
+    async def call(
+        self,
+        method: "grpc.aio.UnaryUnaryMultiCallable[Request, Response]",
+        request: Request,
+        timeout: Timeout,
+    ) -> Response:
+        """Make one call; only our exceptions come out, and CancelledError if our task is cancelled."""
+        settings = self._settings
+        timeout_s = settings.timeout_of(timeout)
+        check_size(request, settings.max_message_bytes)
+        request_id, metadata = settings.call_metadata()
+        try:
+            return await method(
+                request, timeout=timeout_s, metadata=metadata, wait_for_ready=settings.wait_for_ready or None
+            )
+        except grpc.RpcError as error:
+            raise error_of(error, request_id) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # The task was not cancelled: `close` cancelled the call.
+            raise CallCancelledError("the client was closed during the call", request_id=request_id) from None
+
+    def start_stream(self) -> tuple[AsyncStreamCall, str]:
+        """Begin a stream's call; return it and its request id."""
+        settings = self._settings
+        request_id, metadata = settings.call_metadata()
+        call = self.stubs.explain.StreamExplain(metadata=metadata, wait_for_ready=settings.wait_for_ready or None)
+        self._stream_calls.add(call)
+        return call, request_id
+
+
+@dataclass(frozen=True, slots=True)
+class Stubs:
+    """The services that a channel reaches."""
+
+    explain: explain_pb2_grpc.ExplainServiceStub
+    models: model_pb2_grpc.ModelServiceStub
+    health: health_pb2_grpc.HealthStub
+
+
+@dataclass(frozen=True, slots=True)
+class AsyncStubs:
+    """The services that a channel of asyncio reaches."""
+
+    explain: "explain_pb2_grpc.ExplainServiceAsyncStub"
+    models: "model_pb2_grpc.ModelServiceAsyncStub"
+    health: health_pb2_grpc.HealthStub
+
+
+def _client_closed() -> FailedPreconditionError:
+    return FailedPreconditionError("the client is closed", reason="CLIENT_CLOSED")
