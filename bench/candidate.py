@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from heatlens_server.allocator import keep_freed_memory
-from heatlens_server.core.engine import Engine, MapSpec, TopK
+from heatlens_server.core.engine import Engine, MapSpec
 from heatlens_server.core.methods import Method
+from heatlens_server.core.targets import TopK
 
 FORWARD, TUNED, GRAD_CAM = "forward", "forward tuned", "grad-cam"
 TORCH, ONNXRUNTIME, TORCHSCRIPT = "torch", "onnxruntime", "torchscript"

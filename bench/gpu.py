@@ -21,9 +21,10 @@ from heatlens_server.backends.onnx.engine import OnnxRuntimeEngine
 from heatlens_server.backends.onnx.manifest import read_manifest
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.export.folder import export_bundle
-from heatlens_server.core.engine import Engine, MapSpec, TopK
+from heatlens_server.core.engine import Engine, MapSpec
 from heatlens_server.core.graph_spec import Format
 from heatlens_server.core.methods import Method
+from heatlens_server.core.targets import TopK
 
 BATCH_SIZES = (1, 8, 32, 128)
 DEVICE = "cuda:0"

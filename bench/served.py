@@ -26,7 +26,8 @@ from bench.wire import encode_ms
 from heatlens import AsyncClient, Client, Timing
 from heatlens._cli.load import batch_size_of
 from heatlens_server.config import load_config
-from heatlens_server.core.engine import MapSpec, TopK
+from heatlens_server.core.engine import MapSpec
+from heatlens_server.core.targets import TopK
 from heatlens_server.fleet.build import build
 from heatlens_server.imaging.decode import decode_image
 from heatlens_server.imaging.preprocess import fit

@@ -15,9 +15,11 @@ from heatlens.v1 import explain_pb2 as pb
 from heatlens_server.api.limits import Limits
 from heatlens_server.api.plan import ExplainPlan
 from heatlens_server.api.validation import parse_explain
-from heatlens_server.core.engine import EngineInfo, ImageResult, MapSpec, TopK
+from heatlens_server.core.engine import Capabilities, MapSpec
 from heatlens_server.core.methods import CLOSED_FORMS, Method
 from heatlens_server.core.preprocess import FittedImage, PreprocessSpec
+from heatlens_server.core.results import ImageResult
+from heatlens_server.core.targets import TopK
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.scheduling.entry import QueueResult, Timing
 from heatlens_server.transports.grpc.encode import encode
@@ -55,7 +57,7 @@ _MODEL = ServedModel(
     preprocess=PreprocessSpec(
         resize_px=224, crop_px=(224, 224), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), interpolation="bilinear"
     ),
-    engine=EngineInfo("torch", "cpu", "fp32", 224, 224, 1000, CLOSED_FORMS, ("layer",)),
+    capabilities=Capabilities("torch", "cpu", "fp32", 224, 224, 1000, CLOSED_FORMS, ("layer",)),
     default_method=Method.GRAD_CAM,
     max_batch_size=8,
     max_delay_s=0.0,

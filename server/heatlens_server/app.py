@@ -160,7 +160,7 @@ class Server:
             _log.info(
                 "model %s ready: %s on %s in %s, layer %s",
                 config.name,
-                info.kind,
+                info.engine_name,
                 info.device,
                 info.precision,
                 info.layers[0],
@@ -213,7 +213,7 @@ class Server:
             version=built.version,
             labels=built.labels,
             preprocess=built.preprocess,
-            engine=built.engine.info,
+            capabilities=built.engine.info,
             default_method=built.method,
             max_batch_size=config.batching.max_batch_size,
             max_delay_s=max_delay_s,

@@ -33,7 +33,7 @@ def check_model(config: ModelConfig, write: Callable[[str], None], *, cache_dir:
     info = built.engine.info
     image = np.random.default_rng(0).integers(0, 256, (1, *trial_size_px(info), 3), dtype=np.uint8)
     try:
-        for method in info.offered:
+        for method in info.requestable_methods:
             if not all(is_finite(result) for result in run_trial(built.engine, image, method)):
                 write(f"{config.name}: FAILED: {method} gave values that are not finite")
                 return False
@@ -44,8 +44,8 @@ def check_model(config: ModelConfig, write: Callable[[str], None], *, cache_dir:
         built.engine.close()
     size = f"{info.input_width_px}x{info.input_height_px} px" if info.input_width_px else "any size"
     write(
-        f"{config.name}: ok: {info.kind} on {info.device} in {info.precision}, "
+        f"{config.name}: ok: {info.engine_name} on {info.device} in {info.precision}, "
         f"{size}, {info.class_count} classes, "
-        f"layers {', '.join(info.layers)}; methods {', '.join(info.offered)}"
+        f"layers {', '.join(info.layers)}; methods {', '.join(info.requestable_methods)}"
     )
     return True

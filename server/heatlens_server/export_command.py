@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from heatlens_server.backends.onnx.manifest import Manifest
 from heatlens_server.config import EXPORT_PREFIX, ModelConfig, load_config
-from heatlens_server.core.engine import Task
 from heatlens_server.core.errors import ConfigError, ExportError, ModelLoadError
 from heatlens_server.core.graph_spec import MANIFEST_FILE, Format, GraphSpec, InputKind, Output
 from heatlens_server.core.methods import ACTIVATIONS_ALONE, CLOSED_FORMS, PRESETS, Method, Score
+from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.stderr import stderr_to_log
 
 if TYPE_CHECKING:

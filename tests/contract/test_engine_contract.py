@@ -13,9 +13,10 @@ from heatlens_server.backends.onnx.engine import OnnxRuntimeEngine
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.backends.torch.torchscript_engine import TorchScriptEngine
-from heatlens_server.core.engine import ClassIds, Engine, MapSpec, TopK
+from heatlens_server.core.engine import Engine, MapSpec
 from heatlens_server.core.graph_spec import Format
 from heatlens_server.core.methods import CLOSED_FORMS, Method
+from heatlens_server.core.targets import ClassIds, TopK
 
 ENGINES: dict[str, Callable[[LoadedModel], Engine]] = {
     "torch": lambda model: TorchEngine(model, device="cpu"),

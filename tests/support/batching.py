@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 
 from heatlens import PixelBox
-from heatlens_server.core.engine import MapSpec, TopK
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Method
 from heatlens_server.core.preprocess import FittedImage
+from heatlens_server.core.targets import TopK
 from heatlens_server.scheduling.batcher import Batcher
 from heatlens_server.scheduling.entry import Entry, EntryState, Outcome, Source
 

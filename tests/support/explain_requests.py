@@ -33,7 +33,7 @@ def served(module, layers) -> ServedModel:
         version="0",
         labels=(),
         preprocess=model.preprocess,
-        engine=info,
+        capabilities=info,
         default_method=Method.GRAD_CAM,
         max_batch_size=4,
         max_delay_s=0.0,

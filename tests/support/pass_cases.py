@@ -15,8 +15,9 @@ from heatlens_server.backends.torch.goals.table import task_model
 from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.backends.torch.passes.table import explain
 from heatlens_server.backends.torch.sources.layers import discover
-from heatlens_server.core.engine import ClassIds, MapSpec, Target
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Method
+from heatlens_server.core.targets import ClassIds, Target
 
 PX = 64
 

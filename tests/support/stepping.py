@@ -12,8 +12,8 @@ from heatlens_server.backends.torch.cam.grid import Grid, Output
 from heatlens_server.backends.torch.goals.table import task_model
 from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.backends.torch.steps.job import Job
-from heatlens_server.core.engine import Target
 from heatlens_server.core.methods import Score
+from heatlens_server.core.targets import Target
 
 
 def placed(

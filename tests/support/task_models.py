@@ -24,8 +24,10 @@ from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.backends.torch.sources.random_heads import settle
 from heatlens_server.backends.torch.sources.sources import IMAGENET_PREPROCESS
 from heatlens_server.backends.torch.sources.torchvision_models import DETECTION_PREPROCESS
-from heatlens_server.core.engine import Float32Array, ImageResult, Task
+from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.methods import Method
+from heatlens_server.core.results import ImageResult
+from heatlens_server.core.tasks import Task
 
 LABELS = 7
 PX = 96

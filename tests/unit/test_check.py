@@ -7,13 +7,14 @@ import pytest
 
 from heatlens_server import check
 from heatlens_server.config import ModelConfig
-from heatlens_server.core.engine import EngineInfo, ImageResult
+from heatlens_server.core.engine import Capabilities
 from heatlens_server.core.methods import Method
+from heatlens_server.core.results import ImageResult
 
 
 @pytest.mark.parametrize(("size_px", "said"), [((32, 64), "64x32 px"), ((0, 0), "any size")])
 def test_the_size_of_a_models_input(monkeypatch, size_px, said):
-    info = EngineInfo("torch", "cpu", "fp32", *size_px, 1, (Method.GRAD_CAM,), ("body",))
+    info = Capabilities("torch", "cpu", "fp32", *size_px, 1, (Method.GRAD_CAM,), ("body",))
     one = np.ones(1, np.float32)
     result = ImageResult(one, (0,), np.ones((1, 2, 2), np.float32), one, one)
     closed = []

@@ -3,7 +3,7 @@
 from heatlens.v1 import explain_pb2 as pb
 from heatlens_server.api.limits import Limits
 from heatlens_server.api.violations import Violations
-from heatlens_server.core.engine import UInt8Array
+from heatlens_server.core.arrays import UInt8Array
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.preprocess import FittedImage, PreprocessSpec
 from heatlens_server.imaging.decode import decode_image, pixels_from_tensor

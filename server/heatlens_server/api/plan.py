@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from heatlens_server.core.engine import Detections, MapSpec, Target
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.preprocess import FittedImage
+from heatlens_server.core.targets import Detections, Target
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ def parse_explain(request: pb.ExplainRequest, model: ServedModel, limits: Limits
 
 def parse_options(options: pb.ExplainOptions, model: ServedModel, limits: Limits, wrong: Violations) -> ExplainPlan:
     """Check how to explain. The plan may be used if nothing was added to `wrong`."""
-    wire = task_wire(model.engine.task)
+    wire = task_wire(model.capabilities.task)
     method = _method(options, model, wrong)
     preset = PRESETS.get(method, Preset(method))
     layers = _layers(options, model, preset, wrong)
@@ -82,7 +82,7 @@ def _method(options: pb.ExplainOptions, model: ServedModel, wrong: Violations) -
     if options.method == method_pb2.METHOD_UNSPECIFIED:
         return model.default_method
     method = METHOD_FROM_PROTO.get(options.method)
-    offered = model.engine.offered
+    offered = model.capabilities.requestable_methods
     supported = ", ".join(offered)
     if method is None:
         wrong.add("options.method", f"unknown method {options.method}; this model supports: {supported}")
@@ -94,15 +94,15 @@ def _method(options: pb.ExplainOptions, model: ServedModel, wrong: Violations) -
 
 
 def _layers(options: pb.ExplainOptions, model: ServedModel, preset: Preset, wrong: Violations) -> tuple[str, ...]:
-    offered = model.engine.layers_of(preset.method)
-    known = model.engine.layers
+    offered = model.capabilities.layers_of(preset.method)
+    known = model.capabilities.layers
     if len(options.layers) > len(known):
         # Not one violation each: their number, and the time to compare them, would be the caller's to choose.
         wrong.add("options.layers", f"at most {len(known)} layers, each once; got {len(options.layers)}")
         return offered[:1]
     layers = tuple(options.layers) or (offered if preset.all_layers else offered[:1])
     for i, layer in enumerate(layers):
-        if layer in model.engine.pyramids and layer not in offered:
+        if layer in model.capabilities.multi_map_layers and layer not in offered:
             wrong.add(
                 f"options.layers[{i}]",
                 f"{shown(layer)} is several maps at once: {preset.method} explains {', '.join(offered) or 'no layer'}",
@@ -124,24 +124,26 @@ def _layers(options: pb.ExplainOptions, model: ServedModel, preset: Preset, wron
 def _check_predictions(options: pb.ExplainOptions, model: ServedModel, wire: TaskWire, wrong: Violations) -> None:
     count = options.top_predictions
     if not wire.predicts and count:
-        wrong.add("options.top_predictions", f"a model of {model.engine.task} predicts no classes for the whole image")
-    elif not 0 <= count <= model.engine.class_count:
+        wrong.add(
+            "options.top_predictions", f"a model of {model.capabilities.task} predicts no classes for the whole image"
+        )
+    elif not 0 <= count <= model.capabilities.class_count:
         wrong.add(
             "options.top_predictions",
-            f"must be in [0, {model.engine.class_count}], the model's class count; got {count}",
+            f"must be in [0, {model.capabilities.class_count}], the model's class count; got {count}",
         )
 
 
 def _score(options: pb.ExplainOptions, model: ServedModel, method: Method, preset: Preset, wrong: Violations) -> Score:
     if options.target_score == method_pb2.TARGET_SCORE_UNSPECIFIED:
         # An export may have another score than the logit; it has that one only.
-        alone = len(model.engine.scores) == 1 and method not in PRESETS
-        return model.engine.scores[0] if alone else preset.score
+        alone = len(model.capabilities.scores) == 1 and method not in PRESETS
+        return model.capabilities.scores[0] if alone else preset.score
     score = SCORE_FROM_PROTO.get(options.target_score)
     if score is None:
         wrong.add("options.target_score", f"unknown target score {options.target_score}")
-    elif score not in model.engine.scores:
-        supported = ", ".join(model.engine.scores)
+    elif score not in model.capabilities.scores:
+        supported = ", ".join(model.capabilities.scores)
         wrong.add("options.target_score", f"model {model.name!r} does not support {score}; it supports: {supported}")
     elif method in PRESETS and preset.score is not Score.LOGIT and score is not preset.score:
         wrong.add("options.target_score", f"{method} explains the {preset.score}")
@@ -164,14 +166,14 @@ def _aggregation(options: pb.ExplainOptions, method: Method, preset: Preset, wro
 
 
 def _augment(options: pb.ExplainOptions, model: ServedModel, wire: TaskWire, wrong: Violations) -> bool:
-    if options.smoothing.augmentation and not (model.engine.full and wire.mirrors):
+    if options.smoothing.augmentation and not (model.capabilities.has_options and wire.mirrors):
         wrong.add("options.smoothing.augmentation", f"model {model.name!r} does not support it")
     return options.smoothing.augmentation
 
 
 def _principal(options: pb.ExplainOptions, model: ServedModel, preset: Preset, wrong: Violations) -> bool:
     if options.smoothing.principal_component:
-        if not model.engine.full:
+        if not model.capabilities.has_options:
             wrong.add("options.smoothing.principal_component", f"model {model.name!r} does not support it")
         elif preset.method not in WEIGHTED:
             wrong.add(
@@ -184,7 +186,7 @@ def _principal(options: pb.ExplainOptions, model: ServedModel, preset: Preset, w
 def _metrics(options: pb.ExplainOptions, model: ServedModel, wire: TaskWire, wrong: Violations) -> tuple[Metric, ...]:
     if not options.HasField("faithfulness"):
         return ()
-    if not (model.engine.full and wire.measures):
+    if not (model.capabilities.has_options and wire.measures):
         wrong.add("options.faithfulness", f"model {model.name!r} does not support it")
         return ()
     field = "options.faithfulness.metrics"
@@ -201,7 +203,7 @@ def _metrics(options: pb.ExplainOptions, model: ServedModel, wire: TaskWire, wro
         elif metric in chosen:
             wrong.add(f"{field}[{i}]", f"duplicate metric {metric}")
         elif metric not in wire.measures:
-            wrong.add(f"{field}[{i}]", f"{metric} is not defined for a model of {model.engine.task}")
+            wrong.add(f"{field}[{i}]", f"{metric} is not defined for a model of {model.capabilities.task}")
         else:
             chosen.add(metric)
     return tuple(metric for metric in Metric if metric in (chosen or {Metric.DELETION, Metric.INSERTION}))

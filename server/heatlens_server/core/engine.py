@@ -1,144 +1,14 @@
-"""What an engine is: uint8 images and wanted targets in, scores and float maps out. No torch in here."""
+"""What an engine is: uint8 images and targets in, scores and float maps out."""
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
+from heatlens_server.core.arrays import UInt8Array
 from heatlens_server.core.methods import OF_PYRAMIDS, PRESETS, Aggregation, Method, Metric, Score, name_of
-
-Float32Array = npt.NDArray[np.float32]
-UInt8Array = npt.NDArray[np.uint8]
-BoolArray = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True, slots=True)
-class TopK:
-    """Explain the k most probable classes, most probable first. k >= 1."""
-
-    k: int
-
-    @property
-    def count(self) -> int:
-        """How many classes."""
-        return self.k
-
-
-@dataclass(frozen=True, slots=True)
-class ClassIds:
-    """Explain these classes, in this order. At least one, no duplicates, each in [0, class_count)."""
-
-    ids: tuple[int, ...]
-
-    @property
-    def count(self) -> int:
-        """How many classes."""
-        return len(self.ids)
-
-
-ClassTarget = TopK | ClassIds
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Pixels:
-    """Segmentation: explain classes, by their scores over given pixels.
-
-    Attributes:
-        classes: which ones.
-        mask: bool (H, W), at the model's input size, at least one True; or (K, H, W), one for each of `ClassIds`. None:
-            those predicted as the class.
-    """
-
-    classes: ClassTarget
-    mask: BoolArray | None = None
-
-    @property
-    def count(self) -> int:
-        """How many classes."""
-        return self.classes.count
-
-
-@dataclass(frozen=True, slots=True)
-class Detections:
-    """Detection: explain the boxes of at least a score, best first.
-
-    Attributes:
-        min_score: in [0, 1].
-        max_count: the most boxes, >= 1.
-        class_ids: of these classes only; empty for any.
-    """
-
-    min_score: float
-    max_count: int
-    class_ids: tuple[int, ...] = ()
-
-    @property
-    def count(self) -> int:
-        """How many boxes at most."""
-        return self.max_count
-
-
-@dataclass(frozen=True, slots=True)
-class Boxes:
-    """Detection: explain whatever is detected where these boxes are, as their classes.
-
-    Attributes:
-        boxes: left, top, right, bottom in pixels of the model's input.
-        class_ids: of each.
-    """
-
-    boxes: tuple[tuple[float, float, float, float], ...]
-    class_ids: tuple[int, ...]
-
-    @property
-    def count(self) -> int:
-        """How many boxes."""
-        return len(self.boxes)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Similarity:
-    """Embedding models: explain the cosine similarity to a reference.
-
-    Attributes:
-        reference: float32 (D,), not zero; or uint8 (H, W, 3), an image at the model's input size.
-    """
-
-    reference: Float32Array | UInt8Array
-
-    @property
-    def count(self) -> int:
-        """One."""
-        return 1
-
-
-Target = TopK | ClassIds | Pixels | Detections | Boxes | Similarity
-"""What is wanted of one image; which of them a model takes is its task's business."""
-
-
-def class_targets(targets: Sequence[Target]) -> list[ClassTarget]:
-    """The targets of a classifier.
-
-    Raises:
-        TypeError: one is of another task.
-    """
-    chosen = [target for target in targets if isinstance(target, TopK | ClassIds)]
-    if len(chosen) < len(targets):
-        raise TypeError("a classifier explains classes")
-    return chosen
-
-
-class Task(StrEnum):
-    """What a model does. The value is its name in configuration files and on the wire."""
-
-    CLASSIFICATION = "classification"
-    MULTI_LABEL = "multi-label-classification"
-    SEGMENTATION = "segmentation"
-    DETECTION = "detection"
-    EMBEDDING = "embedding"
+from heatlens_server.core.results import ImageResult
+from heatlens_server.core.targets import Target
+from heatlens_server.core.tasks import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,63 +43,17 @@ class MapSpec:
         return self.method.in_steps or self.augment or bool(self.metrics)
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What is explained about one image, where class ids and logits do not say it all.
-
-    Attributes:
-        class_id: its class; 0 where there are none.
-        logit: the score before softmax or sigmoid.
-        probability: in [0, 1].
-        box: left, top, right, bottom in pixels of the engine's input image, half open; None but for detections.
-        area: the part of the input that is predicted as the class, in [0, 1]; segmentation only.
-    """
-
-    class_id: int
-    logit: float
-    probability: float
-    box: tuple[float, float, float, float] | None = None
-    area: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class ImageResult:
-    """What an engine says about one image.
-
-    Attributes:
-        logits: float32 (C,), the score of every class; empty where the task has none for the image as a whole.
-        class_ids: the classes of the K explanations, in the order asked for.
-        maps: float32 (K, h, w) in [0, 1].
-        scales: float32 (K,); maps * scales + offsets is the raw map.
-        offsets: float32 (K,).
-        findings: K, one per explanation; None for classification, where logits and class ids say it all.
-        faithfulness: K, the measures asked for; None if none were.
-        mask: segmentation, if asked for: uint8 (H, W), the class of each pixel of the input.
-        embedding: embedding models: float32 (D,).
-    """
-
-    logits: Float32Array
-    class_ids: tuple[int, ...]
-    maps: Float32Array
-    scales: Float32Array
-    offsets: Float32Array
-    findings: tuple[Finding, ...] | None = None
-    faithfulness: tuple[Mapping[Metric, float], ...] | None = None
-    mask: UInt8Array | None = None
-    embedding: Float32Array | None = None
-
-
 Steps = Generator[None, None, ImageResult]
 """One image's explanation in steps: each `next` runs the model on some rows; the last one raises StopIteration with the
 result. `close` gives it up. Keeps no thread-local state (grad mode, hooks) between steps."""
 
 
 @dataclass(frozen=True, slots=True)
-class EngineInfo:
+class Capabilities:
     """What a loaded engine can do.
 
     Attributes:
-        kind: "torch", ...
+        engine_name: "torch", "onnxruntime", "torchscript".
         device: "cpu", "cuda:0".
         precision: "fp32", "fp16", "bf16".
         input_height_px: height of the images it takes; 0 for any.
@@ -238,15 +62,17 @@ class EngineInfo:
         methods: the supported methods, in the order of `Method`; none of `core.methods.PRESETS`.
         layers: the layers that can be explained, the default first.
         task: what the model does.
-        companion_methods: those of `methods` that a second engine, torch, runs beside this one.
+        fallback_methods: those of `methods` that a second engine, torch, runs.
         scores: the supported scores.
-        companion_scores: those of `scores` that the second engine runs.
-        full: whether smoothing and faithfulness are supported.
-        pyramids: those of `layers` that return several maps at once: for methods of `core.methods.OF_PYRAMIDS`.
-        fewer_layers: the layers of each method that explains not all of `layers`, the default first; pyramids aside.
+        fallback_scores: those of `scores` that the second engine runs.
+        has_options: whether smoothing and faithfulness are supported.
+        multi_map_layers: those of `layers` that return several maps at once: for methods of
+            `core.methods.OF_PYRAMIDS`.
+        layers_by_method: the layers of each method that explains only some of `layers`, the default first;
+            `multi_map_layers` aside.
     """
 
-    kind: str
+    engine_name: str
     device: str
     precision: str
     input_height_px: int
@@ -255,23 +81,25 @@ class EngineInfo:
     methods: tuple[Method, ...]
     layers: tuple[str, ...]
     task: Task = Task.CLASSIFICATION
-    companion_methods: frozenset[Method] = field(default_factory=frozenset)
+    fallback_methods: frozenset[Method] = field(default_factory=frozenset)
     scores: tuple[Score, ...] = (Score.LOGIT,)
-    full: bool = False
-    pyramids: frozenset[str] = field(default_factory=frozenset)
-    companion_scores: frozenset[Score] = field(default_factory=frozenset)
-    fewer_layers: Mapping[Method, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    has_options: bool = False
+    multi_map_layers: frozenset[str] = field(default_factory=frozenset)
+    fallback_scores: frozenset[Score] = field(default_factory=frozenset)
+    layers_by_method: Mapping[Method, tuple[str, ...]] = field(default_factory=dict, hash=False)
 
     def layers_of(self, method: Method) -> tuple[str, ...]:
         """The layers that a method can explain, the default first."""
-        layers = self.fewer_layers.get(method, self.layers)
-        return layers if method in OF_PYRAMIDS else tuple(layer for layer in layers if layer not in self.pyramids)
+        layers = self.layers_by_method.get(method, self.layers)
+        if method in OF_PYRAMIDS:
+            return layers
+        return tuple(layer for layer in layers if layer not in self.multi_map_layers)
 
     @property
-    def offered(self) -> tuple[Method, ...]:
-        """What a request may name: the supported methods, and the presets that stand for one of them.
+    def requestable_methods(self) -> tuple[Method, ...]:
+        """The methods that a request may name: the supported ones, and the presets that stand for one of them.
 
-        A method that explains one score alone, for which there is a preset, goes by the preset's name only.
+        A method that explains a single score for which there is a preset goes by the preset's name only.
         """
         presets = {
             name for name, preset in PRESETS.items() if preset.method in self.methods and preset.score in self.scores
@@ -285,7 +113,7 @@ class Engine(Protocol):
     """Runs one model. Called by one thread at a time; stores nothing about a call on the model."""
 
     @property
-    def info(self) -> EngineInfo:
+    def info(self) -> Capabilities:
         """What this engine can do."""
         ...
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Float32Array = npt.NDArray[np.float32]
+from heatlens_server.core.arrays import Float32Array
 
 # Output rows interpolated by one matrix product: enough to amortise the call, few enough that the product
 # only touches the handful of source rows below them.

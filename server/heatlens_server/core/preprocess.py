@@ -4,12 +4,8 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
-import numpy as np
-import numpy.typing as npt
-
+from heatlens_server.core.arrays import UInt8Array
 from heatlens_server.core.geometry import PixelBox
-
-UInt8Array = npt.NDArray[np.uint8]
 
 MAX_PIXELS_LIMIT = 89_478_485
 """Pillow's own limit on what it opens without complaint (PIL.Image.MAX_IMAGE_PIXELS); ours is never above it."""

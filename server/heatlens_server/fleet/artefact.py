@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from heatlens_server.backends.onnx.export_cache import ArtefactCache
 from heatlens_server.backends.onnx.manifest import Manifest
 from heatlens_server.config import ModelConfig
-from heatlens_server.core.engine import Engine, Task
+from heatlens_server.core.engine import Engine
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import Format
 from heatlens_server.core.labels import read_labels
 from heatlens_server.core.methods import CLOSED_FORMS, Method
+from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.cache_key import artefact_key, is_settled
 from heatlens_server.fleet.likeness import is_alike
 from heatlens_server.fleet.stderr import stderr_to_log

@@ -12,11 +12,12 @@ from heatlens_server.backends.onnx.export_cache import ArtefactCache
 from heatlens_server.backends.onnx.manifest import Manifest, read_manifest
 from heatlens_server.backends.onnx.providers import CUDA, cuda_device_count, load_runtime
 from heatlens_server.config import EXPORT_PREFIX, ModelConfig
-from heatlens_server.core.engine import SteppingEngine, Task
+from heatlens_server.core.engine import SteppingEngine
 from heatlens_server.core.errors import ExportError, ModelLoadError
 from heatlens_server.core.graph_spec import Format
 from heatlens_server.core.methods import PRESETS, Method, Preset, name_of
 from heatlens_server.core.preprocess import PreprocessSpec
+from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.artefact import Artefact, LazyModel, Report, labels_of
 from heatlens_server.fleet.export_process import obtain_apart
 from heatlens_server.fleet.fallback_engine import ExportEngine

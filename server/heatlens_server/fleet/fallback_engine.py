@@ -11,19 +11,13 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Protocol
 
-from heatlens_server.core.engine import (
-    Engine,
-    EngineInfo,
-    ImageResult,
-    MapSpec,
-    SteppingEngine,
-    Steps,
-    Target,
-    Task,
-    UInt8Array,
-)
+from heatlens_server.core.arrays import UInt8Array
+from heatlens_server.core.engine import Capabilities, Engine, MapSpec, SteppingEngine, Steps
 from heatlens_server.core.errors import InvalidArgument, ModelLoadError
 from heatlens_server.core.methods import Method, Score
+from heatlens_server.core.results import ImageResult
+from heatlens_server.core.targets import Target
+from heatlens_server.core.tasks import Task
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +68,7 @@ class FallbackEngine:
         self._info = info if make_companion is None else _joined(info, methods)
 
     @property
-    def info(self) -> EngineInfo:
+    def info(self) -> Capabilities:
         """What the two can do together; the rest is the primary engine's."""
         return self._info
 
@@ -139,7 +133,10 @@ class FallbackEngine:
             companion.close()
             raise
         _log.info(
-            "%s was loaded beside %s in %.1f s", companion.info.kind, self._info.kind, time.monotonic() - started_at
+            "%s was loaded beside %s in %.1f s",
+            companion.info.engine_name,
+            self._info.engine_name,
+            time.monotonic() - started_at,
         )
         return companion
 
@@ -150,26 +147,26 @@ class FallbackEngine:
             self._companion = companion
 
 
-def _joined(info: EngineInfo, methods: Sequence[Method]) -> EngineInfo:
+def _joined(info: Capabilities, methods: Sequence[Method]) -> Capabilities:
     further = frozenset(methods) - frozenset(info.methods)
     return replace(
         info,
         methods=tuple(method for method in Method if method in info.methods or method in further),
-        companion_methods=further,
+        fallback_methods=further,
         scores=tuple(Score),
-        companion_scores=frozenset(Score) - frozenset(info.scores),
-        fewer_layers={},
-        full=True,
+        fallback_scores=frozenset(Score) - frozenset(info.scores),
+        layers_by_method={},
+        has_options=True,
     )
 
 
-def _check(found: EngineInfo, said: EngineInfo) -> None:
+def _check(found: Capabilities, said: Capabilities) -> None:
     """Check that a companion is of the same model, and has what clients were told.
 
     Raises:
         ModelLoadError: it is not, or has not.
     """
-    missing = [method for method in said.companion_methods if method not in found.methods]
+    missing = [method for method in said.fallback_methods if method not in found.methods]
     if missing:
         raise ModelLoadError(f"the network, as it is now, has no {', '.join(sorted(missing))}; restart the server")
     if (found.class_count, found.task) != (said.class_count, said.task) or not set(said.layers) <= set(found.layers):

@@ -6,8 +6,10 @@ Both explain the same noise. Scores alone would not do: code can change a gradie
 import numpy as np
 import numpy.typing as npt
 
-from heatlens_server.core.engine import ClassIds, Engine, ImageResult, MapSpec, TopK
+from heatlens_server.core.engine import Engine, MapSpec
 from heatlens_server.core.methods import CLOSED_FORMS, Method
+from heatlens_server.core.results import ImageResult
+from heatlens_server.core.targets import ClassIds, TopK
 
 _IMAGES = 2
 _CLASSES = 3

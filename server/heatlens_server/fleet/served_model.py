@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from heatlens_server.core.engine import EngineInfo
+from heatlens_server.core.engine import Capabilities
 from heatlens_server.core.methods import Method
 from heatlens_server.core.preprocess import PreprocessSpec
 from heatlens_server.scheduling.model_queue import ModelQueue
@@ -17,8 +17,8 @@ class ServedModel:
         version: of the weights.
         labels: one per class; empty if unknown.
         preprocess: from source image to input pixels.
-        engine: what the engine can do.
-        default_method: for requests that name none; one of `engine.offered`.
+        capabilities: what the engine can do.
+        default_method: for requests that name none; one of `capabilities.requestable_methods`.
         max_batch_size: most images run at once.
         max_delay_s: the batching window, in seconds.
         queue: the way to the device.
@@ -28,7 +28,7 @@ class ServedModel:
     version: str
     labels: tuple[str, ...]
     preprocess: PreprocessSpec
-    engine: EngineInfo
+    capabilities: Capabilities
     default_method: Method
     max_batch_size: int
     max_delay_s: float

@@ -3,8 +3,9 @@
 import logging
 
 from heatlens_server.config import EXPORT_PREFIX, ModelConfig
-from heatlens_server.core.engine import SteppingEngine, Task
+from heatlens_server.core.engine import SteppingEngine
 from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.artefact import Artefact, LazyModel
 from heatlens_server.fleet.fallback_engine import ExportEngine, FallbackEngine
 from heatlens_server.fleet.torch_import import importing_torch

@@ -3,22 +3,13 @@
 import numpy as np
 
 from heatlens_server.config import ModelConfig
-from heatlens_server.core.engine import (
-    Detections,
-    Engine,
-    EngineInfo,
-    ImageResult,
-    MapSpec,
-    Pixels,
-    Similarity,
-    SteppingEngine,
-    Target,
-    Task,
-    TopK,
-    UInt8Array,
-)
+from heatlens_server.core.arrays import UInt8Array
+from heatlens_server.core.engine import Capabilities, Engine, MapSpec, SteppingEngine
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import PRESETS, Method, Preset
+from heatlens_server.core.results import ImageResult
+from heatlens_server.core.targets import Detections, Pixels, Similarity, Target, TopK
+from heatlens_server.core.tasks import Task
 
 _ANY_SIZE_PX = 256
 """The side of the image for a model that takes any."""
@@ -29,7 +20,7 @@ _FIRST_STEPS = 3
 
 def check_method(engine: Engine, method: Method) -> None:
     """Raise ModelLoadError if an engine does not have a method."""
-    methods = engine.info.offered
+    methods = engine.info.requestable_methods
     if method not in methods:
         raise ModelLoadError(f"method {method} is not supported; this model supports: {', '.join(methods)}")
 
@@ -57,7 +48,7 @@ def run_trial(engine: SteppingEngine, images: UInt8Array, method: Method) -> lis
     Args:
         engine: has the method.
         images: uint8 (N, H, W, 3), of `trial_size_px`; a step runs the model on as many rows as there are images.
-        method: one of `engine.info.offered`.
+        method: one of `engine.info.requestable_methods`.
 
     Returns:
         The results; nothing if steps are left.
@@ -85,7 +76,7 @@ def run_trial(engine: SteppingEngine, images: UInt8Array, method: Method) -> lis
     return []
 
 
-def trial_size_px(info: EngineInfo) -> tuple[int, int]:
+def trial_size_px(info: Capabilities) -> tuple[int, int]:
     """(height, width) of an image that a model takes."""
     return info.input_height_px or _ANY_SIZE_PX, info.input_width_px or _ANY_SIZE_PX
 
@@ -95,7 +86,7 @@ def is_finite(result: ImageResult) -> bool:
     return bool(np.isfinite(result.logits).all() and np.isfinite(result.maps).all())
 
 
-def _target(info: EngineInfo) -> Target:
+def _target(info: Capabilities) -> Target:
     match info.task:
         case Task.SEGMENTATION:
             return Pixels(TopK(1))

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from heatlens_server.core.arrays import UInt8Array
 from heatlens_server.core.errors import InvalidArgument
-
-UInt8Array = npt.NDArray[np.uint8]
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
 # OpenCV refuses longer sides (CV_IO_MAX_IMAGE_WIDTH, CV_IO_MAX_IMAGE_HEIGHT).

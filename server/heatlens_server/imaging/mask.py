@@ -6,12 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from heatlens_server.core.arrays import BoolArray, Float32Array, UInt8Array
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.preprocess import FittedImage
-
-BoolArray = npt.NDArray[np.bool_]
-Float32Array = npt.NDArray[np.float32]
-UInt8Array = npt.NDArray[np.uint8]
 
 OUTSIDE = 255
 """In a predicted mask of the source image: the model did not look here."""

@@ -11,11 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from heatlens_server.core.arrays import UInt8Array
 from heatlens_server.core.geometry import PixelBox
 from heatlens_server.core.preprocess import FittedImage, Interpolation, PreprocessSpec
-
-UInt8Array = npt.NDArray[np.uint8]
-
 
 # Pillow's filter, and the radius of its kernel in pixels at scale 1.
 _FILTERS = {

@@ -22,9 +22,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from heatlens_server.core.engine import MapSpec, Target
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import DeadlineExpired, QueueFull, ServerDraining
 from heatlens_server.core.preprocess import FittedImage
+from heatlens_server.core.targets import Target
 from heatlens_server.scheduling.bucket_queue import STEPS, Bucket, BucketQueue
 from heatlens_server.scheduling.device_time import DeviceTime
 from heatlens_server.scheduling.entry import Complete, Entry, EntryState, Outcome, Source

@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from heatlens_server.core.engine import ImageResult, MapSpec, Target
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.preprocess import FittedImage
+from heatlens_server.core.results import ImageResult
+from heatlens_server.core.targets import Target
 from heatlens_server.scheduling.progress import Progress
 
 

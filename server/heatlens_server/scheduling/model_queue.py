@@ -8,9 +8,10 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
-from heatlens_server.core.engine import MapSpec, SteppingEngine, Target
+from heatlens_server.core.engine import MapSpec, SteppingEngine
 from heatlens_server.core.errors import DeadlineExpired
 from heatlens_server.core.preprocess import FittedImage
+from heatlens_server.core.targets import Target
 from heatlens_server.scheduling.batcher import Batcher
 from heatlens_server.scheduling.entry import Entry, Outcome, QueueResult, Source
 from heatlens_server.scheduling.preparation import Preparation

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from heatlens_server.core.engine import ImageResult
 from heatlens_server.core.errors import DeviceOutOfMemory, HeatlensError, InternalError
+from heatlens_server.core.results import ImageResult
 
 
 def checked(result: ImageResult) -> ImageResult | Exception:

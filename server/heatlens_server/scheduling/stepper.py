@@ -4,9 +4,10 @@ import logging
 import time
 from collections.abc import Callable
 
-from heatlens_server.core.engine import ImageResult, SteppingEngine
+from heatlens_server.core.engine import SteppingEngine
 from heatlens_server.core.errors import HeatlensError
 from heatlens_server.core.preprocess import FittedImage
+from heatlens_server.core.results import ImageResult
 from heatlens_server.scheduling.entry import Entry, Outcome, QueueResult, Timing
 from heatlens_server.scheduling.outcome import as_domain_error, checked
 from heatlens_server.scheduling.progress import Progress

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heatlens_server.core.engine import ImageResult, SteppingEngine, UInt8Array
+from heatlens_server.core.arrays import UInt8Array
+from heatlens_server.core.engine import SteppingEngine
 from heatlens_server.core.errors import HeatlensError
+from heatlens_server.core.results import ImageResult
 from heatlens_server.scheduling.batcher import Batcher
 from heatlens_server.scheduling.entry import Complete, Entry, Outcome, QueueResult, Timing
 from heatlens_server.scheduling.outcome import as_domain_error, checked

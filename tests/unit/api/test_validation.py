@@ -11,8 +11,9 @@ from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import faithfulness_pb2, method_pb2
 from heatlens_server.api.limits import Limits
 from heatlens_server.api.validation import parse_explain
-from heatlens_server.core.engine import ClassIds, MapSpec, TopK
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Aggregation, Method, Metric, Score
+from heatlens_server.core.targets import ClassIds, TopK
 from heatlens_server.fleet.served_model import ServedModel
 
 
@@ -159,7 +160,10 @@ def test_smoothing_and_faithfulness_reach_the_spec():
 
 def test_what_only_torch_does_is_refused_where_there_is_no_torch():
     exported = dataclasses.replace(
-        TINY, engine=dataclasses.replace(TINY.engine, full=False, scores=(Score.LOGIT,), methods=(Method.GRAD_CAM,))
+        TINY,
+        capabilities=dataclasses.replace(
+            TINY.capabilities, has_options=False, scores=(Score.LOGIT,), methods=(Method.GRAD_CAM,)
+        ),
     )
     sent = request(
         smoothing=pb.Smoothing(augmentation=True, principal_component=True),
@@ -177,13 +181,13 @@ def test_what_only_torch_does_is_refused_where_there_is_no_torch():
 
 def of_export(*scores: Score, methods=(Method.GRAD_CAM, Method.EIGEN_CAM), **changes) -> ServedModel:
     """Served from a folder: there is no torch beside it."""
-    engine = dataclasses.replace(TINY.engine, full=False, scores=scores, methods=methods, **changes)
-    return dataclasses.replace(TINY, engine=engine, default_method=engine.offered[0])
+    capabilities = dataclasses.replace(TINY.capabilities, has_options=False, scores=scores, methods=methods, **changes)
+    return dataclasses.replace(TINY, capabilities=capabilities, default_method=capabilities.requestable_methods[0])
 
 
 def test_an_export_of_another_score_explains_that_one_unless_told_otherwise():
     model = of_export(Score.PROBABILITY, methods=(Method.GRAD_CAM,))
-    assert model.engine.offered == (Method.GRAD_CAM,)
+    assert model.capabilities.requestable_methods == (Method.GRAD_CAM,)
     for sent in (request(), request(method=method_pb2.METHOD_GRAD_CAM), request(target_score=2)):
         assert parse_explain(sent, model, LIMITS).plan.spec.score is Score.PROBABILITY
     error = refusal(request(target_score=method_pb2.TARGET_SCORE_LOGIT), model)
@@ -193,7 +197,7 @@ def test_an_export_of_another_score_explains_that_one_unless_told_otherwise():
 
 def test_grad_cam_of_the_contrast_alone_goes_by_the_name_of_finer_cam():
     model = of_export(Score.CONTRAST, methods=(Method.GRAD_CAM, Method.LAYER_CAM))
-    assert model.engine.offered == (Method.LAYER_CAM, Method.FINER_CAM)
+    assert model.capabilities.requestable_methods == (Method.LAYER_CAM, Method.FINER_CAM)
     finer = parse_explain(request(method=method_pb2.METHOD_FINER_CAM), model, LIMITS).plan.spec
     assert (finer.method, finer.score, finer.layers) == (Method.GRAD_CAM, Score.CONTRAST, ("body",))
     assert parse_explain(request(), model, LIMITS).plan.spec.score is Score.CONTRAST
@@ -204,7 +208,7 @@ def test_grad_cam_of_the_contrast_alone_goes_by_the_name_of_finer_cam():
 
 
 def test_a_layer_by_which_an_export_has_not_the_method_is_named():
-    model = of_export(Score.LOGIT, fewer_layers={Method.EIGEN_CAM: ("body",)})
+    model = of_export(Score.LOGIT, layers_by_method={Method.EIGEN_CAM: ("body",)})
     eigen = {"method": method_pb2.METHOD_EIGEN_CAM}
     assert parse_explain(request(**eigen), model, LIMITS).plan.spec.layers == ("body",)
     assert parse_explain(request(layers=["stem", "body"]), model, LIMITS).plan.spec.layers == ("stem", "body")

@@ -13,9 +13,10 @@ import pytest
 import tiny_models
 from engine_cases import noise
 from heatlens_server.config import ModelConfig
-from heatlens_server.core.engine import ClassIds, MapSpec
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import ExportError, ModelLoadError
 from heatlens_server.core.methods import Method
+from heatlens_server.core.targets import ClassIds
 from heatlens_server.fleet import artefact
 from heatlens_server.fleet import build as building
 from heatlens_server.fleet.build import BuiltModel, build
@@ -71,10 +72,10 @@ def test_auto_is_onnxruntime_and_exports_once(make, cache_dir, caplog):
     first, _ = make(config(), cache_dir)
     second, phases = make(config(name="other"), cache_dir)
     torch_model, _ = make(config(engine="torch"), cache_dir)
-    assert [first.engine.info.kind, second.engine.info.kind] == ["onnxruntime"] * 2
+    assert [first.engine.info.engine_name, second.engine.info.engine_name] == ["onnxruntime"] * 2
     assert phases == []
     assert caplog.text == ""
-    assert torch_model.engine.info.kind == "torch"
+    assert torch_model.engine.info.engine_name == "torch"
     assert (first.version, first.labels, first.preprocess) == (
         torch_model.version,
         torch_model.labels,
@@ -102,7 +103,7 @@ def test_labels_version_and_method_are_laid_over_a_cached_export(make, cache_dir
 
 def test_torchscript_if_asked_for(make, cache_dir):
     model, phases = make(config(engine="torchscript"), cache_dir)
-    assert model.engine.info.kind == "torchscript"
+    assert model.engine.info.engine_name == "torchscript"
     assert any("exporting for torchscript" in phase for phase in phases)
     reference, _ = make(config(engine="torch"), cache_dir)
     np.testing.assert_allclose(maps(model), maps(reference), atol=1e-4)
@@ -112,14 +113,14 @@ def test_what_cannot_be_exported_is_run_by_torch_and_the_log_says_why(make, tmp_
     """Control flow that depends on the pixels."""
     poisonous = config("tiny_models:poisonous")
     model, phases = make(poisonous, tmp_path)
-    assert model.engine.info.kind == "torch"
+    assert model.engine.info.engine_name == "torch"
     assert "model m is run by torch, not by onnxruntime: the network cannot be recorded" in caplog.text
     assert maps(model).max() == 1
     assert any("recording" in phase for phase in phases)
     # Remembered: no second try, and the same reason.
     caplog.clear()
     again, phases = make(poisonous, tmp_path)
-    assert (again.engine.info.kind, phases) == ("torch", [])
+    assert (again.engine.info.engine_name, phases) == ("torch", [])
     assert "the network cannot be recorded" in caplog.text
     assert "found at an earlier start" in caplog.text
     with pytest.raises(ModelLoadError, match="cannot be exported for onnxruntime: the network cannot be recorded"):
@@ -132,7 +133,7 @@ def test_an_export_that_is_wrong_is_not_used(make, tmp_path, monkeypatch, caplog
 
     monkeypatch.setattr("heatlens_server.backends.torch.export.verify.verify", wrong)
     model, _ = make(config(layers=["body"]), tmp_path)
-    assert model.engine.info.kind == "torch"
+    assert model.engine.info.engine_name == "torch"
     assert "not by onnxruntime: cam differs by 0.5" in caplog.text
     assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".failed", ".lock"]
 
@@ -144,7 +145,7 @@ def test_a_passing_failure_is_not_remembered(make, tmp_path, monkeypatch, caplog
 
     monkeypatch.setattr("heatlens_server.backends.torch.export.folder.export_bundle", fail)
     model, _ = make(config(), tmp_path)
-    assert model.engine.info.kind == "torch"
+    assert model.engine.info.engine_name == "torch"
     assert "not by onnxruntime" in caplog.text
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
@@ -157,7 +158,7 @@ def test_a_changed_forward_with_the_same_weights_is_noticed(make, tmp_path, monk
     after, phases = make(small, tmp_path)
     assert "is not of the model m as it is now" in caplog.text
     assert any("recording" in phase for phase in phases)
-    assert after.engine.info.kind == "onnxruntime"
+    assert after.engine.info.engine_name == "onnxruntime"
     reference, _ = make(small.model_copy(update={"engine": "torch"}), tmp_path)
     np.testing.assert_allclose(maps(after), maps(reference), atol=1e-4)
     assert np.abs(maps(after) - maps(before)).max() > 1e-3
@@ -224,7 +225,7 @@ def test_without_onnxruntime_auto_is_torch_and_says_how_to_install_it(make, tmp_
 
     monkeypatch.setattr(building, "load_runtime", missing)
     model, phases = make(config(), tmp_path)
-    assert (model.engine.info.kind, phases) == ("torch", [])
+    assert (model.engine.info.engine_name, phases) == ("torch", [])
     assert "not by onnxruntime: onnxruntime is not installed: pip install" in caplog.text
 
 
@@ -276,7 +277,7 @@ def from_folder(folder, **changes):
 def test_an_export_is_served_without_the_models_code(make, export, cache_dir, monkeypatch):
     monkeypatch.setattr(artefact.LazyModel, "get", fails_if_called)
     model, _ = make(from_folder(export), None)
-    assert model.engine.info.kind == "onnxruntime"
+    assert model.engine.info.engine_name == "onnxruntime"
     assert model.engine.info.layers == ("body", "stem")
     assert model.method is Method.GRAD_CAM or model.method in model.engine.info.methods
     monkeypatch.undo()

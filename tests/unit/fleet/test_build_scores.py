@@ -9,10 +9,11 @@ import tiny_models
 from engine_cases import loaded, noise, user_export
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.config import ModelConfig
-from heatlens_server.core.engine import MapSpec, TopK
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.graph_spec import Format, GraphSpec
 from heatlens_server.core.methods import PRESETS, Method, Preset, Score
+from heatlens_server.core.targets import TopK
 from heatlens_server.fleet.build import build
 
 
@@ -27,7 +28,7 @@ def test_an_export_of_one_score_is_served_by_the_name_of_what_it_explains(tmp_pa
     manifest.write(folder)
     built = build(ModelConfig(name="e", source=f"export:{folder}"), cache_dir=None)
     info = built.engine.info
-    assert (built.method, info.offered, info.scores) == (method, (method,), (score,))
+    assert (built.method, info.requestable_methods, info.scores) == (method, (method,), (score,))
     named = build(ModelConfig(name="e", source=f"export:{folder}", method=method), cache_dir=None)
     named.engine.close()
     spec = MapSpec(PRESETS.get(method, Preset(method)).method, ("body",), upsample=False, score=score)

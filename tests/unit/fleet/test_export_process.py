@@ -39,7 +39,7 @@ def test_an_exporting_process_that_dies_harms_the_export_only(tmp_path, monkeypa
     monkeypatch.setattr(sys, "executable", str(dies))
     model = build(ModelConfig(name="m", source="embedded:efficientnet_lite0"), cache_dir=tmp_path / "cache")
     model.engine.close()
-    assert model.engine.info.kind == "torch"
+    assert model.engine.info.engine_name == "torch"
     assert "not by onnxruntime: the exporting process ended with -9" in caplog.text
     assert "boom" in caplog.text
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == []

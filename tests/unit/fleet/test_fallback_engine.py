@@ -7,18 +7,21 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from heatlens_server.core.engine import EngineInfo, ImageResult, MapSpec, Steps, Target, Task, TopK
+from heatlens_server.core.engine import Capabilities, MapSpec, Steps
 from heatlens_server.core.errors import InvalidArgument, ModelLoadError
 from heatlens_server.core.methods import Aggregation, Method, Metric, Score
+from heatlens_server.core.results import ImageResult
+from heatlens_server.core.targets import Target, TopK
+from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.fallback_engine import FallbackEngine
 
 PATIENCE_S = 20
 EXPORTED = (Method.CAM, Method.GRAD_CAM)
 TORCH = (Method.CAM, Method.GRAD_CAM, Method.SHAPLEY_CAM, Method.SCORE_CAM)
-INFO = EngineInfo(
-    "onnxruntime", "cpu", "fp32", 4, 4, 10, EXPORTED, ("body", "stem"), fewer_layers={Method.CAM: ("body",)}
+INFO = Capabilities(
+    "onnxruntime", "cpu", "fp32", 4, 4, 10, EXPORTED, ("body", "stem"), layers_by_method={Method.CAM: ("body",)}
 )
-TORCH_INFO = dataclasses.replace(INFO, kind="torch", methods=TORCH, scores=tuple(Score), full=True)
+TORCH_INFO = dataclasses.replace(INFO, engine_name="torch", methods=TORCH, scores=tuple(Score), has_options=True)
 PLAIN = MapSpec(Method.GRAD_CAM, ("body",), upsample=False)
 SCORE_CAM = dataclasses.replace(PLAIN, method=Method.SCORE_CAM)
 IMAGES = np.zeros((1, 4, 4, 3), np.uint8)
@@ -27,7 +30,7 @@ IMAGES = np.zeros((1, 4, 4, 3), np.uint8)
 class Engine:
     """Remembers what it ran."""
 
-    def __init__(self, info: EngineInfo) -> None:
+    def __init__(self, info: Capabilities) -> None:
         self.info = info
         self.ran: list[MapSpec] = []
         self.closed = 0
@@ -52,7 +55,7 @@ class Engine:
 class Pair:
     """A pair of engines, and how often the second one was made."""
 
-    def __init__(self, before: Callable[[], None] = lambda: None, info: EngineInfo = TORCH_INFO) -> None:
+    def __init__(self, before: Callable[[], None] = lambda: None, info: Capabilities = TORCH_INFO) -> None:
         self.primary, self.companion, self.made = Engine(INFO), Engine(info), 0
         self.before = before
         self.engine = FallbackEngine(self.primary, self._make, methods=TORCH)
@@ -118,11 +121,16 @@ def test_all_else_is_for_the_companion_which_is_loaded_once(spec):
 def test_what_both_have_is_told_without_loading_anything():
     pair = Pair()
     info = pair.engine.info
-    assert (info.methods, info.companion_methods) == (TORCH, frozenset({Method.SHAPLEY_CAM, Method.SCORE_CAM}))
-    assert (info.kind, info.scores, info.full, info.layers) == ("onnxruntime", tuple(Score), True, INFO.layers)
-    assert info.companion_scores == {*Score} - {Score.LOGIT}
+    assert (info.methods, info.fallback_methods) == (TORCH, frozenset({Method.SHAPLEY_CAM, Method.SCORE_CAM}))
+    assert (info.engine_name, info.scores, info.has_options, info.layers) == (
+        "onnxruntime",
+        tuple(Score),
+        True,
+        INFO.layers,
+    )
+    assert info.fallback_scores == {*Score} - {Score.LOGIT}
     assert (info.layers_of(Method.CAM), INFO.layers_of(Method.CAM)) == (("body", "stem"), ("body",))
-    assert info.offered == (
+    assert info.requestable_methods == (
         Method.CAM,
         Method.GRAD_CAM,
         Method.FINER_CAM,
@@ -136,7 +144,7 @@ def test_what_both_have_is_told_without_loading_anything():
 def test_without_a_companion_it_is_the_primary():
     engine = FallbackEngine(Engine(INFO))
     assert engine.info == INFO
-    assert engine.info.offered == (*EXPORTED, Method.REFINE_CAM)
+    assert engine.info.requestable_methods == (*EXPORTED, Method.REFINE_CAM)
     assert engine.ready(SCORE_CAM)  # there is nothing to load
     with pytest.raises(InvalidArgument, match="no graph for grad-cam of 'stem', 'elsewhere' with these options"):
         engine.explain(IMAGES, [TopK(1)], changed(layers=("stem", "elsewhere")))

@@ -8,9 +8,12 @@ import pytest
 import tiny_models
 from engine_cases import noise
 from heatlens_server.config import ModelConfig
-from heatlens_server.core.engine import ClassIds, ImageResult, MapSpec, SteppingEngine, Task
+from heatlens_server.core.engine import MapSpec, SteppingEngine
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import CLOSED_FORMS, Aggregation, Method, Score
+from heatlens_server.core.results import ImageResult
+from heatlens_server.core.targets import ClassIds
+from heatlens_server.core.tasks import Task
 from heatlens_server.fleet import torch_fallback as companion
 from heatlens_server.fleet.artefact import Artefact
 from heatlens_server.fleet.build import BuiltModel, build
@@ -62,11 +65,11 @@ def test_both_together_have_what_torch_has_and_say_so_without_loading_it(make, m
     torch_engine = make(engine="torch")
     monkeypatch.setattr(companion, "_load", lambda *_args, **_kwargs: pytest.fail("torch was loaded"))
     engine = make()
-    assert engine.info.kind == "onnxruntime"
+    assert engine.info.engine_name == "onnxruntime"
     assert engine.info.methods == torch_engine.info.methods
-    assert (engine.info.scores, engine.info.full) == (torch_engine.info.scores, True)
-    assert engine.info.offered == torch_engine.info.offered
-    assert engine.info.companion_methods == set(engine.info.methods) - set(CLOSED_FORMS)
+    assert (engine.info.scores, engine.info.has_options) == (torch_engine.info.scores, True)
+    assert engine.info.requestable_methods == torch_engine.info.requestable_methods
+    assert engine.info.fallback_methods == set(engine.info.methods) - set(CLOSED_FORMS)
     assert Method.LE_GRAD not in engine.info.methods  # there is no attention in it
     assert not engine.ready(dataclasses.replace(PLAIN, method=Method.SHAPLEY_CAM))
 
@@ -95,19 +98,19 @@ def test_what_the_export_has_not_is_what_torch_gives(make, spec):
 def test_it_can_be_left_out(make):
     engine = make(companion=False)
     assert set(engine.info.methods) <= set(CLOSED_FORMS)
-    assert set(engine.info.offered) == {*engine.info.methods, Method.REFINE_CAM}  # Grad-CAM by both layers
+    assert set(engine.info.requestable_methods) == {*engine.info.methods, Method.REFINE_CAM}  # Grad-CAM by both layers
     assert engine.info.layers_of(Method.EIGEN_CAM) == ("body",)
     assert engine.info.layers_of(Method.GRAD_CAM) == make().info.layers_of(Method.EIGEN_CAM) == ("body", "stem")
-    assert (engine.info.scores, engine.info.full) == ((Score.LOGIT,), False)
+    assert (engine.info.scores, engine.info.has_options) == ((Score.LOGIT,), False)
     with pytest.raises(ModelLoadError, match="method score-cam is not supported"):
         make(companion=False, engine="onnxruntime", method="score-cam")
-    assert make(companion=False, method="score-cam").info.kind == "torch"
+    assert make(companion=False, method="score-cam").info.engine_name == "torch"
 
 
 @pytest.mark.parametrize("method", ["score-cam", "shapley-cam", "finer-cam"])
 def test_a_default_method_that_needs_it_loads_it_at_the_start(make, method):
     engine = make(method=method)
-    assert engine.info.kind == "onnxruntime"
+    assert engine.info.engine_name == "onnxruntime"
     assert engine.ready(NEEDS_TORCH)
 
 

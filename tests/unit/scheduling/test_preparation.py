@@ -6,8 +6,9 @@ from concurrent.futures import Executor, Future
 
 import pytest
 
-from heatlens_server.core.engine import MapSpec, TopK
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Method
+from heatlens_server.core.targets import TopK
 from heatlens_server.scheduling.entry import Entry, Source
 from heatlens_server.scheduling.preparation import Preparation
 

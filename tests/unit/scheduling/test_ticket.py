@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from heatlens_server.core.engine import ImageResult, MapSpec, Target, TopK
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import FrameDropped, InternalError, InvalidArgument, QueueFull, ServerDraining
 from heatlens_server.core.geometry import PixelBox
 from heatlens_server.core.methods import Method
 from heatlens_server.core.preprocess import FittedImage
+from heatlens_server.core.results import ImageResult
+from heatlens_server.core.targets import Target, TopK
 from heatlens_server.scheduling.entry import Source
 from heatlens_server.scheduling.model_queue import ModelQueue
 from heatlens_server.scheduling.ticket import Ticket

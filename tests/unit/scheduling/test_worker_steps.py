@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from heatlens_server.core.engine import ImageResult, MapSpec, Steps, Target, TopK
+from heatlens_server.core.engine import MapSpec, Steps
 from heatlens_server.core.errors import DeviceOutOfMemory, InternalError
 from heatlens_server.core.geometry import PixelBox
 from heatlens_server.core.methods import Method
 from heatlens_server.core.preprocess import FittedImage
+from heatlens_server.core.results import ImageResult
+from heatlens_server.core.targets import Target, TopK
 from heatlens_server.scheduling import stepper
 from heatlens_server.scheduling.batcher import Batcher
 from heatlens_server.scheduling.entry import Entry, EntryState, Outcome, QueueResult

@@ -139,11 +139,11 @@ def _check_smoothing(config: pb.StreamConfig, model: ServedModel, wrong: Violati
     weight = config.temporal_smoothing
     if not 0 <= weight < 1:
         wrong.add("temporal_smoothing", f"must be in [0, 1), 0 for none; got {weight:g}")
-    elif weight and not task_wire(model.engine.task).recurs:
+    elif weight and not task_wire(model.capabilities.task).recurs:
         wrong.add(
             "temporal_smoothing",
-            f"maps of {model.engine.task} cannot be averaged over frames: nothing says which box of a frame is which "
-            "of the one before",
+            f"maps of {model.capabilities.task} cannot be averaged over frames: nothing says which box of a frame is "
+            "which of the one before",
         )
     elif weight and config.options.HasField("faithfulness"):
         wrong.add(

@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from heatlens_server.core.engine import Float32Array, ImageResult
+from heatlens_server.core.arrays import Float32Array
+from heatlens_server.core.results import ImageResult
 
 
 class MapSmoother:

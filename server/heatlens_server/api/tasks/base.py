@@ -7,9 +7,12 @@ from typing import Protocol
 from heatlens.v1 import explain_pb2 as pb
 from heatlens_server.api.limits import Limits
 from heatlens_server.api.violations import Violations
-from heatlens_server.core.engine import ClassIds, ClassTarget, Finding, Float32Array, ImageResult, Target, Task, TopK
+from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.methods import Metric
 from heatlens_server.core.preprocess import FittedImage
+from heatlens_server.core.results import Finding, ImageResult
+from heatlens_server.core.targets import ClassIds, ClassTarget, Target, TopK
+from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.served_model import ServedModel
 
 _OF_TASKS = {

@@ -8,8 +8,11 @@ from heatlens.v1 import explain_pb2 as pb
 from heatlens_server.api.limits import Limits
 from heatlens_server.api.tasks.base import Wanted, class_target, refuse_others
 from heatlens_server.api.violations import Violations
-from heatlens_server.core.engine import Finding, Float32Array, ImageResult, Task, TopK
+from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.methods import Metric
+from heatlens_server.core.results import Finding, ImageResult
+from heatlens_server.core.targets import TopK
+from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.served_model import ServedModel
 
 
@@ -32,7 +35,7 @@ class ClassificationWire:
     def wanted(self, options: pb.ExplainOptions, model: ServedModel, limits: Limits, wrong: Violations) -> Wanted:
         """The classes; the most probable one if none is named."""
         refuse_others(options, self._task, wrong)
-        count = model.engine.class_count
+        count = model.capabilities.class_count
         return Wanted(
             class_target(options, class_count=count, max_targets=limits.max_targets, wrong=wrong, default=TopK(1))
         )

@@ -8,8 +8,11 @@ from heatlens.v1 import explain_pb2 as pb
 from heatlens_server.api.limits import Limits
 from heatlens_server.api.tasks.base import Wanted, class_target, refuse_others
 from heatlens_server.api.violations import Violations
-from heatlens_server.core.engine import ClassIds, Detections, Finding, Float32Array, ImageResult, Task, TopK
+from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.methods import Metric
+from heatlens_server.core.results import Finding, ImageResult
+from heatlens_server.core.targets import ClassIds, Detections, TopK
+from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.served_model import ServedModel
 
 _DEFAULT_MIN_SCORE = 0.5
@@ -32,7 +35,7 @@ class DetectionWire:
             wrong.add("options.min_score", f"must be in [0, 1]; got {min_score:g}")
         chosen = class_target(
             options,
-            class_count=model.engine.class_count,
+            class_count=model.capabilities.class_count,
             max_targets=limits.max_targets,
             wrong=wrong,
             default=TopK(limits.max_targets),

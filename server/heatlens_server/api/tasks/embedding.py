@@ -9,10 +9,13 @@ from heatlens_server.api.images import fit_image, parse_image
 from heatlens_server.api.limits import Limits
 from heatlens_server.api.tasks.base import Wanted, refuse_others
 from heatlens_server.api.violations import Violations
-from heatlens_server.core.engine import Finding, Float32Array, ImageResult, Similarity, Target, Task
+from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.methods import Metric
 from heatlens_server.core.preprocess import FittedImage
+from heatlens_server.core.results import Finding, ImageResult
+from heatlens_server.core.targets import Similarity, Target
+from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.imaging.mask import vector_from_tensor
 from heatlens_server.transports.grpc.names import data_type_name
@@ -51,7 +54,7 @@ class EmbeddingWire:
                     data_type=data_type_name(tensor.data_type),
                     shape=tuple(tensor.shape),
                     data=tensor.data,
-                    length=model.engine.class_count,
+                    length=model.capabilities.class_count,
                 )
             except InvalidArgument as error:
                 wrong.add_error(error.within("options.reference_{}".format))

@@ -8,10 +8,13 @@ from heatlens.v1 import explain_pb2 as pb
 from heatlens_server.api.limits import Limits
 from heatlens_server.api.tasks.base import Wanted, class_target, refuse_others
 from heatlens_server.api.violations import Violations
-from heatlens_server.core.engine import BoolArray, Finding, Float32Array, ImageResult, Pixels, Target, Task, TopK
+from heatlens_server.core.arrays import BoolArray, Float32Array
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.methods import Metric
 from heatlens_server.core.preprocess import FittedImage
+from heatlens_server.core.results import Finding, ImageResult
+from heatlens_server.core.targets import Pixels, Target, TopK
+from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.imaging.mask import fit_mask, mask_from_tensor
 from heatlens_server.transports.grpc.names import data_type_name
@@ -30,7 +33,7 @@ class SegmentationWire:
         refuse_others(options, Task.SEGMENTATION, wrong)
         classes = class_target(
             options,
-            class_count=model.engine.class_count,
+            class_count=model.capabilities.class_count,
             max_targets=limits.max_targets,
             wrong=wrong,
             default=TopK(1),

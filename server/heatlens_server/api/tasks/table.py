@@ -8,7 +8,7 @@ from heatlens_server.api.tasks.classification import ClassificationWire
 from heatlens_server.api.tasks.detection import DetectionWire
 from heatlens_server.api.tasks.embedding import EmbeddingWire
 from heatlens_server.api.tasks.segmentation import SegmentationWire
-from heatlens_server.core.engine import Task
+from heatlens_server.core.tasks import Task
 
 _WIRES: Mapping[Task, TaskWire] = MappingProxyType(
     {

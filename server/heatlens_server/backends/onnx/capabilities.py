@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from heatlens_server.backends.onnx.manifest import Manifest
-from heatlens_server.core.engine import EngineInfo, MapSpec
+from heatlens_server.core.engine import Capabilities, MapSpec
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.graph_spec import CLASS_INDEX, IMAGE, Format, InputKind, Output
 from heatlens_server.core.methods import DEFAULT_LAYER_ONLY, Method
@@ -61,19 +61,19 @@ def check_tensors(manifest: Manifest, shapes: Mapping[str, Sequence[object]], im
             )
 
 
-def served_info(manifest: Manifest, *, kind: str, device: str) -> EngineInfo:
+def served_info(manifest: Manifest, *, engine_name: str, device: str) -> Capabilities:
     """Describe an engine that serves an export.
 
     Its methods are those of the default layer. A layer is offered if it has all of them, but for those that exports
-    hold for the default layer alone: these have `fewer_layers`.
+    hold for the default layer alone: these have `layers_by_method`.
     """
     layers = {layer: {graph.method for graph in manifest.graphs if graph.layer == layer} for layer in manifest.layers}
     of_default = layers[manifest.graphs[0].layer]
     height_px, width_px = manifest.preprocess.input_px
     offered = tuple(layer for layer, methods in layers.items() if of_default - DEFAULT_LAYER_ONLY <= methods)
     held = {method: tuple(layer for layer in offered if method in layers[layer]) for method in of_default}
-    return EngineInfo(
-        kind=kind,
+    return Capabilities(
+        engine_name=engine_name,
         device=device,
         precision=manifest.precision,
         input_height_px=height_px,
@@ -82,7 +82,7 @@ def served_info(manifest: Manifest, *, kind: str, device: str) -> EngineInfo:
         methods=tuple(method for method in Method if method in of_default),
         layers=offered,
         scores=(manifest.graphs[0].score,),
-        fewer_layers={method: fewer for method, fewer in held.items() if fewer != offered},
+        layers_by_method={method: fewer for method, fewer in held.items() if fewer != offered},
     )
 
 

@@ -28,10 +28,13 @@ from heatlens_server.backends.onnx.providers import (
     open_session,
     session_options,
 )
-from heatlens_server.core.engine import EngineInfo, ImageResult, MapSpec, Target, UInt8Array, class_targets
+from heatlens_server.core.arrays import UInt8Array
+from heatlens_server.core.engine import Capabilities, MapSpec
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.graph_spec import CLASS_INDEX, IMAGE, SERVED_OUTPUTS, Format, InputKind
 from heatlens_server.core.methods import RANKED, Method
+from heatlens_server.core.results import ImageResult
+from heatlens_server.core.targets import Target, class_targets
 
 _log = logging.getLogger(__name__)
 
@@ -96,10 +99,10 @@ class OnnxRuntimeEngine:
             raise ModelLoadError(
                 f"onnxruntime cannot load the graph of layer {default.layer!r} ({type(error).__name__})"
             ) from error
-        self._info = served_info(manifest, kind="onnxruntime", device=self._choice.device)
+        self._info = served_info(manifest, engine_name="onnxruntime", device=self._choice.device)
 
     @property
-    def info(self) -> EngineInfo:
+    def info(self) -> Capabilities:
         """What this engine can do."""
         return self._info
 

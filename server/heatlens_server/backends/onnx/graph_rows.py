@@ -11,8 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from heatlens_server.backends.onnx.map_finish import Maps, finish
-from heatlens_server.core.engine import ClassTarget, Float32Array, ImageResult, TopK, UInt8Array
+from heatlens_server.core.arrays import Float32Array, UInt8Array
 from heatlens_server.core.methods import ABSENT, RANKED, Aggregation
+from heatlens_server.core.results import ImageResult
+from heatlens_server.core.targets import ClassTarget, TopK
 
 Int64Array = npt.NDArray[np.int64]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from heatlens_server.core.engine import Float32Array
+from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.methods import Aggregation
 
 

@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-from heatlens_server.core.engine import Float32Array, UInt8Array
+from heatlens_server.core.arrays import Float32Array, UInt8Array
 from heatlens_server.core.preprocess import PreprocessSpec
 from heatlens_server.imaging.preprocess import normalise
 

@@ -13,10 +13,13 @@ from heatlens_server.backends.torch.passes.table import PASSES, explain
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.backends.torch.steps.drive import explain_in_steps
 from heatlens_server.backends.torch.steps.table import STEPPERS
-from heatlens_server.core.engine import EngineInfo, ImageResult, MapSpec, Steps, Target, UInt8Array
+from heatlens_server.core.arrays import UInt8Array
+from heatlens_server.core.engine import Capabilities, MapSpec, Steps
 from heatlens_server.core.errors import InvalidArgument, ModelLoadError
 from heatlens_server.core.grid import Layout
 from heatlens_server.core.methods import CLOSED_FORMS, OF_PYRAMIDS, Method
+from heatlens_server.core.results import ImageResult
+from heatlens_server.core.targets import Target
 
 
 class TorchEngine:
@@ -46,11 +49,11 @@ class TorchEngine:
             offered -= {Method.CAM}
         if self._model.attention is None:
             offered -= {Method.LE_GRAD}
-        pyramids = frozenset(layer for layer in model.layers if model.grid(layer).layout is Layout.PYRAMID)
-        if pyramids == set(model.layers):
+        multi_map_layers = frozenset(layer for layer in model.layers if model.grid(layer).layout is Layout.PYRAMID)
+        if multi_map_layers == set(model.layers):
             offered &= OF_PYRAMIDS
-        self._info = EngineInfo(
-            kind="torch",
+        self._info = Capabilities(
+            engine_name="torch",
             device=str(self._model.device),
             precision=precision,
             input_height_px=height_px,
@@ -60,12 +63,12 @@ class TorchEngine:
             layers=model.layers,
             task=model.task,
             scores=task.scores,
-            full=True,
-            pyramids=pyramids,
+            has_options=True,
+            multi_map_layers=multi_map_layers,
         )
 
     @property
-    def info(self) -> EngineInfo:
+    def info(self) -> Capabilities:
         """What this engine can do."""
         return self._info
 
@@ -111,7 +114,7 @@ class TorchEngine:
     def _check_layers(self, spec: MapSpec) -> None:
         fit = self._info.layers_of(spec.method)
         for place, layer in enumerate(spec.layers):
-            if layer in self._info.pyramids and layer not in fit:
+            if layer in self._info.multi_map_layers and layer not in fit:
                 raise InvalidArgument.of(
                     f"options.layers[{place}]",
                     f"{spec.method} does not explain {layer!r}, which is several maps at once; it explains: "

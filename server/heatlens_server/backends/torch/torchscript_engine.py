@@ -20,18 +20,13 @@ from heatlens_server.backends.onnx.planes import normalisation_table, normalised
 from heatlens_server.backends.torch.cam.methods import raw_map
 from heatlens_server.backends.torch.cam.saliency import saliency
 from heatlens_server.backends.torch.network.device import resolve_device
-from heatlens_server.core.engine import (
-    EngineInfo,
-    Float32Array,
-    ImageResult,
-    MapSpec,
-    Target,
-    UInt8Array,
-    class_targets,
-)
+from heatlens_server.core.arrays import Float32Array, UInt8Array
+from heatlens_server.core.engine import Capabilities, MapSpec
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.graph_spec import Format, InputKind, Output
 from heatlens_server.core.methods import ACTIVATIONS_ALONE, RANKED, Method
+from heatlens_server.core.results import ImageResult
+from heatlens_server.core.targets import Target, class_targets
 
 _log = logging.getLogger(__name__)
 
@@ -77,10 +72,10 @@ class TorchScriptEngine:
         self._modules: dict[str, _Loaded] = {}
         self._lock = threading.Lock()
         self._loaded(manifest.graphs[0].file)
-        self._info = served_info(manifest, kind="torchscript", device=str(self._device))
+        self._info = served_info(manifest, engine_name="torchscript", device=str(self._device))
 
     @property
-    def info(self) -> EngineInfo:
+    def info(self) -> Capabilities:
         """What this engine can do."""
         return self._info
 

@@ -11,11 +11,12 @@ from heatlens_server.api.limits import Limits
 from heatlens_server.api.plan import ExplainPlan
 from heatlens_server.api.tasks.base import TaskWire
 from heatlens_server.api.tasks.table import task_wire
-from heatlens_server.core.engine import Finding, Float32Array, ImageResult, UInt8Array
+from heatlens_server.core.arrays import Float32Array, UInt8Array
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.geometry import PixelBox, place_map
 from heatlens_server.core.methods import AT_INPUT_SIZE, Metric
 from heatlens_server.core.preprocess import FittedImage
+from heatlens_server.core.results import Finding, ImageResult
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.imaging.mask import place_mask
 from heatlens_server.scheduling.entry import QueueResult
@@ -66,7 +67,7 @@ def check_answer_size(plan: ExplainPlan, image: FittedImage, limits: Limits, *, 
 def encode(explained: QueueResult, plan: ExplainPlan, model: ServedModel) -> pb.ExplainResponse:
     """Build the answer. Fast at layer and input size; placing maps on large source images takes milliseconds each."""
     result, timing = explained.result, explained.timing
-    wire = task_wire(model.engine.task)
+    wire = task_wire(model.capabilities.task)
     findings = wire.findings(result)
     return pb.ExplainResponse(
         explanations=[_explanation(k, finding, explained, plan, model) for k, finding in enumerate(findings)],

@@ -8,7 +8,7 @@ import grpc.aio
 from heatlens.v1 import model_pb2 as pb
 from heatlens.v1 import model_pb2_grpc
 from heatlens_server.api.limits import Limits
-from heatlens_server.core.engine import EngineInfo
+from heatlens_server.core.engine import Capabilities
 from heatlens_server.core.methods import PRESETS, Method, Preset
 from heatlens_server.fleet.registry import ModelState, Registry, Slot
 from heatlens_server.fleet.served_model import ServedModel
@@ -71,32 +71,32 @@ def _model(slot: Slot[ServedModel]) -> pb.Model:
     served = slot.value
     if served is None:
         return pb.Model(name=slot.name, state=_STATES[slot.state], state_message=slot.message)
-    engine = served.engine
+    capabilities = served.capabilities
     return pb.Model(
         name=slot.name,
         version=served.version,
         state=_STATES[slot.state],
-        task=engine.task.value,
-        input_height_px=engine.input_height_px,
-        input_width_px=engine.input_width_px,
-        class_count=engine.class_count,
-        methods=[METHOD_TO_PROTO[method] for method in engine.offered],
-        method_support=[_support(method, engine) for method in engine.offered],
-        layers=engine.layers,
-        engine=engine.kind,
-        device=engine.device,
-        precision=engine.precision,
+        task=capabilities.task.value,
+        input_height_px=capabilities.input_height_px,
+        input_width_px=capabilities.input_width_px,
+        class_count=capabilities.class_count,
+        methods=[METHOD_TO_PROTO[method] for method in capabilities.requestable_methods],
+        method_support=[_support(method, capabilities) for method in capabilities.requestable_methods],
+        layers=capabilities.layers,
+        engine=capabilities.engine_name,
+        device=capabilities.device,
+        precision=capabilities.precision,
         default_method=METHOD_TO_PROTO[served.default_method],
         max_batch_size=served.max_batch_size,
         max_queue_delay=timedelta(seconds=served.max_delay_s),
     )
 
 
-def _support(method: Method, engine: EngineInfo) -> pb.MethodSupport:
+def _support(method: Method, capabilities: Capabilities) -> pb.MethodSupport:
     preset = PRESETS.get(method, Preset(method))
-    by_companion = preset.method in engine.companion_methods or preset.score in engine.companion_scores
+    by_companion = preset.method in capabilities.fallback_methods or preset.score in capabilities.fallback_scores
     return pb.MethodSupport(
         method=METHOD_TO_PROTO[method],
-        engine="torch" if by_companion else engine.kind,
+        engine="torch" if by_companion else capabilities.engine_name,
         in_steps=preset.method.in_steps,
     )

@@ -16,10 +16,12 @@ from heatlens_server.api.stream.protocol import (
     field_of_stream,
     parse_config,
 )
-from heatlens_server.core.engine import EngineInfo, MapSpec, Task, TopK
+from heatlens_server.core.engine import Capabilities, MapSpec
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.methods import Method
 from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
+from heatlens_server.core.targets import TopK
+from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.served_model import ServedModel
 
 LIMITS = Limits(
@@ -30,7 +32,7 @@ MODEL = ServedModel(
     version="7",
     labels=(),
     preprocess=PreprocessSpec(4, (4, 4), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), Interpolation.BILINEAR),
-    engine=EngineInfo("torch", "cpu", "fp32", 4, 4, 4, (Method.GRAD_CAM,), ("body",)),
+    capabilities=Capabilities("torch", "cpu", "fp32", 4, 4, 4, (Method.GRAD_CAM,), ("body",)),
     default_method=Method.GRAD_CAM,
     max_batch_size=3,
     max_delay_s=0.0,
@@ -113,7 +115,9 @@ REFERENCE = pb.Tensor(data_type=pb.DATA_TYPE_FLOAT32, shape=(4,), data=bytes.fro
     ],
 )
 def test_what_recurs_from_frame_to_frame_is_smoothed_unless_it_is_measured(task, options, message):
-    model = dataclasses.replace(MODEL, engine=dataclasses.replace(MODEL.engine, task=task, full=True))
+    model = dataclasses.replace(
+        MODEL, capabilities=dataclasses.replace(MODEL.capabilities, task=task, has_options=True)
+    )
     config = pb.StreamConfig(options=pb.ExplainOptions(**options), temporal_smoothing=0.5)
     if not message:
         assert parse_config(config, model, LIMITS).temporal_smoothing == 0.5

@@ -14,17 +14,19 @@ from heatlens_server.api.limits import Limits
 from heatlens_server.api.stream import window
 from heatlens_server.api.stream.open_streams import OpenStreams
 from heatlens_server.api.stream.session import StreamSession
-from heatlens_server.core.engine import EngineInfo, ImageResult, MapSpec, Target
+from heatlens_server.core.engine import Capabilities, MapSpec
 from heatlens_server.core.errors import InvalidArgument, ServerDraining, StreamLimit
 from heatlens_server.core.methods import Method
 from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
+from heatlens_server.core.results import ImageResult
+from heatlens_server.core.targets import Target
 from heatlens_server.fleet.registry import Registry
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.scheduling.model_queue import ModelQueue
 from raw_stream import PATIENCE_S, kinds, until
 from wire import pixels
 
-INFO = EngineInfo("torch", "cpu", "fp32", 2, 2, 1, (Method.GRAD_CAM,), ("layer",))
+INFO = Capabilities("torch", "cpu", "fp32", 2, 2, 1, (Method.GRAD_CAM,), ("layer",))
 LIMITS = Limits(
     max_message_bytes=1 << 20, max_image_pixels=100, max_queue_length=1, max_targets=1, max_streams=2, max_in_flight=64
 )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from heatlens_server.api.stream.smoothing import MapSmoother
-from heatlens_server.core.engine import Finding, ImageResult
+from heatlens_server.core.results import Finding, ImageResult
 
 
 def result(raw: np.ndarray, class_ids: tuple[int, ...], top: int = 0) -> ImageResult:

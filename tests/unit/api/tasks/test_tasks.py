@@ -10,19 +10,13 @@ from heatlens.v1 import faithfulness_pb2
 from heatlens_server.api.limits import Limits
 from heatlens_server.api.tasks.classification import ClassificationWire
 from heatlens_server.api.validation import parse_explain
-from heatlens_server.core.engine import (
-    ClassIds,
-    Detections,
-    EngineInfo,
-    ImageResult,
-    Pixels,
-    Similarity,
-    Task,
-    TopK,
-)
+from heatlens_server.core.engine import Capabilities
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.methods import Method, Metric, Score
 from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
+from heatlens_server.core.results import ImageResult
+from heatlens_server.core.targets import ClassIds, Detections, Pixels, Similarity, TopK
+from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.imaging.preprocess import fit
 
@@ -36,7 +30,9 @@ PREPROCESS = PreprocessSpec(
     resize_px=8, crop_px=(8, 8), mean=(0, 0, 0), std=(1, 1, 1), interpolation=Interpolation.BILINEAR
 )
 FITTED = fit(np.zeros((8, 8, 3), np.uint8), PREPROCESS)
-INFO = EngineInfo("torch", "cpu", "fp32", 8, 8, 3, (Method.GRAD_CAM,), ("body",), scores=(Score.LOGIT,), full=True)
+INFO = Capabilities(
+    "torch", "cpu", "fp32", 8, 8, 3, (Method.GRAD_CAM,), ("body",), scores=(Score.LOGIT,), has_options=True
+)
 
 
 def model_of(task: Task) -> ServedModel:
@@ -45,7 +41,7 @@ def model_of(task: Task) -> ServedModel:
         version="0",
         labels=(),
         preprocess=PREPROCESS,
-        engine=dataclasses.replace(INFO, task=task),
+        capabilities=dataclasses.replace(INFO, task=task),
         default_method=Method.GRAD_CAM,
         max_batch_size=4,
         max_delay_s=0.0,

@@ -19,10 +19,11 @@ from heatlens_server.backends.onnx import engine as onnxruntime_engine
 from heatlens_server.backends.onnx.cuda import GraphedSession
 from heatlens_server.backends.onnx.engine import OnnxRuntimeEngine
 from heatlens_server.backends.torch.engine import TorchEngine
-from heatlens_server.core.engine import ClassIds, MapSpec, TopK
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.graph_spec import Format, GraphSpec, InputKind, Output
 from heatlens_server.core.methods import CLOSED_FORMS, DEFAULT_LAYER_ONLY, Method, Score
+from heatlens_server.core.targets import ClassIds, TopK
 
 SPEC = MapSpec(Method.GRAD_CAM, ("body",), upsample=False)
 TARGETS = [TopK(3), ClassIds((4,)), TopK(1), ClassIds((1, 2, 3, 9, 0)), TopK(10)]
@@ -62,7 +63,8 @@ import sys
 from pathlib import Path
 import numpy as np
 from heatlens_server.core.methods import Method
-from heatlens_server.core.engine import MapSpec, TopK
+from heatlens_server.core.engine import MapSpec
+from heatlens_server.core.targets import TopK
 from heatlens_server.backends.onnx.engine import OnnxRuntimeEngine
 from heatlens_server.backends.onnx.manifest import read_manifest
 
@@ -126,11 +128,11 @@ def test_it_says_what_it_can_do():
     methods = tuple(method for method in CLOSED_FORMS if method is not Method.CAM)
     assert engine.info == dataclasses.replace(
         reference.info,
-        kind="onnxruntime",
+        engine_name="onnxruntime",
         methods=methods,
         scores=(Score.LOGIT,),
-        full=False,
-        fewer_layers=dict.fromkeys(DEFAULT_LAYER_ONLY - {Method.CAM}, ("body",)),
+        has_options=False,
+        layers_by_method=dict.fromkeys(DEFAULT_LAYER_ONLY - {Method.CAM}, ("body",)),
     )
     plain = MapSpec(Method.EIGEN_CAM, ("body",), upsample=False)
     assert engine.can(plain)

@@ -7,8 +7,8 @@ import torch
 from heatlens_server.backends.onnx.graph_rows import Explained, class_index, explain_batch, resolve, run_wanted
 from heatlens_server.backends.onnx.map_finish import Maps
 from heatlens_server.backends.torch.cam import targets
-from heatlens_server.core.engine import ClassIds, TopK
 from heatlens_server.core.methods import ABSENT, RANKED
+from heatlens_server.core.targets import ClassIds, TopK
 
 CLASSES = 12
 

@@ -7,9 +7,10 @@ import torch
 import tiny_models
 from engine_cases import Judge, hook_count, loaded, noise
 from heatlens_server.backends.torch.engine import TorchEngine
-from heatlens_server.core.engine import ClassIds, MapSpec, TopK
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import Method
+from heatlens_server.core.targets import ClassIds, TopK
 
 SPEC = MapSpec(Method.GRAD_CAM, ("body",), upsample=False)
 

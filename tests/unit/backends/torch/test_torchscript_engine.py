@@ -13,10 +13,11 @@ import tiny_models
 from engine_cases import bundle, loaded, noise, user_export
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.torchscript_engine import TorchScriptEngine
-from heatlens_server.core.engine import ClassIds, MapSpec, TopK
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.graph_spec import SERVED_OUTPUTS, Format, GraphSpec, InputKind, Output
 from heatlens_server.core.methods import CLOSED_FORMS, DEFAULT_LAYER_ONLY, Method, Score
+from heatlens_server.core.targets import ClassIds, TopK
 
 SPEC = MapSpec(Method.GRAD_CAM, ("body",), upsample=False)
 TARGETS = [TopK(3), ClassIds((4,)), TopK(1), ClassIds((1, 2, 3, 9, 0)), TopK(10)]
@@ -33,11 +34,11 @@ def test_it_says_what_it_can_do():
     methods = tuple(method for method in CLOSED_FORMS if method is not Method.CAM)
     assert engine.info == dataclasses.replace(
         reference.info,
-        kind="torchscript",
+        engine_name="torchscript",
         methods=methods,
         scores=(Score.LOGIT,),
-        full=False,
-        fewer_layers=dict.fromkeys(DEFAULT_LAYER_ONLY - {Method.CAM}, ("body",)),
+        has_options=False,
+        layers_by_method=dict.fromkeys(DEFAULT_LAYER_ONLY - {Method.CAM}, ("body",)),
     )
     plain = MapSpec(Method.EIGEN_CAM, ("body",), upsample=False)
     assert engine.can(plain)

@@ -7,11 +7,13 @@ from heatlens.v1 import explain_pb2 as pb
 from heatlens_server.api.limits import Limits
 from heatlens_server.api.plan import ExplainPlan
 from heatlens_server.api.tasks.classification import softmax
-from heatlens_server.core.engine import ClassIds, EngineInfo, ImageResult, MapSpec, TopK
+from heatlens_server.core.engine import Capabilities, MapSpec
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.geometry import PixelBox, place_map
 from heatlens_server.core.methods import Method
 from heatlens_server.core.preprocess import FittedImage, Interpolation, PreprocessSpec
+from heatlens_server.core.results import ImageResult
+from heatlens_server.core.targets import ClassIds, TopK
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.scheduling.entry import QueueResult, Timing
 from heatlens_server.transports.grpc.encode import check_answer_size, encode
@@ -31,7 +33,7 @@ def model(labels: tuple[str, ...] = LABELS) -> ServedModel:
         version="7",
         labels=labels,
         preprocess=PreprocessSpec(4, (4, 4), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), Interpolation.BILINEAR),
-        engine=EngineInfo("torch", "cpu", "fp32", 4, 4, 4, (Method.GRAD_CAM,), ("body",)),
+        capabilities=Capabilities("torch", "cpu", "fp32", 4, 4, 4, (Method.GRAD_CAM,), ("body",)),
         default_method=Method.GRAD_CAM,
         max_batch_size=1,
         max_delay_s=0.0,

@@ -5,17 +5,19 @@ import dataclasses
 from explain_requests import LIMITS, TINY
 from heatlens.v1 import method_pb2
 from heatlens.v1 import model_pb2 as pb
-from heatlens_server.core.engine import EngineInfo
+from heatlens_server.core.engine import Capabilities
 from heatlens_server.core.methods import Method, Score
 from heatlens_server.fleet.registry import Registry
 from heatlens_server.transports.grpc.model_service import ModelServicer
 
-EXPORT = EngineInfo("onnxruntime", "cpu", "fp32", 4, 4, 10, (Method.GRAD_CAM,), ("body", "stem"))
+EXPORT = Capabilities("onnxruntime", "cpu", "fp32", 4, 4, 10, (Method.GRAD_CAM,), ("body", "stem"))
 
 
-async def listed(engine: EngineInfo) -> pb.Model:
+async def listed(capabilities: Capabilities) -> pb.Model:
     registry = Registry(["m"], default="m")
-    registry.set_ready("m", dataclasses.replace(TINY, engine=engine, default_method=engine.offered[0]))
+    registry.set_ready(
+        "m", dataclasses.replace(TINY, capabilities=capabilities, default_method=capabilities.requestable_methods[0])
+    )
     servicer = ModelServicer(registry, LIMITS, max_batch_size=1, max_delay_s=0.0)
     (model,) = (await servicer.ListModels(pb.ListModelsRequest(), None)).models
     return model
@@ -33,10 +35,10 @@ async def test_only_what_the_export_has_not_is_said_to_be_run_by_torch():
     beside = dataclasses.replace(
         EXPORT,
         methods=(Method.GRAD_CAM, Method.SHAPLEY_CAM, Method.SCORE_CAM),
-        companion_methods=frozenset({Method.SHAPLEY_CAM, Method.SCORE_CAM}),
+        fallback_methods=frozenset({Method.SHAPLEY_CAM, Method.SCORE_CAM}),
         scores=tuple(Score),
-        companion_scores=frozenset(Score) - {Score.LOGIT},
-        full=True,
+        fallback_scores=frozenset(Score) - {Score.LOGIT},
+        has_options=True,
     )
     assert support(await listed(beside)) == {
         "GRAD_CAM": ("onnxruntime", False),

@@ -16,10 +16,10 @@ from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.export.folder import Report, export_graph
 from heatlens_server.backends.torch.export.verify import verify as verify_export
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
-from heatlens_server.core.engine import Task
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import MANIFEST_FILE, Format, GraphSpec
 from heatlens_server.core.methods import CLOSED_FORMS, Method
+from heatlens_server.core.tasks import Task
 
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 

@@ -21,10 +21,10 @@ from heatlens_server.backends.torch.export.photos import PHOTOS, load_photos
 from heatlens_server.backends.torch.export.reference import Network, Reference, unhurried
 from heatlens_server.backends.torch.export.runtimes import Run, open_graph
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
-from heatlens_server.core.engine import Task
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import InputKind, Output
 from heatlens_server.core.methods import ABSENT, RANKED, Method
+from heatlens_server.core.tasks import Task
 from heatlens_server.imaging.preprocess import normalise
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 0.02}

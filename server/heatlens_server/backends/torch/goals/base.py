@@ -5,8 +5,11 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from heatlens_server.core.engine import Float32Array, ImageResult, Target, Task, UInt8Array
+from heatlens_server.core.arrays import Float32Array, UInt8Array
 from heatlens_server.core.methods import ABSENT, Method, Score
+from heatlens_server.core.results import ImageResult
+from heatlens_server.core.targets import Target
+from heatlens_server.core.tasks import Task
 
 RunImages = Callable[[UInt8Array], Any]
 """Runs the network, without gradients, on further images, uint8 (R, H, W, 3); returns what `TaskModel.run` does."""

@@ -8,18 +8,12 @@ from torch import Tensor, nn
 
 from heatlens_server.backends.torch.cam.targets import class_scores, probabilities, resolve
 from heatlens_server.backends.torch.goals.base import RunImages
-from heatlens_server.core.engine import (
-    ClassIds,
-    ClassTarget,
-    Float32Array,
-    ImageResult,
-    Target,
-    Task,
-    TopK,
-    class_targets,
-)
+from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import ABSENT, RANKED, Method, Score
+from heatlens_server.core.results import ImageResult
+from heatlens_server.core.targets import ClassIds, ClassTarget, Target, TopK, class_targets
+from heatlens_server.core.tasks import Task
 
 
 class ClassGoals:

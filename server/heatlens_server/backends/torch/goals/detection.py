@@ -14,9 +14,12 @@ from torchvision.ops import box_iou
 
 from heatlens_server.backends.torch.cam.precision import wide
 from heatlens_server.backends.torch.goals.base import RunImages
-from heatlens_server.core.engine import Boxes, Detections, Finding, Float32Array, ImageResult, Target, Task
+from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import ABSENT, CLOSED_FORMS, Method, Score
+from heatlens_server.core.results import Finding, ImageResult
+from heatlens_server.core.targets import Boxes, Detections, Target
+from heatlens_server.core.tasks import Task
 
 Found = Mapping[str, Tensor]
 """What a detector says about one image: "boxes" (M, 4) in pixels of its input, "labels" (M,) and "scores" (M,)."""

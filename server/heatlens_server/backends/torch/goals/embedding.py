@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from heatlens_server.backends.torch.cam.precision import wide
 from heatlens_server.backends.torch.goals.base import RunImages
 from heatlens_server.backends.torch.goals.classification import logits_of
-from heatlens_server.core.engine import Finding, Float32Array, ImageResult, Similarity, Target, Task
+from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import Method, Score
+from heatlens_server.core.results import Finding, ImageResult
+from heatlens_server.core.targets import Similarity, Target
+from heatlens_server.core.tasks import Task
 
 _SAME = 16 * torch.finfo(torch.float32).eps
 """How far apart two directions may be that are the same, in a network of float32."""

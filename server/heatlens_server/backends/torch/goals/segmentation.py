@@ -13,9 +13,12 @@ from heatlens_server.backends.torch.cam.precision import wide
 from heatlens_server.backends.torch.cam.targets import class_scores
 from heatlens_server.backends.torch.goals.base import RunImages
 from heatlens_server.backends.torch.sources.backbone_layers import class_maps
-from heatlens_server.core.engine import ClassIds, Finding, Float32Array, ImageResult, Pixels, Target, Task, TopK
+from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import ABSENT, Method, Score
+from heatlens_server.core.results import Finding, ImageResult
+from heatlens_server.core.targets import ClassIds, Pixels, Target, TopK
+from heatlens_server.core.tasks import Task
 
 _MOST_CLASSES = 255
 """In a mask of uint8: the last value means that the model did not look."""

@@ -8,7 +8,7 @@ from heatlens_server.backends.torch.goals.classification import Classification
 from heatlens_server.backends.torch.goals.detection import Detection
 from heatlens_server.backends.torch.goals.embedding import Embedding
 from heatlens_server.backends.torch.goals.segmentation import Segmentation
-from heatlens_server.core.engine import Task
+from heatlens_server.core.tasks import Task
 
 _MODELS: Mapping[Task, TaskModel] = MappingProxyType(
     {

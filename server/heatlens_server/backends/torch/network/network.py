@@ -20,8 +20,9 @@ from heatlens_server.backends.torch.network.device import resolve_device
 from heatlens_server.backends.torch.network.layer_hooks import Change, Tape, TapeRecorder
 from heatlens_server.backends.torch.network.replay import first_row, laid_out_like, same, two_rows
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
-from heatlens_server.core.engine import Task, UInt8Array
+from heatlens_server.core.arrays import UInt8Array
 from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.core.tasks import Task
 
 _log = logging.getLogger(__name__)
 

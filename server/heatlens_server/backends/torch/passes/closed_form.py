@@ -11,8 +11,9 @@ from heatlens_server.backends.torch.cam.weights import weighted
 from heatlens_server.backends.torch.goals.base import Goals
 from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.backends.torch.passes.one_pass import Explained, leaf_of
-from heatlens_server.core.engine import MapSpec, Target
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Method
+from heatlens_server.core.targets import Target
 
 
 def closed_form(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> Explained:

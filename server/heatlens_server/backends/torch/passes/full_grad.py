@@ -12,7 +12,8 @@ from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.backends.torch.network.substitution import Substitution
 from heatlens_server.backends.torch.passes.bias_gradients import bias_gradients
 from heatlens_server.backends.torch.passes.one_pass import Explained, input_gradient
-from heatlens_server.core.engine import MapSpec, Target
+from heatlens_server.core.engine import MapSpec
+from heatlens_server.core.targets import Target
 
 
 def full_grad(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> Explained:

@@ -15,8 +15,9 @@ from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.backends.torch.network.substitution import Substitutes, Substitution
 from heatlens_server.backends.torch.passes.closed_form import closed_form
 from heatlens_server.backends.torch.passes.one_pass import Explained, input_gradient
-from heatlens_server.core.engine import MapSpec, Target
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Method
+from heatlens_server.core.targets import Target
 
 
 def guided_grad_cam(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> Explained:

@@ -9,7 +9,8 @@ from heatlens_server.backends.torch.cam.grid import to_map
 from heatlens_server.backends.torch.cam.precision import wide
 from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.backends.torch.passes.one_pass import Explained
-from heatlens_server.core.engine import MapSpec, Target
+from heatlens_server.core.engine import MapSpec
+from heatlens_server.core.targets import Target
 
 
 def le_grad(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> Explained:

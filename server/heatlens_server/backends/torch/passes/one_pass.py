@@ -10,8 +10,10 @@ from heatlens_server.backends.torch.cam.normalize import NormalizedMap
 from heatlens_server.backends.torch.cam.saliency import saliency
 from heatlens_server.backends.torch.goals.base import Goals
 from heatlens_server.backends.torch.network.network import TorchModel
-from heatlens_server.core.engine import ImageResult, MapSpec, Target
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import InvalidArgument
+from heatlens_server.core.results import ImageResult
+from heatlens_server.core.targets import Target
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,8 +13,9 @@ from heatlens_server.backends.torch.network.attention import open_attention
 from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.backends.torch.network.substitution import Substitutes, Substitution
 from heatlens_server.backends.torch.passes.one_pass import Explained, leaf_of
-from heatlens_server.core.engine import MapSpec, Target
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import InvalidArgument
+from heatlens_server.core.targets import Target
 
 
 def shapley_cam(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> Explained:

@@ -12,8 +12,9 @@ from heatlens_server.backends.torch.passes.guided_grad_cam import guided_grad_ca
 from heatlens_server.backends.torch.passes.le_grad import le_grad
 from heatlens_server.backends.torch.passes.one_pass import Explained, OnePass
 from heatlens_server.backends.torch.passes.shapley_cam import shapley_cam
-from heatlens_server.core.engine import MapSpec, Target
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import AT_INPUT_SIZE, Method
+from heatlens_server.core.targets import Target
 
 PASSES: Mapping[Method, OnePass] = MappingProxyType(
     {

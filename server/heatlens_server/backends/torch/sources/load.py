@@ -9,10 +9,10 @@ from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.backends.torch.sources.sources import IMAGENET_PREPROCESS, load_source
 from heatlens_server.backends.torch.sources.weights import weights_version
 from heatlens_server.config import ModelConfig, PreprocessConfig
-from heatlens_server.core.engine import Task
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.labels import read_labels
 from heatlens_server.core.preprocess import PreprocessSpec
+from heatlens_server.core.tasks import Task
 
 
 def load_model(config: ModelConfig) -> LoadedModel:

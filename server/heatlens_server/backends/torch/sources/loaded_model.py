@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from heatlens_server.backends.torch.cam.grid import MAP, Grid
-from heatlens_server.core.engine import Task
 from heatlens_server.core.preprocess import PreprocessSpec
+from heatlens_server.core.tasks import Task
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from heatlens_server.config import WEIGHT_FILE_SUFFIXES
-from heatlens_server.core.engine import Task
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.preprocess import PreprocessSpec
+from heatlens_server.core.tasks import Task
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,9 +22,9 @@ from heatlens_server.backends.torch.sources.torchvision_models import (
 )
 from heatlens_server.backends.torch.sources.weights import build_with_weights, load_weights, read_weights
 from heatlens_server.config import ModelConfig
-from heatlens_server.core.engine import Task
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
+from heatlens_server.core.tasks import Task
 
 # For Python factories: what most networks that start from ImageNet weights use (torchvision's documentation).
 IMAGENET_PREPROCESS = PreprocessSpec(

@@ -11,9 +11,9 @@ from torch import nn
 from heatlens_server.backends.torch.sources.random_heads import settle
 from heatlens_server.backends.torch.sources.source import SourcedModel, as_module, downloading, is_file, near, triple
 from heatlens_server.backends.torch.sources.weights import build_with_weights
-from heatlens_server.core.engine import Task
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
+from heatlens_server.core.tasks import Task
 
 MAX_SIDE_PX = 1333
 """The longest side of inputs of any size, unless configured: what torchvision's detectors shrink images to."""

@@ -14,7 +14,9 @@ from heatlens_server.backends.torch.passes.table import explain
 from heatlens_server.backends.torch.steps.job import Job
 from heatlens_server.backends.torch.steps.measure_maps import Measures, judge
 from heatlens_server.backends.torch.steps.table import STEPPERS
-from heatlens_server.core.engine import MapSpec, Steps, Target, UInt8Array
+from heatlens_server.core.arrays import UInt8Array
+from heatlens_server.core.engine import MapSpec, Steps
+from heatlens_server.core.targets import Target
 
 _FACTORS = (0.9, 1.0, 1.1)
 """What the normalised input is multiplied by: test-time augmentation as in the `grad-cam` package 1.5.7."""

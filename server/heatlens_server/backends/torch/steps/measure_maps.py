@@ -11,8 +11,9 @@ from heatlens_server.backends.torch.cam.resize import upsample
 from heatlens_server.backends.torch.faithfulness.measure import measure
 from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.backends.torch.passes.one_pass import Explained
-from heatlens_server.core.engine import MapSpec, Target
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Metric
+from heatlens_server.core.targets import Target
 
 Measures = tuple[dict[Metric, float], ...]
 

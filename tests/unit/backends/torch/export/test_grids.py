@@ -15,9 +15,10 @@ from heatlens_server.backends.torch.export.differentiate import differentiate
 from heatlens_server.backends.torch.export.folder import export_graph
 from heatlens_server.backends.torch.export.verify import verify
 from heatlens_server.backends.torch.sources.layers import discover
-from heatlens_server.core.engine import ClassIds, MapSpec
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.graph_spec import MANIFEST_FILE, Format, GraphSpec, InputKind, Output
 from heatlens_server.core.methods import Method
+from heatlens_server.core.targets import ClassIds
 from tiny_transformers import CLASS_COUNT, transformer
 
 

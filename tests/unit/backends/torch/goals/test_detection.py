@@ -14,9 +14,10 @@ from torchvision.ops import box_iou
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.goals.base import has_goals
 from heatlens_server.backends.torch.goals.detection import BoxGoals, Detection
-from heatlens_server.core.engine import Boxes, Detections, MapSpec, TopK
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import InvalidArgument, ModelLoadError
 from heatlens_server.core.methods import Method, Metric, Score
+from heatlens_server.core.targets import Boxes, Detections, TopK
 from task_models import DETECTORS, LABELS, PX, by_hand, detector, photos, raw, recorded
 
 TWO = Detections(min_score=0.5, max_count=2)
@@ -159,7 +160,7 @@ def test_the_share_of_the_image_is_that_of_the_networks_own_transform(family):
 
 def test_every_method_gives_finite_maps(faster_rcnn):
     info = faster_rcnn.info
-    assert info.pyramids == {"backbone"}
+    assert info.multi_map_layers == {"backbone"}
     assert {Method.CAM, Method.FULL_GRAD, Method.SHAPLEY_CAM}.isdisjoint(info.methods)
     assert (info.input_height_px, info.input_width_px, info.class_count) == (0, 0, LABELS)
     for method in info.methods:

@@ -6,8 +6,9 @@ import torch
 
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.goals.embedding import Embedding
-from heatlens_server.core.engine import MapSpec, Similarity, TopK
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Method, Metric, Score
+from heatlens_server.core.targets import Similarity, TopK
 from heatlens_server.imaging.preprocess import normalise
 from task_models import by_hand, embedder, photos, raw, recorded
 

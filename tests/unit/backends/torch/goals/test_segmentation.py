@@ -12,9 +12,10 @@ from torch import nn
 
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.goals.segmentation import PixelGoals, Segmentation
-from heatlens_server.core.engine import ClassIds, Detections, MapSpec, Pixels, TopK
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import Method, Metric, Score
+from heatlens_server.core.targets import ClassIds, Detections, Pixels, TopK
 from heatlens_server.imaging.preprocess import normalise
 from task_models import PX, by_hand, lraspp, photos, raw, recorded, segmenter
 

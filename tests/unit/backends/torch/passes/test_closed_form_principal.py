@@ -10,8 +10,8 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from engine_cases import noise
 from heatlens_server.backends.torch.cam.methods import raw_map
 from heatlens_server.backends.torch.cam.weights import weighted
-from heatlens_server.core.engine import ClassIds
 from heatlens_server.core.methods import WEIGHTED, Method
+from heatlens_server.core.targets import ClassIds
 from pass_cases import assert_parity, calibrated, placed, raw, stretched, top
 from tiny_models import tiny, tiny_mlp
 from tiny_transformers import transformer

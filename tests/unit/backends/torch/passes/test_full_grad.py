@@ -14,9 +14,9 @@ from engine_cases import noise
 from heatlens_server.backends.torch.cam.full_grad import spread
 from heatlens_server.backends.torch.network.substitution import Substitution
 from heatlens_server.backends.torch.passes.bias_gradients import bias_gradients
-from heatlens_server.core.engine import ClassIds
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.methods import Method
+from heatlens_server.core.targets import ClassIds
 from pass_cases import assert_parity, calibrated, placed, raw, stretched, top
 from tiny_models import Tiny, no_grad_backbone, tiny, tiny_mlp
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from engine_cases import noise, without_hooks
 from heatlens_server.backends.torch.passes.one_pass import input_gradient
-from heatlens_server.core.engine import ClassIds
 from heatlens_server.core.methods import Method
+from heatlens_server.core.targets import ClassIds
 from pass_cases import assert_parity, calibrated, placed, raw, top
 from tiny_models import Tiny, no_grad_backbone, tiny, tiny_mlp
 

@@ -10,9 +10,9 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch.autograd.functional import hvp
 
 from engine_cases import noise
-from heatlens_server.core.engine import ClassIds
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.methods import Method
+from heatlens_server.core.targets import ClassIds
 from pass_cases import assert_parity, calibrated, placed, raw, stretched
 from tiny_models import Tiny, tiny_mlp
 from tiny_transformers import transformer

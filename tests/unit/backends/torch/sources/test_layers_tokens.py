@@ -14,9 +14,10 @@ from engine_cases import MEAN, STD, hook_count, loaded, noise
 from heatlens_server.backends.torch.cam.grid import MAP, Grid, Layout, from_map, to_map
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.sources.layers import discover
-from heatlens_server.core.engine import ClassIds, MapSpec
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import Method
+from heatlens_server.core.targets import ClassIds
 from tiny_transformers import CLASS_COUNT, NETWORKS, transformer
 
 LAST = Grid(Layout.CHANNELS_LAST)

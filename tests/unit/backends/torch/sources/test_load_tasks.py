@@ -11,10 +11,12 @@ from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.sources.load import load_model, resolve_preprocess
 from heatlens_server.backends.torch.sources.torchvision_models import DETECTION_PREPROCESS
 from heatlens_server.config import ModelConfig, PreprocessConfig
-from heatlens_server.core.engine import Detections, MapSpec, Pixels, Task, TopK
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import Method
 from heatlens_server.core.preprocess import PreprocessSpec
+from heatlens_server.core.targets import Detections, Pixels, TopK
+from heatlens_server.core.tasks import Task
 from heatlens_server.imaging.preprocess import fit
 from task_models import DETECTORS, Embedder, Segmenter
 

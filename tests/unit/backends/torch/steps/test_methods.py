@@ -15,8 +15,9 @@ from heatlens_server.backends.torch.cam.smooth import smooth_grad_cam_plus_plus
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.steps.noise import Noise
 from heatlens_server.backends.torch.steps.table import STEPPERS
-from heatlens_server.core.engine import ClassIds, MapSpec, TopK
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Method, Score
+from heatlens_server.core.targets import ClassIds, TopK
 from stepping import drain, job, placed
 
 TOKENS = Grid(Layout.TOKENS, prefix=1, height=4, width=4)

@@ -22,8 +22,8 @@ from heatlens_server.backends.torch.cam.saliency import saliency
 from heatlens_server.backends.torch.steps import score_cam
 from heatlens_server.backends.torch.steps.noise import Noise
 from heatlens_server.backends.torch.steps.table import STEPPERS
-from heatlens_server.core.engine import TopK
 from heatlens_server.core.methods import Method
+from heatlens_server.core.targets import TopK
 from stepping import drain, job, placed
 
 PX = 32
