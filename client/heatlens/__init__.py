@@ -10,6 +10,7 @@ This package holds the clients and what they return. It loads no deep-learning l
 first used, so that `import heatlens.v1.explain_pb2` costs the generated stubs alone.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -124,9 +125,13 @@ if not TYPE_CHECKING:
         """Load a name when it is first used."""
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(_HOMES[name]), name)
-        globals()[name] = value
-        return value
+        import_module(_HOMES[name])
+        for other, module in _HOMES.items():
+            if other not in globals() and (value := getattr(sys.modules.get(module), other, None)) is not None:
+                # Tracebacks, reprs and documentation say heatlens.Client: the file is an implementation detail.
+                value.__module__ = __name__
+                globals()[other] = value
+        return globals()[name]
 
     def __dir__() -> list[str]:
         """Return the names, loaded or not."""

@@ -37,10 +37,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from heatlens._public import public
 
-
-@public
 class StatusCode(StrEnum):
     """The gRPC status codes of failed calls, by name."""
 
@@ -62,7 +59,6 @@ class StatusCode(StrEnum):
     UNAUTHENTICATED = "UNAUTHENTICATED"
 
 
-@public
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
     """One wrong argument or field.
@@ -76,7 +72,6 @@ class FieldViolation:
     description: str
 
 
-@public
 class HeatlensError(Exception):
     """A call failed.
 
@@ -119,7 +114,6 @@ class HeatlensError(Exception):
         return f"{type(self).__name__}({self.message!r}, reason={self.reason!r}{request})"
 
 
-@public
 class InvalidArgumentError(HeatlensError, ValueError):
     """The call is wrong, whatever the server's state. Raised by the SDK before the call where it can tell."""
 
@@ -133,28 +127,24 @@ class InvalidArgumentError(HeatlensError, ValueError):
         )
 
 
-@public
 class UnauthenticatedError(HeatlensError):
     """The token is missing or wrong."""
 
     default_code = StatusCode.UNAUTHENTICATED
 
 
-@public
 class PermissionDeniedError(HeatlensError):
     """The token does not allow this."""
 
     default_code = StatusCode.PERMISSION_DENIED
 
 
-@public
 class NotFoundError(HeatlensError):
     """The server has no model of that name; `metadata["available"]` lists those it has."""
 
     default_code = StatusCode.NOT_FOUND
 
 
-@public
 class FailedPreconditionError(HeatlensError):
     """Not before somebody mends it: the model failed to load (MODEL_FAILED), the client is closed (CLIENT_CLOSED).
 
@@ -165,42 +155,36 @@ class FailedPreconditionError(HeatlensError):
     default_code = StatusCode.FAILED_PRECONDITION
 
 
-@public
 class ResourceExhaustedError(HeatlensError):
     """Too many requests are waiting, or the device is out of memory; or a stream dropped a frame (FRAME_DROPPED)."""
 
     default_code = StatusCode.RESOURCE_EXHAUSTED
 
 
-@public
 class UnavailableError(HeatlensError):
     """No server answers at the address, or it is loading the model or shutting down."""
 
     default_code = StatusCode.UNAVAILABLE
 
 
-@public
 class DeadlineExceededError(HeatlensError):
     """No answer within the timeout. The timeout spans all retries."""
 
     default_code = StatusCode.DEADLINE_EXCEEDED
 
 
-@public
 class CallCancelledError(HeatlensError):
     """The call was cancelled, by `close()` in another thread or task, or by the server."""
 
     default_code = StatusCode.CANCELLED
 
 
-@public
 class UnimplementedError(HeatlensError):
     """This server does not have the method or option."""
 
     default_code = StatusCode.UNIMPLEMENTED
 
 
-@public
 class InternalError(HeatlensError):
     """A fault in the server. Its log has more under `request_id`."""
 

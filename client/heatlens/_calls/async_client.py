@@ -10,7 +10,6 @@ from typing import Self, Unpack
 from heatlens._calls.connection import AsyncConnection
 from heatlens._calls.settings import DEFAULT_MAX_MESSAGE_BYTES, TLS, UNSET, Retry, Timeout, make_settings
 from heatlens._exceptions import NotFoundError
-from heatlens._public import public
 from heatlens._results.images import ImageSource
 from heatlens._results.results import Health, ModelInfo, Result, ServerInfo
 from heatlens._stream.async_link import AsyncLink
@@ -22,7 +21,6 @@ from heatlens._wire.streams import StreamOptions, stream_plan
 from heatlens.v1 import model_pb2
 
 
-@public
 class AsyncClient:
     """Asks a heatlens server why its models say what they say, from asyncio. Create it after forking, not before.
 

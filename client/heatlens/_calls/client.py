@@ -9,7 +9,6 @@ from typing import Self, Unpack
 from heatlens._calls.connection import Connection
 from heatlens._calls.settings import DEFAULT_MAX_MESSAGE_BYTES, TLS, UNSET, Retry, Timeout, make_settings
 from heatlens._exceptions import NotFoundError
-from heatlens._public import public
 from heatlens._results.images import ImageSource
 from heatlens._results.results import Health, ModelInfo, Result, ServerInfo
 from heatlens._stream.link import Link
@@ -21,7 +20,6 @@ from heatlens._wire.streams import StreamOptions, stream_plan
 from heatlens.v1 import model_pb2
 
 
-@public
 class Client:
     """Asks a heatlens server why its models say what they say. Thread-safe; create it after forking, not before.
 

@@ -12,7 +12,6 @@ from typing import Final, TypeAlias
 import grpc
 
 from heatlens._exceptions import InvalidArgumentError
-from heatlens._public import public
 from heatlens._results.images import checked_path
 from heatlens._version import __version__
 from heatlens._wire.arguments import MAX_SECONDS, as_float, checked_int, checked_timeout, is_text
@@ -34,7 +33,6 @@ UNSET: Final = Unset.UNSET
 Timeout: TypeAlias = float | Unset | None
 
 
-@public
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TLS:
     """How to encrypt and whom to trust.
@@ -61,7 +59,6 @@ class TLS:
             raise InvalidArgumentError.of("tls", f"expected server_name to be a name, got {self.server_name!r}")
 
 
-@public
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retry:
     """When a call is tried again: on UNAVAILABLE and RESOURCE_EXHAUSTED, within the call's timeout.

@@ -26,7 +26,6 @@ from heatlens._exceptions import (
     UnavailableError,
     UnimplementedError,
 )
-from heatlens._public import public
 from heatlens._results.images import ImageSource
 from heatlens._results.results import ModelInfo, ModelState, Result
 from heatlens._wire.arguments import checked_int
@@ -50,7 +49,6 @@ _HOPELESS = (
 )
 
 
-@public
 def evaluate(
     client: Client,
     images: Iterable[ImageSource],

@@ -9,13 +9,11 @@ from typing import Any
 
 from heatlens._evaluation.metrics import BETTER, FLOOR, Better
 from heatlens._exceptions import FailedPreconditionError, HeatlensError
-from heatlens._public import public
 from heatlens._results.images import checked_path
 
 _ROUNDING = 1e-6
 
 
-@public
 @dataclass(frozen=True, slots=True, eq=False)
 class MethodScores:
     """How faithful one method's maps are.
@@ -33,7 +31,6 @@ class MethodScores:
     values: Mapping[str, tuple[float, ...]]
 
 
-@public
 @dataclass(frozen=True, slots=True, eq=False)
 class Failure:
     """An image that was left out.
@@ -49,7 +46,6 @@ class Failure:
     error: HeatlensError | OSError
 
 
-@public
 @dataclass(frozen=True, slots=True, eq=False)
 class Evaluation:
     """How faithful methods are, on the same images. Made by `heatlens.evaluate`.

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from heatlens._public import public
-
 Float32Array = npt.NDArray[np.float32]
 
 # Output rows interpolated by one matrix product: enough to amortise the call, few enough that the product
@@ -15,7 +13,6 @@ Float32Array = npt.NDArray[np.float32]
 _BLOCK_ROWS = 64
 
 
-@public
 @dataclass(frozen=True, slots=True)
 class PixelBox:
     """A rectangle in pixels of the upright source image, half open: it holds x with left <= x < right.
@@ -41,7 +38,6 @@ def covered_pixels(region: PixelBox, size: tuple[int, int]) -> tuple[slice, slic
     return _covered(region.top, region.bottom, height_px), _covered(region.left, region.right, width_px)
 
 
-@public
 def place_map(values: npt.ArrayLike, region: PixelBox, size: tuple[int, int]) -> Float32Array:
     """Place a map on the image that it explains: bilinear, half-pixel centres, zero outside `region`.
 

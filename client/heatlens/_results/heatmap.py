@@ -10,14 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from heatlens._exceptions import InvalidArgumentError
-from heatlens._public import public
 from heatlens._results.geometry import Float32Array, PixelBox, place_map
 from heatlens._results.images import ImageSource, UInt8Array, checked_path, decode_image, write_image
 from heatlens._results.overlay import blend, color_map
 
 
 # eq=False: arrays have no truth value; two heatmaps are the same only if they are one object.
-@public
 @dataclass(frozen=True, slots=True, eq=False)
 class Heatmap:
     """A saliency map and what it needs to be placed on its image.

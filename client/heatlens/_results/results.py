@@ -6,7 +6,6 @@ from enum import StrEnum
 from typing import Any
 
 from heatlens._exceptions import HeatlensError
-from heatlens._public import public
 from heatlens._results.geometry import Float32Array, PixelBox
 from heatlens._results.heatmap import Heatmap
 from heatlens._results.images import UInt8Array
@@ -15,7 +14,6 @@ FRAME_DROPPED = "FRAME_DROPPED"
 """The reason of a frame that gave way to newer ones."""
 
 
-@public
 @dataclass(frozen=True, slots=True)
 class ClassScore:
     """A class and its score.
@@ -33,7 +31,6 @@ class ClassScore:
     probability: float
 
 
-@public
 @dataclass(frozen=True, slots=True)
 class Faithfulness:
     """How faithful a map is. None: not asked for. docs/faithfulness.md has the definitions.
@@ -70,7 +67,6 @@ class Faithfulness:
         return {metric: value for metric, value in values if value is not None}
 
 
-@public
 @dataclass(frozen=True, slots=True, eq=False)
 class Explanation:
     """Why the model gave one class its score: of the image, of its pixels (segmentation), or of one detection.
@@ -98,7 +94,6 @@ class Explanation:
     faithfulness: Faithfulness | None = None
 
 
-@public
 @dataclass(frozen=True, slots=True)
 class Timing:
     """Where the time of one call went, inside the server.
@@ -116,7 +111,6 @@ class Timing:
     batch_size: int
 
 
-@public
 @dataclass(frozen=True, slots=True, eq=False)
 class Result:
     """The answer for one image.
@@ -146,7 +140,6 @@ class Result:
     embedding: Float32Array | None = None
 
 
-@public
 class ModelState(StrEnum):
     """Whether a model can answer."""
 
@@ -156,7 +149,6 @@ class ModelState(StrEnum):
     UNKNOWN = "unknown"
 
 
-@public
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """One served model. What is only known once it is loaded is zero or empty before.
@@ -205,7 +197,6 @@ class ModelInfo:
     methods_in_steps: tuple[str, ...] = ()
 
 
-@public
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
     """A server's version and limits.
@@ -233,7 +224,6 @@ class ServerInfo:
     max_streams: int
 
 
-@public
 class Health(StrEnum):
     """What a server says about itself or one model (grpc.health.v1)."""
 
@@ -243,7 +233,6 @@ class Health(StrEnum):
 
 
 # eq=False: frames are mostly arrays, and arrays have no truth value.
-@public
 @dataclass(frozen=True, slots=True, eq=False)
 class FrameResult:
     """The answer for one frame of a stream: a result, an error, or left out on purpose.

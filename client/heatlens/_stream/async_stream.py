@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Self
 
 from heatlens._exceptions import HeatlensError
-from heatlens._public import public
 from heatlens._results.images import ImageSource
 from heatlens._results.results import FrameResult
 from heatlens._stream.async_link import AsyncLink
@@ -17,7 +16,6 @@ from heatlens._stream.window import wrong_moment
 from heatlens._wire.streams import CaptureTime, Started, refusal_of, timestamp_of
 
 
-@public
 class AsyncStream:
     """Explains the frames of one video, in order. Made by `AsyncClient.stream`; an asynchronous context manager.
 

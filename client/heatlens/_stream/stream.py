@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Self
 
 from heatlens._exceptions import HeatlensError
-from heatlens._public import public
 from heatlens._results.images import ImageSource
 from heatlens._results.results import FrameResult
 from heatlens._stream.link import Link
@@ -18,7 +17,6 @@ from heatlens._stream.window import wrong_moment
 from heatlens._wire.streams import CaptureTime, Started, refusal_of, timestamp_of
 
 
-@public
 class Stream:
     """Explains the frames of one video, in order. Made by `Client.stream`; a context manager.
 

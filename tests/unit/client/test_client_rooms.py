@@ -10,7 +10,6 @@ CLIENT = Path(__file__).parents[3] / "client" / "heatlens"
 ROOMS = [
     "v1",
     "_version",
-    "_public",
     "_exceptions",
     "_results",
     "_wire",

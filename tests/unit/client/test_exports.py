@@ -2,11 +2,9 @@
 
 import inspect
 import pickle
-import re
 import subprocess
 import sys
 import traceback
-from pathlib import Path
 
 import pytest
 
@@ -19,12 +17,6 @@ def test_all_names_are_there():
         assert getattr(heatlens, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'Clint'"):
         heatlens.Clint  # noqa: B018 - looking is the test
-
-
-def test_what_is_marked_public_is_offered():
-    marked = re.compile(r"^@public\n(?:@.*\n)*(?:class|def) (\w+)", re.MULTILINE)
-    found = [name for path in Path(heatlens.__file__).parent.rglob("*.py") for name in marked.findall(path.read_text())]
-    assert sorted([*found, "__version__"]) == sorted(heatlens.__all__)
 
 
 def test_all_is_sorted():
