@@ -13,7 +13,11 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent / "heatlens"
-FILES = {"_calls/async_client.py": "_calls/client.py", "_stream/async_stream.py": "_stream/stream.py"}
+FILES = {
+    "_calls/async_client.py": "_calls/client.py",
+    "_stream/async_link.py": "_stream/link.py",
+    "_stream/async_stream.py": "_stream/stream.py",
+}
 
 WORDS = (
     (r"\bAsyncGenerator\[(\w+), None\]", r"Generator[\1, None, None]"),
@@ -23,7 +27,7 @@ WORDS = (
     (r"\bawait (?!`)", ""),
     (r"\b__a(?=(enter|exit|iter|next)__)", "__"),
     (r"\banext\(", "next("),
-    (r"\basync_(?=link\b|stream\b)", ""),
+    (r"\basync_(?=(link|stream|run)\b)", ""),
     (r"\basyncio\.Lock\b", "threading.Lock"),
     (r"^import asyncio$", "import threading"),
     (r"^# ruff: noqa: ASYNC.*\n\n", ""),
@@ -43,6 +47,7 @@ SENTENCES = {
         ),
         ("in other tasks fail", "in other threads fail"),
     ),
+    "_stream/async_link.py": (("under an `AsyncStream`", "under a `Stream`"),),
     "_stream/async_stream.py": (
         ('"""Streams for asyncio."""', '"""Streams for threads."""'),
         ("an asynchronous context manager", "a context manager"),

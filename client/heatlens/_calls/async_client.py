@@ -14,6 +14,7 @@ from heatlens._results.images import ImageSource
 from heatlens._results.results import Health, ModelInfo, Result, ServerInfo
 from heatlens._stream.async_link import AsyncLink
 from heatlens._stream.async_stream import AsyncStream
+from heatlens._stream.calls import async_run
 from heatlens._wire import answers
 from heatlens._wire.requests import ALL, ExplainOptions, explain_request, health_request, keep_metrics_of
 from heatlens._wire.status import unknown_model
@@ -130,7 +131,7 @@ class AsyncClient:
         build = partial(explain_request, image, model=model, **options)
         # Reading a file blocks.
         sources = (image, options.get("mask"), options.get("reference"))
-        request = await self._connection.run(build, blocks=any(isinstance(one, str | PathLike) for one in sources))
+        request = await async_run(build, blocks=any(isinstance(one, str | PathLike) for one in sources))
         if isinstance(metrics := options.get("faithfulness"), str) and metrics == ALL:
             keep_metrics_of(await self.models(timeout=timeout), request)
         response = await self._connection.call(self._connection.stubs.explain.Explain, request, timeout)

@@ -11,6 +11,7 @@ from heatlens._calls.settings import DEFAULT_MAX_MESSAGE_BYTES, TLS, UNSET, Retr
 from heatlens._exceptions import NotFoundError
 from heatlens._results.images import ImageSource
 from heatlens._results.results import Health, ModelInfo, Result, ServerInfo
+from heatlens._stream.calls import run
 from heatlens._stream.link import Link
 from heatlens._stream.stream import Stream
 from heatlens._wire import answers
@@ -129,7 +130,7 @@ class Client:
         build = partial(explain_request, image, model=model, **options)
         # Reading a file blocks.
         sources = (image, options.get("mask"), options.get("reference"))
-        request = self._connection.run(build, blocks=any(isinstance(one, str | PathLike) for one in sources))
+        request = run(build, blocks=any(isinstance(one, str | PathLike) for one in sources))
         if isinstance(metrics := options.get("faithfulness"), str) and metrics == ALL:
             keep_metrics_of(self.models(timeout=timeout), request)
         response = self._connection.call(self._connection.stubs.explain.Explain, request, timeout)

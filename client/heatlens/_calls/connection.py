@@ -4,7 +4,7 @@
 
 import asyncio
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,15 +15,13 @@ from grpc_health.v1 import health_pb2_grpc
 
 from heatlens._calls.settings import Settings, Timeout
 from heatlens._exceptions import CallCancelledError, FailedPreconditionError
-from heatlens._stream.async_link import AsyncStreamCall
-from heatlens._stream.link import StreamCall
+from heatlens._stream.calls import AsyncStreamCall, StreamCall
 from heatlens._wire.requests import check_size
 from heatlens._wire.status import error_of
 from heatlens.v1 import explain_pb2, explain_pb2_grpc, model_pb2_grpc
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response")
-Value = TypeVar("Value")
 
 
 class Connection:
@@ -54,10 +52,6 @@ class Connection:
         """Close the channel; open calls are cancelled. Idempotent."""
         self._closed = True
         self._channel.close()
-
-    def run(self, work: Callable[[], Value], *, blocks: bool) -> Value:  # noqa: ARG002 - a thread may block
-        """Return what `work` returns."""
-        return work()
 
     def call(
         self,
@@ -144,10 +138,6 @@ class AsyncConnection:
         if opened is not None:
             _, channel, _ = opened
             await channel.close()
-
-    async def run(self, work: Callable[[], Value], *, blocks: bool) -> Value:
-        """Return what `work` returns. If it blocks, it runs in a thread, so that the event loop goes on."""
-        return await asyncio.to_thread(work) if blocks else work()
 
     async def call(
         self,

@@ -1,97 +1,99 @@
-"""The call under an `AsyncStream`: opens it, sends what the window lets out, and takes the answers.
+"""One call of StreamExplain under an `AsyncStream`: opens it, sends what the window lets out, takes the answers."""
 
-Two tasks serve a link besides its callers: the writer sends, the reader takes answers. All of them live on one event
-loop and change the window between awaits, so nothing needs a lock; one event tells all of them of every change.
-"""
-
-import asyncio
 import time
-from collections.abc import Callable, Coroutine
-from contextlib import nullcontext, suppress
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Callable
+from functools import partial
 
-import grpc
-import grpc.aio
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from heatlens._exceptions import CallCancelledError, HeatlensError, InternalError
+from heatlens._exceptions import CallCancelledError, DeadlineExceededError, HeatlensError
 from heatlens._results.images import ImageSource
 from heatlens._results.results import FrameResult
-from heatlens._stream.link import JOIN_TIMEOUT_S, BaseLink
-from heatlens._wire.status import error_of
-from heatlens._wire.streams import StreamPlan, config_request, frame_request, takes_time
-from heatlens.v1 import explain_pb2
-
-Value = TypeVar("Value")
-
-AsyncStreamCall: TypeAlias = (
-    "grpc.aio.StreamStreamCall[explain_pb2.StreamExplainRequest, explain_pb2.StreamExplainResponse]"
-)
-AsyncStartCall: TypeAlias = Callable[[], tuple[AsyncStreamCall, str]]
-
-# How grpc.aio names what it makes up when a message cannot be sent.
-_MADE_UP = (grpc.StatusCode.INTERNAL, "Internal error from Core")
+from heatlens._stream.calls import AsyncCall, AsyncCondition, AsyncLock, AsyncStartCall, async_run
+from heatlens._stream.window import Window, wrong_moment
+from heatlens._wire.streams import Started, StreamPlan, answer_of, config_request, frame_request, takes_time
+from heatlens.v1.explain_pb2 import StreamExplainRequest, StreamExplainResponse
 
 
-class AsyncLink(BaseLink):
-    """One call of StreamExplain, for asyncio.
+class AsyncLink:
+    """A stream's window, and the call that it belongs to.
+
+    Each kind of waiting has its own condition: with one for all, each frame woke twice as many as had something to do.
 
     Args:
         start: makes the call; returns it and its request id.
         plan: what the stream was asked for.
         timeout_s: how long the server may take to start the stream; None: for ever.
+
+    Attributes:
+        window: the frames. Only touched while `lock` is held.
+        lock: guards the window where threads share it.
+        started: the server's leave to send; None before.
+        closed: whether `shut` was called.
     """
 
     def __init__(self, start: AsyncStartCall, plan: StreamPlan, *, timeout_s: float | None) -> None:
-        # Between two awaits, no other task runs: there is nothing to lock.
-        super().__init__(plan, timeout_s=timeout_s, lock=nullcontext())
-        self._changed = asyncio.Event()
+        self.window: Window[StreamExplainRequest] = Window(drop_oldest=plan.drop_oldest, every=plan.every)
+        self.window.outgoing.append(config_request(plan))
+        self.lock = AsyncLock()
+        self.started: Started | None = None
+        self.closed = False
+        self._answered = AsyncCondition(self.lock)
+        self._outgoing = AsyncCondition(self.lock)
+        self._room = AsyncCondition(self.lock)
+        self._pulling = AsyncCondition(self.lock)
         self._start = start
-        self._call: AsyncStreamCall | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._plan = plan
+        self._timeout_s = timeout_s
+        self._call: AsyncCall | None = None
 
-    def tell(self, *, everybody: bool = False) -> None:  # noqa: ARG002 - all are woken in any case
-        """Tell everybody of a change."""
-        # Tasks that wait now wake up; those that come later look for themselves before they wait.
-        self._changed.set()
-        self._changed.clear()
-
-    async def _until(self, ready: Callable[[], object]) -> None:
-        """Wait until something is so."""
-        while not ready():
-            await self._changed.wait()
+    def tell(self, *, everybody: bool = False) -> None:
+        """After a change of the window, wake what can go on; or all. `lock` must be held."""
+        window = self.window
+        everybody = everybody or window.ended
+        for condition, met in (
+            (self._answered, window.answered),
+            (self._outgoing, window.outgoing or window.half_closed),
+            (self._room, window.room),
+            (self._pulling, window.may_pull),
+        ):
+            if everybody or met:
+                condition.notify_all()
 
     async def open(self) -> None:
-        """Wait until the server has started the stream. Raises what `Link.open` raises."""
-        self._check_open()
-        if self._call is None:
-            call, self._request_id = self._start()
-            self._call = call
-            reader = asyncio.create_task(self._read(call), name="heatlens-stream-reader")
-            writer = asyncio.create_task(self._write(call), name="heatlens-stream-writer")
-            # While a call waits for its connection, a write does not notice that the call has ended.
-            reader.add_done_callback(lambda _: writer.cancel())
-            self._tasks = [reader, writer]
-        if self.started is None:
-            try:
-                async with asyncio.timeout(self._timeout_s):
-                    await self._until(lambda: self.started is not None or self.window.ended)
-            except TimeoutError:
-                self._end_unstarted()
-                self._cancel()
-        if self.started is None:
-            self.window.raise_if_broken()
+        """Wait until the server has started the stream. The first caller makes the call.
+
+        Raises:
+            FailedPreconditionError: the stream is closed, or the client.
+            DeadlineExceededError: the server took too long.
+            HeatlensError: the server refused the stream. What breaks it later is not raised here.
+        """
+        with self.lock:
+            if self.closed:
+                raise wrong_moment("STREAM_CLOSED", "the stream is closed")
+            if self._call is None:
+                self._call = AsyncCall(
+                    self._start, next_request=self._next_request, on_response=self._handle, on_end=self._end
+                )
+            if not await self._answered.wait_for(
+                lambda: self.started is not None or self.window.ended, self._timeout_s
+            ):
+                message = f"the server did not start the stream within {self._timeout_s} s"
+                self._end(DeadlineExceededError(message, request_id=self._call.request_id))
+                self._call.cancel()
+            if self.started is None:
+                self.window.raise_if_broken()
 
     async def wait_to_pull(self, over: Callable[[], bool]) -> int | None:
         """Wait until `map` may pull a frame; returns its id, or None when `map` is over."""
-        await self._until(lambda: self.window.may_pull or over())
-        return None if over() else self.window.checked_id(None)
+        with self.lock:
+            await self._pulling.wait_for(lambda: self.window.may_pull or over())
+            return None if over() else self.window.checked_id(None)
 
     async def wait_free(self, free: Callable[[], bool]) -> None:
-        """Wait for a `map` whose loop was left: asyncio closes its generator a moment later."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(JOIN_TIMEOUT_S):
-                await self._until(free)
+        """Wait a moment until the generator of a `map` whose loop was left is closed."""
+        with self.lock:
+            await self._pulling.wait_for(free, AsyncCondition.CLOSING_TIMEOUT_S)
 
     async def put(
         self,
@@ -102,7 +104,22 @@ class AsyncLink(BaseLink):
         accepted_s: float,
         stopped: Callable[[], bool] = lambda: False,
     ) -> bool:
-        """Send a frame as soon as there is room. As `Link.put`; files are read and JPEGs encoded in a thread."""
+        """Send a frame as soon as there is room.
+
+        Args:
+            frame: the frame.
+            frame_id: its id, checked.
+            captured: when it was captured.
+            accepted_s: when the caller passed it, on the monotonic clock, in seconds.
+            stopped: whether it need not be sent any more.
+
+        Returns:
+            False: it was not sent, as the stream ended, or is finished, or `stopped`.
+
+        Raises:
+            InvalidArgumentError: the frame is no image source, or larger than a message may be.
+            FileNotFoundError: there is no such file (another OSError if it cannot be read).
+        """
         window = self.window
 
         def too_late() -> bool:
@@ -110,149 +127,92 @@ class AsyncLink(BaseLink):
 
         while True:
             left_out = window.leaves_out
-
-            def build(left_out: bool = left_out) -> explain_pb2.StreamExplainRequest:
-                return frame_request(self._plan, frame, frame_id, captured=captured, left_out=left_out)
-
-            slow = takes_time(self._plan, frame, left_out=left_out)
-            request = await asyncio.to_thread(build) if slow else build()
-            await self._until(lambda: window.room or too_late())
-            if too_late():
-                return False
-            # Otherwise a frame held back was sent meanwhile, and this one has become the next.
-            if window.leaves_out == left_out:
-                window.put(frame_id, frame, request, accepted_s=accepted_s, now_s=time.monotonic())
-                self.tell()
-                return True
+            build = partial(frame_request, self._plan, frame, frame_id, captured=captured, left_out=left_out)
+            request = await async_run(build, blocks=takes_time(self._plan, frame, left_out=left_out))
+            with self.lock:
+                await self._room.wait_for(lambda: window.room or too_late())
+                if too_late():
+                    return False
+                # Otherwise a frame held back was sent meanwhile, and this one has become the next.
+                if window.leaves_out == left_out:
+                    window.put(frame_id, frame, request, accepted_s=accepted_s, now_s=time.monotonic())
+                    self.tell()
+                    return True
 
     async def take(self, complete: Callable[[], bool] = lambda: False) -> FrameResult | None:
-        """Wait for the next answer. As `Link.take`."""
-        await self._until(lambda: self.window.answered or self.window.ended or complete())
-        if not self.window.answered:
-            if not complete():
-                self.window.raise_if_broken()
-            return None
-        item = self.window.take()
-        self.tell()
-        return item
+        """Wait for the next answer.
+
+        Args:
+            complete: whether no answer will follow, although the stream goes on.
+
+        Returns:
+            None: no answer will follow.
+
+        Raises:
+            HeatlensError: the stream broke; answers that came before are returned first.
+        """
+        with self.lock:
+            await self._answered.wait_for(lambda: self.window.answered or self.window.ended or complete())
+            if not self.window.answered:
+                if not complete():
+                    self.window.raise_if_broken()
+                return None
+            item = self.window.take()
+            self.tell()
+            return item
 
     async def shut(self, *, politely: bool) -> None:
         """Close. Politely: if nothing is unanswered, the server may end the stream itself. Idempotent."""
-        self.closed = True
-        try:
-            if politely and self.started is not None and self.window.idle:
+        with self.lock:
+            self.closed = True
+            call = self._call
+            polite = politely and self.started is not None and self.window.idle
+            if polite:
                 self.window.finish()
-                self.tell()
-                await wait_done(*self._tasks)
+                self.tell(everybody=True)
+        try:
+            if call is not None and polite:
+                await call.join()
         finally:
-            self._end_closed()
-            self._cancel()
-        await wait_done(*self._tasks)
+            request_id = "" if call is None else call.request_id
+            self._end(CallCancelledError("the stream was closed", reason="STREAM_CLOSED", request_id=request_id))
+            if call is not None:
+                call.cancel()
+        if call is not None:
+            await call.join()
 
-    def _cancel(self) -> None:
-        if self._call is not None:
-            self._call.cancel()
-        for task in self._tasks:
-            task.cancel()
-
-    async def _write(self, call: AsyncStreamCall) -> None:
-        """Send what the window lets out, then half-close. The writer."""
+    async def _next_request(self) -> StreamExplainRequest | None:
+        """Wait for the next message to send; None: no more follow."""
         window = self.window
-        try:
-            await call.write(config_request(self._plan))
-            while True:
-                await self._until(lambda: window.outgoing or window.ended or window.half_closed)
-                if not window.outgoing:
-                    break
-                await call.write(window.outgoing.popleft())
-            if not window.ended:
-                await call.done_writing()
-        except (grpc.RpcError, asyncio.InvalidStateError):
-            # The call is over: the reader learns why.
-            pass
-        except asyncio.CancelledError:
-            if _cancelled():
-                raise
+        with self.lock:
+            await self._outgoing.wait_for(lambda: window.outgoing or window.ended or window.half_closed)
+            return window.outgoing.popleft() if window.outgoing else None
 
-    async def _read(self, call: AsyncStreamCall) -> None:
-        """Take the server's answers until the end. The reader."""
-        ending = Ending(call)
-        error: HeatlensError | None = InternalError("the stream's reader failed", request_id=self._request_id)
-        try:
-            # Not call.read(): that forgets what has arrived when a write fails.
-            async for response in call:
-                self._handle(response)
-            error = None
-        except grpc.RpcError as failure:
-            true = await ending.of(failure, timeout_s=JOIN_TIMEOUT_S)
-            error = None if true is None else error_of(true, self._request_id)
-        except HeatlensError as failure:
-            failure.request_id = self._request_id
-            error = failure
-            call.cancel()
-        except asyncio.CancelledError:
-            error = CallCancelledError("the client was closed during the call", request_id=self._request_id)
-            if _cancelled():
-                raise
-        finally:
-            self._end(error)
+    def _handle(self, response: StreamExplainResponse, request_id: str) -> None:
+        """Tell the window what the server sent.
 
-
-def _cancelled() -> bool:
-    """Whether the running task was cancelled. Otherwise it was the call that it waits for."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
-async def wait_done(*tasks: "asyncio.Task[Any]") -> None:
-    """Wait for tasks, at most JOIN_TIMEOUT_S."""
-    if tasks:
-        await asyncio.wait(tasks, timeout=JOIN_TIMEOUT_S)
-
-
-class Ending:
-    """Remembers the status with which the server, or the connection, ended a call.
-
-    When a write fails, grpc.aio replaces the call's status by one it makes up; and writes do fail when the server ends
-    a stream that the client is still sending to. Which of the two statuses comes last is chance. But a call's done
-    callbacks run at each, at once: there the other one can be seen.
-    """
-
-    def __init__(self, call: "grpc.aio.StreamStreamCall[Any, Any]") -> None:
-        self._known = asyncio.Event()
-        self._status: grpc.aio.AioRpcError | None = None
-        call.add_done_callback(self._note)
-
-    async def of(self, failure: grpc.RpcError, *, timeout_s: float) -> grpc.RpcError | None:
-        """Return why the call really ended; None: it ended well.
-
-        Args:
-            failure: what reading from the call raised.
-            timeout_s: how long the true status may take to arrive if that is not it, in seconds.
+        Raises:
+            InternalError: it breaks the contract.
         """
-        if not isinstance(failure, grpc.aio.AioRpcError) or (failure.code(), failure.details()) != _MADE_UP:
-            return failure
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._known.wait()
-        except TimeoutError:
-            return failure
-        return None if self._status is None or self._status.code() is grpc.StatusCode.OK else self._status
+        answer = answer_of(response, self._plan, request_id)
+        with self.lock:
+            if self.window.ended:
+                return
+            if isinstance(answer, Started):
+                self.window.start(answer.window)
+                self.started = answer
+            else:
+                self.window.answer(
+                    answer.frame_id,
+                    now_s=time.monotonic(),
+                    result=answer.result,
+                    error=answer.error,
+                    skipped=answer.skipped,
+                )
+            self.tell(everybody=isinstance(answer, Started))
 
-    def _note(self, call: Any) -> None:  # noqa: ANN401 - grpc.aio's own call, whose type its stubs do not say here
-        code, details = _at_once(call.code()), _at_once(call.details())
-        if (code, details) != _MADE_UP:
-            trailing = _at_once(call.trailing_metadata())
-            self._status = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details)
-            self._known.set()
-
-
-def _at_once(coroutine: Coroutine[Any, Any, Value]) -> Value:
-    """Return the result of a coroutine that has nothing to wait for."""
-    try:
-        coroutine.send(None)
-    except StopIteration as done:
-        value: Value = done.value
-        return value
-    coroutine.close()
-    raise RuntimeError("the call is done, and does not know how")
+    def _end(self, error: HeatlensError | None) -> None:
+        """End the window; None: the server says that everything is answered."""
+        with self.lock:
+            self.window.end(error)
+            self.tell()

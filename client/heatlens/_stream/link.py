@@ -1,139 +1,55 @@
-"""The call under a `Stream`, for threads: opens it, sends what the window lets out, and takes the answers.
+# Generated from heatlens/_stream/async_link.py by client/unasync.py; do not edit.
+"""One call of StreamExplain under a `Stream`: opens it, sends what the window lets out, takes the answers."""
 
-Two threads serve a link besides its callers: gRPC's own takes messages from the window and sends them, the reader takes
-answers. All share one lock; each kind of waiting has its own condition: with one for all, each frame woke twice as many
-threads as had something to do.
-"""
-
-import math
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, suppress
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable
+from functools import partial
 
-import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from heatlens._exceptions import CallCancelledError, DeadlineExceededError, HeatlensError, InternalError
+from heatlens._exceptions import CallCancelledError, DeadlineExceededError, HeatlensError
 from heatlens._results.images import ImageSource
 from heatlens._results.results import FrameResult
+from heatlens._stream.calls import Call, Condition, Lock, StartCall, run
 from heatlens._stream.window import Window, wrong_moment
-from heatlens._wire.status import error_of
-from heatlens._wire.streams import Started, StreamPlan, answer_of, config_request, frame_request
-from heatlens.v1 import explain_pb2
-
-# How often a thread that waits for a server to start a stream looks for a Ctrl-C.
-_POLL_S = 0.5
-# How long closing waits for threads or tasks: for the server to end the stream, and for a caller's iterable.
-JOIN_TIMEOUT_S = 1.0
+from heatlens._wire.streams import Started, StreamPlan, answer_of, config_request, frame_request, takes_time
+from heatlens.v1.explain_pb2 import StreamExplainRequest, StreamExplainResponse
 
 
-class StreamCall(Protocol):
-    """What is needed of gRPC's call object."""
+class Link:
+    """A stream's window, and the call that it belongs to.
 
-    def __iter__(self) -> Iterator[explain_pb2.StreamExplainResponse]: ...
-
-    def cancel(self) -> object: ...
-
-
-StartCall: TypeAlias = Callable[[Iterator[explain_pb2.StreamExplainRequest]], tuple[StreamCall, str]]
-
-
-class BaseLink:
-    """What the links for threads and for asyncio share: the state of one call of StreamExplain.
-
-    Args:
-        plan: what the stream was asked for.
-        timeout_s: how long the server may take to start the stream; None: for ever.
-        lock: what guards the window.
-
-    Attributes:
-        window: the frames. Only touched while `lock` is held.
-        lock: what guards the window.
-        started: the server's leave to send; None before.
-        closed: whether `shut` was called.
-    """
-
-    def __init__(self, plan: StreamPlan, *, timeout_s: float | None, lock: AbstractContextManager[Any]) -> None:
-        self.window: Window[explain_pb2.StreamExplainRequest] = Window(drop_oldest=plan.drop_oldest, every=plan.every)
-        self.lock = lock
-        self.started: Started | None = None
-        self.closed = False
-        self._plan = plan
-        self._timeout_s = timeout_s
-        self._request_id = ""
-
-    def tell(self, *, everybody: bool = False) -> None:
-        """After a change of the window, wake what waits for it. `lock` must be held."""
-        raise NotImplementedError
-
-    def _check_open(self) -> None:
-        if self.closed:
-            raise wrong_moment("STREAM_CLOSED", "the stream is closed")
-
-    def _end(self, error: HeatlensError | None) -> None:
-        """End the window; None: the server says that everything is answered."""
-        with self.lock:
-            self.window.end(error)
-            self.tell()
-
-    def _end_unstarted(self) -> None:
-        """End the window because the server took too long to start the stream."""
-        message = f"the server did not start the stream within {self._timeout_s} s"
-        self._end(DeadlineExceededError(message, request_id=self._request_id))
-
-    def _end_closed(self) -> None:
-        """End the window because the caller closed the stream."""
-        self._end(CallCancelledError("the stream was closed", reason="STREAM_CLOSED", request_id=self._request_id))
-
-    def _handle(self, response: explain_pb2.StreamExplainResponse) -> None:
-        """Tell the window what the server sent.
-
-        Raises:
-            InternalError: it breaks the contract.
-        """
-        answer = answer_of(response, self._plan, self._request_id)
-        with self.lock:
-            if self.window.ended:
-                return
-            if isinstance(answer, Started):
-                self.window.start(answer.window)
-                self.started = answer
-            else:
-                self.window.answer(
-                    answer.frame_id,
-                    now_s=time.monotonic(),
-                    result=answer.result,
-                    error=answer.error,
-                    skipped=answer.skipped,
-                )
-            self.tell(everybody=isinstance(answer, Started))
-
-
-class Link(BaseLink):
-    """One call of StreamExplain, for threads.
+    Each kind of waiting has its own condition: with one for all, each frame woke twice as many as had something to do.
 
     Args:
         start: makes the call; returns it and its request id.
         plan: what the stream was asked for.
         timeout_s: how long the server may take to start the stream; None: for ever.
+
+    Attributes:
+        window: the frames. Only touched while `lock` is held.
+        lock: guards the window where threads share it.
+        started: the server's leave to send; None before.
+        closed: whether `shut` was called.
     """
 
     def __init__(self, start: StartCall, plan: StreamPlan, *, timeout_s: float | None) -> None:
-        # Reentrant: a generator of `map` may be collected in any thread.
-        lock = threading.RLock()
-        super().__init__(plan, timeout_s=timeout_s, lock=lock)
-        self._answered = threading.Condition(lock)
-        self._outgoing = threading.Condition(lock)
-        self._room = threading.Condition(lock)
-        self._pulling = threading.Condition(lock)
+        self.window: Window[StreamExplainRequest] = Window(drop_oldest=plan.drop_oldest, every=plan.every)
+        self.window.outgoing.append(config_request(plan))
+        self.lock = Lock()
+        self.started: Started | None = None
+        self.closed = False
+        self._answered = Condition(self.lock)
+        self._outgoing = Condition(self.lock)
+        self._room = Condition(self.lock)
+        self._pulling = Condition(self.lock)
         self._start = start
-        self._call: StreamCall | None = None
-        self._reader: threading.Thread | None = None
+        self._plan = plan
+        self._timeout_s = timeout_s
+        self._call: Call | None = None
 
     def tell(self, *, everybody: bool = False) -> None:
-        """After a change of the window, wake the threads that can go on; or all. `lock` must be held."""
+        """After a change of the window, wake what can go on; or all. `lock` must be held."""
         window = self.window
         everybody = everybody or window.ended
         for condition, met in (
@@ -154,29 +70,18 @@ class Link(BaseLink):
             HeatlensError: the server refused the stream. What breaks it later is not raised here.
         """
         with self.lock:
-            self._check_open()
+            if self.closed:
+                raise wrong_moment("STREAM_CLOSED", "the stream is closed")
             if self._call is None:
-                self._call, self._request_id = self._start(self._requests())
-                self._reader = threading.Thread(
-                    target=self._read, args=(self._call,), name="heatlens-stream-reader", daemon=True
+                self._call = Call(
+                    self._start, next_request=self._next_request, on_response=self._handle, on_end=self._end
                 )
-                self._reader.start()
-            self._wait_started()
-            if self.started is None:
-                self._end_unstarted()
+            if not self._answered.wait_for(lambda: self.started is not None or self.window.ended, self._timeout_s):
+                message = f"the server did not start the stream within {self._timeout_s} s"
+                self._end(DeadlineExceededError(message, request_id=self._call.request_id))
                 self._call.cancel()
+            if self.started is None:
                 self.window.raise_if_broken()
-
-    def _wait_started(self) -> None:
-        """Wait until the stream has started or ended, within the timeout. Holds the lock."""
-        deadline_s = math.inf if self._timeout_s is None else time.monotonic() + self._timeout_s
-        # A Ctrl-C that comes just before a thread begins to wait is noticed when the wait ends: so it is a short one.
-        while not self._answered.wait_for(
-            lambda: self.started is not None or self.window.ended,
-            max(0.0, min(_POLL_S, deadline_s - time.monotonic())),
-        ):
-            if time.monotonic() >= deadline_s:
-                return
 
     def wait_to_pull(self, over: Callable[[], bool]) -> int | None:
         """Wait until `map` may pull a frame; returns its id, or None when `map` is over."""
@@ -185,7 +90,9 @@ class Link(BaseLink):
             return None if over() else self.window.checked_id(None)
 
     def wait_free(self, free: Callable[[], bool]) -> None:
-        """Wait for a `map` whose loop was left: not here, as Python closes its generator at once."""
+        """Wait a moment until the generator of a `map` whose loop was left is closed."""
+        with self.lock:
+            self._pulling.wait_for(free, Condition.CLOSING_TIMEOUT_S)
 
     def put(
         self,
@@ -219,7 +126,8 @@ class Link(BaseLink):
 
         while True:
             left_out = window.leaves_out
-            request = frame_request(self._plan, frame, frame_id, captured=captured, left_out=left_out)
+            build = partial(frame_request, self._plan, frame, frame_id, captured=captured, left_out=left_out)
+            request = run(build, blocks=takes_time(self._plan, frame, left_out=left_out))
             with self.lock:
                 self._room.wait_for(lambda: window.room or too_late())
                 if too_late():
@@ -256,50 +164,54 @@ class Link(BaseLink):
         """Close. Politely: if nothing is unanswered, the server may end the stream itself. Idempotent."""
         with self.lock:
             self.closed = True
+            call = self._call
             polite = politely and self.started is not None and self.window.idle
             if polite:
                 self.window.finish()
                 self.tell(everybody=True)
-        if polite:
-            join(self._reader)
-        self._end_closed()
-        if self._call is not None:
-            self._call.cancel()
-        join(self._reader)
-
-    def _requests(self) -> Iterator[explain_pb2.StreamExplainRequest]:
-        """Yield what is sent. Runs in gRPC's thread; when it returns, gRPC half-closes."""
-        yield config_request(self._plan)
-        window = self.window
-        while True:
-            with self.lock:
-                self._outgoing.wait_for(lambda: window.outgoing or window.ended or window.half_closed)
-                if not window.outgoing:
-                    return
-                request = window.outgoing.popleft()
-            yield request
-            # Free its megabytes while this waits for the next.
-            del request
-
-    def _read(self, call: StreamCall) -> None:
-        """Take the server's answers until the end. Runs in the reader."""
-        error: HeatlensError | None = InternalError("the stream's reader failed", request_id=self._request_id)
         try:
-            for response in call:
-                self._handle(response)
-            error = None
-        except grpc.RpcError as failure:
-            error = error_of(failure, self._request_id)
-        except HeatlensError as failure:
-            failure.request_id = self._request_id
-            error = failure
-            call.cancel()
+            if call is not None and polite:
+                call.join()
         finally:
-            self._end(error)
+            request_id = "" if call is None else call.request_id
+            self._end(CallCancelledError("the stream was closed", reason="STREAM_CLOSED", request_id=request_id))
+            if call is not None:
+                call.cancel()
+        if call is not None:
+            call.join()
 
+    def _next_request(self) -> StreamExplainRequest | None:
+        """Wait for the next message to send; None: no more follow."""
+        window = self.window
+        with self.lock:
+            self._outgoing.wait_for(lambda: window.outgoing or window.ended or window.half_closed)
+            return window.outgoing.popleft() if window.outgoing else None
 
-def join(thread: threading.Thread | None) -> None:
-    """Wait for a thread, at most JOIN_TIMEOUT_S. One that never ran, or is the caller's own, needs no waiting."""
-    if thread is not None and thread is not threading.current_thread():
-        with suppress(RuntimeError):
-            thread.join(JOIN_TIMEOUT_S)
+    def _handle(self, response: StreamExplainResponse, request_id: str) -> None:
+        """Tell the window what the server sent.
+
+        Raises:
+            InternalError: it breaks the contract.
+        """
+        answer = answer_of(response, self._plan, request_id)
+        with self.lock:
+            if self.window.ended:
+                return
+            if isinstance(answer, Started):
+                self.window.start(answer.window)
+                self.started = answer
+            else:
+                self.window.answer(
+                    answer.frame_id,
+                    now_s=time.monotonic(),
+                    result=answer.result,
+                    error=answer.error,
+                    skipped=answer.skipped,
+                )
+            self.tell(everybody=isinstance(answer, Started))
+
+    def _end(self, error: HeatlensError | None) -> None:
+        """End the window; None: the server says that everything is answered."""
+        with self.lock:
+            self.window.end(error)
+            self.tell()

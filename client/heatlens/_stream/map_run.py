@@ -7,8 +7,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, I
 from typing import Any, Generic, Self, TypeVar
 
 from heatlens._results.images import ImageSource
-from heatlens._stream.async_link import wait_done
-from heatlens._stream.link import join
+from heatlens._stream.calls import join, wait_done
 from heatlens._wire.streams import check_frames
 
 Item = TypeVar("Item")

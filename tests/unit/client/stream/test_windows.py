@@ -7,6 +7,7 @@ import pytest
 
 import heatlens
 from heatlens import HeatlensError, InvalidArgumentError
+from heatlens._stream.calls import AsyncCondition
 from stream_faces import FRAMES, INF, NAN, collected, running, settled
 
 
@@ -213,7 +214,7 @@ async def test_finish_wakes_a_sender_that_waits(connect, peer):
 
 async def test_one_use_at_a_time(connect, peer, monkeypatch):
     # How long the loop of a map may have been left before its generator is closed.
-    monkeypatch.setattr(heatlens._stream.async_link, "JOIN_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(AsyncCondition, "CLOSING_TIMEOUT_S", 0.05)
     async with connect().stream() as stream:
         await stream.send(b"a")
         with pytest.raises(heatlens.FailedPreconditionError, match="wait for `receive`"):
