@@ -1,6 +1,7 @@
 """The real `heatlens video` against a real server: films, lines of JSON, options, messages and exit codes."""
 
-from fractions import Fraction
+import importlib.util
+import sys
 from pathlib import Path
 
 import av
@@ -10,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cli_process import start_cli
-from films import FPS, SIZE, lines_of, one_line, picture, read_film, statuses, write_clip
+from films import FPS, SIZE, break_off, lines_of, one_line, picture, read_film, statuses, write_clip, write_video
 from heatlens._cli import app
 
 NOBODY = "127.0.0.1:1"
@@ -242,15 +243,8 @@ def test_a_frame_too_large_for_a_jpeg_fails_alone(run_on, tmp_path):
 
 def test_a_film_that_breaks_off_is_told(run_on, tmp_path):
     path, lines = tmp_path / "clip.avi", tmp_path / "lines.jsonl"
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), FPS, (64, 48))
-    for index in range(40):
-        writer.write(picture(index, (64, 48)))
-    writer.release()
-    data = bytearray(path.read_bytes())
-    # The index that tells how many frames there are stays.
-    start, end = len(data) // 2, data.rindex(b"idx1") - 8
-    data[start:end] = bytes(end - start)
-    path.write_bytes(data)
+    write_video(path, [picture(index, (64, 48)) for index in range(40)], codec="mjpeg", pix_fmt="yuvj420p")
+    break_off(path, 0.5)
     done = run_on(path, "--json", lines, exit_code=1)
     count = len(statuses(lines))
     assert 10 < count < 30
@@ -262,16 +256,7 @@ def test_a_film_that_breaks_off_is_told(run_on, tmp_path):
 def test_a_variable_frame_rate(run_on, tmp_path):
     path, film, lines = tmp_path / "clip.mov", tmp_path / "film.mp4", tmp_path / "lines.jsonl"
     times = [index * 0.04 for index in range(10)] + [0.4 + index * 0.4 for index in range(5)]
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("png", rate=25)
-        stream.width, stream.height = SIZE
-        stream.pix_fmt = "rgb24"
-        stream.codec_context.time_base = Fraction(1, 1000)
-        for index, time_s in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(picture(index), format="bgr24")
-            frame.pts, frame.time_base = round(time_s * 1000), Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+    write_video(path, [picture(index) for index in range(15)], codec="png", pix_fmt="rgb24", times_s=times)
     run_on(path, "-o", film, "--json", lines, "--max-fps", 5)
     answers = lines_of(lines.read_text())
     assert [answer["time_s"] for answer in answers] == pytest.approx(times, abs=1e-3)
@@ -290,6 +275,21 @@ def test_the_right_option_is_named(run_on, clip, option, value):
     others = {"--max-fps", "--duration", "--fps"} - {option}
     assert option in done.stderr
     assert not any(f"{other}:" in done.stderr or f"{other} " in done.stderr for other in others)
+
+
+@pytest.mark.parametrize(("source", "option"), [("clip", "--json"), ("image", "-o")])
+def test_without_the_extra_it_is_named(run, clip, tmp_path, chelsea_path, monkeypatch, source, option):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: pytest.fail(name) if name != "av" else None)
+    output = tmp_path / "output.mp4"
+    done = run(clip if source == "clip" else chelsea_path, option, output, exit_code=2)
+    assert one_line(done.stderr) == "heatlens: error: videos need PyAV: pip install 'heatlens[video]'"
+    assert not output.exists()
+
+
+def test_lines_of_images_need_no_extra(run_on, chelsea_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    monkeypatch.delitem(sys.modules, "heatlens._video.pyav", raising=False)
+    assert len(lines_of(run_on(chelsea_path, "--json", "-").stdout)) == 1
 
 
 def test_nobody_there(run, clip, tmp_path):

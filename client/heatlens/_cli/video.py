@@ -1,10 +1,10 @@
 """`heatlens video`: explain a film or a camera, frame by frame."""
 
+import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from functools import partial
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -41,14 +41,12 @@ from heatlens._exceptions import HeatlensError, InvalidArgumentError
 from heatlens._results.overlay import color_table
 from heatlens._stream.stream import Stream
 from heatlens._video.feed import answers
-from heatlens._video.inputs import files_of, is_url
-from heatlens._video.lines import Lines
-from heatlens._video.opening import opened_aside
-from heatlens._video.record import Record, Status
-from heatlens._video.sink import MPEG4, SUFFIXES
-from heatlens._video.source import Source, VideoFrame, open_source
+from heatlens._video.inputs import files_of, images_of, is_url, open_source
+from heatlens._video.record import Lines, Record, Status
+from heatlens._video.source import Source, VideoFrame
 
 _STDOUT = Path("-")
+_FILM_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")
 _DEFAULT_QUALITY = 90
 
 
@@ -161,7 +159,8 @@ def video(
                 _check_files(source, output, json_file)
                 color_table(colormap)
                 client = stack.enter_context(Client(**client_options(server, tls=tls, ca=ca, timeout=timeout)))
-                opened = stack.enter_context(closing(_open(source, fps, timeout, unreadable.append)))
+                opened = open_source(source, fps=fps, timeout_s=timeout, on_unreadable=unreadable.append)
+                stack.enter_context(closing(opened))
                 stream["overflow"] = (overflow or (Overflow.DROP_OLDEST if opened.live else Overflow.BLOCK)).value
                 answering = client.stream(**stream)
             lines = None if json_file is None else Lines(None if json_file == _STDOUT else json_file)
@@ -222,10 +221,12 @@ def _check_files(source: str, output: Path | None, json_file: Path | None) -> No
             _refuse(f"{option} {path}: is a folder")
         if path.exists() and any(entry.exists() and path.samefile(entry) for entry in inputs):
             _refuse(f"{option} {path}: is the input" if len(inputs) == 1 else f"{option} {path}: is one of the inputs")
-    if output is not None and output.suffix.lower() not in SUFFIXES:
-        _refuse(f"-o {output}: expected a name that ends in {', '.join(SUFFIXES)}")
+    if output is not None and output.suffix.lower() not in _FILM_SUFFIXES:
+        _refuse(f"-o {output}: expected a name that ends in {', '.join(_FILM_SUFFIXES)}")
     if output is not None and json_file is not None and json_file != _STDOUT and _same_file(output, json_file):
         _refuse(f"--json {json_file}: is the film")
+    if (output is not None or is_url(source) or images_of(source) is None) and importlib.util.find_spec("av") is None:
+        _refuse("videos need PyAV: pip install 'heatlens[video]'")
 
 
 def _same_file(path: Path, other: Path) -> bool:
@@ -233,12 +234,6 @@ def _same_file(path: Path, other: Path) -> bool:
     if path.exists() and other.exists():
         return path.samefile(other)
     return path.resolve() == other.resolve()
-
-
-def _open(text: str, fps: float | None, timeout_s: float, on_unreadable: Callable[[Path], None]) -> Source:
-    """Open INPUT; a URL so that Ctrl-C does not wait for its timeout."""
-    open_one = partial(open_source, text, fps=fps, timeout_s=timeout_s, on_unreadable=on_unreadable)
-    return opened_aside(open_one) if is_url(text) else open_one()
 
 
 def _limited(source: Source, max_frames: int | None, duration_s: float | None) -> Iterator[VideoFrame]:
@@ -305,9 +300,8 @@ def _say(record: Record, source: Source, output: Path | None, elapsed_s: float, 
     parts += [f"{record.counts[status]} {status}" for status in Status if record.counts[status]]
     if source.missed:
         parts.append(f"{source.missed} never taken from the camera")
-    if record.codec is not None:
-        hint = "; for H.264, which browsers play: pip install 'heatlens[video]'" if record.codec == MPEG4 else ""
-        parts.append(f"wrote {output} ({record.codec}{hint})")
+    if record.has_film:
+        parts.append(f"wrote {output} (H.264)")
     typer.echo(", ".join(parts), err=err)
 
 

@@ -1,11 +1,17 @@
 """What the INPUT of `heatlens video` names: a URL, the number of a camera, images, or a video file."""
 
+import errno
 import glob
 import re
+import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 from urllib.parse import urlsplit, urlunsplit
 
 from heatlens._exceptions import InvalidArgumentError
+from heatlens._video.source import Images, Source
 
 _IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 # What FFmpeg reads over a network. It knows other schemes that read files (file:, concat:, cache:, ...), past every
@@ -13,8 +19,66 @@ _IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", "
 _SCHEMES = frozenset(
     {"ftp", "http", "https", "rtmp", "rtmps", "rtmpt", "rtp", "rtsp", "rtsps", "sftp", "srt", "tcp", "tls", "udp"}
 )
+_ALWAYS_LIVE = frozenset({"rtmp", "rtp", "rtsp", "rtsps", "udp"})
 # An int of 32 bits.
 _MAX_CAMERA = 2**31 - 1
+
+
+def open_source(text: str, *, fps: float | None, timeout_s: float, on_unreadable: Callable[[Path], None]) -> Source:
+    """Open what a user named: a file, a folder or glob of images, a URL, or a camera by its number.
+
+    Args:
+        text: what the user named. A number is a camera unless there is a file of that name.
+        fps: frames per second. None: what the source says, 25 if it says nothing.
+        timeout_s: how long a URL may take to open, and to give the next frame.
+        on_unreadable: called with every image that cannot be decoded; it is left out.
+
+    Raises:
+        InvalidArgumentError: it is no URL, or not one that is read over a network, or too large for a camera's number.
+        OSError: it does not exist, cannot be opened or holds no frame; `filename` and `strerror` say so.
+        ImportError: it is no image, and the extra `video` is not installed.
+    """
+    images = None if is_url(text) else images_of(text)
+    if images is not None:
+        return Images(images, text, fps=fps, on_unreadable=on_unreadable)
+    from heatlens._video.pyav import open_video  # noqa: PLC0415 - an extra
+
+    if is_url(text):
+        scheme = urlsplit(checked_url(text)).scheme.lower()
+        live = True if scheme in _ALWAYS_LIVE else None
+        # As OpenCV does: cameras lose packets of UDP.
+        options = {"rtsp_flags": "prefer_tcp"} if scheme in {"rtsp", "rtsps"} else {}
+        name = public_name(text)
+        return _in_thread(lambda: open_video(text, name, fps=fps, live=live, timeout_s=timeout_s, options=options))
+    camera = camera_of(text)
+    if camera is None and not Path(text).is_char_device():
+        # With the prefix, no file's name looks like a URL.
+        return open_video(f"file:{text}", text, fps=fps, live=False)
+    device, name = (text, text) if camera is None else (f"/dev/video{camera}", f"camera {text}")
+    if sys.platform != "linux":
+        raise OSError(errno.ENODEV, "cameras are read on Linux only", name)
+    return open_video(device, name, fps=fps, live=True, format_name="v4l2")
+
+
+def _in_thread(open_one: Callable[[], Source]) -> Source:
+    """Call `open_one` in another thread and return what it returns, or raise what it raises.
+
+    A URL may take its whole timeout to open, in a library that no signal ends. This wait, Ctrl-C ends.
+    """
+    outcome: SimpleQueue[Source | Exception] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put(open_one())
+        except Exception as error:
+            outcome.put(error)
+
+    # A daemon: it must not keep the process alive.
+    threading.Thread(target=run, name="heatlens-open", daemon=True).start()
+    result = outcome.get()
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def is_url(text: str) -> bool:

@@ -1,17 +1,70 @@
 """What is kept of the answers: the film, the lines of JSON, and the counts."""
 
+import errno
 import json
+import os
+import sys
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from heatlens._results.results import FrameResult
 from heatlens._video.draw import FAILED, Look, draw, look_of
-from heatlens._video.lines import Lines
-from heatlens._video.sink import Film, open_sink
 from heatlens._video.source import Source, VideoFrame
+
+if TYPE_CHECKING:
+    from heatlens._video.film import Film
+
+
+class Lines:
+    """Writes lines to a file or to stdout, each at once.
+
+    Args:
+        path: file to write; what it holds is replaced when the first line comes, not before. None: stdout.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+        self._reader_left = False
+
+    @property
+    def reader_left(self) -> bool:
+        """Whether the reader of stdout closed it, as `head` does."""
+        return self._reader_left
+
+    def write(self, line: str) -> None:
+        """Write a line, which ends in a line break. Raises OSError, which names the file."""
+        try:
+            if self._file is None:
+                self._file = sys.stdout if self._path is None else self._path.open("w", encoding="utf-8")
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            self._reader_left = self._path is None and error.errno == errno.EPIPE
+            self._give_up()
+            name = "standard output" if self._path is None else str(self._path)
+            raise OSError(error.errno, error.strerror, name) from None
+
+    def close(self) -> None:
+        """Close the file, not stdout. Idempotent."""
+        if self._file is not None and self._path is not None:
+            self._file.close()
+
+    def _give_up(self) -> None:
+        """Drop what is buffered: closing, at the latest at Python's end, would try to write it again."""
+        if self._path is None:
+            # No real file under a test's stdout.
+            with suppress(OSError, ValueError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, sys.stdout.fileno())
+                os.close(null)
+        elif self._file is not None:
+            with suppress(OSError):
+                self._file.close()
 
 
 class Status(StrEnum):
@@ -52,9 +105,9 @@ class Record:
         return self.counts.total()
 
     @property
-    def codec(self) -> str | None:
-        """How the film is encoded; None: there is none."""
-        return None if self._film is None else self._film.codec
+    def has_film(self) -> bool:
+        """Whether there is a film."""
+        return self._film is not None
 
     def add(self, frame: VideoFrame, answer: FrameResult) -> Status:
         """Keep the answer of the next frame. Raises OSError if it cannot be written."""
@@ -73,9 +126,11 @@ class Record:
 
     def _draw(self, frame: VideoFrame, answer: FrameResult) -> None:
         if self._film is None:
+            from heatlens._video.film import Film  # noqa: PLC0415 - an extra
+
             assert self._path is not None
-            fps = self._source.fps
-            self._film = Film(open_sink(self._path, fps=fps, size=self._source.size), fps=fps, steady=self._source.live)
+            source = self._source
+            self._film = Film(self._path, fps=source.fps, size=source.size, steady=source.live)
         if answer.result is not None:
             self._look = look_of(answer.result, self._source.size)
         elif status_of(answer) is Status.FAILED:

@@ -1,20 +1,19 @@
-"""What is kept of the answers, with a source and answers made by hand."""
+"""What is kept of the answers, with a source and answers made by hand; and the lines of JSON."""
 
 import io
 import json
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
-import cv2
 import numpy as np
 import pytest
 
+from films import read_film
 from heatlens import Explanation, Heatmap, InternalError, PixelBox, ResourceExhaustedError, Result, Timing
 from heatlens._results.results import FRAME_DROPPED, FrameResult
-from heatlens._video.quiet import silence
-from heatlens._video.record import Record, Status
+from heatlens._video.record import Lines, Record, Status
 from heatlens._video.source import VideoFrame
-
-silence()
 
 SIZE = (64, 48)
 GRAY = 90
@@ -68,14 +67,6 @@ def make_record(tmp_path, lines):
     return make
 
 
-def read(path):
-    capture = cv2.VideoCapture(str(path))
-    frames = []
-    while (found := capture.read())[0]:
-        frames.append(found[1])
-    return frames
-
-
 def is_red(picture):
     """Whether the (everywhere hot) map is drawn below the banner."""
     blue, _, red = picture[30:].mean((0, 1))
@@ -103,7 +94,7 @@ def test_every_answer_is_a_line(make_record, lines):
     assert written[3]["error"] == {"code": "INTERNAL", "reason": "OOPS", "message": "oh"}
     assert written[2]["error"]["reason"] == "FRAME_DROPPED"
     assert written[1]["classes"] == []
-    assert (record.frames, record.codec) == (4, None)
+    assert (record.frames, record.has_film) == (4, False)
     assert record.counts == dict.fromkeys(Status, 1)
 
 
@@ -114,7 +105,7 @@ def test_the_last_map_is_held_until_a_frame_fails(make_record, tmp_path):
         record.add(frame(index, index / 10), answer(kind))
     record.close()
     record.close()
-    assert [is_red(picture) for picture in read(tmp_path / "film.mp4")] == [
+    assert [is_red(picture) for picture in read_film(tmp_path / "film.mp4")[1]] == [
         False,  # nothing was explained yet
         True,
         True,
@@ -130,7 +121,7 @@ def test_the_banner_of_a_failed_frame_says_so(make_record, tmp_path):
     for index, kind in enumerate(["skipped", "failed"]):
         record.add(frame(index, index / 10), answer(kind))
     record.close()
-    plain, failed = read(tmp_path / "film.mp4")
+    plain, failed = read_film(tmp_path / "film.mp4")[1]
     assert plain[:12].max() < GRAY + 15
     assert failed[:12].max() > 150
     np.testing.assert_allclose(failed[30:], GRAY, atol=8)
@@ -142,9 +133,65 @@ def test_a_live_source_is_filmed_at_its_own_pace(make_record, tmp_path):
     for index, time_s in enumerate([0.0, 0.1, 0.52, 0.54, 0.6]):
         record.add(frame(index, time_s), answer("explained"))
     record.close()
-    assert len(read(tmp_path / "film.mp4")) == 7
+    assert len(read_film(tmp_path / "film.mp4")[1]) == 7
 
 
 def test_no_answer_no_file(make_record, tmp_path):
     make_record().close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_file_is_replaced_by_the_first_line_and_not_before(tmp_path):
+    path = tmp_path / "precious.jsonl"
+    path.write_text("precious")
+    lines = Lines(path)
+    assert path.read_text() == "precious"
+    lines.write("ä\n")
+    assert path.read_text(encoding="utf-8") == "ä\n"
+    lines.write("b\n")
+    lines.close()
+    lines.close()
+    assert path.read_text(encoding="utf-8") == "ä\nb\n"
+
+
+def test_without_a_line_there_is_no_file(tmp_path):
+    Lines(tmp_path / "lines.jsonl").close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stdout(capsys):
+    lines = Lines(None)
+    lines.write("a\n")
+    lines.close()
+    print("still open")
+    assert capsys.readouterr().out == "a\nstill open\n"
+    assert not lines.reader_left
+
+
+def test_a_file_that_cannot_be_created_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        Lines(tmp_path / "missing" / "lines.jsonl").write("a\n")
+    assert caught.value.filename == str(tmp_path / "missing" / "lines.jsonl")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_named():
+    lines = Lines(Path("/dev/full"))
+    with pytest.raises(OSError, match="No space left") as caught:
+        lines.write("a\n")
+    assert caught.value.filename == "/dev/full"
+    lines.close()
+    assert not lines.reader_left
+
+
+class ClosedPipe(io.StringIO):
+    def flush(self):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_a_reader_that_left(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", ClosedPipe())
+    lines = Lines(None)
+    with pytest.raises(BrokenPipeError):
+        lines.write("a\n")
+    assert lines.reader_left
