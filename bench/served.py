@@ -24,7 +24,7 @@ from rich.table import Table
 from bench.models import photo_paths
 from bench.wire import encode_ms
 from heatlens import AsyncClient, Client, Timing
-from heatlens._cli.load import batch_size_of
+from heatlens._cli.report import batch_size_of
 from heatlens_server.config import load_config
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.targets import TopK

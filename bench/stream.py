@@ -20,7 +20,8 @@ from bench import tiny_network
 from bench.bare_stream import serve_bare
 from bench.served import MIN_OF_ENGINE, Images, InProcess, Load, Service, measure, serve, workloads
 from heatlens import AsyncClient
-from heatlens._cli.stream_load import Sources, run_streams, summarise_streams
+from heatlens._cli.report import summarise
+from heatlens._cli.stream_load import Sources, run_streams
 
 STREAMS = (1, 4, 16)
 WINDOW = 8
@@ -84,7 +85,7 @@ async def _closed_loop(address: str, frames: Images, streams: int, *, window: in
         client = await stack.enter_async_context(AsyncClient(address))
         opened = [await stack.enter_async_context(client.stream(max_in_flight=window)) for _ in range(streams)]
         traces, elapsed_s = await run_streams(opened, sources)
-    report = summarise_streams(traces, elapsed_s)
+    report = summarise(traces, elapsed_s)
     if report.total.explained != report.total.captured:
         raise RuntimeError(f"not every frame was explained: {report.total}")
     samples = [sample for trace in traces for sample in trace.samples]

@@ -37,13 +37,15 @@ def start_server_process(folder: Path, toml: str, *, env: dict[str, str] | None 
     """Start the real command with a configuration and wait until every model is settled."""
     config, port_file, log_path = folder / "server.toml", folder / "port", folder / "log.jsonl"
     config.write_text(toml)
+    # What the tests import, the server must import as well.
+    path = os.pathsep.join([str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with log_path.open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "heatlens_server", "serve", "-c", str(config), "--port-file", str(port_file)],
             stderr=log,
             stdout=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(SUPPORT), "SLOW_FOLDER": str(folder), **(env or {})},
+            env={**os.environ, "PYTHONPATH": path, "SLOW_FOLDER": str(folder), **(env or {})},
         )
     deadline = time.monotonic() + 90
     while not (port_file.exists() and port_file.read_text().endswith("\n")):

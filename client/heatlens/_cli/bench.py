@@ -1,12 +1,15 @@
 """`heatlens bench`: measure a server from where its clients are."""
 
 import asyncio
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import cv2
 import numpy as np
@@ -14,11 +17,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from heatlens._cli.bench_calls import Arrivals, CallLoad, calls_as_json, calls_as_text, run_calls
-from heatlens._cli.bench_stream import StreamLoad, run_stream_load, streams_as_json, streams_as_text
+from heatlens._calls.async_client import AsyncClient
+from heatlens._calls.settings import Retry
 from heatlens._cli.connection import (
     DEFAULT_SERVER,
     CaOption,
+    ClientOptions,
     JsonOption,
     Overflow,
     ServerOption,
@@ -28,13 +32,26 @@ from heatlens._cli.connection import (
     fail,
     reporting,
 )
-from heatlens._cli.stream_load import Sources
-from heatlens._results.images import load_image
+from heatlens._cli.load import Call, closed_loop, constant_arrivals, open_loop, poisson_arrivals
+from heatlens._cli.report import Report, Trace, as_json, as_text, summarise
+from heatlens._cli.stream_load import Sources, run_streams
+from heatlens._exceptions import HeatlensError
+from heatlens._results.images import ImageSource, load_image
+from heatlens._results.results import Timing
 
 _DEFAULT_CONCURRENCY = 8
 _DEFAULT_DURATION_S = 10.0
+# Makes calls and tells what they did, and in how many seconds.
+Loop: TypeAlias = Callable[[Call], Awaitable[tuple[Trace, float]]]
 # A source is a loop in Python: beyond this it does not keep up by far.
 _MAX_FPS = 1e6
+
+
+class Arrivals(StrEnum):
+    """How calls of an open loop are spaced."""
+
+    POISSON = "poisson"
+    CONSTANT = "constant"
 
 
 def bench(
@@ -84,7 +101,7 @@ def bench(
         float | None,
         typer.Option(metavar="SECONDS", show_default="10, without --requests", help="Stop after this time."),
     ] = None,
-    as_json: JsonOption = False,
+    print_json: JsonOption = False,
     timeout: TimeoutOption = 30.0,
     tls: TlsOption = False,
     ca: CaOption = None,
@@ -97,43 +114,105 @@ def bench(
     # nan compares false with everything.
     if not all(value is None or 0 < value < math.inf for value in (rate, duration)):
         raise typer.BadParameter("--rate and --duration must be positive and finite")
+    if stream and any(value is not None for value in (concurrency, rate, requests)):
+        raise typer.BadParameter("--concurrency, --rate and --requests are of calls: not with --stream")
+    if not stream and any(value is not None for value in (streams, fps, max_in_flight, overflow)):
+        raise typer.BadParameter("--streams, --fps, --max-in-flight and --overflow need --stream")
+    if rate is not None and concurrency is not None:
+        raise typer.BadParameter("give --concurrency (closed loop) or --rate (open loop), not both")
     duration_s = _DEFAULT_DURATION_S if duration is None and requests is None else duration
     what = {"model": model, "method": method, "top_k": top_k}
-    if not stream:
-        if any(value is not None for value in (streams, fps, max_in_flight, overflow)):
-            raise typer.BadParameter("--streams, --fps, --max-in-flight and --overflow need --stream")
-        if rate is not None and concurrency is not None:
-            raise typer.BadParameter("give --concurrency (closed loop) or --rate (open loop), not both")
-        load = CallLoad(
-            concurrency=concurrency or _DEFAULT_CONCURRENCY,
-            rate_per_s=rate,
-            arrivals=arrivals,
-            seed=seed,
-            requests=requests,
-            duration_s=duration_s,
-        )
-        with reporting(), _progress(requests) as advance:
-            options = client_options(server, tls=tls, ca=ca, timeout=timeout)
-            report = asyncio.run(run_calls(options, _payloads(images), what, load, on_answer=advance))
-        _print(calls_as_json(load, report) if as_json else calls_as_text(load, report))
-        if report.latency is None:
-            fail("no call succeeded")
-        return
-    if any(value is not None for value in (concurrency, rate, requests)):
-        raise typer.BadParameter("--concurrency, --rate and --requests are of calls: not with --stream")
+    mode: dict[str, Any]
     with reporting():
-        stream_load = StreamLoad(
-            streams=streams or 1,
-            sources=_sources(_payloads(images), fps, duration_s or _DEFAULT_DURATION_S, overflow),
-            max_in_flight=max_in_flight,
-            frame_timeout_s=timeout,
-        )
-        with _progress(stream_load.captures) as advance:
-            options = client_options(server, tls=tls, ca=ca, timeout=timeout)
-            found, window = asyncio.run(run_stream_load(options, what, stream_load, on_answer=advance))
-    _print(streams_as_json(stream_load, found, window) if as_json else streams_as_text(stream_load, found, window))
-    if found.total.age is None:
-        fail("no frame was explained")
+        options = client_options(server, tls=tls, ca=ca, timeout=timeout)
+        payloads = [load_image(path) for path in images or ()] or [synthetic_jpeg()]
+        if stream:
+            sources = _sources(payloads, fps, duration_s or _DEFAULT_DURATION_S, overflow)
+            count = streams or 1
+            full = (overflow or Overflow.BLOCK).value
+            settings = what | {"max_in_flight": max_in_flight, "overflow": full, "frame_timeout": timeout}
+            with _progress(sources.total(count)) as advance:
+                run = _run_streams(options, what, settings, sources, count=count, on_answer=advance)
+                report, window = asyncio.run(run)
+            mode = {"loop": "open", "streams": count, "fps": fps} if fps else {"loop": "closed", "streams": count}
+            mode |= {"overflow": full, "window": window}
+        else:
+            if rate is None:
+                mode = {"loop": "closed", "concurrency": concurrency or _DEFAULT_CONCURRENCY}
+                loop = partial(closed_loop, concurrency=mode["concurrency"])
+            else:
+                mode = {"loop": "open", "rate_per_s": rate, "arrivals": arrivals.value}
+                poisson = arrivals is Arrivals.POISSON
+                loop = partial(open_loop, arrivals=poisson_arrivals(rate, seed) if poisson else constant_arrivals(rate))
+            with _progress(requests) as advance:
+                loop = partial(loop, requests=requests, duration_s=duration_s, on_done=advance)
+                report = asyncio.run(_run_calls(options, what, payloads, loop))
+    typer.echo(json.dumps(as_json(mode, report), indent=2) if print_json else as_text(mode, report))
+    if report.total.age is None:
+        fail("no frame was explained" if stream else "no call succeeded")
+
+
+async def _run_calls(
+    options: ClientOptions, what: dict[str, Any], payloads: Sequence[ImageSource], loop: Loop
+) -> Report:
+    """Make calls in a loop, with the images in turn; `what` are arguments of `explain`."""
+    turns = itertools.cycle(payloads)
+    async with _primed_client(options, next(turns), what) as client:
+
+        async def call() -> Timing:
+            return (await client.explain(next(turns), **what)).timing
+
+        trace, elapsed_s = await loop(call)
+    return summarise([trace], elapsed_s)
+
+
+async def _run_streams(
+    options: ClientOptions,
+    what: dict[str, Any],
+    settings: dict[str, Any],
+    sources: Sources,
+    *,
+    count: int,
+    on_answer: Callable[[], None],
+) -> tuple[Report, int]:
+    """Open all streams, then feed them; returns the report and the window in force.
+
+    Args:
+        options: how to reach the server.
+        what: arguments of `explain`.
+        settings: arguments of `stream`.
+        sources: what feeds each stream.
+        count: how many streams.
+        on_answer: called after each answer.
+
+    Raises:
+        HeatlensError: a stream could not be opened: fewer would not be what was asked for.
+    """
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(_primed_client(options, sources.frames[0], what))
+        opened = [await stack.enter_async_context(client.stream(**settings)) for _ in range(count)]
+        traces, elapsed_s = await run_streams(opened, sources, on_answer=on_answer)
+        return summarise(traces, elapsed_s), min(stream.window for stream in opened)
+
+
+@asynccontextmanager
+async def _primed_client(
+    options: ClientOptions, payload: ImageSource, what: dict[str, Any]
+) -> AsyncIterator[AsyncClient]:
+    """Yield a client that does not retry, after one call that does not count.
+
+    That call connects, and tells of a wrong model or a missing server at once.
+
+    Raises:
+        HeatlensError: it failed, and not because the server is busy.
+    """
+    async with AsyncClient(**options, retry=Retry(max_attempts=1)) as client:
+        try:
+            await client.explain(payload, **what)
+        except HeatlensError as error:
+            if error.code not in {"RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}:
+                raise
+        yield client
 
 
 def synthetic_jpeg() -> bytes:
@@ -141,10 +220,6 @@ def synthetic_jpeg() -> bytes:
     noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     pixels = cv2.resize(noise, (640, 480), interpolation=cv2.INTER_CUBIC)
     return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
-
-
-def _payloads(images: list[Path] | None) -> list[Any]:
-    return [load_image(path) for path in images or ()] or [synthetic_jpeg()]
 
 
 def _sources(payloads: list[Any], fps: float | None, duration_s: float, overflow: Overflow | None) -> Sources:
@@ -164,7 +239,3 @@ def _progress(total: int | None) -> Iterator[Callable[[], None]]:
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("", total=total)
         yield lambda: progress.advance(task)
-
-
-def _print(report: dict[str, Any] | str) -> None:
-    typer.echo(report if isinstance(report, str) else json.dumps(report, indent=2))

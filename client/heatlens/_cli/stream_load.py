@@ -1,4 +1,4 @@
-"""Load by streams and its statistics; knows nothing of the command line.
+"""Load by streams; knows nothing of the command line.
 
 Open loop: a source captures frame k at its start + k / fps, whatever the server does, as a camera does, and a frame's
 age counts from that moment, so that a late server is charged for every frame that it made wait (see `load`). Frames
@@ -10,35 +10,16 @@ Closed loop: a frame is captured when the window lets it in, so the server is ke
 import asyncio
 import math
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
-from heatlens._cli.load import Latency, Now, Sleep, batch_size_of, lag_of, latency_of, mean_of
+from heatlens._cli.load import Now, Sleep
+from heatlens._cli.report import DROPPED, EXPLAINED, SKIPPED, Sample, Trace
 from heatlens._exceptions import HeatlensError
 from heatlens._results.images import ImageSource
-from heatlens._results.results import FrameResult, Timing
-
-EXPLAINED, DROPPED, SKIPPED = "OK", "DROPPED", "SKIPPED"
-
-
-class FrameStream(Protocol):
-    """An open stream, as far as sources use it. `heatlens.AsyncStream` is one."""
-
-    @property
-    def window(self) -> int:
-        """Most unanswered frames."""
-
-    async def send(self, frame: ImageSource, *, frame_id: int, capture_time: float) -> int:
-        """Send a frame; may wait for room."""
-
-    async def finish(self) -> None:
-        """Say that no frames follow."""
-
-    def __aiter__(self) -> AsyncIterator[FrameResult]:
-        """The answers, to the end."""
+from heatlens._results.results import FrameResult
+from heatlens._stream.async_stream import AsyncStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,98 +53,13 @@ class Sources:
         # A product such as 3 * 0.1 must not make one frame too many.
         return max(0, math.ceil((self.duration_s - self.offset_s(source, count)) * self.fps - 1e-9))
 
-
-@dataclass(frozen=True, slots=True)
-class FrameSample:
-    """One answer.
-
-    Attributes:
-        age_s: from the capture to the answer, in seconds.
-        code: "OK", "DROPPED", "SKIPPED" or the status code's name.
-        timing: the server's timing; None if the frame was not explained.
-    """
-
-    age_s: float
-    code: str
-    timing: Timing | None
-
-
-@dataclass(slots=True)
-class Trace:
-    """What one stream did.
-
-    Attributes:
-        captured: frames captured.
-        sent: frames sent.
-        samples: the answers, in order.
-        lags_s: for each frame due, how late this client itself was, in seconds: waiting for a full window is not
-            counted.
-        error: what broke the stream; None if nothing did.
-    """
-
-    captured: int = 0
-    sent: int = 0
-    samples: list[FrameSample] = field(default_factory=list)
-    lags_s: list[float] = field(default_factory=list)
-    error: HeatlensError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class StreamShare:
-    """What came of frames: one stream's, or all.
-
-    `captured` is the sum of the numbers after it, but for `explained_per_s`.
-
-    Attributes:
-        captured: frames captured in the time of the run.
-        explained: frames answered with a result.
-        explained_per_s: the same per second of the whole run.
-        dropped: frames that gave way to newer ones.
-        skipped: frames that the server left out as it was asked to.
-        failed: frames that failed, by status code; those that a broken stream left unanswered have its code.
-        unsent: frames not sent: they still waited here when the time was over, or the stream had broken.
-        age: from the capture to the answer, of the frames explained; None if none was.
-    """
-
-    captured: int
-    explained: int
-    explained_per_s: float
-    dropped: int
-    skipped: int
-    failed: dict[str, int]
-    unsent: int
-    age: Latency | None
-
-
-@dataclass(frozen=True, slots=True)
-class StreamReport:
-    """What a run showed.
-
-    Attributes:
-        elapsed_s: from the first capture to the last answer.
-        total: all streams together.
-        per_stream: each stream.
-        broken: what broke a stream, by status code.
-        mean_batch_size: images per batch run, not per image.
-        mean_queue_ms: mean time in the server's queue.
-        mean_preprocess_ms: mean time to decode and resize.
-        mean_compute_ms: mean time of the batches that held the frames.
-        p99_lag_ms: how late this client itself was; large means that the client, not the server, was measured.
-    """
-
-    elapsed_s: float
-    total: StreamShare
-    per_stream: tuple[StreamShare, ...]
-    broken: dict[str, int]
-    mean_batch_size: float | None
-    mean_queue_ms: float | None
-    mean_preprocess_ms: float | None
-    mean_compute_ms: float | None
-    p99_lag_ms: float
+    def total(self, count: int) -> int | None:
+        """How many frames `count` sources capture; None in a closed loop, where that depends on the server."""
+        return None if self.fps is None else sum(self.captures(source, count) for source in range(count))
 
 
 async def run_streams(
-    streams: Sequence[FrameStream],
+    streams: Sequence[AsyncStream],
     sources: Sources,
     *,
     on_answer: Callable[[], None] = lambda: None,
@@ -200,7 +96,7 @@ class _Run:
     """One stream with its source."""
 
     def __init__(
-        self, stream: FrameStream, sources: Sources, *, index: int, count: int, begin_s: float, now: Now
+        self, stream: AsyncStream, sources: Sources, *, index: int, count: int, begin_s: float, now: Now
     ) -> None:
         self.trace = Trace()
         self._stream = stream
@@ -231,7 +127,7 @@ class _Run:
             async for item in self._stream:
                 age_s = self._now() - self._captured_s.pop(item.frame_id)
                 timing = None if item.result is None else item.result.timing
-                self.trace.samples.append(FrameSample(age_s, _code_of(item), timing))
+                self.trace.samples.append(Sample(age_s, _code_of(item), timing))
                 on_answer()
         except HeatlensError as error:
             self._broke(error)
@@ -275,7 +171,7 @@ class _Run:
         self.trace.sent += 1
 
     def _broke(self, error: HeatlensError) -> None:
-        """Both sides learn of it; the first one says so."""
+        """Keep the first error: sending and receiving both fail when a stream breaks."""
         if self.trace.error is None:
             self.trace.error = error
 
@@ -286,43 +182,3 @@ def _code_of(item: FrameResult) -> str:
     if item.dropped:
         return DROPPED
     return EXPLAINED if item.error is None else item.error.code.value
-
-
-def summarise_streams(traces: Sequence[Trace], elapsed_s: float) -> StreamReport:
-    """Return the statistics of a run."""
-    timings = [sample.timing for trace in traces for sample in trace.samples if sample.timing is not None]
-    return StreamReport(
-        elapsed_s=elapsed_s,
-        total=_share(traces, elapsed_s),
-        per_stream=tuple(_share([trace], elapsed_s) for trace in traces),
-        broken=_sorted(Counter(trace.error.code.value for trace in traces if trace.error is not None)),
-        mean_batch_size=batch_size_of(timings),
-        mean_queue_ms=mean_of([timing.queue_ms for timing in timings]),
-        mean_preprocess_ms=mean_of([timing.preprocess_ms for timing in timings]),
-        mean_compute_ms=mean_of([timing.compute_ms for timing in timings]),
-        p99_lag_ms=lag_of([lag_s for trace in traces for lag_s in trace.lags_s]),
-    )
-
-
-def _share(traces: Sequence[Trace], elapsed_s: float) -> StreamShare:
-    counts = Counter(sample.code for trace in traces for sample in trace.samples)
-    explained, dropped, skipped = (counts.pop(code, 0) for code in (EXPLAINED, DROPPED, SKIPPED))
-    for trace in traces:
-        # A stream that did not break answers all.
-        if trace.error is not None and trace.sent > len(trace.samples):
-            counts[trace.error.code.value] += trace.sent - len(trace.samples)
-    ages_s = [sample.age_s for trace in traces for sample in trace.samples if sample.code == EXPLAINED]
-    return StreamShare(
-        captured=sum(trace.captured for trace in traces),
-        explained=explained,
-        explained_per_s=explained / elapsed_s if elapsed_s > 0 else 0.0,
-        dropped=dropped,
-        skipped=skipped,
-        failed=_sorted(counts),
-        unsent=sum(trace.captured - trace.sent for trace in traces),
-        age=latency_of(ages_s),
-    )
-
-
-def _sorted(counts: Counter[str]) -> dict[str, int]:
-    return dict(sorted(counts.items()))

@@ -9,7 +9,8 @@ import pytest
 
 from heatlens import FrameResult, InvalidArgumentError, PixelBox, ResourceExhaustedError, Result, Timing
 from heatlens import UnavailableError as Unavailable
-from heatlens._cli.stream_load import FrameSample, Sources, Trace, run_streams, summarise_streams
+from heatlens._cli.report import summarise
+from heatlens._cli.stream_load import Sources, run_streams
 from heatlens._results.results import FRAME_DROPPED
 
 TIMING = Timing(queue_ms=1.0, preprocess_ms=2.0, compute_ms=3.0, batch_size=4)
@@ -137,7 +138,7 @@ async def test_sources_capture_on_schedule_and_take_even_turns():
     # Each begins with another frame.
     assert [[frame for _, frame, _ in stream.log] for stream in streams] == [[b"a", b"b", b"c"], [b"b", b"c", b"a"]]
     assert [trace.captured for trace in traces] == [3, 3]
-    assert [sample.age_s for trace in traces for sample in trace.samples] == pytest.approx([0.0] * 6)
+    assert [sample.latency_s for trace in traces for sample in trace.samples] == pytest.approx([0.0] * 6)
     assert elapsed_s == pytest.approx(0.25)
 
 
@@ -147,13 +148,13 @@ async def test_a_late_server_is_charged_for_all_that_waits_and_slows_no_source()
     done = []
     [trace], elapsed_s = await play(clock, [stream], sources(10, 1.0), on_answer=lambda: done.append(1))
     # Captured every 0.1 s, explained every 0.2 s: frame k is answered at 0.2 * (k + 1).
-    assert [sample.age_s for sample in trace.samples] == pytest.approx([0.2 + 0.1 * k for k in range(6)])
+    assert [sample.latency_s for sample in trace.samples] == pytest.approx([0.2 + 0.1 * k for k in range(6)])
     assert (trace.captured, trace.sent, len(done)) == (10, 6, 6)
     assert elapsed_s == pytest.approx(1.2)
     # The server was late, not this client; and what waits is one frame, the others are numbers.
     assert trace.lags_s == pytest.approx([0.0] * 6)
     assert stream.most_waiting == 1
-    report = summarise_streams([trace], elapsed_s)
+    report = summarise([trace], elapsed_s)
     assert (report.total.explained, report.total.unsent) == (6, 4)
 
 
@@ -162,7 +163,7 @@ async def test_a_slow_stream_harms_no_other():
     streams = [FakeStream(clock, service_s=0.5), FakeStream(clock, service_s=0.01)]
     traces, _ = await play(clock, streams, sources(10, 1.0))
     assert [len(trace.samples) for trace in traces] == [3, 10]
-    assert [sample.age_s for sample in traces[1].samples] == pytest.approx([0.01] * 10)
+    assert [sample.latency_s for sample in traces[1].samples] == pytest.approx([0.01] * 10)
 
 
 async def test_a_late_client_says_so():
@@ -191,7 +192,7 @@ async def test_closed_loop_keeps_the_window_full():
     clock = VirtualTime()
     stream = FakeStream(clock, window=2, service_s=0.125)
     [trace], elapsed_s = await play(clock, [stream], sources(None, 1.0))
-    ages_s = [sample.age_s for sample in trace.samples]
+    ages_s = [sample.latency_s for sample in trace.samples]
     # Captured when the window let it in: then one frame is before it.
     assert ages_s == [0.125, *[0.25] * 9]
     assert trace.captured == trace.sent == 10
@@ -202,7 +203,7 @@ async def test_answers_are_told_apart():
     clock = VirtualTime()
     outcomes = {1: DROPPED, 2: "skipped", 3: InvalidArgumentError("bad"), 4: Unavailable("draining")}
     [trace], elapsed_s = await play(clock, [FakeStream(clock, outcomes=outcomes)], sources(10, 0.6))
-    share = summarise_streams([trace], elapsed_s).total
+    share = summarise([trace], elapsed_s).total
     assert (share.captured, share.explained, share.dropped, share.skipped, share.unsent) == (6, 2, 1, 1, 0)
     assert share.failed == {"INVALID_ARGUMENT": 1, "UNAVAILABLE": 1}
 
@@ -211,7 +212,7 @@ async def test_a_broken_stream_is_counted_and_harms_no_other():
     clock = VirtualTime()
     streams = [FakeStream(clock, window=2, service_s=0.15, breaks_at=2), FakeStream(clock)]
     traces, elapsed_s = await play(clock, streams, sources(10, 1.0))
-    report = summarise_streams(traces, elapsed_s)
+    report = summarise(traces, elapsed_s)
     assert report.broken == {"UNAVAILABLE": 1}
     broken, whole = report.per_stream
     # Frames 2 and 3 were sent and never answered; later ones had no stream.
@@ -234,6 +235,8 @@ def test_captures_are_those_before_the_end():
     assert sources(10, 0.1 + 0.2).captures(0, 1) == 3
     assert sources(10, 0.31).captures(0, 1) == 4
     assert [sources(1, 0.5).captures(source, 4) for source in range(4)] == [1, 1, 0, 0]
+    assert sources(1, 0.5).total(4) == 2
+    assert sources(None, 0.5).total(4) is None
 
 
 def test_sources_that_make_no_sense():
@@ -241,27 +244,3 @@ def test_sources_that_make_no_sense():
         sources(None, 1.0, drop_oldest=True)
     with pytest.raises(ValueError, match="closed loop"):
         sources(None, 1.0).captures(0, 1)
-
-
-def test_statistics():
-    one = Trace(captured=103, sent=101, lags_s=[0.0] * 99 + [0.2])
-    one.samples = [FrameSample(age_s=ms / 1e3, code="OK", timing=TIMING) for ms in range(1, 101)]
-    one.samples.append(FrameSample(age_s=9.0, code="DROPPED", timing=None))
-    other = Trace(captured=1, sent=1, samples=[FrameSample(0.05, "SKIPPED", None)])
-    report = summarise_streams([one, other], 2.0)
-    assert (report.total.captured, report.total.explained, report.total.explained_per_s) == (104, 100, 50.0)
-    assert [share.explained_per_s for share in report.per_stream] == [50.0, 0.0]
-    assert (report.total.dropped, report.total.skipped, report.total.unsent, report.total.failed) == (1, 1, 2, {})
-    # Of explained frames only: dropped ones are counted, not averaged.
-    age = report.total.age
-    assert (age.p50_ms, age.p95_ms, age.p99_ms, age.max_ms) == pytest.approx((50.5, 95.05, 99.01, 100.0))
-    assert report.per_stream[1].age is None
-    assert (report.mean_queue_ms, report.mean_preprocess_ms, report.mean_compute_ms) == (1.0, 2.0, 3.0)
-    assert report.mean_batch_size == pytest.approx(4.0)
-    assert report.p99_lag_ms == pytest.approx(2.0)
-
-
-def test_nothing_is_no_division_by_zero():
-    report = summarise_streams([Trace()], 0.0)
-    assert (report.total.captured, report.total.explained_per_s, report.total.age) == (0, 0.0, None)
-    assert (report.mean_batch_size, report.p99_lag_ms) == (None, 0.0)
