@@ -12,7 +12,7 @@ from heatlens_server.backends.onnx.manifest import Manifest
 from heatlens_server.config import EXPORT_PREFIX, ModelConfig, load_config
 from heatlens_server.core.errors import ConfigError, ExportError, ModelLoadError
 from heatlens_server.core.graph_spec import MANIFEST_FILE, Format, GraphSpec, InputKind, Output
-from heatlens_server.core.methods import ACTIVATIONS_ALONE, CLOSED_FORMS, PRESETS, Method, Score
+from heatlens_server.core.methods import CLOSED_FORMS, PRESETS, Method, Score
 from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.stderr import stderr_to_log
 
@@ -147,7 +147,7 @@ def run_export(config: ModelConfig, options: ExportOptions, *, tell: Callable[[s
     started = time.monotonic()
     method, score = _resolved(options.method or config.method, options.score)
     # A backward pass for a map that needs none has to be asked for by name.
-    gradients = options.gradients_named or method not in ACTIVATIONS_ALONE
+    gradients = options.gradients_named or not method.traits.class_free
 
     def report(line: str) -> None:
         tell(f"{time.monotonic() - started:6.1f} s  {line}")
@@ -227,7 +227,7 @@ def _resolved(method: Method, score: Score | None) -> tuple[Method, Score]:
     Raises:
         ConfigError: no graph of one layer can hold it, or the score is not for it.
     """
-    preset = PRESETS.get(method)
+    preset = method.traits.preset
     if preset is not None:
         if preset.all_layers:
             raise ConfigError(
@@ -237,13 +237,13 @@ def _resolved(method: Method, score: Score | None) -> tuple[Method, Score]:
         if score not in {None, preset.score}:
             raise ConfigError(f"--target-score: {method} explains the {preset.score}, not the {score}")
         return preset.method, preset.score
-    if method not in CLOSED_FORMS:
-        known = ", ".join([*CLOSED_FORMS, *(name for name, of in PRESETS.items() if not of.all_layers)])
+    if not method.traits.exportable:
+        known = ", ".join([*CLOSED_FORMS, *(name for name in PRESETS if not name.as_preset.all_layers)])
         raise ConfigError(
             f"--method: {method} is no function of a layer's activations and gradients, as what a graph holds must be: "
             f"{known}"
         )
-    if score not in {None, Score.LOGIT} and not method.needs_gradient:
+    if score is not None and score not in method.traits.exportable_scores:
         raise ConfigError(f"--target-score: {method} differentiates nothing, so it has no {score}")
     return method, score or Score.LOGIT
 

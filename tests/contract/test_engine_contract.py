@@ -27,7 +27,7 @@ ENGINES: dict[str, Callable[[LoadedModel], Engine]] = {
 TOLERANCE = 1e-4
 """Largest difference of a float32 map in [0, 1] from the float64 judge's."""
 
-GRADIENT_METHODS = [method for method in CLOSED_FORMS if method.needs_gradient]
+GRADIENT_METHODS = [method for method in CLOSED_FORMS if method.traits.needs_gradient]
 
 
 @pytest.fixture(params=ENGINES)

@@ -169,7 +169,7 @@ def truth(
             for class_id in wanted.tolist()
         ]
         activations, stacked = kept[0].detach(), torch.stack(gradients, dim=1)
-        factors = stacked if method.needs_gradient else stacked.sum((-2, -1))
+        factors = stacked if method.traits.needs_gradient else stacked.sum((-2, -1))
         finished = saliency([raw_map(method, activations, factors)])
         rows.append(
             {

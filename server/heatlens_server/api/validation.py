@@ -11,7 +11,7 @@ from heatlens_server.api.tasks.base import TaskWire
 from heatlens_server.api.tasks.table import task_wire
 from heatlens_server.api.violations import Violations, shown
 from heatlens_server.core.engine import MapSpec
-from heatlens_server.core.methods import PRESETS, WEIGHTED, Aggregation, Method, Metric, Preset, Score
+from heatlens_server.core.methods import PRESETS, Aggregation, Method, Metric, Preset, Score
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.transports.grpc.names import (
     AGGREGATION_FROM_PROTO,
@@ -47,7 +47,7 @@ def parse_options(options: pb.ExplainOptions, model: ServedModel, limits: Limits
     """Check how to explain. The plan may be used if nothing was added to `wrong`."""
     wire = task_wire(model.capabilities.task)
     method = _method(options, model, wrong)
-    preset = PRESETS.get(method, Preset(method))
+    preset = method.as_preset
     layers = _layers(options, model, preset, wrong)
     wanted = wire.wanted(options, model, limits, wrong)
     map_size = options.map_size
@@ -175,10 +175,11 @@ def _principal(options: pb.ExplainOptions, model: ServedModel, preset: Preset, w
     if options.smoothing.principal_component:
         if not model.capabilities.has_options:
             wrong.add("options.smoothing.principal_component", f"model {model.name!r} does not support it")
-        elif preset.method not in WEIGHTED:
+        elif not preset.method.traits.weights_activations:
+            known = ", ".join(sorted(method for method in Method if method.traits.weights_activations))
             wrong.add(
                 "options.smoothing.principal_component",
-                f"{preset.method} does not weight activations; these methods do: {', '.join(sorted(WEIGHTED))}",
+                f"{preset.method} does not weight activations; these methods do: {known}",
             )
     return options.smoothing.principal_component
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from heatlens_server.core.arrays import UInt8Array
-from heatlens_server.core.methods import OF_PYRAMIDS, PRESETS, Aggregation, Method, Metric, Score, name_of
+from heatlens_server.core.methods import PRESETS, Aggregation, Method, Metric, Score, name_of
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import Target
 from heatlens_server.core.tasks import Task
@@ -16,7 +16,7 @@ class MapSpec:
     """Everything that images must have in common to share a batch.
 
     Attributes:
-        method: how the map is made; not one of `core.methods.PRESETS`.
+        method: how the map is made; no preset.
         layers: the target layers' module names, at least one.
         upsample: True for maps at the model's input size, False for the (largest) layer's size.
         score: what is explained about a target.
@@ -40,7 +40,7 @@ class MapSpec:
     @property
     def in_steps(self) -> bool:
         """Whether it takes many runs of the model per image: `Engine.steps`, not `Engine.explain`."""
-        return self.method.in_steps or self.augment or bool(self.metrics)
+        return self.method.traits.in_steps or self.augment or bool(self.metrics)
 
 
 Steps = Generator[None, None, ImageResult]
@@ -59,15 +59,15 @@ class Capabilities:
         input_height_px: height of the images it takes; 0 for any.
         input_width_px: width of the images it takes; 0 for any.
         class_count: number of classes; of an embedding model, the embedding's length.
-        methods: the supported methods, in the order of `Method`; none of `core.methods.PRESETS`.
+        methods: the supported methods, in the order of `Method`; no presets.
         layers: the layers that can be explained, the default first.
         task: what the model does.
         fallback_methods: those of `methods` that a second engine, torch, runs.
         scores: the supported scores.
         fallback_scores: those of `scores` that the second engine runs.
         has_options: whether smoothing and faithfulness are supported.
-        multi_map_layers: those of `layers` that return several maps at once: for methods of
-            `core.methods.OF_PYRAMIDS`.
+        multi_map_layers: those of `layers` that return several maps at once: for methods that
+            take them.
         layers_by_method: the layers of each method that explains only some of `layers`, the default first;
             `multi_map_layers` aside.
     """
@@ -91,7 +91,7 @@ class Capabilities:
     def layers_of(self, method: Method) -> tuple[str, ...]:
         """The layers that a method can explain, the default first."""
         layers = self.layers_by_method.get(method, self.layers)
-        if method in OF_PYRAMIDS:
+        if method.traits.takes_multi_map_layers:
             return layers
         return tuple(layer for layer in layers if layer not in self.multi_map_layers)
 
@@ -102,7 +102,7 @@ class Capabilities:
         A method that explains a single score for which there is a preset goes by the preset's name only.
         """
         presets = {
-            name for name, preset in PRESETS.items() if preset.method in self.methods and preset.score in self.scores
+            name for name in PRESETS if name.as_preset.method in self.methods and name.as_preset.score in self.scores
         }
         alone = len(self.scores) == 1
         names = {name_of(method, self.scores[0]) if alone else method for method in self.methods}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from heatlens_server.core.methods import CLOSED_FORMS, Method, Score
+from heatlens_server.core.methods import Method, Score
 
 MANIFEST_FILE = "manifest.json"
 """In the folder of every export: says what the other files are."""
@@ -77,9 +77,9 @@ class GraphSpec:
     multi_label: bool = False
 
     def __post_init__(self) -> None:
-        if self.method not in CLOSED_FORMS:
+        if not self.method.traits.exportable:
             raise ValueError(f"{self.method} is no closed form of activations and gradients")
-        if self.score is not Score.LOGIT and not self.method.needs_gradient:
+        if self.score not in self.method.traits.exportable_scores:
             raise ValueError(f"{self.method} differentiates nothing, so it has no score but the logit")
         if self.classes is not None and self.classes < 1:
             raise ValueError("classes must be at least 1")

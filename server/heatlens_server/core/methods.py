@@ -1,8 +1,8 @@
-"""Methods, scores, metrics and special class ids by name, without torch, so that validation can know them cheaply."""
+"""Methods and all that is known about each, scores, aggregations, metrics, special class ids."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 from types import MappingProxyType
 
 RANKED = -1
@@ -41,80 +41,14 @@ class Method(StrEnum):
     GUIDED_GRAD_CAM = "guided-grad-cam"
 
     @property
-    def needs_gradient(self) -> bool:
-        """Whether a closed form differentiates the score. The others read activations, CAM also the head's weights."""
-        return self not in _WITHOUT_GRADIENT
+    def traits(self) -> "MethodTraits":
+        """Everything that is known about it."""
+        return _TRAITS[self]
 
     @property
-    def in_steps(self) -> bool:
-        """Whether it takes many runs of the model per image: they go in steps, between which others have the device."""
-        return self in _IN_STEPS
-
-
-_WITHOUT_GRADIENT = frozenset({Method.CAM, Method.EIGEN_CAM, Method.KPCA_CAM, Method.FEM, Method.RANDOM_CAM})
-
-_IN_STEPS = frozenset(
-    {
-        Method.SMOOTH_GRAD_CAM_PLUS_PLUS,
-        Method.SCORE_CAM,
-        Method.SS_CAM,
-        Method.IS_CAM,
-        Method.ABLATION_CAM,
-        Method.RECIPRO_CAM,
-    }
-)
-
-CLOSED_FORMS = (
-    Method.CAM,
-    Method.GRAD_CAM,
-    Method.GRAD_CAM_PLUS_PLUS,
-    Method.HI_RES_CAM,
-    Method.X_GRAD_CAM,
-    Method.LAYER_CAM,
-    Method.ELEMENT_WISE_GRAD_CAM,
-    Method.EIGEN_CAM,
-    Method.EIGEN_GRAD_CAM,
-    Method.KPCA_CAM,
-    Method.FEM,
-    Method.RANDOM_CAM,
-)
-"""Functions of activations and gradients, or of activations alone: see `cam.methods`. Exports can hold them."""
-
-DEFAULT_LAYER_ONLY = frozenset(
-    {
-        Method.CAM,
-        Method.EIGEN_CAM,
-        Method.EIGEN_GRAD_CAM,
-        Method.KPCA_CAM,
-        Method.FEM,
-        Method.RANDOM_CAM,
-    }
-)
-"""Closed forms that the exports servers make hold for the default layer alone. CAM is right for no other; the others
-keep a model's first start short, and torch has them for every layer."""
-
-ACTIVATIONS_ALONE = frozenset({Method.EIGEN_CAM, Method.KPCA_CAM, Method.FEM, Method.RANDOM_CAM})
-"""The closed forms that need nothing of a class: neither gradients nor, as CAM, the head's weights."""
-
-OF_PYRAMIDS = ACTIVATIONS_ALONE | {Method.SCORE_CAM, Method.SS_CAM, Method.IS_CAM, Method.ABLATION_CAM}
-"""Those that explain a layer which returns several maps at once. The others need the gradient or the places of one."""
-
-WEIGHTED = frozenset(
-    {
-        Method.CAM,
-        Method.GRAD_CAM,
-        Method.GRAD_CAM_PLUS_PLUS,
-        Method.HI_RES_CAM,
-        Method.X_GRAD_CAM,
-        Method.LAYER_CAM,
-        Method.ELEMENT_WISE_GRAD_CAM,
-        Method.SHAPLEY_CAM,
-    }
-)
-"""Those that sum weighted activations over channels: their sum can be a principal component instead."""
-
-AT_INPUT_SIZE = frozenset({Method.FULL_GRAD, Method.GUIDED_GRAD_CAM})
-"""Their maps are of the model's input size whatever size is asked for: they look at no layer, or at the pixels too."""
+    def as_preset(self) -> "Preset":
+        """What a request for it asks of an engine: another method with certain options, or the method itself."""
+        return self.traits.preset or Preset(self)
 
 
 class Score(StrEnum):
@@ -151,10 +85,10 @@ class Metric(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A method that is another one with certain options.
+    """A method with certain options.
 
     Attributes:
-        method: the other one.
+        method: which one; no preset.
         score: what it explains.
         aggregation: how it makes one map of several layers'.
         all_layers: whether it takes all the model's layers unless some are named.
@@ -166,15 +100,108 @@ class Preset:
     all_layers: bool = False
 
 
-PRESETS: Mapping[Method, Preset] = MappingProxyType(
+class Procedure(Enum):
+    """How an engine runs a method."""
+
+    CLOSED_FORM = auto()
+    """A function of one layer's activations and gradients: any engine, and exports can hold it."""
+    ONE_PASS = auto()
+    """One pass through the network, with more than a layer's activations and gradients: the torch engine."""
+    STEPS = auto()
+    """Many runs of the model per image, in steps between which other requests have the device: the torch engine."""
+    PRESET = auto()
+    """Not at all: it stands for another method with certain options, which is what engines get."""
+
+
+@dataclass(frozen=True, slots=True)
+class MethodTraits:
+    """Everything that is known about a method. Of a preset only `preset`: ask the method that it stands for.
+
+    Attributes:
+        procedure: how it runs.
+        needs_gradient: whether it differentiates the score. The others read activations, CAM also the head's weights.
+        class_free: whether its map is the same for every class: it reads activations alone.
+        default_layer_only: whether the exports that servers make hold it for the default layer alone. CAM is right for
+            no other layer; the others keep a model's first start short, and torch has them for every layer.
+        takes_multi_map_layers: whether it explains layers that return several maps at once. The other methods need the
+            gradient or the places of one map.
+        weights_activations: whether it sums weighted activations over channels: it can return their principal component
+            instead.
+        always_at_input_size: whether its maps are of the model's input size whatever size is asked for: it looks at no
+            layer, or at the pixels too.
+        preset: what a preset stands for.
+    """
+
+    procedure: Procedure
+    needs_gradient: bool = False
+    class_free: bool = False
+    default_layer_only: bool = False
+    takes_multi_map_layers: bool = False
+    weights_activations: bool = False
+    always_at_input_size: bool = False
+    preset: Preset | None = None
+
+    @property
+    def exportable(self) -> bool:
+        """Whether a graph can hold it."""
+        return self.procedure is Procedure.CLOSED_FORM
+
+    @property
+    def exportable_scores(self) -> tuple[Score, ...]:
+        """The scores that a graph can explain with it: what is not differentiated has no score but the logit."""
+        return tuple(Score) if self.needs_gradient else (Score.LOGIT,)
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether it takes many runs of the model per image."""
+        return self.procedure is Procedure.STEPS
+
+
+_WEIGHTED_GRADIENTS = MethodTraits(Procedure.CLOSED_FORM, needs_gradient=True, weights_activations=True)
+_CLASS_FREE = MethodTraits(Procedure.CLOSED_FORM, class_free=True, default_layer_only=True, takes_multi_map_layers=True)
+_MASKS = MethodTraits(Procedure.STEPS, takes_multi_map_layers=True)
+_WHOLE_NETWORK = MethodTraits(Procedure.ONE_PASS, needs_gradient=True, always_at_input_size=True)
+
+_TRAITS: Mapping[Method, MethodTraits] = MappingProxyType(
     {
-        Method.FINER_CAM: Preset(Method.GRAD_CAM, score=Score.CONTRAST),
-        Method.REFINE_CAM: Preset(Method.GRAD_CAM, aggregation=Aggregation.PRODUCT, all_layers=True),
+        Method.CAM: MethodTraits(Procedure.CLOSED_FORM, default_layer_only=True, weights_activations=True),
+        Method.GRAD_CAM: _WEIGHTED_GRADIENTS,
+        Method.GRAD_CAM_PLUS_PLUS: _WEIGHTED_GRADIENTS,
+        Method.HI_RES_CAM: _WEIGHTED_GRADIENTS,
+        Method.X_GRAD_CAM: _WEIGHTED_GRADIENTS,
+        Method.LAYER_CAM: _WEIGHTED_GRADIENTS,
+        Method.ELEMENT_WISE_GRAD_CAM: _WEIGHTED_GRADIENTS,
+        Method.EIGEN_CAM: _CLASS_FREE,
+        Method.EIGEN_GRAD_CAM: MethodTraits(Procedure.CLOSED_FORM, needs_gradient=True, default_layer_only=True),
+        Method.KPCA_CAM: _CLASS_FREE,
+        Method.FEM: _CLASS_FREE,
+        Method.RANDOM_CAM: _CLASS_FREE,
+        Method.FINER_CAM: MethodTraits(Procedure.PRESET, preset=Preset(Method.GRAD_CAM, score=Score.CONTRAST)),
+        Method.REFINE_CAM: MethodTraits(
+            Procedure.PRESET, preset=Preset(Method.GRAD_CAM, aggregation=Aggregation.PRODUCT, all_layers=True)
+        ),
+        Method.SHAPLEY_CAM: MethodTraits(Procedure.ONE_PASS, needs_gradient=True, weights_activations=True),
+        Method.SMOOTH_GRAD_CAM_PLUS_PLUS: MethodTraits(Procedure.STEPS, needs_gradient=True),
+        Method.SCORE_CAM: _MASKS,
+        Method.SS_CAM: _MASKS,
+        Method.IS_CAM: _MASKS,
+        Method.ABLATION_CAM: _MASKS,
+        Method.RECIPRO_CAM: MethodTraits(Procedure.STEPS),
+        Method.FULL_GRAD: _WHOLE_NETWORK,
+        Method.LE_GRAD: MethodTraits(Procedure.ONE_PASS, needs_gradient=True),
+        Method.GUIDED_GRAD_CAM: _WHOLE_NETWORK,
     }
 )
-"""Engines never see these: a request for one is a request for what it stands for."""
+"""One row per method."""
+
+if missing := [method for method in Method if method not in _TRAITS]:
+    raise TypeError(f"methods without traits: {', '.join(missing)}")
+
+CLOSED_FORMS = tuple(method for method in Method if method.traits.procedure is Procedure.CLOSED_FORM)
+
+PRESETS = tuple(method for method in Method if method.traits.procedure is Procedure.PRESET)
 
 
 def name_of(method: Method, score: Score) -> Method:
     """What a method is called where it explains a score: a preset, if one stands for just these two, else itself."""
-    return next((name for name, preset in PRESETS.items() if preset == Preset(method, score=score)), method)
+    return next((name for name in PRESETS if name.as_preset == Preset(method, score=score)), method)

@@ -14,7 +14,7 @@ from heatlens_server.core.engine import Engine
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import Format
 from heatlens_server.core.labels import read_labels
-from heatlens_server.core.methods import CLOSED_FORMS, Method
+from heatlens_server.core.methods import Method
 from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.cache_key import artefact_key, is_settled
 from heatlens_server.fleet.likeness import is_alike
@@ -181,7 +181,7 @@ def _make(
 
             manifest = export_bundle(
                 model,
-                methods=[method for method in methods if method in CLOSED_FORMS],
+                methods=[method for method in methods if method.traits.exportable],
                 file_format=file_format,
                 precision=config.precision,
                 source=config.source,

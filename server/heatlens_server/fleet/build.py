@@ -15,7 +15,7 @@ from heatlens_server.config import EXPORT_PREFIX, ModelConfig
 from heatlens_server.core.engine import SteppingEngine
 from heatlens_server.core.errors import ExportError, ModelLoadError
 from heatlens_server.core.graph_spec import Format
-from heatlens_server.core.methods import PRESETS, Method, Preset, name_of
+from heatlens_server.core.methods import Method, name_of
 from heatlens_server.core.preprocess import PreprocessSpec
 from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.artefact import Artefact, LazyModel, Report, labels_of
@@ -195,7 +195,7 @@ def _build_from_folder(config: ModelConfig) -> BuiltModel:
 
 def _build_exported(config: ModelConfig, artefact: Artefact, *, device: str, method: Method) -> BuiltModel:
     manifest = artefact.manifest
-    default, base = manifest.layers[0], PRESETS.get(method, Preset(method)).method
+    default, base = manifest.layers[0], method.as_preset.method
     # The engine opens the first graph now, and the others when they are asked for.
     graphs = sorted(manifest.graphs, key=lambda graph: (graph.layer != default, graph.method is not base))
     primary = _open(artefact.folder, replace(manifest, graphs=tuple(graphs)), device=device, provider=config.provider)

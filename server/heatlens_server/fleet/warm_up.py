@@ -6,7 +6,7 @@ from heatlens_server.config import ModelConfig
 from heatlens_server.core.arrays import UInt8Array
 from heatlens_server.core.engine import Capabilities, Engine, MapSpec, SteppingEngine
 from heatlens_server.core.errors import ModelLoadError
-from heatlens_server.core.methods import PRESETS, Method, Preset
+from heatlens_server.core.methods import PRESETS, Method
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import Detections, Pixels, Similarity, Target, TopK
 from heatlens_server.core.tasks import Task
@@ -54,7 +54,7 @@ def run_trial(engine: SteppingEngine, images: UInt8Array, method: Method) -> lis
         The results; nothing if steps are left.
     """
     info = engine.info
-    preset = PRESETS.get(method, Preset(method))
+    preset = method.as_preset
     spec = MapSpec(
         method=preset.method,
         layers=info.layers_of(preset.method) if preset.all_layers else info.layers_of(preset.method)[:1],
@@ -108,7 +108,7 @@ def check_answers(engine: Engine, method: Method) -> None:
     """
     info = engine.info
     images = np.zeros((1, info.input_height_px, info.input_width_px, 3), dtype=np.uint8)
-    base = PRESETS.get(method, Preset(method)).method
+    base = method.as_preset.method
     spec = MapSpec(method=base, layers=info.layers[:1], upsample=False, score=info.scores[0])
     for count in sorted({1, min(2, info.class_count)}):
         (result,) = engine.explain(images, [TopK(count)], spec)

@@ -11,7 +11,7 @@ from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import faithfulness_pb2, method_pb2
 from heatlens_server.api.validation import parse_explain
 from heatlens_server.core.errors import InvalidArgument
-from heatlens_server.core.methods import WEIGHTED
+from heatlens_server.core.methods import Method
 from heatlens_server.transports.grpc.names import METHOD_FROM_PROTO
 from heatlens_server.transports.grpc.status import to_wire
 
@@ -73,7 +73,8 @@ def wrong_fields(sent: pb.ExplainRequest) -> set[str]:
     finer = options.method == method_pb2.METHOD_FINER_CAM
     refine = options.method == method_pb2.METHOD_REFINE_CAM
     # A method that is not known is refused, and the default, Grad-CAM, weights activations.
-    weighted = not known or options.method == 0 or finer or refine or METHOD_FROM_PROTO[options.method] in WEIGHTED
+    method = METHOD_FROM_PROTO.get(options.method, Method.GRAD_CAM)
+    weighted = not known or method.as_preset.method.traits.weights_activations
     wrong = {
         "method": not known,
         "target_score": options.target_score not in range(5) or (finer and options.target_score not in (0, 4)),

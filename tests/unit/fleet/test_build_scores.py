@@ -12,7 +12,7 @@ from heatlens_server.config import ModelConfig
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.graph_spec import Format, GraphSpec
-from heatlens_server.core.methods import PRESETS, Method, Preset, Score
+from heatlens_server.core.methods import Method, Score
 from heatlens_server.core.targets import TopK
 from heatlens_server.fleet.build import build
 
@@ -31,7 +31,7 @@ def test_an_export_of_one_score_is_served_by_the_name_of_what_it_explains(tmp_pa
     assert (built.method, info.requestable_methods, info.scores) == (method, (method,), (score,))
     named = build(ModelConfig(name="e", source=f"export:{folder}", method=method), cache_dir=None)
     named.engine.close()
-    spec = MapSpec(PRESETS.get(method, Preset(method)).method, ("body",), upsample=False, score=score)
+    spec = MapSpec(method.as_preset.method, ("body",), upsample=False, score=score)
     reference = TorchEngine(model, device="cpu")
     (found,), (expected,) = (engine.explain(noise(1), [TopK(1)], spec) for engine in (built.engine, reference))
     assert expected.maps.max() == 1

@@ -6,7 +6,7 @@ from heatlens_server.backends.onnx.manifest import Manifest
 from heatlens_server.core.engine import Capabilities, MapSpec
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.graph_spec import CLASS_INDEX, IMAGE, Format, InputKind, Output
-from heatlens_server.core.methods import DEFAULT_LAYER_ONLY, Method
+from heatlens_server.core.methods import Method
 
 
 def check_served(manifest: Manifest, wanted: Format, needed: tuple[Output, ...]) -> None:
@@ -70,7 +70,8 @@ def served_info(manifest: Manifest, *, engine_name: str, device: str) -> Capabil
     layers = {layer: {graph.method for graph in manifest.graphs if graph.layer == layer} for layer in manifest.layers}
     of_default = layers[manifest.graphs[0].layer]
     height_px, width_px = manifest.preprocess.input_px
-    offered = tuple(layer for layer, methods in layers.items() if of_default - DEFAULT_LAYER_ONLY <= methods)
+    everywhere = {method for method in of_default if not method.traits.default_layer_only}
+    offered = tuple(layer for layer, methods in layers.items() if everywhere <= methods)
     held = {method: tuple(layer for layer in offered if method in layers[layer]) for method in of_default}
     return Capabilities(
         engine_name=engine_name,

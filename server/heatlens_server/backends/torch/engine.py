@@ -17,7 +17,7 @@ from heatlens_server.core.arrays import UInt8Array
 from heatlens_server.core.engine import Capabilities, MapSpec, Steps
 from heatlens_server.core.errors import InvalidArgument, ModelLoadError
 from heatlens_server.core.grid import Layout
-from heatlens_server.core.methods import CLOSED_FORMS, OF_PYRAMIDS, Method
+from heatlens_server.core.methods import CLOSED_FORMS, Method
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import Target
 
@@ -51,7 +51,7 @@ class TorchEngine:
             offered -= {Method.LE_GRAD}
         multi_map_layers = frozenset(layer for layer in model.layers if model.grid(layer).layout is Layout.PYRAMID)
         if multi_map_layers == set(model.layers):
-            offered &= OF_PYRAMIDS
+            offered = {method for method in offered if method.traits.takes_multi_map_layers}
         self._info = Capabilities(
             engine_name="torch",
             device=str(self._model.device),

@@ -24,7 +24,7 @@ from heatlens_server.core.arrays import Float32Array, UInt8Array
 from heatlens_server.core.engine import Capabilities, MapSpec
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.graph_spec import Format, InputKind, Output
-from heatlens_server.core.methods import ACTIVATIONS_ALONE, RANKED, Method
+from heatlens_server.core.methods import RANKED, Method
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import Target, class_targets
 
@@ -62,7 +62,7 @@ class TorchScriptEngine:
             ModelLoadError: the export is not one for this engine, cannot be loaded or does not run, or there is no
                 such device.
         """
-        alone = all(graph.method in ACTIVATIONS_ALONE for graph in manifest.graphs)
+        alone = all(graph.method.traits.class_free for graph in manifest.graphs)
         check_served(manifest, Format.TORCHSCRIPT, _NEEDED if alone else (*_NEEDED, Output.GRADIENTS))
         self._device = resolve_device(device)
         self._manifest = manifest
@@ -122,7 +122,7 @@ class TorchScriptEngine:
         loaded = self._loaded(graph.file)
         returned = loaded.module(self._image(images).contiguous(memory_format=loaded.layout), index)
         outputs = dict(zip(graph.outputs, returned, strict=True))
-        if graph.method in ACTIVATIONS_ALONE:
+        if graph.method.traits.class_free:
             factors = outputs[Output.CLASS_ID]
         elif graph.method is Method.CAM:
             # Offered behind global average pooling and one linear layer only, whose weights these sums are.

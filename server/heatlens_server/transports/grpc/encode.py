@@ -14,7 +14,7 @@ from heatlens_server.api.tasks.table import task_wire
 from heatlens_server.core.arrays import Float32Array, UInt8Array
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.geometry import PixelBox, place_map
-from heatlens_server.core.methods import AT_INPUT_SIZE, Metric
+from heatlens_server.core.methods import Metric
 from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.core.results import Finding, ImageResult
 from heatlens_server.fleet.served_model import ServedModel
@@ -47,7 +47,7 @@ def check_answer_size(plan: ExplainPlan, image: FittedImage, limits: Limits, *, 
         pixels = image.source_width_px * image.source_height_px
     else:
         # A layer's own map is far smaller than the input.
-        pixels = at_input if plan.spec.upsample or plan.spec.method in AT_INPUT_SIZE else 0
+        pixels = at_input if plan.spec.upsample or plan.spec.method.traits.always_at_input_size else 0
     maps_bytes = map_count * pixels * np.dtype(plan.map_dtype).itemsize
     if plan.spec.return_mask:
         maps_bytes += max(pixels, at_input)

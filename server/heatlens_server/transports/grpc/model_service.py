@@ -9,7 +9,7 @@ from heatlens.v1 import model_pb2 as pb
 from heatlens.v1 import model_pb2_grpc
 from heatlens_server.api.limits import Limits
 from heatlens_server.core.engine import Capabilities
-from heatlens_server.core.methods import PRESETS, Method, Preset
+from heatlens_server.core.methods import Method
 from heatlens_server.fleet.registry import ModelState, Registry, Slot
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.transports.grpc.names import METHOD_TO_PROTO
@@ -93,10 +93,10 @@ def _model(slot: Slot[ServedModel]) -> pb.Model:
 
 
 def _support(method: Method, capabilities: Capabilities) -> pb.MethodSupport:
-    preset = PRESETS.get(method, Preset(method))
+    preset = method.as_preset
     by_companion = preset.method in capabilities.fallback_methods or preset.score in capabilities.fallback_scores
     return pb.MethodSupport(
         method=METHOD_TO_PROTO[method],
         engine="torch" if by_companion else capabilities.engine_name,
-        in_steps=preset.method.in_steps,
+        in_steps=preset.method.traits.in_steps,
     )

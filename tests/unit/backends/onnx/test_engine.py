@@ -22,7 +22,7 @@ from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.graph_spec import Format, GraphSpec, InputKind, Output
-from heatlens_server.core.methods import CLOSED_FORMS, DEFAULT_LAYER_ONLY, Method, Score
+from heatlens_server.core.methods import CLOSED_FORMS, Method, Score
 from heatlens_server.core.targets import ClassIds, TopK
 
 SPEC = MapSpec(Method.GRAD_CAM, ("body",), upsample=False)
@@ -132,7 +132,7 @@ def test_it_says_what_it_can_do():
         methods=methods,
         scores=(Score.LOGIT,),
         has_options=False,
-        layers_by_method=dict.fromkeys(DEFAULT_LAYER_ONLY - {Method.CAM}, ("body",)),
+        layers_by_method=dict.fromkeys((m for m in methods if m.traits.default_layer_only), ("body",)),
     )
     plain = MapSpec(Method.EIGEN_CAM, ("body",), upsample=False)
     assert engine.can(plain)

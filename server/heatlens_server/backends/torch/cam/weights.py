@@ -60,7 +60,7 @@ def weigh(weights: Tensor, activations: Tensor) -> Tensor:
     return wide(weights)[..., None, None] * wide(activations).unsqueeze(1)
 
 
-_WEIGHTED: Mapping[Method, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType(
+WEIGHTED_ACTIVATIONS: Mapping[Method, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType(
     {
         Method.CAM: lambda activations, class_weights: weigh(class_weights, activations),
         Method.GRAD_CAM: lambda activations, gradients: weigh(grad_cam_weights(gradients), activations),
@@ -83,11 +83,11 @@ def weighted(method: Method, activations: Tensor, factors: Tensor) -> Tensor:
     """Weight activations as a closed form does, without summing them: what principal-component smoothing projects.
 
     Args:
-        method: a closed form in `core.methods.WEIGHTED`.
+        method: a closed form that `weights_activations`.
         activations: (N, C, h, w).
         factors: the gradients (N, K, C, h, w); for `Method.CAM` the class weights (N, K, C).
 
     Returns:
         (N, K, C, h, w), float32 or wider, whose sum over C is `cam.methods.raw_map`.
     """
-    return _WEIGHTED[method](activations, factors)
+    return WEIGHTED_ACTIVATIONS[method](activations, factors)

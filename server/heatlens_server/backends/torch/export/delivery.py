@@ -18,7 +18,7 @@ from heatlens_server.backends.torch.export.verify import verify as verify_export
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import MANIFEST_FILE, Format, GraphSpec
-from heatlens_server.core.methods import CLOSED_FORMS, Method
+from heatlens_server.core.methods import Method
 from heatlens_server.core.tasks import Task
 
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -100,7 +100,7 @@ def methods_of(model: LoadedModel) -> tuple[Method, ...]:
     engine.close()
     # The engine has laid the weights out for itself.
     model.module.to(memory_format=torch.contiguous_format)
-    return tuple(method for method in engine.info.methods if method in CLOSED_FORMS)
+    return tuple(method for method in engine.info.methods if method.traits.exportable)
 
 
 @contextmanager

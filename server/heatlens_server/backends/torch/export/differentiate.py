@@ -20,7 +20,7 @@ from heatlens_server.backends.torch.export.tail import (
 )
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.core.graph_spec import MAP_OUTPUTS, GraphSpec, Output
-from heatlens_server.core.methods import ACTIVATIONS_ALONE, Method
+from heatlens_server.core.methods import Method
 
 
 def differentiate(model: LoadedModel, spec: GraphSpec) -> GraphModule:
@@ -43,7 +43,7 @@ def differentiate(model: LoadedModel, spec: GraphSpec) -> GraphModule:
 
 def differentiate_layer(captured: Captured, spec: GraphSpec) -> GraphModule:
     """Make the graph of one of the captured layers; see `differentiate`."""
-    if spec.method in ACTIVATIONS_ALONE and Output.GRADIENTS not in spec.outputs:
+    if spec.method.traits.class_free and Output.GRADIENTS not in spec.outputs:
         return _without_backward(captured, spec)
     assembly = Assembly(captured)
     goal = Goal(spec.score, spec.multi_label)
@@ -121,7 +121,7 @@ def _maps(
 ) -> list[Node]:
     """Add a method's map, scale and offset to the nodes of class ids, activations and gradients."""
     class_id, activations, gradients = nodes
-    if method not in ACTIVATIONS_ALONE:
+    if not method.traits.class_free:
         return assembly.inline(trace_map(method, *fakes), [activations, gradients])
     part = trace_activation_map(method, fakes[0], captured.class_index.meta["val"])
     return assembly.inline(part, [activations, class_id])[1:]

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from heatlens_server.backends.torch.export.comparison import PER_CLASS, Truth
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import Output
-from heatlens_server.core.methods import ACTIVATIONS_ALONE, Method
+from heatlens_server.core.methods import Method
 
 
 @dataclass(slots=True)
@@ -52,4 +52,4 @@ def telling(methods: Sequence[Method]) -> frozenset[Method]:
 
     Maps of activations alone are right even where the backward pass is wrong, or its maps are all flat.
     """
-    return frozenset(methods) - ACTIVATIONS_ALONE or frozenset(methods)
+    return frozenset(method for method in methods if not method.traits.class_free) or frozenset(methods)

@@ -24,7 +24,7 @@ from heatlens_server.core.graph_spec import (
     InputKind,
     Output,
 )
-from heatlens_server.core.methods import CLOSED_FORMS, DEFAULT_LAYER_ONLY, Method, Score
+from heatlens_server.core.methods import Method, Score
 
 SUFFIXES = {Format.ONNX: ".onnx", Format.TORCHSCRIPT: ".ts", Format.PT2: ".pt2"}
 
@@ -95,8 +95,8 @@ def export_bundle(
 ) -> Manifest:
     """Write a graph for every layer of a model and method, for engines to use: uint8 in, logits and maps out.
 
-    Some methods are for the default layer only (`DEFAULT_LAYER_ONLY`): more graphs take longer to make than it takes
-    torch to do without them.
+    Some methods are for the default layer only (`MethodTraits.default_layer_only`): making more graphs takes longer
+    than loading torch, which does without them.
 
     Args:
         model: left as it was.
@@ -119,13 +119,13 @@ def export_bundle(
     report(f"recording {model.name}")
     captured = capture(model, model.layers, input_kind=InputKind.UINT8, precision=precision, classes=classes)
     outputs = SERVED_OUTPUTS if file_format is Format.ONNX else tuple(Output)[:4]
-    methods = [method for method in methods if method in CLOSED_FORMS]
+    methods = [method for method in methods if method.traits.exportable]
     spec = GraphSpec(model.layers[0], methods[0], classes, precision, InputKind.UINT8, outputs)
     targets = [
         (layer, method)
         for layer in model.layers
         for method in methods
-        if method not in DEFAULT_LAYER_ONLY or layer == model.layers[0]
+        if not method.traits.default_layer_only or layer == model.layers[0]
     ]
     graphs: list[GraphFile] = []
     if file_format is Format.ONNX:

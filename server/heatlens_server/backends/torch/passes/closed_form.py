@@ -28,7 +28,7 @@ def closed_form(model: TorchModel, inputs: Tensor, targets: Sequence[Target], sp
     Raises:
         ValueError: CAM is asked for, and the model has no linear head over its pooled first layer.
     """
-    needs_gradient = spec.method.needs_gradient
+    needs_gradient = spec.method.traits.needs_gradient
     output, outputs = model.record(inputs, spec.layers, differentiate=needs_gradient)
     goals = model.task.goals(output, targets, score=spec.score, run=model.run_images)
     with torch.no_grad():

@@ -13,7 +13,7 @@ from heatlens_server.backends.torch.passes.le_grad import le_grad
 from heatlens_server.backends.torch.passes.one_pass import Explained, OnePass
 from heatlens_server.backends.torch.passes.shapley_cam import shapley_cam
 from heatlens_server.core.engine import MapSpec
-from heatlens_server.core.methods import AT_INPUT_SIZE, Method
+from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import Target
 
 PASSES: Mapping[Method, OnePass] = MappingProxyType(
@@ -30,6 +30,6 @@ PASSES: Mapping[Method, OnePass] = MappingProxyType(
 def explain(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> Explained:
     """Explain inputs (N, 3, H, W) with any method that takes no steps. Call it with gradients enabled."""
     explained = PASSES.get(spec.method, closed_form)(model, inputs, targets, spec)
-    if spec.method in AT_INPUT_SIZE:
+    if spec.method.traits.always_at_input_size:
         return explained
     return explained.on_image(model, (inputs.shape[2], inputs.shape[3]))

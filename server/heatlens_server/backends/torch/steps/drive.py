@@ -88,7 +88,7 @@ def _smoothed(
     size_px = (inputs.shape[2], inputs.shape[3])
     total = plain.values
     variants = [(factor, flip) for flip in (False, True) for factor in _FACTORS if flip or factor != 1.0]
-    step = 1 if spec.method.in_steps else rows
+    step = 1 if spec.method.traits.in_steps else rows
     for start in range(0, len(variants), step):
         chosen = variants[start : start + step]
         changed = torch.cat([(inputs.flip(-1) if flip else inputs) * factor for factor, flip in chosen])

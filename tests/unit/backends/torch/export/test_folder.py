@@ -10,7 +10,7 @@ from heatlens_server.backends.torch.export.folder import export_graph
 from heatlens_server.backends.torch.sources.weights import weights_version
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import SERVED_OUTPUTS, Format, GraphSpec, InputKind, Output
-from heatlens_server.core.methods import CLOSED_FORMS, DEFAULT_LAYER_ONLY, Method
+from heatlens_server.core.methods import CLOSED_FORMS, Method
 
 
 def test_manifest_of_one_graph(tmp_path):
@@ -51,7 +51,7 @@ def test_a_server_s_export_has_every_layer_and_method():
     _, manifest = bundle(model, Format.ONNX)
     methods = [method for method in CLOSED_FORMS if method is not Method.CAM]
     expected = [("last", method) for method in methods]
-    expected += [("first", method) for method in methods if method not in DEFAULT_LAYER_ONLY]
+    expected += [("first", method) for method in methods if not method.traits.default_layer_only]
     assert [(graph.layer, graph.method) for graph in manifest.graphs] == expected
     assert {graph.outputs for graph in manifest.graphs} == {SERVED_OUTPUTS}
     assert (manifest.layers, manifest.classes, manifest.input) == (("last", "first"), None, InputKind.UINT8)

@@ -11,7 +11,7 @@ from engine_cases import hook_count, noise
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.passes.table import PASSES
 from heatlens_server.core.engine import MapSpec
-from heatlens_server.core.methods import AT_INPUT_SIZE, Method
+from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import ClassIds, TopK
 from pass_cases import placed, raw
 from tiny_models import tiny_mlp
@@ -82,7 +82,7 @@ def test_maps_have_the_size_asked_for_or_that_of_the_input(method, name):
     (small,) = engine.explain(noise(1), [TopK(1)], spec(engine, method))
     (large,) = engine.explain(noise(1), [TopK(1)], spec(engine, method, upsample=True))
     assert large.maps.shape == (1, 64, 64)
-    assert (small.maps.shape == large.maps.shape) is (method in AT_INPUT_SIZE)
+    assert (small.maps.shape == large.maps.shape) is method.traits.always_at_input_size
 
 
 @cases

@@ -10,7 +10,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from engine_cases import noise
 from heatlens_server.backends.torch.cam.methods import raw_map
 from heatlens_server.backends.torch.cam.weights import weighted
-from heatlens_server.core.methods import WEIGHTED, Method
+from heatlens_server.core.methods import CLOSED_FORMS, Method
 from heatlens_server.core.targets import ClassIds
 from pass_cases import assert_parity, calibrated, placed, raw, stretched, top
 from tiny_models import tiny, tiny_mlp
@@ -33,7 +33,7 @@ NETWORKS = {
 
 
 def test_every_method_that_weights_activations_is_here():
-    assert set(REFERENCES) | {Method.CAM} <= WEIGHTED
+    assert all(method.traits.weights_activations for method in (*REFERENCES, Method.CAM))
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -73,7 +73,7 @@ def test_parity_with_grad_cam(case, method):
         assert_parity(f"principal {method} {name} grad-cam", nearest, found[n], 1e-3)
 
 
-@pytest.mark.parametrize("method", sorted(WEIGHTED - {Method.SHAPLEY_CAM}))
+@pytest.mark.parametrize("method", [m for m in CLOSED_FORMS if m.traits.weights_activations])
 def test_weighted_activations_sum_to_the_map(method):
     generator = torch.Generator().manual_seed(0)
     activations = torch.randn(2, 5, 3, 4, generator=generator)
