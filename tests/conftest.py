@@ -1,7 +1,11 @@
 """Fixtures shared by all tests: real photos, a real server process, and a server on the test's own loop."""
 
-import gc
 import os
+
+# Small tensors: one thread per operation is faster, on a busy machine a hundred times. NumPy reads this when imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import gc
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -14,9 +18,6 @@ import pytest
 import pytest_asyncio
 
 from server_process import ServerProcess, start_server_process, wait_settled
-
-# Two cores and many small tensors: one thread per operation is faster and steadier.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 EXPORT_TIMEOUT_S = 600.0
 

@@ -12,15 +12,16 @@ from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
 from wire import Details, distinct, pixels
 
-TORCH = 'engine = "torch"\n'
+TORCH = 'engine = "torch"\nlayers = ["body"]\n'
+# As in tests/conftest.py, whose export is the same.
+EXPORTED = 'layers = ["body", "stem"]\n'
 PREPROCESS = """
-layers = ["body"]
 preprocess = { resize_px = 64, crop_px = 64, mean = [0.485, 0.456, 0.406], std = [0.229, 0.224, 0.225] }
 """
 
 TOML = '[server]\nlisten = "127.0.0.1:0"\n' + "".join(
     # Only "good" is a graph: the others' Python is what is tested.
-    f'[[models]]\nname = "{name}"\nsource = "python:{source}"\n{"" if name == "good" else TORCH}{PREPROCESS}'
+    f'[[models]]\nname = "{name}"\nsource = "python:{source}"\n{EXPORTED if name == "good" else TORCH}{PREPROCESS}'
     for name, source in {
         "good": "tiny_models:tiny",
         "factory": "odd_models:exits_in_factory",

@@ -28,7 +28,7 @@ from wire import pixels
 
 pytestmark = pytest.mark.serial
 
-KILL_S = float(os.environ.get("HEATLENS_KILL_S", "15"))
+KILL_S = float(os.environ.get("HEATLENS_KILL_S", "8"))
 KILL_SEED = 4
 MAX_STREAMS = 24
 

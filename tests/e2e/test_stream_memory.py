@@ -11,8 +11,6 @@ import pytest
 
 from watched_server import SUPPORT, import_path, watched_server
 
-pytestmark = pytest.mark.serial
-
 TOML = """
 [server]
 listen = "127.0.0.1:0"
@@ -26,13 +24,14 @@ batching = { max_batch_size = 16 }
 preprocess = { resize_px = 64, crop_px = 64, mean = [0.5, 0.5, 0.5], std = [0.5, 0.5, 0.5] }
 """
 
-FRAMES = 20_000
+# Memory is that of two processes of their own: other tests may run beside this one.
+FRAMES = 10_000
 # The control needs fewer: what it keeps shows after a few thousand.
 LEAKING_FRAMES = 3_000
 WINDOW = 64
 
 # An answer for one of these frames, kept, costs 1.5 to 2 kB. The allocator's own ups and downs, as a line through half
-# of the samples, are below 0.1 kB per frame.
+# of the samples, are below 0.2 kB per frame.
 TOLERANCE_BYTES_PER_FRAME = 500.0
 
 
@@ -51,7 +50,7 @@ def soak(folder: Path, count: int, *, leak: bool) -> list[list[int]]:
             stdout=subprocess.PIPE,
             text=True,
             check=True,
-            timeout=280,
+            timeout=580,
             env={**os.environ, **import_path()},
         )
         held = server.until(lambda held: held.balanced)
@@ -61,9 +60,9 @@ def soak(folder: Path, count: int, *, leak: bool) -> list[list[int]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("leak", [False, True], ids=["flat", "control"])
-def test_memory_of_both_ends_is_flat_over_twenty_thousand_frames(tmp_path, leak):
+def test_memory_of_both_ends_is_flat_over_ten_thousand_frames(tmp_path, leak):
     samples = soak(tmp_path, LEAKING_FRAMES if leak else FRAMES, leak=leak)
     assert len(samples) == 200
     server, client = growth_bytes_per_frame(samples)

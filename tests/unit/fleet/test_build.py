@@ -12,6 +12,7 @@ import pytest
 
 import tiny_models
 from engine_cases import noise
+from heatlens_server.backends.onnx.manifest import read_manifest
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import ExportError, ModelLoadError
@@ -57,6 +58,13 @@ def make(caplog):
     yield make
     for model in made:
         model.engine.close()
+
+
+@pytest.fixture
+def cached_export(make, cache_dir):
+    """The folder of the session's export of `config()`."""
+    model, _ = make(config(), cache_dir)
+    return model.engine.primary._folder
 
 
 def maps(model: BuiltModel, layer: str = "body") -> np.ndarray:
@@ -127,12 +135,17 @@ def test_what_cannot_be_exported_is_run_by_torch_and_the_log_says_why(make, tmp_
         make(poisonous.model_copy(update={"engine": "onnxruntime"}), tmp_path)
 
 
-def test_an_export_that_is_wrong_is_not_used(make, tmp_path, monkeypatch, caplog):
+def test_an_export_that_is_wrong_is_not_used(make, cached_export, tmp_path, monkeypatch, caplog):
+    def exported(*_args, folder, **_kwargs):
+        shutil.copytree(cached_export, folder, dirs_exist_ok=True)
+        return read_manifest(folder)
+
     def wrong(*_args, **_kwargs):
         raise ExportError("cam differs by 0.5")
 
+    monkeypatch.setattr("heatlens_server.backends.torch.export.folder.export_bundle", exported)
     monkeypatch.setattr("heatlens_server.backends.torch.export.verify.verify", wrong)
-    model, _ = make(config(layers=["body"]), tmp_path)
+    model, _ = make(config(), tmp_path)
     assert model.engine.info.engine_name == "torch"
     assert "not by onnxruntime: cam differs by 0.5" in caplog.text
     assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".failed", ".lock"]
@@ -150,16 +163,17 @@ def test_a_passing_failure_is_not_remembered(make, tmp_path, monkeypatch, caplog
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_a_changed_forward_with_the_same_weights_is_noticed(make, tmp_path, monkeypatch, caplog):
-    small = config(layers=["body"])
-    before, _ = make(small, tmp_path)
+def test_a_changed_forward_with_the_same_weights_is_noticed(make, cached_export, tmp_path, monkeypatch, caplog):
+    shutil.copytree(cached_export, tmp_path / cached_export.name)
+    before, phases = make(config(), tmp_path)
+    assert phases == []
     forward = tiny_models.Tiny.forward
     monkeypatch.setattr(tiny_models.Tiny, "forward", lambda self, x: forward(self, x * 0.5) * 3)
-    after, phases = make(small, tmp_path)
+    after, phases = make(config(), tmp_path)
     assert "is not of the model m as it is now" in caplog.text
     assert any("recording" in phase for phase in phases)
     assert after.engine.info.engine_name == "onnxruntime"
-    reference, _ = make(small.model_copy(update={"engine": "torch"}), tmp_path)
+    reference, _ = make(config(engine="torch"), tmp_path)
     np.testing.assert_allclose(maps(after), maps(reference), atol=1e-4)
     assert np.abs(maps(after) - maps(before)).max() > 1e-3
 
@@ -264,10 +278,9 @@ def test_where_auto_runs_on_a_machine_with_a_gpu(monkeypatch, device, providers,
 
 
 @pytest.fixture
-def export(make, cache_dir, tmp_path):
+def export(cached_export, tmp_path):
     """A folder with an export, away from the cache."""
-    model, _ = make(config(), cache_dir)
-    return shutil.copytree(model.engine.primary._folder, tmp_path / "export")
+    return shutil.copytree(cached_export, tmp_path / "export")
 
 
 def from_folder(folder, **changes):
