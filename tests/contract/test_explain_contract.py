@@ -4,28 +4,12 @@ import asyncio
 
 import cv2
 import grpc
-import grpc.aio
 import numpy as np
 import pytest
 
-from faces import RawFace, Refused, SdkFace, SyncFace
-from heatlens import AsyncClient, Client, InvalidArgumentError, PixelBox, place_map
+from faces import Refused
+from heatlens import Client, InvalidArgumentError, PixelBox, place_map
 from heatlens.v1 import model_pb2, model_pb2_grpc
-
-FACES = ["sync", "async", "raw"]
-
-
-@pytest.fixture(params=FACES)
-async def face(request, server):
-    if request.param == "raw":
-        async with grpc.aio.insecure_channel(server.address) as channel:
-            yield RawFace(channel)
-    elif request.param == "async":
-        async with AsyncClient(server.address) as client:
-            yield SdkFace(client)
-    else:
-        with Client(server.address) as client:
-            yield SyncFace(client)
 
 
 @pytest.fixture(scope="session")

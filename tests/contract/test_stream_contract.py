@@ -3,30 +3,13 @@
 import asyncio
 
 import cv2
-import grpc
-import grpc.aio
 import numpy as np
 import pytest
 
-from faces import RawFace, Refused, SdkFace, SyncFace
-from heatlens import AsyncClient, Client, UnavailableError
+from faces import Refused
+from heatlens import Client, UnavailableError
 from server_process import wait_settled
 from wire import distinct
-
-FACES = ["sync", "async", "raw"]
-
-
-@pytest.fixture(params=FACES)
-async def face(request, server):
-    if request.param == "raw":
-        async with grpc.aio.insecure_channel(server.address) as channel:
-            yield RawFace(channel)
-    elif request.param == "async":
-        async with AsyncClient(server.address) as client:
-            yield SdkFace(client)
-    else:
-        with Client(server.address) as client:
-            yield SyncFace(client)
 
 
 def jpeg(pixels):
@@ -41,12 +24,14 @@ def pictures():
 
 @pytest.mark.parametrize("window", [1, 4, 64])
 async def test_every_answer_belongs_to_its_frame(face, pictures, window):
-    granted, answers = await face.stream(pictures, max_in_flight=window, top_k=2, map_size="input")
+    granted, answers = await face.stream(pictures, max_in_flight=window, top_k=2, top_predictions=3, map_size="input")
     assert granted == window
     assert [item.frame_id for item in answers] == list(range(len(pictures)))
     for picture, item in zip(pictures, answers, strict=True):
-        alone = await face.explain(picture, top_k=2, map_size="input")
+        alone = await face.explain(picture, top_k=2, top_predictions=3, map_size="input")
         assert item.answer.class_ids == alone.class_ids
+        assert item.answer.predictions == alone.predictions
+        assert (item.answer.model, item.answer.model_version) == (alone.model, alone.model_version)
         assert item.answer.region == alone.region
         np.testing.assert_allclose(item.answer.logits, alone.logits, atol=1e-3)
         for values, expected in zip(item.answer.maps, alone.maps, strict=True):

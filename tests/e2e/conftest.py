@@ -9,7 +9,7 @@ import grpc.aio
 import pytest_asyncio
 
 from heatlens.v1 import explain_pb2_grpc
-from raw_stream import batcher_of, until
+from in_process_server import batcher_of, until
 
 if TYPE_CHECKING:
     # Costs seconds: tests that use none of this need not wait.

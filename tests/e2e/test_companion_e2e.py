@@ -16,7 +16,8 @@ import tiny_models
 from heatlens import Client, DeadlineExceededError
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc, method_pb2
-from raw_stream import PATIENCE_S, RawStream, batcher_of, kinds, until
+from in_process_server import batcher_of, engine_of, until
+from raw_stream import PATIENCE_S, RawStream, kinds
 from server_process import wait_settled
 from wire import Details, distinct, map_of, pixels
 
@@ -94,7 +95,7 @@ class Gate:
     def __init__(self, server: "Server") -> None:
         self.taken = self.live = 0
         self._tickets = threading.Semaphore(0)
-        engine = server.registry.get(MODEL).queue._engine
+        engine = engine_of(server, MODEL)
         steps = engine.steps
 
         def gated(*args, **kwargs):

@@ -17,6 +17,7 @@ from heatlens_server.api import explainer
 from heatlens_server.api import images as request_images
 from heatlens_server.app import Server
 from heatlens_server.transports.grpc import explain_service
+from in_process_server import DeviceGate, batcher_of, until
 from wire import Details, distinct, encoded, map_of, pixels
 
 PREPROCESS = """
@@ -50,10 +51,6 @@ async def live(start_server) -> Server:
     return await start_server(TOML)
 
 
-def batcher(server: Server, model: str = "mlp"):
-    return server.registry.get(model).queue.batcher
-
-
 def request(image: np.ndarray, model: str = "mlp") -> pb.ExplainRequest:
     return pb.ExplainRequest(model=model, image=pixels(image))
 
@@ -66,16 +63,10 @@ async def failure(call) -> tuple[grpc.StatusCode, Details | None]:
     return error.code(), Details(error) if has_details else None
 
 
-async def until(condition) -> None:
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 - what is waited for is in other threads
-            await asyncio.sleep(0.005)
-
-
 async def test_eight_callers_share_a_batch_and_get_their_own_maps(live, stub):
     images = distinct(8)
     alone = [await stub.Explain(request(image)) for image in images]
-    batcher(live).hold_until(8)
+    batcher_of(live).hold_until(8)
     together = await asyncio.gather(*(stub.Explain(request(image)) for image in images))
     for one, other in zip(alone, together, strict=True):
         assert one.timing.batch_size == 1
@@ -87,7 +78,7 @@ async def test_eight_callers_share_a_batch_and_get_their_own_maps(live, stub):
 async def test_cancelling_one_of_eight_leaves_seven_right_answers(live, stub):
     images = distinct(8)
     alone = [await stub.Explain(request(image)) for image in images]
-    held = batcher(live)
+    held = batcher_of(live)
     held.hold_until(9)
     calls = [stub.Explain(request(image)) for image in images]
     await until(lambda: len(held) == 8)
@@ -112,31 +103,28 @@ async def test_cancel_storm_leaks_no_place_in_the_queue(live, stub):
         for call in calls:
             call.cancel()
         await asyncio.gather(*(call.code() for call in calls))
-    await until(lambda: len(batcher(live)) == 0)
+    await until(lambda: len(batcher_of(live)) == 0)
     assert (await stub.Explain(request(image))).explanations
 
 
 async def test_deadline_that_expires_in_the_queue_spares_the_model(live, stub):
     image = distinct(1)[0]
     await stub.Explain(request(image))
-    engine_calls: list[int] = []
-    engine = live.registry.get("mlp").queue._engine
-    explain = engine.explain
-    engine.explain = lambda images, *rest: (engine_calls.append(len(images)), explain(images, *rest))[1]
-    held = batcher(live)
+    gate = DeviceGate(live)
+    held = batcher_of(live)
     held.hold_until(2)
     code, _ = await failure(stub.Explain(request(image), timeout=0.2))
     assert code is grpc.StatusCode.DEADLINE_EXCEEDED
     await until(lambda: len(held) == 0)
-    assert engine_calls == []
+    assert gate.batches == []
     held.hold_until(0)
     await stub.Explain(request(image))
-    assert engine_calls == [1]
+    assert [len(batch) for batch in gate.batches] == [1]
 
 
 async def test_full_queue_refuses_at_once_and_recovers(live, stub):
     image = distinct(1)[0]
-    held = batcher(live)
+    held = batcher_of(live)
     held.hold_until(81)
     waiting = [stub.Explain(request(image)) for _ in range(80)]
     await until(lambda: len(held) == 80)
@@ -158,7 +146,7 @@ async def test_full_queue_refuses_at_once_and_recovers(live, stub):
 async def test_poison_image_fails_alone_with_nothing_of_ours_in_the_text(live, stub, caplog):
     images = distinct(4)
     white = np.full((64, 64, 3), 255, np.uint8)
-    batcher(live, "poisonous").hold_until(5)
+    batcher_of(live, "poisonous").hold_until(5)
     calls = [stub.Explain(request(image, "poisonous")) for image in [*images[:2], white, *images[2:]]]
     code, details = await failure(calls.pop(2))
     assert code is grpc.StatusCode.INTERNAL
@@ -190,7 +178,7 @@ async def test_exception_inside_is_internal_and_the_server_lives(live, stub, mon
     assert "secret-token-123" in caplog.text
     assert any(getattr(record, "request_id", None) == "my-request.1" for record in caplog.records)
     assert (await stub.Explain(sent)).explanations
-    assert len(batcher(live)) == 0
+    assert len(batcher_of(live)) == 0
 
 
 async def test_sixty_four_callers_with_distinct_images_get_their_own_maps(stub):

@@ -1,6 +1,5 @@
 """StreamExplain on a real server and a real port: answers, their order, windows, sampling, smoothing."""
 
-import asyncio
 import logging
 
 import numpy as np
@@ -9,7 +8,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import model_pb2, model_pb2_grpc
-from raw_stream import RawStream, batcher_of, kinds, status_details, until
+from in_process_server import batcher_of, until
+from raw_stream import RawStream, kinds, status_details
 from wire import distinct, encoded, map_of, pixels
 
 
@@ -22,24 +22,6 @@ def assert_same(one: pb.ExplainResponse, other: pb.ExplainResponse) -> None:
     for left, right in zip(one.explanations, other.explanations, strict=True):
         np.testing.assert_allclose(map_of(left), map_of(right), atol=1e-5)
         assert left.logit == pytest.approx(right.logit, rel=1e-4)
-
-
-@pytest.mark.parametrize("window", [1, 3, 64])
-async def test_every_answer_belongs_to_its_frame_and_says_what_explain_says(stub, window):
-    images = distinct(24)
-    stream = RawStream(stub)
-    started = await stream.open(max_in_flight=window, options=pb.ExplainOptions(top_k=2, top_predictions=3))
-    assert (started.model, started.max_in_flight) == ("mlp", window)
-    sending = asyncio.create_task(send_all(stream, images))
-    answers = await stream.answers(len(images))
-    await sending
-    assert await stream.finish() == []
-    assert kinds(answers) == [(10 * i, "result") for i in range(len(images))]
-    for image, answer in zip(images, answers, strict=True):
-        alone = await unary(stub, image, top_k=2, top_predictions=3)
-        assert_same(answer.result, alone)
-        assert [p.class_id for p in answer.result.predictions] == [p.class_id for p in alone.predictions]
-        assert answer.result.model_version == started.model_version == alone.model_version
 
 
 async def send_all(stream: RawStream, images: list[np.ndarray]) -> None:
@@ -109,13 +91,6 @@ async def test_maps_on_the_source_are_those_of_explain(stub):
     (answer,) = await stream.finish()
     assert list(answer.result.explanations[0].map.shape) == list(image.shape[:2])
     assert_same(answer.result, await unary(stub, image, map_size=pb.MAP_SIZE_SOURCE))
-
-
-@pytest.mark.parametrize(("asked", "granted"), [(0, 8), (1, 1), (64, 64), (1000, 64)])
-async def test_window_in_force(stub, asked, granted):
-    stream = RawStream(stub)
-    assert (await stream.open(max_in_flight=asked)).max_in_flight == granted
-    assert await stream.finish() == []
 
 
 async def test_a_full_window_stops_the_reading_and_loses_nothing(live, stub, channel):

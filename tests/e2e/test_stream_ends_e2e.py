@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import threading
 from collections.abc import Iterator
 
 import grpc
@@ -14,64 +13,26 @@ from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
 from heatlens_server.api.stream import window
 from heatlens_server.app import Server
-from raw_stream import PATIENCE_S, RawStream, batcher_of, kinds, status_details, until
+from in_process_server import DeviceGate, balanced, batcher_of, until
+from raw_stream import IMAGE, PATIENCE_S, RawStream, a_clean_stream_works, kinds, status_details
 from wire import distinct, pixels
 
 DROP_OLDEST = pb.OVERFLOW_POLICY_DROP_OLDEST
-IMAGE = distinct(1)[0]
-
-
-class Gate:
-    """Holds the device of the model "mlp" while closed, and notes the images of each batch by their first pixel."""
-
-    def __init__(self, server: Server) -> None:
-        self._open = threading.Event()
-        self._open.set()
-        self.entered = 0
-        self.batches: list[list[tuple[int, ...]]] = []
-        engine = server.registry.get("mlp").queue._engine
-        explain = engine.explain
-
-        def gated(images, *rest):
-            self.entered += 1
-            self.batches.append([tuple(image[0, 0]) for image in images])
-            assert self._open.wait(PATIENCE_S)
-            return explain(images, *rest)
-
-        engine.explain = gated
-
-    def close(self) -> None:
-        self._open.clear()
-
-    def open(self) -> None:
-        self._open.set()
 
 
 @pytest.fixture
-def gate(live: Server) -> Iterator[Gate]:
-    made = Gate(live)
+def gate(live: Server) -> Iterator[DeviceGate]:
+    made = DeviceGate(live)
     yield made
     made.open()
 
 
-async def running(stream: RawStream, gate: Gate) -> None:
+async def running(stream: RawStream, gate: DeviceGate) -> None:
     """Frame 0 of an open stream is in the device, behind a closed gate."""
     gate.close()
     entered = gate.entered
     await stream.send(0, IMAGE)
     await until(lambda: gate.entered == entered + 1)
-
-
-async def balanced(server: Server) -> None:
-    await until(lambda: server.streams.counters.open == 0 and len(batcher_of(server)) == 0)
-
-
-async def a_clean_stream_works(stub) -> None:
-    stream = RawStream(stub)
-    await stream.open()
-    for i, image in enumerate(distinct(6)):
-        await stream.send(i, image)
-    assert kinds(await stream.finish()) == [(i, "result") for i in range(6)]
 
 
 async def test_dropping_keeps_the_newest_and_answers_the_oldest_at_once(live, stub):
@@ -184,25 +145,6 @@ async def test_half_close_finishes_what_is_in_flight(live, stub):
     for i in range(8):
         await stream.send(i, IMAGE)
     assert kinds(await stream.finish()) == [(i, "result") for i in range(8)]
-
-
-@pytest.mark.parametrize("policy", [pb.OVERFLOW_POLICY_BLOCK, DROP_OLDEST])
-async def test_a_client_that_cancels_leaves_nothing_behind(live, stub, gate, policy, caplog):
-    caplog.set_level(logging.INFO, "heatlens.rpc")
-    stream = RawStream(stub)
-    await stream.open(overflow_policy=policy, max_in_flight=3)
-    await running(stream, gate)
-    batcher_of(live).hold_until(99)
-    for i in range(1, 8):
-        await stream.send(i, IMAGE)
-    await until(lambda: len(batcher_of(live)) >= 2)
-    stream.call.cancel()
-    await balanced(live)  # at once: the frame that runs is not waited for
-    batcher_of(live).hold_until(0)
-    gate.open()
-    assert "CANCELLED" in [getattr(record, "code", "") for record in caplog.records]
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
-    await a_clean_stream_works(stub)
 
 
 async def test_clients_that_vanish_at_any_moment_leave_nothing_behind(live, caplog):

@@ -21,8 +21,7 @@ import pytest
 from heatlens import Client
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
-from raw_stream import PATIENCE_S, RawStream, kinds
-from stream_checks import IMAGE, a_clean_stream_works, own_channel
+from raw_stream import IMAGE, PATIENCE_S, RawStream, a_clean_stream_works, kinds, own_channel
 from watched_server import SUPPORT, WatchedServer, forget_peak, rss_bytes, watched_server
 from wire import pixels
 

@@ -16,8 +16,7 @@ from camera import Camera
 from heatlens import AsyncClient, Client
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
-from raw_stream import RawStream, kinds
-from stream_checks import own_channel
+from raw_stream import RawStream, kinds, own_channel
 from watched_server import Holdings, WatchedServer, forget_peak, rss_bytes, watched_server
 from wire import distinct
 

@@ -8,8 +8,7 @@ from heatlens import AsyncClient
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
 from oracle import Expected, expected
-from raw_stream import RawStream
-from stream_checks import own_channel
+from raw_stream import RawStream, own_channel
 from watched_server import watched_server
 from wire import distinct, map_of, pixels
 

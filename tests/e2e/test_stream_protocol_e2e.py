@@ -7,10 +7,9 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from heatlens.v1 import explain_pb2 as pb
-from heatlens.v1 import explain_pb2_grpc
 from heatlens_server.fleet.registry import Slot
 from raw_stream import RawStream, kinds
-from wire import distinct, pixels
+from wire import distinct
 
 CONFIG_ERRORS: list[tuple[dict, list[str]]] = [
     ({"max_in_flight": -1}, ["max_in_flight"]),
@@ -95,22 +94,6 @@ async def test_the_configuration_comes_first(stub, first):
     code, details, answers = await stream.failure()
     assert (code, details.fields, answers) == (grpc.StatusCode.INVALID_ARGUMENT, ["config"], [])
     assert details.info.reason == "PROTOCOL_VIOLATION"
-
-
-async def test_garbage_in_mid_stream_is_the_callers_fault(channel):
-    call = channel.stream_stream(
-        "/heatlens.v1.ExplainService/StreamExplain", response_deserializer=pb.StreamExplainResponse.FromString
-    )()
-    stream = RawStream(explain_pb2_grpc.ExplainServiceStub(channel))
-    stream.call.cancel()
-    stream.call = call
-    await call.write(pb.StreamExplainRequest(config=pb.StreamConfig()).SerializeToString())
-    frame = pb.Frame(frame_id=1, image=pixels(distinct(1)[0]))
-    await call.write(pb.StreamExplainRequest(frame=frame).SerializeToString())
-    await call.write(b"\x0a\xff")
-    code, details, answers = await stream.failure()
-    assert (code, details.info.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "MESSAGE_UNDECODABLE")
-    assert kinds(answers) == [(0, "started"), (1, "result")]
 
 
 async def test_models_that_cannot_answer(live, stub):

@@ -1,6 +1,7 @@
 """Streams that are cancelled, or run out of time, or go wrong, in every state, and servers that are stopped."""
 
 import asyncio
+import logging
 import signal
 import time
 from pathlib import Path
@@ -9,13 +10,12 @@ import grpc
 import grpc.aio
 import pytest
 
-from device_gate import DeviceGate
 from heatlens import AsyncClient, CallCancelledError, UnavailableError
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
-from raw_stream import PATIENCE_S, RawStream, batcher_of, kinds, until
+from in_process_server import DeviceGate, balanced, batcher_of, until
+from raw_stream import IMAGE, PATIENCE_S, RawStream, a_clean_stream_works, kinds, own_channel
 from server_process import ServerProcess, wait_settled
-from stream_checks import IMAGE, a_clean_stream_works, own_channel
 from wire import Details, pixels
 
 SLOW_TOML = """
@@ -76,19 +76,17 @@ async def into_state(state: str, stream: RawStream, live, gate: DeviceGate, poli
 STATES = ["silent", "configured", "started", "running", "window of 1 full", "window of 64 full"]
 
 
-async def balanced(live) -> None:
-    await until(lambda: live.streams.counters.open == 0 and len(batcher_of(live)) == 0)
-
-
 @POLICIES
 @pytest.mark.parametrize("state", STATES)
 async def test_a_cancel_in_every_state_gives_everything_back(live, stub, gate, state, policy, caplog):
+    caplog.set_level(logging.INFO, "heatlens.rpc")
     with gate.closed():
         stream = RawStream(stub)
         await into_state(state, stream, live, gate, policy)
         stream.call.cancel()
         await balanced(live)  # while the device still holds what it has
         batcher_of(live).hold_until(0)
+    assert [record.code for record in caplog.records if hasattr(record, "code")] == ["CANCELLED"]
     assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
     await a_clean_stream_works(stub)
 
@@ -154,19 +152,15 @@ async def test_garbage_in_mid_stream_ends_that_stream_after_its_answers(live, ch
     """Another stream of the same connection notices nothing."""
     other = RawStream(stub)
     await other.open()
-    call = channel.stream_stream(
-        "/heatlens.v1.ExplainService/StreamExplain", response_deserializer=pb.StreamExplainResponse.FromString
-    )()
-    stream = RawStream.__new__(RawStream)
-    stream.call = call
+    stream = RawStream.of_bytes(channel)
     config = pb.StreamConfig(max_in_flight=8, overflow_policy=policy)
-    await call.write(pb.StreamExplainRequest(config=config).SerializeToString())
+    await stream.call.write(pb.StreamExplainRequest(config=config).SerializeToString())
     with gate.closed():
         for i in range(4):
             frame = pb.Frame(frame_id=i, image=pixels(IMAGE))
-            await call.write(pb.StreamExplainRequest(frame=frame).SerializeToString())
+            await stream.call.write(pb.StreamExplainRequest(frame=frame).SerializeToString())
         await until(lambda: live.streams.counters.frames.open == 4)
-        await call.write(GARBAGE[garbage])
+        await stream.call.write(GARBAGE[garbage])
     code, details, answers = await failure_of(stream)
     if garbage == "too large":
         # gRPC itself ends the stream, whatever was still to come.

@@ -26,6 +26,7 @@ class Answer:
     predictions: list
     region: tuple
     model: str
+    model_version: str
     batch_size: int
 
 
@@ -116,6 +117,7 @@ def answer_of_sdk(result):
         predictions=[item.class_id for item in result.predictions],
         region=(region.left, region.top, region.right, region.bottom),
         model=result.model,
+        model_version=result.model_version,
         batch_size=result.timing.batch_size,
     )
 
@@ -232,6 +234,7 @@ class RawFace:
             predictions=[item.class_id for item in response.predictions],
             region=(box.left, box.top, box.right, box.bottom),
             model=response.model,
+            model_version=response.model_version,
             batch_size=response.timing.batch_size,
         )
 

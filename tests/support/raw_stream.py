@@ -1,7 +1,6 @@
 """StreamExplain without the SDK: what is sent and received, message by message."""
 
 import asyncio
-from typing import TYPE_CHECKING
 
 import grpc.aio
 import numpy as np
@@ -9,13 +8,16 @@ from google.rpc import status_pb2
 
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
-from wire import Details, pixels
-
-if TYPE_CHECKING:
-    from heatlens_server.app import Server
-    from heatlens_server.scheduling.batcher import Batcher
+from wire import Details, distinct, pixels
 
 PATIENCE_S = 20
+IMAGE = distinct(1)[0]
+
+
+def own_channel(address: str) -> grpc.aio.Channel:
+    """A connection that no other channel of this process shares, and calls that are made once."""
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+    return grpc.aio.insecure_channel(address, options=options)
 
 
 class RawStream:
@@ -23,6 +25,15 @@ class RawStream:
 
     def __init__(self, stub: explain_pb2_grpc.ExplainServiceStub, **call) -> None:
         self.call = stub.StreamExplain(**call)
+
+    @classmethod
+    def of_bytes(cls, channel: grpc.aio.Channel) -> "RawStream":
+        """A stream whose `write_bytes` sends what no stub would."""
+        stream = cls.__new__(cls)
+        stream.call = channel.stream_stream(
+            "/heatlens.v1.ExplainService/StreamExplain", response_deserializer=pb.StreamExplainResponse.FromString
+        )()
+        return stream
 
     async def open(self, **config) -> pb.StreamStarted:
         """Send the configuration and read the first answer."""
@@ -99,13 +110,12 @@ class _InBand(grpc.RpcError):
         return (("grpc-status-details-bin", self._status.SerializeToString()),)
 
 
-def batcher_of(server: "Server", model: str = "mlp") -> "Batcher":
-    """The queue of a model of a server on the test's own loop."""
-    return server.registry.get(model).queue.batcher
-
-
-async def until(condition) -> None:
-    """Wait for something that happens in other threads."""
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.002)
+async def a_clean_stream_works(
+    stub: explain_pb2_grpc.ExplainServiceStub, count: int = 12, *, image: np.ndarray = IMAGE
+) -> None:
+    """Whatever happened before, a stream is answered."""
+    stream = RawStream(stub)
+    await stream.open()
+    for i in range(count):
+        await stream.send(i, image)
+    assert kinds(await stream.finish()) == [(i, "result") for i in range(count)]

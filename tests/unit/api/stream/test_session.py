@@ -23,7 +23,8 @@ from heatlens_server.core.targets import Target
 from heatlens_server.fleet.registry import Registry
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.scheduling.model_queue import ModelQueue
-from raw_stream import PATIENCE_S, kinds, until
+from in_process_server import until
+from raw_stream import PATIENCE_S, kinds
 from wire import pixels
 
 INFO = Capabilities("torch", "cpu", "fp32", 2, 2, 1, (Method.GRAD_CAM,), ("layer",))
