@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,20 +24,12 @@ from heatlens._cli.connection import (
     reporting,
     warn,
 )
-from heatlens._cli.explaining import (
-    AggregationOption,
-    AugmentOption,
-    LayerOption,
-    ModelOption,
-    PrincipalOption,
-    TargetScoreOption,
-    listed,
-    reference_of,
-)
+from heatlens._cli.explaining import SCORE_OPTIONS, ModelOption, chosen, listed, takes
 from heatlens._cli.interrupt import INTERRUPTED
 from heatlens._evaluation.evaluate import evaluate as run
 
 
+@takes("layers", *SCORE_OPTIONS, "reference", "min_score", after="metrics")
 def evaluate(
     *,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="JPEG, PNG or WebP files.")],
@@ -57,19 +49,6 @@ def evaluate(
             metavar="NAMES", show_default="all", help="The metrics, separated by commas: deletion,insertion,..."
         ),
     ] = None,
-    layers: LayerOption = None,
-    target_score: TargetScoreOption = None,
-    aggregation: AggregationOption = None,
-    augment: AugmentOption = False,
-    principal_component: PrincipalOption = False,
-    reference: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Embedding models: what to compare with: an image, or an embedding (.npy)."),
-    ] = None,
-    min_score: Annotated[
-        float | None,
-        typer.Option(metavar="P", show_default="0.5", help="Detection: explain detections of at least this score."),
-    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", metavar="DIR", help="Write evaluation.png (chart) and .json (all) there."),
@@ -80,6 +59,7 @@ def evaluate(
     ] = 600.0,
     tls: TlsOption = False,
     ca: CaOption = None,
+    **options: Any,  # noqa: ANN401 - the options of `takes`
 ) -> None:
     """Measure how faithful methods are: every method explains every image, and every map is tested on the model.
 
@@ -100,13 +80,7 @@ def evaluate(
                     model=model,
                     methods=listed(methods),
                     metrics=listed(metrics),
-                    layers=layers or None,
-                    target_score=target_score,
-                    aggregation=aggregation,
-                    augment=augment,
-                    principal_component=principal_component,
-                    reference=reference_of(reference),
-                    min_score=min_score,
+                    **chosen(options),
                     on_progress=advance,
                 )
             for failure in evaluation.failures:

@@ -28,18 +28,7 @@ from heatlens._cli.connection import (
     reporting,
     warn,
 )
-from heatlens._cli.explaining import (
-    AggregationOption,
-    AugmentOption,
-    ClassOption,
-    LayerOption,
-    MethodOption,
-    ModelOption,
-    PrincipalOption,
-    TargetScoreOption,
-    listed,
-    reference_of,
-)
+from heatlens._cli.explaining import MAP_OPTIONS, ModelOption, chosen, takes
 from heatlens._exceptions import HeatlensError
 from heatlens._results.results import Result
 
@@ -49,38 +38,12 @@ _CONCURRENCY = 8
 _INTERRUPTED = 130
 
 
+@takes(*MAP_OPTIONS, "faithfulness", "mask", "reference", "min_score", "return_mask", after="model")
 def explain(
     *,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="JPEG, PNG or WebP files.")],
     server: ServerOption = DEFAULT_SERVER,
     model: ModelOption = None,
-    top_k: Annotated[int | None, typer.Option(metavar="N", help="Explain the N most probable classes.")] = None,
-    class_ids: ClassOption = None,
-    method: MethodOption = None,
-    layers: LayerOption = None,
-    target_score: TargetScoreOption = None,
-    aggregation: AggregationOption = None,
-    augment: AugmentOption = False,
-    principal_component: PrincipalOption = False,
-    faithfulness: Annotated[
-        str | None,
-        typer.Option(metavar="METRICS", help="Measure how faithful the maps are: deletion,insertion,... or all."),
-    ] = None,
-    mask: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Segmentation: explain the pixels that are not black in this image."),
-    ] = None,
-    reference: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Embedding models: what to compare with: an image, or an embedding (.npy)."),
-    ] = None,
-    min_score: Annotated[
-        float | None,
-        typer.Option(metavar="P", show_default="0.5", help="Detection: explain detections of at least this score."),
-    ] = None,
-    return_mask: Annotated[
-        bool, typer.Option("--return-mask", help="Segmentation: write the predicted mask, too. Needs -o.")
-    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -95,6 +58,7 @@ def explain(
     timeout: TimeoutOption = 30.0,
     tls: TlsOption = False,
     ca: CaOption = None,
+    **options: Any,  # noqa: ANN401 - the options of `takes`
 ) -> None:
     """Explain images: which pixels made the model say what it said.
 
@@ -102,33 +66,18 @@ def explain(
     """
     if output is not None:
         _check_names(images)
-    elif return_mask:
+    elif options["return_mask"]:
         raise typer.BadParameter("give -o DIR, too", param_hint="--return-mask")
-    options: dict[str, Any] = {
-        "model": model,
-        "top_k": top_k,
-        "class_ids": class_ids or None,
-        "method": method,
-        "layers": layers or None,
-        "target_score": target_score,
-        "aggregation": aggregation,
-        "augment": augment,
-        "principal_component": principal_component,
-        "faithfulness": listed(faithfulness) or False,
-        "mask": mask,
-        "min_score": min_score,
-        "return_mask": return_mask,
-    }
     failed = False
     with reporting():
-        options["reference"] = reference_of(reference)
+        wanted = {"model": model, **chosen(options)}
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
         with (
             Client(**client_options(server, tls=tls, ca=ca, timeout=timeout)) as client,
             _thread_pool(client) as pool,
         ):
-            for path, answer in _answers(pool, client, images, options):
+            for path, answer in _answers(pool, client, images, wanted):
                 try:
                     result = answer.result()
                     files = _NO_FILES if output is None else _write(result, path, output, colormap)
