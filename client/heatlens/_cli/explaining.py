@@ -16,35 +16,6 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 ModelOption: TypeAlias = Annotated[str | None, typer.Option(show_default="the server's", help="A served model.")]
 
-# Those of `heatlens video`.
-ClassOption: TypeAlias = Annotated[
-    list[int] | None, typer.Option("--class", metavar="ID", help="Explain this class. Repeatable.")
-]
-MethodOption: TypeAlias = Annotated[
-    str | None, typer.Option(show_default="the model's", help="grad-cam, layer-cam, ...")
-]
-LayerOption: TypeAlias = Annotated[
-    list[str] | None, typer.Option("--layer", metavar="NAME", help="Explain this layer. Repeatable.")
-]
-TargetScoreOption: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SCORE",
-        show_default="logit",
-        help="What is explained about a class: logit, probability, log-probability or contrast.",
-    ),
-]
-AggregationOption: TypeAlias = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", show_default="mean", help="Several layers' maps become one: mean, max or product."),
-]
-AugmentOption: TypeAlias = Annotated[
-    bool, typer.Option("--augment", help="Average the maps of the image and its mirror image, darker and brighter.")
-]
-PrincipalOption: TypeAlias = Annotated[
-    bool, typer.Option("--principal-component", help="Smooth maps: their first principal component.")
-]
-
 
 def _option(name: str, kind: Any, *flags: str, **shown: Any) -> Any:  # noqa: ANN401 - a type and what typer makes of it
     return Annotated[kind, typer.Option(*flags, help=OPTIONS[name].help, **shown)]

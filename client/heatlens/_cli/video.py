@@ -26,16 +26,7 @@ from heatlens._cli.connection import (
     reporting,
     warn,
 )
-from heatlens._cli.explaining import (
-    AggregationOption,
-    AugmentOption,
-    ClassOption,
-    LayerOption,
-    MethodOption,
-    ModelOption,
-    PrincipalOption,
-    TargetScoreOption,
-)
+from heatlens._cli.explaining import MAP_OPTIONS, ModelOption, chosen, takes
 from heatlens._cli.interrupt import INTERRUPTED, TERMINATED, Interrupts, Terminated
 from heatlens._exceptions import HeatlensError, InvalidArgumentError
 from heatlens._results.overlay import color_table
@@ -50,6 +41,7 @@ _FILM_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")
 _DEFAULT_QUALITY = 90
 
 
+@takes(*MAP_OPTIONS, after="model")
 def video(
     *,
     source: Annotated[
@@ -72,16 +64,6 @@ def video(
     ] = None,
     server: ServerOption = DEFAULT_SERVER,
     model: ModelOption = None,
-    top_k: Annotated[
-        int | None, typer.Option(metavar="N", help="Explain the N most probable classes; the first one's map is drawn.")
-    ] = None,
-    class_ids: ClassOption = None,
-    method: MethodOption = None,
-    layers: LayerOption = None,
-    target_score: TargetScoreOption = None,
-    aggregation: AggregationOption = None,
-    augment: AugmentOption = False,
-    principal_component: PrincipalOption = False,
     every: Annotated[int, typer.Option(metavar="N", min=1, help="Explain the first of every N frames.")] = 1,
     max_fps: Annotated[
         float | None, typer.Option(metavar="F", help="Explain at most F frames per second of film.")
@@ -119,11 +101,12 @@ def video(
     ] = 30.0,
     tls: TlsOption = False,
     ca: CaOption = None,
+    **options: Any,  # noqa: ANN401 - the options of `takes`
 ) -> None:
     """Explain a film while it plays: every frame with its map over it, and which class it is for.
 
-    Frames left out or dropped show the map before them. Ctrl-C and SIGTERM leave a playable film. Exits with 1 if a
-    frame failed or the input broke off.
+    Of several classes, the first one's map is drawn. Frames left out or dropped show the map before them. Ctrl-C and
+    SIGTERM leave a playable film. Exits with 1 if a frame failed or the input broke off.
     """
     if output is None and json_file is None:
         raise typer.BadParameter("give -o FILE, --json FILE or both")
@@ -137,14 +120,7 @@ def video(
         raise typer.BadParameter("must be from 0.01 to 1000", param_hint="--fps")
     stream: dict[str, Any] = {
         "model": model,
-        "top_k": top_k,
-        "class_ids": class_ids or None,
-        "method": method,
-        "layers": layers or None,
-        "target_score": target_score,
-        "aggregation": aggregation,
-        "augment": augment,
-        "principal_component": principal_component,
+        **chosen(options),
         "every": every,
         "max_fps": max_fps,
         "smooth": smooth,
