@@ -1,4 +1,4 @@
-"""A server for tests of streams, on the test's own loop, and a channel to it."""
+"""The `heatlens` command in this process; and a server for tests of streams, on the test's own loop."""
 
 import dataclasses
 from collections.abc import AsyncIterator
@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
+import pytest
 import pytest_asyncio
+from typer.testing import CliRunner
 
+from heatlens._cli import app
 from heatlens.v1 import explain_pb2_grpc
 from in_process_server import batcher_of, until
 
@@ -44,6 +47,20 @@ name = "broken"
 source = "python:tiny_models:broken"
 {PREPROCESS}
 """
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run `heatlens` in this process; stdout and stderr apart."""
+    for name in ("HEATLENS_ADDRESS", "HEATLENS_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments, exit_code=0):
+        done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert done.exit_code == exit_code, done.output
+        return done
+
+    return run
 
 
 @pytest_asyncio.fixture

@@ -3,26 +3,18 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
-
-from heatlens._cli import app
 
 pytestmark = pytest.mark.serial
 
 
 @pytest.fixture
-def bench(server, monkeypatch):
+def bench(run, server):
     """Run `heatlens bench --stream` in this process; stdout and stderr apart."""
-    for name in ("HEATLENS_ADDRESS", "HEATLENS_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
 
-    def run(*arguments, stream=True, exit_code=0, address=server.address):
-        line = ["bench", "--server", address, *(["--stream"] if stream else []), *map(str, arguments)]
-        done = CliRunner().invoke(app, line)
-        assert done.exit_code == exit_code, done.output
-        return done
+    def bench(*arguments, stream=True, address=server.address, **options):
+        return run("bench", "--server", address, *(["--stream"] if stream else []), *arguments, **options)
 
-    return run
+    return bench
 
 
 def test_open_loop(bench, chelsea_path):

@@ -9,40 +9,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 import heatlens
-from heatlens._cli import app
+from films import one_line
 
 COMMAND = Path(sys.executable).parent / "heatlens"
 NOBODY = "127.0.0.1:1"
 
 
 @pytest.fixture
-def run(monkeypatch):
-    """Run the command in this process; stdout and stderr apart."""
-    for name in ("HEATLENS_ADDRESS", "HEATLENS_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-
-    def run(*arguments, exit_code=0):
-        done = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        assert done.exit_code == exit_code, done.output
-        return done
-
-    return run
-
-
-@pytest.fixture
 def run_on(run, server):
     """The same, told about the server."""
     return lambda command, *arguments, **options: run(command, "--server", server.address, *arguments, **options)
-
-
-def one_line(text):
-    assert text.endswith("\n")
-    assert text.count("\n") == 1
-    assert "Traceback" not in text
-    return text.strip()
 
 
 def test_version_of_the_installed_command():

@@ -2,17 +2,16 @@
 
 import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 
 import av
 import cv2
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from cli_process import start_cli
 from films import FPS, SIZE, break_off, lines_of, one_line, picture, read_film, statuses, write_clip, write_video
-from heatlens._cli import app
 
 NOBODY = "127.0.0.1:1"
 FRAMES = 20
@@ -27,17 +26,9 @@ def clip(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch):
-    """Run the command in this process; stdout and stderr apart."""
-    for name in ("HEATLENS_ADDRESS", "HEATLENS_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-
-    def run(*arguments, exit_code=0):
-        done = CliRunner().invoke(app, ["video", *(str(argument) for argument in arguments)])
-        assert done.exit_code == exit_code, done.output
-        return done
-
-    return run
+def run(run):
+    """Run `heatlens video` in this process."""
+    return partial(run, "video")
 
 
 @pytest.fixture

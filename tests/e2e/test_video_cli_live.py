@@ -5,16 +5,15 @@ import socket
 import threading
 import time
 from collections import Counter
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import cv2
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from cli_process import start_cli
 from films import lines_of, one_line, picture, read_film, statuses, write_clip
-from heatlens._cli import app
 from server_process import wait_settled
 
 QUICKLY_S = 60
@@ -53,17 +52,9 @@ def clip(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch):
-    """Run the command in this process; stdout and stderr apart."""
-    for name in ("HEATLENS_ADDRESS", "HEATLENS_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-
-    def run(*arguments, exit_code=0):
-        done = CliRunner().invoke(app, ["video", *(str(argument) for argument in arguments)])
-        assert done.exit_code == exit_code, done.output
-        return done
-
-    return run
+def run(run):
+    """Run `heatlens video` in this process."""
+    return partial(run, "video")
 
 
 @pytest.fixture

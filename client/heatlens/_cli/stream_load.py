@@ -24,7 +24,7 @@ from heatlens._stream.async_stream import AsyncStream
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """What the sources do, all alike.
+    """How frames are captured and sent, the same for every stream: each has a source.
 
     Attributes:
         frames: sent in turn; source i begins with the i-th.
@@ -93,7 +93,7 @@ async def run_streams(
 
 
 class _Run:
-    """One stream with its source."""
+    """One stream and the source that feeds it."""
 
     def __init__(
         self, stream: AsyncStream, sources: Sources, *, index: int, count: int, begin_s: float, now: Now

@@ -33,7 +33,7 @@ from heatlens._results.overlay import color_table
 from heatlens._stream.stream import Stream
 from heatlens._video.feed import answers
 from heatlens._video.inputs import files_of, images_of, is_url, open_source
-from heatlens._video.record import Lines, Record, Status
+from heatlens._video.record import JsonLines, Record, Status
 from heatlens._video.source import Source, VideoFrame
 
 _STDOUT = Path("-")
@@ -139,7 +139,7 @@ def video(
                 stack.enter_context(closing(opened))
                 stream["overflow"] = (overflow or (Overflow.DROP_OLDEST if opened.live else Overflow.BLOCK)).value
                 answering = client.stream(**stream)
-            lines = None if json_file is None else Lines(None if json_file == _STDOUT else json_file)
+            lines = None if json_file is None else JsonLines(None if json_file == _STDOUT else json_file)
             record = Record(opened, film=output, lines=lines, colormap=colormap, alpha=alpha)
             frames = _limited(opened, max_frames, duration)
             start_s = time.monotonic()
@@ -154,13 +154,13 @@ def video(
                         # Like other commands in a pipe whose reader has seen enough.
                         if lines.reader_left:
                             raise typer.Exit(1)
-                    _say(record, opened, output, time.monotonic() - start_s, err=json_file == _STDOUT)
-                    _say_what_lacks(opened, unreadable)
+                    _print_summary(record, opened, output, time.monotonic() - start_s, err=json_file == _STDOUT)
+                    _warn_of_missing(opened, unreadable)
     except Terminated:
         raise typer.Exit(TERMINATED) from None
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
-    if record.counts[Status.FAILED] or unreadable or opened.lacking:
+    if record.counts[Status.FAILED] or unreadable or opened.missing:
         raise typer.Exit(1)
 
 
@@ -268,23 +268,23 @@ def _progress(total: int | None) -> Iterator[Callable[[Record], None]]:
         yield advance
 
 
-def _say(record: Record, source: Source, output: Path | None, elapsed_s: float, *, err: bool) -> None:
+def _print_summary(record: Record, source: Source, output: Path | None, elapsed_s: float, *, err: bool) -> None:
     """Print what was done, in one line, unless nothing was."""
     if not record.frames:
         return
     parts = [f"{record.frames} frames in {elapsed_s:.1f} s ({record.frames / elapsed_s:.1f}/s)"]
     parts += [f"{record.counts[status]} {status}" for status in Status if record.counts[status]]
-    if source.missed:
-        parts.append(f"{source.missed} never taken from the camera")
+    if source.lost:
+        parts.append(f"{source.lost} never taken from the camera")
     if record.has_film:
         parts.append(f"wrote {output} (H.264)")
     typer.echo(", ".join(parts), err=err)
 
 
-def _say_what_lacks(source: Source, unreadable: list[Path]) -> None:
+def _warn_of_missing(source: Source, unreadable: list[Path]) -> None:
     """Warn of what INPUT should have held."""
     for path in unreadable:
         warn(f"error: {path}: cannot be read as an image; left out")
-    if source.lacking and source.total is not None:
-        found = source.total - source.lacking
+    if source.missing and source.total is not None:
+        found = source.total - source.missing
         warn(f"error: INPUT ended after {found} frames of {source.total}: it is damaged or cut off")

@@ -1,1 +1,1 @@
-"""Films for `heatlens video`: where frames come from, how they are answered, how they look and where they go."""
+"""Films for `heatlens video`: where frames come from, how they are answered and drawn, and where they go."""

@@ -1,4 +1,4 @@
-"""How an explained frame looks: the map in colours, and a banner that says which classes and how sure."""
+"""Draw on an explained frame: the map in colours, and a banner with the classes and their probabilities."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ from heatlens._results.results import Result
 NO_ANSWER = "no answer"
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _WHITE = (255, 255, 255)
-# A line's height as a part of the frame's shorter side, and its limits in pixels.
+# The height of a line as a part of the frame's shorter side, and its limits in pixels.
 _LINE_SHARE = 1 / 11
 _MIN_LINE_PX, _MAX_LINE_PX = 12, 72
-# Of a line's height: the capitals' height.
+# The height of capital letters as a part of a line's height.
 _CAPITAL_SHARE = 0.5
-# How much light the banner lets through: dark enough for white text on snow.
+# The brightness of the frame under the banner: dark enough for white text on snow.
 _BANNER_LIGHT = 0.3
-# At most so much of the frame's height is banner.
+# The banner covers at most this part of the frame's height.
 _BANNER_SHARE = 0.4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Look:
+class Annotation:
     """What an answer draws on a frame, and on those that follow until the next answer.
 
     Attributes:
@@ -39,24 +39,24 @@ class Look:
     lines: tuple[str, ...]
 
 
-FAILED = Look(values=None, region=PixelBox(0, 0, 0, 0), lines=(NO_ANSWER,))
+FAILED = Annotation(values=None, region=PixelBox(0, 0, 0, 0), lines=(NO_ANSWER,))
 
 
-def look_of(result: Result, size: tuple[int, int]) -> Look:
-    """Return the look of an answer on frames of `size` (width, height): the first class's map, every class's name."""
+def annotation_of(result: Result, size: tuple[int, int]) -> Annotation:
+    """Return what an answer draws on frames of `size` (width, height): the first class's map, every class's name."""
     first = result.explanations[0].heatmap
     lines = tuple(
         f"{item.probability:>4.0%}  {_one_line(item.label) or f'class {item.class_id}'}" for item in result.explanations
     )
-    return Look(values=first.on(size), region=first.region, lines=lines)
+    return Annotation(values=first.on(size), region=first.region, lines=lines)
 
 
-def draw(pixels: UInt8Array, look: Look | None, *, colormap: str, alpha: float) -> UInt8Array:
-    """Draw a look on a frame.
+def draw(pixels: UInt8Array, annotation: Annotation | None, *, colormap: str, alpha: float) -> UInt8Array:
+    """Draw an annotation on a frame.
 
     Args:
         pixels: uint8 (H, W, 3), RGB.
-        look: what to draw; None: nothing.
+        annotation: what to draw; None: nothing.
         colormap: name of an OpenCV colour map.
         alpha: opacity of the map, in [0, 1].
 
@@ -66,13 +66,13 @@ def draw(pixels: UInt8Array, look: Look | None, *, colormap: str, alpha: float) 
     Raises:
         InvalidArgumentError: no such colour map, or alpha is not in [0, 1].
     """
-    if look is None:
+    if annotation is None:
         return pixels.copy()
-    if look.values is None:
+    if annotation.values is None:
         drawn = pixels.copy()
     else:
-        drawn = blend(pixels, look.values, look.region, colormap=colormap, alpha=alpha)
-    _draw_banner(drawn, look.lines)
+        drawn = blend(pixels, annotation.values, annotation.region, colormap=colormap, alpha=alpha)
+    _draw_banner(drawn, annotation.lines)
     return drawn
 
 

@@ -1,4 +1,4 @@
-"""Frames go out on a thread of their own, while the answers come in: decoding and drawing overlap with the server."""
+"""Send the frames of a film and yield their answers: a thread sends, so that decoding overlaps with the server."""
 
 import threading
 import time
@@ -11,8 +11,8 @@ from heatlens._results.results import FrameResult
 from heatlens._stream.stream import Stream
 from heatlens._video.source import VideoFrame
 
-# A stream that drops frames takes hundreds while nobody reads. In a film that is slow to draw and write, they would be
-# gigabytes of pixels: beyond two windows, which keep the server busy, and these, cameras wait, and lose frames.
+# A stream that drops frames accepts hundreds before their answers are read. Where drawing is slow, these would be
+# gigabytes of pixels. So at most two windows, which keep the server busy, and these are sent ahead of the answers read.
 _SPARE_FRAMES = 16
 # How long a feed that ends early waits for a frame that is being read.
 _JOIN_TIMEOUT_S = 5.0
@@ -32,49 +32,49 @@ def answers(stream: Stream, frames: Iterable[VideoFrame]) -> Generator[tuple[Vid
         HeatlensError: the stream broke.
         Exception: whatever `frames` raises, after the answers of the frames before.
     """
-    # A frame with why it was not sent, None if it was; at the end None.
-    fed: SimpleQueue[tuple[VideoFrame, FrameResult | None] | None] = SimpleQueue()
-    ahead = threading.Semaphore(2 * stream.window + _SPARE_FRAMES)
-    over = threading.Event()
-    trouble: list[Exception] = []
+    # Each frame with the answer that it has because it could not be sent, or None; None after the last one.
+    sent: SimpleQueue[tuple[VideoFrame, FrameResult | None] | None] = SimpleQueue()
+    permits = threading.Semaphore(2 * stream.window + _SPARE_FRAMES)
+    ended = threading.Event()
+    errors: list[Exception] = []
     start_s = time.time()
 
     def feed() -> None:
         try:
             # First the permit, then the frame: a camera's frame must not get old in here.
             iterator = iter(frames)
-            while ahead.acquire() and not over.is_set() and (frame := next(iterator, None)) is not None:
-                fed.put((frame, _sent(stream, frame, start_s + frame.time_s)))
+            while permits.acquire() and not ended.is_set() and (frame := next(iterator, None)) is not None:
+                sent.put((frame, _send(stream, frame, start_s + frame.time_s)))
         except Exception as error:
-            trouble.append(error)
+            errors.append(error)
         # Not on a stream that is broken or closed, of which the reader is told.
         with suppress(HeatlensError):
             stream.finish()
-        fed.put(None)
+        sent.put(None)
 
     thread = threading.Thread(target=feed, name="heatlens-feed", daemon=True)
     thread.start()
     try:
         received = iter(stream)
-        while (item := fed.get()) is not None:
+        while (item := sent.get()) is not None:
             frame, refusal = item
             answer = refusal or next(received, None)
             if answer is None:
                 break
             yield frame, answer
-            ahead.release()
+            permits.release()
         # How the stream ends: it may be with an error.
         next(received, None)
     finally:
-        over.set()
-        ahead.release()
+        ended.set()
+        permits.release()
         stream.close()
         thread.join(_JOIN_TIMEOUT_S)
-    if trouble:
-        raise trouble[0]
+    if errors:
+        raise errors[0]
 
 
-def _sent(stream: Stream, frame: VideoFrame, capture_time_s: float) -> FrameResult | None:
+def _send(stream: Stream, frame: VideoFrame, capture_time_s: float) -> FrameResult | None:
     """Send a frame; returns its answer if it cannot be sent and the stream lives. Raises HeatlensError if not."""
     started_s = time.monotonic()
     try:

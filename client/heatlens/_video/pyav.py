@@ -128,7 +128,7 @@ class _Video(Source):
             shown_s = time_s if self._timed else frame_id / self.fps
             yield VideoFrame(frame_id, shown_s, letterbox(_pixels(frame), self.size))
         if not self._closed:
-            self.lacking = self._missing(frame_id + 1, time_s + self._period_s)
+            self.missing = self._count_missing(frame_id + 1, time_s + self._period_s)
 
     def close(self) -> None:
         self._closed = True
@@ -136,7 +136,7 @@ class _Video(Source):
         with suppress(ValueError):
             self._frames.close()
 
-    def _missing(self, read: int, end_s: float) -> int:
+    def _count_missing(self, read: int, end_s: float) -> int:
         """Return how many frames were not read, if the video ended clearly before its stated length."""
         if self.total is None or self._length_s is None:
             return 0
@@ -192,7 +192,7 @@ class LiveVideo(Source):
                     with self._changed:
                         if self._ended:
                             break
-                        self.missed += self._newest is not None
+                        self.lost += self._newest is not None
                         self._newest = (time.monotonic(), frame)
                         self._changed.notify_all()
         except OSError as error:

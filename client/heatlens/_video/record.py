@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from heatlens._results.results import FrameResult
-from heatlens._video.draw import FAILED, Look, draw, look_of
+from heatlens._video.draw import FAILED, Annotation, annotation_of, draw
 from heatlens._video.source import Source, VideoFrame
 
 if TYPE_CHECKING:
     from heatlens._video.film import Film
 
 
-class Lines:
+class JsonLines:
     """Writes lines to a file or to stdout, each at once.
 
     Args:
@@ -90,14 +90,16 @@ class Record:
         alpha: opacity of the map, in [0, 1].
     """
 
-    def __init__(self, source: Source, *, film: Path | None, lines: Lines | None, colormap: str, alpha: float) -> None:
+    def __init__(
+        self, source: Source, *, film: Path | None, lines: JsonLines | None, colormap: str, alpha: float
+    ) -> None:
         self.counts: Counter[Status] = Counter()
         self._source = source
         self._path = film
         self._film: Film | None = None
         self._lines = lines
         self._style: Any = {"colormap": colormap, "alpha": alpha}
-        self._look: Look | None = None
+        self._annotation: Annotation | None = None
 
     @property
     def frames(self) -> int:
@@ -132,10 +134,10 @@ class Record:
             source = self._source
             self._film = Film(self._path, fps=source.fps, size=source.size, steady=source.live)
         if answer.result is not None:
-            self._look = look_of(answer.result, self._source.size)
+            self._annotation = annotation_of(answer.result, self._source.size)
         elif status_of(answer) is Status.FAILED:
-            self._look = FAILED
-        self._film.add(draw(frame.pixels, self._look, **self._style), frame.time_s)
+            self._annotation = FAILED
+        self._film.add(draw(frame.pixels, self._annotation, **self._style), frame.time_s)
 
 
 def status_of(answer: FrameResult) -> Status:

@@ -38,8 +38,8 @@ class Source(ABC):
         size: (width, height) of every frame, in pixels.
         live: whether frames come at their own time, and are lost if nobody takes them.
         total: how many frames there are; None if the source does not tell.
-        missed: how many frames of a live source were lost because nobody took them.
-        lacking: how many of `total` frames a damaged source did not hold; 0 until its end.
+        lost: how many frames of a live source were lost because nobody took them.
+        missing: how many of `total` frames a damaged source did not hold; 0 until its end.
     """
 
     def __init__(self, *, fps: float, size: tuple[int, int], live: bool, total: int | None) -> None:
@@ -47,8 +47,8 @@ class Source(ABC):
         self.size = size
         self.live = live
         self.total = total
-        self.missed = 0
-        self.lacking = 0
+        self.lost = 0
+        self.missing = 0
 
     @abstractmethod
     def __iter__(self) -> Iterator[VideoFrame]:

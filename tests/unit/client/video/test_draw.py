@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from heatlens import Explanation, Heatmap, InvalidArgumentError, PixelBox, Result, Timing
-from heatlens._video.draw import FAILED, Look, draw, look_of
+from heatlens._video.draw import FAILED, Annotation, annotation_of, draw
 
 SIZE = (320, 180)
 EVERYWHERE = PixelBox(0, 0, *SIZE)
@@ -41,11 +41,11 @@ def banner_height(drawn, frame):
 
 
 def text_look(*lines):
-    return Look(values=None, region=EVERYWHERE, lines=lines)
+    return Annotation(values=None, region=EVERYWHERE, lines=lines)
 
 
 def test_the_look_of_an_answer():
-    look = look_of(result(explanation(), explanation("dog", 0.041, 5), explanation("", 1.0, 7)), SIZE)
+    look = annotation_of(result(explanation(), explanation("dog", 0.041, 5), explanation("", 1.0, 7)), SIZE)
     assert look.lines == (" 75%  cat", "  4%  dog", "100%  class 7")
     assert look.values.shape == (180, 320)
     np.testing.assert_array_equal(look.values, explanation().heatmap.on(SIZE))
@@ -53,7 +53,7 @@ def test_the_look_of_an_answer():
 
 def test_the_map_is_drawn_below_the_banner_as_the_sdk_draws_it(frame):
     item = explanation()
-    drawn = draw(frame, look_of(result(item), SIZE), **STYLE)
+    drawn = draw(frame, annotation_of(result(item), SIZE), **STYLE)
     height = banner_height(drawn, frame)
     assert 12 <= height <= 40
     np.testing.assert_array_equal(drawn[height:], item.heatmap.overlay(frame, **STYLE)[height:])
@@ -61,7 +61,7 @@ def test_the_map_is_drawn_below_the_banner_as_the_sdk_draws_it(frame):
 
 def test_frames_are_not_written_to(frame):
     before = frame.copy()
-    for look in (None, FAILED, look_of(result(explanation()), SIZE)):
+    for look in (None, FAILED, annotation_of(result(explanation()), SIZE)):
         drawn = draw(frame, look, **STYLE)
         assert drawn is not frame
         np.testing.assert_array_equal(frame, before)
@@ -86,7 +86,7 @@ def test_text_differs_and_is_white_on_dark(frame):
 def test_any_size_and_any_label(size, label):
     pixels = np.full((size[1], size[0], 3), 128, np.uint8)
     item = explanation(label=label, region=PixelBox(0, 0, *size))
-    drawn = draw(pixels, look_of(result(item, item, item), size), **STYLE)
+    drawn = draw(pixels, annotation_of(result(item, item, item), size), **STYLE)
     assert drawn.shape == pixels.shape
     assert drawn.dtype == np.uint8
 
@@ -119,4 +119,4 @@ def test_text_grows_with_the_frame():
 @pytest.mark.parametrize("style", [{"colormap": "nope", "alpha": 0.5}, {"colormap": "jet", "alpha": 2}])
 def test_styles_that_do_not_exist(frame, style):
     with pytest.raises(InvalidArgumentError):
-        draw(frame, look_of(result(explanation()), SIZE), **style)
+        draw(frame, annotation_of(result(explanation()), SIZE), **style)

@@ -89,7 +89,7 @@ def test_a_variable_frame_rate(opened, tmp_path):
     assert [frame.time_s for frame in source] == pytest.approx(times)
     # The average; containers differ in how long the last frame is.
     assert 30 / 6.6 <= source.fps <= 30 / 6.2
-    assert source.lacking == 0
+    assert source.missing == 0
     # What the user says counts.
     assert [frame.time_s for frame in opened(path, fps=10)] == pytest.approx([index / 10 for index in range(30)])
 
@@ -104,7 +104,7 @@ def test_frames_without_timestamps(opened, tmp_path):
     source = opened(write_video(tmp_path / "clip.h264", grays(10), codec="libx264"))
     assert (source.total, source.live) == (None, False)
     assert np.diff([frame.time_s for frame in source]) == pytest.approx(1 / source.fps)
-    assert source.lacking == 0
+    assert source.missing == 0
 
 
 @pytest.mark.parametrize(
@@ -130,16 +130,16 @@ def test_a_damaged_film_lacks_frames(opened, tmp_path, capfd, fps):
     path = write_video(tmp_path / "clip.avi", noise(60), 10, codec="mjpeg", pix_fmt="yuvj420p")
     whole = opened(path, fps=fps)
     assert len(list(whole)) == whole.total == 60
-    assert whole.lacking == 0
+    assert whole.missing == 0
     break_off(path, 0.5)
     source = opened(path, fps=fps)
     frames = iter(source)
     next(frames)
-    assert source.lacking == 0
+    assert source.missing == 0
     read = 1 + len(list(frames))
     assert 20 < read < 40
     assert source.total == 60
-    assert source.lacking == 60 - read
+    assert source.missing == 60 - read
     assert capfd.readouterr() == ("", "")
 
 
@@ -149,12 +149,12 @@ def test_a_download_that_was_cut_off_lacks_frames(opened, tmp_path, sound_s):
     whole = opened(path)
     assert len(list(whole)) == whole.total == 60
     # Not for sound that is longer.
-    assert whole.lacking == 0
+    assert whole.missing == 0
     cut_off(path, 0.5)
     source = opened(path)
     read = len(list(source))
     assert 1 < read < 50
-    assert source.lacking == 60 - read
+    assert source.missing == 60 - read
 
 
 def test_a_source_that_is_closed_lacks_nothing(opened, tmp_path):
@@ -163,7 +163,7 @@ def test_a_source_that_is_closed_lacks_nothing(opened, tmp_path):
     next(frames)
     source.close()
     assert list(frames) == []
-    assert source.lacking == 0
+    assert source.missing == 0
 
 
 def test_a_count_that_a_container_only_estimates_is_no_lack(opened, tmp_path):
@@ -172,7 +172,7 @@ def test_a_count_that_a_container_only_estimates_is_no_lack(opened, tmp_path):
     source = opened(path)
     assert source.total > 200
     assert len(list(source)) == 50
-    assert source.lacking == 0
+    assert source.missing == 0
 
 
 def test_a_film_without_a_stated_length(opened, tmp_path):
@@ -186,7 +186,7 @@ def test_a_film_without_a_stated_length(opened, tmp_path):
     source = opened(path)
     assert (source.total, source.live) == (None, False)
     assert len(list(source)) == 10
-    assert source.lacking == 0
+    assert source.missing == 0
 
 
 @pytest.mark.parametrize("name", ["clip[1].mp4", "7", "file:a.mp4", "a%d.mp4", "http:x.mp4"])
@@ -281,7 +281,7 @@ def test_a_url_that_stops_in_the_middle_is_told(opened, serve, tmp_path):
         next(frames)
     with pytest.raises(TimeoutError, match="reading failed: no answer before the timeout"):
         list(frames)
-    assert source.lacking == 0
+    assert source.missing == 0
 
 
 def test_a_url_that_does_not_answer(opened, serve):
@@ -343,7 +343,7 @@ def test_only_the_newest_frame_of_a_camera_is_kept(camera, live):
     camera.shoot(3)
     first = next(frames)
     assert (first.frame_id, first.time_s, first.pixels[0, 0, 0]) == (0, 0, 3)
-    assert live.missed == 2
+    assert live.lost == 2
     camera.shoot()
     later = next(frames)
     assert (later.frame_id, later.pixels[0, 0, 0]) == (1, 4)

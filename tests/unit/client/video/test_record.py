@@ -12,7 +12,7 @@ import pytest
 from films import read_film
 from heatlens import Explanation, Heatmap, InternalError, PixelBox, ResourceExhaustedError, Result, Timing
 from heatlens._results.results import FRAME_DROPPED, FrameResult
-from heatlens._video.record import Lines, Record, Status
+from heatlens._video.record import JsonLines, Record, Status
 from heatlens._video.source import VideoFrame
 
 SIZE = (64, 48)
@@ -144,7 +144,7 @@ def test_no_answer_no_file(make_record, tmp_path):
 def test_the_file_is_replaced_by_the_first_line_and_not_before(tmp_path):
     path = tmp_path / "precious.jsonl"
     path.write_text("precious")
-    lines = Lines(path)
+    lines = JsonLines(path)
     assert path.read_text() == "precious"
     lines.write("ä\n")
     assert path.read_text(encoding="utf-8") == "ä\n"
@@ -155,12 +155,12 @@ def test_the_file_is_replaced_by_the_first_line_and_not_before(tmp_path):
 
 
 def test_without_a_line_there_is_no_file(tmp_path):
-    Lines(tmp_path / "lines.jsonl").close()
+    JsonLines(tmp_path / "lines.jsonl").close()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_stdout(capsys):
-    lines = Lines(None)
+    lines = JsonLines(None)
     lines.write("a\n")
     lines.close()
     print("still open")
@@ -170,13 +170,13 @@ def test_stdout(capsys):
 
 def test_a_file_that_cannot_be_created_is_named(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
-        Lines(tmp_path / "missing" / "lines.jsonl").write("a\n")
+        JsonLines(tmp_path / "missing" / "lines.jsonl").write("a\n")
     assert caught.value.filename == str(tmp_path / "missing" / "lines.jsonl")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_is_named():
-    lines = Lines(Path("/dev/full"))
+    lines = JsonLines(Path("/dev/full"))
     with pytest.raises(OSError, match="No space left") as caught:
         lines.write("a\n")
     assert caught.value.filename == "/dev/full"
@@ -191,7 +191,7 @@ class ClosedPipe(io.StringIO):
 
 def test_a_reader_that_left(monkeypatch):
     monkeypatch.setattr(sys, "stdout", ClosedPipe())
-    lines = Lines(None)
+    lines = JsonLines(None)
     with pytest.raises(BrokenPipeError):
         lines.write("a\n")
     assert lines.reader_left
