@@ -4,15 +4,17 @@ import math
 import socket
 import threading
 from contextlib import suppress
+from itertools import pairwise
 
 import av
 import cv2
 import numpy as np
 import pytest
+from av.stream import Disposition
 
 from films import break_off, write_video
 from heatlens._video.inputs import open_source
-from heatlens._video.pyav import MAX_STEP_S, LiveVideo, step_s
+from heatlens._video.pyav import MAX_STEP_S, LiveVideo, open_video, step_s
 
 
 @pytest.fixture
@@ -196,12 +198,18 @@ def test_a_file_with_a_strange_name(opened, tmp_path, monkeypatch, name):
     assert len(list(opened(name))) == 2
 
 
-def sound_alone(path):
+def write_song(path, *, cover):
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
-        frame.sample_rate = 8000
-        container.mux(stream.encode(frame))
+        sound = container.add_stream("pcm_s16le" if path.suffix == ".wav" else "aac", rate=8000, layout="mono")
+        if cover:
+            picture = container.add_stream("mjpeg", rate=1)
+            picture.width, picture.height, picture.pix_fmt = 48, 32, "yuvj420p"
+            picture.disposition = Disposition.attached_pic
+            container.mux(picture.encode(av.VideoFrame.from_ndarray(gray(9), format="rgb24")))
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
+        silence.sample_rate = 8000
+        container.mux(sound.encode(silence))
+        container.mux(sound.encode(None))
 
 
 @pytest.mark.parametrize(
@@ -211,14 +219,17 @@ def sound_alone(path):
         ("garbage.mp4", "cannot be opened as a video"),
         ("empty.mp4", "cannot be opened as a video"),
         ("headless.mp4", "cannot be opened as a video"),
-        ("sound.wav", "holds no video"),
+        ("song.wav", "holds no video"),
+        # To FFmpeg, the cover of an album is a video.
+        ("album.mp4", "holds no video"),
     ],
 )
 def test_what_is_no_video(opened, tmp_path, capfd, name, words):
     (tmp_path / "garbage.mp4").write_bytes(b"garbage" * 100)
     (tmp_path / "empty.mp4").write_bytes(b"")
     cut_off(write_video(tmp_path / "headless.mp4", noise(20)), 0.5)
-    sound_alone(tmp_path / "sound.wav")
+    write_song(tmp_path / "song.wav", cover=False)
+    write_song(tmp_path / "album.mp4", cover=True)
     with pytest.raises(OSError, match=words) as caught:
         opened(tmp_path / name)
     assert caught.value.filename == str(tmp_path / name)
@@ -350,6 +361,16 @@ def test_only_the_newest_frame_of_a_camera_is_kept(camera, live):
     assert later.time_s > 0
     camera.stop()
     assert next(frames, None) is None
+
+
+def test_a_device_of_ffmpeg_is_live():
+    source = open_video("testsrc=size=48x32:rate=20:duration=0.5", "a device", fps=None, live=True, format_name="lavfi")
+    assert (source.live, source.size, source.fps, source.total) == (True, (48, 32), 20, None)
+    frames = list(source)
+    source.close()
+    # The first frame told the size.
+    assert len(frames) + source.lost == 9
+    assert all(earlier.time_s < later.time_s for earlier, later in pairwise(frames))
 
 
 def test_closing_wakes_who_waits_for_a_camera(camera, live):
