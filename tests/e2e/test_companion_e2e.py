@@ -138,9 +138,9 @@ def request(model: str = MODEL, **options) -> pb.ExplainRequest:
 
 
 async def test_both_engines_say_the_same_of_every_method_and_option(live, stub):
-    capabilities = live.registry.get(MODEL).capabilities
+    capabilities = live.fleet.get(MODEL).capabilities
     assert capabilities.engine_name == "onnxruntime"
-    assert capabilities.requestable_methods == live.registry.get("torch").capabilities.requestable_methods
+    assert capabilities.requestable_methods == live.fleet.get("torch").capabilities.requestable_methods
     options = [{"method": method} for method in method_pb2.Method.values() if method]
     options = [one for one in options if _name(one["method"]) in capabilities.requestable_methods]
     assert len(options) >= 12

@@ -1,13 +1,15 @@
 """StreamExplain refuses: configurations, the order of messages, ids, models. A real server on a real port."""
 
 import math
+import threading
 
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+import tiny_models
 from heatlens.v1 import explain_pb2 as pb
-from heatlens_server.fleet.registry import Slot
+from heatlens_server.config import ModelConfig
 from raw_stream import RawStream, kinds
 from wire import distinct
 
@@ -96,8 +98,10 @@ async def test_the_configuration_comes_first(stub, first):
     assert details.info.reason == "PROTOCOL_VIOLATION"
 
 
-async def test_models_that_cannot_answer(live, stub):
-    live.registry._slots["late"] = Slot("late")
+async def test_models_that_cannot_answer(live, stub, monkeypatch):
+    arrived = threading.Event()
+    monkeypatch.setattr(tiny_models, "late", arrived.wait, raising=False)
+    loading = live.fleet.load(ModelConfig(name="late", source="python:tiny_models:late", engine="torch"))
     for model, code, reason in [
         ("none", grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"),
         ("late", grpc.StatusCode.UNAVAILABLE, "MODEL_LOADING"),
@@ -107,4 +111,5 @@ async def test_models_that_cannot_answer(live, stub):
         await stream.configure(model=model)
         failed, details, answers = await stream.failure()
         assert (failed, details.info.reason, answers) == (code, reason, [])
-    del live.registry._slots["late"]
+    arrived.set()
+    await loading

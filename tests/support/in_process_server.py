@@ -17,12 +17,12 @@ PATIENCE_S = 20.0
 
 def batcher_of(server: "Server", model: str = "mlp") -> "Batcher":
     """The queue of a model."""
-    return server.registry.get(model).queue.batcher
+    return server.fleet.get(model).queue.batcher
 
 
 def engine_of(server: "Server", model: str = "mlp") -> "Engine":
     """The engine of a model."""
-    return server.registry.get(model).queue._engine
+    return server.fleet.get(model).queue._engine
 
 
 async def until(condition: Callable[[], bool]) -> None:

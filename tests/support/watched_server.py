@@ -187,7 +187,7 @@ def _tell(server: "Server") -> None:
     if not os.read(sys.stdin.fileno(), 1):
         return
     counters = server.streams.counters
-    queues = [slot.value.queue for slot in server.registry.slots if slot.value is not None]
+    queues = [status.served.queue for status in server.fleet if status.served is not None]
     told = {
         "created": {name: getattr(counters, name).created for name in BALANCES},
         "released": {name: getattr(counters, name).released for name in BALANCES},

@@ -6,6 +6,7 @@
   * ModelNotFound         no model of that name
   * ModelLoading          not ready yet, try again
   * ModelFailed           could not be loaded
+  * ModelUnloaded         was taken out, or replaced, while the caller waited
   * CompanionFailed       is served, but what some requests need beside it could not be loaded
   * ServerDraining        shutting down, try another server
   * QueueFull             too many requests are waiting
@@ -128,6 +129,16 @@ class ModelFailed(HeatlensError):
 
     def __init__(self, name: str, why: str) -> None:
         super().__init__(f"model {name!r} could not be loaded: {why}", metadata={"model": name})
+        self.name = name
+
+
+class ModelUnloaded(HeatlensError):
+    """The model was taken out of the server, or replaced, while a call waited for it or a stream used it."""
+
+    reason = "MODEL_UNLOADED"
+
+    def __init__(self, name: str, what: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(f"model {name!r} {what}", metadata={"model": name}, retry_after_s=retry_after_s)
         self.name = name
 
 

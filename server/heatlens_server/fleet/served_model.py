@@ -1,4 +1,4 @@
-"""A model that is ready to answer, as the gRPC edge sees it."""
+"""A model that is ready to answer, as transports see it."""
 
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ class ServedModel:
         max_batch_size: most images run at once.
         max_delay_s: the batching window, in seconds.
         queue: the way to the device.
+        generation: counts the models that have served under this name, from 1 on.
     """
 
     name: str
@@ -33,6 +34,7 @@ class ServedModel:
     max_batch_size: int
     max_delay_s: float
     queue: ModelQueue
+    generation: int = 1
 
     def label(self, class_id: int) -> str:
         """The class's name; empty if the model has no labels."""

@@ -78,6 +78,7 @@ class Batcher:
         self._no_expiry_before = math.inf
         self._hold_until = 0
         self._closed = False
+        self._refusal: Exception = ServerDraining()
         self._device = DeviceTime()
 
     def __len__(self) -> int:
@@ -98,11 +99,11 @@ class Batcher:
 
         Raises:
             QueueFull: there is none; with an estimate of when there will be.
-            ServerDraining: the batcher is closed.
+            Exception: the batcher is closed: ServerDraining, or what `close` was told.
         """
         with self._changed:
             if self._closed:
-                raise ServerDraining
+                raise self._refusal.with_traceback(None)
             # A stream is bounded by its own window: its images neither need nor take the places of callers.
             expired = self._sweep() if source is None and self._callers >= self._max_queue_length else []
             full = source is None and self._callers >= self._max_queue_length
@@ -215,10 +216,15 @@ class Batcher:
             self._hold_until = count
             self._changed.notify_all()
 
-    def close(self) -> None:
-        """Admit nothing more; `take` hands out what is left and then None. Idempotent."""
+    def close(self, refusal: Exception | None = None) -> None:
+        """Admit nothing more; `take` hands out what is left and then None. Idempotent.
+
+        Args:
+            refusal: what `admit` raises from now on; None for what it would raise anyway.
+        """
         with self._changed:
             self._closed = True
+            self._refusal = refusal or self._refusal
             self._hold_until = 0
             self._changed.notify_all()
 

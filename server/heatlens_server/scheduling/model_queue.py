@@ -134,19 +134,23 @@ class ModelQueue:
 
     def give_up(self, error: Exception) -> None:
         """Refuse new work, and answer with an error all that was admitted, but for batches that are claimed already."""
-        self.batcher.close()
+        self.batcher.close(error)
         self._readiness.give_up(error)
         for ticket in list(self._tickets):
             ticket.give_up(error)
 
-    async def close(self, *, timeout_s: float | None = None) -> bool:
+    async def close(self, refusal: Exception | None = None, *, timeout_s: float | None = None) -> bool:
         """Refuse new work, finish what was admitted, stop the threads and close the engine. Idempotent.
+
+        Args:
+            refusal: what refused work is told; None for ServerDraining.
+            timeout_s: how long that may take, in seconds; None for ever.
 
         Returns:
             False if the time ran out, or a part of the model is still being loaded; the threads are daemons and end
             with the process.
         """
-        self.batcher.close()
+        self.batcher.close(refusal)
         finished = await asyncio.to_thread(self._worker.join, timeout_s)
         if finished:
             self._engine.close()

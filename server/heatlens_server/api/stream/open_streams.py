@@ -7,6 +7,7 @@ from typing import Protocol
 
 from heatlens_server.api.stream.stream_counters import StreamCounters
 from heatlens_server.core.errors import ServerDraining, StreamLimit
+from heatlens_server.fleet.served_model import ServedModel
 
 _RETRY_S = 1.0
 
@@ -14,8 +15,12 @@ _RETRY_S = 1.0
 class OpenStream(Protocol):
     """A stream, as the open_streams sees it."""
 
-    def drain(self) -> None:
-        """Read no more, answer what is left, end."""
+    @property
+    def model(self) -> ServedModel | None:
+        """What explains its frames; None until that is known."""
+
+    def end(self, error: Exception) -> None:
+        """Read no more, answer the frames that run, and end with `error`."""
 
 
 class OpenStreams:
@@ -75,7 +80,13 @@ class OpenStreams:
         """Tell every stream to end, and let no other in. Idempotent."""
         self._draining = True
         for stream in tuple(self._open):
-            stream.drain()
+            stream.end(ServerDraining())
+
+    def end_streams_of(self, model: ServedModel, error: Exception) -> None:
+        """End the streams of a model that serves no longer. Those that are opened by its name later get another."""
+        for stream in tuple(self._open):
+            if stream.model is model:
+                stream.end(error)
 
     def _reader_ended(self, task: "asyncio.Task[None]") -> None:
         self._readers.discard(task)

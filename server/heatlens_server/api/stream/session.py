@@ -22,7 +22,7 @@ from heatlens_server.api.stream.smoothing import MapSmoother
 from heatlens_server.api.stream.window import FrameWindow, PendingFrame
 from heatlens_server.api.violations import Violations
 from heatlens_server.core.errors import FrameDropped, InvalidArgument, ServerDraining
-from heatlens_server.fleet.registry import Registry
+from heatlens_server.fleet.fleet import Fleet
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.scheduling.entry import QueueResult, Source
 from heatlens_server.scheduling.ticket import Ticket
@@ -77,7 +77,7 @@ class StreamSession:
 
     def __init__(
         self,
-        registry: Registry[ServedModel],
+        fleet: Fleet,
         limits: Limits,
         open_streams: OpenStreams,
         *,
@@ -87,13 +87,14 @@ class StreamSession:
         """Make a stream that reads nothing yet.
 
         Args:
-            registry: the models.
+            fleet: the models.
             limits: what the configuration and the frames are checked against.
             open_streams: runs the reader, and counts.
             requests: the client's messages. What it raises ends the stream once the frames before are answered.
             write: sends an answer; waits while the client does not read.
         """
-        self._registry = registry
+        self._fleet = fleet
+        self.model: ServedModel | None = None
         self._limits = limits
         self._open_streams = open_streams
         self._requests = requests
@@ -137,9 +138,8 @@ class StreamSession:
         finally:
             self._close()
 
-    def drain(self) -> None:
-        """Read no more, answer the frames that run, and end with ServerDraining."""
-        error = ServerDraining()
+    def end(self, error: Exception) -> None:
+        """Read no more, answer the frames that run, and end with `error`."""
         self._end(error)
         cut = self._opened is not None and self._opened.window.cut(error)
         if cut and self._end_error is None:
@@ -212,7 +212,7 @@ class StreamSession:
 
     async def _open(self, request: pb.StreamExplainRequest | None) -> _Opened:
         config = config_of(request)
-        model = self._registry.get(config.model)
+        self.model = model = self._fleet.get(config.model)
         opened = _Opened(parse_config(config, model, self._limits), model, self._limits, self._open_streams)
         await opened.explainer.ensure()
         self._opened = opened

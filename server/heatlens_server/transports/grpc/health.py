@@ -1,18 +1,17 @@
 """grpc.health.v1: for the server as a whole, per service and per model.
 
-* "" and each heatlens service: SERVING once every model is settled and at least one is ready.
-* "heatlens.v1.ExplainService/<model>": SERVING once that model is ready.
+* "" and each heatlens service: SERVING once no model is loading for the first time and at least one is ready.
+* "heatlens.v1.ExplainService/<model>": SERVING once that model is ready; SERVICE_UNKNOWN once it is unloaded.
 """
 
-from collections.abc import Sequence
+import asyncio
 
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
 from heatlens.v1 import explain_pb2, model_pb2
-from heatlens_server.fleet.registry import ModelState, Slot
-from heatlens_server.fleet.served_model import ServedModel
+from heatlens_server.fleet.fleet import Fleet, ModelState
 from heatlens_server.transports.grpc.names import EXPLAIN_SERVICE
 
 SERVICES = tuple(
@@ -23,6 +22,7 @@ SERVICES = tuple(
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 class Health:
@@ -31,21 +31,28 @@ class Health:
     def __init__(self) -> None:
         """Everything is unknown until `update`."""
         self._servicer = health_aio.HealthServicer()
+        # One update at a time: else an earlier one could overwrite what a later one says.
+        self._updating = asyncio.Lock()
+        self._models: set[str] = set()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register the service."""
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
 
-    async def update(self, slots: Sequence[Slot[ServedModel]]) -> None:
+    async def update(self, fleet: Fleet) -> None:
         """Publish the states of the models. Does nothing after `drain`."""
-        settled = all(slot.state is not ModelState.LOADING for slot in slots)
-        ready = any(slot.state is ModelState.READY for slot in slots)
-        overall = _SERVING if settled and ready else _NOT_SERVING
-        for service in ("", *SERVICES):
-            await self._servicer.set(service, overall)
-        for slot in slots:
-            status = _SERVING if slot.state is ModelState.READY else _NOT_SERVING
-            await self._servicer.set(f"{EXPLAIN_SERVICE}/{slot.name}", status)
+        async with self._updating:
+            states = {status.name: status.state for status in fleet}
+            is_settled = ModelState.LOADING not in states.values()
+            overall = _SERVING if is_settled and ModelState.READY in states.values() else _NOT_SERVING
+            for service in ("", *SERVICES):
+                await self._servicer.set(service, overall)
+            for name in self._models - set(states):
+                await self._servicer.set(f"{EXPLAIN_SERVICE}/{name}", _UNKNOWN)
+            for name, state in states.items():
+                status = _SERVING if state is ModelState.READY else _NOT_SERVING
+                await self._servicer.set(f"{EXPLAIN_SERVICE}/{name}", status)
+            self._models = set(states)
 
     async def drain(self) -> None:
         """Everything is NOT_SERVING from now on; watchers are told."""

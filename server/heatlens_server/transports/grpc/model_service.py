@@ -10,8 +10,7 @@ from heatlens.v1 import model_pb2_grpc
 from heatlens_server.api.limits import Limits
 from heatlens_server.core.engine import Capabilities
 from heatlens_server.core.methods import Method
-from heatlens_server.fleet.registry import ModelState, Registry, Slot
-from heatlens_server.fleet.served_model import ServedModel
+from heatlens_server.fleet.fleet import Fleet, ModelState, ModelStatus
 from heatlens_server.transports.grpc.names import METHOD_TO_PROTO
 
 _STATES = {
@@ -22,31 +21,17 @@ _STATES = {
 
 
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
-    """Describes the models of a registry and the server's limits."""
+    """Describes the models of a fleet and the server's limits."""
 
-    def __init__(
-        self, registry: Registry[ServedModel], limits: Limits, *, max_batch_size: int, max_delay_s: float
-    ) -> None:
+    def __init__(self, fleet: Fleet, limits: Limits) -> None:
         """Serve.
 
         Args:
-            registry: the models.
+            fleet: the models.
             limits: as requests are checked.
-            max_batch_size: the largest of any model.
-            max_delay_s: the longest batching window of any model, in seconds.
         """
-        self._registry = registry
-        self._info = pb.GetServerInfoResponse(
-            version=version("heatlens"),
-            max_message_bytes=limits.max_message_bytes,
-            max_image_pixels=limits.max_image_pixels,
-            max_queue_length=limits.max_queue_length,
-            max_targets=limits.max_targets,
-            max_in_flight=limits.max_in_flight,
-            max_streams=limits.max_streams,
-            max_batch_size=max_batch_size,
-            max_queue_delay=timedelta(seconds=max_delay_s),
-        )
+        self._fleet = fleet
+        self._limits = limits
 
     async def ListModels(  # noqa: N802 - the contract's name
         self,
@@ -55,7 +40,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     ) -> pb.ListModelsResponse:
         """List the models, in the order of the configuration."""
         return pb.ListModelsResponse(
-            models=[_model(slot) for slot in self._registry.slots], default_model=self._registry.default
+            models=[_model(status) for status in self._fleet], default_model=self._fleet.default
         )
 
     async def GetServerInfo(  # noqa: N802 - the contract's name
@@ -64,18 +49,29 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         context: grpc.aio.ServicerContext[pb.GetServerInfoRequest, pb.GetServerInfoResponse],  # noqa: ARG002 - unused
     ) -> pb.GetServerInfoResponse:
         """Return the version and every limit in force."""
-        return self._info
+        limits = self._limits
+        return pb.GetServerInfoResponse(
+            version=version("heatlens"),
+            max_message_bytes=limits.max_message_bytes,
+            max_image_pixels=limits.max_image_pixels,
+            max_queue_length=limits.max_queue_length,
+            max_targets=limits.max_targets,
+            max_in_flight=limits.max_in_flight,
+            max_streams=limits.max_streams,
+            max_batch_size=self._fleet.max_batch_size,
+            max_queue_delay=timedelta(seconds=self._fleet.max_delay_s),
+        )
 
 
-def _model(slot: Slot[ServedModel]) -> pb.Model:
-    served = slot.value
+def _model(status: ModelStatus) -> pb.Model:
+    served = status.served
     if served is None:
-        return pb.Model(name=slot.name, state=_STATES[slot.state], state_message=slot.message)
+        return pb.Model(name=status.name, state=_STATES[status.state], state_message=status.message)
     capabilities = served.capabilities
     return pb.Model(
-        name=slot.name,
+        name=status.name,
         version=served.version,
-        state=_STATES[slot.state],
+        state=_STATES[status.state],
         task=capabilities.task.value,
         input_height_px=capabilities.input_height_px,
         input_width_px=capabilities.input_width_px,

@@ -1,6 +1,7 @@
 """One stream without gRPC: what it reads and writes is in the test's hands. The queue is real, its engine a fake."""
 
 import asyncio
+import dataclasses
 import threading
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,18 +10,19 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
+from fleets import fleet_of
 from heatlens.v1 import explain_pb2 as pb
 from heatlens_server.api.limits import Limits
 from heatlens_server.api.stream import window
 from heatlens_server.api.stream.open_streams import OpenStreams
 from heatlens_server.api.stream.session import StreamSession
 from heatlens_server.core.engine import Capabilities, MapSpec
-from heatlens_server.core.errors import InvalidArgument, ServerDraining, StreamLimit
+from heatlens_server.core.errors import InvalidArgument, ModelUnloaded, ServerDraining, StreamLimit
 from heatlens_server.core.methods import Method
 from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import Target
-from heatlens_server.fleet.registry import Registry
+from heatlens_server.fleet.fleet import Fleet
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.scheduling.model_queue import ModelQueue
 from in_process_server import until
@@ -110,14 +112,12 @@ class Client:
 
 
 class Rig:
-    def __init__(self, engine: Engine, queue: ModelQueue) -> None:
+    def __init__(self, engine: Engine, queue: ModelQueue, fleet: Fleet) -> None:
         self.engine, self.queue, self.open_streams = engine, queue, OpenStreams(max_streams=2)
-        self.registry: Registry[ServedModel] = Registry(["m"], default="m")
-        preprocess = PreprocessSpec(2, (2, 2), (0.5,) * 3, (0.5,) * 3, Interpolation.BILINEAR)
-        self.registry.set_ready("m", ServedModel("m", "1", (), preprocess, INFO, Method.GRAD_CAM, 4, 0.0, queue))
+        self.fleet = fleet
 
     def start(self, client: Client) -> "asyncio.Task[None]":
-        session = StreamSession(self.registry, LIMITS, self.open_streams, requests=client, write=client.write)
+        session = StreamSession(self.fleet, LIMITS, self.open_streams, requests=client, write=client.write)
 
         async def call() -> None:
             with self.open_streams.admit(session):
@@ -134,7 +134,9 @@ async def rig() -> AsyncIterator[Rig]:
     engine = Engine()
     with ThreadPoolExecutor(2) as preparers:
         queue = ModelQueue(engine, name="m", preparers=preparers, max_batch_size=4, max_delay_s=0.0, max_queue_length=1)
-        yield Rig(engine, queue)
+        preprocess = PreprocessSpec(2, (2, 2), (0.5,) * 3, (0.5,) * 3, Interpolation.BILINEAR)
+        model = ServedModel("m", "1", (), preprocess, INFO, Method.GRAD_CAM, 4, 0.0, queue)
+        yield Rig(engine, queue, await fleet_of(model))
         engine.gate.set()
         assert await queue.close(timeout_s=PATIENCE_S)
 
@@ -270,6 +272,28 @@ async def test_drain_answers_what_runs_and_not_the_frame_in_hand(rig):
         await ended(call)
     assert client.answers() == [(1, "result"), (2, "result")]
     assert client.reads == 4
+    await rig.balanced()
+
+
+async def test_the_streams_of_a_model_that_serves_no_longer_answer_what_runs_and_end(rig):
+    client = Client()
+    call = await frame_in_hand(rig, client)
+    unopened = Client()
+    other = rig.start(unopened)
+    await until(lambda: unopened.reads == 1)
+    model = rig.fleet.get("m")
+    rig.open_streams.end_streams_of(dataclasses.replace(model, generation=2), ModelUnloaded("m", "was unloaded"))
+    rig.open_streams.end_streams_of(model, ModelUnloaded("m", "was replaced"))
+    rig.engine.gate.set()
+    with pytest.raises(ModelUnloaded, match="'m' was replaced"):
+        await ended(call)
+    assert client.answers() == [(1, "result"), (2, "result")]
+    # One that has not said its model goes on.
+    unopened.configure()
+    unopened.send(1)
+    unopened.finish()
+    await ended(other)
+    assert unopened.answers() == [(1, "result")]
     await rig.balanced()
 
 

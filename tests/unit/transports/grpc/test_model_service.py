@@ -3,22 +3,19 @@
 import dataclasses
 
 from explain_requests import LIMITS, TINY
+from fleets import fleet_of
 from heatlens.v1 import method_pb2
 from heatlens.v1 import model_pb2 as pb
 from heatlens_server.core.engine import Capabilities
 from heatlens_server.core.methods import Method, Score
-from heatlens_server.fleet.registry import Registry
 from heatlens_server.transports.grpc.model_service import ModelServicer
 
 EXPORT = Capabilities("onnxruntime", "cpu", "fp32", 4, 4, 10, (Method.GRAD_CAM,), ("body", "stem"))
 
 
 async def listed(capabilities: Capabilities) -> pb.Model:
-    registry = Registry(["m"], default="m")
-    registry.set_ready(
-        "m", dataclasses.replace(TINY, capabilities=capabilities, default_method=capabilities.requestable_methods[0])
-    )
-    servicer = ModelServicer(registry, LIMITS, max_batch_size=1, max_delay_s=0.0)
+    model = dataclasses.replace(TINY, capabilities=capabilities, default_method=capabilities.requestable_methods[0])
+    servicer = ModelServicer(await fleet_of(model), LIMITS)
     (model,) = (await servicer.ListModels(pb.ListModelsRequest(), None)).models
     return model
 

@@ -28,6 +28,11 @@ EXAMPLES: dict[type[HeatlensError], tuple[HeatlensError, grpc.StatusCode, str]] 
         "MODEL_LOADING",
     ),
     ModelFailed: (ModelFailed("a", "no file"), grpc.StatusCode.FAILED_PRECONDITION, "MODEL_FAILED"),
+    errors.ModelUnloaded: (
+        errors.ModelUnloaded("a", "was replaced", retry_after_s=0.0),
+        grpc.StatusCode.UNAVAILABLE,
+        "MODEL_UNLOADED",
+    ),
     errors.CompanionFailed: (
         errors.CompanionFailed("a", "no file"),
         grpc.StatusCode.FAILED_PRECONDITION,
@@ -167,6 +172,7 @@ def test_headers_stay_small_whatever_an_error_repeats(text, count):
         ModelNotFound(long, [long] * 3),
         ModelFailed(long, long),
         errors.CompanionFailed(long, long),
+        errors.ModelUnloaded(long, "was unloaded"),
         errors.QueueFull(long, metadata={"a": long}, retry_after_s=1.0),
     ]
     for error in huge:

@@ -1,0 +1,138 @@
+"""Fleets for tests: of models that are there at once, and of engines whose building and running the test holds up."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+
+from heatlens_server.config import ModelConfig
+from heatlens_server.core.engine import Capabilities, MapSpec
+from heatlens_server.core.events import Observer
+from heatlens_server.core.geometry import PixelBox
+from heatlens_server.core.methods import Method
+from heatlens_server.core.preprocess import FittedImage, Interpolation, PreprocessSpec
+from heatlens_server.core.results import ImageResult
+from heatlens_server.core.targets import Target, TopK
+from heatlens_server.fleet.build import BuiltModel
+from heatlens_server.fleet.fleet import Fleet, ModelState
+from heatlens_server.fleet.served_model import ServedModel
+from heatlens_server.scheduling.model_queue import ModelQueue
+
+PATIENCE_S = 20
+SPEC = MapSpec(Method.GRAD_CAM, ("layer",), upsample=False)
+IMAGE = FittedImage(np.zeros((2, 2, 3), np.uint8), PixelBox(0, 0, 2, 2), source_width_px=2, source_height_px=2)
+PREPROCESS = PreprocessSpec(2, (2, 2), (0.5,) * 3, (0.5,) * 3, Interpolation.BILINEAR)
+
+
+async def fleet_of(*models: ServedModel) -> Fleet:
+    """A fleet in which each model is READY, with the queue that it has."""
+    named = {model.name: model for model in models}
+
+    def built(config: ModelConfig) -> BuiltModel:
+        model = named[config.name]
+        engine = SimpleNamespace(info=model.capabilities, close=lambda: None)
+        return BuiltModel(engine, model.preprocess, model.version, model.labels, model.default_method)
+
+    fleet = Fleet(build=built, make_queue=lambda config, _engine: named[config.name].queue)
+    for model in models:
+        batching = {"max_batch_size": model.max_batch_size, "max_delay_ms": model.max_delay_s * 1e3}
+        await fleet.load(ModelConfig(name=model.name, source="embedded:efficientnet_lite0", batching=batching))
+    return fleet
+
+
+class Engine:
+    """Answers with its own number once its gate is open."""
+
+    def __init__(self, number: int) -> None:
+        self.info = Capabilities("fake", "cpu", "fp32", 2, 2, 1, (Method.GRAD_CAM,), ("layer",))
+        self.number = number
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+        self.closed = threading.Event()
+
+    def explain(self, images: np.ndarray, targets: Sequence[Target], spec: MapSpec) -> list[ImageResult]:
+        self.entered.set()
+        assert self.gate.wait(PATIENCE_S)
+        assert not self.closed.is_set()
+        one = np.zeros(1, np.float32)
+        logits = np.array([self.number], np.float32)
+        return [ImageResult(logits, (0,), np.zeros((1, 1, 1), np.float32), one, one) for _ in targets]
+
+    def ready(self, spec: MapSpec) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+class Changes(Observer):
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str, str]] = []
+
+    def model_changed(self, *, model: str, state: str, message: str) -> None:
+        self.seen.append((model, state, message))
+
+
+class Rig:
+    """A fleet, the engines that it made, and ways to hold up or fail a build."""
+
+    def __init__(self, preparers: ThreadPoolExecutor, *, default: str = "") -> None:
+        self.engines: list[Engine] = []
+        self.gates: dict[str, threading.Event] = {}
+        self.errors: dict[str, BaseException] = {}
+        self.changes = Changes()
+        self.published = 0
+        self.ended: list[tuple[object, Exception]] = []
+        self.fleet = Fleet(
+            build=self.build,
+            make_queue=lambda config, engine: ModelQueue(
+                engine,
+                name=config.name,
+                preparers=preparers,
+                max_batch_size=config.batching.max_batch_size,
+                max_delay_s=0.0,
+                max_queue_length=64,
+            ),
+            default=default,
+            observer=self.changes,
+            publish=self.publish,
+            end_streams=lambda model, error: self.ended.append((model, error)),
+        )
+
+    def build(self, config: ModelConfig) -> BuiltModel:
+        if config.name in self.gates:
+            assert self.gates[config.name].wait(PATIENCE_S)
+        if config.name in self.errors:
+            raise self.errors[config.name]
+        self.engines.append(Engine(len(self.engines) + 1))
+        return BuiltModel(self.engines[-1], PREPROCESS, config.version, (), Method.GRAD_CAM)
+
+    async def publish(self) -> None:
+        self.published += 1
+
+    async def ask(self, name: str) -> int:
+        """The number of the engine that answers one call."""
+        with self.fleet.use(name) as model:
+            explained = await model.queue.explain(lambda: IMAGE, TopK(1), SPEC, timeout_s=None)
+        return int(explained.result.logits[0])
+
+    def states(self) -> list[tuple[str, ModelState]]:
+        return [(status.name, status.state) for status in self.fleet]
+
+
+def config(name: str, **batching: float) -> ModelConfig:
+    return ModelConfig(name=name, source="embedded:efficientnet_lite0", batching=batching)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():  # noqa: ASYNC110 - what is waited for is in other threads
+            await asyncio.sleep(0.002)
+
+
+async def closed(engine: Engine) -> bool:
+    return await asyncio.to_thread(engine.closed.wait, PATIENCE_S)

@@ -1,0 +1,57 @@
+"""What health checks and watchers are told while models come and go."""
+
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+import pytest
+import pytest_asyncio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from heatlens_server.config import ModelConfig
+from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.fleet.build import BuiltModel
+from heatlens_server.fleet.fleet import Fleet
+from heatlens_server.transports.grpc.health import SERVICES, Health
+
+SERVING, NOT_SERVING, UNKNOWN = "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN"
+MODEL = "heatlens.v1.ExplainService/a"
+
+
+def fail(config: ModelConfig) -> BuiltModel:
+    raise ModelLoadError("no weights")
+
+
+@pytest_asyncio.fixture
+async def health() -> AsyncIterator[tuple[Health, health_pb2_grpc.HealthStub]]:
+    made, server = Health(), grpc.aio.server()
+    made.add_to(server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield made, health_pb2_grpc.HealthStub(channel)
+    await server.stop(0)
+
+
+async def status(stub: health_pb2_grpc.HealthStub, service: str) -> str:
+    answer = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
+    return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+
+
+async def test_a_model_fails_and_is_unloaded_and_its_watcher_hears_of_it(health):
+    made, stub = health
+    with pytest.raises(grpc.aio.AioRpcError, match="NOT_FOUND"):
+        await status(stub, MODEL)
+    fleet = Fleet(build=fail, make_queue=lambda *_: None, publish=lambda: made.update(fleet))
+    loading = fleet.load(ModelConfig(name="a", source="embedded:efficientnet_lite0"))
+    await made.update(fleet)
+    watch = stub.Watch(health_pb2.HealthCheckRequest(service=MODEL), timeout=20)
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    await loading
+    assert [await status(stub, name) for name in (MODEL, "", *SERVICES)] == [NOT_SERVING] * 4
+    await fleet.unload("a")
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+    watch.cancel()
+    assert [await status(stub, name) for name in (MODEL, "")] == [UNKNOWN, NOT_SERVING]
+    await made.drain()
+    assert await status(stub, "") == NOT_SERVING
