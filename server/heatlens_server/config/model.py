@@ -12,6 +12,7 @@ from heatlens_server.core.graph_spec import MANIFEST_FILE
 from heatlens_server.core.grid import Grid, Layout
 from heatlens_server.core.methods import Method
 from heatlens_server.core.preprocess import Interpolation
+from heatlens_server.core.tasks import Task
 
 EMBEDDED_MODEL = "efficientnet_lite0"
 WEIGHT_FILE_SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -189,7 +190,7 @@ class ModelConfig(Section):
     @field_validator("task")
     @classmethod
     def _task_of_export(cls, task: str, info: ValidationInfo) -> str:
-        if _is_export(info) and task not in {"auto", "classification", "multi-label-classification"}:
+        if _is_export(info) and not _is_exportable(task):
             raise ValueError(f"exports are of classifiers, not for {task}")
         return task
 
@@ -205,8 +206,8 @@ class ModelConfig(Section):
     def _engine_fits(cls, engine: str, info: ValidationInfo) -> str:
         if _is_export(info) and engine == "torch":
             raise ValueError('an export is run by "onnxruntime" or "torchscript", or "auto" for whichever it is for')
-        task = info.data.get("task")
-        if engine in {"onnxruntime", "torchscript"} and task in {"segmentation", "detection", "embedding"}:
+        task = info.data.get("task", "auto")
+        if engine in {"onnxruntime", "torchscript"} and not _is_exportable(task):
             raise ValueError(f'"{engine}" runs exports, which are of classifiers; {task} is for "torch"')
         if engine in {"onnxruntime", "torchscript"} and info.data.get("precision") == "bf16":
             raise ValueError(f'"{engine}" runs in fp32 and fp16; bf16 is for "torch"')
@@ -226,6 +227,10 @@ class ModelConfig(Section):
         if _is_export(info) and preprocess != PreprocessConfig():
             raise ValueError("cannot be set for an export: it is part of it")
         return preprocess
+
+
+def _is_exportable(task: str) -> bool:
+    return task == "auto" or Task(task).traits.exportable
 
 
 def _is_export(info: ValidationInfo) -> bool:

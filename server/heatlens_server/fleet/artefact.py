@@ -15,7 +15,6 @@ from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import Format
 from heatlens_server.core.labels import read_labels
 from heatlens_server.core.methods import Method
-from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.cache_key import artefact_key, is_settled
 from heatlens_server.fleet.likeness import is_alike
 from heatlens_server.fleet.stderr import stderr_to_log
@@ -169,7 +168,7 @@ def _make(
         from heatlens_server.backends.torch.export.verify import verify  # noqa: PLC0415 - imports torch
 
     model = lazy.get()
-    if model.task not in {Task.CLASSIFICATION, Task.MULTI_LABEL}:
+    if not model.task.traits.exportable:
         raise ExportError(f"exports are of classifiers, and this model is for {model.task}")
     methods = _explainable(config, model)
     report(f"exporting for {file_format}, which is done once: later starts take it from the cache")

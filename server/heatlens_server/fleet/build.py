@@ -82,8 +82,8 @@ def build(config: ModelConfig, *, cache_dir: Path | None, report: Report | None 
 
 
 def _takes_torch(config: ModelConfig) -> bool:
-    """Whether torch alone runs a model, as far as the configuration tells. Exports are of classifiers."""
-    return config.engine == "torch" or config.task in {Task.SEGMENTATION, Task.DETECTION, Task.EMBEDDING}
+    """Whether torch alone runs a model, as far as the configuration tells."""
+    return config.engine == "torch" or not (config.task == "auto" or Task(config.task).traits.exportable)
 
 
 def _build_auto(config: ModelConfig, lazy: LazyModel, cache: ArtefactCache, tell: Report) -> BuiltModel:

@@ -35,7 +35,7 @@ class TorchEngine:
             ModelLoadError: no such device or precision, or the score does not depend on a layer.
         """
         task = task_model(model.task)
-        if precision != "fp32" and not task.half:
+        if precision != "fp32" and not model.task.traits.runs_in_half_precision:
             raise ModelLoadError(f"precision: a model for {model.task} runs in fp32, not {precision}")
         self._model = TorchModel(model, task, device=device, precision=precision)
         try:
@@ -44,7 +44,7 @@ class TorchEngine:
             self._model.close()
             raise
         height_px, width_px = model.preprocess.crop_px or (0, 0)
-        offered = {*CLOSED_FORMS, *PASSES, *STEPPERS} & task.methods
+        offered = {*CLOSED_FORMS, *PASSES, *STEPPERS} - model.task.traits.unsupported_methods
         if self._model.head_weight is None:
             offered -= {Method.CAM}
         if self._model.attention is None:
@@ -62,7 +62,7 @@ class TorchEngine:
             methods=tuple(method for method in Method if method in offered),
             layers=model.layers,
             task=model.task,
-            scores=task.scores,
+            scores=model.task.traits.scores,
             has_options=True,
             multi_map_layers=multi_map_layers,
         )

@@ -19,7 +19,6 @@ from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import MANIFEST_FILE, Format, GraphSpec
 from heatlens_server.core.methods import Method
-from heatlens_server.core.tasks import Task
 
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -55,7 +54,7 @@ def export_model(
         ExportError: the model is no classifier, the folder holds something else, the model cannot be exported like
             this, or the artefact is wrong. The folder is as it was.
     """
-    if model.task not in {Task.CLASSIFICATION, Task.MULTI_LABEL}:
+    if not model.task.traits.exportable:
         raise ExportError(f"exports are of classifiers, and this model is for {model.task}")
     check_target(folder)
     with _staged(folder) as staging:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from heatlens_server.core.arrays import Float32Array, UInt8Array
-from heatlens_server.core.methods import ABSENT, Method, Score
+from heatlens_server.core.methods import ABSENT, Score
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import Target
 from heatlens_server.core.tasks import Task
@@ -72,31 +72,6 @@ class TaskModel(Protocol):
     @property
     def task(self) -> Task:
         """Which task."""
-        ...
-
-    @property
-    def methods(self) -> frozenset[Method]:
-        """The methods that make sense for it, whatever a network has."""
-        ...
-
-    @property
-    def scores(self) -> tuple[Score, ...]:
-        """What can be explained about a goal."""
-        ...
-
-    @property
-    def sums(self) -> bool:
-        """Whether scores are sums over places, whose gradients may be too large for float16."""
-        ...
-
-    @property
-    def half(self) -> bool:
-        """Whether networks run in half precision."""
-        ...
-
-    @property
-    def mirrors(self) -> bool:
-        """Whether goals mean the same in a mirrored image, so that maps can be averaged over mirror images."""
         ...
 
     def run(self, module: nn.Module, inputs: Tensor) -> Any:  # noqa: ANN401 - what a network returns

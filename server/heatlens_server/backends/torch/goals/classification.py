@@ -10,7 +10,7 @@ from heatlens_server.backends.torch.cam.targets import class_scores, probabiliti
 from heatlens_server.backends.torch.goals.base import RunImages
 from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.errors import ModelLoadError
-from heatlens_server.core.methods import ABSENT, RANKED, Method, Score
+from heatlens_server.core.methods import ABSENT, RANKED, Score
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import ClassIds, ClassTarget, Target, TopK, class_targets
 from heatlens_server.core.tasks import Task
@@ -82,12 +82,6 @@ class ClassGoals:
 
 class Classification:
     """Runs classifiers. Implements `goals.base.TaskModel`."""
-
-    methods = frozenset(Method)
-    scores = tuple(Score)
-    sums = False
-    half = True
-    mirrors = True
 
     def __init__(self, *, multi_label: bool = False) -> None:
         """Describe the classifiers.

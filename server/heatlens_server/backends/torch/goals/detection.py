@@ -16,7 +16,7 @@ from heatlens_server.backends.torch.cam.precision import wide
 from heatlens_server.backends.torch.goals.base import RunImages
 from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.errors import ModelLoadError
-from heatlens_server.core.methods import ABSENT, CLOSED_FORMS, Method, Score
+from heatlens_server.core.methods import ABSENT, Score
 from heatlens_server.core.results import Finding, ImageResult
 from heatlens_server.core.targets import Boxes, Detections, Target
 from heatlens_server.core.tasks import Task
@@ -187,17 +187,6 @@ class Detection:
     """Runs networks that take images and return what they found in each. Implements `goals.base.TaskModel`."""
 
     task = Task.DETECTION
-    methods = (
-        frozenset(CLOSED_FORMS)
-        | {Method.SCORE_CAM, Method.SS_CAM, Method.IS_CAM, Method.ABLATION_CAM, Method.RECIPRO_CAM}
-        | {Method.SMOOTH_GRAD_CAM_PLUS_PLUS, Method.GUIDED_GRAD_CAM}
-    ) - {Method.CAM}
-    scores = (Score.LOGIT, Score.PROBABILITY)
-    sums = False
-    # torchvision's suppression of boxes takes float32.
-    half = False
-    # Boxes would have to be mirrored as well.
-    mirrors = False
 
     def run(self, module: nn.Module, inputs: Tensor) -> list[Found]:
         """What was found in each of the inputs (R, 3, H, W), which are in [0, 1]: detectors normalise themselves."""

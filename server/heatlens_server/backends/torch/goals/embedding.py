@@ -13,7 +13,7 @@ from heatlens_server.backends.torch.goals.base import RunImages
 from heatlens_server.backends.torch.goals.classification import logits_of
 from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.errors import ModelLoadError
-from heatlens_server.core.methods import Method, Score
+from heatlens_server.core.methods import Score
 from heatlens_server.core.results import Finding, ImageResult
 from heatlens_server.core.targets import Similarity, Target
 from heatlens_server.core.tasks import Task
@@ -116,11 +116,6 @@ class Embedding:
     """Runs networks that return (N, D). Implements `goals.base.TaskModel`."""
 
     task = Task.EMBEDDING
-    methods = frozenset(Method) - {Method.CAM}
-    scores = (Score.LOGIT, Score.PROBABILITY)
-    sums = False
-    half = True
-    mirrors = True
 
     def run(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """Embeddings (R, D) of inputs (R, 3, H, W)."""

@@ -15,7 +15,7 @@ from heatlens_server.backends.torch.goals.base import RunImages
 from heatlens_server.backends.torch.sources.backbone_layers import class_maps
 from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.errors import ModelLoadError
-from heatlens_server.core.methods import ABSENT, Method, Score
+from heatlens_server.core.methods import ABSENT, Score
 from heatlens_server.core.results import Finding, ImageResult
 from heatlens_server.core.targets import ClassIds, Pixels, Target, TopK
 from heatlens_server.core.tasks import Task
@@ -156,12 +156,6 @@ class Segmentation:
     """Runs networks that return (N, C, h, w), or a mapping with that as "out". Implements `goals.base.TaskModel`."""
 
     task = Task.SEGMENTATION
-    methods = frozenset(Method) - {Method.CAM}
-    scores = tuple(Score)
-    sums = True
-    half = True
-    # A mask that was sent or predicted lies on one side of the image.
-    mirrors = False
 
     def run(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """Logits (R, C, H, W) of inputs (R, 3, H, W); those of a smaller output are resized bilinearly."""

@@ -22,7 +22,7 @@ from heatlens_server.backends.torch.network.replay import first_row, laid_out_li
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.core.arrays import UInt8Array
 from heatlens_server.core.errors import ModelLoadError
-from heatlens_server.core.tasks import Task
+from heatlens_server.core.methods import Method
 
 _log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class TorchModel:
         """
         if self.gradient_scale == 1.0:
             return list(torch.autograd.grad(score, leaves, retain_graph=retain_graph))
-        again = self.task.sums
+        again = self.model.task.traits.gradients_can_overflow
         found: list[Tensor] = []
         for reduced in _REDUCTIONS if again else _REDUCTIONS[:1]:
             scale = self.gradient_scale * reduced
@@ -246,7 +246,7 @@ class TorchModel:
             for layer, gradient in zip(leaves, gradients, strict=True):
                 if gradient is None:
                     raise ModelLoadError(f"the model's output does not depend on layer {layer!r} by a gradient")
-            if self.model.task is Task.CLASSIFICATION or self.model.task is Task.MULTI_LABEL:
+            if Method.CAM not in self.model.task.traits.unsupported_methods:
                 self.head_weight = self._find_head(
                     self.features(layers[0], outputs[layers[0]]).detach(), output.detach()
                 )
