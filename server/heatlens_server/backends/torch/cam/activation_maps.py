@@ -1,6 +1,6 @@
 """Maps of activations and no model: FEM, and the control that every evaluation needs, Random-CAM.
 
-Rules on dtypes and tracing are those of `heatlens_server.backends.torch.cam.methods`.
+Arguments, results, errors and rules on dtypes and tracing are those of `cam.methods`, where not told otherwise.
 """
 
 from functools import lru_cache
@@ -26,15 +26,6 @@ def fem(activations: Tensor) -> Tensor:
     channels' means, with the population's standard deviation; the same for every class. The paper's form, as `xplique`
     computes it. `FEM` of the `grad-cam` package 1.5.7 is another map: it weights the activations themselves, by the
     share of strong pixels. The rule is a step: an activation within rounding of it may fall on either side.
-
-    Args:
-        activations: (N, C, h, w).
-
-    Returns:
-        Raw map (N, 1, h, w), float32 or wider.
-
-    Raises:
-        ValueError: activations is not 4-D.
     """
     means, distance = fem_distance(activations)
     return torch.where(distance <= 0, 0.0, means).sum(dim=1, keepdim=True)
@@ -71,12 +62,6 @@ def random_cam(activations: Tensor, count: int) -> Tensor:
     Args:
         activations: (N, C, h, w).
         count: K, how many maps.
-
-    Returns:
-        Raw map (N, K, h, w), float32 or wider.
-
-    Raises:
-        ValueError: activations is not 4-D.
     """
     _check(activations)
     activations = wide(activations)

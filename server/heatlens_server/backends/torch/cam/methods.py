@@ -1,8 +1,12 @@
 """Raw class activation maps from activations and gradients, one pure function per method.
 
-Shapes are the same everywhere: activations `A` are (N, C, h, w), N images and C channels of the target layer;
-gradients `g` are (N, K, C, h, w), the derivative of K class scores per image with respect to the activations;
-the raw map is (N, K, h, w), before the final ReLU (see `heatlens_server.backends.torch.cam.saliency` for what follows).
+Arguments, results and errors are the same everywhere, and told here alone:
+
+- activations `A`: (N, C, h, w), N images and C channels of the target layer;
+- gradients `g`: (N, K, C, h, w), the derivative of K class scores per image with respect to the activations;
+- returned: the raw map (N, K, h, w), float32 or wider, before the final ReLU (see `cam.saliency` for what follows);
+  methods that know no class return (N, 1, h, w);
+- raised: ValueError where a shape does not fit.
 
 Half precision (float16, bfloat16) in gives float32 out and all sums run in float32: 49 products of small gradients
 underflow in float16, and a sum over 2048 channels loses most of bfloat16's 8 bits. float32 stays float32; float64 stays
@@ -43,12 +47,6 @@ def cam(activations: Tensor, class_weights: Tensor) -> Tensor:
     Args:
         activations: (N, C, h, w), the input of the global average pooling.
         class_weights: (N, K, C), the rows of the head's weight that belong to the wanted classes.
-
-    Returns:
-        Raw map (N, K, h, w), float32 or wider.
-
-    Raises:
-        ValueError: a shape does not fit.
     """
     _check_activations(activations)
     n, c = activations.shape[:2]
@@ -64,16 +62,6 @@ def grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
     """Grad-CAM: channels weighted by their mean gradient, `sum_c mean_ij(g[c]) A[c]`.
 
     Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391, equations 1 and 2.
-
-    Args:
-        activations: (N, C, h, w).
-        gradients: (N, K, C, h, w).
-
-    Returns:
-        Raw map (N, K, h, w), float32 or wider.
-
-    Raises:
-        ValueError: a shape does not fit.
     """
     _check(activations, gradients)
     return _weighted_sum(grad_cam_weights(gradients), activations)
@@ -86,16 +74,6 @@ def grad_cam_plus_plus(activations: Tensor, gradients: Tensor) -> Tensor:
     the paper's `(sum A) g^3` with absolute eps 1e-6 as in the `grad-cam` package 1.5.7, and without the factor
     exp(score); others use `sum(A g^3)` or another eps, which gives visibly different maps for large gradients. Where
     the denominator is exactly zero (it takes negative activations) alpha is g^2 instead of infinite.
-
-    Args:
-        activations: (N, C, h, w).
-        gradients: (N, K, C, h, w).
-
-    Returns:
-        Raw map (N, K, h, w), float32 or wider.
-
-    Raises:
-        ValueError: a shape does not fit.
     """
     _check(activations, gradients)
     return _weighted_sum(grad_cam_plus_plus_weights(activations, gradients), activations)
@@ -105,16 +83,6 @@ def hi_res_cam(activations: Tensor, gradients: Tensor) -> Tensor:
     """HiResCAM: gradient times activation at every pixel, `sum_c g[c] A[c]`.
 
     Draelos and Carin 2020, https://arxiv.org/abs/2011.08891.
-
-    Args:
-        activations: (N, C, h, w).
-        gradients: (N, K, C, h, w).
-
-    Returns:
-        Raw map (N, K, h, w), float32 or wider.
-
-    Raises:
-        ValueError: a shape does not fit.
     """
     _check(activations, gradients)
     return (wide(gradients) * wide(activations).unsqueeze(1)).sum(dim=2)
@@ -126,16 +94,6 @@ def x_grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
     Fu et al. 2020, https://arxiv.org/abs/2008.02312, equation 8. eps is 1e-7 on the sum of the channel, as in the
     `grad-cam` package 1.5.7. Where a layer's activations take both signs a channel's sum may be close to zero and its
     weight huge: that is the method, not rounding.
-
-    Args:
-        activations: (N, C, h, w).
-        gradients: (N, K, C, h, w).
-
-    Returns:
-        Raw map (N, K, h, w), float32 or wider.
-
-    Raises:
-        ValueError: a shape does not fit.
     """
     _check(activations, gradients)
     return _weighted_sum(x_grad_cam_weights(activations, gradients), activations)
@@ -145,16 +103,6 @@ def layer_cam(activations: Tensor, gradients: Tensor) -> Tensor:
     """LayerCAM: positive gradient times activation at every pixel, `sum_c relu(g[c]) A[c]`.
 
     Jiang et al. 2021, https://doi.org/10.1109/TIP.2021.3089943, equations 6 and 7.
-
-    Args:
-        activations: (N, C, h, w).
-        gradients: (N, K, C, h, w).
-
-    Returns:
-        Raw map (N, K, h, w), float32 or wider.
-
-    Raises:
-        ValueError: a shape does not fit.
     """
     _check(activations, gradients)
     return (torch.relu(wide(gradients)) * wide(activations).unsqueeze(1)).sum(dim=2)
@@ -165,16 +113,6 @@ def element_wise_grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
 
     As `GradCAMElementWise` of the `grad-cam` package 1.5.7; it has no paper. Equals LayerCAM where activations
     are not negative.
-
-    Args:
-        activations: (N, C, h, w).
-        gradients: (N, K, C, h, w).
-
-    Returns:
-        Raw map (N, K, h, w), never negative, float32 or wider.
-
-    Raises:
-        ValueError: a shape does not fit.
     """
     _check(activations, gradients)
     return torch.relu(wide(gradients) * wide(activations).unsqueeze(1)).sum(dim=2)
@@ -190,12 +128,6 @@ def shapley_cam(activations: Tensor, gradients: Tensor, curvature: Tensor) -> Te
         activations: (N, C, h, w).
         gradients: (N, K, C, h, w).
         curvature: (N, K, C, h, w), H A of every class score.
-
-    Returns:
-        Raw map (N, K, h, w), float32 or wider.
-
-    Raises:
-        ValueError: a shape does not fit.
     """
     _check(activations, gradients)
     if curvature.shape != gradients.shape:

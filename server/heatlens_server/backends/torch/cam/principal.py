@@ -10,7 +10,7 @@ the eigenvector. Two power steps with X itself take away what rounding did meanw
 to a component that rounding decides anyway: float32 knows eigenvectors to its epsilon divided by the gap.
 
 A component has no sign of its own. Here it is fixed: see each method. Activations that do not vary give a map of zeros.
-Rules on dtypes and tracing are those of `heatlens_server.backends.torch.cam.methods`.
+Arguments, results, errors and rules on dtypes and tracing are those of `cam.methods`, where not told otherwise.
 """
 
 import math
@@ -43,15 +43,6 @@ def eigen_cam(activations: Tensor) -> Tensor:
     Muhammad and Yeasin 2020, https://arxiv.org/abs/2008.00299, with activations centred over the pixels as in the
     `grad-cam` package 1.5.7. Sign: correlates positively with the activations' energy, `sqrt(sum_c A[c]^2)`: networks
     respond to objects more than to background.
-
-    Args:
-        activations: (N, C, h, w).
-
-    Returns:
-        Raw map (N, 1, h, w), float32 or wider.
-
-    Raises:
-        ValueError: activations is not 4-D.
     """
     _check(activations)
     activations = wide(activations)
@@ -62,16 +53,6 @@ def eigen_grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
     """Eigen-Grad-CAM: the first principal component of gradient times activation.
 
     As `EigenGradCAM` of the `grad-cam` package 1.5.7; it has no paper. Sign: see `principal_projection`.
-
-    Args:
-        activations: (N, C, h, w).
-        gradients: (N, K, C, h, w).
-
-    Returns:
-        Raw map (N, K, h, w), float32 or wider.
-
-    Raises:
-        ValueError: a shape does not fit.
     """
     _check(activations)
     if gradients.ndim != 5 or (gradients.shape[0], *gradients.shape[2:]) != activations.shape:
@@ -90,12 +71,6 @@ def principal_projection(weighted: Tensor) -> Tensor:
 
     Args:
         weighted: (N, K, C, h, w), activations times whatever a method multiplies them with.
-
-    Returns:
-        Raw map (N, K, h, w), float32 or wider.
-
-    Raises:
-        ValueError: weighted is not 5-D.
     """
     if weighted.ndim != 5:
         raise ValueError(f"weighted: must be (N, K, C, h, w), not {tuple(weighted.shape)}")
@@ -111,15 +86,6 @@ def kpca_cam(activations: Tensor) -> Tensor:
     activations and the kernel matrix centred, as `KPCA_CAM` of the `grad-cam` package 1.5.7 gets from scikit-learn by
     default. This kernel may have negative eigenvalues: the component is the one of the largest, not of the largest in
     magnitude. Sign: as Eigen-CAM's. Takes memory and time in the square of the number of pixels.
-
-    Args:
-        activations: (N, C, h, w).
-
-    Returns:
-        Raw map (N, 1, h, w), float32 or wider.
-
-    Raises:
-        ValueError: activations is not 4-D.
     """
     _check(activations)
     activations = wide(activations)

@@ -1,6 +1,6 @@
 """Smooth Grad-CAM++: the powers of gradients at noisy inputs, averaged.
 
-Rules on dtypes and tracing are those of `heatlens_server.backends.torch.cam.methods`.
+Arguments, results, errors and rules on dtypes and tracing are those of `cam.methods`, where not told otherwise.
 """
 
 import torch
@@ -24,12 +24,6 @@ def smooth_grad_cam_plus_plus(activations: Tensor, first: Tensor, second: Tensor
         first: (N, K, C, h, w), the mean of g over the noisy inputs.
         second: (N, K, C, h, w), the mean of g^2.
         third: (N, K, C, h, w), the mean of g^3.
-
-    Returns:
-        Raw map (N, K, h, w), float32 or wider.
-
-    Raises:
-        ValueError: a shape does not fit.
     """
     if not first.shape == second.shape == third.shape or first.ndim != 5 or first.shape[2:] != activations.shape[1:]:
         raise ValueError(
