@@ -25,7 +25,7 @@ from heatlens_server.backends.torch.cam.saliency import saliency
 from heatlens_server.backends.torch.export import onnx_file
 from heatlens_server.backends.torch.export.capture import capture
 from heatlens_server.backends.torch.export.differentiate import differentiate_all
-from heatlens_server.backends.torch.export.pt2_file import to_program
+from heatlens_server.backends.torch.export.torch_files import to_program
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import CLASS_INDEX, IMAGE, MAP_OUTPUTS, InputKind, Output

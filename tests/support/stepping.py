@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from engine_cases import loaded
-from heatlens_server.backends.torch.cam.grid import Grid, Output
+from heatlens_server.backends.torch.cam.grid import Grid, LayerOutput
 from heatlens_server.backends.torch.goals.table import task_model
 from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.backends.torch.steps.job import Job
@@ -51,7 +51,9 @@ def drain(steps: Generator[None, None, Tensor]) -> tuple[Tensor, int]:
         count += 1
 
 
-def one_by_one(model: TorchModel, inputs: Tensor, layer: str, change: Callable[[Output], Output], rows: int) -> Tensor:
+def one_by_one(
+    model: TorchModel, inputs: Tensor, layer: str, change: Callable[[LayerOutput], LayerOutput], rows: int
+) -> Tensor:
     """What `TorchModel.replay` must say, with one whole run of the network per row and a hook of the test's own."""
     found = []
     for row in range(rows):

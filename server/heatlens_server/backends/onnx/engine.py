@@ -14,10 +14,16 @@ import numpy.typing as npt
 
 from heatlens_server.backends.onnx.capabilities import can_serve, check_served, check_tensors, served_info
 from heatlens_server.backends.onnx.cuda import open_graphed
-from heatlens_server.backends.onnx.graph_rows import Explained, Int64Array, explain_batch
+from heatlens_server.backends.onnx.graph_rows import (
+    GraphRows,
+    Int64Array,
+    explain_batch,
+    normalisation_table,
+    normalised_planes,
+    planes,
+)
 from heatlens_server.backends.onnx.manifest import Manifest
 from heatlens_server.backends.onnx.map_finish import Maps
-from heatlens_server.backends.onnx.planes import normalisation_table, normalised_planes, planes
 from heatlens_server.backends.onnx.providers import (
     CUDA,
     ON_CPU,
@@ -139,10 +145,10 @@ class OnnxRuntimeEngine:
             self._graphs.clear()
             self._runners.clear()
 
-    def _run(self, runner: _Runner, images: UInt8Array, class_index: Int64Array) -> Explained:
+    def _run(self, runner: _Runner, images: UInt8Array, class_index: Int64Array) -> GraphRows:
         image = planes(images) if self._table is None else normalised_planes(images, self._table)
         logits, class_ids, values, scales, offsets = runner({IMAGE: image, CLASS_INDEX: class_index})
-        return Explained(logits, class_ids, Maps(values, scales, offsets))
+        return GraphRows(logits, class_ids, Maps(values, scales, offsets))
 
     def _runner(self, layer: str, method: Method) -> _Runner:
         """What runs the graph of a layer and method: made now, or kept from before."""

@@ -7,14 +7,17 @@ one of fixed K an image whose target has more classes takes further rows.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
 from heatlens_server.backends.onnx.map_finish import Maps, finish
 from heatlens_server.core.arrays import Float32Array, UInt8Array
 from heatlens_server.core.methods import ABSENT, RANKED, Aggregation
+from heatlens_server.core.preprocess import PreprocessSpec
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import ClassTarget, TopK
+from heatlens_server.imaging.preprocess import normalise
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -24,7 +27,7 @@ memory stays what the batch needs."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Explained:
+class GraphRows:
     """What a graph says about R rows.
 
     Attributes:
@@ -38,12 +41,12 @@ class Explained:
     maps: Maps
 
 
-Run = Callable[[UInt8Array, Int64Array], Explained]
+RunGraph = Callable[[UInt8Array, Int64Array], GraphRows]
 """Runs one graph on images, uint8 (R, H, W, 3), and class_index, (R, K): class ids, RANKED or ABSENT."""
 
 
 def explain_batch(
-    runs: Sequence[Run],
+    runs: Sequence[RunGraph],
     images: UInt8Array,
     targets: Sequence[ClassTarget],
     *,
@@ -88,8 +91,8 @@ def class_index(targets: Sequence[ClassTarget]) -> Int64Array:
     return index
 
 
-def run_wanted(run: Run, images: UInt8Array, wanted: Int64Array, classes: int | None) -> Explained:
-    """Run a graph for any number of classes per image.
+def run_wanted(run: RunGraph, images: UInt8Array, wanted: Int64Array, classes: int | None) -> GraphRows:
+    """RunGraph a graph for any number of classes per image.
 
     Args:
         run: the graph.
@@ -126,7 +129,7 @@ def run_wanted(run: Run, images: UInt8Array, wanted: Int64Array, classes: int | 
         scales=gathered(first.maps.scales, [part.scales for part in parts]),
         offsets=gathered(first.maps.offsets, [part.offsets for part in parts]),
     )
-    return Explained(first.logits, ids.reshape(len(images), -1), maps)
+    return GraphRows(first.logits, ids.reshape(len(images), -1), maps)
 
 
 def resolve(logits: Float32Array, wanted: Int64Array) -> Int64Array:
@@ -138,3 +141,28 @@ def resolve(logits: Float32Array, wanted: Int64Array) -> Int64Array:
 def _padded(ids: Int64Array, classes: int) -> Int64Array:
     """Widen (N, K) to the next multiple of `classes` with ABSENT."""
     return np.pad(ids, ((0, 0), (0, -ids.shape[1] % classes)), constant_values=ABSENT)
+
+
+def planes(images: UInt8Array) -> UInt8Array:
+    """Lay out uint8 (N, H, W, 3) as (N, 3, H, W), contiguous. OpenCV's split is 5 times as fast as numpy's copy."""
+    count, height_px, width_px, _ = images.shape
+    separated = np.empty((count, 3, height_px, width_px), np.uint8)
+    for image, channels in zip(images, separated, strict=True):
+        cv2.split(image, list(channels))
+    return separated
+
+
+def normalisation_table(spec: PreprocessSpec) -> Float32Array:
+    """What `imaging.preprocess.normalise` makes of each of the 256 levels: float32 (3, 256)."""
+    levels = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, axis=2)
+    return normalise(levels, spec.mean, spec.std)[:, :, 0]
+
+
+def normalised_planes(images: UInt8Array, table: Float32Array) -> Float32Array:
+    """Normalise uint8 (N, H, W, 3) to float32 (N, 3, H, W), exactly as `normalise` does, by looking levels up."""
+    count, height_px, width_px, _ = images.shape
+    normalised = np.empty((count, 3, height_px, width_px), np.float32)
+    for image, channels in zip(images, normalised, strict=True):
+        for plane, levels, target in zip(cv2.split(image), table, channels, strict=True):
+            cv2.LUT(plane, levels, target)
+    return normalised

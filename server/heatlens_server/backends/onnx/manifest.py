@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -192,3 +193,17 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"input: {manifest.input}, and the graphs take {tensor.dtype}")
         if tensor.name == IMAGE and tensor.shape[1:] != (3, *crop_px):
             raise ValueError(f"preprocess.crop_px: {crop_px}, and the graphs take {tensor.shape}")
+
+
+_PACKAGES = ("heatlens", "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that an export depends on, those that are installed."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions

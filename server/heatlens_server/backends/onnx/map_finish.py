@@ -1,6 +1,6 @@
 """Maps of one size from maps of another, and several layers' maps as one, on what a graph returns. No torch in here.
 
-The same maths as `cam.resize` and `cam.saliency`, which graphs end with at the layer's own size; the tests hold the two
+The same maths as `cam.saliency`, which graphs end with at the layer's own size; the tests hold the two
 against each other.
 """
 
@@ -75,7 +75,7 @@ def combine(
     Args:
         layers: at least one; of one N and K.
         size: (height, width) of the result; None for the largest height and width among the layers.
-        aggregation: as in `cam.resize.combine_layers`.
+        aggregation: as in `cam.saliency.combine_layers`.
     """
     height, width = size or (
         max(layer.values.shape[2] for layer in layers),

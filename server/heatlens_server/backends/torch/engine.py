@@ -7,12 +7,12 @@ import dataclasses
 from collections.abc import Sequence
 
 from heatlens_server.backends.torch.goals.table import task_model
-from heatlens_server.backends.torch.network.network import TorchModel, memory_errors, recording_allowed
+from heatlens_server.backends.torch.network.device import memory_errors, recording_allowed
+from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.backends.torch.passes.one_pass import results
 from heatlens_server.backends.torch.passes.table import PASSES, explain
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
-from heatlens_server.backends.torch.steps.drive import explain_in_steps
-from heatlens_server.backends.torch.steps.table import STEPPERS
+from heatlens_server.backends.torch.steps.drive import STEPPERS, explain_in_steps
 from heatlens_server.core.arrays import UInt8Array
 from heatlens_server.core.engine import Capabilities, MapSpec, Steps
 from heatlens_server.core.errors import InvalidArgument, ModelLoadError

@@ -13,13 +13,18 @@ import torch
 from torch import Tensor
 
 from heatlens_server.backends.onnx.capabilities import can_serve, check_served, served_info
-from heatlens_server.backends.onnx.graph_rows import Explained, Int64Array, explain_batch
+from heatlens_server.backends.onnx.graph_rows import (
+    GraphRows,
+    Int64Array,
+    explain_batch,
+    normalisation_table,
+    normalised_planes,
+)
 from heatlens_server.backends.onnx.manifest import GraphFile, Manifest
 from heatlens_server.backends.onnx.map_finish import Maps
-from heatlens_server.backends.onnx.planes import normalisation_table, normalised_planes
 from heatlens_server.backends.torch.cam.methods import raw_map
 from heatlens_server.backends.torch.cam.saliency import saliency
-from heatlens_server.backends.torch.network.device import resolve_device
+from heatlens_server.backends.torch.network.device import memory_errors, resolve_device
 from heatlens_server.core.arrays import Float32Array, UInt8Array
 from heatlens_server.core.engine import Capabilities, MapSpec
 from heatlens_server.core.errors import ModelLoadError
@@ -92,7 +97,7 @@ class TorchScriptEngine:
         """
         runs = [partial(self._run, self._graph(layer, spec.method)) for layer in spec.layers]
         size = (images.shape[1], images.shape[2]) if spec.upsample else None
-        try:
+        with memory_errors():
             return explain_batch(
                 runs,
                 images,
@@ -101,14 +106,6 @@ class TorchScriptEngine:
                 size=size,
                 aggregation=spec.aggregation,
             )
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            raise MemoryError(str(error)) from None
-        except RuntimeError as error:
-            # TorchScript's interpreter wraps what its operators raise, torch.OutOfMemoryError among them.
-            if "DefaultCPUAllocator" in str(error) or "CUDA out of memory" in str(error):
-                raise MemoryError(str(error)) from None
-            raise
 
     def close(self) -> None:
         """Let go of the modules. Idempotent."""
@@ -117,7 +114,7 @@ class TorchScriptEngine:
             self._modules.clear()
 
     @torch.inference_mode()
-    def _run(self, graph: GraphFile, images: UInt8Array, class_index: Int64Array) -> Explained:
+    def _run(self, graph: GraphFile, images: UInt8Array, class_index: Int64Array) -> GraphRows:
         index = torch.from_numpy(class_index).to(self._device)
         loaded = self._loaded(graph.file)
         returned = loaded.module(self._image(images).contiguous(memory_format=loaded.layout), index)
@@ -130,7 +127,7 @@ class TorchScriptEngine:
         else:
             factors = outputs[Output.GRADIENTS]
         maps = saliency([raw_map(graph.method, outputs[Output.ACTIVATIONS], factors)])
-        return Explained(
+        return GraphRows(
             logits=_array(outputs[Output.LOGITS]),
             class_ids=outputs[Output.CLASS_ID].cpu().numpy(),
             maps=Maps(_array(maps.values), _array(maps.scale), _array(maps.offset)),

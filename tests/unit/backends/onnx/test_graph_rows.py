@@ -4,11 +4,23 @@ import numpy as np
 import pytest
 import torch
 
-from heatlens_server.backends.onnx.graph_rows import Explained, class_index, explain_batch, resolve, run_wanted
+from engine_cases import MEAN, STD, noise
+from heatlens_server.backends.onnx.graph_rows import (
+    GraphRows,
+    class_index,
+    explain_batch,
+    normalisation_table,
+    normalised_planes,
+    planes,
+    resolve,
+    run_wanted,
+)
 from heatlens_server.backends.onnx.map_finish import Maps
 from heatlens_server.backends.torch.cam import targets
 from heatlens_server.core.methods import ABSENT, RANKED
+from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
 from heatlens_server.core.targets import ClassIds, TopK
+from heatlens_server.imaging.preprocess import normalise
 
 CLASSES = 12
 
@@ -31,7 +43,7 @@ class Graph:
         self.size = size
         self.rows: list[int] = []
 
-    def __call__(self, images: np.ndarray, index: np.ndarray) -> Explained:
+    def __call__(self, images: np.ndarray, index: np.ndarray) -> GraphRows:
         assert index.dtype == np.int64
         assert index.flags.c_contiguous
         assert self.classes in {None, index.shape[1]}
@@ -41,7 +53,7 @@ class Graph:
         ids = targets.resolve(torch.from_numpy(logits), torch.from_numpy(index)).numpy()
         numbers = np.broadcast_to(images[:, 0, 0, 0, None], ids.shape).astype(np.float32)
         values = np.stack([ids, numbers], axis=2)[:, :, :, None].repeat(self.size, axis=3).astype(np.float32)
-        return Explained(logits, ids, Maps(values, numbers + ids.astype(np.float32), numbers - ids.astype(np.float32)))
+        return GraphRows(logits, ids, Maps(values, numbers + ids.astype(np.float32), numbers - ids.astype(np.float32)))
 
 
 TARGETS = [TopK(1), ClassIds((7, 3, 0)), TopK(5), ClassIds((11,)), TopK(CLASSES)]
@@ -107,7 +119,7 @@ def test_layers_explain_the_classes_of_the_first_one():
     """A second graph that ranks otherwise does not get to choose."""
     asked = []
 
-    def other(images: np.ndarray, index: np.ndarray) -> Explained:
+    def other(images: np.ndarray, index: np.ndarray) -> GraphRows:
         asked.append(index)
         return Graph(None, size=4)(images, index)
 
@@ -115,3 +127,24 @@ def test_layers_explain_the_classes_of_the_first_one():
     assert not (asked[0] == RANKED).any()
     assert [len(result.class_ids) for result in results] == [1, 3, 5, 1, 12]
     assert results[0].maps.shape == (1, 2, 4)
+
+
+def images(count: int) -> np.ndarray:
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 6, 5, 3), dtype=np.uint8)
+    pixels[0, 0, :, :] = np.arange(15).reshape(5, 3) * 17
+    return pixels
+
+
+@pytest.mark.parametrize("make", [lambda: images(1), lambda: images(3), lambda: images(4)[::2], lambda: noise(2)])
+def test_planes_are_a_transposition(make):
+    separated = planes(make())
+    assert separated.flags.c_contiguous
+    np.testing.assert_array_equal(separated, make().transpose(0, 3, 1, 2))
+
+
+def test_looking_levels_up_is_normalising_to_the_bit():
+    spec = PreprocessSpec(resize_px=8, crop_px=(8, 8), mean=MEAN, std=STD, interpolation=Interpolation.BILINEAR)
+    every_level = np.repeat(np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1), 3, axis=3)
+    for pixels in (every_level, images(3)):
+        expected = np.stack([normalise(image, MEAN, STD) for image in pixels])
+        np.testing.assert_array_equal(normalised_planes(pixels, normalisation_table(spec)), expected)

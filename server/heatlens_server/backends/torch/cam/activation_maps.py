@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.precision import wide
+from heatlens_server.backends.torch.cam.precision import at_least_float32
 
 FEM_DEVIATIONS = 2.0
 """How many standard deviations above its channel's mean an activation is strong: k in the paper."""
@@ -44,7 +44,7 @@ def fem_distance(activations: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: activations is not 4-D.
     """
     _check(activations)
-    activations = wide(activations)
+    activations = at_least_float32(activations)
     means = activations.mean(dim=(-2, -1), keepdim=True)
     centred = activations - means
     deviations = (centred * centred).mean(dim=(-2, -1), keepdim=True).sqrt()
@@ -64,7 +64,7 @@ def random_cam(activations: Tensor, count: int) -> Tensor:
         count: K, how many maps.
     """
     _check(activations)
-    activations = wide(activations)
+    activations = at_least_float32(activations)
     n, channels, height, width = activations.shape
     start, step = torch.from_numpy(_draws(int(channels))).to(activations.device)
     positions = torch.arange(count, device=activations.device).unsqueeze(1)

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from heatlens_server.core.grid import MAP, Grid, Layout
 
-__all__ = ["MAP", "Grid", "Layout", "Output", "from_map", "to_map"]
+__all__ = ["MAP", "Grid", "LayerOutput", "Layout", "from_map", "to_map"]
 
-Output = Tensor | Mapping[str, Tensor]
+LayerOutput = Tensor | Mapping[str, Tensor]
 """What a layer returns."""
 
 
-def to_map(output: Output, grid: Grid) -> Tensor:
+def to_map(output: LayerOutput, grid: Grid) -> Tensor:
     """Read a layer's output as a map (N, C, h, w); a view of it wherever that is possible.
 
     A pyramid becomes one map of all levels' channels: each level's absolute values resized bilinearly to the coarsest

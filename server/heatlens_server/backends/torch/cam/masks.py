@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.grid import Grid, Layout, Output, from_map, to_map
-from heatlens_server.backends.torch.cam.precision import wide
-from heatlens_server.backends.torch.cam.resize import upsample
+from heatlens_server.backends.torch.cam.grid import Grid, LayerOutput, Layout, from_map, to_map
+from heatlens_server.backends.torch.cam.precision import at_least_float32
+from heatlens_server.backends.torch.cam.saliency import upsample
 
 _NEIGHBOURHOOD = ((0.0625, 0.125, 0.0625), (0.125, 0.25, 0.125), (0.0625, 0.125, 0.0625))
 """The 3x3 Gaussian of Recipro-CAM and ViT-Recipro-CAM. Beyond the edge is nothing, and nothing makes up for that."""
@@ -38,7 +38,7 @@ def channel_masks(features: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         (C, 1, height, width), float32 or wider.
     """
-    maps = upsample(wide(features), size).transpose(0, 1)
+    maps = upsample(at_least_float32(features), size).transpose(0, 1)
     least = maps.amin(dim=(-2, -1), keepdim=True)
     spread = maps.amax(dim=(-2, -1), keepdim=True) - least
     nothing = constant_channels(features)[:, None, None, None] | (spread == 0)
@@ -63,7 +63,7 @@ def place_masks(places: Tensor, height: int, width: int, *, neighbours: bool) ->
     return masks[:, 0]
 
 
-def empty_channels(output: Output, grid: Grid) -> Tensor:
+def empty_channels(output: LayerOutput, grid: Grid) -> Tensor:
     """Which channels of a layer's map are zero everywhere: nothing can be taken out of them.
 
     Args:
@@ -76,7 +76,7 @@ def empty_channels(output: Output, grid: Grid) -> Tensor:
     return torch.cat([(features == 0).all(dim=-1).all(dim=-1)[0] for features in _levels(output, grid)])
 
 
-def without_channels(output: Output, grid: Grid, channels: Tensor) -> Output:
+def without_channels(output: LayerOutput, grid: Grid, channels: Tensor) -> LayerOutput:
     """Copies of a layer's output for one image, with one channel of the map set to zero in each.
 
     In a pyramid, a channel is one of the level that it comes from, and the other levels stay as they are. Tokens before
@@ -99,7 +99,7 @@ def without_channels(output: Output, grid: Grid, channels: Tensor) -> Output:
     return _put_back(changed, output, grid)
 
 
-def places_alone(output: Output, grid: Grid, masks: Tensor) -> Output:
+def places_alone(output: LayerOutput, grid: Grid, masks: Tensor) -> LayerOutput:
     """Copies of a layer's output for one image, each multiplied by a mask.
 
     Tokens before the grid stay as they are. Masks are resized to each level of a pyramid without interpolation, so
@@ -120,14 +120,14 @@ def places_alone(output: Output, grid: Grid, masks: Tensor) -> Output:
     return _put_back(changed, output, grid)
 
 
-def _levels(output: Output, grid: Grid) -> list[Tensor]:
+def _levels(output: LayerOutput, grid: Grid) -> list[Tensor]:
     """The maps (1, C_i, h_i, w_i) that a layer's output is made of: one, or a pyramid's."""
     if grid.layout is Layout.PYRAMID and not isinstance(output, Tensor):
         return list(output.values())
     return [to_map(output, grid)]
 
 
-def _put_back(levels: list[Tensor], output: Output, grid: Grid) -> Output:
+def _put_back(levels: list[Tensor], output: LayerOutput, grid: Grid) -> LayerOutput:
     if isinstance(output, Tensor):
         return from_map(levels[0], output, grid)
     return dict(zip(output, levels, strict=True))

@@ -27,11 +27,13 @@ import torch
 from torch import Tensor
 
 from heatlens_server.backends.torch.cam.activation_maps import fem, random_cam
-from heatlens_server.backends.torch.cam.precision import wide
+from heatlens_server.backends.torch.cam.precision import at_least_float32
 from heatlens_server.backends.torch.cam.principal import eigen_cam, eigen_grad_cam, kpca_cam
 from heatlens_server.backends.torch.cam.weights import (
+    GRAD_CAM_PLUS_PLUS_EPSILON,
     grad_cam_plus_plus_weights,
     grad_cam_weights,
+    gradient_times_activation,
     shapley_cam_weights,
     x_grad_cam_weights,
 )
@@ -85,7 +87,7 @@ def hi_res_cam(activations: Tensor, gradients: Tensor) -> Tensor:
     Draelos and Carin 2020, https://arxiv.org/abs/2011.08891.
     """
     _check(activations, gradients)
-    return (wide(gradients) * wide(activations).unsqueeze(1)).sum(dim=2)
+    return gradient_times_activation(activations, gradients).sum(dim=2)
 
 
 def x_grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
@@ -105,7 +107,7 @@ def layer_cam(activations: Tensor, gradients: Tensor) -> Tensor:
     Jiang et al. 2021, https://doi.org/10.1109/TIP.2021.3089943, equations 6 and 7.
     """
     _check(activations, gradients)
-    return (torch.relu(wide(gradients)) * wide(activations).unsqueeze(1)).sum(dim=2)
+    return gradient_times_activation(activations, torch.relu(gradients)).sum(dim=2)
 
 
 def element_wise_grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
@@ -115,7 +117,7 @@ def element_wise_grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
     are not negative.
     """
     _check(activations, gradients)
-    return torch.relu(wide(gradients) * wide(activations).unsqueeze(1)).sum(dim=2)
+    return torch.relu(gradient_times_activation(activations, gradients)).sum(dim=2)
 
 
 def shapley_cam(activations: Tensor, gradients: Tensor, curvature: Tensor) -> Tensor:
@@ -184,7 +186,8 @@ def raw_map(method: Method, activations: Tensor, factors: Tensor) -> Tensor:
 def _weighted_sum(weights: Tensor, activations: Tensor) -> Tensor:
     """Sum channels, (N, K, C) times (N, C, h, w) to (N, K, h, w)."""
     height, width = activations.shape[-2:]
-    return torch.unflatten(torch.bmm(wide(weights), wide(activations).flatten(2)), 2, (height, width))
+    summed = torch.bmm(at_least_float32(weights), at_least_float32(activations).flatten(2))
+    return torch.unflatten(summed, 2, (height, width))
 
 
 def _check_activations(activations: Tensor) -> None:
@@ -205,3 +208,31 @@ def _check(activations: Tensor, gradients: Tensor) -> None:
             f"gradients: must be ({n}, K, {c}, {h}, {w}) for activations {tuple(activations.shape)}, "
             f"not {tuple(gradients.shape)}"
         )
+
+
+def smooth_grad_cam_plus_plus(activations: Tensor, first: Tensor, second: Tensor, third: Tensor) -> Tensor:
+    """Smooth Grad-CAM++: Grad-CAM++ with the means of g, g^2 and g^3 over noisy inputs in the place of each.
+
+    Channels are weighted by `sum_ij alpha[c] relu(E g[c])`, `alpha = E g^2 / (2 E g^2 + (sum_ij A[c]) E g^3 + eps)`.
+    Omeiza et al. 2019, https://arxiv.org/abs/1908.01224, with Grad-CAM++'s own numerator (the paper prints the first
+    derivative there, as `torch-cam` 0.5.0 notes too) and this house's Grad-CAM++ variant and eps, so that without noise
+    it is Grad-CAM++. `torch-cam` takes relu(g) of its last noisy input alone, and `sum_ij (A[c] g^3)`.
+
+    Args:
+        activations: (N, C, h, w), for the inputs without noise.
+        first: (N, K, C, h, w), the mean of g over the noisy inputs.
+        second: (N, K, C, h, w), the mean of g^2.
+        third: (N, K, C, h, w), the mean of g^3.
+    """
+    if not first.shape == second.shape == third.shape or first.ndim != 5 or first.shape[2:] != activations.shape[1:]:
+        raise ValueError(
+            f"first, second, third: must all be (N, K, {', '.join(map(str, activations.shape[1:]))}), "
+            f"not {[tuple(power.shape) for power in (first, second, third)]}"
+        )
+    second = at_least_float32(second)
+    channel_sums = at_least_float32(activations).sum(dim=(-2, -1), keepdim=True).unsqueeze(1)
+    denominator = 2.0 * second + channel_sums * at_least_float32(third) + GRAD_CAM_PLUS_PLUS_EPSILON
+    # As in Grad-CAM++: takes negative activations.
+    denominator = torch.where(denominator == 0, 1.0, denominator)
+    weights = (second / denominator * torch.relu(at_least_float32(first))).sum(dim=(-2, -1))
+    return cam(activations, weights)

@@ -11,7 +11,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in _HALF else dtype
 
 
-def wide(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor in the dtype to sum in; itself, uncopied, if it has that already."""
     return tensor.to(accumulator(tensor.dtype))
 

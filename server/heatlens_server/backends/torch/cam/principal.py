@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.precision import wide
+from heatlens_server.backends.torch.cam.precision import at_least_float32
 
 _SQUARINGS = 12
 
@@ -45,7 +45,7 @@ def eigen_cam(activations: Tensor) -> Tensor:
     respond to objects more than to background.
     """
     _check(activations)
-    activations = wide(activations)
+    activations = at_least_float32(activations)
     return _component(_points(activations), _energy(activations)).reshape(-1, 1, *activations.shape[-2:])
 
 
@@ -60,7 +60,7 @@ def eigen_grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
             f"gradients: must be (N, K, C, h, w) for activations {tuple(activations.shape)}, "
             f"not {tuple(gradients.shape)}"
         )
-    return principal_projection(wide(gradients) * wide(activations).unsqueeze(1))
+    return principal_projection(at_least_float32(gradients) * at_least_float32(activations).unsqueeze(1))
 
 
 def principal_projection(weighted: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def principal_projection(weighted: Tensor) -> Tensor:
     if weighted.ndim != 5:
         raise ValueError(f"weighted: must be (N, K, C, h, w), not {tuple(weighted.shape)}")
     n, k, _, height, width = weighted.shape
-    flat = wide(weighted).flatten(0, 1)
+    flat = at_least_float32(weighted).flatten(0, 1)
     return _component(_points(flat), flat.sum(dim=1).flatten(1)).reshape(n, k, height, width)
 
 
@@ -88,7 +88,7 @@ def kpca_cam(activations: Tensor) -> Tensor:
     magnitude. Sign: as Eigen-CAM's. Takes memory and time in the square of the number of pixels.
     """
     _check(activations)
-    activations = wide(activations)
+    activations = at_least_float32(activations)
     points = _points(activations)
     products = torch.tanh(torch.bmm(points, points.mT) / points.shape[2])
     # tanh(1 + z) less tanh(1), which centring takes away anyway: of small z nothing is lost beside the 1.

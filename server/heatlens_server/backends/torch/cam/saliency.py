@@ -1,14 +1,142 @@
-"""From raw maps to the map that callers get, in the one order that every engine and exporter shares."""
+"""From raw maps to the map that callers get, in the one order that every engine and exporter shares.
+
+ReLU, resizing, combining several layers, and min-max with what it takes to undo the min-max.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.normalize import NormalizedMap, normalize
-from heatlens_server.backends.torch.cam.precision import wide
-from heatlens_server.backends.torch.cam.resize import combine_layers, upsample
+from heatlens_server.backends.torch.cam.precision import at_least_float32
 from heatlens_server.core.methods import Aggregation
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NormalizedMap:
+    """Maps stretched to [0, 1] and the numbers that were divided out: values * scale + offset is relu(raw).
+
+    Attributes:
+        values: (..., h, w), in [0, 1]: exactly 0 at the minimum and 1 at the maximum; all zeros if the map is flat.
+        scale: (...), the maximum minus the minimum of relu(raw); 0 if the map is flat.
+        offset: (...), the minimum of relu(raw).
+    """
+
+    values: Tensor
+    scale: Tensor
+    offset: Tensor
+
+
+def normalize(raw: Tensor) -> NormalizedMap:
+    """ReLU, then min-max over the last two dimensions. Each map on its own, no epsilon.
+
+    Libraries add an epsilon (1e-7, 1e-8) to the denominator, which turns maps of tiny gradients into nothing and is
+    zero in float16. Here a flat map is found by its scale of exactly zero, and every other range is divided out in
+    full, denormals included. Non-finite input is not hidden: a map with a NaN or +inf has NaN in its values and a
+    non-finite scale, and the other maps of the batch are not touched. -inf is a negative value: the ReLU makes it 0.
+
+    Args:
+        raw: (..., h, w) floating point, not empty.
+
+    Returns:
+        The maps, in float32 if raw is float16 or bfloat16 and in raw's dtype otherwise. Half precision comes back as
+        float32 because the identity above would not survive rounding to it.
+    """
+    positive = torch.relu(at_least_float32(raw))
+    offset = positive.amin(dim=(-2, -1), keepdim=True)
+    scale = positive.amax(dim=(-2, -1), keepdim=True) - offset
+    # A true division: 1 / scale is infinite for denormal scales.
+    values = (positive - offset) / torch.where(scale == 0, 1.0, scale)
+    # One dimension at a time: exporters know that form.
+    return NormalizedMap(values=values, scale=scale.squeeze(-1).squeeze(-1), offset=offset.squeeze(-1).squeeze(-1))
+
+
+def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize maps bilinearly with half-pixel centres (align_corners=False), as OpenCV's INTER_LINEAR does.
+
+    Every output is a weighted mean of inputs whose weights sum to 1. So values stay within the input's range, and
+    min-max before and after upsampling gives the same map as after alone. ReLU does not have this property: apply it
+    first. No antialiasing, so this is for growing maps; shrinking is allowed and skips pixels.
+
+    Args:
+        maps: (N, K, h, w) floating point; half precision is interpolated in half precision.
+        size: (height, width) wanted, each >= 1.
+
+    Returns:
+        (N, K, height, width), same dtype and device; `maps` itself if it has that size already.
+
+    Raises:
+        ValueError: maps is not 4-D, or the size is not positive.
+    """
+    if maps.ndim != 4:
+        raise ValueError(f"maps: must be (N, K, h, w), not {tuple(maps.shape)}")
+    height, width = size
+    if height < 1 or width < 1:
+        raise ValueError(f"size: must be positive, not {height}x{width}")
+    if maps.shape[-2] == height and maps.shape[-1] == width:
+        return maps
+    return F.interpolate(maps, size=(height, width), mode="bilinear", align_corners=False)
+
+
+def top_left(maps: Tensor, share: tuple[float, float]) -> Tensor:
+    """The top left part of maps, in pixels of about their own size, bilinear between them.
+
+    Args:
+        maps: (N, K, h, w) floating point.
+        share: of the height and of the width, each in (0, 1].
+
+    Returns:
+        (N, K, height, width), the nearest whole numbers of pixels, each >= 1; `maps` itself if the part is the whole.
+    """
+    if share == (1.0, 1.0):
+        return maps
+    down, across = share
+    size = (max(1, round(maps.shape[-2] * down)), max(1, round(maps.shape[-1] * across)))
+    # Coordinates run from -1 to 1: what was the middle of the whole is not that of the part.
+    part = maps.new_tensor([[[across, 0.0, across - 1.0], [0.0, down, down - 1.0]]]).expand(len(maps), -1, -1)
+    grid = F.affine_grid(part, [len(maps), 1, *size], align_corners=False)
+    return F.grid_sample(maps, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def combine_layers(
+    raw_maps: Sequence[Tensor],
+    size: tuple[int, int] | None = None,
+    aggregation: Aggregation = Aggregation.MEAN,
+) -> Tensor:
+    """Make one map of several layers': each normalised, resized, then the mean, the maximum or the product.
+
+    Layers have gradients of different magnitude; without normalising each first, one of them would decide alone. The
+    mean is that of the `grad-cam` package. The product is that of its `RefineCAM` (https://arxiv.org/abs/2605.14641),
+    which stretches every layer's map to [0, 1] again once it is resized; where one layer is flat the product is zero.
+
+    Args:
+        raw_maps: one (N, K, h_i, w_i) per layer, before the ReLU; at least one.
+        size: (height, width) of the result; None for the largest height and width among the layers. To get a larger
+            map give its size here: resizing twice is not the same as once.
+        aggregation: how.
+
+    Returns:
+        (N, K, height, width), in [0, 1] and not stretched to it again; float32 or wider.
+
+    Raises:
+        ValueError: no maps, a map that is not 4-D, or maps of different N or K.
+    """
+    if not raw_maps:
+        raise ValueError("raw_maps: must hold at least one map")
+    for maps in raw_maps:
+        if maps.ndim != 4 or maps.shape[:2] != raw_maps[0].shape[:2]:
+            raise ValueError(
+                f"raw_maps: must all be (N, K, h, w) of one N and K, not {[tuple(m.shape) for m in raw_maps]}"
+            )
+    if size is None:
+        size = (max(maps.shape[-2] for maps in raw_maps), max(maps.shape[-1] for maps in raw_maps))
+    resized = [upsample(normalize(maps).values, size) for maps in raw_maps]
+    if aggregation is Aggregation.PRODUCT:
+        return torch.stack([normalize(maps).values for maps in resized]).prod(dim=0)
+    stacked = torch.stack(resized)
+    return stacked.amax(dim=0) if aggregation is Aggregation.MAX else stacked.mean(dim=0)
 
 
 def saliency(
@@ -36,5 +164,5 @@ def saliency(
     if len(raw_maps) != 1:
         return normalize(combine_layers(raw_maps, size, aggregation))
     (raw,) = raw_maps
-    positive = torch.relu(wide(raw))
+    positive = torch.relu(at_least_float32(raw))
     return normalize(positive if size is None else upsample(positive, size))

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.precision import wide
+from heatlens_server.backends.torch.cam.precision import at_least_float32
 from heatlens_server.core.methods import ABSENT, RANKED, Score
 
 __all__ = ["ABSENT", "RANKED", "class_scores", "probabilities", "resolve", "seeds"]
@@ -57,7 +57,7 @@ def probabilities(logits: Tensor, *, sigmoid: bool = False) -> Tensor:
     Returns:
         (..., C) in [0, 1], float32 or wider.
     """
-    return torch.sigmoid(wide(logits)) if sigmoid else torch.softmax(wide(logits), dim=-1)
+    return torch.sigmoid(at_least_float32(logits)) if sigmoid else torch.softmax(at_least_float32(logits), dim=-1)
 
 
 def class_scores(logits: Tensor, class_ids: Tensor, kind: Score = Score.LOGIT, *, sigmoid: bool = False) -> Tensor:
@@ -83,7 +83,7 @@ def class_scores(logits: Tensor, class_ids: Tensor, kind: Score = Score.LOGIT, *
     Returns:
         (N, K), float32 or wider; 0, with no gradient, where the class is absent.
     """
-    logits = wide(logits)
+    logits = at_least_float32(logits)
     chosen = logits.gather(1, class_ids.clamp(min=0))
     if kind is Score.CONTRAST:
         if logits.shape[1] > 1:
@@ -108,7 +108,7 @@ def seeds(logits: Tensor, class_ids: Tensor, kind: Score = Score.LOGIT, *, sigmo
     Returns:
         (N, K, C), float32 or wider: d class_scores[n, k] / d logits[n, c]; 0 where the class is absent.
     """
-    logits = wide(logits)
+    logits = at_least_float32(logits)
     hot = _hot(logits, class_ids)
     # Every seed is this, but for absent classes: an absent one is nowhere hot.
     seed = torch.where(hot, 1.0, torch.zeros((), dtype=logits.dtype, device=logits.device))

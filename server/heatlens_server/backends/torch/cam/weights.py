@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.precision import accumulator, wide
+from heatlens_server.backends.torch.cam.precision import accumulator, at_least_float32
 from heatlens_server.core.methods import Method
 
 GRAD_CAM_PLUS_PLUS_EPSILON = 1e-6
@@ -26,8 +26,8 @@ def grad_cam_weights(gradients: Tensor) -> Tensor:
 
 def grad_cam_plus_plus_weights(activations: Tensor, gradients: Tensor) -> Tensor:
     """Grad-CAM++'s weight of each channel, (N, K, C); see `cam.methods.grad_cam_plus_plus`."""
-    gradients = wide(gradients)
-    channel_sums = wide(activations).sum(dim=(-2, -1), keepdim=True).unsqueeze(1)
+    gradients = at_least_float32(gradients)
+    channel_sums = at_least_float32(activations).sum(dim=(-2, -1), keepdim=True).unsqueeze(1)
     squared = gradients * gradients
     denominator = squared * (channel_sums * gradients + 2.0) + GRAD_CAM_PLUS_PLUS_EPSILON
     # Also keeps 0 / 0 away from pixels of negative gradient, whose weight is zero whatever alpha is.
@@ -37,14 +37,14 @@ def grad_cam_plus_plus_weights(activations: Tensor, gradients: Tensor) -> Tensor
 
 def x_grad_cam_weights(activations: Tensor, gradients: Tensor) -> Tensor:
     """XGrad-CAM's weight of each channel, (N, K, C); see `heatlens_server.backends.torch.cam.methods.x_grad_cam`."""
-    activations = wide(activations)
+    activations = at_least_float32(activations)
     channel_sums = activations.sum(dim=(-2, -1)).unsqueeze(1) + X_GRAD_CAM_EPSILON
-    return (wide(gradients) * activations.unsqueeze(1)).sum(dim=(-2, -1)) / channel_sums
+    return (at_least_float32(gradients) * activations.unsqueeze(1)).sum(dim=(-2, -1)) / channel_sums
 
 
 def shapley_cam_weights(gradients: Tensor, curvature: Tensor) -> Tensor:
     """Shapley-CAM's weight of each channel, (N, K, C): the mean of `g - H A / 2`, both (N, K, C, h, w)."""
-    return (wide(gradients) - 0.5 * wide(curvature)).mean(dim=(-2, -1))
+    return (at_least_float32(gradients) - 0.5 * at_least_float32(curvature)).mean(dim=(-2, -1))
 
 
 def weigh(weights: Tensor, activations: Tensor) -> Tensor:
@@ -57,23 +57,28 @@ def weigh(weights: Tensor, activations: Tensor) -> Tensor:
     Returns:
         (N, K, C, h, w), float32 or wider: its sum over C is the map of a method that weights channels.
     """
-    return wide(weights)[..., None, None] * wide(activations).unsqueeze(1)
+    return at_least_float32(weights)[..., None, None] * at_least_float32(activations).unsqueeze(1)
+
+
+def gradient_times_activation(activations: Tensor, gradients: Tensor) -> Tensor:
+    """`g A` at every pixel, (N, K, C, h, w), float32 or wider: its sum over C is HiResCAM."""
+    return at_least_float32(gradients) * at_least_float32(activations).unsqueeze(1)
+
+
+def _by_channel(weights: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda activations, factors: weigh(weights(activations, factors), activations)
 
 
 WEIGHTED_ACTIVATIONS: Mapping[Method, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType(
     {
-        Method.CAM: lambda activations, class_weights: weigh(class_weights, activations),
-        Method.GRAD_CAM: lambda activations, gradients: weigh(grad_cam_weights(gradients), activations),
-        Method.GRAD_CAM_PLUS_PLUS: lambda activations, gradients: weigh(
-            grad_cam_plus_plus_weights(activations, gradients), activations
-        ),
-        Method.HI_RES_CAM: lambda activations, gradients: wide(gradients) * wide(activations).unsqueeze(1),
-        Method.X_GRAD_CAM: lambda activations, gradients: weigh(
-            x_grad_cam_weights(activations, gradients), activations
-        ),
-        Method.LAYER_CAM: lambda activations, gradients: torch.relu(wide(gradients)) * wide(activations).unsqueeze(1),
+        Method.CAM: _by_channel(lambda _, class_weights: class_weights),
+        Method.GRAD_CAM: _by_channel(lambda _, gradients: grad_cam_weights(gradients)),
+        Method.GRAD_CAM_PLUS_PLUS: _by_channel(grad_cam_plus_plus_weights),
+        Method.HI_RES_CAM: gradient_times_activation,
+        Method.X_GRAD_CAM: _by_channel(x_grad_cam_weights),
+        Method.LAYER_CAM: lambda activations, gradients: gradient_times_activation(activations, torch.relu(gradients)),
         Method.ELEMENT_WISE_GRAD_CAM: lambda activations, gradients: torch.relu(
-            wide(gradients) * wide(activations).unsqueeze(1)
+            gradient_times_activation(activations, gradients)
         ),
     }
 )

@@ -4,14 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import SymInt, Tensor
 from torch.fx import GraphModule
 
-from heatlens_server.backends.onnx.manifest import GraphFile, Manifest, TensorInfo, sha256_of
-from heatlens_server.backends.onnx.versions import installed_versions
-from heatlens_server.backends.torch.export import onnx_file, pt2_file, torchscript_file
+from heatlens_server.backends.onnx.manifest import GraphFile, Manifest, TensorInfo, installed_versions, sha256_of
+from heatlens_server.backends.torch.export import onnx_file
 from heatlens_server.backends.torch.export.capture import capture
 from heatlens_server.backends.torch.export.differentiate import differentiate, differentiate_all, differentiate_layer
+from heatlens_server.backends.torch.export.torch_files import save_torchscript, to_program, to_torchscript
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.backends.torch.sources.weights import weights_version
 from heatlens_server.core.graph_spec import (
@@ -164,11 +165,11 @@ def _write(
 ) -> None:
     report(f"writing {path.name}")
     if file_format is Format.TORCHSCRIPT:
-        torchscript_file.save(torchscript_file.to_torchscript(graph_module), path)
+        save_torchscript(to_torchscript(graph_module), path)
         return
-    program = pt2_file.to_program(graph_module, model, input_kind=spec.input, classes=spec.classes)
+    program = to_program(graph_module, model, input_kind=spec.input, classes=spec.classes)
     if file_format is Format.PT2:
-        pt2_file.save(program, path)
+        torch.export.save(program, path)
     else:
         onnx_file.save(onnx_file.to_onnx(program, input_names=(IMAGE, CLASS_INDEX), output_names=spec.outputs), path)
 
@@ -184,7 +185,7 @@ def _cut_onnx(
 ) -> list[GraphFile]:
     """Translate the graph of all targets once, which takes a while, and cut it into one file per target."""
     report("translating to ONNX")
-    program = pt2_file.to_program(graph_module, model, input_kind=InputKind.UINT8, classes=classes)
+    program = to_program(graph_module, model, input_kind=InputKind.UINT8, classes=classes)
     names = [f"{output}:{layer}:{method}" for layer, method in targets for output in MAP_OUTPUTS]
     translated = onnx_file.to_onnx(
         program, input_names=(IMAGE, CLASS_INDEX), output_names=(Output.LOGITS, Output.CLASS_ID, *names)

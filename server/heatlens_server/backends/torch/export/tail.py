@@ -20,7 +20,7 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from heatlens_server.backends.torch.cam.methods import raw_map
-from heatlens_server.backends.torch.cam.precision import FP16_GRADIENT_SCALE, wide
+from heatlens_server.backends.torch.cam.precision import FP16_GRADIENT_SCALE, at_least_float32
 from heatlens_server.backends.torch.cam.saliency import saliency
 from heatlens_server.backends.torch.cam.targets import resolve, seeds
 from heatlens_server.backends.torch.export.capture import MARK, Captured
@@ -108,7 +108,7 @@ def trace_ranked(captured: Captured, tail: Tail, classes: int, goal: Goal = LOGI
             for k in range(classes)
         ]
         stacked = gradients[0] if classes == 1 else torch.cat(gradients, dim=1)
-        return wide(logits.detach()), class_id, wide(activations), stacked
+        return at_least_float32(logits.detach()), class_id, at_least_float32(activations), stacked
 
     return _trace(run, captured, (tail.mark, captured.class_index, *tail.needs))
 
@@ -117,7 +117,7 @@ def trace_resolve(captured: Captured) -> GraphModule:
     """Trace the choice of classes: a graph from (logits (N, C), class_index (N, K)) to (logits float32, class_id)."""
 
     def run(logits: Tensor, class_index: Tensor) -> tuple[Tensor, Tensor]:
-        return wide(logits), resolve(logits, class_index)
+        return at_least_float32(logits), resolve(logits, class_index)
 
     return _trace(run, captured, (captured.logits, captured.class_index))
 
@@ -142,7 +142,7 @@ def trace_rows(captured: Captured, tail: Tail, goal: Goal = LOGIT) -> GraphModul
         ]
         row_logits, leaf = _forward(captured, tail, _repeated(activations, images, classes, 1), rows)
         gradients = _gradient(row_logits, leaf, class_id.reshape(images * classes, 1), goal, retain=False)
-        return wide(activations), gradients.reshape(images, classes, *gradients.shape[1:])
+        return at_least_float32(activations), gradients.reshape(images, classes, *gradients.shape[1:])
 
     return _trace(run, captured, (captured.class_index, tail.mark, *tail.needs))
 
@@ -182,7 +182,7 @@ def trace_activation_map(method: Method, activations: Tensor, class_id: Tensor) 
     """
 
     def run(activations: Tensor, class_id: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        activations = wide(activations)
+        activations = at_least_float32(activations)
         maps = torch.where(class_id[..., None, None] == ABSENT, 0.0, raw_map(method, activations, class_id))
         finished = saliency([maps])
         return activations, finished.values, finished.scale, finished.offset
@@ -255,7 +255,7 @@ def _gradient(logits: Tensor, leaf: Tensor, class_id: Tensor, goal: Goal, *, ret
         size = own.abs().amax(dim=1, keepdim=True)
         seed = (own / torch.where(size == 0, 1.0, size) * scale).to(logits.dtype)
         (gradient,) = torch.autograd.grad(logits, [leaf], seed, retain_graph=retain)
-        return wide(gradient) * (size / scale)[:, :, None, None]
+        return at_least_float32(gradient) * (size / scale)[:, :, None, None]
     # A one-hot seed rather than the derivative of a gather, which is a scatter that TensorRT does not have.
     hot = class_id == torch.arange(logits.shape[1])
     seed = torch.where(hot, scale, 0.0).to(logits.dtype)

@@ -7,9 +7,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from heatlens_server.backends.torch.faithfulness.likeness import gini, rank_correlation
-from heatlens_server.backends.torch.faithfulness.occlusion import STEPS, area, deleted, inserted
-from heatlens_server.backends.torch.faithfulness.road import PERCENTILES, imputed, mean_change
+from heatlens_server.backends.torch.faithfulness.map_statistics import gini, rank_correlation
+from heatlens_server.backends.torch.faithfulness.perturbation import (
+    PERCENTILES,
+    STEPS,
+    area,
+    deleted,
+    imputed,
+    inserted,
+    mean_change,
+)
 from heatlens_server.core.methods import Metric
 
 SANITY_CHECKS = (Metric.MODEL_RANDOMISATION, Metric.CLASS_SENSITIVITY)

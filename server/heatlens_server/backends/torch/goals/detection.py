@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import box_iou
 
-from heatlens_server.backends.torch.cam.precision import wide
+from heatlens_server.backends.torch.cam.precision import at_least_float32
 from heatlens_server.backends.torch.goals.base import RunImages
 from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.errors import ModelLoadError
@@ -85,7 +85,7 @@ class BoxGoals:
         # Of no score at all there is still a sum with a gradient, zero.
         nowhere = torch.zeros(0, dtype=torch.int64, device=self._found[0]["labels"].device)
         chosen = [
-            wide(found["scores"])[goals.places[k] if k < len(goals.places) else nowhere]
+            at_least_float32(found["scores"])[goals.places[k] if k < len(goals.places) else nowhere]
             for found, goals in zip(self._found, self._goals, strict=True)
         ]
         scores = torch.cat(chosen)
@@ -116,7 +116,7 @@ class BoxGoals:
     def result(self, n: int, maps: Float32Array, scales: Float32Array, offsets: Float32Array) -> ImageResult:
         """Image n's detections and maps."""
         goals, count = self._goals[n], len(self._goals[n].places)
-        scores = wide(self._found[n]["scores"].detach())
+        scores = at_least_float32(self._found[n]["scores"].detach())
         of_goals = [float(scores[place].sum()) for place in goals.places]
         labels = tuple(goals.labels.tolist())
         return ImageResult(
@@ -139,10 +139,10 @@ def _choose(found: Found, target: Detections | Boxes) -> _Goals:
         overlaps, best = _overlaps(wanted, found)
         places = [place[overlap > 0] for place, overlap in zip(best[:, None], overlaps[:, None], strict=True)]
         return _Goals(places, wanted.boxes, wanted.labels)
-    fits = wide(scores) >= target.min_score
+    fits = at_least_float32(scores) >= target.min_score
     if target.class_ids:
         fits &= torch.isin(labels, labels.new_tensor(target.class_ids))
-    ranked = torch.sort(wide(scores), descending=True, stable=True).indices
+    ranked = torch.sort(at_least_float32(scores), descending=True, stable=True).indices
     chosen = ranked[fits[ranked]][: target.max_count]
     return _Goals([place[None] for place in chosen], boxes[chosen], labels[chosen])
 
@@ -167,7 +167,7 @@ def _match(goals: _Goals, found: Found) -> tuple[Tensor, Tensor]:
     overlaps, places = _overlaps(goals, found)
     if not len(found["scores"]):
         return overlaps, overlaps
-    return overlaps, wide(found["scores"])[places].where(overlaps > 0, 0.0)
+    return overlaps, at_least_float32(found["scores"])[places].where(overlaps > 0, 0.0)
 
 
 def _logits(scores: Tensor) -> Tensor:

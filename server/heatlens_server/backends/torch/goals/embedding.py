@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
 from torch import Tensor, nn
 
-from heatlens_server.backends.torch.cam.precision import wide
+from heatlens_server.backends.torch.cam.precision import at_least_float32
 from heatlens_server.backends.torch.goals.base import RunImages
 from heatlens_server.backends.torch.goals.classification import logits_of
 from heatlens_server.core.arrays import Float32Array
@@ -94,7 +94,7 @@ def _similarity(embeddings: Tensor, references: Tensor) -> Tensor:
     of what rounding makes of it.
     """
     rounding = max(_SAME, _HALF_ROUNDINGS * torch.finfo(embeddings.dtype).eps)
-    one, other = F.normalize(wide(embeddings), dim=1), F.normalize(wide(references), dim=1)
+    one, other = F.normalize(at_least_float32(embeddings), dim=1), F.normalize(at_least_float32(references), dim=1)
     similarity = (one * other).sum(dim=1)
     with torch.no_grad():
         same = (one - other).norm(dim=1) <= rounding
@@ -139,12 +139,12 @@ class Embedding:
         if len(chosen) < len(targets):
             raise TypeError("an embedding model explains similarities")
         images = [n for n, reference in enumerate(chosen) if reference.dtype == np.uint8]
-        references = torch.zeros_like(output, dtype=wide(output.detach()).dtype, requires_grad=False)
+        references = torch.zeros_like(output, dtype=at_least_float32(output.detach()).dtype, requires_grad=False)
         for n, reference in enumerate(chosen):
             if n not in images:
                 references[n] = torch.from_numpy(_of_ordinary_scale(reference)).to(references.device)
         if images:
-            references[images] = wide(run(np.stack([np.asarray(chosen[n], np.uint8) for n in images])))
+            references[images] = at_least_float32(run(np.stack([np.asarray(chosen[n], np.uint8) for n in images])))
         return SimilarityGoals(output, references, score=score)
 
     def total(self, output: Tensor, class_count: int) -> Tensor:

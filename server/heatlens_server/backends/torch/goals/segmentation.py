@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
 from torch import Tensor, nn
 
-from heatlens_server.backends.torch.cam.precision import wide
+from heatlens_server.backends.torch.cam.precision import at_least_float32
 from heatlens_server.backends.torch.cam.targets import class_scores
 from heatlens_server.backends.torch.goals.base import RunImages
 from heatlens_server.backends.torch.sources.backbone_layers import class_maps
@@ -146,7 +146,7 @@ class PixelGoals:
 def _total(logits: Tensor, goal: _Goal, kind: Score) -> Tensor:
     """The sum over a class's pixels of its score there: of logits (C, H, W) a scalar, float32 or wider."""
     if kind is Score.LOGIT:
-        return wide(logits[goal.class_id][goal.mask]).sum()
+        return at_least_float32(logits[goal.class_id][goal.mask]).sum()
     pixels = logits[:, goal.mask].T
     ids = torch.full((len(pixels), 1), goal.class_id, device=pixels.device)
     return class_scores(pixels, ids, kind).sum()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
 from torch import Tensor
 
-from heatlens_server.backends.torch.network.substitution import Substitutes
+from heatlens_server.backends.torch.network.hooks import Substitutes
 
 PassOn = Callable[[Tensor], Tensor]
 """Given an attention matrix (..., queries, keys), whose rows sum to 1; what it returns takes its place."""

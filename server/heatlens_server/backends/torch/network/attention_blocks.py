@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heatlens_server.backends.torch.cam.grid import Output
+from heatlens_server.backends.torch.cam.grid import LayerOutput
 from heatlens_server.backends.torch.network.attention import open_attention
-from heatlens_server.backends.torch.network.layer_hooks import Tape, TapeRecorder
-from heatlens_server.backends.torch.network.substitution import Substitution
+from heatlens_server.backends.torch.network.hooks import LayerHooks, Recording, Substitution
 from heatlens_server.core.grid import Grid, Layout
 
 _log = logging.getLogger(__name__)
@@ -24,7 +23,7 @@ _TOLERANCES = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 """What logits may differ by, relative to the largest, when attention is computed in another way."""
 
 
-class _BlockTape(Tape):
+class _BlockRecording(Recording):
     """Cuts the graph between blocks, so that a block's score depends on its own attention only."""
 
     __slots__ = ("_last", "_tokens")
@@ -34,7 +33,7 @@ class _BlockTape(Tape):
         self._last = blocks[-1]
         self._tokens: list[Tensor] = []
 
-    def pass_on(self, layer: str, output: Output) -> Output:
+    def pass_on(self, layer: str, output: LayerOutput) -> LayerOutput:
         """Keep a block's tokens; after the last block, hand on everybody's."""
         if not isinstance(output, Tensor) or output.ndim != 3:
             raise TypeError("blocks must return tokens (N, T, C)")
@@ -62,7 +61,7 @@ class AttentionRecorder:
         """
         self.blocks = tuple(blocks)
         self._tokens = tokens
-        self._recorder = TapeRecorder(module, blocks)
+        self._hooks = LayerHooks(module, blocks)
 
     def record(self, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Run the network.
@@ -83,14 +82,14 @@ class AttentionRecorder:
             leaves.append(matrix.detach().requires_grad_())
             return leaves[-1]
 
-        with self._recorder.playing(_BlockTape(self.blocks)), Substitution(open_attention(cut)):
+        with self._hooks.active(_BlockRecording(self.blocks)), Substitution(open_attention(cut)):
             output = run()
         n = len(output) // (len(self.blocks) + 1)
         return output[-n:].detach(), output[:-n], leaves
 
     def remove(self) -> None:
         """Take the hooks off the network. Idempotent."""
-        self._recorder.remove()
+        self._hooks.remove()
 
 
 def find_attention(

@@ -1,8 +1,13 @@
-"""From a device's name in the configuration to torch's device."""
+"""A device by its name, what to do when its memory runs out, and gradients whatever mode the caller is in."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from heatlens_server.core.errors import ModelLoadError
+
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA out of memory")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -20,3 +25,23 @@ def resolve_device(name: str) -> torch.device:
             raise ModelLoadError(f"there is no device {name!r}; CUDA devices found: {count}")
         device = torch.device("cuda", device.index or 0)
     return device
+
+
+@contextmanager
+def recording_allowed() -> Iterator[None]:
+    """Record gradients, also where the caller is in `no_grad` or `inference_mode`."""
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        yield
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn torch's out-of-memory errors into MemoryError, and give a GPU's unused memory back."""
+    try:
+        yield
+    except RuntimeError as error:
+        # The CPU's allocator raises plain ones. TorchScript's interpreter wraps torch.OutOfMemoryError in one.
+        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
+            torch.cuda.empty_cache()
+            raise MemoryError(str(error)) from None
+        raise

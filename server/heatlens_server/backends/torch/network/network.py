@@ -3,21 +3,20 @@
 import copy
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from heatlens_server.backends.torch.cam.grid import Output, to_map
+from heatlens_server.backends.torch.cam.grid import LayerOutput, to_map
 from heatlens_server.backends.torch.cam.precision import FP16_GRADIENT_SCALE
-from heatlens_server.backends.torch.cam.resize import top_left
+from heatlens_server.backends.torch.cam.saliency import top_left
 from heatlens_server.backends.torch.goals.base import TaskModel
 from heatlens_server.backends.torch.network.attention_blocks import AttentionRecorder, find_attention
-from heatlens_server.backends.torch.network.device import resolve_device
-from heatlens_server.backends.torch.network.layer_hooks import Change, Tape, TapeRecorder
+from heatlens_server.backends.torch.network.device import recording_allowed, resolve_device
+from heatlens_server.backends.torch.network.hooks import Change, LayerHooks, Recording
 from heatlens_server.backends.torch.network.replay import first_row, laid_out_like, same, two_rows
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.core.arrays import UInt8Array
@@ -28,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _PRECISIONS = {dtype: precision for precision, dtype in _DTYPES.items()}
-_TWIN_SEED = 0
+_SHUFFLE_SEED = 0
 _REDUCTIONS = (1.0, 2.0**-8, 2.0**-16)
 
 
@@ -66,7 +65,7 @@ class TorchModel:
         mean = torch.tensor(model.preprocess.mean, dtype=torch.float64)
         self._scale = self._channel_vector(1.0 / (255.0 * std))
         self._bias = self._channel_vector(-mean / std)
-        self._recorder = TapeRecorder(self.module, model.layers)
+        self._hooks = LayerHooks(self.module, model.layers)
         self._one_row: dict[str, bool] = {}
         self.head_weight: Tensor | None = None
         self.attention: AttentionRecorder | None = None
@@ -104,7 +103,9 @@ class TorchModel:
         with torch.no_grad():
             return self.run(self.inputs(images))
 
-    def record(self, inputs: Tensor, layers: Sequence[str], *, differentiate: bool) -> tuple[Any, dict[str, Output]]:
+    def record(
+        self, inputs: Tensor, layers: Sequence[str], *, differentiate: bool
+    ) -> tuple[Any, dict[str, LayerOutput]]:
         """Run the network and keep what layers return.
 
         Args:
@@ -115,11 +116,11 @@ class TorchModel:
         Returns:
             The task's output, and the layers' outputs by name.
         """
-        with self._recorder.playing(Tape(layers, differentiate=differentiate)) as tape:
+        with self._hooks.active(Recording(layers, differentiate=differentiate)) as recording:
             output = self.run(inputs)
-        return output, tape.outputs
+        return output, recording.outputs
 
-    def features(self, layer: str, output: Output) -> Tensor:
+    def features(self, layer: str, output: LayerOutput) -> Tensor:
         """A layer's output as a map (N, C, h, w)."""
         return to_map(output, self.model.grid(layer))
 
@@ -180,13 +181,13 @@ class TorchModel:
         """
         if self._twin is None:
             module = copy.deepcopy(self.module)
-            generator = torch.Generator().manual_seed(_TWIN_SEED)
+            generator = torch.Generator().manual_seed(_SHUFFLE_SEED)
             with torch.no_grad():
                 for parameter in module.parameters():
                     order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
                     parameter.copy_(parameter.flatten()[order].view_as(parameter))
             for child in module.modules():
-                # The copies of the hooks play this network's tapes.
+                # The copied hooks would write to this network's recordings.
                 child._forward_hooks.clear()  # noqa: SLF001 - copied with the module, and there is no other way
             twin = TorchModel(
                 dataclasses.replace(self.model, module=module),
@@ -200,17 +201,17 @@ class TorchModel:
 
     def close(self) -> None:
         """Take every hook off the network. Idempotent."""
-        self._recorder.remove()
+        self._hooks.remove()
         if self.attention is not None:
             self.attention.remove()
         if self._twin is not None:
             self._twin.close()
 
     def _changed(self, inputs: Tensor, layer: str, change: Change) -> Any:  # noqa: ANN401 - what a network returns
-        def changed(output: Output) -> Output:
+        def changed(output: LayerOutput) -> LayerOutput:
             return laid_out_like(change(output), output)
 
-        with torch.no_grad(), self._recorder.playing(Tape(changes={layer: changed})):
+        with torch.no_grad(), self._hooks.active(Recording(changes={layer: changed})):
             return self.run(inputs)
 
     def _changed_in_full(self, inputs: Tensor, layer: str, change: Change, rows: int) -> Any:  # noqa: ANN401
@@ -253,7 +254,7 @@ class TorchModel:
             two = torch.cat([inputs, inputs.flip(-1)])
             self.attention = find_attention(self.module, self.run, two, self.model.grid(layers[0]))
 
-    def _check_layer(self, layer: str, outputs: Mapping[str, Output]) -> None:
+    def _check_layer(self, layer: str, outputs: Mapping[str, LayerOutput]) -> None:
         if layer not in outputs:
             raise ModelLoadError(f"layer {layer!r} did not run")
         try:
@@ -279,27 +280,6 @@ class TorchModel:
 
     def _channel_vector(self, values: Tensor) -> Tensor:
         return values.to(device=self.device, dtype=torch.float32).view(1, 3, 1, 1)
-
-
-@contextmanager
-def recording_allowed() -> Iterator[None]:
-    """Callers may be in no_grad or inference_mode: neither is any business of ours."""
-    with torch.inference_mode(mode=False), torch.enable_grad():
-        yield
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turn torch's out-of-memory errors into MemoryError."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        raise MemoryError(str(error)) from None
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" in str(error):
-            raise MemoryError(str(error)) from None
-        raise
 
 
 def _noise(height_px: int, width_px: int) -> UInt8Array:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.grid import Output
+from heatlens_server.backends.torch.cam.grid import LayerOutput
 
 _TOLERANCE = 1e-3
 """What outputs may differ by, relative to the largest, for having run on other numbers of rows."""
@@ -21,19 +21,19 @@ _ROUNDINGS = 8
 """The same for half precision, in units of its rounding."""
 
 
-def first_row(output: Output) -> Output:
+def first_row(output: LayerOutput) -> LayerOutput:
     """A layer's output for the first image."""
     return output[:1] if isinstance(output, Tensor) else {name: level[:1] for name, level in output.items()}
 
 
-def two_rows(output: Output) -> Output:
+def two_rows(output: LayerOutput) -> LayerOutput:
     """A layer's output for one image, and one that is another even where the first is nothing at all."""
     if isinstance(output, Tensor):
         return torch.cat([output, 1 - output])
     return {name: torch.cat([level, 1 - level]) for name, level in output.items()}
 
 
-def laid_out_like(changed: Output, output: Output) -> Output:
+def laid_out_like(changed: LayerOutput, output: LayerOutput) -> LayerOutput:
     """A changed output in the memory layout of the layer's own, which what follows may take views of."""
     if isinstance(changed, Tensor) and isinstance(output, Tensor):
         if output.is_contiguous():

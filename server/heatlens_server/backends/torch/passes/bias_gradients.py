@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.precision import wide
-from heatlens_server.backends.torch.network.substitution import Substitutes
+from heatlens_server.backends.torch.cam.precision import at_least_float32
+from heatlens_server.backends.torch.network.hooks import Substitutes
 
 Take = Callable[[Tensor, int], None]
 """Given the bias-gradient of one operation, in its output's shape, and that shape's channel dimension, 1 or -1.
@@ -77,7 +77,7 @@ def _batch_norm(take: Take, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN40
     norm = given.arguments
     mean, variance = norm["running_mean"], norm["running_var"]
     if not norm["training"] and mean is not None and variance is not None:
-        bias = -wide(mean) * torch.rsqrt(wide(variance) + norm["eps"])
+        bias = -at_least_float32(mean) * torch.rsqrt(at_least_float32(variance) + norm["eps"])
         if norm["weight"] is not None:
             bias = bias * norm["weight"]
         if norm["bias"] is not None:
@@ -104,6 +104,6 @@ def _add(take: Take, add: Callable[..., Tensor], *args: Any, **kwargs: Any) -> T
 def _watch(take: Take, output: Tensor, bias: Tensor, channel_dim: int) -> None:
     if not output.requires_grad:
         return
-    shaped = wide(bias).view(-1, *[1] * (output.ndim - 2)) if channel_dim == 1 else wide(bias)
+    shaped = at_least_float32(bias).view(-1, *[1] * (output.ndim - 2)) if channel_dim == 1 else at_least_float32(bias)
     # Registered before anything changes the output in place: the gradient is with respect to what it is now.
-    output.register_hook(lambda gradient: take(wide(gradient) * shaped, channel_dim))  # type: ignore[no-untyped-call]
+    output.register_hook(lambda gradient: take(at_least_float32(gradient) * shaped, channel_dim))  # type: ignore[no-untyped-call]

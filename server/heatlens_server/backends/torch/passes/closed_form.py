@@ -10,13 +10,13 @@ from heatlens_server.backends.torch.cam.principal import principal_projection
 from heatlens_server.backends.torch.cam.weights import weighted
 from heatlens_server.backends.torch.goals.base import Goals
 from heatlens_server.backends.torch.network.network import TorchModel
-from heatlens_server.backends.torch.passes.one_pass import Explained, leaf_of
+from heatlens_server.backends.torch.passes.one_pass import RawMaps, leaf_of
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import Target
 
 
-def closed_form(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> Explained:
+def closed_form(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> RawMaps:
     """Explain with one of `core.methods.CLOSED_FORMS`.
 
     Args:
@@ -35,14 +35,14 @@ def closed_form(model: TorchModel, inputs: Tensor, targets: Sequence[Target], sp
         features = [model.features(layer, outputs[layer]).detach() for layer in spec.layers]
         if needs_gradient:
             leaves = [leaf_of(outputs[layer]) for layer in spec.layers]
-            return Explained(goals, _gradient_maps(model, spec, goals, leaves, features))
+            return RawMaps(goals, _gradient_maps(model, spec, goals, leaves, features))
         factors: Tensor = goals.class_ids
         if spec.method is Method.CAM:
             if model.head_weight is None:
                 raise ValueError("this model has no linear head over pooled activations")
             # An absent class (ABSENT) indexes row 0: its map is computed and dropped.
             factors = model.head_weight[factors.clamp(min=0)]
-        return Explained(goals, [_map(spec, of_layer, factors) for of_layer in features])
+        return RawMaps(goals, [_map(spec, of_layer, factors) for of_layer in features])
 
 
 def _gradient_maps(

@@ -5,22 +5,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.full_grad import spread
 from heatlens_server.backends.torch.cam.grid import Grid, Layout, to_map
-from heatlens_server.backends.torch.cam.precision import wide
+from heatlens_server.backends.torch.cam.precision import at_least_float32
+from heatlens_server.backends.torch.cam.saliency import normalize, upsample
+from heatlens_server.backends.torch.network.hooks import Substitution
 from heatlens_server.backends.torch.network.network import TorchModel
-from heatlens_server.backends.torch.network.substitution import Substitution
 from heatlens_server.backends.torch.passes.bias_gradients import bias_gradients
-from heatlens_server.backends.torch.passes.one_pass import Explained, input_gradient
+from heatlens_server.backends.torch.passes.one_pass import RawMaps, input_gradient
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.targets import Target
 
 
-def full_grad(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> Explained:
+def full_grad(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> RawMaps:
     """Explain with FullGrad; see `passes.one_pass.OnePass`. It looks at the whole network, not at layers.
 
     Srinivas and Fleuret 2019, https://arxiv.org/abs/1905.00780, equation 5: `psi(x * g)` plus the sum over layers and
-    channels of `psi(bias-gradient)`; see `cam.full_grad.spread` for psi and `bias_gradients` for what a bias is. As in
+    channels of `psi(bias-gradient)`; see `spread` for psi and `bias_gradients` for what a bias is. As in
     the paper, biases of layers without places (the linear head) have no map. Made for convolutional networks;
     of transformers the biases of layers whose tokens lie on the grid count.
 
@@ -37,8 +37,8 @@ def full_grad(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec
         more = k + 1 < goals.width
         gradient = input_gradient(model, goals.score(k), leaf, retain_graph=more, start=found.start)
         with torch.no_grad():
-            maps.append(found.map + spread(wide(leaf) * gradient, found.size_px))
-    return Explained(goals, [torch.cat(maps, dim=1)])
+            maps.append(found.map + spread(at_least_float32(leaf) * gradient, found.size_px))
+    return RawMaps(goals, [torch.cat(maps, dim=1)])
 
 
 class _Found:
@@ -86,3 +86,21 @@ class _Found:
             on_grid = values.shape[1] == grid.prefix + grid.height * grid.width
             return to_map(values, grid) if on_grid else None
         return None
+
+
+def spread(contributions: Tensor, size_px: tuple[int, int]) -> Tensor:
+    """Sum, over channels, the size of contributions, each channel stretched to [0, 1] and resized to the image.
+
+    Srinivas and Fleuret 2019 (FullGrad), https://arxiv.org/abs/1905.00780, section 4: psi, and the inner sum of
+    equation 5, with the absolute value. Channels are stretched one by one, as the equation has it and as in the
+    `grad-cam` package 1.5.7; the authors' program stretches those of a layer together. A flat channel adds nothing.
+
+    Args:
+        contributions: (N, C, h, w): input times gradient, or the bias-gradients of a layer.
+        size_px: (height, width) of the image.
+
+    Returns:
+        (N, 1, height, width), float32 or wider, in [0, C].
+    """
+    # Resizing is linear: the sum is resized in the place of every channel.
+    return upsample(normalize(contributions.abs()).values.sum(dim=1, keepdim=True), size_px)

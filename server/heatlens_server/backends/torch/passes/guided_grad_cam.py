@@ -9,18 +9,18 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.precision import wide
-from heatlens_server.backends.torch.cam.resize import upsample
+from heatlens_server.backends.torch.cam.precision import at_least_float32
+from heatlens_server.backends.torch.cam.saliency import upsample
+from heatlens_server.backends.torch.network.hooks import Substitutes, Substitution
 from heatlens_server.backends.torch.network.network import TorchModel
-from heatlens_server.backends.torch.network.substitution import Substitutes, Substitution
 from heatlens_server.backends.torch.passes.closed_form import closed_form
-from heatlens_server.backends.torch.passes.one_pass import Explained, input_gradient
+from heatlens_server.backends.torch.passes.one_pass import RawMaps, input_gradient
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import Target
 
 
-def guided_grad_cam(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> Explained:
+def guided_grad_cam(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> RawMaps:
     """Explain with guided Grad-CAM; see `passes.one_pass.OnePass`.
 
     Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391, section 3.2: `sum_c G[c] * up(relu(grad_cam))`, where G is
@@ -43,11 +43,11 @@ def guided_grad_cam(model: TorchModel, inputs: Tensor, targets: Sequence[Target]
     guided = []
     for k in range(goals.width):
         gradient = input_gradient(model, goals.score(k), leaf, retain_graph=k + 1 < goals.width)
-        guided.append(wide(gradient).sum(dim=1, keepdim=True))
+        guided.append(at_least_float32(gradient).sum(dim=1, keepdim=True))
     fine = torch.cat(guided, dim=1)
     size_px = (inputs.shape[-2], inputs.shape[-1])
     maps = [upsample(torch.relu(raw), size_px) * fine for raw in coarse.on_image(model, size_px).raw]
-    return Explained(coarse.goals, maps)
+    return RawMaps(coarse.goals, maps)
 
 
 class _GuidedReLU(torch.autograd.Function):

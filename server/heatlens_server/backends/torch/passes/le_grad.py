@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from heatlens_server.backends.torch.cam.grid import to_map
-from heatlens_server.backends.torch.cam.precision import wide
+from heatlens_server.backends.torch.cam.precision import at_least_float32
 from heatlens_server.backends.torch.network.network import TorchModel
-from heatlens_server.backends.torch.passes.one_pass import Explained
+from heatlens_server.backends.torch.passes.one_pass import RawMaps
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.targets import Target
 
 
-def le_grad(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> Explained:
+def le_grad(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> RawMaps:
     """Explain with LeGrad; see `passes.one_pass.OnePass`. It looks at all blocks, not at layers.
 
     Bousselham et al. 2024, https://arxiv.org/abs/2404.03214: `relu(d s[l] / d A[l])`, A[l] the attention matrices of
@@ -40,7 +40,9 @@ def le_grad(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: 
         gradients = model.gradients(of_blocks.score(k), matrices, retain_graph=k + 1 < goals.width)
         with torch.no_grad():
             # Rows are images by heads, together or apart: (N, heads and queries, keys).
-            positive = [torch.relu(wide(gradient)).reshape(n, -1, gradient.shape[-1]) for gradient in gradients]
+            positive = [
+                at_least_float32(torch.relu(gradient)).reshape(n, -1, gradient.shape[-1]) for gradient in gradients
+            ]
             keys = torch.stack([of_matrix.mean(dim=1) for of_matrix in positive]).mean(dim=0)
             maps.append(to_map(keys.unsqueeze(2), grid))
-    return Explained(goals, [torch.cat(maps, dim=1)])
+    return RawMaps(goals, [torch.cat(maps, dim=1)])

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.normalize import NormalizedMap
-from heatlens_server.backends.torch.cam.saliency import saliency
+from heatlens_server.backends.torch.cam.saliency import NormalizedMap, saliency
 from heatlens_server.backends.torch.goals.base import Goals
 from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.core.engine import MapSpec
@@ -17,7 +16,7 @@ from heatlens_server.core.targets import Target
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Explained:
+class RawMaps:
     """What is known about N images before their maps are finished.
 
     Attributes:
@@ -28,7 +27,7 @@ class Explained:
     goals: Goals
     raw: list[Tensor]
 
-    def on_image(self, model: TorchModel, size_px: tuple[int, int]) -> "Explained":
+    def on_image(self, model: TorchModel, size_px: tuple[int, int]) -> "RawMaps":
         """The same, without what lies beside the image where the network pads it.
 
         Args:
@@ -36,7 +35,7 @@ class Explained:
             size_px: (height, width) of the input.
         """
         with torch.no_grad():
-            return Explained(self.goals, [model.on_image(of_layer, size_px) for of_layer in self.raw])
+            return RawMaps(self.goals, [model.on_image(of_layer, size_px) for of_layer in self.raw])
 
     def maps(self, spec: MapSpec, size_px: tuple[int, int]) -> NormalizedMap:
         """Finish the maps.
@@ -49,7 +48,7 @@ class Explained:
             return saliency(self.raw, size_px if spec.upsample else None, spec.aggregation)
 
 
-OnePass = Callable[[TorchModel, Tensor, Sequence[Target], MapSpec], Explained]
+OnePass = Callable[[TorchModel, Tensor, Sequence[Target], MapSpec], RawMaps]
 """Explains inputs (N, 3, H, W). Called with gradients enabled."""
 
 

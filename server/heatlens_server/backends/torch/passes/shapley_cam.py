@@ -10,15 +10,15 @@ from heatlens_server.backends.torch.cam.methods import shapley_cam as shapley_ca
 from heatlens_server.backends.torch.cam.principal import principal_projection
 from heatlens_server.backends.torch.cam.weights import shapley_cam_weights, weigh
 from heatlens_server.backends.torch.network.attention import open_attention
+from heatlens_server.backends.torch.network.hooks import Substitutes, Substitution
 from heatlens_server.backends.torch.network.network import TorchModel
-from heatlens_server.backends.torch.network.substitution import Substitutes, Substitution
-from heatlens_server.backends.torch.passes.one_pass import Explained, leaf_of
+from heatlens_server.backends.torch.passes.one_pass import RawMaps, leaf_of
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.targets import Target
 
 
-def shapley_cam(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> Explained:
+def shapley_cam(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> RawMaps:
     """Explain with `cam.methods.shapley_cam`; see `passes.one_pass.OnePass`.
 
     Images do not meet inside the network: the product of the whole batch's Hessian with the whole batch's activations
@@ -38,7 +38,7 @@ def shapley_cam(model: TorchModel, inputs: Tensor, targets: Sequence[Target], sp
             for of_layer, layer, leaf, (gradient, curvature) in zip(maps, spec.layers, leaves, both, strict=True):
                 activations, g, c = (model.features(layer, t.detach()) for t in (leaf, gradient, curvature))
                 of_layer.append(_map(spec, activations, g[:, None], c[:, None]))
-    return Explained(goals, [torch.cat(of_layer, dim=1) for of_layer in maps])
+    return RawMaps(goals, [torch.cat(of_layer, dim=1) for of_layer in maps])
 
 
 def _gradients(

@@ -74,7 +74,7 @@ def is_file(weights: str) -> bool:
     return weights.endswith(WEIGHT_FILE_SUFFIXES)
 
 
-def near(name: str, names: Sequence[str]) -> str:
+def did_you_mean(name: str, names: Sequence[str]) -> str:
     """A hint at names like a wrong one, for the end of an error message; empty if there are none."""
     found = difflib.get_close_matches(name, names, n=3)
     return f"; near: {', '.join(found)}" if found else ""

@@ -14,7 +14,14 @@ from timm.data.config import resolve_model_data_config
 from timm.data.imagenet_info import ImageNetInfo
 from torch import nn
 
-from heatlens_server.backends.torch.sources.source import SourcedModel, as_module, downloading, is_file, near, triple
+from heatlens_server.backends.torch.sources.source import (
+    SourcedModel,
+    as_module,
+    did_you_mean,
+    downloading,
+    is_file,
+    triple,
+)
 from heatlens_server.backends.torch.sources.torchvision_models import (
     DETECTION_PREPROCESS,
     MAX_SIDE_PX,
@@ -65,7 +72,7 @@ def load_source(config: ModelConfig) -> SourcedModel:
 def _load_timm(name: str, weights: str, task: Task | None) -> SourcedModel:
     _check_task("timm", task)
     if not timm.is_model(name.split(".", maxsplit=1)[0]):
-        raise ModelLoadError(f"timm has no model {name!r}{near(name, timm.list_models())}")
+        raise ModelLoadError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
     if weights not in {"default", "none"} and not is_file(weights):
         raise ModelLoadError(f'weights of a timm model are "default", "none" or a file, not {weights!r}')
 

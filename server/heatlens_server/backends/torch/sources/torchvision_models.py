@@ -9,7 +9,14 @@ import torchvision
 from torch import nn
 
 from heatlens_server.backends.torch.sources.random_heads import settle
-from heatlens_server.backends.torch.sources.source import SourcedModel, as_module, downloading, is_file, near, triple
+from heatlens_server.backends.torch.sources.source import (
+    SourcedModel,
+    as_module,
+    did_you_mean,
+    downloading,
+    is_file,
+    triple,
+)
 from heatlens_server.backends.torch.sources.weights import build_with_weights
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
@@ -96,7 +103,7 @@ def _task_of(name: str) -> Task:
             return task
     names = [known for module in _MODULES.values() for known in torchvision.models.list_models(module=module)]
     raise ModelLoadError(
-        f"torchvision has no model {name!r} for classification, segmentation or detection{near(name, names)}"
+        f"torchvision has no model {name!r} for classification, segmentation or detection{did_you_mean(name, names)}"
     )
 
 

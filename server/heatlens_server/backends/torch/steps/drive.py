@@ -1,27 +1,42 @@
-"""One image's explanation in steps: the method's own, the changed inputs of smoothing, the measures of faithfulness."""
+"""Every method that takes steps, by name."""
 
 import dataclasses
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.normalize import NormalizedMap, normalize
+from heatlens_server.backends.torch.cam.saliency import NormalizedMap, normalize
 from heatlens_server.backends.torch.goals.base import has_goals
 from heatlens_server.backends.torch.network.network import TorchModel
-from heatlens_server.backends.torch.passes.one_pass import Explained, results
+from heatlens_server.backends.torch.passes.one_pass import RawMaps, results
 from heatlens_server.backends.torch.passes.table import explain
-from heatlens_server.backends.torch.steps.job import Job
-from heatlens_server.backends.torch.steps.measure_maps import Measures, judge
-from heatlens_server.backends.torch.steps.table import STEPPERS
+from heatlens_server.backends.torch.steps.job import Job, Stepper
+from heatlens_server.backends.torch.steps.masked_layer import ablation_cam, recipro_cam
+from heatlens_server.backends.torch.steps.measure_maps import Measures, measure_maps
+from heatlens_server.backends.torch.steps.score_cam import is_cam, score_cam, ss_cam
+from heatlens_server.backends.torch.steps.smooth_grad_cam import smooth_grad_cam_plus_plus_in_steps
 from heatlens_server.core.arrays import UInt8Array
 from heatlens_server.core.engine import MapSpec, Steps
+from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import Target
+
+STEPPERS: Mapping[Method, Stepper] = MappingProxyType(
+    {
+        Method.SMOOTH_GRAD_CAM_PLUS_PLUS: smooth_grad_cam_plus_plus_in_steps,
+        Method.SCORE_CAM: score_cam,
+        Method.SS_CAM: ss_cam,
+        Method.IS_CAM: is_cam,
+        Method.ABLATION_CAM: ablation_cam,
+        Method.RECIPRO_CAM: recipro_cam,
+    }
+)
+"""The methods of many runs."""
+
 
 _FACTORS = (0.9, 1.0, 1.1)
 """What the normalised input is multiplied by: test-time augmentation as in the `grad-cam` package 1.5.7."""
-
-Maps = Generator[None, None, NormalizedMap]
 
 
 def explain_in_steps(model: TorchModel, image: UInt8Array, target: Target, spec: MapSpec, *, rows: int) -> Steps:
@@ -46,14 +61,14 @@ def explain_in_steps(model: TorchModel, image: UInt8Array, target: Target, spec:
         yield
         measures: Measures = ()
         if measured:
-            measures = yield from judge(model, inputs, fixed, spec, maps, rows=rows, remake=raw_maps)
+            measures = yield from measure_maps(model, inputs, fixed, spec, maps, rows=rows, remake=raw_maps)
         result = dataclasses.replace(result, faithfulness=measures)
     return result
 
 
 def raw_maps(
     model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec, *, rows: int
-) -> Generator[None, None, Explained]:
+) -> Generator[None, None, RawMaps]:
     """Explain inputs with any method, smoothing aside: in one go, or, one image only, in steps."""
     stepper = STEPPERS.get(spec.method)
     if stepper is None:
@@ -64,17 +79,17 @@ def raw_maps(
     size_px = (inputs.shape[2], inputs.shape[3])
     if not has_goals(goals):
         nothing = [torch.zeros_like(model.features(layer, outputs[layer])[:, :1]) for layer in spec.layers]
-        return Explained(goals, nothing).on_image(model, size_px)
+        return RawMaps(goals, nothing).on_image(model, size_px)
     raw = []
     for layer in spec.layers:
         yield
         raw.append((yield from stepper(Job(model, inputs, goals, layer, outputs[layer], rows))))
-    return Explained(goals, raw).on_image(model, size_px)
+    return RawMaps(goals, raw).on_image(model, size_px)
 
 
 def _smoothed(
     model: TorchModel, inputs: Tensor, target: Target, spec: MapSpec, plain: NormalizedMap, *, rows: int
-) -> Maps:
+) -> Generator[None, None, NormalizedMap]:
     """Average finished maps over the image and its mirror image, each in three strengths.
 
     Args:

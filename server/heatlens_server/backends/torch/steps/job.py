@@ -1,4 +1,4 @@
-"""One image that is explained in steps, and what a method of many runs is."""
+"""One image that is explained in steps, what a method of many runs is, and the noise that such methods share."""
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.grid import Grid, Output
+from heatlens_server.backends.torch.cam.grid import Grid, LayerOutput
 from heatlens_server.backends.torch.goals.base import Goals
 from heatlens_server.backends.torch.network.network import TorchModel
 
@@ -31,7 +31,7 @@ class Job:
     inputs: Tensor
     goals: Goals
     layer: str
-    output: Output
+    output: LayerOutput
     rows: int
 
     @property
@@ -62,14 +62,39 @@ class Job:
         with torch.no_grad():
             return self.goals.values(0, self.model.run(inputs)).float()
 
-    def scores_of_features(self, change: Callable[[Output], Output], rows: int) -> Tensor:
+    def scores_of_features(self, change: Callable[[LayerOutput], LayerOutput], rows: int) -> Tensor:
         """The scores, float32 (rows, K), of the image with the layer's output changed in `rows` ways; one step."""
         with torch.no_grad():
             return self.goals.values(0, self.model.replay(self.inputs, self.layer, change, rows)).float()
 
 
-RawMaps = Generator[None, None, Tensor]
+MapSteps = Generator[None, None, Tensor]
 """Yields after each run of the network; returns raw maps (1, K, h, w)."""
 
-Stepper = Callable[[Job], RawMaps]
+Stepper = Callable[[Job], MapSteps]
 """A method. It is resumed with gradients enabled, and changes no state of the thread across a yield."""
+
+
+_SEED = 0
+
+
+class Noise:
+    """A sequence of noise fields, drawn one by one on the CPU: torch's draws depend on how many they are."""
+
+    def __init__(self, deviation: float, shape: tuple[int, ...], device: torch.device) -> None:
+        """Start the sequence from its beginning.
+
+        Args:
+            deviation: the standard deviation; the mean is 0.
+            shape: of one field.
+            device: where the noise is wanted.
+        """
+        self._deviation = deviation
+        self._shape = shape
+        self._device = device
+        self._generator = torch.Generator().manual_seed(_SEED)
+
+    def draw(self, count: int) -> Tensor:
+        """The next fields, float32 (count, *shape)."""
+        fields = torch.stack([torch.randn(self._shape, generator=self._generator) for _ in range(count)])
+        return (fields * self._deviation).to(self._device)

@@ -6,22 +6,21 @@ from collections.abc import Callable, Generator
 import torch
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.normalize import NormalizedMap
-from heatlens_server.backends.torch.cam.resize import upsample
+from heatlens_server.backends.torch.cam.saliency import NormalizedMap, upsample
 from heatlens_server.backends.torch.faithfulness.measure import measure
 from heatlens_server.backends.torch.network.network import TorchModel
-from heatlens_server.backends.torch.passes.one_pass import Explained
+from heatlens_server.backends.torch.passes.one_pass import RawMaps
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Metric
 from heatlens_server.core.targets import Target
 
 Measures = tuple[dict[Metric, float], ...]
 
-Remake = Callable[..., Generator[None, None, Explained]]
+Remake = Callable[..., Generator[None, None, RawMaps]]
 """Explains as `drive.raw_maps` does."""
 
 
-def judge(
+def measure_maps(
     model: TorchModel,
     inputs: Tensor,
     target: Target,

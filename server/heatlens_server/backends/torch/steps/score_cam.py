@@ -11,8 +11,7 @@ from torch import Tensor
 
 from heatlens_server.backends.torch.cam.masks import channel_masks, constant_channels
 from heatlens_server.backends.torch.cam.methods import cam
-from heatlens_server.backends.torch.steps.job import Job, RawMaps
-from heatlens_server.backends.torch.steps.noise import Noise
+from heatlens_server.backends.torch.steps.job import Job, MapSteps, Noise
 
 SS_CAM_SAMPLES = 35
 SS_CAM_DEVIATION = 2.0
@@ -27,7 +26,7 @@ _NO_MASK = torch.zeros(1, 1, 1, 1)
 _Scores = Generator[None, None, Tensor]
 
 
-def score_cam(job: Job) -> RawMaps:
+def score_cam(job: Job) -> MapSteps:
     """Score-CAM: `sum_c softmax_c(s(X * M[c])) A[c]`, M[c] the channel as a mask over the normalised input.
 
     Wang et al. 2020, https://arxiv.org/abs/1910.01279: the softmax does not change with the baseline that the paper
@@ -39,7 +38,7 @@ def score_cam(job: Job) -> RawMaps:
     return _weighted(job, scores)
 
 
-def is_cam(job: Job) -> RawMaps:
+def is_cam(job: Job) -> MapSteps:
     """IS-CAM: Score-CAM with each mask scaled in steps, and the scores averaged over them.
 
     Naidu et al. 2020, https://arxiv.org/abs/2010.03023, as in `torch-cam` 0.5.0: the scale accumulates, at step i of
@@ -51,7 +50,7 @@ def is_cam(job: Job) -> RawMaps:
     return _weighted(job, scores)
 
 
-def ss_cam(job: Job) -> RawMaps:
+def ss_cam(job: Job) -> MapSteps:
     """SS-CAM: Score-CAM with noise on the masks, and the scores averaged over it.
 
     Wang et al. 2020, https://arxiv.org/abs/2006.14255, the form that smooths the maps, with the noise of `torch-cam`

@@ -5,25 +5,26 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.precision import wide
-from heatlens_server.backends.torch.cam.smooth import smooth_grad_cam_plus_plus
-from heatlens_server.backends.torch.steps.job import Job, RawMaps
-from heatlens_server.backends.torch.steps.noise import Noise
+from heatlens_server.backends.torch.cam.methods import smooth_grad_cam_plus_plus
+from heatlens_server.backends.torch.cam.precision import at_least_float32
+from heatlens_server.backends.torch.steps.job import Job, MapSteps, Noise
 
 SAMPLES = 4
 DEVIATION = 0.3
 """Of the noise on the normalised input. Both as in `torch-cam` 0.5.0."""
 
 
-def smooth_grad_cam_plus_plus_in_steps(job: Job) -> RawMaps:
-    """See `cam.smooth`; 4 noisy copies of the normalised image, deviation 0.3, the same noise for every image.
+def smooth_grad_cam_plus_plus_in_steps(job: Job) -> MapSteps:
+    """Smooth Grad-CAM++ of 4 noisy copies of the normalised image, deviation 0.3, the same noise for every image.
+
+    See `cam.methods.smooth_grad_cam_plus_plus`.
 
     Costs 4 runs of the network, and as many backward passes through what is behind the layer for every goal.
 
     Raises:
         TypeError: the layer returns a pyramid, which has no gradient here.
     """
-    features = wide(job.features)
+    features = at_least_float32(job.features)
     first, second, third = torch.zeros(3, 1, job.goals.width, *features.shape[1:], device=features.device)
     noise = Noise(DEVIATION, tuple(job.inputs.shape[1:]), features.device)
     for chunk in job.chunks(torch.arange(SAMPLES)):
@@ -48,4 +49,4 @@ def _gradients(job: Job, inputs: Tensor) -> Iterator[Tensor]:
             if score.requires_grad
             else (torch.zeros_like(leaf),)
         )
-        yield wide(job.model.features(job.layer, gradient))
+        yield at_least_float32(job.model.features(job.layer, gradient))

@@ -19,9 +19,7 @@ from skimage import data
 from torch import nn
 
 from heatlens_server.backends.torch.cam.methods import grad_cam, raw_map
-from heatlens_server.backends.torch.cam.normalize import normalize
-from heatlens_server.backends.torch.cam.resize import upsample
-from heatlens_server.backends.torch.cam.saliency import saliency
+from heatlens_server.backends.torch.cam.saliency import normalize, saliency, upsample
 from heatlens_server.backends.torch.cam.targets import class_scores
 from heatlens_server.core.methods import Aggregation, Method, Score
 

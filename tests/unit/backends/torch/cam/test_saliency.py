@@ -1,15 +1,218 @@
+"""Raw maps become the map that callers get: min-max, resizing, combining layers, the order of these."""
+
+import cv2
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from heatlens_server.backends.torch.cam.methods import grad_cam
-from heatlens_server.backends.torch.cam.normalize import normalize
-from heatlens_server.backends.torch.cam.resize import combine_layers, upsample
-from heatlens_server.backends.torch.cam.saliency import saliency
+from heatlens_server.backends.torch.cam.saliency import combine_layers, normalize, saliency, top_left, upsample
+from heatlens_server.core.methods import Aggregation
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def wide_of(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_by_hand(dtype):
+    # ReLU: [[0, 1], [3, 5]]: offset 0, scale 5. Second map: nothing to cut, offset 2, scale 4.
+    raw = torch.tensor([[[[-2.0, 1.0], [3.0, 5.0]], [[2.0, 3.0], [4.0, 6.0]]]], dtype=dtype)
+    result = normalize(raw)
+    expected = torch.tensor([[[[0.0, 0.2], [0.6, 1.0]], [[0.0, 0.25], [0.5, 1.0]]]], dtype=wide_of(dtype))
+    torch.testing.assert_close(result.values, expected)
+    assert result.scale.tolist() == [[5.0, 4.0]]
+    assert result.offset.tolist() == [[0.0, 2.0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale_and_offset_lead_back(dtype):
+    raw = (torch.randn(4, 3, 7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1).to(dtype)
+    result = normalize(raw)
+    assert result.values.dtype == result.scale.dtype == result.offset.dtype == wide_of(dtype)
+    assert result.values.shape == (4, 3, 7, 5)
+    assert result.scale.shape == result.offset.shape == (4, 3)
+    assert torch.equal(result.values.amin(dim=(-2, -1)), torch.zeros(4, 3, dtype=wide_of(dtype)))
+    assert torch.equal(result.values.amax(dim=(-2, -1)), torch.ones(4, 3, dtype=wide_of(dtype)))
+    back = result.values * result.scale[..., None, None] + result.offset[..., None, None]
+    torch.testing.assert_close(back, raw.to(wide_of(dtype)).relu(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [0.0, -3.0, 2.5, 1e-5])
+def test_a_flat_map_is_zeros(dtype, value):
+    raw = torch.full((2, 1, 3, 3), value, dtype=dtype)
+    result = normalize(raw)
+    assert torch.equal(result.values, torch.zeros_like(result.values))
+    assert torch.equal(result.scale, torch.zeros(2, 1, dtype=result.scale.dtype))
+    assert torch.equal(result.offset, raw[..., 0, 0].to(result.offset.dtype).relu())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "unit"),
+    [
+        (torch.float32, 1e-30),
+        (torch.float32, 2.0**-149),  # the smallest float32 above zero
+        (torch.float64, 2.0**-1074),  # the smallest float64 above zero
+        (torch.bfloat16, 2.0**-133),  # the smallest bfloat16 above zero
+        (torch.float16, 2.0**-24),  # the smallest float16 above zero
+        (torch.float16, 16376.0),  # 4 units are float16's largest numbers
+        (torch.float32, 8e37),
+    ],
+)
+def test_extreme_ranges_are_divided_out_in_full(dtype, unit):
+    raw = torch.tensor([[[[0.0, 1.0], [2.0, 4.0]]]], dtype=torch.float64).mul(unit).to(dtype)
+    result = normalize(raw)
+    expected = torch.tensor([[[[0.0, 0.25], [0.5, 1.0]]]], dtype=wide_of(dtype))
+    torch.testing.assert_close(result.values, expected)
+    assert result.scale.item() == pytest.approx(4 * unit, rel=1e-6, abs=0)
+
+
+def test_a_tiny_range_on_a_large_offset():
+    step = 2.0**-23  # the spacing of float32 at 1
+    raw = torch.tensor([[[[1.0, 1.0 + step], [1.0 + 2 * step, 1.0 + 4 * step]]]])
+    result = normalize(raw)
+    assert result.values.tolist() == [[[[0.0, 0.25], [0.5, 1.0]]]]
+    assert result.offset.item() == 1.0
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_non_finite_input_stays_visible_and_alone(bad, dtype):
+    raw = torch.rand(3, 2, 4, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    clean = normalize(raw)
+    raw[1, 0, 2, 2] = bad
+    result = normalize(raw)
+    assert result.values[1, 0].isnan().any()
+    assert not result.scale[1, 0].isfinite()
+    others = torch.ones(3, 2, dtype=torch.bool)
+    others[1, 0] = False
+    assert torch.equal(result.values[others], clean.values[others])
+    assert torch.equal(result.scale[others], clean.scale[others])
+
+
+def test_minus_infinity_is_a_negative_value():
+    result = normalize(torch.tensor([[[[-torch.inf, 1.0], [2.0, 4.0]]]]))
+    assert result.values.tolist() == [[[[0.0, 0.25], [0.5, 1.0]]]]
+
+
+def test_input_stays_as_it_was():
+    raw = torch.tensor([[[[-1.0, 1.0], [2.0, 4.0]]]])
+    normalize(raw)
+    assert raw.tolist() == [[[[-1.0, 1.0], [2.0, 4.0]]]]
 
 
 def random_maps(*shape, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+
+def test_upsampling_by_hand():
+    # Half-pixel centres: output columns sit at -0.25, 0.25, 0.75 and 1.25 of the input; the outer ones are clamped.
+    maps = torch.tensor([[[[0.0, 4.0]]]])
+    assert upsample(maps, (1, 4)).tolist() == [[[[0.0, 1.0, 3.0, 4.0]]]]
+
+
+@pytest.mark.parametrize("size", [(96, 128), (7, 5), (8, 224), (3, 2)])
+def test_is_opencv_s_linear_resize(size):
+    maps = random_maps(2, 3, 7, 5)
+    actual = upsample(maps, size)
+    assert actual.shape == (2, 3, *size)
+    for n in range(2):
+        for k in range(3):
+            expected = cv2.resize(maps[n, k].numpy(), (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+            torch.testing.assert_close(actual[n, k], torch.from_numpy(expected), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_equal_size_is_the_identity(dtype):
+    maps = random_maps(2, 3, 7, 5, dtype=dtype)
+    assert upsample(maps, (7, 5)) is maps
+    assert upsample(maps, (14, 10)).dtype == dtype
+
+
+def test_min_max_before_upsampling_changes_nothing_after_it():
+    maps = random_maps(2, 3, 7, 5).relu().double()
+    once = normalize(upsample(maps, (96, 128))).values
+    twice = normalize(upsample(normalize(maps).values, (96, 128))).values
+    torch.testing.assert_close(once, twice, rtol=0, atol=1e-12)
+
+
+def test_combine_layers_by_hand():
+    # Normalised: [0, 1] widened to [0, 0.25, 0.75, 1], and [1, 0, 0.5, 0] after the ReLU.
+    small = torch.tensor([[[[5.0, 9.0]]]])
+    large = torch.tensor([[[[2.0, -7.0, 1.0, 0.0]]]])
+    for layers in ([small, large], [large, small]):
+        assert combine_layers(layers).tolist() == [[[[0.5, 0.125, 0.625, 0.5]]]]
+        assert combine_layers(layers, aggregation=Aggregation.MAX).tolist() == [[[[1.0, 0.25, 0.75, 1.0]]]]
+        assert combine_layers(layers, aggregation=Aggregation.PRODUCT).tolist() == [[[[0.0, 0.0, 0.375, 0.0]]]]
+
+
+def test_a_product_s_factors_are_stretched_again_once_they_are_resized():
+    # Three pixels shrunk to their outer two by linear sampling: [0, 1, 0.5] at 0.25 and 1.75 is [0.25, 0.625].
+    layer, other = torch.tensor([[[[0.0, 4.0, 2.0]]]]), torch.tensor([[[[0.0, 1.0]]]])
+    assert combine_layers([layer, other], (1, 2), Aggregation.MAX).tolist() == [[[[0.25, 1.0]]]]
+    assert combine_layers([layer, other], (1, 2), Aggregation.PRODUCT).tolist() == [[[[0.0, 1.0]]]]
+
+
+def test_combine_layers_at_a_size_resizes_once():
+    layers = [random_maps(2, 1, 7, 5), random_maps(2, 1, 14, 10)]
+    expected = sum(upsample(normalize(maps).values, (96, 128)) for maps in layers) / 2
+    torch.testing.assert_close(combine_layers(layers, (96, 128)), expected)
+
+
+def test_combine_layers_takes_the_largest_of_each_side():
+    assert combine_layers([random_maps(1, 1, 8, 2), random_maps(1, 1, 4, 6)]).shape == (1, 1, 8, 6)
+
+
+def test_combine_layers_of_one_layer_is_its_normalised_map():
+    maps = random_maps(2, 3, 7, 5)
+    assert torch.equal(combine_layers([maps]), normalize(maps).values)
+
+
+def test_a_flat_layer_adds_zeros():
+    flat, other = torch.ones(1, 1, 7, 5), random_maps(1, 1, 7, 5)
+    assert torch.equal(combine_layers([flat, other]), normalize(other).values / 2)
+    assert torch.equal(combine_layers([flat, other], aggregation=Aggregation.MAX), normalize(other).values)
+    assert not combine_layers([flat, other], aggregation=Aggregation.PRODUCT).any()
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([], "at least one"),
+        ([torch.zeros(1, 1, 2, 2), torch.zeros(2, 1, 2, 2)], "one N and K"),
+        ([torch.zeros(1, 1, 2, 2), torch.zeros(1, 2, 2, 2)], "one N and K"),
+        ([torch.zeros(1, 2, 2)], "one N and K"),
+    ],
+)
+def test_combine_layers_wrong_input(layers, message):
+    with pytest.raises(ValueError, match=f"raw_maps: .*{message}"):
+        combine_layers(layers)
+
+
+def test_upsample_wrong_input():
+    with pytest.raises(ValueError, match=r"maps: must be \(N, K, h, w\), not \(7, 5\)"):
+        upsample(torch.zeros(7, 5), (8, 8))
+    with pytest.raises(ValueError, match="size: must be positive, not 0x8"):
+        upsample(torch.zeros(1, 1, 7, 5), (0, 8))
+
+
+class TestTopLeft:
+    def test_the_whole_is_the_map_itself(self):
+        maps = torch.rand(1, 2, 3, 4)
+        assert top_left(maps, (1.0, 1.0)) is maps
+
+    def test_a_ramp_stays_one(self):
+        ramp = (torch.arange(20) + 0.5).expand(2, 3, 10, 20)
+        part = top_left(ramp, (0.5, 0.8125))
+        assert part.shape == (2, 3, 5, 16)
+        torch.testing.assert_close(part[1, 2, 4], (torch.arange(16) + 0.5) / 16 * 16.25)
+        torch.testing.assert_close(top_left(ramp.mT, (0.8125, 0.5)), part.mT)
+
+    def test_less_than_a_pixel_is_one(self):
+        assert top_left(torch.rand(1, 1, 2, 2), (0.01, 1.0)).shape == (1, 1, 1, 2)
 
 
 def test_the_relu_comes_before_upsampling():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from heatlens_server.backends.torch.faithfulness.measure import SANITY_CHECKS, measure
-from heatlens_server.backends.torch.faithfulness.occlusion import STEPS, blurred, deleted, inserted
+from heatlens_server.backends.torch.faithfulness.perturbation import STEPS, blurred, deleted, inserted
 from heatlens_server.core.methods import Metric
 
 SIZE = 24

@@ -11,9 +11,9 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from engine_cases import noise
-from heatlens_server.backends.torch.cam.full_grad import spread
-from heatlens_server.backends.torch.network.substitution import Substitution
+from heatlens_server.backends.torch.network.hooks import Substitution
 from heatlens_server.backends.torch.passes.bias_gradients import bias_gradients
+from heatlens_server.backends.torch.passes.full_grad import spread
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import ClassIds

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 import tiny_models
 from engine_cases import loaded, noise
 from heatlens_server.backends.torch.cam.grid import Grid, Layout, to_map
-from heatlens_server.backends.torch.cam.smooth import smooth_grad_cam_plus_plus
+from heatlens_server.backends.torch.cam.methods import smooth_grad_cam_plus_plus
 from heatlens_server.backends.torch.engine import TorchEngine
-from heatlens_server.backends.torch.steps.noise import Noise
-from heatlens_server.backends.torch.steps.table import STEPPERS
+from heatlens_server.backends.torch.steps.drive import STEPPERS
+from heatlens_server.backends.torch.steps.job import Noise
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Method, Score
 from heatlens_server.core.targets import ClassIds, TopK

@@ -20,8 +20,8 @@ import tiny_models
 from engine_cases import noise
 from heatlens_server.backends.torch.cam.saliency import saliency
 from heatlens_server.backends.torch.steps import score_cam
-from heatlens_server.backends.torch.steps.noise import Noise
-from heatlens_server.backends.torch.steps.table import STEPPERS
+from heatlens_server.backends.torch.steps.drive import STEPPERS
+from heatlens_server.backends.torch.steps.job import Noise
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import TopK
 from stepping import drain, job, placed

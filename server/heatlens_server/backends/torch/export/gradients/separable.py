@@ -1,10 +1,11 @@
-"""Resizing as one matrix product per spatial dimension, which is linear and so has its transpose as gradient.
+"""Resizing, padding and unfolding as one matrix product per dimension, which is linear: its transpose is the gradient.
 
 Average pooling and interpolation compute each output as a weighted sum of inputs, with weights that are a product of
-one factor per dimension: y = A_h x A_w^T for an image x. The gradient is then A_h^T g A_w.
+one factor per dimension: y = A_h x A_w^T for an image x. The gradient is then A_h^T g A_w. Where elements are copied,
+as in padding and overlapping windows, each element gets the sum over its copies.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,3 +38,62 @@ def contract(values: Tensor, matrices: Sequence[Matrix | None]) -> Tensor:
 def transpose(matrix: Matrix) -> Matrix:
     """Swap rows and columns."""
     return [list(column) for column in zip(*matrix, strict=True)]
+
+
+def replication_pad_backward(grad: Tensor, source: Tensor, padding: Sequence[int]) -> Tensor:
+    """Differentiate padding that repeats the border.
+
+    Args:
+        grad: (..., o_1, ..., o_n), the gradient with respect to the output.
+        source: (..., i_1, ..., i_n), the input; only its spatial sizes are used.
+        padding: (before, after) of the last dimension, then of the one before it, and so on; negative crops.
+
+    Returns:
+        (..., i_1, ..., i_n), the dtype of `grad`.
+    """
+    return _backward(grad, source, padding, lambda position, size: min(max(position, 0), size - 1))
+
+
+def reflection_pad_backward(grad: Tensor, source: Tensor, padding: Sequence[int]) -> Tensor:
+    """Differentiate padding that mirrors at the border, which is not repeated. See `replication_pad_backward`."""
+    return _backward(grad, source, padding, lambda position, size: size - 1 - abs(size - 1 - abs(position)))
+
+
+def _backward(grad: Tensor, source: Tensor, padding: Sequence[int], origin: Callable[[int, int], int]) -> Tensor:
+    matrices = []
+    for d, before in enumerate(reversed(padding[::2])):
+        dim = d - len(padding) // 2
+        size, padded = int(source.shape[dim]), int(grad.shape[dim])
+        origins = [origin(position - before, size) for position in range(padded)]
+        matrices.append([[float(i == chosen) for i in range(size)] for chosen in origins])
+    return contract(grad, matrices)
+
+
+def unfold_backward(grad: Tensor, sizes: Sequence[int], dim: int, size: int, step: int) -> Tensor:
+    """Differentiate source.unfold(dim, size, step).
+
+    A product with a constant matrix of zeros and ones. PyTorch's own rule adds into zeros by an index of 32 bits, which
+    ONNX has no form for.
+
+    Args:
+        grad: the gradient with respect to the output: windows at `dim`, their elements in the last dimension.
+        sizes: the source's shape.
+        dim: the dimension that was taken apart.
+        size: elements of a window.
+        step: distance of the windows' first elements.
+
+    Returns:
+        (*sizes), the dtype of `grad`.
+    """
+    dim %= len(sizes)
+    windows = int(grad.shape[dim])
+    matrix = [
+        [1.0 if position == window * step + element else 0.0 for position in range(sizes[dim])]
+        for window in range(windows)
+        for element in range(size)
+    ]
+    # The windows' elements beside the windows, both together last.
+    order = [*range(dim), *range(dim + 1, len(sizes)), dim, len(sizes)]
+    columns = grad.permute(order).reshape(*sizes[:dim], *sizes[dim + 1 :], windows * size)
+    summed = contract(columns, [matrix])
+    return summed.movedim(-1, dim)

@@ -11,7 +11,6 @@ from torch._ops import OpOverload
 
 from heatlens_server.backends.torch.export.gradients.attention import scaled_dot_product_attention
 from heatlens_server.backends.torch.export.gradients.convolution import convolution_backward
-from heatlens_server.backends.torch.export.gradients.padding import reflection_pad_backward, replication_pad_backward
 from heatlens_server.backends.torch.export.gradients.pooling import (
     adaptive_avg_pool,
     adaptive_avg_pool_backward,
@@ -21,8 +20,12 @@ from heatlens_server.backends.torch.export.gradients.pooling import (
     scatter_to_chosen,
 )
 from heatlens_server.backends.torch.export.gradients.products import linear, matmul, reshape
+from heatlens_server.backends.torch.export.gradients.separable import (
+    reflection_pad_backward,
+    replication_pad_backward,
+    unfold_backward,
+)
 from heatlens_server.backends.torch.export.gradients.slicing import copy, select_backward, slice_backward
-from heatlens_server.backends.torch.export.gradients.unfolding import unfold_backward
 from heatlens_server.backends.torch.export.gradients.upsampling import interpolation, interpolation_vec
 
 # ruff: noqa: SLF001 - operators with an underscore are operators all the same

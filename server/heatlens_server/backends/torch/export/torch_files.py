@@ -1,13 +1,39 @@
-"""A graph as TorchScript."""
+"""PyTorch's own formats of a graph: pt2 files of torch.export, and TorchScript."""
 
 import warnings
 from pathlib import Path
 
 import torch
 from torch._ops import OpOverload
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from heatlens_server.backends.torch.export.capture import dynamic_shapes, traced_inputs
+from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.core.errors import ExportError
+from heatlens_server.core.graph_spec import InputKind
+
+
+def to_program(
+    graph_module: GraphModule, model: LoadedModel, *, input_kind: InputKind, classes: int | None
+) -> ExportedProgram:
+    """Export a graph of `differentiate` with a batch of any size.
+
+    Raises:
+        ExportError: it cannot be exported.
+    """
+    try:
+        with torch.no_grad():
+            return torch.export.export(
+                graph_module,
+                traced_inputs(model, input_kind, classes),
+                dynamic_shapes=dynamic_shapes(model, classes),
+                strict=False,
+            )
+    except Exception as error:
+        first_line = str(error).split("\n", maxsplit=1)[0][:200]
+        raise ExportError(f"the graph cannot be exported ({type(error).__name__}: {first_line})") from error
+
 
 aten = torch.ops.aten
 
@@ -34,7 +60,7 @@ def to_torchscript(graph_module: GraphModule) -> torch.jit.ScriptModule:
         raise ExportError(f"the graph cannot be scripted ({first_line})") from error
 
 
-def save(scripted: torch.jit.ScriptModule, path: Path) -> None:
+def save_torchscript(scripted: torch.jit.ScriptModule, path: Path) -> None:
     """Write a scripted graph."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

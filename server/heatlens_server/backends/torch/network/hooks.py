@@ -1,8 +1,12 @@
-"""Catching, or changing, what layers return in one call, with hooks that are registered once and hold no call's data.
+"""Stepping into a forward pass: layers' outputs caught or changed by hooks, torch's functions replaced by others.
 
-A forward hook on each explainable layer looks for the calling thread's tape. With no tape, or a layer that the tape
-does not want, it does nothing. Otherwise the layer's output becomes the leaf of a new graph: the network before it
-builds no graph at all (its parameters are frozen), so differentiating the score costs the tail only.
+A forward hook on each explainable layer looks for the calling thread's recording. Without one, or in a layer that it
+does not want, the hook does nothing. Otherwise the layer's output becomes the leaf of a new graph: the network before
+it builds no graph at all (its parameters are frozen), so differentiating the score costs the tail only. Hooks are
+registered once and hold no call's data.
+
+Functions are replaced wherever in the network they are called, for the thread that runs it and for that run only:
+modules keep their hooks, classes and attributes, and threads that share a network do not meet.
 """
 
 import threading
@@ -12,14 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from heatlens_server.backends.torch.cam.grid import Output
+from heatlens_server.backends.torch.cam.grid import LayerOutput
 
-Change = Callable[[Output], Output]
+Change = Callable[[LayerOutput], LayerOutput]
 """Makes what goes on through the network of what a layer returned."""
 
 
-class Tape:
+class Recording:
     """What one forward pass does at the layers that it wants.
 
     Attributes:
@@ -34,9 +39,9 @@ class Tape:
         self._wanted = frozenset(layers)
         self._differentiate = differentiate
         self._changes = changes or {}
-        self.outputs: dict[str, Output] = {}
+        self.outputs: dict[str, LayerOutput] = {}
 
-    def pass_on(self, layer: str, output: Output) -> Output | None:
+    def pass_on(self, layer: str, output: LayerOutput) -> LayerOutput | None:
         """Do what is wanted at a layer; what is returned, if anything, goes on in the place of its output."""
         if layer in self._changes:
             return self._changes[layer](output)
@@ -56,8 +61,8 @@ class Tape:
             return activation.clone()
 
 
-class TapeRecorder:
-    """The hooks on a model's explainable layers, and the current tape of each thread."""
+class LayerHooks:
+    """The hooks on a model's explainable layers, and the current recording of each thread."""
 
     def __init__(self, module: nn.Module, layers: Sequence[str]) -> None:
         self._local = threading.local()
@@ -66,20 +71,20 @@ class TapeRecorder:
         ]
 
     def _hook(self, layer: str) -> Any:  # noqa: ANN401 - torch's own hook type is this loose
-        def pass_on(_module: nn.Module, _args: tuple[Any, ...], output: Output) -> Output | None:
-            tape: Tape | None = getattr(self._local, "tape", None)
-            return None if tape is None else tape.pass_on(layer, output)
+        def pass_on(_module: nn.Module, _args: tuple[Any, ...], output: LayerOutput) -> LayerOutput | None:
+            recording: Recording | None = getattr(self._local, "recording", None)
+            return None if recording is None else recording.pass_on(layer, output)
 
         return pass_on
 
     @contextmanager
-    def playing(self, tape: Tape) -> Iterator[Tape]:
-        """Use a tape in the forward passes of this thread."""
-        self._local.tape = tape
+    def active(self, recording: Recording) -> Iterator[Recording]:
+        """Use a recording in the forward passes of this thread."""
+        self._local.recording = recording
         try:
-            yield tape
+            yield recording
         finally:
-            self._local.tape = None
+            self._local.recording = None
 
     def remove(self) -> None:
         """Take every hook off the model. Idempotent."""
@@ -90,3 +95,27 @@ class TapeRecorder:
 
 def _copies(levels: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: level.clone() for name, level in levels.items()}
+
+
+Substitutes = Mapping[Callable[..., Any], Callable[..., Any]]
+"""What is called instead of a function, with its arguments, by function. In there the functions are torch's own."""
+
+
+class Substitution(TorchFunctionMode):
+    """A context in which functions are replaced. Only those that networks call, not those that others are made of."""
+
+    def __init__(self, substitutes: Substitutes) -> None:
+        """Say which functions, and by what."""
+        super().__init__()
+        self._substitutes = substitutes
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - what any function of torch's returns
+        """Run a function of torch's, or what replaces it."""
+        with torch.enable_grad():
+            return self._substitutes.get(func, func)(*args, **(kwargs or {}))

@@ -1,7 +1,11 @@
-"""Deletion and insertion: what becomes of the probability while pixels go, or come, in the order of the map.
+"""Images changed in the order in which a map says pixels matter: deletion, insertion, and ROAD.
 
-Petsiuk, Das and Saenko 2018, "RISE: Randomized Input Sampling for Explanation of Black-box Models", arXiv:1806.07421,
-section 4, with the baselines of the authors' code (github.com/eclique/RISE, evaluation.py).
+Deletion and insertion: Petsiuk, Das and Saenko 2018, "RISE: Randomized Input Sampling for Explanation of Black-box
+Models", arXiv:1806.07421, section 4, with the baselines of the authors' code (github.com/eclique/RISE, evaluation.py).
+
+ROAD, where a part of the image is imputed from the rest: Rong et al. 2022, "A Consistent and Efficient Evaluation
+Strategy for Attribution Methods", arXiv:2202.00449; sign and percentiles as in `pytorch_grad_cam.metrics.road` of
+grad-cam 1.5.7.
 """
 
 import math
@@ -11,7 +15,27 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
 from torch import Tensor
 
-from heatlens_server.backends.torch.faithfulness.order import places
+from heatlens_server.backends.torch.faithfulness.imputation import impute
+
+
+def places(saliency: Tensor, *, most_first: bool = True) -> Tensor:
+    """Every pixel's place in the order of saliency; equal pixels are in the order of their index, row by row.
+
+    So the order of every map, a flat one included, is defined and the same on every device. The first n pixels are
+    `places(saliency) < n`.
+
+    Args:
+        saliency: (h, w) floating point.
+        most_first: whether place 0 is the most salient pixel's, not the least salient one's.
+
+    Returns:
+        int64 (h, w), each of 0 ... h * w - 1 once.
+    """
+    order = torch.argsort(saliency.flatten(), descending=most_first, stable=True)
+    found = torch.empty_like(order)
+    found[order] = torch.arange(order.numel(), device=order.device)
+    return found.reshape(saliency.shape)
+
 
 STEPS = 28
 """Steps from nothing changed to everything changed. The authors use one per row of pixels; the area hardly differs."""
@@ -93,3 +117,41 @@ def _blur_kernel() -> list[float]:
             if min(mirrored, 2 * _BLUR_SIZE - 1 - mirrored) == _BLUR_SIZE // 2:
                 kernel[place] += weight / total
     return kernel
+
+
+PERCENTILES = (10, 20, 30, 40, 50, 60, 70, 80, 90)
+"""Percent of the pixels that stay."""
+
+
+def imputed(image: Tensor, saliency: Tensor, start: int, stop: int, *, most_first: bool) -> Tensor:
+    """The image with all but a percentile of its pixels imputed, for each of PERCENTILES[start:stop].
+
+    grad-cam removes all pixels that equal the threshold, which is the whole image where that is a map's many zeros, and
+    has no solution then. Here equal pixels are removed in the order of their index, until so many are; for maps
+    without equal pixels that is the same.
+
+    Args:
+        image: (C, H, W), normalised.
+        saliency: (H, W), at least two pixels.
+        start: the first percentile's index.
+        stop: after the last one's.
+        most_first: whether the most salient pixels go (MoRF), not the least salient ones (LeRF).
+
+    Returns:
+        (stop - start, C, H, W), in float32 or wider.
+    """
+    pixels = saliency.numel()
+    # As many as are below the percentile, which numpy interpolates between pixels (pixels - 1) * percent / 100.
+    kept = [math.ceil((pixels - 1) * percent / 100) for percent in PERCENTILES[start:stop]]
+    removed = pixels - torch.tensor(kept, device=saliency.device).reshape(-1, 1, 1)
+    return impute(image, places(saliency, most_first=most_first) < removed)
+
+
+def mean_change(probabilities: Sequence[float], original: float) -> float:
+    """The mean of what imputing changes, in [-1, 1]; negative if the probability drops.
+
+    Args:
+        probabilities: of the imputed images.
+        original: of the image itself.
+    """
+    return math.fsum(probabilities) / len(probabilities) - original
