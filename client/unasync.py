@@ -38,12 +38,9 @@ SENTENCES = {
         ('"""The client for asyncio."""', '"""The client for threads."""'),
         (", from asyncio. Create it after forking", ". Thread-safe; create it after forking"),
         (
-            "shared by all and mended by itself; it belongs to that call's event loop.",
-            "shared by all and mended by itself.",
-        ),
-        (
-            "Use the client as an asynchronous context manager, or await `close`. Cancelling a task cancels its call.",
-            "Use it as a context manager, or call `close`.",
+            """it restores itself. It belongs to that call's event
+    loop. Use the client as an asynchronous context manager, or await `close`. Cancelling a task cancels its call.""",
+            "it restores itself.\n    Use the client as a context manager, or call `close`.",
         ),
         ("in other tasks fail", "in other threads fail"),
     ),

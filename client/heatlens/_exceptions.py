@@ -5,7 +5,7 @@
   * UnauthenticatedError      the token is missing or wrong
   * PermissionDeniedError     the token does not allow this
   * NotFoundError             no model of that name
-  * FailedPreconditionError   not before somebody mends it: the model failed to load, or this client is closed
+  * FailedPreconditionError   the state must change first: the model failed to load, or this client is closed
   * ResourceExhaustedError    too many requests are waiting; see `retry_after_s`
   * UnavailableError          no server there, or it is loading or shutting down; see `retry_after_s`
   * DeadlineExceededError     no answer within the timeout
@@ -146,9 +146,9 @@ class NotFoundError(HeatlensError):
 
 
 class FailedPreconditionError(HeatlensError):
-    """Not before somebody mends it: the model failed to load (MODEL_FAILED), the client is closed (CLIENT_CLOSED).
+    """The state must change first: the model failed to load (MODEL_FAILED), the client is closed (CLIENT_CLOSED).
 
-    Or what this request needs beside the model did (COMPANION_FAILED); others are answered.
+    Or PyTorch failed to load, which this request needs beside the exported model (COMPANION_FAILED).
     Also a stream that is closed or finished, or not open yet: the reasons start with STREAM_.
     """
 

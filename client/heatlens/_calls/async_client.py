@@ -25,8 +25,8 @@ from heatlens.v1 import model_pb2
 class AsyncClient:
     """Asks a heatlens server why its models say what they say, from asyncio. Create it after forking, not before.
 
-    The connection is made by the first call, shared by all and mended by itself; it belongs to that call's event loop.
-    Use the client as an asynchronous context manager, or await `close`. Cancelling a task cancels its call.
+    The first call makes the connection; all calls share it, and it restores itself. It belongs to that call's event
+    loop. Use the client as an asynchronous context manager, or await `close`. Cancelling a task cancels its call.
 
     Args:
         address: "host:port", or a gRPC target: "dns:///models.example:50051" spreads calls over all its addresses.

@@ -24,8 +24,8 @@ from heatlens.v1 import model_pb2
 class Client:
     """Asks a heatlens server why its models say what they say. Thread-safe; create it after forking, not before.
 
-    The connection is made by the first call, shared by all and mended by itself.
-    Use it as a context manager, or call `close`.
+    The first call makes the connection; all calls share it, and it restores itself.
+    Use the client as a context manager, or call `close`.
 
     Args:
         address: "host:port", or a gRPC target: "dns:///models.example:50051" spreads calls over all its addresses.

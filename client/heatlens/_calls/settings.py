@@ -21,7 +21,7 @@ DEFAULT_MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 
 
 class Unset(Enum):
-    """Tells "not given" from None, which means "no limit"."""
+    """Marks an argument that is not given. None means "no limit"."""
 
     UNSET = "UNSET"
 
@@ -35,7 +35,7 @@ Timeout: TypeAlias = float | Unset | None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TLS:
-    """How to encrypt and whom to trust.
+    """How to encrypt, and which certificates to trust.
 
     Attributes:
         ca_file: PEM file with the certificate authorities to trust. None: those that come with gRPC.
@@ -67,7 +67,7 @@ class Retry:
     20 %. If the server says how long to wait, or not to try again, that counts instead.
 
     RESOURCE_EXHAUSTED is tried again because a full queue drains within moments, and the server says when. gRPC uses
-    the same code for messages that are too large, which never get better: the SDK measures requests beforehand.
+    the same code for messages that are too large: the SDK measures requests beforehand, as no retry helps there.
 
     Attributes:
         max_attempts: attempts in all, 1 (no retries) to 5 (gRPC's own limit).
@@ -132,7 +132,7 @@ class Settings:
         request_id = uuid.uuid4().hex
         metadata: tuple[tuple[str, str], ...] = ((REQUEST_ID_KEY, request_id),)
         if self.token is not None:
-            # As metadata, not as call credentials: those are refused on plaintext channels, loopback included.
+            # As metadata: gRPC refuses call credentials on plaintext channels, even to this machine.
             metadata += (("authorization", f"Bearer {self.token}"),)
         return request_id, metadata
 
@@ -180,7 +180,7 @@ def make_settings(
         )
     options = channel_options(retry, max_message_bytes)
     if loopback:
-        # A proxy has no business between this machine and itself, least of all with a plaintext token.
+        # Calls to this machine, with their plaintext token, must not go through a proxy.
         options += (("grpc.enable_http_proxy", 0),)
     if isinstance(tls, TLS) and tls.server_name is not None:
         options += (("grpc.ssl_target_name_override", tls.server_name),)

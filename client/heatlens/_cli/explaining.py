@@ -84,7 +84,7 @@ def chosen(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def listed(names: str | None) -> list[str] | str | None:
-    """Return the names of a comma-separated list; None, and "all", for itself: what all are is the model's business."""
+    """Return the names of a comma-separated list; None and "all" stay as they are: the model says what all are."""
     if names is None or names.strip() == ALL:
         return names and ALL
     return [name.strip() for name in names.split(",")]

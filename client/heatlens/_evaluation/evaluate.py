@@ -34,11 +34,11 @@ from heatlens._wire.requests import ALL, ReferenceSource, metrics_of
 
 _Scores = dict[str, float]
 
-# It differentiates nothing, and its weights are chance: these change nothing about it, or do not suit it.
-_OF_FLOOR = {"target_score": None, "principal_component": False}
+# Random-CAM differentiates nothing and its weights are random: these options do not apply to it.
+_FLOOR_OPTIONS = {"target_score": None, "principal_component": False}
 _NOTHING_FOUND = "NOTHING_FOUND"
-# Tried again already, where that may help.
-_HOPELESS = (
+# These end the evaluation; the client has retried already where that may help.
+_FATAL = (
     CallCancelledError,
     FailedPreconditionError,
     NotFoundError,
@@ -71,8 +71,8 @@ def evaluate(
     """Measure how faithful methods are: each explains each image, and each map is measured on the served model.
 
     Random-CAM is always among them where the model supports it: it is the floor that a method must beat. It explains no
-    score and weights nothing that has a component: `target_score` and `principal_component` are for the others. An
-    image that fails with one method is left out for all of them, so that all are compared on the same images.
+    score and has no weighted components: `target_score` and `principal_component` are for the others. An image that
+    fails with one method is left out for all of them, so that all are compared on the same images.
 
     Methods that refuse the options (CAM any `layers` but the default one, for instance) are left out, unless they are
     named; so is Random-CAM even then.
@@ -133,10 +133,10 @@ def evaluate(
     versions: set[str] = set()
 
     def explain(name: str, source: ImageSource, method: str) -> _Scores:
-        # What is known to fail need not be run.
+        # Skip what is known to fail.
         if name in failures or method in refusals:
             return {}
-        result = client.explain(source, method=method, **options | (_OF_FLOOR if method == FLOOR else {}))
+        result = client.explain(source, method=method, **options | (_FLOOR_OPTIONS if method == FLOOR else {}))
         versions.add(result.model_version)
         return _scores(result, wanted)
 
@@ -150,7 +150,7 @@ def evaluate(
             if _is_refusal(error):
                 refusals.setdefault(method, error)
                 _check_refusals(refusals, chosen, named=methods not in (None, ALL))
-            elif _is_hopeless(error):
+            elif _is_fatal(error):
                 raise
             else:
                 failures.setdefault(name, Failure(image=name, method=method, error=error))
@@ -242,7 +242,7 @@ def _answers(
 ) -> Iterator[tuple[tuple[Any, ...], "Future[_Scores]"]]:
     """Run jobs, a function and its arguments each, in threads; yield each with its answer as they come.
 
-    Given up or interrupted, what runs is not waited for: it ends with its call.
+    When this is given up or interrupted, it does not wait for running jobs: each ends with its call.
     """
     pool = ThreadPoolExecutor(max_in_flight, thread_name_prefix="evaluate")
     try:
@@ -273,14 +273,14 @@ def _scores(result: Result, metrics: Sequence[str]) -> _Scores:
 
 
 def _is_refusal(error: HeatlensError | OSError) -> TypeGuard[InvalidArgumentError]:
-    """Whether the server refuses the options, which it may with one method and not with another; not the image."""
+    """Return whether the server refuses the options, and not the image. It may refuse them with one method only."""
     if not isinstance(error, InvalidArgumentError) or not error.field_violations:
         return False
     return all(violation.field.startswith("options.") for violation in error.field_violations)
 
 
 def _check_refusals(refusals: Mapping[str, InvalidArgumentError], chosen: Sequence[str], *, named: bool) -> None:
-    """Give up where methods that must not be left out refuse the options.
+    """Raise if a method that must not be left out refuses the options.
 
     Raises:
         InvalidArgumentError: the refusal of a method that is named, or one of them if every method but the floor
@@ -299,12 +299,12 @@ def _check_refusals(refusals: Mapping[str, InvalidArgumentError], chosen: Sequen
         ) from error
 
 
-def _is_hopeless(error: HeatlensError | OSError) -> bool:
-    """Whether an error is not this image's, so that every other call would end like it."""
+def _is_fatal(error: HeatlensError | OSError) -> bool:
+    """Return whether every other call would fail in the same way: the error is not about this image."""
     if isinstance(error, InvalidArgumentError):
         fields = [violation.field for violation in error.field_violations]
         return not any(field == "image" or field.startswith("image.") for field in fields)
-    return isinstance(error, _HOPELESS) and error.reason != _NOTHING_FOUND
+    return isinstance(error, _FATAL) and error.reason != _NOTHING_FOUND
 
 
 def _row(method: str, metrics: Sequence[str], scores: Sequence[Mapping[str, float]]) -> MethodScores:

@@ -78,14 +78,14 @@ class Evaluation:
 
     def ranked(self, metric: str) -> tuple[MethodScores, ...]:
         """Return the methods, best first by one metric; the sparsest first by sparseness."""
-        return tuple(sorted(self.rows, key=lambda row: _badness(metric, row.means[metric])))
+        return tuple(sorted(self.rows, key=lambda row: _sort_key(metric, row.means[metric])))
 
     def beats_floor(self, row: MethodScores, metric: str) -> bool | None:
         """Return whether a method's mean is better than Random-CAM's; None where nothing is better, or no floor."""
         if self.floor is None or BETTER[metric] is Better.NEITHER:
             return None
-        # What is equal but for rounding is no better.
-        return _badness(metric, row.means[metric]) < _badness(metric, self.floor.means[metric]) - _ROUNDING
+        # Equal up to rounding is not better.
+        return _sort_key(metric, row.means[metric]) < _sort_key(metric, self.floor.means[metric]) - _ROUNDING
 
     def table(self, *, width: int | None = None) -> str:
         """Return mean and standard error of every method and metric as text.
@@ -182,12 +182,12 @@ class Evaluation:
         """Whether no method is better by more than rounding, and the floor is worse."""
         if row.method == FLOOR or BETTER[metric] is Better.NEITHER or self.beats_floor(row, metric) is False:
             return False
-        best = _badness(metric, self.ranked(metric)[0].means[metric])
-        return _badness(metric, row.means[metric]) <= best + _ROUNDING
+        best = _sort_key(metric, self.ranked(metric)[0].means[metric])
+        return _sort_key(metric, row.means[metric]) <= best + _ROUNDING
 
 
-def _badness(metric: str, mean: float) -> float:
-    """A number that is lower for better means."""
+def _sort_key(metric: str, mean: float) -> float:
+    """Return a number that is lower for better means."""
     better = BETTER[metric]
     if better is Better.LOWER:
         return mean

@@ -1,4 +1,4 @@
-"""Where a map lies on the source image. The server places maps of MAP_SIZE_SOURCE with this very code."""
+"""Where a map lies on the source image. The server places maps of MAP_SIZE_SOURCE in the same way."""
 
 import math
 from dataclasses import dataclass

@@ -12,7 +12,7 @@ from heatlens._results.images import ImageSource
 from heatlens._results.results import FrameResult
 from heatlens._stream.async_link import AsyncLink
 from heatlens._stream.map_run import AsyncMapRun
-from heatlens._stream.window import wrong_moment
+from heatlens._stream.window import state_error
 from heatlens._wire.streams import CaptureTime, Started, refusal_of, timestamp_of
 
 
@@ -26,7 +26,7 @@ class AsyncStream:
 
     Use `map`, or `send` and `receive`; these two may be called from different tasks. A frame that fails is a value,
     `FrameResult.error`. A stream that breaks raises, after the answers that came before, a HeatlensError whose
-    `last_frame_id` tells where a new stream can go on. Nothing is sent twice behind your back.
+    `last_frame_id` tells where a new stream can go on. The stream never sends a frame twice.
 
     The stream opens with the `async with` statement or at its first use, within the client's timeout.
     """
@@ -47,14 +47,14 @@ class AsyncStream:
             await self._link.open()
         except BaseException:
             # Also a task that is cancelled while it waits for the server: no __aexit__ follows.
-            await self._link.shut(politely=False)
+            await self._link.close(gracefully=False)
             raise
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self._shut(politely=exc_type is None)
+        await self._close(gracefully=exc_type is None)
 
     def __aiter__(self) -> Self:
         return self
@@ -149,20 +149,20 @@ class AsyncStream:
         """
         item = await self._receive()
         if item is None:
-            raise wrong_moment("STREAM_FINISHED", "the stream is finished: every answer was received")
+            raise state_error("STREAM_FINISHED", "the stream is finished: every answer was received")
         return item
 
     async def finish(self) -> None:
-        """Say that no frames follow. The answers still do, then iteration ends. Idempotent."""
+        """Say that no frames follow. Iteration ends after the answers that are due. Idempotent."""
         if not self._link.closed:
             await self._link.open()
             with self._link.lock:
                 self._link.window.finish()
-                self._link.tell(everybody=True)
+                self._link.notify(all_waiting=True)
 
     async def close(self) -> None:
         """End the stream; frames still unanswered are cancelled. Idempotent."""
-        await self._shut(politely=True)
+        await self._close(gracefully=True)
 
     async def _receive(self) -> FrameResult | None:
         await self._link.open()
@@ -176,7 +176,7 @@ class AsyncStream:
             await self._check_free()
             window.check_accepts()
             if window.ahead:
-                raise wrong_moment("STREAM_BUSY", "frames passed to `send` wait for `receive`")
+                raise state_error("STREAM_BUSY", "frames passed to `send` wait for `receive`")
             self._run = run
 
         def complete() -> bool:
@@ -211,8 +211,8 @@ class AsyncStream:
                     with link.lock:
                         if not over():
                             window.refuse(frame_id, frame, refusal, accepted_s=accepted_s, now_s=time.monotonic())
-                            link.tell()
-                # The caller's memory, while this waits for the next.
+                            link.notify()
+                # Free the frame's memory while this waits for the next.
                 del frame
         except StopAsyncIteration:
             pass
@@ -222,7 +222,7 @@ class AsyncStream:
         finally:
             with link.lock:
                 run.done = True
-                link.tell(everybody=True)
+                link.notify(all_waiting=True)
 
     async def _stop(self, run: AsyncMapRun) -> None:
         """End a `map`, wherever it is."""
@@ -231,21 +231,21 @@ class AsyncStream:
             if self._run is run:
                 self._run = None
                 self._link.window.forget()
-            self._link.tell(everybody=True)
+            self._link.notify(all_waiting=True)
         await run.join()
 
-    async def _shut(self, *, politely: bool) -> None:
+    async def _close(self, *, gracefully: bool) -> None:
         run = self._run
-        await self._link.shut(politely=politely and run is None)
+        await self._link.close(gracefully=gracefully and run is None)
         if run is not None:
             await self._stop(run)
 
     def _started(self) -> Started:
         if self._link.started is None:
-            raise wrong_moment("STREAM_NOT_OPEN", "the stream is not open yet")
+            raise state_error("STREAM_NOT_OPEN", "the stream is not open yet")
         return self._link.started
 
     async def _check_free(self) -> None:
         await self._link.wait_free(lambda: self._run is None)
         if self._run is not None:
-            raise wrong_moment("STREAM_BUSY", "a `map` is running")
+            raise state_error("STREAM_BUSY", "a `map` is running")

@@ -21,7 +21,7 @@ Value = TypeVar("Value")
 JOIN_TIMEOUT_S = 1.0
 # How often a thread that waits looks for a Ctrl-C.
 _POLL_S = 0.5
-# How grpc.aio names what it makes up when a message cannot be sent.
+# The status that grpc.aio makes up when a message cannot be sent.
 _MADE_UP = (grpc.StatusCode.INTERNAL, "Internal error from Core")
 
 OnResponse: TypeAlias = Callable[[StreamExplainResponse, str], None]
@@ -216,7 +216,7 @@ class AsyncCall:
                 raise
 
     async def _read(self) -> None:
-        ending = Ending(self._call)
+        status = CallStatus(self._call)
         error: HeatlensError | None = InternalError("the stream's reader failed", request_id=self.request_id)
         try:
             # Not call.read(): that forgets what has arrived when a write fails.
@@ -224,7 +224,7 @@ class AsyncCall:
                 self._on_response(response, self.request_id)
             error = None
         except grpc.RpcError as failure:
-            true = await ending.of(failure, timeout_s=JOIN_TIMEOUT_S)
+            true = await status.after(failure, timeout_s=JOIN_TIMEOUT_S)
             error = None if true is None else error_of(true, self.request_id)
         except HeatlensError as failure:
             failure.request_id = self.request_id
@@ -239,7 +239,7 @@ class AsyncCall:
 
 
 def _cancelled() -> bool:
-    """Whether the running task was cancelled. Otherwise it was the call that it waits for."""
+    """Return whether the running task was cancelled; if not, the call that it waits for was."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
@@ -250,12 +250,12 @@ async def wait_done(*tasks: "asyncio.Task[Any]") -> None:
         await asyncio.wait(tasks, timeout=JOIN_TIMEOUT_S)
 
 
-class Ending:
+class CallStatus:
     """Remembers the status with which the server, or the connection, ended a call.
 
-    When a write fails, grpc.aio replaces the call's status by one it makes up; and writes do fail when the server ends
-    a stream that the client is still sending to. Which of the two statuses comes last is chance. But a call's done
-    callbacks run at each, at once: there the other one can be seen.
+    A write fails when the server ends a stream to which the client is still sending. grpc.aio then replaces the call's
+    status by one that it makes up. Either status may come last, but the call's done callbacks run for both: a callback
+    sees the true one.
     """
 
     def __init__(self, call: "grpc.aio.StreamStreamCall[Any, Any]") -> None:
@@ -263,12 +263,12 @@ class Ending:
         self._status: grpc.aio.AioRpcError | None = None
         call.add_done_callback(self._note)
 
-    async def of(self, failure: grpc.RpcError, *, timeout_s: float) -> grpc.RpcError | None:
+    async def after(self, failure: grpc.RpcError, *, timeout_s: float) -> grpc.RpcError | None:
         """Return why the call really ended; None: it ended well.
 
         Args:
             failure: what reading from the call raised.
-            timeout_s: how long the true status may take to arrive if that is not it, in seconds.
+            timeout_s: how long to wait for the true status, in seconds, if `failure` is made up.
         """
         if not isinstance(failure, grpc.aio.AioRpcError) or (failure.code(), failure.details()) != _MADE_UP:
             return failure
@@ -280,14 +280,14 @@ class Ending:
         return None if self._status is None or self._status.code() is grpc.StatusCode.OK else self._status
 
     def _note(self, call: Any) -> None:  # noqa: ANN401 - grpc.aio's own call, whose type its stubs do not say here
-        code, details = _at_once(call.code()), _at_once(call.details())
+        code, details = _result_of(call.code()), _result_of(call.details())
         if (code, details) != _MADE_UP:
-            trailing = _at_once(call.trailing_metadata())
+            trailing = _result_of(call.trailing_metadata())
             self._status = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details)
             self._known.set()
 
 
-def _at_once(coroutine: Coroutine[Any, Any, Value]) -> Value:
+def _result_of(coroutine: Coroutine[Any, Any, Value]) -> Value:
     """Return the result of a coroutine that has nothing to wait for."""
     try:
         coroutine.send(None)
@@ -295,4 +295,4 @@ def _at_once(coroutine: Coroutine[Any, Any, Value]) -> Value:
         value: Value = done.value
         return value
     coroutine.close()
-    raise RuntimeError("the call is done, and does not know how")
+    raise RuntimeError("the call is done, but has no status yet")

@@ -11,7 +11,7 @@ from heatlens._exceptions import CallCancelledError, DeadlineExceededError, Heat
 from heatlens._results.images import ImageSource
 from heatlens._results.results import FrameResult
 from heatlens._stream.calls import Call, Condition, Lock, StartCall, run
-from heatlens._stream.window import Window, wrong_moment
+from heatlens._stream.window import Window, state_error
 from heatlens._wire.streams import Started, StreamPlan, answer_of, config_request, frame_request, takes_time
 from heatlens.v1.explain_pb2 import StreamExplainRequest, StreamExplainResponse
 
@@ -19,7 +19,7 @@ from heatlens.v1.explain_pb2 import StreamExplainRequest, StreamExplainResponse
 class Link:
     """A stream's window, and the call that it belongs to.
 
-    Each kind of waiting has its own condition: with one for all, each frame woke twice as many as had something to do.
+    Each kind of waiting has its own condition: with a single one, each frame woke twice as many threads as needed.
 
     Args:
         start: makes the call; returns it and its request id.
@@ -29,8 +29,8 @@ class Link:
     Attributes:
         window: the frames. Only touched while `lock` is held.
         lock: guards the window where threads share it.
-        started: the server's leave to send; None before.
-        closed: whether `shut` was called.
+        started: what the server said when it started the stream; None before.
+        closed: whether `close` was called.
     """
 
     def __init__(self, start: StartCall, plan: StreamPlan, *, timeout_s: float | None) -> None:
@@ -41,24 +41,24 @@ class Link:
         self.closed = False
         self._answered = Condition(self.lock)
         self._outgoing = Condition(self.lock)
-        self._room = Condition(self.lock)
+        self._can_put = Condition(self.lock)
         self._pulling = Condition(self.lock)
         self._start = start
         self._plan = plan
         self._timeout_s = timeout_s
         self._call: Call | None = None
 
-    def tell(self, *, everybody: bool = False) -> None:
-        """After a change of the window, wake what can go on; or all. `lock` must be held."""
+    def notify(self, *, all_waiting: bool = False) -> None:
+        """Wake what waits for a change of the window, after one; or all that waits. `lock` must be held."""
         window = self.window
-        everybody = everybody or window.ended
+        all_waiting = all_waiting or window.ended
         for condition, met in (
             (self._answered, window.answered),
             (self._outgoing, window.outgoing or window.half_closed),
-            (self._room, window.room),
+            (self._can_put, window.can_put),
             (self._pulling, window.may_pull),
         ):
-            if everybody or met:
+            if all_waiting or met:
                 condition.notify_all()
 
     def open(self) -> None:
@@ -71,7 +71,7 @@ class Link:
         """
         with self.lock:
             if self.closed:
-                raise wrong_moment("STREAM_CLOSED", "the stream is closed")
+                raise state_error("STREAM_CLOSED", "the stream is closed")
             if self._call is None:
                 self._call = Call(
                     self._start, next_request=self._next_request, on_response=self._handle, on_end=self._end
@@ -125,17 +125,17 @@ class Link:
             return window.ended or window.finishing or stopped()
 
         while True:
-            left_out = window.leaves_out
-            build = partial(frame_request, self._plan, frame, frame_id, captured=captured, left_out=left_out)
-            request = run(build, blocks=takes_time(self._plan, frame, left_out=left_out))
+            skipped = window.next_is_skipped
+            build = partial(frame_request, self._plan, frame, frame_id, captured=captured, skipped=skipped)
+            request = run(build, blocks=takes_time(self._plan, frame, skipped=skipped))
             with self.lock:
-                self._room.wait_for(lambda: window.room or too_late())
+                self._can_put.wait_for(lambda: window.can_put or too_late())
                 if too_late():
                     return False
-                # Otherwise a frame held back was sent meanwhile, and this one has become the next.
-                if window.leaves_out == left_out:
+                # If it changed, a frame held back was sent meanwhile: build the request again.
+                if window.next_is_skipped == skipped:
                     window.put(frame_id, frame, request, accepted_s=accepted_s, now_s=time.monotonic())
-                    self.tell()
+                    self.notify()
                     return True
 
     def take(self, complete: Callable[[], bool] = lambda: False) -> FrameResult | None:
@@ -157,20 +157,20 @@ class Link:
                     self.window.raise_if_broken()
                 return None
             item = self.window.take()
-            self.tell()
+            self.notify()
             return item
 
-    def shut(self, *, politely: bool) -> None:
+    def close(self, *, gracefully: bool) -> None:
         """Close. Politely: if nothing is unanswered, the server may end the stream itself. Idempotent."""
         with self.lock:
             self.closed = True
             call = self._call
-            polite = politely and self.started is not None and self.window.idle
-            if polite:
+            graceful = gracefully and self.started is not None and self.window.idle
+            if graceful:
                 self.window.finish()
-                self.tell(everybody=True)
+                self.notify(all_waiting=True)
         try:
-            if call is not None and polite:
+            if call is not None and graceful:
                 call.join()
         finally:
             request_id = "" if call is None else call.request_id
@@ -208,10 +208,10 @@ class Link:
                     error=answer.error,
                     skipped=answer.skipped,
                 )
-            self.tell(everybody=isinstance(answer, Started))
+            self.notify(all_waiting=isinstance(answer, Started))
 
     def _end(self, error: HeatlensError | None) -> None:
         """End the window; None: the server says that everything is answered."""
         with self.lock:
             self.window.end(error)
-            self.tell()
+            self.notify()

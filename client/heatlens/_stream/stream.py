@@ -13,7 +13,7 @@ from heatlens._results.images import ImageSource
 from heatlens._results.results import FrameResult
 from heatlens._stream.link import Link
 from heatlens._stream.map_run import MapRun
-from heatlens._stream.window import wrong_moment
+from heatlens._stream.window import state_error
 from heatlens._wire.streams import CaptureTime, Started, refusal_of, timestamp_of
 
 
@@ -27,7 +27,7 @@ class Stream:
 
     Use `map`, or `send` and `receive`; these two may be called from different threads. A frame that fails is a value,
     `FrameResult.error`. A stream that breaks raises, after the answers that came before, a HeatlensError whose
-    `last_frame_id` tells where a new stream can go on. Nothing is sent twice behind your back.
+    `last_frame_id` tells where a new stream can go on. The stream never sends a frame twice.
 
     The stream opens with the `with` statement or at its first use, within the client's timeout.
     """
@@ -48,14 +48,14 @@ class Stream:
             self._link.open()
         except BaseException:
             # Also Ctrl-C while waiting for the server: no __exit__ follows.
-            self._link.shut(politely=False)
+            self._link.close(gracefully=False)
             raise
         return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._shut(politely=exc_type is None)
+        self._close(gracefully=exc_type is None)
 
     def __iter__(self) -> Self:
         return self
@@ -148,20 +148,20 @@ class Stream:
         """
         item = self._receive()
         if item is None:
-            raise wrong_moment("STREAM_FINISHED", "the stream is finished: every answer was received")
+            raise state_error("STREAM_FINISHED", "the stream is finished: every answer was received")
         return item
 
     def finish(self) -> None:
-        """Say that no frames follow. The answers still do, then iteration ends. Idempotent."""
+        """Say that no frames follow. Iteration ends after the answers that are due. Idempotent."""
         if not self._link.closed:
             self._link.open()
             with self._link.lock:
                 self._link.window.finish()
-                self._link.tell(everybody=True)
+                self._link.notify(all_waiting=True)
 
     def close(self) -> None:
         """End the stream; frames still unanswered are cancelled. Idempotent, from any thread."""
-        self._shut(politely=True)
+        self._close(gracefully=True)
 
     def _receive(self) -> FrameResult | None:
         self._link.open()
@@ -175,7 +175,7 @@ class Stream:
             self._check_free()
             window.check_accepts()
             if window.ahead:
-                raise wrong_moment("STREAM_BUSY", "frames passed to `send` wait for `receive`")
+                raise state_error("STREAM_BUSY", "frames passed to `send` wait for `receive`")
             self._run = run
 
         def complete() -> bool:
@@ -210,8 +210,8 @@ class Stream:
                     with link.lock:
                         if not over():
                             window.refuse(frame_id, frame, refusal, accepted_s=accepted_s, now_s=time.monotonic())
-                            link.tell()
-                # The caller's memory, while this waits for the next.
+                            link.notify()
+                # Free the frame's memory while this waits for the next.
                 del frame
         except StopIteration:
             pass
@@ -221,7 +221,7 @@ class Stream:
         finally:
             with link.lock:
                 run.done = True
-                link.tell(everybody=True)
+                link.notify(all_waiting=True)
 
     def _stop(self, run: MapRun) -> None:
         """End a `map`, wherever it is."""
@@ -230,21 +230,21 @@ class Stream:
             if self._run is run:
                 self._run = None
                 self._link.window.forget()
-            self._link.tell(everybody=True)
+            self._link.notify(all_waiting=True)
         run.join()
 
-    def _shut(self, *, politely: bool) -> None:
+    def _close(self, *, gracefully: bool) -> None:
         run = self._run
-        self._link.shut(politely=politely and run is None)
+        self._link.close(gracefully=gracefully and run is None)
         if run is not None:
             self._stop(run)
 
     def _started(self) -> Started:
         if self._link.started is None:
-            raise wrong_moment("STREAM_NOT_OPEN", "the stream is not open yet")
+            raise state_error("STREAM_NOT_OPEN", "the stream is not open yet")
         return self._link.started
 
     def _check_free(self) -> None:
         self._link.wait_free(lambda: self._run is None)
         if self._run is not None:
-            raise wrong_moment("STREAM_BUSY", "a `map` is running")
+            raise state_error("STREAM_BUSY", "a `map` is running")

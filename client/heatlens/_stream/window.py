@@ -1,8 +1,8 @@
-"""The window of a stream: its frames in order, who waits for an answer, and what may be sent. No I/O, no clock.
+"""The window of a stream: its frames in order, which of them wait for an answer, and what may be sent.
 
-A frame is accepted, then sent, then answered, then taken by the caller. Frames that this side answers itself (they
-cannot be sent, or gave way to newer ones) wait for the answers of those before them, so answers come in frame order
-whoever gives them. Not thread-safe: `Stream` locks, and `AsyncStream` never leaves it half changed.
+A frame is accepted, then sent, then answered, then taken by the caller. The client itself answers frames that cannot be
+sent and frames that are dropped for newer ones. Those answers wait for the answers of earlier frames, so that all come
+in frame order. The window does no I/O, reads no clock and is not thread-safe: the link locks it.
 
 Two bounds:
 - overflow "block": at most `size` frames are sent and unanswered.
@@ -31,7 +31,7 @@ from heatlens._wire.arguments import checked_int
 Message = TypeVar("Message")
 
 MAX_FRAME_ID = 2**63 - 1
-# At 30 frames per second, a reader may stall for eight seconds before a camera is no longer read.
+# At 30 frames per second, a reader may stall for eight seconds before the camera is no longer read.
 _SPARE_BACKLOG_FRAMES = 256
 _SPARE_MAP_BYTES = 64 * 1024 * 1024
 
@@ -57,7 +57,7 @@ class Window(Generic[Message]):
 
     Attributes:
         size: the window in force, in frames; None before the server started the stream.
-        outgoing: messages to send, oldest first. Whoever sends one removes it.
+        outgoing: messages to send, oldest first. The sender removes each.
         last_frame_id: the last frame answered; None before the first.
         ahead: frames accepted and not taken by the caller.
         ended: nothing is sent or answered any more.
@@ -89,11 +89,11 @@ class Window(Generic[Message]):
         return 0 if self.size is None else 2 * self.size + _SPARE_BACKLOG_FRAMES
 
     @property
-    def room(self) -> bool:
+    def can_put(self) -> bool:
         """Whether a frame may be put."""
         if self.size is None or self.ended or self.ahead >= self.backlog:
             return False
-        return self._drop_oldest or (self._unanswered < self.size and not self._crowded)
+        return self._drop_oldest or (self._unanswered < self.size and not self._untaken_maps_too_large)
 
     @property
     def may_pull(self) -> bool:
@@ -103,7 +103,7 @@ class Window(Generic[Message]):
         return self.ahead < (self.backlog if self._drop_oldest else self.size)
 
     @property
-    def leaves_out(self) -> bool:
+    def next_is_skipped(self) -> bool:
         """Whether the server leaves the next frame sent out, because of `every`: its image need not travel.
 
         A frame held back is the next to be sent, and one that replaces it takes its turn.
@@ -154,7 +154,7 @@ class Window(Generic[Message]):
         return checked_int("frame_id", frame_id, at_least=last + 1, at_most=MAX_FRAME_ID)
 
     def put(self, frame_id: int, frame: object, message: Message, *, accepted_s: float, now_s: float) -> None:
-        """Accept a frame that can be sent. There must be `room`, and the id must be checked.
+        """Accept a frame that can be sent. There must be `can_put`, and the id must be checked.
 
         Args:
             frame_id: its id.
@@ -167,13 +167,13 @@ class Window(Generic[Message]):
         if self._held is not None:
             older, _ = self._held
             error = ResourceExhaustedError("dropped unsent: newer frames arrived meanwhile", reason=FRAME_DROPPED)
-            self._settle(older, now_s, error=error)
+            self._answer_frame(older, now_s, error=error)
         self._held = (entry, message)
         self._release()
 
     def refuse(self, frame_id: int, frame: object, error: HeatlensError, *, accepted_s: float, now_s: float) -> None:
         """Accept a frame that cannot be sent, and answer it with the error when its turn comes."""
-        self._settle(self._accept(frame_id, frame, accepted_s), now_s, error=error)
+        self._answer_frame(self._accept(frame_id, frame, accepted_s), now_s, error=error)
 
     def answer(
         self,
@@ -196,7 +196,7 @@ class Window(Generic[Message]):
                 f"the server answered frame {frame_id}, the answer due was: {due}", reason="INVALID_RESPONSE"
             )
         self._unanswered -= 1
-        self._settle(head, now_s, result=result, error=error, skipped=skipped)
+        self._answer_frame(head, now_s, result=result, error=error, skipped=skipped)
         self._release()
 
     def take(self) -> FrameResult:
@@ -208,7 +208,7 @@ class Window(Generic[Message]):
         return item
 
     def forget(self) -> None:
-        """Give up all answers not taken, now and to come. Frames sent fill the window until the server answers them."""
+        """Drop all answers not taken, present and future. Frames already sent fill the window until answered."""
         self._ready.clear()
         self._ready_results = self._ready_map_bytes = self.ahead = 0
         self._held = None
@@ -241,11 +241,11 @@ class Window(Generic[Message]):
     def raise_if_broken(self) -> None:
         """Raise the error that ended the stream, if one did."""
         if self.error is not None:
-            # A copy: several threads may raise it, again and again, and each adds to its traceback.
+            # A copy: several threads may raise it many times, and each raise adds to the traceback.
             raise copy(self.error)
 
     def check_accepts(self) -> None:
-        """Check that frames are still welcome.
+        """Check that more frames may be sent.
 
         Raises:
             FailedPreconditionError: the stream is finished (reason STREAM_FINISHED).
@@ -253,7 +253,7 @@ class Window(Generic[Message]):
         """
         self.raise_if_broken()
         if self._finishing or self.ended:
-            raise wrong_moment("STREAM_FINISHED", "the stream is finished: no more frames can be sent")
+            raise state_error("STREAM_FINISHED", "the stream is finished: no more frames can be sent")
 
     def _accept(self, frame_id: int, frame: object, accepted_s: float) -> _Frame:
         entry = _Frame(frame_id, frame, accepted_s)
@@ -262,7 +262,7 @@ class Window(Generic[Message]):
         self.ahead += 1
         return entry
 
-    def _settle(
+    def _answer_frame(
         self,
         entry: _Frame,
         now_s: float,
@@ -271,7 +271,7 @@ class Window(Generic[Message]):
         error: HeatlensError | None = None,
         skipped: bool = False,
     ) -> None:
-        """Answer a frame, and hand out all answers whose turn has come."""
+        """Answer a frame; release all answers that wait for no earlier frame."""
         latency_ms = (now_s - entry.accepted_s) * 1e3
         entry.answer = FrameResult(entry.frame_id, entry.frame, result, error, skipped, latency_ms)
         while self._pending and (answer := self._pending[0].answer) is not None:
@@ -282,8 +282,8 @@ class Window(Generic[Message]):
                 self._count(answer, 1)
 
     @property
-    def _crowded(self) -> bool:
-        """Whether the caller should take results before more are asked for."""
+    def _untaken_maps_too_large(self) -> bool:
+        """Whether the maps of results not taken fill the memory that they may."""
         return self.size is not None and self._ready_results >= self.size and self._ready_map_bytes >= _SPARE_MAP_BYTES
 
     def _count(self, item: FrameResult, sign: int) -> None:
@@ -305,6 +305,6 @@ class Window(Generic[Message]):
         self.outgoing.append(message)
 
 
-def wrong_moment(reason: str, message: str) -> FailedPreconditionError:
-    """Make the error of a call that this stream, as it is now, cannot take."""
+def state_error(reason: str, message: str) -> FailedPreconditionError:
+    """Return the error of a call that the stream cannot take in its present state."""
     return FailedPreconditionError(message, reason=reason)

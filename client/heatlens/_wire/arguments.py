@@ -15,7 +15,7 @@ MAX_SECONDS = 1e9
 
 
 def checked_int(argument: str, value: object, *, at_least: int, at_most: int = MAX_INT32) -> int:
-    """Return the value as an int; numpy's integers are welcome, bools and floats are not."""
+    """Return the value as an int. numpy's integers are allowed; bools and floats are not."""
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -26,7 +26,7 @@ def checked_int(argument: str, value: object, *, at_least: int, at_most: int = M
 
 
 def checked_bool(argument: str, value: object) -> bool:
-    """Return the value, True or False; numpy's too. Whatever else is true or false in Python, "no" is neither."""
+    """Return the value: True or False, numpy's too. Other truthy values, such as "no", are refused."""
     if isinstance(value, bool | np.bool_):
         return bool(value)
     raise InvalidArgumentError.of(argument, f"expected True or False, got {value!r}")

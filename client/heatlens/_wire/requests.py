@@ -30,7 +30,7 @@ from heatlens._wire.names import (
 from heatlens.v1 import explain_pb2, faithfulness_pb2
 
 ALL = "all"
-"""Stands for every name there is."""
+"""Stands for all names."""
 
 Metrics: TypeAlias = bool | str | Sequence[str]
 MaskSource: TypeAlias = ImageSource
@@ -120,7 +120,7 @@ def keep_metrics_of(models: Iterable[ModelInfo], request: explain_pb2.ExplainReq
 
 
 def check_size(request: Message, max_message_bytes: int, *, argument: str = "image") -> None:
-    """Refuse a request that no channel would carry: gRPC would only find out after burning every retry.
+    """Refuse a request that is larger than a message may be: gRPC would refuse it only after all retries.
 
     Raises:
         InvalidArgumentError: the request is larger than the limit.
@@ -146,7 +146,7 @@ def health_request(model: str | None) -> health_pb2.HealthCheckRequest:
 
 
 def fill_image(image: explain_pb2.Image, loaded: bytes | npt.NDArray[np.uint8]) -> None:
-    """Write what `load_image` returned into its place in a request: a message of its own would be copied there."""
+    """Write what `load_image` returned into a request. In place, as a message of its own would be copied."""
     if isinstance(loaded, bytes):
         image.encoded = loaded
     else:

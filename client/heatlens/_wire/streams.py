@@ -151,7 +151,7 @@ def frame_request(
     frame_id: int,
     *,
     captured: Timestamp | None,
-    left_out: bool,
+    skipped: bool,
 ) -> explain_pb2.StreamExplainRequest:
     """Build the message of a frame. May take milliseconds: it reads files and encodes JPEGs.
 
@@ -160,7 +160,7 @@ def frame_request(
         frame: a path, the bytes of an image file, or uint8 RGB pixels (height, width, 3).
         frame_id: its id.
         captured: when it was captured.
-        left_out: the server will not look at it: its image stays here, unread.
+        skipped: the server will not explain it, so its image is neither read nor sent.
 
     Raises:
         InvalidArgumentError: the frame is no image source, or larger than a message may be.
@@ -170,7 +170,7 @@ def frame_request(
     request.frame.frame_id = frame_id
     if captured is not None:
         request.frame.capture_time.CopyFrom(captured)
-    if not left_out:
+    if not skipped:
         loaded = load_image(frame, argument="frame")
         if plan.jpeg_quality is not None and isinstance(loaded, np.ndarray):
             loaded = encode_jpeg(loaded, plan.jpeg_quality, argument="frame")
@@ -179,9 +179,9 @@ def frame_request(
     return request
 
 
-def takes_time(plan: StreamPlan, frame: ImageSource, *, left_out: bool) -> bool:
+def takes_time(plan: StreamPlan, frame: ImageSource, *, skipped: bool) -> bool:
     """Whether `frame_request` reads a file or encodes a JPEG, for callers that must not block."""
-    return not left_out and not (
+    return not skipped and not (
         isinstance(frame, bytes) or (isinstance(frame, np.ndarray) and plan.jpeg_quality is None)
     )
 
@@ -200,7 +200,7 @@ def check_frames(frames: object, *kinds: type) -> None:
 
     Args:
         frames: what should yield frames.
-        kinds: Iterable, and AsyncIterable where that is welcome.
+        kinds: the kinds of iterables that are allowed.
 
     Raises:
         InvalidArgumentError: not iterable, or a single frame.

@@ -53,16 +53,16 @@ class WindowWalk(RuleBasedStateMachine):
         self.now_s += 0.001
         return self.now_s
 
-    @precondition(lambda self: self.window.room and not self.window.finishing)
+    @precondition(lambda self: self.window.can_put and not self.window.finishing)
     @rule(gap=st.integers(0, 3))
     def put(self, gap):
         frame_id = self.window.checked_id(None) + gap
         frame = self.frames[frame_id] = object()
-        left_out = self.window.leaves_out
-        self.window.put(frame_id, frame, (frame_id, left_out), accepted_s=self.now_s, now_s=self.tick())
+        skipped = self.window.next_is_skipped
+        self.window.put(frame_id, frame, (frame_id, skipped), accepted_s=self.now_s, now_s=self.tick())
         self.due.append(frame_id)
 
-    @precondition(lambda self: self.window.room and not self.window.finishing)
+    @precondition(lambda self: self.window.can_put and not self.window.finishing)
     @rule()
     def refuse(self):
         frame_id = self.window.checked_id(None)
@@ -75,9 +75,9 @@ class WindowWalk(RuleBasedStateMachine):
     @precondition(lambda self: self.window.outgoing)
     @rule()
     def send(self):
-        frame_id, left_out = self.window.outgoing.popleft()
+        frame_id, skipped = self.window.outgoing.popleft()
         assert not self.sent or frame_id > self.sent[-1]
-        assert left_out == (self.sent_count % self.every != 0), "the server counts what it reads"
+        assert skipped == (self.sent_count % self.every != 0), "the server counts what it reads"
         self.sent.append(frame_id)
         self.sent_count += 1
 
@@ -143,7 +143,7 @@ test_random_walks = WindowWalk.TestCase
 
 def test_nothing_may_be_done_before_the_start():
     window = Window(drop_oldest=True, every=1)
-    assert not window.room
+    assert not window.can_put
     assert not window.may_pull
     with pytest.raises(InternalError, match="window of 0"):
         window.start(0)
@@ -155,9 +155,9 @@ def test_nothing_may_be_done_before_the_start():
 def test_block_is_full_at_the_window_whoever_takes_the_answers():
     window = started(2)
     assert [put(window), put(window)] == [0, 1]
-    assert not window.room
+    assert not window.can_put
     window.answer(0, now_s=1.0, result=RESULT)
-    assert window.room, "answered is enough for send"
+    assert window.can_put, "answered is enough for send"
     assert not window.may_pull, "but map waits for its loop"
     window.take()
     assert window.may_pull
@@ -166,7 +166,7 @@ def test_block_is_full_at_the_window_whoever_takes_the_answers():
 def test_drop_oldest_keeps_two_windows_on_the_wire_and_the_newest_at_hand():
     window = started(2, drop_oldest=True)
     for _ in range(7):
-        assert window.room
+        assert window.can_put
         put(window)
     assert list(window.outgoing) == [0, 1, 2, 3]
     assert not window.answered, "dropped frames wait for their turn"
@@ -196,7 +196,7 @@ def test_drop_oldest_a_late_reader_gets_fresh_answers_not_a_long_queue():
 def test_drop_oldest_is_bounded_all_the_same():
     window = started(3, drop_oldest=True)
     count = 0
-    while window.room:
+    while window.can_put:
         put(window)
         count += 1
     assert count == window.backlog == 2 * 3 + 256
@@ -208,30 +208,30 @@ def test_block_maps_not_taken_are_bounded_in_bytes(map_mib, kept):
     result = SimpleNamespace(explanations=[SimpleNamespace(heatmap=heatmap)])
     window = started(4)
     count = 0
-    while window.room:
+    while window.can_put:
         window.answer(put(window), now_s=0.0, result=result)
         count += 1
     assert count == (kept or window.backlog)
     window.take()
-    assert window.room
+    assert window.can_put
     window.answer(put(window), now_s=0.0, result=result)
     window.forget()
-    assert window.room
+    assert window.can_put
 
 
 def test_a_frame_held_back_takes_its_turn_after_every():
     window = started(1, drop_oldest=True, every=2)
     put(window)  # 0: explained
-    assert window.leaves_out
+    assert window.next_is_skipped
     put(window)  # 1: left out, the wire is full now
-    assert not window.leaves_out
+    assert not window.next_is_skipped
     put(window)  # 2: held back, to be explained
-    assert not window.leaves_out, "a frame that replaces it takes its turn"
+    assert not window.next_is_skipped, "a frame that replaces it takes its turn"
     put(window)
     window.answer(0, now_s=0, result=RESULT)
     window.take()
     assert list(window.outgoing) == [0, 1, 3]
-    assert window.leaves_out
+    assert window.next_is_skipped
 
 
 @pytest.mark.parametrize("frame_id", [3, 0, -1, MAX_FRAME_ID + 1, 4.0, "4", True, float("nan")])
