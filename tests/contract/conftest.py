@@ -1,20 +1,20 @@
-"""The three ways to call the server, for every test that asks for a `face`."""
+"""The three ways to call the server, for every test that asks for a `caller`."""
 
 import grpc.aio
 import pytest
 
-from faces import RawFace, SdkFace, SyncFace
+from callers import AsyncCaller, RawCaller, ThreadCaller
 from heatlens import AsyncClient, Client
 
 
 @pytest.fixture(params=["sync", "async", "raw"])
-async def face(request, server):
+async def caller(request, server):
     if request.param == "raw":
         async with grpc.aio.insecure_channel(server.address) as channel:
-            yield RawFace(channel)
+            yield RawCaller(channel)
     elif request.param == "async":
         async with AsyncClient(server.address) as client:
-            yield SdkFace(client)
+            yield AsyncCaller(client)
     else:
         with Client(server.address) as client:
-            yield SyncFace(client)
+            yield ThreadCaller(client)

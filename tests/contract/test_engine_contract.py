@@ -8,7 +8,6 @@ import pytest
 from torch import nn
 
 import tiny_models
-from engine_cases import Judge, bundle, loaded, noise
 from heatlens_server.backends.onnx.engine import OnnxRuntimeEngine
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
@@ -17,6 +16,7 @@ from heatlens_server.core.engine import Engine, MapSpec
 from heatlens_server.core.graph_spec import Format
 from heatlens_server.core.methods import CLOSED_FORMS, Method
 from heatlens_server.core.targets import ClassIds, TopK
+from loaded_models import Judge, bundle, loaded, noise
 
 ENGINES: dict[str, Callable[[LoadedModel], Engine]] = {
     "torch": lambda model: TorchEngine(model, device="cpu"),

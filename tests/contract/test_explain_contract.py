@@ -7,7 +7,7 @@ import grpc
 import numpy as np
 import pytest
 
-from faces import Refused
+from callers import Refused
 from heatlens import Client, InvalidArgumentError, PixelBox, place_map
 from heatlens.v1 import model_pb2, model_pb2_grpc
 
@@ -34,8 +34,8 @@ def assert_is_map(values, shape=None):
     assert values.max() <= 1
 
 
-async def test_default_is_the_top_class(face, photo):
-    answer = await face.explain(photo, top_predictions=3)
+async def test_default_is_the_top_class(caller, photo):
+    answer = await caller.explain(photo, top_predictions=3)
     assert answer.model == "tiny"
     assert answer.class_ids == answer.predictions[:1]
     assert len(answer.predictions) == 3
@@ -46,49 +46,49 @@ async def test_default_is_the_top_class(face, photo):
     assert answer.maps[0].max() in {0.0, 1.0}
 
 
-async def test_top_k_is_in_order_of_probability(face, photo):
-    answer = await face.explain(photo, top_k=4, top_predictions=4)
+async def test_top_k_is_in_order_of_probability(caller, photo):
+    answer = await caller.explain(photo, top_k=4, top_predictions=4)
     assert answer.class_ids == answer.predictions
     assert answer.logits == sorted(answer.logits, reverse=True)
     assert all(0 <= probability <= 1 for probability in answer.probabilities)
 
 
-async def test_class_ids_are_in_the_order_asked_for(face, photo):
-    answer = await face.explain(photo, class_ids=[5, 0, 3])
+async def test_class_ids_are_in_the_order_asked_for(caller, photo):
+    answer = await caller.explain(photo, class_ids=[5, 0, 3])
     assert answer.class_ids == [5, 0, 3]
     assert len(answer.maps) == 3
 
 
-async def test_every_class_id_of_top_k_gets_the_same_map_when_asked_for(face, photo):
-    top = await face.explain(photo, top_k=3)
-    same = await face.explain(photo, class_ids=top.class_ids)
+async def test_every_class_id_of_top_k_gets_the_same_map_when_asked_for(caller, photo):
+    top = await caller.explain(photo, top_k=3)
+    same = await caller.explain(photo, class_ids=top.class_ids)
     for first, second in zip(top.maps, same.maps, strict=True):
         np.testing.assert_allclose(first, second, atol=1e-5)
 
 
-async def test_encoded_and_pixels_agree(face, chelsea):
+async def test_encoded_and_pixels_agree(caller, chelsea):
     png = cv2.imencode(".png", chelsea[:, :, ::-1])[1].tobytes()
-    encoded, pixels = await face.explain(png, top_k=2), await face.explain(chelsea, top_k=2)
+    encoded, pixels = await caller.explain(png, top_k=2), await caller.explain(chelsea, top_k=2)
     assert encoded.class_ids == pixels.class_ids
     for first, second in zip(encoded.maps, pixels.maps, strict=True):
         np.testing.assert_allclose(first, second, atol=1e-5)
 
 
-async def test_every_method_of_the_model(face, photo, tiny):
+async def test_every_method_of_the_model(caller, photo, tiny):
     assert "grad-cam" in tiny.methods
     for method in tiny.methods:
-        assert_is_map((await face.explain(photo, method=method)).maps[0])
+        assert_is_map((await caller.explain(photo, method=method)).maps[0])
 
 
-async def test_every_layer_of_the_model(face, photo, tiny):
+async def test_every_layer_of_the_model(caller, photo, tiny):
     for layer in tiny.layers:
-        assert_is_map((await face.explain(photo, method="grad-cam", layers=[layer])).maps[0])
+        assert_is_map((await caller.explain(photo, method="grad-cam", layers=[layer])).maps[0])
 
 
-async def test_map_sizes(face, photo, tiny):
-    layer = await face.explain(photo, map_size="layer")
-    placed = await face.explain(photo, map_size="source")
-    of_input = await face.explain(photo, map_size="input")
+async def test_map_sizes(caller, photo, tiny):
+    layer = await caller.explain(photo, map_size="layer")
+    placed = await caller.explain(photo, map_size="source")
+    of_input = await caller.explain(photo, map_size="input")
     assert_is_map(of_input.maps[0], (tiny.input_height_px, tiny.input_width_px))
     assert_is_map(placed.maps[0], (300, 451))
     assert layer.maps[0].size < of_input.maps[0].size
@@ -98,46 +98,46 @@ async def test_map_sizes(face, photo, tiny):
     assert layer.region == of_input.region == placed.region
 
 
-async def test_source_region_lies_in_the_image(face, photo):
-    left, top, right, bottom = (await face.explain(photo)).region
+async def test_source_region_lies_in_the_image(caller, photo):
+    left, top, right, bottom = (await caller.explain(photo)).region
     assert 0 <= left < right <= 451
     assert 0 <= top < bottom <= 300
 
 
 @pytest.mark.parametrize(("map_type", "tolerance"), [("float16", 1e-3), ("uint8", 0.51 / 255)])
-async def test_map_types(face, photo, map_type, tolerance):
-    exact = await face.explain(photo, map_size="input")
-    small = await face.explain(photo, map_size="input", map_type=map_type)
+async def test_map_types(caller, photo, map_type, tolerance):
+    exact = await caller.explain(photo, map_size="input")
+    small = await caller.explain(photo, map_size="input", map_type=map_type)
     np.testing.assert_allclose(small.maps[0], exact.maps[0], atol=tolerance + 1e-5)
 
 
-async def test_concurrent_calls_get_their_own_answers(face, chelsea):
+async def test_concurrent_calls_get_their_own_answers(caller, chelsea):
     images = [np.ascontiguousarray(np.roll(chelsea, 40 * i, axis=1)) for i in range(8)]
-    alone = [await face.explain(image, top_k=2) for image in images]
-    together = await asyncio.gather(*(face.explain(image, top_k=2) for image in images))
+    alone = [await caller.explain(image, top_k=2) for image in images]
+    together = await asyncio.gather(*(caller.explain(image, top_k=2) for image in images))
     for one, other in zip(alone, together, strict=True):
         assert one.class_ids == other.class_ids
         for first, second in zip(one.maps, other.maps, strict=True):
             np.testing.assert_allclose(first, second, atol=1e-4)
 
 
-async def test_unknown_model(face, photo):
+async def test_unknown_model(caller, photo):
     with pytest.raises(Refused) as caught:
-        await face.explain(photo, model="nope")
+        await caller.explain(photo, model="nope")
     assert (caught.value.code, caught.value.reason) == ("NOT_FOUND", "MODEL_NOT_FOUND")
     assert "tiny" in caught.value.message
 
 
-async def test_failed_model(face, photo):
+async def test_failed_model(caller, photo):
     with pytest.raises(Refused) as caught:
-        await face.explain(photo, model="broken")
+        await caller.explain(photo, model="broken")
     assert (caught.value.code, caught.value.reason) == ("FAILED_PRECONDITION", "MODEL_FAILED")
 
 
 @pytest.mark.parametrize("garbage", [b"garbage", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n" + bytes(100)])
-async def test_undecodable_image(face, garbage):
+async def test_undecodable_image(caller, garbage):
     with pytest.raises(Refused) as caught:
-        await face.explain(garbage)
+        await caller.explain(garbage)
     assert (caught.value.code, caught.value.reason) == ("INVALID_ARGUMENT", "IMAGE_UNDECODABLE")
     assert caught.value.fields == ["image.encoded"]
 
@@ -153,22 +153,22 @@ async def test_undecodable_image(face, garbage):
         ({"model": "tiny_mlp", "method": "cam"}, "options.method"),
     ],
 )
-async def test_wrong_options_are_named(face, photo, options, path):
+async def test_wrong_options_are_named(caller, photo, options, path):
     with pytest.raises(Refused) as caught:
-        await face.explain(photo, **options)
+        await caller.explain(photo, **options)
     assert caught.value.code == "INVALID_ARGUMENT"
     assert path in caught.value.fields
 
 
-async def test_wrong_calls_do_not_harm_the_next(face, photo):
+async def test_wrong_calls_do_not_harm_the_next(caller, photo):
     for _ in range(3):
         with pytest.raises(Refused):
-            await face.explain(b"garbage")
-    assert_is_map((await face.explain(photo)).maps[0])
+            await caller.explain(b"garbage")
+    assert_is_map((await caller.explain(photo)).maps[0])
 
 
-async def test_the_embedded_model_sees_a_cat(face, photo):
-    answer = await face.explain(photo, model="efficientnet_lite0", top_k=3)
+async def test_the_embedded_model_sees_a_cat(caller, photo):
+    answer = await caller.explain(photo, model="efficientnet_lite0", top_k=3)
     assert "cat" in " ".join(answer.labels).lower()
     assert_is_map(answer.maps[0])
 

@@ -6,10 +6,10 @@ import cv2
 import numpy as np
 import pytest
 
-from faces import Refused
+from callers import Refused
 from heatlens import Client, UnavailableError
+from messages import distinct
 from server_process import wait_settled
-from wire import distinct
 
 
 def jpeg(pixels):
@@ -23,12 +23,12 @@ def pictures():
 
 
 @pytest.mark.parametrize("window", [1, 4, 64])
-async def test_every_answer_belongs_to_its_frame(face, pictures, window):
-    granted, answers = await face.stream(pictures, max_in_flight=window, top_k=2, top_predictions=3, map_size="input")
+async def test_every_answer_belongs_to_its_frame(caller, pictures, window):
+    granted, answers = await caller.stream(pictures, max_in_flight=window, top_k=2, top_predictions=3, map_size="input")
     assert granted == window
     assert [item.frame_id for item in answers] == list(range(len(pictures)))
     for picture, item in zip(pictures, answers, strict=True):
-        alone = await face.explain(picture, top_k=2, top_predictions=3, map_size="input")
+        alone = await caller.explain(picture, top_k=2, top_predictions=3, map_size="input")
         assert item.answer.class_ids == alone.class_ids
         assert item.answer.predictions == alone.predictions
         assert (item.answer.model, item.answer.model_version) == (alone.model, alone.model_version)
@@ -38,13 +38,13 @@ async def test_every_answer_belongs_to_its_frame(face, pictures, window):
             np.testing.assert_allclose(values, expected, atol=1e-3)
 
 
-async def test_a_frame_fails_alone_in_its_turn_as_a_call_would(face, pictures):
+async def test_a_frame_fails_alone_in_its_turn_as_a_call_would(caller, pictures):
     frames = [pictures[0], b"garbage", jpeg(pictures[1]), b"\xff\xd8\xff\xe0", pictures[2]]
-    _, answers = await face.stream(frames)
+    _, answers = await caller.stream(frames)
     assert [item.frame_id for item in answers] == list(range(5))
     assert [item.refused is None for item in answers] == [True, False, True, False, True]
     with pytest.raises(Refused) as alone:
-        await face.explain(b"garbage")
+        await caller.explain(b"garbage")
     for item in (answers[1], answers[3]):
         assert (item.refused.code, item.refused.reason) == ("INVALID_ARGUMENT", "IMAGE_UNDECODABLE")
         assert (item.refused.code, item.refused.reason) == (alone.value.code, alone.value.reason)
@@ -61,9 +61,9 @@ async def test_a_frame_fails_alone_in_its_turn_as_a_call_would(face, pictures):
         ({"model": "tiny_mlp", "method": "cam"}, "config.options.method"),
     ],
 )
-async def test_wrong_options_are_named(face, pictures, options, path):
+async def test_wrong_options_are_named(caller, pictures, options, path):
     with pytest.raises(Refused) as caught:
-        await face.stream(pictures, **options)
+        await caller.stream(pictures, **options)
     assert caught.value.code == "INVALID_ARGUMENT"
     assert path in caught.value.fields
 
@@ -72,66 +72,66 @@ async def test_wrong_options_are_named(face, pictures, options, path):
     ("model", "code", "reason"),
     [("nope", "NOT_FOUND", "MODEL_NOT_FOUND"), ("broken", "FAILED_PRECONDITION", "MODEL_FAILED")],
 )
-async def test_models_that_cannot_answer(face, pictures, model, code, reason):
+async def test_models_that_cannot_answer(caller, pictures, model, code, reason):
     with pytest.raises(Refused) as caught:
-        await face.stream(pictures, model=model)
+        await caller.stream(pictures, model=model)
     assert (caught.value.code, caught.value.reason) == (code, reason)
 
 
-async def test_the_window_in_force_is_told_and_limited(face, server):
+async def test_the_window_in_force_is_told_and_limited(caller, server):
     with Client(server.address) as client:
         limit = client.server_info().max_in_flight
         (tiny,) = [model for model in client.models() if model.name == "tiny"]
-    assert (await face.stream([], max_in_flight=10**6))[0] == limit
-    assert (await face.stream([]))[0] == min(limit, 2 * tiny.max_batch_size)
+    assert (await caller.stream([], max_in_flight=10**6))[0] == limit
+    assert (await caller.stream([]))[0] == min(limit, 2 * tiny.max_batch_size)
 
 
-async def test_an_empty_stream_has_no_answers(face):
-    assert (await face.stream([], max_in_flight=3)) == (3, [])
+async def test_an_empty_stream_has_no_answers(caller):
+    assert (await caller.stream([], max_in_flight=3)) == (3, [])
 
 
-async def test_every_third_frame(face, pictures):
-    _, answers = await face.stream(pictures[:8], every=3)
+async def test_every_third_frame(caller, pictures):
+    _, answers = await caller.stream(pictures[:8], every=3)
     assert [item.skipped for item in answers] == [False, True, True] * 2 + [False, True]
     assert all(item.skipped == (item.answer is None) for item in answers)
 
 
-async def test_at_most_so_many_frames_per_second(face, pictures):
-    _, answers = await face.stream(pictures, max_fps=1e-3)
+async def test_at_most_so_many_frames_per_second(caller, pictures):
+    _, answers = await caller.stream(pictures, max_fps=1e-3)
     assert [item.skipped for item in answers] == [False] + [True] * 23
 
 
-async def test_smoothing_is_a_moving_average_of_raw_maps(face, pictures):
+async def test_smoothing_is_a_moving_average_of_raw_maps(caller, pictures):
     frames, weight = pictures[:6], 0.75
     options = {"class_ids": [3], "map_size": "input"}
-    _, plain = await face.stream(frames, **options)
-    _, smooth = await face.stream(frames, smooth=weight, **options)
+    _, plain = await caller.stream(frames, **options)
+    _, smooth = await caller.stream(frames, smooth=weight, **options)
     np.testing.assert_allclose(smooth[0].answer.raws[0], plain[0].answer.raws[0], atol=1e-3)
-    _, still = await face.stream([frames[0]] * 4, smooth=weight, **options)
+    _, still = await caller.stream([frames[0]] * 4, smooth=weight, **options)
     for item in still:
         np.testing.assert_allclose(item.answer.raws[0], plain[0].answer.raws[0], atol=1e-3)
         assert item.answer.maps[0].max() in {0.0, 1.0}
 
 
-async def test_a_frame_that_waits_too_long_is_not_run(face, pictures):
-    _, answers = await face.stream(pictures[:4], frame_timeout=1e-9)
+async def test_a_frame_that_waits_too_long_is_not_run(caller, pictures):
+    _, answers = await caller.stream(pictures[:4], frame_timeout=1e-9)
     assert [item.refused.code for item in answers] == ["DEADLINE_EXCEEDED"] * 4
 
 
-async def test_drop_oldest_answers_every_frame_in_order_and_explains_the_newest(face, pictures):
-    _, answers = await face.stream(pictures * 4, max_in_flight=2, overflow="drop-oldest")
+async def test_drop_oldest_answers_every_frame_in_order_and_explains_the_newest(caller, pictures):
+    _, answers = await caller.stream(pictures * 4, max_in_flight=2, overflow="drop-oldest")
     assert [item.frame_id for item in answers] == list(range(96))
     assert answers[-1].answer is not None
     assert {item.refused.reason for item in answers if item.refused} <= {"FRAME_DROPPED"}
-    alone = await face.explain(pictures[-1])
+    alone = await caller.explain(pictures[-1])
     assert answers[-1].answer.class_ids == alone.class_ids
     np.testing.assert_allclose(answers[-1].answer.maps[0], alone.maps[0], atol=1e-3)
 
 
-async def test_streams_and_calls_at_once_get_their_own_answers(face, pictures):
-    alone = [await face.explain(picture, map_size="input") for picture in pictures]
-    streams = [face.stream(np.roll(pictures, i, axis=0), map_size="input") for i in range(3)]
-    calls = [face.explain(picture, map_size="input") for picture in pictures]
+async def test_streams_and_calls_at_once_get_their_own_answers(caller, pictures):
+    alone = [await caller.explain(picture, map_size="input") for picture in pictures]
+    streams = [caller.stream(np.roll(pictures, i, axis=0), map_size="input") for i in range(3)]
+    calls = [caller.explain(picture, map_size="input") for picture in pictures]
     (*streamed, called) = await asyncio.gather(*streams, asyncio.gather(*calls))
     for i, (_, answers) in enumerate(streamed):
         for item, expected in zip(answers, np.roll(np.arange(len(pictures)), i), strict=True):

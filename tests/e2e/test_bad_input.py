@@ -13,7 +13,7 @@ from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc, method_pb2
 from heatlens.v1.faithfulness_pb2 import FaithfulnessOptions
 from image_files import black_png, png, saved
-from wire import Details, distinct, map_of, pixels
+from messages import Details, distinct, map_of, pixels
 
 MAX_MESSAGE_BYTES = 8_388_608
 PHOTO = distinct(1)[0]

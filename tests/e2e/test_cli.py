@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import heatlens
-from films import one_line
+from video_files import one_line
 
 COMMAND = Path(sys.executable).parent / "heatlens"
 NOBODY = "127.0.0.1:1"

@@ -17,9 +17,9 @@ from heatlens import Client, DeadlineExceededError
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc, method_pb2
 from in_process_server import batcher_of, engine_of, until
+from messages import Details, distinct, map_of, pixels
 from raw_stream import PATIENCE_S, RawStream, kinds
 from server_process import wait_settled
-from wire import Details, distinct, map_of, pixels
 
 if TYPE_CHECKING:
     # Costs seconds: what needs a process only need not wait.

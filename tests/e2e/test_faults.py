@@ -18,7 +18,7 @@ from heatlens_server.api import images as request_images
 from heatlens_server.app import Server
 from heatlens_server.transports.grpc import explain_service
 from in_process_server import DeviceGate, batcher_of, until
-from wire import Details, distinct, encoded, map_of, pixels
+from messages import Details, distinct, encoded, map_of, pixels
 
 PREPROCESS = """
 preprocess = { resize_px = 64, crop_px = 64, mean = [0.485, 0.456, 0.406], std = [0.229, 0.224, 0.225] }

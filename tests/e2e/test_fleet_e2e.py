@@ -9,8 +9,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import model_pb2, model_pb2_grpc
 from heatlens_server.config import ModelConfig
+from messages import Details, distinct, pixels
 from raw_stream import RawStream, kinds
-from wire import Details, distinct, pixels
 
 PREPROCESS = {"resize_px": 64, "crop_px": 64, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 

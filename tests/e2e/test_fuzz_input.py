@@ -12,7 +12,7 @@ from PIL import Image
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc, method_pb2
 from image_files import ORIENTATION, saved
-from wire import Details, distinct, pixels
+from messages import Details, distinct, pixels
 
 PHOTO = distinct(1, 16)[0]
 GOOD = pb.ExplainRequest(model="tiny", image=pixels(PHOTO))

@@ -15,8 +15,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc, method_pb2, model_pb2, model_pb2_grpc
+from messages import Details, distinct, pixels
 from server_process import wait_settled
-from wire import Details, distinct, pixels
 
 TINY = """
 [[models]]

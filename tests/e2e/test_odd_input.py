@@ -13,7 +13,7 @@ from heatlens import PixelBox, place_map
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc, method_pb2
 from image_files import ORIENTATION, saved
-from wire import distinct, map_of, pixels
+from messages import distinct, map_of, pixels
 
 DTYPES = {pb.DATA_TYPE_FLOAT32: "<f4", pb.DATA_TYPE_FLOAT16: "<f2", pb.DATA_TYPE_UINT8: "u1"}
 

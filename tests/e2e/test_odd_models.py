@@ -10,7 +10,7 @@ import pytest
 
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
-from wire import Details, distinct, pixels
+from messages import Details, distinct, pixels
 
 TORCH = 'engine = "torch"\nlayers = ["body"]\n'
 # As in tests/conftest.py, whose export is the same.
@@ -24,9 +24,9 @@ TOML = '[server]\nlisten = "127.0.0.1:0"\n' + "".join(
     f'[[models]]\nname = "{name}"\nsource = "python:{source}"\n{EXPORTED if name == "good" else TORCH}{PREPROCESS}'
     for name, source in {
         "good": "tiny_models:tiny",
-        "factory": "odd_models:exits_in_factory",
-        "nan": "odd_models:not_finite",
-        "forward": "odd_models:exits_in_forward",
+        "factory": "tiny_models:exits_in_factory",
+        "nan": "tiny_models:not_finite",
+        "forward": "tiny_models:exits_in_forward",
         "poisonous": "tiny_models:poisonous",
     }.items()
 )

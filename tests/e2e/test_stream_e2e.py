@@ -9,8 +9,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import model_pb2, model_pb2_grpc
 from in_process_server import batcher_of, until
+from messages import distinct, encoded, map_of, pixels
 from raw_stream import RawStream, kinds, status_details
-from wire import distinct, encoded, map_of, pixels
 
 
 async def unary(stub, image: np.ndarray, **options) -> pb.ExplainResponse:

@@ -14,8 +14,8 @@ from heatlens.v1 import explain_pb2_grpc
 from heatlens_server.api.stream import window
 from heatlens_server.app import Server
 from in_process_server import DeviceGate, balanced, batcher_of, until
+from messages import distinct, pixels
 from raw_stream import IMAGE, PATIENCE_S, RawStream, a_clean_stream_works, kinds, status_details
-from wire import distinct, pixels
 
 DROP_OLDEST = pb.OVERFLOW_POLICY_DROP_OLDEST
 

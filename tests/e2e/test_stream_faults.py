@@ -21,9 +21,9 @@ import pytest
 from heatlens import Client
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
+from messages import pixels
+from observed_server import SUPPORT, ObservedServer, forget_peak, observed_server, rss_bytes
 from raw_stream import IMAGE, PATIENCE_S, RawStream, a_clean_stream_works, kinds, own_channel
-from watched_server import SUPPORT, WatchedServer, forget_peak, rss_bytes, watched_server
-from wire import pixels
 
 pytestmark = pytest.mark.serial
 
@@ -56,14 +56,14 @@ Stub = explain_pb2_grpc.ExplainServiceStub
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WatchedServer]:
-    with watched_server(tmp_path_factory.mktemp("shared"), TOML) as server:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObservedServer]:
+    with observed_server(tmp_path_factory.mktemp("shared"), TOML) as server:
         yield server
         assert server.stop() == 0
 
 
 @pytest.fixture
-def watched(shared: WatchedServer) -> Iterator[WatchedServer]:
+def watched(shared: ObservedServer) -> Iterator[ObservedServer]:
     """A server whose streams have given back everything, before and after the test, and that logged no error."""
     yield shared
     held = shared.until(lambda held: held.balanced)
@@ -117,7 +117,7 @@ async def still(count: Callable[[], Awaitable[int]]) -> None:
 
 @POLICIES
 async def test_readers_that_stall_cost_little_and_slow_nobody_nor_the_drain(tmp_path, policy):
-    with watched_server(tmp_path, TOML) as server:
+    with observed_server(tmp_path, TOML) as server:
         async with own_channel(server.address) as channel, asyncio.TaskGroup() as group:
             stub = Stub(channel)
             await pace_s(stub)
@@ -168,7 +168,7 @@ async def test_clients_killed_at_random_moments_leave_nothing_behind(watched):
     async def kill(seed: int, duration_s: float) -> dict[str, int]:
         nursery = await asyncio.create_subprocess_exec(
             sys.executable,
-            str(SUPPORT / "doomed_clients.py"),
+            str(SUPPORT / "killed_clients.py"),
             *(watched.address, str(seed), str(duration_s), "6"),
             stdout=subprocess.PIPE,
         )
@@ -219,7 +219,7 @@ async def one_of_a_thousand(stub: Stub, i: int) -> str:
     return "served"
 
 
-async def storm(server: WatchedServer) -> collections.Counter[str]:
+async def storm(server: ObservedServer) -> collections.Counter[str]:
     """A thousand streams at once, then as many as there may be, and one more."""
     async with own_channel(server.address) as channel:
         stub = Stub(channel)

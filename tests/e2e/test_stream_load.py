@@ -12,13 +12,12 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import numpy as np
 import pytest
 
-from camera import Camera
 from heatlens import AsyncClient, Client
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
+from messages import distinct
+from observed_server import Holdings, ObservedServer, forget_peak, observed_server, rss_bytes
 from raw_stream import RawStream, kinds, own_channel
-from watched_server import Holdings, WatchedServer, forget_peak, rss_bytes, watched_server
-from wire import distinct
 
 pytestmark = pytest.mark.serial
 
@@ -69,30 +68,30 @@ DROP_OLDEST = pb.OVERFLOW_POLICY_DROP_OLDEST
 
 
 @pytest.fixture(scope="module")
-def paced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WatchedServer]:
+def paced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObservedServer]:
     """A server whose model "slow" takes BATCH_S per batch."""
     folder = tmp_path_factory.mktemp("paced")
-    with watched_server(folder, TOML, env={"SLOW_S": str(BATCH_S)}) as server:
+    with observed_server(folder, TOML, env={"SLOW_S": str(BATCH_S)}) as server:
         (folder / "armed").touch()
         yield server
         assert server.stop() == 0
 
 
 @pytest.fixture
-def loaded(paced: WatchedServer) -> Iterator[WatchedServer]:
+def loaded(paced: ObservedServer) -> Iterator[ObservedServer]:
     """The same; what a test's streams took, they have given back afterwards."""
     yield paced
     paced.until(lambda held: held.balanced)
 
 
 @contextlib.asynccontextmanager
-async def raw(server: WatchedServer) -> AsyncIterator[explain_pb2_grpc.ExplainServiceStub]:
+async def raw(server: ObservedServer) -> AsyncIterator[explain_pb2_grpc.ExplainServiceStub]:
     async with own_channel(server.address) as channel:
         yield explain_pb2_grpc.ExplainServiceStub(channel)
 
 
 @contextlib.asynccontextmanager
-async def watching(server: WatchedServer, see: Callable[[Holdings], None]) -> AsyncIterator[None]:
+async def watching(server: ObservedServer, see: Callable[[Holdings], None]) -> AsyncIterator[None]:
     """Look at what the server holds, again and again, as long as the block runs."""
     over = asyncio.Event()
 
@@ -130,7 +129,7 @@ class Pulled:
             yield FLOOD_IMAGES[i % len(FLOOD_IMAGES)]
 
 
-async def flood_raw(server: WatchedServer) -> list[int]:
+async def flood_raw(server: ObservedServer) -> list[int]:
     async with raw(server) as stub:
         stream = RawStream(stub)
         await stream.open(max_in_flight=FLOOD_WINDOW)
@@ -147,7 +146,7 @@ async def send_all(stream: RawStream, images: Iterator[np.ndarray]) -> None:
         await stream.send(i, image)
 
 
-async def flood_sync(server: WatchedServer) -> list[int]:
+async def flood_sync(server: ObservedServer) -> list[int]:
     def run() -> list[int]:
         pulled, ids = Pulled(), []
         with Client(server.address) as client, client.stream(max_in_flight=FLOOD_WINDOW) as stream:
@@ -160,7 +159,7 @@ async def flood_sync(server: WatchedServer) -> list[int]:
     return await asyncio.to_thread(run)
 
 
-async def flood_async(server: WatchedServer) -> list[int]:
+async def flood_async(server: ObservedServer) -> list[int]:
     pulled, ids = Pulled(), []
     async with AsyncClient(server.address) as client, client.stream(max_in_flight=FLOOD_WINDOW) as stream:
         async for item in stream.map(pulled.frames()):
@@ -199,6 +198,40 @@ async def test_a_sender_that_never_waits_loses_nothing_and_the_server_stays_smal
 # Cameras, which wait for nobody.
 
 
+class Camera:
+    """`frames` and `frames_async` deliver each image when it is due; a late consumer gets the late ones at once.
+
+    The time of capture is when a frame was due: a consumer that does not take it in time makes it older, not younger.
+    """
+
+    def __init__(self, images: list[np.ndarray], *, fps: float, count: int) -> None:
+        """Show `images` over and over, `count` frames in all."""
+        self._images, self._fps, self._count = images, fps, count
+        self._start_s = 0.0
+
+    def frames(self) -> Iterator[np.ndarray]:
+        """For threads."""
+        self._start_s = time.monotonic()
+        for i in range(self._count):
+            time.sleep(max(0.0, self.captured_s(i) - time.monotonic()))
+            yield self._images[i % len(self._images)]
+
+    async def frames_async(self) -> AsyncIterator[np.ndarray]:
+        """For event loops."""
+        self._start_s = time.monotonic()
+        for i in range(self._count):
+            await asyncio.sleep(max(0.0, self.captured_s(i) - time.monotonic()))
+            yield self._images[i % len(self._images)]
+
+    def captured_s(self, i: int) -> float:
+        """When frame `i` was captured, on the monotonic clock."""
+        return self._start_s + i / self._fps
+
+    def age_s(self, i: int) -> float:
+        """How old frame `i` is now."""
+        return time.monotonic() - self.captured_s(i)
+
+
 class Ages:
     """What became of a camera's frames."""
 
@@ -232,7 +265,7 @@ class Ages:
         assert late < early + 0.5
 
 
-async def film_raw(server: WatchedServer, camera: Camera, ages: Ages, *, model: str, window: int | None) -> None:
+async def film_raw(server: ObservedServer, camera: Camera, ages: Ages, *, model: str, window: int | None) -> None:
     async with raw(server) as stub:
         stream = RawStream(stub)
         await stream.open(model=model, overflow_policy=DROP_OLDEST, max_in_flight=window or 0)
@@ -258,7 +291,7 @@ async def film_raw(server: WatchedServer, camera: Camera, ages: Ages, *, model: 
         assert await stream.finish() == []
 
 
-async def film_sync(server: WatchedServer, camera: Camera, ages: Ages, *, model: str, window: int | None) -> None:
+async def film_sync(server: ObservedServer, camera: Camera, ages: Ages, *, model: str, window: int | None) -> None:
     def run() -> None:
         with (
             Client(server.address) as client,
@@ -270,7 +303,7 @@ async def film_sync(server: WatchedServer, camera: Camera, ages: Ages, *, model:
     await asyncio.to_thread(run)
 
 
-async def film_async(server: WatchedServer, camera: Camera, ages: Ages, *, model: str, window: int | None) -> None:
+async def film_async(server: ObservedServer, camera: Camera, ages: Ages, *, model: str, window: int | None) -> None:
     async with (
         AsyncClient(server.address) as client,
         client.stream(model=model, overflow="drop-oldest", max_in_flight=window) as stream,
@@ -313,7 +346,7 @@ async def test_a_camera_faster_than_the_server_gets_answers_that_stay_fresh(load
 
 async def test_a_camera_at_twice_the_speed_of_a_real_network(tmp_path):
     image = distinct(8, px=224)
-    with watched_server(tmp_path, REAL_TOML) as server:
+    with observed_server(tmp_path, REAL_TOML) as server:
         with Client(server.address) as client, client.stream() as stream:
             warm = [item.result.timing.compute_ms / 1e3 for item in stream.map(image * 2)]
             started = time.monotonic()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from watched_server import SUPPORT, import_path, watched_server
+from observed_server import SUPPORT, import_path, observed_server
 
 TOML = """
 [server]
@@ -43,7 +43,7 @@ def growth_bytes_per_frame(samples: list[list[int]]) -> tuple[float, float]:
 
 def soak(folder: Path, count: int, *, leak: bool) -> list[list[int]]:
     # The leak in the server is only there if the environment says so; the real server's code knows nothing of it.
-    with watched_server(folder, TOML, env={"LEAK": "1" if leak else ""}) as server:
+    with observed_server(folder, TOML, env={"LEAK": "1" if leak else ""}) as server:
         done = subprocess.run(
             [sys.executable, str(SUPPORT / "soak_client.py"), server.address, str(server.pid), str(count), str(WINDOW)]
             + ["leak"] * leak,

@@ -1,16 +1,18 @@
 """Many streams and many callers at once: every answer belongs to its frame, and says what the network says of it."""
 
 import asyncio
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+import tiny_models
 from heatlens import AsyncClient
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
-from oracle import Expected, expected
+from messages import distinct, map_of, pixels
+from observed_server import observed_server
 from raw_stream import RawStream, own_channel
-from watched_server import watched_server
-from wire import distinct, map_of, pixels
 
 Stub = explain_pb2_grpc.ExplainServiceStub
 
@@ -32,6 +34,36 @@ CALLERS = 32
 LOGIT_TOLERANCE = 1e-4
 ALL_CLASSES = list(range(10))
 OPTIONS = pb.ExplainOptions(class_ids=pb.ClassIds(values=ALL_CLASSES))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Expected:
+    """All logits float32 (C,), and the raw Grad-CAM map of each class, float32 (C, h, w)."""
+
+    logits: np.ndarray
+    raws: np.ndarray
+
+
+def expected(images: list[np.ndarray]) -> list[Expected]:
+    """Explain images of the network's input size, uint8 RGB (64, 64, 3), one by one.
+
+    Grad-CAM, Selvaraju et al. 2017, arXiv:1610.02391, eq. 1 and 2, at the layer `body`.
+    """
+    model = tiny_models.tiny_mlp().eval()
+    return [explained(model, image) for image in images]
+
+
+def explained(model: torch.nn.Module, image: np.ndarray) -> Expected:
+    x = (torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255 - 0.5) / 0.5
+    activation = model.body(model.stem(x)).detach().requires_grad_()
+    logits = model.head(activation.clone())[0]
+    raws = []
+    for logit in logits:
+        (gradient,) = torch.autograd.grad(logit, activation, retain_graph=True)
+        weights = gradient.mean((2, 3), keepdim=True)
+        raws.append(torch.relu((weights * activation).sum(1))[0].detach().numpy())
+    return Expected(logits.detach().numpy(), np.stack(raws))
+
 
 # Images, each with what the network says about it.
 Cases = list[tuple[np.ndarray, Expected]]
@@ -106,7 +138,7 @@ async def caller(stub: Stub, own: Cases) -> int:
 async def test_thirty_two_streams_and_thirty_two_callers_each_get_their_own_answers(tmp_path):
     cases = told_apart(2 * CALLERS * PER_CALLER)
     shares = [cases[n * PER_CALLER : (n + 1) * PER_CALLER] for n in range(2 * CALLERS)]
-    with watched_server(tmp_path, TOML) as server:
+    with observed_server(tmp_path, TOML) as server:
         async with own_channel(server.address) as channel, AsyncClient(server.address) as client:
             stub = Stub(channel)
             works = [caller(stub, own) for own in shares[:CALLERS]]

@@ -10,8 +10,8 @@ from google.protobuf.duration_pb2 import Duration
 import tiny_models
 from heatlens.v1 import explain_pb2 as pb
 from heatlens_server.config import ModelConfig
+from messages import distinct
 from raw_stream import RawStream, kinds
-from wire import distinct
 
 CONFIG_ERRORS: list[tuple[dict, list[str]]] = [
     ({"max_in_flight": -1}, ["max_in_flight"]),

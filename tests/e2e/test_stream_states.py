@@ -14,9 +14,9 @@ from heatlens import AsyncClient, CallCancelledError, UnavailableError
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
 from in_process_server import DeviceGate, balanced, batcher_of, until
+from messages import Details, pixels
 from raw_stream import IMAGE, PATIENCE_S, RawStream, a_clean_stream_works, kinds, own_channel
 from server_process import ServerProcess, wait_settled
-from wire import Details, pixels
 
 SLOW_TOML = """
 [server]

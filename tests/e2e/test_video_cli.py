@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cli_process import start_cli
-from films import FPS, SIZE, break_off, lines_of, one_line, picture, read_film, statuses, write_clip, write_video
+from video_files import FPS, SIZE, break_off, lines_of, one_line, picture, read_film, statuses, write_clip, write_video
 
 NOBODY = "127.0.0.1:1"
 FRAMES = 20

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from cli_process import start_cli
-from films import lines_of, one_line, picture, read_film, statuses, write_clip
 from server_process import wait_settled
+from video_files import lines_of, one_line, picture, read_film, statuses, write_clip
 
 QUICKLY_S = 60
 CLIP_FRAMES = 100

@@ -1,4 +1,4 @@
-"""A batcher with a fake clock, driven by hand: no test that uses it sleeps."""
+"""A batcher with a fake clock that tests drive by hand, without sleeping."""
 
 import dataclasses
 

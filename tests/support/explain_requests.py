@@ -1,4 +1,4 @@
-"""Requests against the options of tiny models: what their tests share."""
+"""Requests to explain with tiny models, and what is refused in them."""
 
 import dataclasses
 import re
@@ -7,7 +7,6 @@ import pytest
 from google.protobuf.message import Message
 
 import tiny_models
-from engine_cases import loaded
 from heatlens.v1 import explain_pb2 as pb
 from heatlens_server.api.limits import Limits
 from heatlens_server.api.validation import parse_explain
@@ -15,6 +14,7 @@ from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.methods import PRESETS, Method
 from heatlens_server.fleet.served_model import ServedModel
+from loaded_models import loaded
 
 LIMITS = Limits(
     max_message_bytes=1 << 20, max_image_pixels=5000, max_queue_length=8, max_targets=4, max_streams=2, max_in_flight=8

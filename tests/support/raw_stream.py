@@ -1,4 +1,4 @@
-"""StreamExplain without the SDK: what is sent and received, message by message."""
+"""StreamExplain without the SDK: a stream that is written and read message by message."""
 
 import asyncio
 
@@ -8,7 +8,7 @@ from google.rpc import status_pb2
 
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
-from wire import Details, distinct, pixels
+from messages import Details, distinct, pixels
 
 PATIENCE_S = 20
 IMAGE = distinct(1)[0]

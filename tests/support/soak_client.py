@@ -1,4 +1,4 @@
-"""A client in a process of its own: one stream, many tiny frames, and the memory of both ends on the way.
+"""A client in a process of its own: one stream of many tiny frames, and the memory of both ends on the way.
 
     python soak_client.py ADDRESS SERVER_PID FRAMES WINDOW [leak]
 
@@ -12,7 +12,7 @@ import sys
 import numpy as np
 
 from heatlens import Client
-from watched_server import rss_bytes
+from observed_server import rss_bytes
 
 SAMPLES = 200
 

@@ -1,4 +1,4 @@
-"""Small networks for segmentation, detection and embedding: torchvision's kinds, random, made to see something."""
+"""Small random networks for segmentation, detection and embedding, of torchvision's kinds."""
 
 import copy
 import dataclasses

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -115,3 +116,34 @@ class Slow(Tiny):
 def slow() -> nn.Module:
     """Slow on purpose."""
     return _seeded(Slow, 4)
+
+
+# Networks and factories that misbehave in ways that real ones do.
+
+
+class Exits(Tiny):
+    """Calls sys.exit for white images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool((x.mean((1, 2, 3)) >= 2.2).any()):
+            sys.exit("secret-exit-text")
+        return super().forward(x)
+
+
+def exits_in_forward() -> nn.Module:
+    """A network that ends the process, if it is let."""
+    return _seeded(Exits, 5)
+
+
+def exits_in_factory() -> nn.Module:
+    """A factory that ends the process, if it is let."""
+    sys.exit(3)
+
+
+def not_finite() -> nn.Module:
+    """All weights are NaN."""
+    module = tiny()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(float("nan"))
+    return module

@@ -1,4 +1,4 @@
-"""Small transformers of torchvision and timm, seeded, with weights that let every part of them say something."""
+"""Small seeded transformers of torchvision and timm, whose weights let every part matter."""
 
 import math
 from collections.abc import Callable, Mapping

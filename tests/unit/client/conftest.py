@@ -1,4 +1,4 @@
-"""A scripted gRPC server, and both clients behind one asynchronous face."""
+"""A scripted gRPC server, and both clients with the same asynchronous methods."""
 
 import asyncio
 import signal
@@ -15,8 +15,8 @@ from grpc_status import rpc_status
 
 from heatlens import AsyncClient, Client
 from heatlens.v1 import explain_pb2, explain_pb2_grpc, model_pb2, model_pb2_grpc
-from stream_faces import SyncStreamFace
-from stream_peer import StreamScript
+from stream_adapters import SyncStreamAdapter
+from stream_script import StreamScript
 
 
 def answer(values=((0.0, 0.5), (0.25, 1.0)), **fields):
@@ -112,8 +112,8 @@ def peer():
     server.stop(0).wait()
 
 
-class SyncFace:
-    """A `Client` with the AsyncClient's face: every call runs in a thread."""
+class SyncAdapter:
+    """A `Client` with the AsyncClient's methods: every call runs in a thread."""
 
     def __init__(self, client):
         self.client = client
@@ -122,23 +122,23 @@ class SyncFace:
         return lambda *args, **kwargs: asyncio.to_thread(getattr(self.client, name), *args, **kwargs)
 
     def stream(self, **options):
-        return SyncStreamFace(self.client.stream(**options))
+        return SyncStreamAdapter(self.client.stream(**options))
 
 
 @pytest.fixture(params=["sync", "async"])
 async def connect(request, peer):
     """Makes clients of the peer (or of another address), closed at the end."""
-    faces = []
+    made = []
 
     def make(address=None, **options):
         kind = Client if request.param == "sync" else AsyncClient
         client = kind(address or peer.address, **options)
-        faces.append(SyncFace(client) if request.param == "sync" else client)
-        return faces[-1]
+        made.append(SyncAdapter(client) if request.param == "sync" else client)
+        return made[-1]
 
     yield make
-    for face in faces:
-        await face.close()
+    for client in made:
+        await client.close()
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import tiny_models
-from engine_cases import noise
 from heatlens_server.backends.onnx.manifest import read_manifest
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.engine import MapSpec
@@ -22,6 +21,7 @@ from heatlens_server.fleet import artefact
 from heatlens_server.fleet import build as building
 from heatlens_server.fleet.build import BuiltModel, build
 from heatlens_server.fleet.warm_up import check_answers
+from loaded_models import noise
 
 PREPROCESS = {
     "resize_px": 64,
@@ -215,7 +215,7 @@ def test_a_changed_gradient_with_the_same_scores_is_noticed(make, tmp_path, monk
     ("changes", "message"),
     [
         ({"factory": "tiny_models:tiny_mlp", "method": "cam"}, "method cam is not supported"),
-        ({"factory": "odd_models:not_finite"}, "not finite"),
+        ({"factory": "tiny_models:not_finite"}, "not finite"),
         ({"layers": ["boddy"]}, "boddy"),
         ({"factory": "tiny_models:broken"}, "failed"),
     ],

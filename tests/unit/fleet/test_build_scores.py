@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import tiny_models
-from engine_cases import loaded, noise, user_export
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.engine import MapSpec
@@ -15,6 +14,7 @@ from heatlens_server.core.graph_spec import Format, GraphSpec
 from heatlens_server.core.methods import Method, Score
 from heatlens_server.core.targets import TopK
 from heatlens_server.fleet.build import build
+from loaded_models import loaded, noise, user_export
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ import sys
 import pytest
 
 import tiny_models
-from engine_cases import loaded
 from heatlens_server.backends.onnx import manifest
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.graph_spec import Format
 from heatlens_server.fleet import cache_key as key_module
 from heatlens_server.fleet.cache_key import artefact_key, is_settled
+from loaded_models import loaded
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import tiny_models
-from engine_cases import noise
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.engine import MapSpec, SteppingEngine
 from heatlens_server.core.errors import ModelLoadError
@@ -17,6 +16,7 @@ from heatlens_server.core.tasks import Task
 from heatlens_server.fleet import torch_fallback as companion
 from heatlens_server.fleet.artefact import Artefact
 from heatlens_server.fleet.build import BuiltModel, build
+from loaded_models import noise
 
 PREPROCESS = {
     "resize_px": 64,

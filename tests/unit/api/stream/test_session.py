@@ -26,8 +26,8 @@ from heatlens_server.fleet.fleet import Fleet
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.scheduling.model_queue import ModelQueue
 from in_process_server import until
+from messages import pixels
 from raw_stream import PATIENCE_S, kinds
-from wire import pixels
 
 INFO = Capabilities("torch", "cpu", "fp32", 2, 2, 1, (Method.GRAD_CAM,), ("layer",))
 LIMITS = Limits(

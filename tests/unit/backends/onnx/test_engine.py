@@ -14,7 +14,6 @@ import onnxruntime
 import pytest
 
 import tiny_models
-from engine_cases import bundle, loaded, noise, user_export
 from heatlens_server.backends.onnx import engine as onnxruntime_engine
 from heatlens_server.backends.onnx.cuda import GraphedSession
 from heatlens_server.backends.onnx.engine import OnnxRuntimeEngine
@@ -24,6 +23,7 @@ from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.graph_spec import Format, GraphSpec, InputKind, Output
 from heatlens_server.core.methods import CLOSED_FORMS, Method, Score
 from heatlens_server.core.targets import ClassIds, TopK
+from loaded_models import bundle, loaded, noise, user_export
 
 SPEC = MapSpec(Method.GRAD_CAM, ("body",), upsample=False)
 TARGETS = [TopK(3), ClassIds((4,)), TopK(1), ClassIds((1, 2, 3, 9, 0)), TopK(10)]

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from engine_cases import MEAN, STD, noise
 from heatlens_server.backends.onnx.graph_rows import (
     GraphRows,
     class_index,
@@ -21,6 +20,7 @@ from heatlens_server.core.methods import ABSENT, RANKED
 from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
 from heatlens_server.core.targets import ClassIds, TopK
 from heatlens_server.imaging.preprocess import normalise
+from loaded_models import MEAN, STD, noise
 
 CLASSES = 12
 

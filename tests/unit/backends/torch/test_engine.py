@@ -5,12 +5,12 @@ import pytest
 import torch
 
 import tiny_models
-from engine_cases import Judge, hook_count, loaded, noise
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import ClassIds, TopK
+from loaded_models import Judge, hook_count, loaded, noise
 
 SPEC = MapSpec(Method.GRAD_CAM, ("body",), upsample=False)
 

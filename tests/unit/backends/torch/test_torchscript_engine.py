@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import tiny_models
-from engine_cases import bundle, loaded, noise, user_export
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.torchscript_engine import TorchScriptEngine
 from heatlens_server.core.engine import MapSpec
@@ -18,6 +17,7 @@ from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.graph_spec import SERVED_OUTPUTS, Format, GraphSpec, InputKind, Output
 from heatlens_server.core.methods import CLOSED_FORMS, Method, Score
 from heatlens_server.core.targets import ClassIds, TopK
+from loaded_models import bundle, loaded, noise, user_export
 
 SPEC = MapSpec(Method.GRAD_CAM, ("body",), upsample=False)
 TARGETS = [TopK(3), ClassIds((4,)), TopK(1), ClassIds((1, 2, 3, 9, 0)), TopK(10)]

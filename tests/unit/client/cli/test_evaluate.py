@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from cli_process import start_cli
+from evaluation_peer import SERVED, failing, image_of, measuring, refusing
 from heatlens._cli import app
-from measuring_peer import SERVED, failing, image_of, measuring, refusing
 
 
 @pytest.fixture

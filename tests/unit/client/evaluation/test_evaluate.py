@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import heatlens
+from evaluation_peer import NAMES, ONE_PASS, failing, image_of, measuring, number_of, refusing
 from heatlens import Client, Retry, evaluate
 from heatlens._wire.names import METHODS, METRICS
 from heatlens.v1 import model_pb2
-from measuring_peer import NAMES, ONE_PASS, failing, image_of, measuring, number_of, refusing
 
 
 @pytest.fixture

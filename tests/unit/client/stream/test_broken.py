@@ -8,7 +8,7 @@ import pytest
 
 import heatlens
 from heatlens.v1 import explain_pb2
-from stream_faces import FRAMES, collected, settled
+from stream_adapters import FRAMES, collected, settled
 
 # Refused at the door.
 

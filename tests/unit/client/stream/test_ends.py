@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 import heatlens
-from stream_faces import FRAMES, collected, settled
+from stream_adapters import FRAMES, collected, settled
 
 
 def our_threads():

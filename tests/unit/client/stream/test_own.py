@@ -10,8 +10,8 @@ import time
 import pytest
 
 from heatlens import AsyncClient, Client, DeadlineExceededError
-from stream_faces import FRAMES, settled
-from stream_peer import reply_to
+from stream_adapters import FRAMES, settled
+from stream_script import reply_to
 
 
 def test_leaving_a_for_loop_stops_the_pump_at_once(peer):

@@ -9,8 +9,8 @@ import pytest
 import heatlens
 from heatlens import InvalidArgumentError
 from heatlens.v1 import explain_pb2, method_pb2
-from stream_faces import FRAMES, INF, NAN, collected
-from stream_peer import BAD, frame_status, reply_to
+from stream_adapters import FRAMES, INF, NAN, collected
+from stream_script import BAD, frame_status, reply_to
 
 
 async def test_one_answer_for_each_frame_in_order_with_the_frame_itself(connect, peer):

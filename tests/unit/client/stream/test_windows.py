@@ -8,7 +8,7 @@ import pytest
 import heatlens
 from heatlens import HeatlensError, InvalidArgumentError
 from heatlens._stream.calls import AsyncCondition
-from stream_faces import FRAMES, INF, NAN, collected, running, settled
+from stream_adapters import FRAMES, INF, NAN, collected, running, settled
 
 
 async def test_block_send_waits_while_the_window_is_full(connect, peer):

@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 import pytest
 
-from films import read_film
 from heatlens._video.film import Film
+from video_files import read_film
 
 SUFFIXES = [".mp4", ".m4v", ".mov", ".mkv"]
 

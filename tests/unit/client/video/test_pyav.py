@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from av.stream import Disposition
 
-from films import break_off, write_video
 from heatlens._video.inputs import open_source
 from heatlens._video.pyav import MAX_STEP_S, LiveVideo, open_video, step_s
+from video_files import break_off, write_video
 
 
 @pytest.fixture

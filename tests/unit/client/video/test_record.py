@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from films import read_film
 from heatlens import Explanation, Heatmap, InternalError, PixelBox, ResourceExhaustedError, Result, Timing
 from heatlens._results.results import FRAME_DROPPED, FrameResult
 from heatlens._video.record import JsonLines, Record, Status
 from heatlens._video.source import VideoFrame
+from video_files import read_film
 
 SIZE = (64, 48)
 GRAY = 90

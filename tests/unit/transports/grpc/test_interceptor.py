@@ -17,7 +17,7 @@ from heatlens_server.api.calls import CallGate, current_call
 from heatlens_server.core.errors import DeadlineExpired, InternalError, InvalidArgument, QueueFull
 from heatlens_server.telemetry.log_observer import LogObserver
 from heatlens_server.transports.grpc.interceptor import CallInterceptor
-from wire import Details
+from messages import Details
 
 METHOD = "/heatlens.v1.ExplainService/Explain"
 LOGGER = "heatlens.rpc"

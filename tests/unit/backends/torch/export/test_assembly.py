@@ -5,8 +5,8 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 
-import exports
-from exports import make, normalised, pixels
+import export_networks
+from export_networks import make, normalised, pixels
 from heatlens_server.backends.torch.export.assembly import Assembly
 from heatlens_server.backends.torch.export.capture import capture
 from heatlens_server.backends.torch.export.differentiate import differentiate
@@ -23,13 +23,13 @@ def targets(graph_module):
 
 
 def test_weights_are_in_the_graph_once_and_are_the_model_s_own():
-    model, graph_module = graph_of(exports.Staged, "middle")
+    model, graph_module = graph_of(export_networks.Staged, "middle")
     held = [buffer.data_ptr() for buffer in graph_module.buffers()]
     assert len(held) == len(set(held))
     assert {parameter.data_ptr() for parameter in model.module.parameters()} <= set(held)
 
 
-class Standardised(exports.Staged):
+class Standardised(export_networks.Staged):
     """Computes with its parameters before it uses them."""
 
     def __init__(self) -> None:
@@ -52,13 +52,13 @@ def test_what_depends_on_parameters_alone_is_computed_now():
 
 
 def test_no_node_depends_on_the_strides_that_were_traced():
-    _, graph_module = graph_of(exports.Staged, "last", classes=None)
+    _, graph_module = graph_of(export_networks.Staged, "last", classes=None)
     assert "aten.reshape.default" in targets(graph_module)
     assert not {"aten.view.default", "aten._unsafe_view.default"} & set(targets(graph_module))
 
 
 def test_nothing_is_left_of_the_tracer():
-    _, graph_module = graph_of(exports.Staged, "first")
+    _, graph_module = graph_of(export_networks.Staged, "first")
     names = " ".join(targets(graph_module))
     assert "heatlens" not in names
     assert "backward" not in names
@@ -66,10 +66,11 @@ def test_nothing_is_left_of_the_tracer():
 
 
 def test_only_what_leads_to_an_output_is_kept():
-    captured = capture(make(exports.Staged), ["last"], input_kind=InputKind.FLOAT, precision="fp32", classes=1)
+    captured = capture(make(export_networks.Staged), ["last"], input_kind=InputKind.FLOAT, precision="fp32", classes=1)
     assembly = Assembly(captured)
     first = next(node for node in captured.nodes if "hardswish" in node.name)
     assembly.node(captured.logits)
     finished = assembly.finish([assembly.node(first)])
     assert not any("linear" in name for name in targets(finished))
-    assert finished(torch.zeros(3, 3, exports.PX, exports.PX), torch.zeros(3, 1, dtype=torch.int64))[0].shape[0] == 3
+    image = torch.zeros(3, 3, export_networks.PX, export_networks.PX)
+    assert finished(image, torch.zeros(3, 1, dtype=torch.int64))[0].shape[0] == 3

@@ -5,21 +5,21 @@ import stat
 
 import pytest
 
-import exports
+import export_networks
 import tiny_models
-from engine_cases import hook_count, loaded
-from exports import make
+from export_networks import make
 from heatlens_server.backends.onnx.manifest import read_manifest
 from heatlens_server.backends.torch.export import delivery
 from heatlens_server.backends.torch.export.delivery import check_target, export_model, methods_of
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import Format, GraphSpec
 from heatlens_server.core.methods import CLOSED_FORMS, Method
+from loaded_models import hook_count, loaded
 
 QUIET = lambda _: None  # noqa: E731
 
 
-def export(folder, *, kind=exports.Staged, verify=False, report=QUIET):
+def export(folder, *, kind=export_networks.Staged, verify=False, report=QUIET):
     return export_model(
         make(kind),
         GraphSpec("last"),
@@ -73,10 +73,10 @@ def test_a_failing_export_leaves_the_folder_as_it_was(tmp_path, damage):
         (tmp_path / "out" / "test.ts").write_bytes(b"damaged")
     before = {name: (tmp_path / "out" / name).read_bytes() for name in names(tmp_path / "out")}
     with pytest.raises(ExportError, match="the network cannot be recorded"):
-        export(tmp_path / "out", kind=exports.Baked)
+        export(tmp_path / "out", kind=export_networks.Baked)
     assert {name: (tmp_path / "out" / name).read_bytes() for name in names(tmp_path / "out")} == before
     with pytest.raises(ExportError, match="the network cannot be recorded"):
-        export(tmp_path / "new" / "folder", kind=exports.Baked)
+        export(tmp_path / "new" / "folder", kind=export_networks.Baked)
     assert names(tmp_path) == ["out"]
 
 
@@ -165,7 +165,7 @@ def test_methods_are_those_of_the_reference_engine():
     assert Method.CAM not in methods_of(loaded(tiny_models.tiny_mlp()))
 
 
-class Scaling(exports.Staged):
+class Scaling(export_networks.Staged):
     """Calls an operator in a way that ONNX has no translation of."""
 
     def forward(self, x):

@@ -6,26 +6,26 @@ import numpy as np
 import pytest
 import torch
 
-import exports
-from engine_cases import hook_count
-from exports import assert_true, make, normalised, pixels, run_torch, truth
+import export_networks
+from export_networks import assert_true, make, normalised, pixels, run_torch, truth
 from heatlens_server.backends.torch.export.capture import capture
 from heatlens_server.backends.torch.export.differentiate import differentiate, differentiate_all
 from heatlens_server.core.graph_spec import MAP_OUTPUTS, GraphSpec, InputKind, Output
 from heatlens_server.core.methods import ABSENT, CLOSED_FORMS, RANKED, Method, Score
+from loaded_models import hook_count
 
 NAMES = [str(output) for output in Output]
 
 
 def ids(count, classes, seed=0):
     rng = np.random.default_rng(seed)
-    return np.stack([rng.permutation(exports.CLASSES)[:classes] for _ in range(count)])
+    return np.stack([rng.permutation(export_networks.CLASSES)[:classes] for _ in range(count)])
 
 
 @pytest.mark.parametrize("layer", ["first", "middle", "last"])
 @pytest.mark.parametrize("classes", [1, 2, None])
 def test_graph_agrees_with_float64_at_every_batch_size(layer, classes):
-    model = make(exports.Staged)
+    model = make(export_networks.Staged)
     graph = differentiate(model, GraphSpec(layer, classes=classes))
     for count, asked in ((1, 1), (5, 3), (3, 4)):
         images, class_ids = pixels(count), ids(count, classes or asked, seed=3)
@@ -35,7 +35,7 @@ def test_graph_agrees_with_float64_at_every_batch_size(layer, classes):
 
 
 def test_attention_behind_the_layer():
-    model = make(exports.Tokens, "patch")
+    model = make(export_networks.Tokens, "patch")
     graph = differentiate(model, GraphSpec("patch"))
     found = run_torch(graph, NAMES, normalised(pixels(3)), ids(3, 1))
     assert_true(found, truth(model, "patch", pixels(3), ids(3, 1)))
@@ -46,7 +46,7 @@ def test_attention_behind_the_layer():
     list(zip([m for m in CLOSED_FORMS if m is not Method.CAM], itertools.cycle([1, None]), strict=False)),
 )
 def test_every_method(method, classes):
-    model = make(exports.Staged)
+    model = make(export_networks.Staged)
     graph = differentiate(model, GraphSpec("last", method, classes, outputs=(Output.LOGITS, *MAP_OUTPUTS)))
     class_ids = ids(3, classes or 2)
     found = run_torch(graph, ["logits", *MAP_OUTPUTS], normalised(pixels(3)), class_ids)
@@ -56,7 +56,7 @@ def test_every_method(method, classes):
 
 @pytest.mark.parametrize("method", [Method.EIGEN_CAM, Method.RANDOM_CAM])
 def test_methods_of_activations_alone_need_no_backward_pass(method):
-    model = make(exports.Staged)
+    model = make(export_networks.Staged)
     alone = tuple(output for output in Output if output is not Output.GRADIENTS)
     graphs = {
         outputs: differentiate(model, GraphSpec("first", method, 2, outputs=outputs))
@@ -86,7 +86,7 @@ def test_methods_of_activations_alone_need_no_backward_pass(method):
     ("score", "classes"), [(Score.PROBABILITY, None), (Score.LOG_PROBABILITY, 2), (Score.CONTRAST, None)]
 )
 def test_scores_other_than_the_logit(score, classes):
-    model = make(exports.Staged)
+    model = make(export_networks.Staged)
     class_ids = ids(3, 2)
     class_ids[2, 1] = ABSENT
     found = run_torch(
@@ -97,7 +97,7 @@ def test_scores_other_than_the_logit(score, classes):
 
 def test_a_probability_in_half_precision_keeps_its_gradients():
     """Its derivative, 1e-7 here, is no float16 number; the gradients of the logits are."""
-    model = make(exports.Staged)
+    model = make(export_networks.Staged)
     head = next(module for module in reversed(list(model.module.modules())) if isinstance(module, torch.nn.Linear))
     with torch.no_grad():
         head.bias[3] = 16.0
@@ -117,7 +117,7 @@ def test_what_no_graph_can_be():
 
 
 def test_pixels_as_input():
-    model = make(exports.Staged)
+    model = make(export_networks.Staged)
     graph = differentiate(model, GraphSpec("last", classes=2, input=InputKind.UINT8))
     images = pixels(4)
     found = run_torch(graph, NAMES, np.ascontiguousarray(images.transpose(0, 3, 1, 2)), ids(4, 2))
@@ -126,7 +126,7 @@ def test_pixels_as_input():
 
 @pytest.mark.parametrize("classes", [1, None])
 def test_half_precision(classes):
-    model = make(exports.Staged)
+    model = make(export_networks.Staged)
     graph = differentiate(model, GraphSpec("last", classes=classes, precision="fp16"))
     found = run_torch(graph, NAMES, normalised(pixels(3)), ids(3, 1))
     assert {values.dtype for name, values in found.items() if name != "class_id"} == {np.dtype(np.float32)}
@@ -135,7 +135,7 @@ def test_half_precision(classes):
 
 @pytest.mark.parametrize("classes", [1, 3, None])
 def test_ranked_and_absent_classes(classes):
-    model = make(exports.Staged)
+    model = make(export_networks.Staged)
     graph = differentiate(model, GraphSpec("middle", classes=classes))
     wanted = np.full((3, classes or 3), RANKED)
     wanted[1, -1] = ABSENT
@@ -149,7 +149,7 @@ def test_ranked_and_absent_classes(classes):
 
 
 def test_inputs_of_any_strides():
-    model = make(exports.Tokens, "patch")
+    model = make(export_networks.Tokens, "patch")
     images, class_ids = pixels(3), ids(3, 2)
     graph = differentiate(model, GraphSpec("patch", classes=None))
     with torch.inference_mode():
@@ -161,7 +161,7 @@ def test_inputs_of_any_strides():
 
 
 def test_the_model_is_left_as_it_was():
-    model = make(exports.Staged)
+    model = make(export_networks.Staged)
     before = {name: value.clone() for name, value in model.module.state_dict().items()}
     differentiate(model, GraphSpec("middle", precision="fp16"))
     assert all(torch.equal(value, before[name]) for name, value in model.module.state_dict().items())
@@ -170,7 +170,7 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_one_graph_of_all_layers_and_methods():
-    model = make(exports.Staged)
+    model = make(export_networks.Staged)
     layers = ["last", "first"]
     captured = capture(model, layers, input_kind=InputKind.FLOAT, precision="fp32", classes=None)
     targets = [(layer, method) for layer in layers for method in (Method.GRAD_CAM, Method.LAYER_CAM)]

@@ -17,8 +17,7 @@ from torchvision.models.maxvit import MaxVit
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 from torchvision.models.vision_transformer import VisionTransformer
 
-from engine_cases import loaded, noise, user_export
-from exports import normalised, run_torch
+from export_networks import normalised, run_torch
 from heatlens_server.backends.torch.export.comparison import truth
 from heatlens_server.backends.torch.export.differentiate import differentiate
 from heatlens_server.backends.torch.export.reference import Network
@@ -26,6 +25,7 @@ from heatlens_server.backends.torch.export.verify import verify
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.core.graph_spec import Format, GraphSpec, Output
 from heatlens_server.core.methods import Method
+from loaded_models import loaded, noise, user_export
 
 CLASSES = 10
 NO_AUXILIARY_HEADS = {"aux_logits": False, "init_weights": False, "transform_input": False}

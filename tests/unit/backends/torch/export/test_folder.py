@@ -2,19 +2,19 @@
 
 import pytest
 
-import exports
-from engine_cases import bundle, user_export
-from exports import make
+import export_networks
+from export_networks import make
 from heatlens_server.backends.onnx.manifest import read_manifest, sha256_of
 from heatlens_server.backends.torch.export.folder import export_graph
 from heatlens_server.backends.torch.sources.weights import weights_version
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import SERVED_OUTPUTS, Format, GraphSpec, InputKind, Output
 from heatlens_server.core.methods import CLOSED_FORMS, Method
+from loaded_models import bundle, user_export
 
 
 def test_manifest_of_one_graph(tmp_path):
-    model = make(exports.Staged)
+    model = make(export_networks.Staged)
     spec = GraphSpec("last", Method.LAYER_CAM, classes=2, outputs=(Output.LOGITS, Output.CAM), input=InputKind.UINT8)
     phases = []
     manifest = export_graph(
@@ -29,9 +29,9 @@ def test_manifest_of_one_graph(tmp_path):
     assert (manifest.classes, manifest.input, manifest.precision) == (2, InputKind.UINT8, "fp32")
     assert (manifest.opset, manifest.parity) == (None, {})
     assert [(info.name, info.dtype, info.shape) for info in (*manifest.inputs, *manifest.outputs)] == [
-        ("image", "uint8", ("batch", 3, exports.PX, exports.PX)),
+        ("image", "uint8", ("batch", 3, export_networks.PX, export_networks.PX)),
         ("class_index", "int64", ("batch", 2)),
-        ("logits", "float32", ("batch", exports.CLASSES)),
+        ("logits", "float32", ("batch", export_networks.CLASSES)),
         ("cam", "float32", ("batch", 2, 4, 4)),
     ]
     assert all(info.meaning for info in (*manifest.inputs, *manifest.outputs))
@@ -41,13 +41,13 @@ def test_manifest_of_one_graph(tmp_path):
 
 
 def test_any_number_of_classes_has_a_name():
-    _, manifest = user_export(make(exports.Staged), Format.PT2, GraphSpec("last", classes=None))
+    _, manifest = user_export(make(export_networks.Staged), Format.PT2, GraphSpec("last", classes=None))
     assert {info.name: info.shape for info in manifest.outputs}["gradients"] == ("batch", "classes", 12, 4, 4)
     assert manifest.inputs[1].shape == ("batch", "classes")
 
 
 def test_a_server_s_export_has_every_layer_and_method():
-    model = make(exports.Staged, "last", "first")
+    model = make(export_networks.Staged, "last", "first")
     _, manifest = bundle(model, Format.ONNX)
     methods = [method for method in CLOSED_FORMS if method is not Method.CAM]
     expected = [("last", method) for method in methods]
@@ -59,7 +59,7 @@ def test_a_server_s_export_has_every_layer_and_method():
 
 
 def test_a_server_s_torchscript_export_has_a_file_for_each_layer():
-    model = make(exports.Staged, "last", "first")
+    model = make(export_networks.Staged, "last", "first")
     _, manifest = bundle(model, Format.TORCHSCRIPT)
     assert list(dict.fromkeys(graph.file for graph in manifest.graphs)) == ["layer-0.ts", "layer-1.ts"]
     assert manifest.layers == ("last", "first")
@@ -70,7 +70,7 @@ def test_a_server_s_torchscript_export_has_a_file_for_each_layer():
 def test_a_model_that_cannot_be_exported_leaves_no_file(tmp_path):
     with pytest.raises(ExportError, match="the network cannot be recorded for every batch size"):
         export_graph(
-            make(exports.Baked),
+            make(export_networks.Baked),
             GraphSpec("last"),
             file_format=Format.ONNX,
             source="x",

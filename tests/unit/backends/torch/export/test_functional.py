@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-import exports
+import export_networks
 from heatlens_server.backends.torch.export.functional import functional
 
 aten = torch.ops.aten
@@ -72,7 +72,7 @@ def test_results_stay_and_no_operator_writes(make):
         program = functional(exported(module))
         torch.testing.assert_close(program.module()(image.clone()), expected)
     for node in program.graph.nodes:
-        assert not (exports.writes(node.target)), node
+        assert not (export_networks.writes(node.target)), node
 
 
 def test_simple_writes_take_no_second_trace(monkeypatch):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from engine_cases import loaded, noise
 from heatlens_server.backends.onnx.manifest import read_manifest
 from heatlens_server.backends.torch.cam.grid import Grid, Layout
 from heatlens_server.backends.torch.engine import TorchEngine
@@ -19,6 +18,7 @@ from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.graph_spec import MANIFEST_FILE, Format, GraphSpec, InputKind, Output
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import ClassIds
+from loaded_models import loaded, noise
 from tiny_transformers import CLASS_COUNT, transformer
 
 

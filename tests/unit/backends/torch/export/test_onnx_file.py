@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch.export import Dim
 
-import exports
-from engine_cases import bundle, user_export
-from exports import assert_true, make, normalised, pixels, tells_no_path, truth
+import export_networks
+from export_networks import assert_true, make, normalised, pixels, tells_no_path, truth
 from heatlens_server.backends.torch.export import onnx_file
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import Format, GraphSpec, Output
+from loaded_models import bundle, user_export
 
 
 def exported():
-    model = make(exports.Staged)
+    model = make(export_networks.Staged)
     folder, manifest = user_export(model, Format.ONNX, GraphSpec("middle", classes=None))
     return model, folder / manifest.graphs[0].file
 
@@ -34,7 +34,7 @@ def test_file_is_valid_and_says_what_it_takes_and_gives():
         for info in (*model.graph.input, *model.graph.output)
     }
     batch, classes = shapes["class_index"]
-    assert shapes["image"] == [batch, 3, exports.PX, exports.PX]
+    assert shapes["image"] == [batch, 3, export_networks.PX, export_networks.PX]
     assert shapes["cam"] == [batch, classes, 16, 16]
     assert shapes["gradients"] == [batch, classes, 6, 16, 16]
     assert isinstance(batch, str)
@@ -47,7 +47,8 @@ def test_any_batch_and_number_of_classes_agree_with_float64():
     names = [str(output) for output in Output]
     for count, classes in ((1, 1), (5, 3)):
         images = pixels(count)
-        class_ids = np.stack([np.random.default_rng(n).permutation(exports.CLASSES)[:classes] for n in range(count)])
+        orders = [np.random.default_rng(n).permutation(export_networks.CLASSES) for n in range(count)]
+        class_ids = np.stack(orders)[:, :classes]
         values = session.run(names, {"image": normalised(images), "class_index": class_ids})
         assert_true(dict(zip(names, values, strict=True)), truth(model, "middle", images, class_ids))
 
@@ -61,7 +62,7 @@ def test_nothing_of_this_machine_is_in_a_file():
     _, path = exported()
     assert tells_no_path(path)
     assert not any(node.metadata_props or node.doc_string for node in onnx.load(path).graph.node)
-    folder, _ = bundle(make(exports.Staged, "last", "first"), Format.ONNX)
+    folder, _ = bundle(make(export_networks.Staged, "last", "first"), Format.ONNX)
     assert all(tells_no_path(file) for file in folder.iterdir())
 
 
@@ -79,7 +80,7 @@ def test_equal_values_rank_by_index(tmp_path):
 
 
 def test_files_that_were_cut_share_their_weights_and_hold_no_more_than_they_need():
-    folder, manifest = bundle(make(exports.Staged, "last", "first"), Format.ONNX)
+    folder, manifest = bundle(make(export_networks.Staged, "last", "first"), Format.ONNX)
     sizes = {path.name: path.stat().st_size for path in folder.glob("*.onnx")}
     assert set(sizes) == {graph.file for graph in manifest.graphs}
     assert set(manifest.files) == {*sizes, "all.onnx.data"}

@@ -4,8 +4,8 @@ from importlib.resources import files
 
 import numpy as np
 
-import exports
-from exports import make
+import export_networks
+from export_networks import make
 from heatlens_server.backends.torch.export.photos import PHOTOS, load_photos
 from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
 
@@ -20,8 +20,8 @@ def test_photos_are_small_and_their_licences_are_told():
 
 
 def test_photos_come_at_the_model_s_size_and_differ():
-    images = load_photos(make(exports.Staged).preprocess)
-    assert images.shape == (4, exports.PX, exports.PX, 3)
+    images = load_photos(make(export_networks.Staged).preprocess)
+    assert images.shape == (4, export_networks.PX, export_networks.PX, 3)
     assert images.dtype == np.uint8
     assert images.flags.c_contiguous
     assert all(images[a].std() > 20 and (a == b or np.any(images[a] != images[b])) for a in range(4) for b in range(4))

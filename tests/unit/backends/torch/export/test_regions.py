@@ -6,11 +6,11 @@ import torch
 from torch import nn
 from torch._ops import HigherOrderOperator
 
-from engine_cases import loaded, user_export
-from exports import CLASSES, PX
+from export_networks import CLASSES, PX
 from heatlens_server.backends.torch.export.functional import functional
 from heatlens_server.backends.torch.export.verify import verify
 from heatlens_server.core.graph_spec import Format, GraphSpec
+from loaded_models import loaded, user_export
 
 aten = torch.ops.aten
 

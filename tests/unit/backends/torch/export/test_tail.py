@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import exports
-from exports import make
+import export_networks
+from export_networks import make
 from heatlens_server.backends.torch.export.capture import capture
 from heatlens_server.backends.torch.export.tail import tail_of, trace_ranked, trace_rows, traced
 from heatlens_server.core.errors import ExportError
@@ -17,7 +17,7 @@ def record(kind, *layers, classes=None):
 
 
 def test_the_tail_is_what_depends_on_the_layer():
-    captured = record(exports.Staged, "first", "last")
+    captured = record(export_networks.Staged, "first", "last")
     first, last = tail_of(captured, "first"), tail_of(captured, "last")
     assert set(last.nodes) < set(first.nodes)
     assert len(first.nodes) < len(captured.nodes)
@@ -26,7 +26,7 @@ def test_the_tail_is_what_depends_on_the_layer():
 
 
 def test_a_connection_past_the_layer_is_an_input_of_the_tail():
-    captured = record(exports.Staged, "middle", "first", "last")
+    captured = record(export_networks.Staged, "middle", "first", "last")
     middle = tail_of(captured, "middle")
     assert any(node.meta["val"].shape[1:] == (6, 16, 16) for node in middle.needs)
     parameters = [node for node in tail_of(captured, "last").needs if node not in captured.constants]
@@ -35,10 +35,10 @@ def test_a_connection_past_the_layer_is_an_input_of_the_tail():
 
 def test_a_layer_that_leads_nowhere_is_refused():
     with pytest.raises(ExportError, match="the model's output does not depend on layer 'middle'"):
-        tail_of(record(exports.Dangling, "middle"), "middle")
+        tail_of(record(export_networks.Dangling, "middle"), "middle")
 
 
-class Detached(exports.Staged):
+class Detached(export_networks.Staged):
     """Its author cuts the gradient behind the first stage."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def test_a_layer_without_a_gradient_is_refused():
         trace_ranked(captured, tail_of(captured, "first"), 1)
 
 
-class Meeting(exports.Staged):
+class Meeting(export_networks.Staged):
     """Past its middle stage goes a value of which the images are the second dimension."""
 
     def forward(self, x: Tensor) -> Tensor:

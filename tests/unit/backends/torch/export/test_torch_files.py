@@ -5,24 +5,24 @@ import pytest
 import torch
 from torch import nn
 
-import exports
-from engine_cases import user_export
-from exports import assert_true, make, normalised, pixels, run_torch, tells_no_path, truth
+import export_networks
+from export_networks import assert_true, make, normalised, pixels, run_torch, tells_no_path, truth
 from heatlens_server.backends.torch.export.torch_files import to_program, to_torchscript
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import Format, GraphSpec, InputKind, Output
+from loaded_models import user_export
 
 NAMES = [str(output) for output in Output]
 
 
 def test_any_batch_and_number_of_classes_agree_with_float64():
-    model = make(exports.Staged)
+    model = make(export_networks.Staged)
     folder, manifest = user_export(model, Format.PT2, GraphSpec("last", classes=None))
     path = folder / manifest.graphs[0].file
     assert tells_no_path(path)
     module = torch.export.load(path).module()
     for count, classes in ((1, 1), (5, 3)):
-        class_ids = (np.arange(count * classes).reshape(classes, count) % exports.CLASSES).T
+        class_ids = (np.arange(count * classes).reshape(classes, count) % export_networks.CLASSES).T
         found = run_torch(module, NAMES, normalised(pixels(count)), class_ids)
         np.testing.assert_array_equal(found["class_id"], class_ids)
         assert_true(found, truth(model, "last", pixels(count), class_ids))
@@ -35,7 +35,7 @@ def test_a_graph_of_one_batch_size_is_refused():
     with pytest.raises(ExportError, match="the graph cannot be exported"):
         to_program(
             torch.fx.GraphModule(torch.nn.Module(), graph),
-            make(exports.Staged),
+            make(export_networks.Staged),
             input_kind=InputKind.FLOAT,
             classes=1,
         )
@@ -47,7 +47,7 @@ NAMES = [str(output) for output in Output]
 
 
 def exported(**changes):
-    model = make(exports.Staged)
+    model = make(export_networks.Staged)
     folder, manifest = user_export(model, Format.TORCHSCRIPT, GraphSpec("middle", **changes))
     return model, folder / manifest.graphs[0].file
 
@@ -57,7 +57,7 @@ def test_any_batch_agrees_with_float64(classes):
     model, path = exported(classes=classes)
     module = torch.jit.load(path)
     for count in (1, 5):
-        class_ids = np.arange(count * (classes or 2)).reshape(count, -1) % exports.CLASSES
+        class_ids = np.arange(count * (classes or 2)).reshape(count, -1) % export_networks.CLASSES
         found = run_torch(module, NAMES, normalised(pixels(count)), class_ids)
         assert_true(found, truth(model, "middle", pixels(count), class_ids))
 

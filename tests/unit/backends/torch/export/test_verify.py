@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-import exports
-from engine_cases import bundle, hook_count, user_export
-from exports import make
+import export_networks
+from export_networks import make
 from heatlens_server.backends.torch.export import verify as verifying
 from heatlens_server.backends.torch.export.folder import export_graph
 from heatlens_server.backends.torch.export.runtimes import open_graph
@@ -20,6 +19,7 @@ from heatlens_server.backends.torch.export.verify import FORWARD_CAPS, TOLERANCE
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import Format, GraphSpec, InputKind, Output
 from heatlens_server.core.methods import Method
+from loaded_models import bundle, hook_count, user_export
 
 FIGURES = ["logits", "activations", "weights", "cam", "cam_scale", "cam_offset"]
 
@@ -32,7 +32,7 @@ def check(model, exported, lines=None):
 @pytest.mark.parametrize("file_format", Format)
 @pytest.mark.parametrize("classes", [1, None])
 def test_a_right_export_passes_with_figures(file_format, classes):
-    model = make(exports.Staged)
+    model = make(export_networks.Staged)
     lines = []
     parity = check(model, user_export(model, file_format, GraphSpec("middle", classes=classes)), lines)
     assert (parity["judge"], parity["batch_sizes"], len(parity["photos"])) == ("float64", [1, 3, 4], 4)
@@ -60,7 +60,7 @@ def test_a_right_export_passes_with_figures(file_format, classes):
     ],
 )
 def test_whatever_a_graph_holds_is_compared(changes):
-    model = make(exports.Staged)
+    model = make(export_networks.Staged)
     spec = GraphSpec("last", **changes)
     parity = check(model, user_export(model, Format.TORCHSCRIPT, spec))
     names = {"weights" if output is Output.GRADIENTS else str(output) for output in spec.outputs} - {"class_id"}
@@ -71,7 +71,7 @@ def test_whatever_a_graph_holds_is_compared(changes):
 
 @pytest.mark.parametrize("file_format", [Format.ONNX, Format.TORCHSCRIPT])
 def test_every_graph_of_a_server_s_export_is_verified(file_format):
-    model = make(exports.Staged, "last", "first")
+    model = make(export_networks.Staged, "last", "first")
     exported = bundle(model, file_format)
     lines = []
     parity = check(model, exported, lines)
@@ -90,7 +90,7 @@ def tampered(tmp_path, exported):
 
 
 def test_other_weights_are_found(tmp_path):
-    model = make(exports.Staged)
+    model = make(export_networks.Staged)
     folder, manifest, path = tampered(tmp_path, user_export(model, Format.ONNX, GraphSpec("middle", classes=None)))
     graph = onnx.load(path)
     tensor = max(graph.graph.initializer, key=lambda tensor: len(tensor.raw_data))
@@ -105,7 +105,7 @@ def test_other_weights_are_found(tmp_path):
 
 
 def test_files_that_do_not_load_or_run_are_errors(tmp_path):
-    model = make(exports.Staged)
+    model = make(export_networks.Staged)
     folder, manifest, path = tampered(tmp_path, user_export(model, Format.ONNX, GraphSpec("middle", classes=None)))
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ExportError, match=r"onnxruntime cannot load test\.onnx") as caught:
@@ -117,7 +117,7 @@ def test_files_that_do_not_load_or_run_are_errors(tmp_path):
 
 
 def test_a_graph_that_is_of_another_model_is_found():
-    model = make(exports.Staged)
+    model = make(export_networks.Staged)
     exported = user_export(model, Format.TORCHSCRIPT, GraphSpec("middle"))
     with torch.no_grad():
         model.module.head[3].bias[0] += 0.01
@@ -126,7 +126,7 @@ def test_a_graph_that_is_of_another_model_is_found():
 
 
 def test_a_manifest_that_says_something_else_is_found():
-    model = make(exports.Staged)
+    model = make(export_networks.Staged)
     folder, manifest = user_export(model, Format.TORCHSCRIPT, GraphSpec("middle"))
     graph = replace(manifest.graphs[0], method=Method.LAYER_CAM)
     with pytest.raises(ExportError, match=r"(cam|cam_scale|cam_offset) differs from float64"):
@@ -161,7 +161,7 @@ class Unranked(nn.Module):
     ],
 )
 def test_wrong_special_classes_are_found(tmp_path, fill, absent, message):
-    model = make(exports.Staged)
+    model = make(export_networks.Staged)
     folder, manifest = user_export(model, Format.TORCHSCRIPT, GraphSpec("middle"))
     file = manifest.graphs[0].file
     torch.jit.save(torch.jit.script(Unranked(torch.jit.load(folder / file), fill, absent)), tmp_path / file)
@@ -170,7 +170,7 @@ def test_wrong_special_classes_are_found(tmp_path, fill, absent, message):
 
 
 def test_flat_maps_prove_nothing_and_it_is_said():
-    model = make(exports.Untrained)
+    model = make(export_networks.Untrained)
     lines = []
     parity = check(model, user_export(model, Format.TORCHSCRIPT, GraphSpec("middle")), lines)
     assert (parity["compared_maps"], parity["informative_maps"]) == (8, 0)
@@ -178,7 +178,7 @@ def test_flat_maps_prove_nothing_and_it_is_said():
 
 
 def test_a_network_that_gives_nan_is_not_verified():
-    model = make(exports.Staged)
+    model = make(export_networks.Staged)
     exported = user_export(model, Format.TORCHSCRIPT, GraphSpec("middle"))
     with torch.no_grad():
         model.module.head[3].bias[0] = float("nan")
@@ -186,7 +186,7 @@ def test_a_network_that_gives_nan_is_not_verified():
         check(model, exported)
 
 
-class Doubling(exports.Staged):
+class Doubling(export_networks.Staged):
     """Another network in float64: by its logits."""
 
     def forward(self, x):
@@ -194,7 +194,7 @@ class Doubling(exports.Staged):
         return logits * 2 if x.dtype == torch.float64 else logits
 
 
-class Turning(exports.Staged):
+class Turning(export_networks.Staged):
     """Another network in float64: by its gradients alone."""
 
     def forward(self, x):
@@ -207,7 +207,7 @@ class Turning(exports.Staged):
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_rounding_does_not_excuse_everything(precision):
-    model = make(exports.Staged)
+    model = make(export_networks.Staged)
     exported = user_export(model, Format.TORCHSCRIPT, GraphSpec("middle", precision=precision))
     with pytest.raises(
         ExportError, match=rf"logits differs from float64 by 0.5, more than the {FORWARD_CAPS[precision]}"
@@ -218,24 +218,24 @@ def test_rounding_does_not_excuse_everything(precision):
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("outputs", [tuple(Output), (Output.CAM,), (Output.GRADIENTS,)])
 def test_maps_that_the_network_itself_misses_prove_nothing(outputs, precision):
-    model = make(exports.Staged)
+    model = make(export_networks.Staged)
     spec = GraphSpec("middle", precision=precision, outputs=outputs, method=Method.HI_RES_CAM)
     with pytest.raises(ExportError, match=r"layer middle: (no map could be compared: the network|\w+ differs)"):
         check(make(Turning), user_export(model, Format.TORCHSCRIPT, spec))
 
 
 def test_no_comparable_map_is_an_error_if_there_were_maps(monkeypatch):
-    model = make(exports.Staged, "last", "first")
+    model = make(export_networks.Staged, "last", "first")
     monkeypatch.setitem(verifying.UNKNOWN, "fp32", 0.0)
     message = r"layer middle: no map could be compared: the network itself in fp32 misses all \d+ that are not flat"
     with pytest.raises(ExportError, match=message):
-        check(model, user_export(make(exports.Staged), Format.TORCHSCRIPT, GraphSpec("middle")))
+        check(model, user_export(make(export_networks.Staged), Format.TORCHSCRIPT, GraphSpec("middle")))
     with pytest.raises(ExportError, match=r"layer-1.*, layer first: no map could be compared"):
         check(model, bundle(model, Format.ONNX))
 
 
 def test_what_is_not_finite_is_named(tmp_path):
-    model = make(exports.Staged)
+    model = make(export_networks.Staged)
     folder, manifest, path = tampered(
         tmp_path, user_export(model, Format.ONNX, GraphSpec("middle", outputs=(Output.GRADIENTS,)))
     )
@@ -250,7 +250,7 @@ def test_what_is_not_finite_is_named(tmp_path):
         check(model, (folder, manifest))
 
 
-class SingleOnly(exports.Staged):
+class SingleOnly(export_networks.Staged):
     """Has a dtype written into it, as some networks do."""
 
     def forward(self, x):
@@ -264,7 +264,7 @@ def test_a_network_that_does_not_run_in_float64_cannot_be_judged():
 
 
 def test_one_class(tmp_path):
-    class Single(exports.Staged):
+    class Single(export_networks.Staged):
         def forward(self, x):
             return super().forward(x)[:, :1]
 
@@ -291,7 +291,7 @@ def two_threads():
 
 
 def test_threads_are_as_many_as_before(two_threads):
-    model, during = make(exports.Staged), []
+    model, during = make(export_networks.Staged), []
     folder, manifest = user_export(model, Format.TORCHSCRIPT, GraphSpec("middle"))
 
     def run():

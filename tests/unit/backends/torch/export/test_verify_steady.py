@@ -3,12 +3,12 @@
 import pytest
 from torch import nn
 
-import exports
-from engine_cases import user_export
-from exports import make
+import export_networks
+from export_networks import make
 from heatlens_server.backends.torch.export.verify import verify
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import Format, GraphSpec
+from loaded_models import user_export
 
 
 def check(model, exported, lines=None):
@@ -16,14 +16,14 @@ def check(model, exported, lines=None):
     return verify(model, folder, manifest, report=(lines if lines is not None else []).append)
 
 
-class Dropping(exports.Staged):
+class Dropping(export_networks.Staged):
     """Drops values out whatever mode it is in."""
 
     def forward(self, x):
         return super().forward(nn.functional.dropout(x, 0.5, training=True))
 
 
-class Remembering(exports.Staged):
+class Remembering(export_networks.Staged):
     """Counts its calls outside of its buffers."""
 
     calls = 0
@@ -33,7 +33,7 @@ class Remembering(exports.Staged):
         return super().forward(x) * (1 + self.calls * 0.01)
 
 
-class Alternating(exports.Staged):
+class Alternating(export_networks.Staged):
     """Does every other call differently: in as many calls over the same photos, the same."""
 
     calls = 0
@@ -43,7 +43,7 @@ class Alternating(exports.Staged):
         return super().forward(x) * (1 + self.calls % 2 * 0.01)
 
 
-class Mixing(exports.Staged):
+class Mixing(export_networks.Staged):
     """Centres what it sees over the batch."""
 
     def forward(self, x):
@@ -61,7 +61,7 @@ class Mixing(exports.Staged):
     ],
 )
 def test_a_network_that_disagrees_with_itself_is_no_judge(kind, message):
-    model = make(exports.Staged)
+    model = make(export_networks.Staged)
     exported = user_export(model, Format.TORCHSCRIPT, GraphSpec("middle"))
     lines = []
     with pytest.raises(ExportError, match=message):

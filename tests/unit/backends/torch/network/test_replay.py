@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 import tiny_models
-from engine_cases import noise
 from heatlens_server.backends.torch.network.replay import same
-from stepping import one_by_one, placed
+from loaded_models import noise
+from step_jobs import one_by_one, placed
 
 
 class Early(nn.Module):

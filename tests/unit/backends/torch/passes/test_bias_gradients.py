@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from engine_cases import hook_count, noise
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.passes.table import PASSES
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import ClassIds, TopK
-from pass_cases import placed, raw
+from loaded_models import hook_count, noise
+from one_pass_models import placed, raw
 from tiny_models import tiny_mlp
 from tiny_transformers import transformer
 

@@ -7,12 +7,12 @@ import pytorch_grad_cam
 import torch
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-from engine_cases import noise
 from heatlens_server.backends.torch.cam.methods import raw_map
 from heatlens_server.backends.torch.cam.weights import weighted
 from heatlens_server.core.methods import CLOSED_FORMS, Method
 from heatlens_server.core.targets import ClassIds
-from pass_cases import assert_parity, calibrated, placed, raw, stretched, top
+from loaded_models import noise
+from one_pass_models import assert_parity, calibrated, placed, raw, stretched, top
 from tiny_models import tiny, tiny_mlp
 from tiny_transformers import transformer
 

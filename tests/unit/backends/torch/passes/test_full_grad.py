@@ -10,14 +10,14 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from engine_cases import noise
 from heatlens_server.backends.torch.network.hooks import Substitution
 from heatlens_server.backends.torch.passes.bias_gradients import bias_gradients
 from heatlens_server.backends.torch.passes.full_grad import spread
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import ClassIds
-from pass_cases import assert_parity, calibrated, placed, raw, stretched, top
+from loaded_models import noise
+from one_pass_models import assert_parity, calibrated, placed, raw, stretched, top
 from tiny_models import Tiny, no_grad_backbone, tiny, tiny_mlp
 
 

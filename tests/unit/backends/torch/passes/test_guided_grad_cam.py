@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from captum.attr import GuidedGradCam
 from torch import nn
 
-from engine_cases import noise, without_hooks
 from heatlens_server.backends.torch.passes.one_pass import input_gradient
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import ClassIds
-from pass_cases import assert_parity, calibrated, placed, raw, top
+from loaded_models import noise, without_hooks
+from one_pass_models import assert_parity, calibrated, placed, raw, top
 from tiny_models import Tiny, no_grad_backbone, tiny, tiny_mlp
 
 LAYERS = {"squeezenet1_1": "features.7", "shufflenet_v2_x0_5": "stage3", "tiny_mlp": "body", "resnet18": "layer3"}

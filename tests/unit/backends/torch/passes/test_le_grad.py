@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from torchcam.methods import LeGrad
 
-from engine_cases import hook_count, noise, without_hooks
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import ClassIds
-from pass_cases import assert_parity, placed, raw, top
+from loaded_models import hook_count, noise, without_hooks
+from one_pass_models import assert_parity, placed, raw, top
 from tiny_models import tiny
 from tiny_transformers import NETWORKS, transformer
 

@@ -9,11 +9,11 @@ import torch
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch.autograd.functional import hvp
 
-from engine_cases import noise
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import ClassIds
-from pass_cases import assert_parity, calibrated, placed, raw, stretched
+from loaded_models import noise
+from one_pass_models import assert_parity, calibrated, placed, raw, stretched
 from tiny_models import Tiny, tiny_mlp
 from tiny_transformers import transformer
 

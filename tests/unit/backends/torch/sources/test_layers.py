@@ -6,10 +6,10 @@ import torch
 import torchvision
 from torch import nn
 
-from engine_cases import hook_count
 from heatlens_server.backends.torch.sources.layers import discover
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.grid import Layout
+from loaded_models import hook_count
 
 
 class Tiny(nn.Module):

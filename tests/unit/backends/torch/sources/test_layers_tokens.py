@@ -10,7 +10,6 @@ import torch
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
-from engine_cases import MEAN, STD, hook_count, loaded, noise
 from heatlens_server.backends.torch.cam.grid import MAP, Grid, Layout, from_map, to_map
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.sources.layers import discover
@@ -18,6 +17,7 @@ from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import ClassIds
+from loaded_models import MEAN, STD, hook_count, loaded, noise
 from tiny_transformers import CLASS_COUNT, NETWORKS, transformer
 
 LAST = Grid(Layout.CHANNELS_LAST)

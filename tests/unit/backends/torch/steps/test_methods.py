@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tiny_models
-from engine_cases import loaded, noise
 from heatlens_server.backends.torch.cam.grid import Grid, Layout, to_map
 from heatlens_server.backends.torch.cam.methods import smooth_grad_cam_plus_plus
 from heatlens_server.backends.torch.engine import TorchEngine
@@ -18,7 +17,8 @@ from heatlens_server.backends.torch.steps.job import Noise
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Method, Score
 from heatlens_server.core.targets import ClassIds, TopK
-from stepping import drain, job, placed
+from loaded_models import loaded, noise
+from step_jobs import drain, job, placed
 
 TOKENS = Grid(Layout.TOKENS, prefix=1, height=4, width=4)
 LAST = Grid(Layout.CHANNELS_LAST)

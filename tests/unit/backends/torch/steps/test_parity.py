@@ -17,14 +17,14 @@ from torch import nn
 from torchcam import methods as torch_cam
 
 import tiny_models
-from engine_cases import noise
 from heatlens_server.backends.torch.cam.saliency import saliency
 from heatlens_server.backends.torch.steps import score_cam
 from heatlens_server.backends.torch.steps.drive import STEPPERS
 from heatlens_server.backends.torch.steps.job import Noise
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import TopK
-from stepping import drain, job, placed
+from loaded_models import noise
+from step_jobs import drain, job, placed
 
 PX = 32
 TOLERANCE = 1e-4

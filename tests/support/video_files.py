@@ -1,4 +1,4 @@
-"""Clips that tests of `heatlens video` watch, and what the command leaves behind."""
+"""Clips for tests of `heatlens video`, and what the command leaves behind."""
 
 import json
 from fractions import Fraction

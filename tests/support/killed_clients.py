@@ -1,9 +1,9 @@
-"""Clients that are killed: a nursery that forks them, lets them talk to a server, and ends them with SIGKILL.
+"""Clients that are killed: a program forks them, lets them talk to a server, and ends them with SIGKILL.
 
-    python doomed_clients.py ADDRESS SEED SECONDS AT_ONCE
+    python killed_clients.py ADDRESS SEED SECONDS AT_ONCE
 
 Everything but the scheduling follows from the seed. Prints how many died of it, by what they were doing. A client that
-ends before it is killed, which none should, makes the nursery fail.
+ends before it is killed, which none should, makes the program fail.
 """
 
 import collections
@@ -23,7 +23,7 @@ import numpy as np
 from heatlens import Client
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
-from wire import distinct, encoded, pixels
+from messages import distinct, encoded, pixels
 
 LONGEST_LIFE_S = 0.5
 IMAGES = distinct(8)

@@ -1,4 +1,4 @@
-"""A scripted StreamExplain: speaks the contract, answers at the test's word, and remembers what it was sent."""
+"""A scripted StreamExplain: it answers when the test says so, and records what it was sent."""
 
 import queue
 import threading

@@ -1,4 +1,4 @@
-"""A scripted peer that measures: a model whose methods are as faithful as a table says, and refuse or fail as told."""
+"""A scripted server of `heatlens evaluate`: a table says how faithful each method is; methods refuse or fail."""
 
 import grpc
 from google.rpc import error_details_pb2

@@ -1,4 +1,4 @@
-"""What tests of methods of one pass share: networks with signals of a trained one's size, and their raw maps."""
+"""Networks with signals of a trained one's size, and their raw maps, for tests of methods that need one pass."""
 
 import copy
 import dataclasses
@@ -10,7 +10,6 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from engine_cases import loaded
 from heatlens_server.backends.torch.goals.table import task_model
 from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.backends.torch.passes.table import explain
@@ -18,6 +17,7 @@ from heatlens_server.backends.torch.sources.layers import discover
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import ClassIds, Target
+from loaded_models import loaded
 
 PX = 64
 

@@ -15,7 +15,7 @@ from heatlens.v1 import explain_pb2, explain_pb2_grpc, method_pb2
 
 @dataclass
 class Answer:
-    """An answer in a form that all three faces can give."""
+    """An answer in a form that all three callers can give."""
 
     class_ids: list
     labels: list
@@ -42,7 +42,7 @@ class StreamAnswer:
 
 @dataclass
 class Refused(Exception):
-    """A failure in a form that all three faces can give."""
+    """A failure in a form that all three callers can give."""
 
     code: str
     reason: str
@@ -50,7 +50,7 @@ class Refused(Exception):
     message: str = ""
 
 
-class SdkFace:
+class AsyncCaller:
     """The asynchronous SDK."""
 
     def __init__(self, client):
@@ -71,7 +71,7 @@ class SdkFace:
             raise refused_by_sdk(error) from None
 
 
-class SyncFace(SdkFace):
+class ThreadCaller(AsyncCaller):
     """The SDK for threads. Cases are coroutines; it runs in a thread."""
 
     async def explain(self, image, **options):
@@ -122,7 +122,7 @@ def answer_of_sdk(result):
     )
 
 
-class RawFace:
+class RawCaller:
     """Generated stubs and messages written by hand: what a client in another language would do."""
 
     def __init__(self, channel):

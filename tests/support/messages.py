@@ -1,4 +1,4 @@
-"""Raw requests and rich errors, for tests that go below the SDK."""
+"""Images and maps as protobuf messages, and the details of errors, for tests that go below the SDK."""
 
 import cv2
 import grpc

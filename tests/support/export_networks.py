@@ -1,6 +1,6 @@
-"""What export tests share: networks of every shape of graph, and the truth about them in float64.
+"""Networks of every shape of graph, for export tests, and what their graphs must return, in float64.
 
-The truth comes from an untouched double copy of the network, image by image, with a full backward pass.
+The reference comes from an untouched double copy of the network, image by image, with a full backward pass.
 """
 
 import copy
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 
-from engine_cases import MEAN, STD, loaded, noise
 from heatlens_server.backends.torch.cam.methods import raw_map
 from heatlens_server.backends.torch.cam.saliency import saliency
 from heatlens_server.backends.torch.cam.targets import class_scores
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.core.methods import ABSENT, Method, Score
+from loaded_models import MEAN, STD, loaded, noise
 
 PX = 32
 CLASSES = 7

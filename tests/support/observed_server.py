@@ -57,12 +57,12 @@ class Holdings:
         return self.created == self.released and self.queued == 0
 
 
-class WatchedServer:
+class ObservedServer:
     """The test's end of it."""
 
     def __init__(self, folder: Path, toml: str, *, env: dict[str, str] | None = None) -> None:
         """Start it and wait until its models are loaded."""
-        config, self._log_path = folder / "watched.toml", folder / "watched.log"
+        config, self._log_path = folder / "observed.toml", folder / "observed.log"
         config.write_text(toml)
         with self._log_path.open("w") as log:
             self.process = subprocess.Popen(
@@ -126,9 +126,9 @@ def import_path() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def watched_server(folder: Path, toml: str, *, env: dict[str, str] | None = None) -> Iterator[WatchedServer]:
+def observed_server(folder: Path, toml: str, *, env: dict[str, str] | None = None) -> Iterator[ObservedServer]:
     """A running server; killed at the end if it still runs."""
-    server = WatchedServer(folder, toml, env=env)
+    server = ObservedServer(folder, toml, env=env)
     try:
         yield server
     finally:

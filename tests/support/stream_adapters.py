@@ -1,4 +1,4 @@
-"""A `Stream` with the face of an AsyncStream, so that one test serves both, and what tests do with either."""
+"""A `Stream` with the methods of an AsyncStream, so that one test serves both, and waiting with either."""
 
 import asyncio
 import contextlib
@@ -36,7 +36,7 @@ async def running(coroutine):
         task.cancel()
 
 
-class SyncStreamFace:
+class SyncStreamAdapter:
     """Every call runs in a thread."""
 
     def __init__(self, stream):

@@ -1,4 +1,4 @@
-"""What tests of methods in steps share: a job on a network, and a generator that is run to its end."""
+"""Jobs on a network for tests of methods in steps, and a generator that is run to its end."""
 
 import dataclasses
 from collections.abc import Callable, Generator, Mapping
@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine_cases import loaded
 from heatlens_server.backends.torch.cam.grid import Grid, LayerOutput
 from heatlens_server.backends.torch.goals.table import task_model
 from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.backends.torch.steps.job import Job
 from heatlens_server.core.methods import Score
 from heatlens_server.core.targets import Target
+from loaded_models import loaded
 
 
 def placed(

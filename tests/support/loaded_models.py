@@ -1,4 +1,4 @@
-"""What engine tests share: loaded tiny models, images, and a float64 judge that shares no code with the engine."""
+"""Loaded models and images for engine tests, exports that are made once per run, and a reference in float64."""
 
 import copy
 import dataclasses
