@@ -4,8 +4,8 @@ import asyncio
 import itertools
 import json
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,7 @@ from typing import Annotated, Any, TypeAlias
 import cv2
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn, TimeElapsedColumn
 
 from heatlens._calls.async_client import AsyncClient
 from heatlens._calls.settings import Retry
@@ -30,8 +29,10 @@ from heatlens._cli.connection import (
     TlsOption,
     client_options,
     fail,
+    progress,
     reporting,
 )
+from heatlens._cli.explaining import ModelOption, chosen, takes
 from heatlens._cli.load import Call, closed_loop, constant_arrivals, open_loop, poisson_arrivals
 from heatlens._cli.report import Report, Trace, as_json, as_text, summarise
 from heatlens._cli.stream_load import Sources, run_streams
@@ -54,15 +55,14 @@ class Arrivals(StrEnum):
     CONSTANT = "constant"
 
 
+@takes("method", "top_k", after="model")
 def bench(
     *,
     images: Annotated[
         list[Path] | None, typer.Argument(metavar="IMAGE", show_default="a synthetic one", help="Images, sent in turn.")
     ] = None,
     server: ServerOption = DEFAULT_SERVER,
-    model: Annotated[str | None, typer.Option(show_default="the server's", help="A served model.")] = None,
-    method: Annotated[str | None, typer.Option(show_default="the model's", help="grad-cam, layer-cam, ...")] = None,
-    top_k: Annotated[int | None, typer.Option(metavar="N", help="Explain the N most probable classes.")] = None,
+    model: ModelOption = None,
     concurrency: Annotated[
         int | None, typer.Option(metavar="N", min=1, show_default="8", help="Closed loop: calls kept open.")
     ] = None,
@@ -105,6 +105,7 @@ def bench(
     timeout: TimeoutOption = 30.0,
     tls: TlsOption = False,
     ca: CaOption = None,
+    **options: Any,  # noqa: ANN401 - the options of `takes`
 ) -> None:
     """Measure throughput and latency. Calls are not retried: a refusal counts as what it is.
 
@@ -121,18 +122,21 @@ def bench(
     if rate is not None and concurrency is not None:
         raise typer.BadParameter("give --concurrency (closed loop) or --rate (open loop), not both")
     duration_s = _DEFAULT_DURATION_S if duration is None and requests is None else duration
-    what = {"model": model, "method": method, "top_k": top_k}
+    what = {"model": model, **chosen(options)}
+    columns = MofNCompleteColumn(), TimeElapsedColumn()
     mode: dict[str, Any]
     with reporting():
-        options = client_options(server, tls=tls, ca=ca, timeout=timeout)
+        connection = client_options(server, tls=tls, ca=ca, timeout=timeout)
         payloads = [load_image(path) for path in images or ()] or [synthetic_jpeg()]
         if stream:
             sources = _sources(payloads, fps, duration_s or _DEFAULT_DURATION_S, overflow)
             count = streams or 1
             full = (overflow or Overflow.BLOCK).value
             settings = what | {"max_in_flight": max_in_flight, "overflow": full, "frame_timeout": timeout}
-            with _progress(sources.total(count)) as advance:
-                run = _run_streams(options, what, settings, sources, count=count, on_answer=advance)
+            with progress("explaining", *columns, total=sources.total(count)) as update:
+                run = _run_streams(
+                    connection, what, settings, sources, count=count, on_answer=partial(update, advance=1)
+                )
                 report, window = asyncio.run(run)
             mode = {"loop": "open", "streams": count, "fps": fps} if fps else {"loop": "closed", "streams": count}
             mode |= {"overflow": full, "window": window}
@@ -144,20 +148,20 @@ def bench(
                 mode = {"loop": "open", "rate_per_s": rate, "arrivals": arrivals.value}
                 poisson = arrivals is Arrivals.POISSON
                 loop = partial(open_loop, arrivals=poisson_arrivals(rate, seed) if poisson else constant_arrivals(rate))
-            with _progress(requests) as advance:
-                loop = partial(loop, requests=requests, duration_s=duration_s, on_done=advance)
-                report = asyncio.run(_run_calls(options, what, payloads, loop))
+            with progress("explaining", *columns, total=requests) as update:
+                loop = partial(loop, requests=requests, duration_s=duration_s, on_done=partial(update, advance=1))
+                report = asyncio.run(_run_calls(connection, what, payloads, loop))
     typer.echo(json.dumps(as_json(mode, report), indent=2) if print_json else as_text(mode, report))
     if report.total.age is None:
         fail("no frame was explained" if stream else "no call succeeded")
 
 
 async def _run_calls(
-    options: ClientOptions, what: dict[str, Any], payloads: Sequence[ImageSource], loop: Loop
+    connection: ClientOptions, what: dict[str, Any], payloads: Sequence[ImageSource], loop: Loop
 ) -> Report:
     """Make calls in a loop, with the images in turn; `what` are arguments of `explain`."""
     turns = itertools.cycle(payloads)
-    async with _primed_client(options, next(turns), what) as client:
+    async with _primed_client(connection, next(turns), what) as client:
 
         async def call() -> Timing:
             return (await client.explain(next(turns), **what)).timing
@@ -167,7 +171,7 @@ async def _run_calls(
 
 
 async def _run_streams(
-    options: ClientOptions,
+    connection: ClientOptions,
     what: dict[str, Any],
     settings: dict[str, Any],
     sources: Sources,
@@ -178,7 +182,7 @@ async def _run_streams(
     """Open all streams, then feed them; returns the report and the window in force.
 
     Args:
-        options: how to reach the server.
+        connection: how to reach the server.
         what: arguments of `explain`.
         settings: arguments of `stream`.
         sources: what feeds each stream.
@@ -189,7 +193,7 @@ async def _run_streams(
         HeatlensError: a stream could not be opened: fewer would not be what was asked for.
     """
     async with AsyncExitStack() as stack:
-        client = await stack.enter_async_context(_primed_client(options, sources.frames[0], what))
+        client = await stack.enter_async_context(_primed_client(connection, sources.frames[0], what))
         opened = [await stack.enter_async_context(client.stream(**settings)) for _ in range(count)]
         traces, elapsed_s = await run_streams(opened, sources, on_answer=on_answer)
         return summarise(traces, elapsed_s), min(stream.window for stream in opened)
@@ -197,7 +201,7 @@ async def _run_streams(
 
 @asynccontextmanager
 async def _primed_client(
-    options: ClientOptions, payload: ImageSource, what: dict[str, Any]
+    connection: ClientOptions, payload: ImageSource, what: dict[str, Any]
 ) -> AsyncIterator[AsyncClient]:
     """Yield a client that does not retry, after one call that does not count.
 
@@ -206,7 +210,7 @@ async def _primed_client(
     Raises:
         HeatlensError: it failed, and not because the server is busy.
     """
-    async with AsyncClient(**options, retry=Retry(max_attempts=1)) as client:
+    async with AsyncClient(**connection, retry=Retry(max_attempts=1)) as client:
         try:
             await client.explain(payload, **what)
         except HeatlensError as error:
@@ -229,13 +233,3 @@ def _sources(payloads: list[Any], fps: float | None, duration_s: float, overflow
     if drop_oldest and not fps:
         raise typer.BadParameter("--overflow drop-oldest needs --fps: without a rate there is no end of frames to drop")
     return Sources(payloads, fps=fps or None, duration_s=duration_s, drop_oldest=drop_oldest)
-
-
-@contextmanager
-def _progress(total: int | None) -> Iterator[Callable[[], None]]:
-    """Show progress on stderr if that is a terminal; yields what to call after each answer."""
-    console = Console(stderr=True)
-    columns = (TextColumn("explaining"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda: progress.advance(task)

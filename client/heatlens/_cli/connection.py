@@ -1,13 +1,16 @@
-"""What all commands share: how to reach the server, and how failures are told."""
+"""What all commands share: how to reach the server, and how progress and failures are told."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeAlias, TypedDict
+from typing import Annotated, Any, NoReturn, TypeAlias, TypedDict
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn
 
 from heatlens._calls.settings import TLS
 from heatlens._exceptions import HeatlensError
@@ -62,6 +65,30 @@ def reporting(*, exit_code: int = 1) -> Iterator[None]:
         yield
     except (HeatlensError, OSError) as error:
         fail(describe(error), exit_code=exit_code)
+
+
+@contextmanager
+def progress(
+    word: str,
+    *columns: str | ProgressColumn,
+    total: int | None = None,
+    **fields: Any,  # noqa: ANN401 - what columns show
+) -> Iterator[Callable[..., None]]:
+    """Show a progress bar on stderr if that is a terminal.
+
+    Args:
+        word: what the command is doing.
+        columns: what follows the bar.
+        total: how many steps there are; None if that is unknown.
+        fields: what the columns show besides.
+
+    Yields:
+        What to call after each step: with `advance=1`, or with new values of `completed`, `total` and the fields.
+    """
+    console = Console(stderr=True)
+    shown = Progress(word, BarColumn(), *columns, console=console, disable=not console.is_terminal, transient=True)
+    with shown:
+        yield partial(shown.update, shown.add_task("", total=total, **fields))
 
 
 def describe(error: HeatlensError | OSError) -> str:

@@ -1,15 +1,13 @@
 """`heatlens evaluate`: which method's maps are faithful, on these images."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from heatlens._calls.client import Client
 from heatlens._cli.connection import (
@@ -21,6 +19,7 @@ from heatlens._cli.connection import (
     client_options,
     describe,
     fail,
+    progress,
     reporting,
     warn,
 )
@@ -73,7 +72,8 @@ def evaluate(
         with reporting():
             if output is not None:
                 output.mkdir(parents=True, exist_ok=True)
-            with Client(**client_options(server, tls=tls, ca=ca, timeout=timeout)) as client, _progress() as advance:
+            bar = progress("measuring", MofNCompleteColumn(), "maps", TimeElapsedColumn(), TimeRemainingColumn())
+            with Client(**client_options(server, tls=tls, ca=ca, timeout=timeout)) as client, bar as update:
                 evaluation = run(
                     client,
                     images,
@@ -81,7 +81,7 @@ def evaluate(
                     methods=listed(methods),
                     metrics=listed(metrics),
                     **chosen(options),
-                    on_progress=advance,
+                    on_progress=lambda done, total: update(completed=done, total=total),
                 )
             for failure in evaluation.failures:
                 text = describe(failure.error)
@@ -101,20 +101,3 @@ def evaluate(
         raise typer.Exit(INTERRUPTED) from None
     if evaluation.failures:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """Show progress on stderr if that is a terminal; yields what to call after each answer."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("measuring"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("maps"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TimeElapsedColumn
 
 from heatlens._calls.client import Client
 from heatlens._cli.connection import (
@@ -23,6 +22,7 @@ from heatlens._cli.connection import (
     client_options,
     describe,
     fail,
+    progress,
     reporting,
     warn,
 )
@@ -246,24 +246,15 @@ def _explain(
 
 @contextmanager
 def _progress(total: int | None) -> Iterator[Callable[[Record], None]]:
-    """Show progress on stderr if that is a terminal; yields what to call after each frame."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("explaining"),
-        BarColumn(),
-        TextColumn("{task.completed} frames"),
-        TextColumn("{task.fields[rate]:.1f}/s"),
-        TextColumn("{task.fields[lost]}"),
-        TimeElapsedColumn(),
-    )
+    """Show progress; yields what to call after each frame."""
     start_s = time.monotonic()
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("", total=total, rate=0.0, lost="")
+    columns = "{task.completed} frames", "{task.fields[rate]:.1f}/s", "{task.fields[lost]}", TimeElapsedColumn()
+    with progress("explaining", *columns, total=total, rate=0.0, lost="") as update:
 
         def advance(record: Record) -> None:
             rate = record.frames / max(time.monotonic() - start_s, 1e-9)
             lost = f"{record.counts[Status.DROPPED]} dropped, {record.counts[Status.FAILED]} failed"
-            progress.update(task, completed=record.frames, rate=rate, lost=lost)
+            update(completed=record.frames, rate=rate, lost=lost)
 
         yield advance
 

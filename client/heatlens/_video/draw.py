@@ -1,5 +1,6 @@
 """Draw on an explained frame: the map in colours, and a banner with the classes and their probabilities."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -103,15 +104,8 @@ def _fitted(text: str, width_px: int, scale: float, thickness: int) -> str:
 
     if fits(text):
         return text
-    # The first length that does not fit, by bisection.
-    low, high = 0, len(text)
-    while low < high:
-        middle = (low + high) // 2
-        if fits(text[: middle + 1].rstrip() + ".."):
-            low = middle + 1
-        else:
-            high = middle
-    return text[:low].rstrip() + ".."
+    length = bisect_left(range(len(text)), True, key=lambda index: not fits(text[: index + 1].rstrip() + ".."))
+    return text[:length].rstrip() + ".."
 
 
 def _one_line(label: str) -> str:
