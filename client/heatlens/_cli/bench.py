@@ -42,7 +42,7 @@ from heatlens._results.results import Timing
 
 _DEFAULT_CONCURRENCY = 8
 _DEFAULT_DURATION_S = 10.0
-# Makes calls and tells what they did, and in how many seconds.
+# Makes calls; returns what they did, and the seconds that they took.
 Loop: TypeAlias = Callable[[Call], Awaitable[tuple[Trace, float]]]
 # A source is a loop in Python: beyond this it does not keep up by far.
 _MAX_FPS = 1e6
@@ -205,7 +205,7 @@ async def _primed_client(
 ) -> AsyncIterator[AsyncClient]:
     """Yield a client that does not retry, after one call that does not count.
 
-    That call connects, and tells of a wrong model or a missing server at once.
+    That call connects, and fails at once for a wrong model or a missing server.
 
     Raises:
         HeatlensError: it failed, and not because the server is busy.

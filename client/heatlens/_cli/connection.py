@@ -1,4 +1,4 @@
-"""What all commands share: how to reach the server, and how progress and failures are told."""
+"""What all commands share: how to reach the server, and how progress and failures are shown."""
 
 import os
 from collections.abc import Callable, Iterator

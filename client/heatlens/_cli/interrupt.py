@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, but never in the middle of a write: what is half written stays broken."""
+"""Handle Ctrl-C and SIGTERM, but not in the middle of a write, which would leave a broken file."""
 
 import signal
 import threading
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-# What shells say of a command that a signal ended: 128 + SIGINT, 128 + SIGTERM.
+# The exit code that shells report for a command that a signal ended: 128 + SIGINT, 128 + SIGTERM.
 INTERRUPTED = 130
 TERMINATED = 143
 
@@ -49,7 +49,7 @@ class Interrupts:
 
     @contextmanager
     def held_back(self) -> Iterator[None]:
-        """Let the block finish, whatever comes, then raise what came first. Not nested."""
+        """Let the block finish, then raise what the first signal meanwhile stands for. Not nested."""
         self._holding = True
         try:
             yield

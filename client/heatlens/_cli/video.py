@@ -218,7 +218,7 @@ def _limited(source: Source, max_frames: int | None, duration_s: float | None) -
 
 
 def _total(source: Source, max_frames: int | None, duration_s: float | None) -> int | None:
-    """Return how many frames there will be, as far as can be told."""
+    """Return how many frames there will be at most; None if that is unknown."""
     limits = [source.total, max_frames, None if duration_s is None else math.ceil(duration_s * source.fps)]
     return min((limit for limit in limits if limit is not None), default=None)
 

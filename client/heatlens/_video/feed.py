@@ -22,7 +22,8 @@ def answers(stream: Stream, frames: Iterable[VideoFrame]) -> Generator[tuple[Vid
     """Send frames and yield each with its answer, in order. Closes the stream at the end, however it comes.
 
     The film's clock goes with the frames, so that a limit in frames per second counts film, not the time that a file
-    takes to be read. A frame that cannot be sent, one too wide for a JPEG for example, has that error for an answer.
+    takes to be read. A frame that cannot be sent, for example because it is too wide for a JPEG, is answered with that
+    error.
 
     Args:
         stream: an open stream, unused so far.
@@ -47,7 +48,7 @@ def answers(stream: Stream, frames: Iterable[VideoFrame]) -> Generator[tuple[Vid
                 sent.put((frame, _send(stream, frame, start_s + frame.time_s)))
         except Exception as error:
             errors.append(error)
-        # Not on a stream that is broken or closed, of which the reader is told.
+        # On a broken or closed stream this raises what the reader gets as well.
         with suppress(HeatlensError):
             stream.finish()
         sent.put(None)

@@ -223,7 +223,7 @@ def _decoded(container: InputContainer, stream: VideoStream, name: str) -> Gener
 
 
 def _length_s(container: InputContainer, stream: VideoStream) -> float | None:
-    """Return how long the video is, in seconds, without what other streams add; None if the container does not tell."""
+    """Return how long the video is, in seconds, without other streams; None if the container does not state it."""
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
     # Matroska keeps it as text.

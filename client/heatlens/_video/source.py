@@ -36,9 +36,9 @@ class Source(ABC):
     Attributes:
         fps: frames per second of the film to write.
         size: (width, height) of every frame, in pixels.
-        live: whether frames come at their own time, and are lost if nobody takes them.
-        total: how many frames there are; None if the source does not tell.
-        lost: how many frames of a live source were lost because nobody took them.
+        live: whether frames come at their own time, and are lost if they are not taken in time.
+        total: how many frames there are; None if that is unknown.
+        lost: how many frames of a live source were not taken in time.
         missing: how many of `total` frames a damaged source did not hold; 0 until its end.
     """
 
