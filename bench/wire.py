@@ -12,9 +12,9 @@ from heatlens import PixelBox
 from heatlens._wire.answers import result_of
 from heatlens._wire.requests import explain_request
 from heatlens.v1 import explain_pb2 as pb
-from heatlens_server.api.limits import Limits
-from heatlens_server.api.plan import ExplainPlan
-from heatlens_server.api.validation import parse_explain
+from heatlens_server.api.answer import answer_of
+from heatlens_server.api.checks import Limits
+from heatlens_server.api.plan import Plan, plan_query
 from heatlens_server.core.engine import Capabilities, MapSpec
 from heatlens_server.core.methods import CLOSED_FORMS, Method
 from heatlens_server.core.preprocess import FittedImage, PreprocessSpec
@@ -22,7 +22,8 @@ from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import TopK
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.scheduling.entry import QueueResult, Timing
-from heatlens_server.transports.grpc.encode import encode
+from heatlens_server.transports.grpc.requests import query_of
+from heatlens_server.transports.grpc.responses import response_of
 
 if TYPE_CHECKING:
     from heatlens_server.scheduling.model_queue import ModelQueue
@@ -43,13 +44,7 @@ _EXPLAINED = QueueResult(
     image=FittedImage(pixels=_PIXELS, region=PixelBox(0, 0, 224, 224), source_width_px=224, source_height_px=224),
     timing=Timing(preprocess_s=0.001, queue_s=0.001, compute_s=0.1, batch_size=8),
 )
-_PLAN = ExplainPlan(
-    target=TopK(1),
-    spec=MapSpec(Method.GRAD_CAM, ("layer",), upsample=False),
-    place_on_source=False,
-    map_dtype="<f4",
-    top_predictions=5,
-)
+_PLAN = Plan(target=TopK(1), spec=MapSpec(Method.GRAD_CAM, ("layer",), upsample=False), top_predictions=5)
 _MODEL = ServedModel(
     name="model",
     version="1",
@@ -75,7 +70,7 @@ _LIMITS = Limits(
 
 def answer() -> pb.ExplainResponse:
     """An answer at layer size with five predictions."""
-    return encode(_EXPLAINED, _PLAN, _MODEL)
+    return response_of(answer_of(_EXPLAINED, _PLAN, _MODEL))
 
 
 def encode_ms() -> float:
@@ -86,22 +81,20 @@ def encode_ms() -> float:
 def run(photo: Path) -> Table:
     """Measure and tabulate one call's messages: a JPEG photo in, one 7x7 map and five predictions out."""
     request = explain_request(photo.read_bytes(), top_predictions=5)
-    sent, answer = request.SerializeToString(), encode(_EXPLAINED, _PLAN, _MODEL).SerializeToString()
+    sent, received = request.SerializeToString(), answer().SerializeToString()
     photo_bytes = photo.read_bytes()
     steps = {
         "client: build and serialise the request": lambda: explain_request(
             photo_bytes, top_predictions=5
         ).SerializeToString(),
-        "server: parse and validate the request": lambda: parse_explain(
-            pb.ExplainRequest.FromString(sent), _MODEL, _LIMITS
+        "server: parse and validate the request": lambda: plan_query(
+            query_of(pb.ExplainRequest.FromString(sent)), _MODEL, _LIMITS
         ),
-        "server: softmax, build and serialise the answer": lambda: encode(
-            _EXPLAINED, _PLAN, _MODEL
-        ).SerializeToString(),
-        "client: parse and read the answer": lambda: result_of(pb.ExplainResponse.FromString(answer), placed=False),
+        "server: softmax, build and serialise the answer": lambda: answer().SerializeToString(),
+        "client: parse and read the answer": lambda: result_of(pb.ExplainResponse.FromString(received), placed=False),
     }
     measured = take_turns({name: _repeated(step) for name, step in steps.items()}, turns=15)
-    table = Table(title=f"wire: one call, {len(sent) / 1e3:.0f} kB in, {len(answer)} B out (target: <= {MAX_MS} ms)")
+    table = Table(title=f"wire: one call, {len(sent) / 1e3:.0f} kB in, {len(received)} B out (target: <= {MAX_MS} ms)")
     table.add_column("step")
     table.add_column("ms per call", justify="right")
     total_ms = 0.0
@@ -124,4 +117,4 @@ def _repeated(step: Callable[[], object]) -> Callable[[], None]:
 
 def _encode_calls() -> None:
     for _ in range(CALLS):
-        encode(_EXPLAINED, _PLAN, _MODEL).SerializeToString()
+        answer().SerializeToString()

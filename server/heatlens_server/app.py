@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from heatlens.v1 import explain_pb2_grpc, model_pb2_grpc
 from heatlens_server.api.calls import CallGate
-from heatlens_server.api.limits import Limits
+from heatlens_server.api.checks import Limits
+from heatlens_server.api.explainer import Explainer
 from heatlens_server.api.stream.open_streams import OpenStreams
 from heatlens_server.config import Config, ModelConfig
 from heatlens_server.core.engine import SteppingEngine
@@ -73,7 +74,7 @@ class Server:
         self._gate = CallGate(self._observer, token=None if token is None else token.get_secret_value())
         self._grpc = make_server(config.server, self._gate)
         explain_pb2_grpc.add_ExplainServiceServicer_to_server(
-            ExplainServicer(self.fleet, limits, self.streams), self._grpc
+            ExplainServicer(Explainer(self.fleet, limits, self._observer), self.streams), self._grpc
         )
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.fleet, limits), self._grpc)
         self._health.add_to(self._grpc)

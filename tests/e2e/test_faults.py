@@ -13,8 +13,7 @@ import pytest_asyncio
 from heatlens import Client
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
-from heatlens_server.api import explainer
-from heatlens_server.api import images as request_images
+from heatlens_server.api import checks, explainer
 from heatlens_server.app import Server
 from heatlens_server.transports.grpc import explain_service
 from in_process_server import DeviceGate, batcher_of, until
@@ -158,7 +157,14 @@ async def test_poison_image_fails_alone_with_nothing_of_ours_in_the_text(live, s
         assert answer.explanations
 
 
-PLACES = {"decode_image": request_images, "fit": request_images, "encode": explainer, "parse_explain": explain_service}
+PLACES = {
+    "decode_image": checks,
+    "fit": checks,
+    "plan_query": explainer,
+    "answer_of": explainer,
+    "query_of": explain_service,
+    "response_of": explain_service,
+}
 
 
 @pytest.mark.parametrize("place", PLACES)

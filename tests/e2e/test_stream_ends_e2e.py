@@ -11,7 +11,6 @@ from google.protobuf.duration_pb2 import Duration
 
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
-from heatlens_server.api.stream import window
 from heatlens_server.app import Server
 from in_process_server import DeviceGate, balanced, batcher_of, until
 from messages import distinct, pixels
@@ -66,8 +65,8 @@ async def test_frames_that_run_are_not_dropped_and_one_more_is_let_in(live, stub
     assert kinds(answers) == [(0, "result"), (1, "RESOURCE_EXHAUSTED"), (2, "RESOURCE_EXHAUSTED"), (3, "result")]
 
 
-async def test_unsent_answers_of_dropped_frames_are_bounded(live, stub, gate, monkeypatch):
-    monkeypatch.setattr(window, "_MAX_UNSENT", 64)
+async def test_unsent_answers_of_dropped_frames_are_bounded(live, stub, gate):
+    live.streams.max_unsent = 64
     stream = RawStream(stub)
     await stream.open(overflow_policy=DROP_OLDEST, max_in_flight=2)
     await running(stream, gate)
@@ -234,7 +233,7 @@ async def test_a_reader_that_stalls_holds_neither_other_streams_nor_the_drain(li
         while frames.created != reads or frames.open == 0:
             reads = frames.created
             await asyncio.sleep(0.2)
-        bound = 4 if policy == pb.OVERFLOW_POLICY_BLOCK else 4 + window._MAX_UNSENT
+        bound = 4 if policy == pb.OVERFLOW_POLICY_BLOCK else 4 + live.streams.max_unsent
         assert 0 < frames.open <= bound
         assert not sending.done()
         await a_clean_stream_works(explain_pb2_grpc.ExplainServiceStub(other))

@@ -8,12 +8,13 @@ from google.protobuf.message import Message
 
 import tiny_models
 from heatlens.v1 import explain_pb2 as pb
-from heatlens_server.api.limits import Limits
-from heatlens_server.api.validation import parse_explain
+from heatlens_server.api.checks import Limits, SourceImage
+from heatlens_server.api.plan import Plan, plan_query
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.methods import PRESETS, Method
 from heatlens_server.fleet.served_model import ServedModel
+from heatlens_server.transports.grpc.requests import explain_path, query_of
 from loaded_models import loaded
 
 LIMITS = Limits(
@@ -49,9 +50,21 @@ def request(**options) -> pb.ExplainRequest:
     return pb.ExplainRequest(image=PIXELS, options=pb.ExplainOptions(**options))
 
 
+def planned(sent: pb.ExplainRequest, model: ServedModel = TINY, limits: Limits = LIMITS) -> tuple[Plan, SourceImage]:
+    """What the server makes of a request; its errors name paths of the request."""
+    try:
+        return plan_query(query_of(sent), model, limits)
+    except InvalidArgument as error:
+        raise error.within(explain_path) from None
+
+
+def plan_of(sent: pb.ExplainRequest, model: ServedModel = TINY, limits: Limits = LIMITS) -> Plan:
+    return planned(sent, model, limits)[0]
+
+
 def refusal(sent: pb.ExplainRequest, model: ServedModel = TINY, limits: Limits = LIMITS) -> InvalidArgument:
     with pytest.raises(InvalidArgument) as raised:
-        parse_explain(sent, model, limits)
+        planned(sent, model, limits)
     return raised.value
 
 

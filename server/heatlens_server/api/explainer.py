@@ -1,75 +1,110 @@
-"""The two ends of an explanation, the same for one image and for a frame: before the model, and after it."""
+"""Explains images with the models of a server, for every transport: one image here, frames by `api.stream`."""
 
 import asyncio
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import TypeVar
 
-from heatlens.v1 import explain_pb2 as pb
-from heatlens_server.api.images import SourceImage, fit_image
-from heatlens_server.api.limits import Limits
-from heatlens_server.api.plan import ExplainPlan
+from heatlens_server.api.answer import Answer, answer_of, check_answer_size
+from heatlens_server.api.checks import Limits, SourceImage, fit_image
+from heatlens_server.api.plan import Plan, plan_query
+from heatlens_server.api.query import Query
+from heatlens_server.core.events import Observer
 from heatlens_server.core.preprocess import FittedImage
+from heatlens_server.fleet.fleet import Fleet
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.scheduling.entry import QueueResult, Source
 from heatlens_server.scheduling.ticket import Ticket
-from heatlens_server.transports.grpc.encode import check_answer_size, encode
+
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
 class Explainer:
-    """Explains images with one model in one way.
+    """Explains images. Belongs to the event loop.
 
     Attributes:
-        model: the model.
-        plan: how to explain.
-        limits: what images and answers are checked against.
+        fleet: the models.
+        limits: what queries and answers are checked against.
+        observer: is told of images that are admitted and decoded.
     """
 
-    model: ServedModel
-    plan: ExplainPlan
-    limits: Limits
+    def __init__(self, fleet: Fleet, limits: Limits, observer: Observer) -> None:
+        """Explain with the models of `fleet`, within `limits`."""
+        self.fleet = fleet
+        self.limits = limits
+        self.observer = observer
 
-    async def ensure(self) -> None:
-        """Have all loaded that the plan needs; to be awaited before `submit`. Errors: as `ModelQueue.ensure`."""
-        await self.model.queue.ensure(self.plan.spec)
-
-    def submit(self, image: SourceImage, *, timeout_s: float | None, source: Source | None = None) -> Ticket:
-        """Send an image on its way. Arguments and errors are those of `ModelQueue.submit`."""
-        return self.model.queue.submit(
-            lambda: self._prepare(image),
-            self.plan.target,
-            self.plan.spec,
-            timeout_s=timeout_s,
-            source=source,
-            complete=self.plan.complete,
-        )
-
-    async def answer(
-        self, explained: QueueResult, *, revise: Callable[[QueueResult], QueueResult] | None = None
-    ) -> pb.ExplainResponse:
-        """Build the answer.
+    async def explain(self, query: Query, encode: Callable[[Answer], T], *, timeout_s: float | None) -> T:
+        """Explain one image.
 
         Args:
-            explained: what the model said.
-            revise: changes it first; called where the answer is built, which may be another thread.
+            query: what is asked for.
+            encode: makes the transport's message of the answer; called where the answer is made, see `answer`.
+            timeout_s: how long the caller will wait; the model is not run after that. None: for ever.
+
+        Raises:
+            HeatlensError: a field is wrong, the model is not ready, or whatever `Ticket.result` raises.
         """
-        if self.plan.place_on_source:
-            # Not the preparers' threads: a finished answer does not queue behind images that are yet to be decoded.
-            return await asyncio.to_thread(self._encode, explained, revise)
-        return self._encode(explained, revise)
+        with self.fleet.use(query.model) as model:
+            plan, image = plan_query(query, model, self.limits)
+            await model.queue.ensure(plan.spec)
+            ticket = self.submit(image, plan, model, timeout_s=timeout_s)
+            return await self.answer(await ticket.result(), plan, model, encode)
 
-    def _prepare(self, image: SourceImage) -> FittedImage:
+    def submit(
+        self,
+        image: SourceImage,
+        plan: Plan,
+        model: ServedModel,
+        *,
+        timeout_s: float | None,
+        source: Source | None = None,
+    ) -> Ticket:
+        """Send an image on its way; what its plan needs must be loaded. Arguments, errors: as `ModelQueue.submit`."""
+        ticket = model.queue.submit(
+            lambda: self._decode(image, plan, model),
+            plan.target,
+            plan.spec,
+            timeout_s=timeout_s,
+            source=source,
+            complete=plan.finish_target,
+        )
+        self.observer.admitted(model=model.name, in_stream=source is not None)
+        return ticket
+
+    async def answer(
+        self,
+        done: QueueResult,
+        plan: Plan,
+        model: ServedModel,
+        encode: Callable[[Answer], T],
+        *,
+        revise: Callable[[QueueResult], QueueResult] | None = None,
+    ) -> T:
+        """Make the answer, on another thread if that takes long: if maps are placed on the source image.
+
+        Args:
+            done: what the queue gave.
+            plan: how the image was explained.
+            model: that explained it.
+            encode: makes the transport's message of the answer, on the same thread.
+            revise: changes the result before, on the same thread.
+        """
+
+        def make() -> T:
+            if plan.counts_boxes:
+                check_answer_size(plan, done.image, self.limits, map_count=len(done.result.class_ids))
+            return encode(answer_of(done if revise is None else revise(done), plan, model))
+
+        # Not the preparers' threads: a finished answer does not queue behind images that are yet to be decoded.
+        return await asyncio.to_thread(make) if plan.place_on_source else make()
+
+    def _decode(self, image: SourceImage, plan: Plan, model: ServedModel) -> FittedImage:
         """Decode and fit; runs on a preparer thread."""
-        fitted = fit_image(image, self.model.preprocess, self.limits)
+        started_at = time.perf_counter()
+        fitted = fit_image(image, model.preprocess, self.limits)
+        self.observer.decoded(model=model.name, duration_s=time.perf_counter() - started_at)
         # Boxes are counted once they are found.
-        least = 1 if self.plan.counts_boxes else self.plan.target_count
-        check_answer_size(self.plan, fitted, self.limits, map_count=least)
+        least = 1 if plan.counts_boxes else plan.target_count
+        check_answer_size(plan, fitted, self.limits, map_count=least)
         return fitted
-
-    def _encode(
-        self, explained: QueueResult, revise: Callable[[QueueResult], QueueResult] | None
-    ) -> pb.ExplainResponse:
-        if self.plan.counts_boxes:
-            found = len(explained.result.class_ids)
-            check_answer_size(self.plan, explained.image, self.limits, map_count=found)
-        return encode(explained if revise is None else revise(explained), self.plan, self.model)

@@ -1,33 +1,35 @@
-"""How images are to be explained, once a request's options are known to be valid."""
+"""From a query to what can be run, or to every field that is wrong with it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from heatlens_server.api.checks import Limits, SourceImage, Violations, check_image, quoted
+from heatlens_server.api.query import MapSize, MapType, Options, Query
+from heatlens_server.api.tasks import FinishTarget, TaskRules, check_target, rules_of
 from heatlens_server.core.engine import MapSpec
-from heatlens_server.core.preprocess import FittedImage
+from heatlens_server.core.methods import PRESETS, Aggregation, Method, Metric, Preset, Score
 from heatlens_server.core.targets import Detections, Target
+from heatlens_server.fleet.served_model import ServedModel
 
 
 @dataclass(frozen=True, slots=True)
-class ExplainPlan:
-    """Valid options.
+class Plan:
+    """How images are to be explained: options that are known to be valid.
 
     Attributes:
         target: what is wanted.
         spec: how the engine makes the maps.
         place_on_source: True if maps are to be placed on the source image.
-        map_dtype: numpy dtype of the maps on the wire.
+        map_type: the element type of the maps in the answer.
         top_predictions: how many classes to list.
-        complete: makes the target that the engine gets, once an image is prepared; None if `target` is that. It may
-            raise InvalidArgument.
+        finish_target: makes the target that the engine gets, once an image is decoded; None if `target` is that.
     """
 
     target: Target
     spec: MapSpec
-    place_on_source: bool
-    map_dtype: str
-    top_predictions: int
-    complete: Callable[[FittedImage], Target] | None = None
+    place_on_source: bool = False
+    map_type: MapType = MapType.FLOAT32
+    top_predictions: int = 0
+    finish_target: FinishTarget | None = None
 
     @property
     def target_count(self) -> int:
@@ -38,3 +40,170 @@ class ExplainPlan:
     def counts_boxes(self) -> bool:
         """Whether only the model can say how many maps there are: one per box that it finds."""
         return isinstance(self.target, Detections)
+
+
+def plan_query(query: Query, model: ServedModel, limits: Limits) -> tuple[Plan, SourceImage]:
+    """Check every field of a query against the model and the limits.
+
+    Returns:
+        How to explain, and the image.
+
+    Raises:
+        InvalidArgument: with every wrong field.
+    """
+    wrong = Violations()
+    plan = plan_options(query.options, model, limits, wrong)
+    image = check_image(query.image, limits, wrong)
+    wrong.raise_if_any()
+    return plan, image
+
+
+def plan_options(options: Options, model: ServedModel, limits: Limits, wrong: Violations) -> Plan:
+    """Check how to explain. The plan may be used if nothing was added to `wrong`."""
+    rules = rules_of(model.capabilities.task)
+    method = _method(options, model, wrong)
+    preset = method.as_preset
+    layers = _layers(options, model, preset, wrong)
+    target, finish_target = check_target(options, model, limits, wrong)
+    map_size, map_type = options.map_size, options.map_type
+    if not isinstance(map_size, MapSize):
+        wrong.add("map_size", f"unknown map size {map_size}")
+    if not isinstance(map_type, MapType):
+        wrong.add("map_type", f"unknown data type {map_type}")
+        map_type = MapType.FLOAT32
+    _check_predictions(options, model, rules, wrong)
+    spec = MapSpec(
+        method=preset.method,
+        layers=layers,
+        upsample=map_size in (MapSize.INPUT, MapSize.SOURCE),
+        score=_score(options, model, method, preset, wrong),
+        aggregation=_aggregation(options, method, preset, wrong),
+        augment=_augment(options, model, rules, wrong),
+        principal=_principal(options, model, preset, wrong),
+        metrics=_metrics(options, model, rules, wrong),
+        return_mask=options.return_mask,
+    )
+    return Plan(
+        target=target,
+        spec=spec,
+        place_on_source=map_size is MapSize.SOURCE,
+        map_type=map_type,
+        top_predictions=options.top_predictions,
+        finish_target=finish_target,
+    )
+
+
+def _method(options: Options, model: ServedModel, wrong: Violations) -> Method:
+    method = options.method
+    if method is None:
+        return model.default_method
+    offered = model.capabilities.requestable_methods
+    supported = ", ".join(offered)
+    if not isinstance(method, Method):
+        wrong.add("method", f"unknown method {method}; this model supports: {supported}")
+    elif method not in offered:
+        wrong.add("method", f"model {model.name!r} does not support {method}; it supports: {supported}")
+    else:
+        return method
+    return model.default_method
+
+
+def _layers(options: Options, model: ServedModel, preset: Preset, wrong: Violations) -> tuple[str, ...]:
+    offered = model.capabilities.layers_of(preset.method)
+    known = model.capabilities.layers
+    if len(options.layers) > len(known):
+        # Not one violation each: their number, and the time to compare them, would be the caller's to choose.
+        wrong.add("layers", f"at most {len(known)} layers, each once; got {len(options.layers)}")
+        return offered[:1]
+    layers = options.layers or (offered if preset.all_layers else offered[:1])
+    for i, layer in enumerate(layers):
+        if layer in model.capabilities.multi_map_layers and layer not in offered:
+            explained = ", ".join(offered) or "no layer"
+            wrong.add(f"layers[{i}]", f"{quoted(layer)} is several maps at once: {preset.method} explains {explained}")
+        elif layer not in known:
+            wrong.add(f"layers[{i}]", f"unknown layer {quoted(layer)}; this model offers: {', '.join(offered)}")
+        elif layer not in offered and preset.method is not Method.CAM:
+            wrong.add(
+                f"layers[{i}]", f"this export has no {preset.method} by {quoted(layer)}, only by {', '.join(offered)}"
+            )
+        elif layer in layers[:i]:
+            wrong.add(f"layers[{i}]", f"duplicate layer {quoted(layer)}")
+    if preset.method is Method.CAM and layers != offered[:1]:
+        wrong.add("layers", f"{Method.CAM} explains the model's default layer only: {offered[0]}")
+    return layers
+
+
+def _check_predictions(options: Options, model: ServedModel, rules: TaskRules, wrong: Violations) -> None:
+    count, class_count = options.top_predictions, model.capabilities.class_count
+    if not rules.has_image_classes and count:
+        wrong.add("top_predictions", f"a model of {model.capabilities.task} predicts no classes for the whole image")
+    elif not 0 <= count <= class_count:
+        wrong.add("top_predictions", f"must be in [0, {class_count}], the model's class count; got {count}")
+
+
+def _score(options: Options, model: ServedModel, method: Method, preset: Preset, wrong: Violations) -> Score:
+    score, offered = options.target_score, model.capabilities.scores
+    if score is None:
+        # An export may have another score than the logit; it has that one only.
+        return offered[0] if len(offered) == 1 and method not in PRESETS else preset.score
+    if not isinstance(score, Score):
+        wrong.add("target_score", f"unknown target score {score}")
+    elif score not in offered:
+        wrong.add("target_score", f"model {model.name!r} does not support {score}; it supports: {', '.join(offered)}")
+    elif method in PRESETS and preset.score is not Score.LOGIT and score is not preset.score:
+        wrong.add("target_score", f"{method} explains the {preset.score}")
+    else:
+        return score
+    return preset.score
+
+
+def _aggregation(options: Options, method: Method, preset: Preset, wrong: Violations) -> Aggregation:
+    aggregation = options.aggregation
+    if aggregation is None:
+        return preset.aggregation
+    if not isinstance(aggregation, Aggregation):
+        wrong.add("aggregation", f"unknown aggregation {aggregation}")
+    elif preset.all_layers and aggregation is not preset.aggregation:
+        wrong.add("aggregation", f"{method} makes the {preset.aggregation} of its layers' maps")
+    else:
+        return aggregation
+    return preset.aggregation
+
+
+def _augment(options: Options, model: ServedModel, rules: TaskRules, wrong: Violations) -> bool:
+    if options.augmentation and not (model.capabilities.has_options and rules.can_flip):
+        wrong.add("augmentation", f"model {model.name!r} does not support it")
+    return options.augmentation
+
+
+def _principal(options: Options, model: ServedModel, preset: Preset, wrong: Violations) -> bool:
+    if options.principal_component:
+        if not model.capabilities.has_options:
+            wrong.add("principal_component", f"model {model.name!r} does not support it")
+        elif not preset.method.traits.weights_activations:
+            known = ", ".join(sorted(method for method in Method if method.traits.weights_activations))
+            wrong.add("principal_component", f"{preset.method} does not weight activations; these methods do: {known}")
+    return options.principal_component
+
+
+def _metrics(options: Options, model: ServedModel, rules: TaskRules, wrong: Violations) -> tuple[Metric, ...]:
+    if not options.faithfulness:
+        return ()
+    if not (model.capabilities.has_options and rules.metrics):
+        wrong.add("faithfulness", f"model {model.name!r} does not support it")
+        return ()
+    if len(options.metrics) > len(Metric):
+        # Not one violation each: their number would be the caller's to choose.
+        wrong.add("metrics", f"at most {len(Metric)} metrics, each once; got {len(options.metrics)}")
+        return ()
+    chosen: set[Metric] = set()
+    for i, metric in enumerate(options.metrics):
+        if not isinstance(metric, Metric):
+            wrong.add(f"metrics[{i}]", f"unknown metric {metric}")
+        elif metric in chosen:
+            wrong.add(f"metrics[{i}]", f"duplicate metric {metric}")
+        elif metric not in rules.metrics:
+            wrong.add(f"metrics[{i}]", f"{metric} is not defined for a model of {model.capabilities.task}")
+        else:
+            chosen.add(metric)
+    return tuple(metric for metric in Metric if metric in (chosen or {Metric.DELETION, Metric.INSERTION}))

@@ -22,7 +22,7 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
-def decode_image(encoded: bytes, *, max_pixels: int) -> UInt8Array:
+def decode_image(encoded: bytes, *, max_pixels: int, field: str = "image.encoded") -> UInt8Array:
     """Decode a JPEG, PNG or WebP file to upright RGB.
 
     The EXIF orientation is applied, an alpha channel is dropped (colours are not blended with a background), gray,
@@ -34,23 +34,24 @@ def decode_image(encoded: bytes, *, max_pixels: int) -> UInt8Array:
     Args:
         encoded: the file's bytes.
         max_pixels: largest accepted width times height.
+        field: the name of `encoded` in errors.
 
     Returns:
         uint8 (height, width, 3).
 
     Raises:
-        InvalidArgument: IMAGE_UNDECODABLE or IMAGE_TOO_LARGE, at "image.encoded".
+        InvalidArgument: IMAGE_UNDECODABLE or IMAGE_TOO_LARGE, at `field`.
     """
     if not encoded:
-        raise _undecodable("the image is empty")
-    size = _checked_size(encoded, max_pixels)
+        raise _undecodable(field, "the image is empty")
+    size = _checked_size(encoded, max_pixels, field)
     try:
         pixels = cv2.imdecode(np.frombuffer(_without_png_profile(encoded), np.uint8), cv2.IMREAD_COLOR_RGB)
     except cv2.error as error:
-        raise _undecodable("the image is corrupt") from error
+        raise _undecodable(field, "the image is corrupt") from error
     # A file that two decoders read differently is a trick; the limit was checked on one reading only.
     if pixels is None or sorted(pixels.shape[:2]) != sorted(size):
-        raise _undecodable("the image is truncated or corrupt")
+        raise _undecodable(field, "the image is truncated or corrupt")
     return pixels.astype(np.uint8, copy=False)
 
 
@@ -73,7 +74,9 @@ def _without_png_profile(encoded: bytes) -> bytes:
     return encoded
 
 
-def pixels_from_tensor(*, data_type: str, shape: Sequence[int], data: bytes, max_pixels: int) -> UInt8Array:
+def pixels_from_tensor(
+    *, data_type: str, shape: Sequence[int], data: bytes, max_pixels: int, field: str = "image.pixels"
+) -> UInt8Array:
     """View a request's raw pixels as an image, without copying.
 
     Args:
@@ -81,6 +84,7 @@ def pixels_from_tensor(*, data_type: str, shape: Sequence[int], data: bytes, max
         shape: (height, width, 3), each side >= 1.
         data: exactly height * width * 3 bytes, row-major.
         max_pixels: largest accepted width times height.
+        field: the tensor's name in errors.
 
     Returns:
         uint8 (height, width, 3), read-only.
@@ -90,23 +94,23 @@ def pixels_from_tensor(*, data_type: str, shape: Sequence[int], data: bytes, max
     """
     if data_type != "UINT8":
         raise InvalidArgument.of(
-            "image.pixels.data_type", f"must be UINT8, got {data_type}", reason="TENSOR_TYPE_UNSUPPORTED"
+            f"{field}.data_type", f"must be UINT8, got {data_type}", reason="TENSOR_TYPE_UNSUPPORTED"
         )
     sides = [int(side) for side in shape]
     if len(sides) != 3 or sides[2] != _CHANNELS or min(sides) < 1:
         # A hostile shape can be long; the message need not be.
         shown = f"{sides}" if len(sides) <= 8 else f"{len(sides)} dimensions"
         raise InvalidArgument.of(
-            "image.pixels.shape",
+            f"{field}.shape",
             f"must be (height, width, 3) with sides >= 1, got {shown}",
             reason="TENSOR_SIZE_MISMATCH",
         )
-    _check_pixels(sides[1], sides[0], max_pixels, field="image.pixels.shape")
+    _check_pixels(sides[1], sides[0], max_pixels, field=f"{field}.shape")
     # Python's integers do not overflow.
     expected_bytes = math.prod(sides)
     if len(data) != expected_bytes:
         raise InvalidArgument.of(
-            "image.pixels.data",
+            f"{field}.data",
             f"shape {sides} needs {expected_bytes} bytes, got {len(data)}",
             reason="TENSOR_SIZE_MISMATCH",
             expected_bytes=expected_bytes,
@@ -115,17 +119,17 @@ def pixels_from_tensor(*, data_type: str, shape: Sequence[int], data: bytes, max
     return np.frombuffer(data, np.uint8).reshape(sides)
 
 
-def _checked_size(encoded: bytes, max_pixels: int) -> tuple[int, int]:
+def _checked_size(encoded: bytes, max_pixels: int, field: str) -> tuple[int, int]:
     """Return (width, height) from the header, once it is acceptable. Checks a PNG's chunks."""
     try:
         with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
             width_px, height_px = image.size
-            _check_pixels(width_px, height_px, max_pixels, field="image.encoded")
+            _check_pixels(width_px, height_px, max_pixels, field=field)
             if image.format == "PNG":
                 image.verify()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InvalidArgument.of(
-            "image.encoded",
+            field,
             f"the image has more than the {max_pixels} pixels accepted",
             reason="IMAGE_TOO_LARGE",
             max_pixels=max_pixels,
@@ -133,10 +137,10 @@ def _checked_size(encoded: bytes, max_pixels: int) -> tuple[int, int]:
     except InvalidArgument:
         raise
     except UnidentifiedImageError as error:
-        raise _undecodable("not a JPEG, PNG or WebP image") from error
+        raise _undecodable(field, "not a JPEG, PNG or WebP image") from error
     # Pillow's parsers raise whatever their struct, zlib and index operations raise on garbage.
     except Exception as error:
-        raise _undecodable("the image is truncated or corrupt") from error
+        raise _undecodable(field, "the image is truncated or corrupt") from error
     return width_px, height_px
 
 
@@ -152,5 +156,5 @@ def _check_pixels(width_px: int, height_px: int, max_pixels: int, *, field: str)
         )
 
 
-def _undecodable(description: str) -> InvalidArgument:
-    return InvalidArgument.of("image.encoded", description, reason="IMAGE_UNDECODABLE")
+def _undecodable(field: str, description: str) -> InvalidArgument:
+    return InvalidArgument.of(field, description, reason="IMAGE_UNDECODABLE")

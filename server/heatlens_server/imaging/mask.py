@@ -59,7 +59,7 @@ def vector_from_tensor(*, data_type: str, shape: Sequence[int], data: bytes, len
         InvalidArgument: TENSOR_TYPE_UNSUPPORTED, TENSOR_SIZE_MISMATCH or INVALID_OPTION, at the wrong field.
     """
     _check(
-        "embedding",
+        "reference_embedding",
         data_type=data_type,
         shape=shape,
         data=data,
@@ -71,12 +71,12 @@ def vector_from_tensor(*, data_type: str, shape: Sequence[int], data: bytes, len
     vector = np.frombuffer(data, "<f4").astype(np.float32)
     if len(vector) != length:
         raise InvalidArgument.of(
-            "embedding.shape",
+            "reference_embedding.shape",
             f"the model's embeddings have {length} elements, got {len(vector)}",
             reason="TENSOR_SIZE_MISMATCH",
         )
     if not np.isfinite(vector).all() or not vector.any():
-        raise InvalidArgument.of("embedding.data", "must be finite and not all zero", reason="INVALID_OPTION")
+        raise InvalidArgument.of("reference_embedding.data", "must be finite and not all zero", reason="INVALID_OPTION")
     return vector
 
 

@@ -42,10 +42,10 @@ def test_masks_that_are_none(changes, field, reason):
 @pytest.mark.parametrize(
     ("values", "field"),
     [
-        ([1, 2], "embedding.shape"),
-        ([0, 0, 0], "embedding.data"),
-        ([1, np.nan, 0], "embedding.data"),
-        ([np.inf, 0, 0], "embedding.data"),
+        ([1, 2], "reference_embedding.shape"),
+        ([0, 0, 0], "reference_embedding.data"),
+        ([1, np.nan, 0], "reference_embedding.data"),
+        ([np.inf, 0, 0], "reference_embedding.data"),
     ],
 )
 def test_embeddings_that_cannot_be_compared_with(values, field):

@@ -1,19 +1,56 @@
-"""All open streams: how many there may be, and what they are told when the server shuts down."""
+"""All open streams: how many there may be, what they hold, and how they are ended."""
 
 import asyncio
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from heatlens_server.api.stream.stream_counters import StreamCounters
 from heatlens_server.core.errors import ServerDraining, StreamLimit
 from heatlens_server.fleet.served_model import ServedModel
 
 _RETRY_S = 1.0
 
+_MAX_UNSENT = 4096
+
+
+@dataclass(slots=True)
+class Counter:
+    """How many of a kind were made, and how many are gone again."""
+
+    created: int = 0
+    released: int = 0
+
+    @property
+    def open(self) -> int:
+        """How many there are now."""
+        return self.created - self.released
+
+
+@dataclass(frozen=True, slots=True)
+class StreamCounters:
+    """Counts over all streams of a server since its start: whatever ends a stream, created and released become equal.
+
+    Attributes:
+        streams: admitted streams.
+        readers: tasks that read requests.
+        frames: frames that were read, until they are answered.
+        tickets: frames that were sent to a model, until they are answered or taken back.
+    """
+
+    streams: Counter = field(default_factory=Counter)
+    readers: Counter = field(default_factory=Counter)
+    frames: Counter = field(default_factory=Counter)
+    tickets: Counter = field(default_factory=Counter)
+
+    @property
+    def open(self) -> int:
+        """How many things of any kind are still held."""
+        return self.streams.open + self.readers.open + self.frames.open + self.tickets.open
+
 
 class OpenStream(Protocol):
-    """A stream, as the open_streams sees it."""
+    """A stream, as `OpenStreams` sees it."""
 
     @property
     def model(self) -> ServedModel | None:
@@ -28,15 +65,21 @@ class OpenStreams:
 
     Attributes:
         counters: what streams hold.
+        max_unsent: how many answers that need no model may wait to be sent, beyond a stream's window, where frames are
+            dropped. They wait behind the frames that run, as answers come in order, and a camera at n times the
+            server's speed sends n batches while one runs. If reading stopped there, frames would grow old in the
+            network's buffers.
     """
 
-    def __init__(self, *, max_streams: int) -> None:
-        """An empty open_streams.
+    def __init__(self, *, max_streams: int, max_unsent: int = _MAX_UNSENT) -> None:
+        """No stream is open.
 
         Args:
             max_streams: most streams open at a time.
+            max_unsent: see the attribute.
         """
         self.counters = StreamCounters()
+        self.max_unsent = max_unsent
         self._max_streams = max_streams
         self._open: set[OpenStream] = set()
         self._readers: set[asyncio.Task[None]] = set()

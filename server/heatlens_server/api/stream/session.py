@@ -5,30 +5,50 @@ The reader is never cancelled (see `OpenStreams.start_reader`): it looks, before
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
-from heatlens.v1 import explain_pb2 as pb
+from heatlens_server.api.answer import Answer
 from heatlens_server.api.calls import current_call, is_fault
+from heatlens_server.api.checks import SourceImage, Violations, check_image
 from heatlens_server.api.explainer import Explainer
-from heatlens_server.api.images import SourceImage, parse_image
-from heatlens_server.api.limits import Limits
+from heatlens_server.api.query import Frame, StreamMessage
+from heatlens_server.api.stream.config import StreamPlan, config_of, plan_stream
+from heatlens_server.api.stream.frames import FrameOrder, FrameSampler, FrameTime, MapSmoother
 from heatlens_server.api.stream.open_streams import OpenStreams
-from heatlens_server.api.stream.protocol import FrameOrder, StreamPlan, config_of, field_of_stream, parse_config
-from heatlens_server.api.stream.sampling import FrameSampler, FrameTime
-from heatlens_server.api.stream.smoothing import MapSmoother
 from heatlens_server.api.stream.window import FrameWindow, PendingFrame
-from heatlens_server.api.violations import Violations
-from heatlens_server.core.errors import FrameDropped, InvalidArgument, ServerDraining
-from heatlens_server.fleet.fleet import Fleet
+from heatlens_server.core.errors import FrameDropped, ServerDraining
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.scheduling.entry import QueueResult, Source
 from heatlens_server.scheduling.ticket import Ticket
-from heatlens_server.transports.grpc.status import to_status
 
 _log = logging.getLogger("heatlens.rpc")
+
+T = TypeVar("T")
+
+
+class StreamPeer(Protocol[T]):
+    """The client's end of a stream, as its transport gives it."""
+
+    async def read(self) -> StreamMessage | None:
+        """The next message; None at the end. What it raises ends the stream once the frames before are answered."""
+        ...
+
+    def encode(self, answer: Answer) -> T:
+        """What `send` takes of an answer. Called where the answer is made, which may be another thread."""
+        ...
+
+    async def start(self, *, model: str, model_version: str, max_in_flight: int) -> None:
+        """Tell that the configuration is accepted, by which model and with which window."""
+        ...
+
+    async def send(self, frame_id: int, outcome: T | Exception | None) -> None:
+        """Answer a frame; None: it was skipped. Waits while the client does not read."""
+        ...
 
 
 @dataclass(slots=True)
@@ -45,17 +65,18 @@ class _Counts:
 class _Opened:
     """What a valid configuration makes of a stream."""
 
-    def __init__(self, plan: StreamPlan, model: ServedModel, limits: Limits, open_streams: OpenStreams) -> None:
+    def __init__(self, plan: StreamPlan, model: ServedModel, explainer: Explainer, open_streams: OpenStreams) -> None:
         self.plan = plan
         self.model = model
-        self.explainer = Explainer(model, plan.explain, limits)
         self.order = FrameOrder()
         self.sampler = FrameSampler(every=plan.explain_every, max_per_second=plan.max_frames_per_second)
         self.window = FrameWindow(
             size=plan.window,
             drop_oldest=plan.drop_oldest,
             max_waiting=model.max_batch_size,
+            max_unsent=open_streams.max_unsent,
             counters=open_streams.counters,
+            on_drop=functools.partial(explainer.observer.frame_dropped, model=model.name),
         )
         self.source = Source()
         self._smoother = MapSmoother(plan.temporal_smoothing)
@@ -72,33 +93,25 @@ class _Opened:
         return dataclasses.replace(explained, result=result)
 
 
-class StreamSession:
-    """One stream. `run` is the call."""
+class StreamSession(Generic[T]):
+    """One stream. `run` is the call.
 
-    def __init__(
-        self,
-        fleet: Fleet,
-        limits: Limits,
-        open_streams: OpenStreams,
-        *,
-        requests: AsyncIterator[pb.StreamExplainRequest],
-        write: Callable[[pb.StreamExplainResponse], Awaitable[None]],
-    ) -> None:
+    Attributes:
+        model: what explains its frames; None until that is known.
+    """
+
+    def __init__(self, explainer: Explainer, open_streams: OpenStreams, peer: StreamPeer[T]) -> None:
         """Make a stream that reads nothing yet.
 
         Args:
-            fleet: the models.
-            limits: what the configuration and the frames are checked against.
+            explainer: explains the frames.
             open_streams: runs the reader, and counts.
-            requests: the client's messages. What it raises ends the stream once the frames before are answered.
-            write: sends an answer; waits while the client does not read.
+            peer: the client's end.
         """
-        self._fleet = fleet
-        self.model: ServedModel | None = None
-        self._limits = limits
+        self._explainer = explainer
         self._open_streams = open_streams
-        self._requests = requests
-        self._write = write
+        self._peer = peer
+        self.model: ServedModel | None = None
         self._call = current_call()
         self._opened: _Opened | None = None
         self._counts = _Counts()
@@ -122,17 +135,10 @@ class StreamSession:
         self._open_streams.start_reader(self._read())
         try:
             opened = await self._wait_opened()
-            plan, model = opened.plan, opened.model
-            started = pb.StreamStarted(model=model.name, model_version=model.version, max_in_flight=plan.window)
-            await self._write(pb.StreamExplainResponse(started=started))
+            model = opened.model
+            await self._peer.start(model=model.name, model_version=model.version, max_in_flight=opened.plan.window)
             while await self._has_frame(opened.window):
-                answer = await self._answer(opened.window.head, opened)
-                if answer is None:
-                    continue
-                await self._write(answer)
-                self._counts.answered += 1
-                opened.window.pop()
-                self._room.set()
+                await self._answer(opened.window.head, opened)
             if self._end_error is not None:
                 raise self._end_error
         finally:
@@ -163,32 +169,43 @@ class StreamSession:
             await self._wait(self._news)
         return True
 
-    async def _answer(self, frame: PendingFrame, opened: _Opened) -> pb.StreamExplainResponse | None:
-        """The answer for the head; None if it was cut off meanwhile and gets none."""
-        if frame.error is not None:
-            return self._failed(frame.frame_id, frame.error)
+    async def _answer(self, frame: PendingFrame, opened: _Opened) -> None:
+        """Answer the head, unless it is cut off meanwhile and gets no answer."""
+        outcome: T | Exception | None
         if frame.ticket is None:
-            self._counts.skipped += 1
-            return pb.StreamExplainResponse(frame_id=frame.frame_id, skipped=pb.FrameSkipped())
-        try:
-            result = await opened.explainer.answer(await frame.ticket.result(), revise=opened.revise)
-        except Exception as error:
-            return self._failed(frame.frame_id, error) if opened.window.holds(frame) else None
-        self._counts.explained += 1
-        return pb.StreamExplainResponse(frame_id=frame.frame_id, result=result)
-
-    def _failed(self, frame_id: int, error: Exception) -> pb.StreamExplainResponse:
-        """The answer for a frame that has none."""
-        request_id = self._call.request_id
-        if isinstance(error, FrameDropped):
-            self._counts.dropped += 1
+            outcome = frame.error
         else:
+            try:
+                outcome = await self._explainer.answer(
+                    await frame.ticket.result(),
+                    opened.plan.explain,
+                    opened.model,
+                    self._peer.encode,
+                    revise=opened.revise,
+                )
+            except Exception as error:
+                if not opened.window.holds(frame):
+                    return
+                outcome = error
+        self._count(frame.frame_id, outcome)
+        await self._peer.send(frame.frame_id, outcome)
+        self._counts.answered += 1
+        opened.window.pop()
+        self._room.set()
+
+    def _count(self, frame_id: int, outcome: T | Exception | None) -> None:
+        """Count what a frame's answer is, and log a fault of ours."""
+        if outcome is None:
+            self._counts.skipped += 1
+        elif isinstance(outcome, FrameDropped):
+            self._counts.dropped += 1
+        elif isinstance(outcome, Exception):
             self._counts.failed += 1
-        if is_fault(error):
-            _log.error("frame", exc_info=error, extra={"request_id": request_id, "frame_id": frame_id})
-        elif isinstance(error, InvalidArgument):
-            error = error.within(field_of_stream)
-        return pb.StreamExplainResponse(frame_id=frame_id, error=to_status(error, request_id))
+            if is_fault(outcome):
+                extra = {"request_id": self._call.request_id, "frame_id": frame_id}
+                _log.error("frame", exc_info=outcome, extra=extra)
+        else:
+            self._counts.explained += 1
 
     def _close(self) -> None:
         """Whatever ended the call: hold nothing any more, and say what was done in the call's log line."""
@@ -204,17 +221,18 @@ class StreamSession:
     async def _read(self) -> None:
         error: Exception | None = None
         try:
-            opened = await self._open(await anext(self._requests, None))
+            opened = await self._open(await self._peer.read())
             await self._read_frames(opened)
         except Exception as raised:
             error = raised
         self._end(error)
 
-    async def _open(self, request: pb.StreamExplainRequest | None) -> _Opened:
-        config = config_of(request)
-        self.model = model = self._fleet.get(config.model)
-        opened = _Opened(parse_config(config, model, self._limits), model, self._limits, self._open_streams)
-        await opened.explainer.ensure()
+    async def _open(self, message: StreamMessage | None) -> _Opened:
+        config = config_of(message)
+        self.model = model = self._explainer.fleet.get(config.model)
+        plan = plan_stream(config, model, self._explainer.limits)
+        opened = _Opened(plan, model, self._explainer, self._open_streams)
+        await model.queue.ensure(plan.explain.spec)
         self._opened = opened
         self._news.set()
         return opened
@@ -225,25 +243,25 @@ class StreamSession:
                 await self._wait(self._room)
             if self._over:
                 return
-            request = await anext(self._requests, None)
-            if request is None or self._over:
+            message = await self._peer.read()
+            if message is None or self._over:
                 return
-            frame = await self._admit(request, opened)
+            frame = await self._admit(message, opened)
             if self._over:
                 # It waited for a place, and there will be none.
                 return
             opened.window.add(frame)
             self._news.set()
 
-    async def _admit(self, request: pb.StreamExplainRequest, opened: _Opened) -> PendingFrame:
+    async def _admit(self, message: StreamMessage, opened: _Opened) -> PendingFrame:
         """Send a frame to the model, if it is to be explained and can be.
 
         Raises:
             InvalidArgument: it is not a frame that may come now.
         """
         read_s = time.monotonic()
-        frame = opened.order.check(request)
-        if not opened.sampler.allows(_time_of(frame, read_s)):
+        frame = opened.order.check(message)
+        if not opened.sampler.allows(FrameTime(read_s, frame.captured_s)):
             return PendingFrame(frame.frame_id)
         try:
             return PendingFrame(frame.frame_id, await self._submit(self._image(frame), opened, read_s))
@@ -258,11 +276,13 @@ class StreamSession:
         timeout_s = opened.plan.frame_timeout_s
         if timeout_s is not None:
             timeout_s -= time.monotonic() - read_s
-        return opened.explainer.submit(image, timeout_s=timeout_s, source=opened.source)
+        return self._explainer.submit(
+            image, opened.plan.explain, opened.model, timeout_s=timeout_s, source=opened.source
+        )
 
-    def _image(self, frame: pb.Frame) -> SourceImage:
+    def _image(self, frame: Frame) -> SourceImage:
         wrong = Violations()
-        image = parse_image(frame.image, self._limits, wrong)
+        image = check_image(frame.image, self._explainer.limits, wrong)
         wrong.raise_if_any()
         return image
 
@@ -278,9 +298,3 @@ class StreamSession:
     async def _wait(self, event: asyncio.Event) -> None:
         await event.wait()
         event.clear()
-
-
-def _time_of(frame: pb.Frame, read_s: float) -> FrameTime:
-    if not frame.HasField("capture_time"):
-        return FrameTime(read_s)
-    return FrameTime(read_s, frame.capture_time.seconds + frame.capture_time.nanos / 1e9)

@@ -1,18 +1,12 @@
 """The frames of one stream that were read and are not answered yet, and what gives when there are too many."""
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from heatlens_server.api.stream.stream_counters import StreamCounters
+from heatlens_server.api.stream.open_streams import StreamCounters
 from heatlens_server.core.errors import FrameDropped
 from heatlens_server.scheduling.ticket import Ticket
-
-_MAX_UNSENT = 4096
-"""How many answers that need no model may wait to be sent, beyond the window, where frames are dropped.
-
-They wait behind the frames that run, as answers come in order, and a camera at n times the server's speed sends n
-batches while one runs. If reading stopped there, frames would grow old in the network's buffers.
-"""
 
 
 @dataclass(slots=True, eq=False)
@@ -57,19 +51,32 @@ class FrameWindow:
     that waits is given up for a new one. If all of them run, the new one is let in beyond the size, but only one.
     """
 
-    def __init__(self, *, size: int, drop_oldest: bool, max_waiting: int, counters: StreamCounters) -> None:
+    def __init__(
+        self,
+        *,
+        size: int,
+        drop_oldest: bool,
+        max_waiting: int,
+        max_unsent: int,
+        counters: StreamCounters,
+        on_drop: Callable[[], None],
+    ) -> None:
         """An empty window.
 
         Args:
             size: >= 1.
             drop_oldest: whether a frame is given up when there are too many.
             max_waiting: with dropping: most frames that wait for the model, >= 1.
+            max_unsent: with dropping: how many answers that need no model may wait to be sent, beyond the size.
             counters: where frames and tickets are counted.
+            on_drop: called for each frame that is given up for a newer one.
         """
         self._size = size
         self._drop_oldest = drop_oldest
         self._max_waiting = max_waiting
-        self._ledger = counters
+        self._max_unsent = max_unsent
+        self._counters = counters
+        self._on_drop = on_drop
         self._frames: deque[PendingFrame] = deque()
         # Those of them that are live: they are few, and the others may be thousands.
         self._live: deque[PendingFrame] = deque()
@@ -87,7 +94,7 @@ class FrameWindow:
         """Whether another frame may be read. If not, only `pop` changes that."""
         if not self._drop_oldest:
             return len(self._frames) < self._size
-        return len(self._frames) < self._size + _MAX_UNSENT and (
+        return len(self._frames) < self._size + self._max_unsent and (
             len(self._live) <= self._size or any(frame.waiting for frame in self._live)
         )
 
@@ -106,15 +113,16 @@ class FrameWindow:
         for frame in waiting:
             if frame.drop():
                 self._live.remove(frame)
-                self._ledger.tickets.released += 1
+                self._counters.tickets.released += 1
+                self._on_drop()
                 return True
         return live_count <= self._size
 
     def add(self, frame: PendingFrame) -> None:
         """Put a frame at the end."""
         self._frames.append(frame)
-        self._ledger.frames.created += 1
-        self._ledger.tickets.created += frame.live
+        self._counters.frames.created += 1
+        self._counters.tickets.created += frame.live
         if frame.live:
             self._live.append(frame)
 
@@ -144,13 +152,13 @@ class FrameWindow:
         return any(taken_back)
 
     def close(self, error: Exception) -> None:
-        """Nobody will be answered: take back what can be taken back, and forget the rest."""
+        """No frame will be answered any more: take back what can be taken back, and forget the rest."""
         self.cut(error)
         while self._frames:
             self.pop()
 
     def _release(self, frame: PendingFrame) -> None:
-        self._ledger.frames.released += 1
-        self._ledger.tickets.released += frame.live
+        self._counters.frames.released += 1
+        self._counters.tickets.released += frame.live
         if frame.live:
             self._live.remove(frame)

@@ -116,7 +116,7 @@ class TorchEngine:
         for place, layer in enumerate(spec.layers):
             if layer in self._info.multi_map_layers and layer not in fit:
                 raise InvalidArgument.of(
-                    f"options.layers[{place}]",
+                    f"layers[{place}]",
                     f"{spec.method} does not explain {layer!r}, which is several maps at once; it explains: "
                     f"{', '.join(fit) or 'no layer of this model'}",
                     reason="INVALID_OPTION",

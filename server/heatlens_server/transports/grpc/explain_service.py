@@ -1,44 +1,39 @@
-"""ExplainService: validate, hand to the model's queue, encode."""
+"""ExplainService: requests become queries, and answers responses."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
 import grpc.aio
 
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
+from heatlens_server.api.answer import Answer
+from heatlens_server.api.calls import current_call
 from heatlens_server.api.explainer import Explainer
-from heatlens_server.api.limits import Limits
+from heatlens_server.api.query import StreamMessage
 from heatlens_server.api.stream.open_streams import OpenStreams
 from heatlens_server.api.stream.session import StreamSession
-from heatlens_server.api.validation import parse_explain
-from heatlens_server.fleet.fleet import Fleet
+from heatlens_server.core.errors import InvalidArgument
+from heatlens_server.transports.grpc.requests import explain_path, query_of, stream_message_of, stream_path
+from heatlens_server.transports.grpc.responses import response_of
+from heatlens_server.transports.grpc.status import to_status
 
 
 class ExplainServicer(explain_pb2_grpc.ExplainServiceServicer):
-    """Explains images and streams of frames with the models of a fleet."""
+    """Explains images and streams of frames."""
 
-    def __init__(self, fleet: Fleet, limits: Limits, open_streams: OpenStreams) -> None:
-        """Serve.
-
-        Args:
-            fleet: the models.
-            limits: what requests are checked against.
-            open_streams: where open streams are.
-        """
-        self._fleet = fleet
-        self._limits = limits
+    def __init__(self, explainer: Explainer, open_streams: OpenStreams) -> None:
+        """Serve what `explainer` answers; `open_streams` counts the streams."""
+        self._explainer = explainer
         self._open_streams = open_streams
 
     async def Explain(  # noqa: N802 - the contract's name
         self, request: pb.ExplainRequest, context: grpc.aio.ServicerContext[pb.ExplainRequest, pb.ExplainResponse]
     ) -> pb.ExplainResponse:
         """Explain one image."""
-        with self._fleet.use(request.model) as model:
-            command = parse_explain(request, model, self._limits)
-            explainer = Explainer(model, command.plan, self._limits)
-            await explainer.ensure()
-            ticket = explainer.submit(command.image, timeout_s=context.time_remaining())
-            return await explainer.answer(await ticket.result())
+        with _fields_as(explain_path):
+            query = query_of(request)
+            return await self._explainer.explain(query, response_of, timeout_s=context.time_remaining())
 
     async def StreamExplain(  # type: ignore[override]  # noqa: N802 - a coroutine that writes, not a generator
         self,
@@ -46,8 +41,54 @@ class ExplainServicer(explain_pb2_grpc.ExplainServiceServicer):
         context: grpc.aio.ServicerContext[pb.StreamExplainRequest, pb.StreamExplainResponse],
     ) -> None:
         """Explain the frames of a stream."""
-        session = StreamSession(
-            self._fleet, self._limits, self._open_streams, requests=request_iterator, write=context.write
-        )
-        with self._open_streams.admit(session):
+        session = StreamSession(self._explainer, self._open_streams, GrpcStream(request_iterator, context.write))
+        with _fields_as(stream_path), self._open_streams.admit(session):
             await session.run()
+
+
+class GrpcStream:
+    """The client's end of a stream. Implements `api.stream.session.StreamPeer`."""
+
+    def __init__(
+        self,
+        requests: AsyncIterator[pb.StreamExplainRequest],
+        write: Callable[[pb.StreamExplainResponse], Awaitable[None]],
+    ) -> None:
+        """Read `requests` and send responses by `write`, which waits while the client does not read."""
+        self._requests = requests
+        self._write = write
+        self._request_id = current_call().request_id
+
+    async def read(self) -> StreamMessage | None:
+        """The next message; None at the end."""
+        request = await anext(self._requests, None)
+        return None if request is None else stream_message_of(request)
+
+    def encode(self, answer: Answer) -> pb.ExplainResponse:
+        """What `send` takes of an answer."""
+        return response_of(answer)
+
+    async def start(self, *, model: str, model_version: str, max_in_flight: int) -> None:
+        """Tell that the configuration is accepted."""
+        started = pb.StreamStarted(model=model, model_version=model_version, max_in_flight=max_in_flight)
+        await self._write(pb.StreamExplainResponse(started=started))
+
+    async def send(self, frame_id: int, outcome: pb.ExplainResponse | Exception | None) -> None:
+        """Answer a frame: with its response, with its error, or that it was skipped."""
+        if outcome is None:
+            response = pb.StreamExplainResponse(frame_id=frame_id, skipped=pb.FrameSkipped())
+        elif isinstance(outcome, Exception):
+            error = outcome.within(stream_path) if isinstance(outcome, InvalidArgument) else outcome
+            response = pb.StreamExplainResponse(frame_id=frame_id, error=to_status(error, self._request_id))
+        else:
+            response = pb.StreamExplainResponse(frame_id=frame_id, result=outcome)
+        await self._write(response)
+
+
+@contextmanager
+def _fields_as(path: Callable[[str], str]) -> Iterator[None]:
+    """Errors about a query's fields name the paths that these have in the request."""
+    try:
+        yield
+    except InvalidArgument as error:
+        raise error.within(path) from error.__cause__

@@ -12,13 +12,14 @@ from grpc_health.v1.health import aio as health_aio
 
 from heatlens.v1 import explain_pb2, model_pb2
 from heatlens_server.fleet.fleet import Fleet, ModelState
-from heatlens_server.transports.grpc.names import EXPLAIN_SERVICE
 
 SERVICES = tuple(
     service.full_name
     for file in (explain_pb2.DESCRIPTOR, model_pb2.DESCRIPTOR)
     for service in file.services_by_name.values()
 )
+
+EXPLAIN_SERVICE = explain_pb2.DESCRIPTOR.services_by_name["ExplainService"].full_name
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

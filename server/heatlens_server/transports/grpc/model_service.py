@@ -7,11 +7,11 @@ import grpc.aio
 
 from heatlens.v1 import model_pb2 as pb
 from heatlens.v1 import model_pb2_grpc
-from heatlens_server.api.limits import Limits
+from heatlens_server.api.checks import Limits
 from heatlens_server.core.engine import Capabilities
 from heatlens_server.core.methods import Method
 from heatlens_server.fleet.fleet import Fleet, ModelState, ModelStatus
-from heatlens_server.transports.grpc.names import METHOD_TO_PROTO
+from heatlens_server.transports.grpc.requests import METHOD_TO_PROTO
 
 _STATES = {
     ModelState.LOADING: pb.Model.STATE_LOADING,

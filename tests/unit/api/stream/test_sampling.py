@@ -1,11 +1,13 @@
-"""Which frames are explained: every n-th, at most so many per second, whatever the clocks do."""
+"""Which messages are frames, and which frames are explained: every n-th, at most so many per second."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heatlens_server.api.stream.sampling import FrameSampler, FrameTime
+from heatlens_server.api.query import EmptyMessage, Frame, StreamConfig
+from heatlens_server.api.stream.frames import FrameOrder, FrameSampler, FrameTime
+from heatlens_server.core.errors import InvalidArgument
 
 
 def chosen(sampler: FrameSampler, captured: list[float]) -> list[int]:
@@ -95,3 +97,25 @@ def test_frames_with_and_without_capture_time_mixed():
 @pytest.mark.parametrize("captured", [[0.0, 9e18, -9e18, 9e18], [-9.2e18, 0.0, 1.0, 1.1]])
 def test_extreme_values_are_taken_as_they_are(limit, captured):
     assert 0 in chosen(FrameSampler(max_per_second=limit), captured)
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [([], None), ([0], 0), ([1, 2, 3], 2), ([-(2**63)], -(2**63)), ([5], -5), ([-3, 0, 2**63 - 1], 7)],
+)
+def test_ids_increase(good, bad):
+    order = FrameOrder()
+    assert [order.check(Frame(i)).frame_id for i in good] == good
+    if bad is not None:
+        with pytest.raises(InvalidArgument) as raised:
+            order.check(Frame(bad))
+        assert [violation.field for violation in raised.value.violations] == ["frame_id"]
+        assert raised.value.metadata == {"frame_id": str(bad), "last_frame_id": str(good[-1])}
+
+
+@pytest.mark.parametrize(("message", "field"), [(EmptyMessage(), "frame"), (StreamConfig(), "config")])
+def test_later_messages_hold_frames(message, field):
+    with pytest.raises(InvalidArgument) as raised:
+        FrameOrder().check(message)
+    assert [violation.field for violation in raised.value.violations] == [field]
+    assert raised.value.reason == "PROTOCOL_VIOLATION"

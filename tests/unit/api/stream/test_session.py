@@ -11,13 +11,15 @@ import pytest
 import pytest_asyncio
 
 from fleets import fleet_of
-from heatlens.v1 import explain_pb2 as pb
-from heatlens_server.api.limits import Limits
-from heatlens_server.api.stream import window
+from heatlens_server.api.answer import Answer
+from heatlens_server.api.checks import Limits
+from heatlens_server.api.explainer import Explainer
+from heatlens_server.api.query import Frame, Image, OverflowPolicy, StreamConfig, StreamMessage, Tensor
 from heatlens_server.api.stream.open_streams import OpenStreams
 from heatlens_server.api.stream.session import StreamSession
 from heatlens_server.core.engine import Capabilities, MapSpec
 from heatlens_server.core.errors import InvalidArgument, ModelUnloaded, ServerDraining, StreamLimit
+from heatlens_server.core.events import Observer
 from heatlens_server.core.methods import Method
 from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
 from heatlens_server.core.results import ImageResult
@@ -26,8 +28,7 @@ from heatlens_server.fleet.fleet import Fleet
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.scheduling.model_queue import ModelQueue
 from in_process_server import until
-from messages import pixels
-from raw_stream import PATIENCE_S, kinds
+from raw_stream import PATIENCE_S
 
 INFO = Capabilities("torch", "cpu", "fp32", 2, 2, 1, (Method.GRAD_CAM,), ("layer",))
 LIMITS = Limits(
@@ -59,23 +60,24 @@ class Engine:
 
 
 class Client:
-    """Both ends of a stream's wire."""
+    """The client's end of a stream, in the test's hands."""
 
     def __init__(self) -> None:
-        self._sent: asyncio.Queue[pb.StreamExplainRequest | Exception | None] = asyncio.Queue()
+        self._sent: asyncio.Queue[StreamMessage | Exception | None] = asyncio.Queue()
         self.reads = 0
         self.reads_cancelled = 0
-        self.received: list[pb.StreamExplainResponse] = []
+        self.started: dict[str, object] = {}
+        self.received: list[tuple[int, Answer | Exception | None]] = []
         self.reading = asyncio.Event()
         self.reading.set()
         self.write_error: Exception | None = None
 
     def configure(self, **config) -> None:
-        self._sent.put_nowait(pb.StreamExplainRequest(config=pb.StreamConfig(**config)))
+        self._sent.put_nowait(StreamConfig(**config))
 
-    def send(self, frame_id: int) -> None:
-        image = pixels(np.full((2, 2, 3), frame_id % 256, np.uint8))
-        self._sent.put_nowait(pb.StreamExplainRequest(frame=pb.Frame(frame_id=frame_id, image=image)))
+    def push(self, frame_id: int) -> None:
+        pixels = Tensor("UINT8", (2, 2, 3), bytes([frame_id % 256] * 12))
+        self._sent.put_nowait(Frame(frame_id, Image(pixels=pixels)))
 
     def finish(self, error: Exception | None = None) -> None:
         self._sent.put_nowait(error)
@@ -83,41 +85,47 @@ class Client:
     def all_read(self) -> bool:
         return self._sent.empty()
 
-    def __aiter__(self) -> AsyncIterator[pb.StreamExplainRequest]:
-        return self
-
-    async def __anext__(self) -> pb.StreamExplainRequest:
+    async def read(self) -> StreamMessage | None:
         self.reads += 1
         try:
             sent = await self._sent.get()
         except asyncio.CancelledError:
             self.reads_cancelled += 1
             raise
-        if sent is None:
-            raise StopAsyncIteration
         if isinstance(sent, Exception):
             raise sent
         return sent
 
-    async def write(self, response: pb.StreamExplainResponse) -> None:
+    def encode(self, answer: Answer) -> Answer:
+        return answer
+
+    async def start(self, **started) -> None:
+        await self._write()
+        self.started = started
+
+    async def send(self, frame_id: int, outcome: Answer | Exception | None) -> None:
+        await self._write()
+        self.received.append((frame_id, outcome))
+
+    async def _write(self) -> None:
         await self.reading.wait()
         if self.write_error is not None:
             raise self.write_error
-        self.received.append(response)
 
     def answers(self) -> list[tuple[int, str]]:
-        """What came after the first message."""
-        assert self.received[0].WhichOneof("payload") == "started"
-        return kinds(self.received[1:])
+        """Frame ids, with what was answered: "Answer" or the error's name."""
+        assert self.started
+        return [(frame_id, type(outcome).__name__) for frame_id, outcome in self.received]
 
 
 class Rig:
     def __init__(self, engine: Engine, queue: ModelQueue, fleet: Fleet) -> None:
-        self.engine, self.queue, self.open_streams = engine, queue, OpenStreams(max_streams=2)
+        self.engine, self.queue, self.open_streams = engine, queue, OpenStreams(max_streams=2, max_unsent=64)
         self.fleet = fleet
+        self.explainer = Explainer(fleet, LIMITS, Observer())
 
     def start(self, client: Client) -> "asyncio.Task[None]":
-        session = StreamSession(self.fleet, LIMITS, self.open_streams, requests=client, write=client.write)
+        session = StreamSession(self.explainer, self.open_streams, client)
 
         async def call() -> None:
             with self.open_streams.admit(session):
@@ -150,34 +158,33 @@ async def test_frames_are_answered_in_order_with_their_own_results(rig):
     client = Client()
     client.configure(max_in_flight=5)
     for i in range(1, 60):
-        client.send(i)
+        client.push(i)
     client.finish()
     await ended(rig.start(client))
-    assert client.answers() == [(i, "result") for i in range(1, 60)]
-    assert [r.result.explanations[0].logit for r in client.received[1:]] == list(range(1, 60))
+    assert client.answers() == [(i, "Answer") for i in range(1, 60)]
+    assert [answer.explanations[0].class_score.logit for _, answer in client.received] == list(range(1, 60))
     await rig.balanced()
     counters = rig.open_streams.counters
     counts = (counters.streams, counters.readers, counters.frames, counters.tickets)
     assert [balance.created for balance in counts] == [1, 1, 59, 59]
 
 
-@pytest.mark.parametrize("policy", [pb.OVERFLOW_POLICY_BLOCK, pb.OVERFLOW_POLICY_DROP_OLDEST])
-async def test_a_client_that_never_reads_is_not_read_for_ever(rig, policy, monkeypatch):
-    monkeypatch.setattr(window, "_MAX_UNSENT", 64)
+@pytest.mark.parametrize("policy", OverflowPolicy)
+async def test_a_client_that_never_reads_is_not_read_for_ever(rig, policy):
     client = Client()
     client.configure(max_in_flight=3, overflow_policy=policy)
     client.reading.clear()
     for i in range(300):
-        client.send(i)
+        client.push(i)
     call = rig.start(client)
-    bound = 3 if policy == pb.OVERFLOW_POLICY_BLOCK else 3 + 64
+    bound = 3 if policy is OverflowPolicy.BLOCK else 3 + 64
     other = Client()
     other.configure()
     for i in range(1, 20):
-        other.send(i)
+        other.push(i)
     other.finish()
     await ended(rig.start(other))
-    assert other.answers() == [(i, "result") for i in range(1, 20)]
+    assert other.answers() == [(i, "Answer") for i in range(1, 20)]
     frames = rig.open_streams.counters.frames
     assert frames.open <= bound
     # Told to drain, it still cannot send; only the end of the grace, a cancel, ends it.
@@ -200,7 +207,7 @@ async def test_a_read_that_is_under_way_is_left_alone_and_is_the_last(rig):
     with pytest.raises(asyncio.CancelledError):
         await call
     assert (rig.open_streams.counters.streams.open, rig.open_streams.counters.readers.open) == (0, 1)
-    client.send(1)
+    client.push(1)
     await rig.balanced()
     assert (client.reads, client.reads_cancelled) == (2, 0)
     assert (rig.open_streams.counters.frames.created, rig.engine.entered) == (0, 0)
@@ -212,7 +219,7 @@ async def test_an_answer_that_cannot_be_written_ends_the_stream_and_is_raised(ri
     client.write_error = BrokenPipeError("gone")
     call = rig.start(client)
     for i in range(5):
-        client.send(i)
+        client.push(i)
     with pytest.raises(BrokenPipeError):
         await ended(call)
     client.finish()
@@ -222,11 +229,11 @@ async def test_an_answer_that_cannot_be_written_ends_the_stream_and_is_raised(ri
 async def test_what_reading_raises_is_raised_after_the_answers(rig):
     client = Client()
     client.configure()
-    client.send(1)
+    client.push(1)
     client.finish(KeyError("a bug"))
     with pytest.raises(KeyError, match="a bug"):
         await ended(rig.start(client))
-    assert client.answers() == [(1, "result")]
+    assert client.answers() == [(1, "Answer")]
     await rig.balanced()
 
 
@@ -246,19 +253,19 @@ async def test_drain_before_the_configuration(rig):
 
 async def frame_in_hand(rig: Rig, client: Client) -> "asyncio.Task[None]":
     """A stream whose frames 1 and 2 run, and which has read frame 3 and has no place for it."""
-    client.configure(max_in_flight=1, overflow_policy=pb.OVERFLOW_POLICY_DROP_OLDEST)
+    client.configure(max_in_flight=1, overflow_policy=OverflowPolicy.DROP_OLDEST)
     rig.engine.gate.clear()
     call = rig.start(client)
-    client.send(1)
+    client.push(1)
     await until(lambda: rig.engine.entered == 1)
     rig.queue.batcher.hold_until(99)
-    client.send(2)
+    client.push(2)
     # Frame 2 waits, so that the next frame is being read.
     await until(lambda: client.reads == 4 and len(rig.queue.batcher) == 1)
     rig.queue.batcher.hold_until(0)
     # The batch that is prepared ahead claims it.
     await until(lambda: len(rig.queue.batcher) == 0)
-    client.send(3)
+    client.push(3)
     await until(client.all_read)
     return call
 
@@ -270,8 +277,23 @@ async def test_drain_answers_what_runs_and_not_the_frame_in_hand(rig):
     rig.engine.gate.set()
     with pytest.raises(ServerDraining):
         await ended(call)
-    assert client.answers() == [(1, "result"), (2, "result")]
+    assert client.answers() == [(1, "Answer"), (2, "Answer")]
     assert client.reads == 4
+    await rig.balanced()
+
+
+async def test_drain_while_the_head_waits_answers_nothing(rig):
+    client = Client()
+    client.configure(max_in_flight=2)
+    rig.queue.batcher.hold_until(99)
+    call = rig.start(client)
+    client.push(1)
+    client.push(2)
+    await until(lambda: len(rig.queue.batcher) == 2)
+    rig.open_streams.drain()
+    with pytest.raises(ServerDraining):
+        await ended(call)
+    assert client.answers() == []
     await rig.balanced()
 
 
@@ -287,28 +309,13 @@ async def test_the_streams_of_a_model_that_serves_no_longer_answer_what_runs_and
     rig.engine.gate.set()
     with pytest.raises(ModelUnloaded, match="'m' was replaced"):
         await ended(call)
-    assert client.answers() == [(1, "result"), (2, "result")]
+    assert client.answers() == [(1, "Answer"), (2, "Answer")]
     # One that has not said its model goes on.
     unopened.configure()
-    unopened.send(1)
+    unopened.push(1)
     unopened.finish()
     await ended(other)
-    assert unopened.answers() == [(1, "result")]
-    await rig.balanced()
-
-
-async def test_drain_while_the_head_waits_answers_nothing(rig):
-    client = Client()
-    client.configure(max_in_flight=2)
-    rig.queue.batcher.hold_until(99)
-    call = rig.start(client)
-    client.send(1)
-    client.send(2)
-    await until(lambda: len(rig.queue.batcher) == 2)
-    rig.open_streams.drain()
-    with pytest.raises(ServerDraining):
-        await ended(call)
-    assert client.answers() == []
+    assert unopened.answers() == [(1, "Answer")]
     await rig.balanced()
 
 
@@ -328,7 +335,7 @@ async def test_a_frame_in_hand_gets_its_place_once_another_is_answered(rig):
     rig.engine.gate.set()
     client.finish()
     await ended(call)
-    assert client.answers() == [(1, "result"), (2, "result"), (3, "result")]
+    assert client.answers() == [(1, "Answer"), (2, "Answer"), (3, "Answer")]
     await rig.balanced()
 
 
@@ -336,10 +343,10 @@ async def test_a_violation_is_raised_after_the_window_is_answered(rig):
     client = Client()
     client.configure()
     for i in (1, 2, 2, 3):
-        client.send(i)
+        client.push(i)
     with pytest.raises(InvalidArgument, match="must increase"):
         await ended(rig.start(client))
-    assert client.answers() == [(1, "result"), (2, "result")]
+    assert client.answers() == [(1, "Answer"), (2, "Answer")]
     await rig.balanced()
 
 
@@ -347,12 +354,12 @@ async def test_a_lane_that_takes_nothing_fails_frames_not_the_stream(rig, caplog
     client = Client()
     client.configure()
     call = rig.start(client)
-    await until(lambda: client.received)
+    await until(lambda: client.started)
     rig.queue.batcher.close()
-    client.send(1)
+    client.push(1)
     client.finish()
     await ended(call)
-    assert client.answers() == [(1, "UNAVAILABLE")]
+    assert client.answers() == [(1, "ServerDraining")]
     await rig.balanced()
 
 

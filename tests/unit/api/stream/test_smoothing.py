@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from heatlens_server.api.stream.smoothing import MapSmoother
+from heatlens_server.api.stream.frames import MapSmoother
 from heatlens_server.core.results import Finding, ImageResult
 
 

@@ -2,8 +2,7 @@
 
 import pytest
 
-from heatlens_server.api.stream import window
-from heatlens_server.api.stream.stream_counters import StreamCounters
+from heatlens_server.api.stream.open_streams import StreamCounters
 from heatlens_server.api.stream.window import FrameWindow, PendingFrame
 from heatlens_server.core.errors import FrameDropped
 
@@ -28,7 +27,15 @@ class Ticket:
 class Rig:
     def __init__(self, size: int, *, drop_oldest: bool, max_waiting: int = 99) -> None:
         self.counters = StreamCounters()
-        self.window = FrameWindow(size=size, drop_oldest=drop_oldest, max_waiting=max_waiting, counters=self.counters)
+        self.drops = 0
+        self.window = FrameWindow(
+            size=size,
+            drop_oldest=drop_oldest,
+            max_waiting=max_waiting,
+            max_unsent=64,
+            counters=self.counters,
+            on_drop=self.count_drop,
+        )
         self.tickets: list[Ticket] = []
 
     def send(self) -> bool:
@@ -39,8 +46,13 @@ class Rig:
         self.window.add(PendingFrame(len(self.tickets), self.tickets[-1]))
         return True
 
+    def count_drop(self) -> None:
+        self.drops += 1
+
     def dropped(self) -> list[int]:
-        return [i for i, ticket in enumerate(self.tickets) if isinstance(ticket.error, FrameDropped)]
+        dropped = [i for i, ticket in enumerate(self.tickets) if isinstance(ticket.error, FrameDropped)]
+        assert self.drops == len(dropped)
+        return dropped
 
 
 def test_blocking_counts_every_frame():
@@ -101,8 +113,7 @@ def test_when_all_run_one_more_is_let_in_and_not_two():
     assert rig.dropped() == [2]
 
 
-def test_unsent_answers_are_bounded(monkeypatch):
-    monkeypatch.setattr(window, "_MAX_UNSENT", 64)
+def test_unsent_answers_are_bounded():
     rig = Rig(2, drop_oldest=True)
     rig.send()
     rig.tickets[0].claim()

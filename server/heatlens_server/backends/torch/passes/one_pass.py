@@ -91,7 +91,7 @@ def input_gradient(
     """
     if not score.requires_grad:
         raise InvalidArgument.of(
-            "options.method",
+            "method",
             "it differentiates by the input, on which this model's score does not depend by a gradient",
             reason="INVALID_OPTION",
         )

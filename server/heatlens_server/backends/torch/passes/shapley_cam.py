@@ -70,7 +70,7 @@ def _gradients(
 
 def _impossible() -> InvalidArgument:
     return InvalidArgument.of(
-        "options.method",
+        "method",
         "shapley-cam differentiates twice, which torch cannot do with an operation of this model",
         reason="INVALID_OPTION",
     )

@@ -230,7 +230,7 @@ def test_ablation_cam_of_a_pyramid_by_hand(faster_rcnn):
 @pytest.mark.parametrize("method", [Method.GRAD_CAM, Method.RECIPRO_CAM, Method.SMOOTH_GRAD_CAM_PLUS_PLUS])
 def test_a_pyramid_has_no_gradient(faster_rcnn, method):
     spec = MapSpec(method, ("backbone.body.layer4", "backbone"), upsample=False)
-    with pytest.raises(InvalidArgument, match=r"options.layers\[1\]: .* does not explain 'backbone'"):
+    with pytest.raises(InvalidArgument, match=r"layers\[1\]: .* does not explain 'backbone'"):
         run(faster_rcnn, photos()[0], TWO, spec)
     assert "backbone" not in faster_rcnn.info.layers_of(method)
 

@@ -161,4 +161,4 @@ def test_what_cannot_be_differentiated_twice_is_said(operation):
 
     with pytest.raises(InvalidArgument, match="shapley-cam differentiates twice") as caught:
         raw(placed(Once(), ("body",)), noise(1), [ClassIds((1,))], Method.SHAPLEY_CAM)
-    assert caught.value.violations[0].field == "options.method"
+    assert caught.value.violations[0].field == "method"

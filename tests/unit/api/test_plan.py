@@ -6,11 +6,21 @@ import time
 import numpy as np
 import pytest
 
-from explain_requests import LIMITS, PIXELS, TINY, TINY_MLP, assert_path_exists, fields, refusal, request
+from explain_requests import (
+    PIXELS,
+    TINY,
+    TINY_MLP,
+    assert_path_exists,
+    fields,
+    plan_of,
+    planned,
+    refusal,
+    request,
+)
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import faithfulness_pb2, method_pb2
-from heatlens_server.api.limits import Limits
-from heatlens_server.api.validation import parse_explain
+from heatlens_server.api.checks import Limits
+from heatlens_server.api.query import MapType
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Aggregation, Method, Metric, Score
 from heatlens_server.core.targets import ClassIds, TopK
@@ -18,11 +28,11 @@ from heatlens_server.fleet.served_model import ServedModel
 
 
 def test_nothing_set_is_the_top_class_with_the_defaults():
-    command = parse_explain(pb.ExplainRequest(image=PIXELS), TINY, LIMITS)
-    assert command.plan.target == TopK(1)
-    assert command.plan.spec == MapSpec(Method.GRAD_CAM, ("body",), upsample=False)
-    assert (command.plan.place_on_source, command.plan.map_dtype, command.plan.top_predictions) == (False, "<f4", 0)
-    np.testing.assert_array_equal(command.image, np.arange(18, dtype=np.uint8).reshape(2, 3, 3))
+    plan, image = planned(pb.ExplainRequest(image=PIXELS))
+    assert plan.target == TopK(1)
+    assert plan.spec == MapSpec(Method.GRAD_CAM, ("body",), upsample=False)
+    assert (plan.place_on_source, plan.map_type, plan.top_predictions) == (False, MapType.FLOAT32, 0)
+    np.testing.assert_array_equal(image, np.arange(18, dtype=np.uint8).reshape(2, 3, 3))
 
 
 @pytest.mark.parametrize(
@@ -35,14 +45,14 @@ def test_nothing_set_is_the_top_class_with_the_defaults():
     ],
 )
 def test_map_sizes(map_size, upsample, place):
-    plan = parse_explain(request(map_size=map_size), TINY, LIMITS).plan
+    plan = plan_of(request(map_size=map_size))
     assert (plan.spec.upsample, plan.place_on_source) == (upsample, place)
 
 
 def test_targets_and_their_number():
-    ids = parse_explain(request(class_ids=pb.ClassIds(values=[7, 0, 9])), TINY, LIMITS).plan
+    ids = plan_of(request(class_ids=pb.ClassIds(values=[7, 0, 9])))
     assert (ids.target, ids.target_count) == (ClassIds((7, 0, 9)), 3)
-    top = parse_explain(request(top_k=4), TINY, LIMITS).plan
+    top = plan_of(request(top_k=4))
     assert (top.target, top.target_count) == (TopK(4), 4)
 
 
@@ -50,13 +60,13 @@ def test_top_k_is_bounded_by_the_class_count_too():
     wide = Limits(
         max_message_bytes=1, max_image_pixels=6, max_queue_length=1, max_targets=1000, max_streams=1, max_in_flight=1
     )
-    assert parse_explain(request(top_k=10), TINY, wide).plan.target == TopK(10)
+    assert plan_of(request(top_k=10), limits=wide).target == TopK(10)
     assert fields(refusal(request(top_k=11), limits=wide)) == ["options.top_k"]
 
 
 def test_encoded_images_are_handed_on_as_they_are():
     sent = pb.ExplainRequest(image=pb.Image(encoded=b"not looked at yet"))
-    assert parse_explain(sent, TINY, LIMITS).image == b"not looked at yet"
+    assert planned(sent)[1] == b"not looked at yet"
 
 
 @pytest.mark.parametrize("image", [None, pb.Image()])
@@ -122,17 +132,14 @@ def test_layers(layers, named):
 
 
 def test_cam_wants_the_default_layer_and_a_model_that_has_it():
-    assert (
-        parse_explain(request(method=method_pb2.METHOD_CAM, layers=["body"]), TINY, LIMITS).plan.spec.method
-        is Method.CAM
-    )
+    assert plan_of(request(method=method_pb2.METHOD_CAM, layers=["body"])).spec.method is Method.CAM
     assert fields(refusal(request(method=method_pb2.METHOD_CAM, layers=["stem"]))) == ["options.layers"]
     assert fields(refusal(request(method=method_pb2.METHOD_CAM, layers=["body", "stem"]))) == ["options.layers"]
     assert fields(refusal(request(method=method_pb2.METHOD_CAM), TINY_MLP)) == ["options.method"]
 
 
 def spec_of(**options) -> MapSpec:
-    return parse_explain(request(**options), TINY, LIMITS).plan.spec
+    return plan_of(request(**options)).spec
 
 
 def test_presets_are_what_they_stand_for():
@@ -189,7 +196,7 @@ def test_an_export_of_another_score_explains_that_one_unless_told_otherwise():
     model = of_export(Score.PROBABILITY, methods=(Method.GRAD_CAM,))
     assert model.capabilities.requestable_methods == (Method.GRAD_CAM,)
     for sent in (request(), request(method=method_pb2.METHOD_GRAD_CAM), request(target_score=2)):
-        assert parse_explain(sent, model, LIMITS).plan.spec.score is Score.PROBABILITY
+        assert plan_of(sent, model).spec.score is Score.PROBABILITY
     error = refusal(request(target_score=method_pb2.TARGET_SCORE_LOGIT), model)
     assert fields(error) == ["options.target_score"]
     assert "does not support logit; it supports: probability" in error.message
@@ -198,9 +205,9 @@ def test_an_export_of_another_score_explains_that_one_unless_told_otherwise():
 def test_grad_cam_of_the_contrast_alone_goes_by_the_name_of_finer_cam():
     model = of_export(Score.CONTRAST, methods=(Method.GRAD_CAM, Method.LAYER_CAM))
     assert model.capabilities.requestable_methods == (Method.LAYER_CAM, Method.FINER_CAM)
-    finer = parse_explain(request(method=method_pb2.METHOD_FINER_CAM), model, LIMITS).plan.spec
+    finer = plan_of(request(method=method_pb2.METHOD_FINER_CAM), model).spec
     assert (finer.method, finer.score, finer.layers) == (Method.GRAD_CAM, Score.CONTRAST, ("body",))
-    assert parse_explain(request(), model, LIMITS).plan.spec.score is Score.CONTRAST
+    assert plan_of(request(), model).spec.score is Score.CONTRAST
     assert fields(refusal(request(target_score=method_pb2.TARGET_SCORE_LOGIT), model)) == ["options.target_score"]
     error = refusal(request(method=method_pb2.METHOD_GRAD_CAM), model)
     assert fields(error) == ["options.method"]
@@ -210,8 +217,8 @@ def test_grad_cam_of_the_contrast_alone_goes_by_the_name_of_finer_cam():
 def test_a_layer_by_which_an_export_has_not_the_method_is_named():
     model = of_export(Score.LOGIT, layers_by_method={Method.EIGEN_CAM: ("body",)})
     eigen = {"method": method_pb2.METHOD_EIGEN_CAM}
-    assert parse_explain(request(**eigen), model, LIMITS).plan.spec.layers == ("body",)
-    assert parse_explain(request(layers=["stem", "body"]), model, LIMITS).plan.spec.layers == ("stem", "body")
+    assert plan_of(request(**eigen), model).spec.layers == ("body",)
+    assert plan_of(request(layers=["stem", "body"]), model).spec.layers == ("stem", "body")
     error = refusal(request(layers=["body", "stem"], **eigen), model)
     assert fields(error) == ["options.layers[1]"]
     assert "no eigen-cam by 'stem', only by body" in error.message

@@ -6,13 +6,12 @@ import re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from explain_requests import LIMITS, PIXELS, TINY, assert_path_exists, fields
+from explain_requests import LIMITS, PIXELS, assert_path_exists, fields, plan_of
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import faithfulness_pb2, method_pb2
-from heatlens_server.api.validation import parse_explain
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.methods import Method
-from heatlens_server.transports.grpc.names import METHOD_FROM_PROTO
+from heatlens_server.transports.grpc.requests import METHOD_FROM_PROTO
 from heatlens_server.transports.grpc.status import to_wire
 
 INTS = st.integers(-(2**31), 2**31 - 1)
@@ -113,9 +112,9 @@ def wrong_fields(sent: pb.ExplainRequest) -> set[str]:
 @given(sent=requests())
 def test_exactly_the_wrong_fields_are_named(sent):
     try:
-        command = parse_explain(pb.ExplainRequest.FromString(sent.SerializeToString()), TINY, LIMITS)
+        plan = plan_of(pb.ExplainRequest.FromString(sent.SerializeToString()))
         named = []
-        assert 1 <= command.plan.target_count <= LIMITS.max_targets
+        assert 1 <= plan.target_count <= LIMITS.max_targets
     except InvalidArgument as refused:
         named = fields(refused)
         to_wire(refused, "id")

@@ -5,24 +5,18 @@ import dataclasses
 import numpy as np
 import pytest
 
+import explain_requests
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import faithfulness_pb2
-from heatlens_server.api.limits import Limits
-from heatlens_server.api.tasks.classification import ClassificationWire
-from heatlens_server.api.validation import parse_explain
 from heatlens_server.core.engine import Capabilities
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.methods import Method, Metric, Score
 from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
-from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import ClassIds, Detections, Pixels, Similarity, TopK
 from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.imaging.preprocess import fit
 
-LIMITS = Limits(
-    max_message_bytes=1 << 20, max_image_pixels=5000, max_queue_length=8, max_targets=4, max_streams=2, max_in_flight=8
-)
 IMAGE = pb.Image(pixels=pb.Tensor(data_type=pb.DATA_TYPE_UINT8, shape=(8, 8, 3), data=bytes(192)))
 MASK = pb.Tensor(data_type=pb.DATA_TYPE_UINT8, shape=(8, 8), data=bytes(range(64)))
 VECTOR = pb.Tensor(data_type=pb.DATA_TYPE_FLOAT32, shape=(3,), data=np.array([1, 0, 2], "<f4").tobytes())
@@ -51,7 +45,7 @@ def model_of(task: Task) -> ServedModel:
 
 def plan_of(task: Task, **options):
     sent = pb.ExplainRequest(image=IMAGE, options=pb.ExplainOptions(**options))
-    return parse_explain(sent, model_of(task), LIMITS).plan
+    return explain_requests.plan_of(sent, model_of(task))
 
 
 def refused(task: Task, **options) -> list[str]:
@@ -82,17 +76,17 @@ def test_options_of_other_tasks_are_refused(task, option):
 
 def test_segmentation_wants_classes_and_maybe_a_mask():
     plan = plan_of(Task.SEGMENTATION)
-    assert (plan.target.classes, plan.target.mask, plan.complete) == (TopK(1), None, None)
+    assert (plan.target.classes, plan.target.mask, plan.finish_target) == (TopK(1), None, None)
     plan = plan_of(Task.SEGMENTATION, class_ids=pb.ClassIds(values=[2, 0]), mask=MASK, return_mask=True)
     assert (plan.target_count, plan.spec.return_mask) == (2, True)
-    completed = plan.complete(FITTED)
-    assert isinstance(completed, Pixels)
-    assert completed.classes == ClassIds((2, 0))
-    assert completed.mask.sum() == 63
+    finished = plan.finish_target(FITTED)
+    assert isinstance(finished, Pixels)
+    assert finished.classes == ClassIds((2, 0))
+    assert finished.mask.sum() == 63
     small = pb.Tensor(data_type=pb.DATA_TYPE_UINT8, shape=(4, 4), data=bytes([1] * 16))
     with pytest.raises(InvalidArgument) as raised:
-        plan_of(Task.SEGMENTATION, mask=small).complete(FITTED)
-    assert [violation.field for violation in raised.value.violations] == ["options.mask.shape"]
+        plan_of(Task.SEGMENTATION, mask=small).finish_target(FITTED)
+    assert [violation.field for violation in raised.value.violations] == ["mask.shape"]
     assert refused(Task.SEGMENTATION, mask=pb.Tensor()) == ["options.mask.data_type"]
 
 
@@ -110,8 +104,8 @@ def test_an_embedding_wants_something_to_compare_with():
     plan = plan_of(Task.EMBEDDING, reference_embedding=VECTOR)
     assert isinstance(plan.target, Similarity)
     np.testing.assert_array_equal(plan.target.reference, [1, 0, 2])
-    completed = plan_of(Task.EMBEDDING, reference_image=IMAGE).complete(FITTED)
-    assert completed.reference.shape == (8, 8, 3)
+    finished = plan_of(Task.EMBEDDING, reference_image=IMAGE).finish_target(FITTED)
+    assert finished.reference.shape == (8, 8, 3)
     assert refused(Task.EMBEDDING) == ["options.reference_embedding"]
     assert refused(Task.EMBEDDING, reference_embedding=VECTOR, top_k=1) == ["options.top_k"]
     short = pb.Tensor(data_type=pb.DATA_TYPE_FLOAT32, shape=(1,), data=b"\0\0\x80\x3f")
@@ -119,8 +113,8 @@ def test_an_embedding_wants_something_to_compare_with():
     assert refused(Task.EMBEDDING, reference_image=pb.Image()) == ["options.reference_image"]
     broken = plan_of(Task.EMBEDDING, reference_image=pb.Image(encoded=b"no image"))
     with pytest.raises(InvalidArgument) as raised:
-        broken.complete(FITTED)
-    assert [violation.field for violation in raised.value.violations] == ["options.reference_image.encoded"]
+        broken.finish_target(FITTED)
+    assert [violation.field for violation in raised.value.violations] == ["reference_image.encoded"]
 
 
 @pytest.mark.parametrize("task", [Task.SEGMENTATION, Task.DETECTION])
@@ -137,14 +131,3 @@ def test_what_is_not_defined_for_a_task_is_refused(task):
         Metric.DELETION,
         Metric.INSERTION,
     )
-
-
-def test_the_classes_of_a_multi_label_model_do_not_exclude_each_other():
-    logits = np.array([-800.0, 0.0, 800.0, 2.0], np.float32)
-    result = ImageResult(logits, (3, 1), *(np.zeros((2, 1, 1), np.float32),) * 3)
-    findings = ClassificationWire(Task.MULTI_LABEL).findings(result)
-    assert [finding.class_id for finding in findings] == [3, 1]
-    assert findings[0].probability == pytest.approx(1 / (1 + np.exp(-2.0)))
-    assert findings[1].probability == 0.5
-    np.testing.assert_array_equal(ClassificationWire(Task.MULTI_LABEL).probabilities(result)[:3], [0, 0.5, 1])
-    assert sum(ClassificationWire(Task.CLASSIFICATION).probabilities(result)) == pytest.approx(1)

@@ -1,0 +1,198 @@
+"""What queries may ask of models of each task: one row per task."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+
+from heatlens_server.api.checks import Limits, Violations, check_image, fit_image
+from heatlens_server.api.query import Options
+from heatlens_server.core.errors import InvalidArgument
+from heatlens_server.core.methods import Metric
+from heatlens_server.core.preprocess import FittedImage
+from heatlens_server.core.targets import ClassIds, ClassTarget, Detections, Pixels, Similarity, Target, TopK
+from heatlens_server.core.tasks import Task
+from heatlens_server.fleet.served_model import ServedModel
+from heatlens_server.imaging.mask import fit_mask, mask_from_tensor, vector_from_tensor
+
+_DEFAULT_MIN_SCORE = 0.5
+
+_NO_REFERENCE = Similarity(np.ones(1, np.float32))
+"""Stands for the reference until it is known."""
+
+FinishTarget = Callable[[FittedImage], Target]
+"""Makes the engine's target once the image is decoded. May raise InvalidArgument."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRules:
+    """What queries may ask of models of one task.
+
+    Attributes:
+        target: checks what is wanted. Returns the target as far as it is known before the image is decoded, and what
+            makes the engine's target then, or None if the first is that. They may be used if nothing was found wrong.
+        options: the options that no other task has.
+        has_image_classes: whether the image as a whole has predicted classes.
+        can_flip: whether maps can be averaged over mirror images.
+        metrics: the measures of faithfulness that are defined.
+        can_smooth_over_frames: whether a class id tells which explanation of the next frame is of the same thing.
+    """
+
+    target: Callable[[Options, ServedModel, Limits, Violations], tuple[Target, FinishTarget | None]]
+    options: frozenset[str] = frozenset()
+    has_image_classes: bool = False
+    can_flip: bool = False
+    metrics: frozenset[Metric] = frozenset(Metric) - {Metric.CLASS_SENSITIVITY}
+    can_smooth_over_frames: bool = True
+
+
+def rules_of(task: Task) -> TaskRules:
+    """What queries may ask of models of a task."""
+    return _RULES[task]
+
+
+def check_target(
+    options: Options, model: ServedModel, limits: Limits, wrong: Violations
+) -> tuple[Target, FinishTarget | None]:
+    """Check what is wanted, as `TaskRules.target`, and that no option of another task is given."""
+    task = model.capabilities.task
+    for owner, rules in _RULES.items():
+        for name in sorted(rules.options):
+            value = getattr(options, name)
+            if owner is not task and value is not None and value is not False:
+                wrong.add(name, f"is for models of {owner}, and this one is of {task}")
+    return _RULES[task].target(options, model, limits, wrong)
+
+
+def _classification(
+    options: Options, model: ServedModel, limits: Limits, wrong: Violations
+) -> tuple[Target, FinishTarget | None]:
+    """The classes; the most probable one if none is named."""
+    return _classes(options, model, limits, wrong, default=TopK(1)), None
+
+
+def _segmentation(
+    options: Options, model: ServedModel, limits: Limits, wrong: Violations
+) -> tuple[Target, FinishTarget | None]:
+    """The classes; the one of most pixels if none is named. Over the pixels predicted as them, or over a mask."""
+    classes = _classes(options, model, limits, wrong, default=TopK(1))
+    if options.mask is None:
+        return Pixels(classes), None
+    sent = options.mask
+    try:
+        mask = mask_from_tensor(
+            data_type=sent.data_type, shape=sent.shape, data=sent.data, max_pixels=limits.max_image_pixels
+        )
+    except InvalidArgument as error:
+        wrong.add_error(error)
+        return Pixels(classes), None
+    return Pixels(classes), lambda image: Pixels(classes, fit_mask(mask, image))
+
+
+def _detection(
+    options: Options, model: ServedModel, limits: Limits, wrong: Violations
+) -> tuple[Target, FinishTarget | None]:
+    """The boxes above a score: the `top_k` best ones, or those of the classes named; all if neither is given."""
+    min_score = _DEFAULT_MIN_SCORE if options.min_score is None else options.min_score
+    if not 0 <= min_score <= 1:
+        wrong.add("min_score", f"must be in [0, 1]; got {min_score:g}")
+    # top_k counts boxes, and a class may have many.
+    most = limits.max_targets
+    chosen = _classes(options, model, limits, wrong, default=TopK(most), largest_k=most)
+    if isinstance(chosen, ClassIds):
+        return Detections(min_score, most, chosen.ids), None
+    return Detections(min_score, max(1, chosen.k)), None
+
+
+def _embedding(
+    options: Options, model: ServedModel, limits: Limits, wrong: Violations
+) -> tuple[Target, FinishTarget | None]:
+    """The similarity to the reference embedding, or to the reference image's."""
+    for name in ("top_k", "class_ids"):
+        if getattr(options, name) is not None:
+            wrong.add(name, "an embedding model has no classes: it explains the similarity to a reference")
+    if options.reference_embedding is not None:
+        sent = options.reference_embedding
+        try:
+            length = model.capabilities.class_count
+            vector = vector_from_tensor(data_type=sent.data_type, shape=sent.shape, data=sent.data, length=length)
+        except InvalidArgument as error:
+            wrong.add_error(error)
+            return _NO_REFERENCE, None
+        return Similarity(vector), None
+    field = "reference_image"
+    if options.reference_image is None:
+        wrong.add(
+            "reference_embedding",
+            "an embedding model explains the similarity to a reference: set reference_embedding or reference_image",
+        )
+        return _NO_REFERENCE, None
+    image = check_image(options.reference_image, limits, wrong, field=field)
+    return _NO_REFERENCE, lambda _image: Similarity(fit_image(image, model.preprocess, limits, field=field).pixels)
+
+
+def _classes(
+    options: Options,
+    model: ServedModel,
+    limits: Limits,
+    wrong: Violations,
+    *,
+    default: ClassTarget,
+    largest_k: int | None = None,
+) -> ClassTarget:
+    """The classes that a query names.
+
+    Args:
+        options: of the query.
+        model: that is asked.
+        limits: in force.
+        wrong: takes what is wrong.
+        default: what is wanted if the query names nothing.
+        largest_k: the largest `top_k`; None: the model's classes and `max_targets` bound it.
+    """
+    class_count = model.capabilities.class_count
+    if options.top_k is not None:
+        largest = min(class_count, limits.max_targets) if largest_k is None else largest_k
+        if not 1 <= options.top_k <= largest:
+            wrong.add("top_k", f"must be in [1, {largest}]; got {options.top_k}")
+        return TopK(options.top_k)
+    if options.class_ids is not None:
+        _check_class_ids(options.class_ids.ids, class_count, limits.max_targets, wrong)
+        return options.class_ids
+    return default
+
+
+def _check_class_ids(ids: Sequence[int], class_count: int, max_targets: int, wrong: Violations) -> None:
+    field = "class_ids.ids"
+    if not ids:
+        wrong.add(field, "must name at least one class")
+    if len(ids) > max_targets:
+        # Not one violation each: their number would be the caller's to choose.
+        wrong.add(field, f"at most {max_targets} classes in one request; got {len(ids)}")
+        return
+    for i, class_id in enumerate(ids):
+        if not 0 <= class_id < class_count:
+            wrong.add(f"{field}[{i}]", f"class id {class_id} is not in [0, {class_count})")
+        elif class_id in ids[:i]:
+            wrong.add(f"{field}[{i}]", f"duplicate class id {class_id}")
+
+
+_CLASSIFICATION = TaskRules(_classification, has_image_classes=True, can_flip=True, metrics=frozenset(Metric))
+
+_RULES: Mapping[Task, TaskRules] = MappingProxyType(
+    {
+        Task.CLASSIFICATION: _CLASSIFICATION,
+        Task.MULTI_LABEL: _CLASSIFICATION,
+        Task.SEGMENTATION: TaskRules(_segmentation, options=frozenset({"mask", "return_mask"})),
+        Task.EMBEDDING: TaskRules(
+            _embedding, options=frozenset({"reference_embedding", "reference_image"}), can_flip=True
+        ),
+        Task.DETECTION: TaskRules(
+            # Of a class there may be many boxes, and nothing says which is which in the next frame.
+            _detection,
+            options=frozenset({"min_score"}),
+            can_smooth_over_frames=False,
+        ),
+    }
+)

@@ -1,1 +1,0 @@
-"""What requests ask of models of each task."""
