@@ -45,7 +45,7 @@ def check_model(config: ModelConfig, write: Callable[[str], None], *, cache_dir:
     size = f"{info.input_width_px}x{info.input_height_px} px" if info.input_width_px else "any size"
     write(
         f"{config.name}: ok: {info.engine_name} on {info.device} in {info.precision}, "
-        f"{size}, {info.class_count} classes, "
+        f"{info.task}, {size}, {info.class_count} classes, "
         f"layers {', '.join(info.layers)}; methods {', '.join(info.requestable_methods)}"
     )
     return True

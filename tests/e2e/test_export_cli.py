@@ -1,16 +1,20 @@
 """The real `heatlens-server export`: every format, wrong options, failures."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from heatlens import Client
 from heatlens_server.backends.onnx.manifest import read_manifest
-from heatlens_server.core.graph_spec import Output
-from server_process import SUPPORT
+from heatlens_server.core.graph_spec import MANIFEST_FILE, Output
+from server_process import SUPPORT, wait_settled
 
 COMMAND = Path(sys.executable).parent / "heatlens-server"
 MODELS = """
@@ -90,6 +94,28 @@ def test_formats(run, config, tmp_path, file_format, file, options):
         assert (graph.layer, graph.method, manifest.classes) == expected
     else:
         assert (graph.layer, graph.method, manifest.classes, graph.outputs) == ("body", "hi-res-cam", 1, tuple(Output))
+
+
+def test_a_served_export_answers_as_its_task_says_and_an_old_one_as_a_classifier(run, config, tmp_path, launch):
+    config.write_text(MODELS.replace('layers = ["body", "stem"]', 'task = "multi-label-classification"', 1))
+    run("tiny", "-c", config, "-o", tmp_path / "labels", "--no-verify")
+    shutil.copytree(tmp_path / "labels", tmp_path / "old")
+    content = json.loads((tmp_path / "old" / MANIFEST_FILE).read_text())
+    assert content.pop("task") == "multi-label-classification"
+    (tmp_path / "old" / MANIFEST_FILE).write_text(json.dumps(content))
+    models = "".join(f'[[models]]\nname = "{name}"\nsource = "export:{name}"\n' for name in ("labels", "old"))
+    running = launch(f'[server]\nlisten = "127.0.0.1:0"\n{models}')
+    wait_settled(running.address)
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    with Client(running.address) as client:
+        labels, old = (client.explain(image, model=name, top_predictions=10) for name in ("labels", "old"))
+        assert [model.task for model in client.models()] == ["multi-label-classification", "classification"]
+    logits = np.array([prediction.logit for prediction in labels.predictions])
+    assert [prediction.probability for prediction in labels.predictions] == pytest.approx(1 / (1 + np.exp(-logits)))
+    softmax = np.exp(logits) / np.exp(logits).sum()
+    assert [prediction.probability for prediction in old.predictions] == pytest.approx(softmax, rel=1e-4)
+    (warning,) = [line for line in running.log().splitlines() if "does not say its task" in line]
+    assert "model old: the export does not say its task: taken as classification; set task" in warning
 
 
 def test_a_wrong_option_is_named_before_torch_is_loaded(config, tmp_path):

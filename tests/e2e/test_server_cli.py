@@ -75,7 +75,8 @@ def test_check_prints_the_effective_configuration_and_nothing_else_on_stdout(run
     assert "s3cret" not in done.stdout + done.stderr
     *_, report = done.stderr.splitlines()  # an export tells its phases before
     assert report.startswith(
-        "tiny: ok: onnxruntime on cpu in fp32, 64x64 px, 10 classes, layers body; methods cam, grad-cam,"
+        "tiny: ok: onnxruntime on cpu in fp32, classification, 64x64 px, 10 classes, layers body; methods cam, "
+        "grad-cam,"
     )
 
 

@@ -22,5 +22,7 @@ def test_the_size_of_a_models_input(monkeypatch, size_px, said):
     monkeypatch.setattr(check, "build", lambda *_args, **_kwargs: SimpleNamespace(engine=engine))
     lines: list[str] = []
     assert check.check_model(ModelConfig(name="m", source="torchvision:resnet18"), lines.append, cache_dir=None)
-    assert lines == [f"m: ok: torch on cpu in fp32, {said}, 1 classes, layers body; methods grad-cam, refine-cam"]
+    assert lines == [
+        f"m: ok: torch on cpu in fp32, classification, {said}, 1 classes, layers body; methods grad-cam, refine-cam"
+    ]
     assert closed

@@ -174,6 +174,10 @@ def _build_from_folder(config: ModelConfig) -> BuiltModel:
         raise ModelLoadError(f"the export runs in {manifest.precision}, not {config.precision}")
     if config.provider != "auto" and engine != "onnxruntime":
         raise ModelLoadError(f"provider is for onnx exports, and this one is {manifest.format}")
+    if manifest.task is not None and config.task not in {"auto", manifest.task}:
+        raise ModelLoadError(f"task: the export is of a model for {manifest.task}, not {config.task}")
+    if manifest.task is None and config.task == "auto":
+        _log.warning("model %s: the export does not say its task: taken as classification; set task", config.name)
     unknown = [layer for layer in config.layers if layer not in manifest.layers]
     if unknown:
         raise ModelLoadError(f"the export has no layer {unknown[0]!r}, only {', '.join(manifest.layers)}")
@@ -195,6 +199,8 @@ def _build_from_folder(config: ModelConfig) -> BuiltModel:
 
 def _build_exported(config: ModelConfig, artefact: Artefact, *, device: str, method: Method) -> BuiltModel:
     manifest = artefact.manifest
+    if config.task != "auto":
+        manifest = replace(manifest, task=Task(config.task))
     default, base = manifest.layers[0], method.as_preset.method
     # The engine opens the first graph now, and the others when they are asked for.
     graphs = sorted(manifest.graphs, key=lambda graph: (graph.layer != default, graph.method is not base))

@@ -17,7 +17,6 @@ from heatlens_server.core.errors import InvalidArgument, ModelLoadError
 from heatlens_server.core.methods import Method, Score
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import Target
-from heatlens_server.core.tasks import Task
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +43,6 @@ class FallbackEngine:
         make_companion: Callable[[], SteppingEngine] | None = None,
         *,
         methods: Sequence[Method] = (),
-        task: Task = Task.CLASSIFICATION,
     ) -> None:
         """Load nothing yet.
 
@@ -53,7 +51,6 @@ class FallbackEngine:
             make_companion: makes an engine of the same model, on the same device, that has every score and option;
                 raises ModelLoadError. None if there is none.
             methods: what the companion will have.
-            task: what the model does, which a graph does not say.
         """
         self.primary = primary
         self._make = make_companion
@@ -64,8 +61,7 @@ class FallbackEngine:
         self._closed = False
         # Asked for every request, and few are unlike the others.
         self._is_for_primary = lru_cache(maxsize=_KNOWN_SPECS)(primary.can)
-        info = replace(primary.info, task=task)
-        self._info = info if make_companion is None else _joined(info, methods)
+        self._info = primary.info if make_companion is None else _joined(primary.info, methods)
 
     @property
     def info(self) -> Capabilities:

@@ -5,7 +5,6 @@ import logging
 from heatlens_server.config import EXPORT_PREFIX, ModelConfig
 from heatlens_server.core.engine import SteppingEngine
 from heatlens_server.core.errors import ModelLoadError
-from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.artefact import Artefact, LazyModel
 from heatlens_server.fleet.fallback_engine import ExportEngine, FallbackEngine
 from heatlens_server.fleet.torch_import import importing_torch
@@ -22,16 +21,15 @@ def with_companion(config: ModelConfig, primary: ExportEngine, artefact: Artefac
         primary: the engine.
         artefact: what it runs.
     """
-    task = Task.CLASSIFICATION if config.task == "auto" else Task(config.task)
     # Of an export that somebody gives us there is no network.
     if not config.companion or config.source.startswith(EXPORT_PREFIX):
-        return FallbackEngine(primary, task=task)
+        return FallbackEngine(primary)
 
     def make() -> SteppingEngine:
         return _load(config, artefact.manifest.weights_version, device=primary.info.device)
 
     methods = read_abilities(artefact.folder, artefact.manifest)
-    return FallbackEngine(primary, make, methods=methods, task=task)
+    return FallbackEngine(primary, make, methods=methods)
 
 
 def _load(config: ModelConfig, weights_version: str, *, device: str) -> SteppingEngine:

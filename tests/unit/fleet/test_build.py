@@ -15,8 +15,10 @@ from heatlens_server.backends.onnx.manifest import read_manifest
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import ExportError, ModelLoadError
+from heatlens_server.core.graph_spec import MANIFEST_FILE
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import ClassIds
+from heatlens_server.core.tasks import Task
 from heatlens_server.fleet import artefact
 from heatlens_server.fleet import build as building
 from heatlens_server.fleet.build import BuiltModel, build
@@ -285,6 +287,34 @@ def export(cached_export, tmp_path):
 
 def from_folder(folder, **changes):
     return ModelConfig(**{"name": "e", "source": f"export:{folder}", **changes})
+
+
+@pytest.mark.parametrize(
+    ("written", "configured", "expected", "is_logged"),
+    [
+        ("multi-label-classification", "auto", Task.MULTI_LABEL, False),
+        ("classification", "classification", Task.CLASSIFICATION, False),
+        (None, "auto", Task.CLASSIFICATION, True),
+        (None, "multi-label-classification", Task.MULTI_LABEL, False),
+    ],
+)
+def test_the_task_of_an_export(make, export, caplog, written, configured, expected, is_logged):
+    write_task(export, written)
+    model, _ = make(from_folder(export, task=configured), None)
+    assert model.engine.info.task is expected
+    assert ("model e: the export does not say its task: taken as classification" in caplog.text) is is_logged
+
+
+def test_a_configured_task_that_is_not_the_exports_is_refused(make, export):
+    write_task(export, "classification")
+    with pytest.raises(ModelLoadError, match="for classification, not multi-label-classification"):
+        make(from_folder(export, task="multi-label-classification"), None)
+
+
+def write_task(folder, task: str | None) -> None:
+    content = json.loads((folder / MANIFEST_FILE).read_text())
+    assert content.pop("task") == "classification"
+    (folder / MANIFEST_FILE).write_text(json.dumps(content if task is None else {**content, "task": task}))
 
 
 def test_an_export_is_served_without_the_models_code(make, export, cache_dir, monkeypatch):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import tiny_models
+from heatlens_server.backends.onnx.engine import OnnxRuntimeEngine
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.engine import MapSpec, SteppingEngine
 from heatlens_server.core.errors import ModelLoadError
@@ -118,17 +119,16 @@ def test_a_default_method_of_several_layers_is_the_exports(make):
     assert not make(method="refine-cam").ready(NEEDS_TORCH)
 
 
-def test_what_a_model_does_is_told_by_the_configuration(make):
-    """A graph does not say it."""
-    single = make()
-    assert single.info.task is Task.CLASSIFICATION
-    changed = config(task="multi-label-classification")
-    artefact = Artefact(single.primary._folder, single.primary._manifest)
-    engine = companion.with_companion(changed, single.primary, artefact)
+def test_a_multi_label_model_is_one_in_both_engines(make):
+    folder, manifest = make().primary._folder, make().primary._manifest
+    manifest = dataclasses.replace(manifest, task=Task.MULTI_LABEL)
+    primary = OnnxRuntimeEngine(folder, manifest, device="cpu")
+    engine = companion.with_companion(config(task=manifest.task), primary, Artefact(folder, manifest))
     assert engine.info.task is Task.MULTI_LABEL
     spec = dataclasses.replace(PLAIN, score=Score.PROBABILITY)
     engine.prepare(spec)
     assert engine.ready(spec)
+    engine.close()
 
 
 def test_other_weights_than_those_that_were_exported_are_not_taken(make, monkeypatch):

@@ -7,6 +7,7 @@ from heatlens_server.core.engine import Capabilities, MapSpec
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.graph_spec import CLASS_INDEX, IMAGE, Format, InputKind, Output
 from heatlens_server.core.methods import Method
+from heatlens_server.core.tasks import Task
 
 
 def check_served(manifest: Manifest, wanted: Format, needed: tuple[Output, ...]) -> None:
@@ -82,6 +83,7 @@ def served_info(manifest: Manifest, *, engine_name: str, device: str) -> Capabil
         class_count=manifest.class_count,
         methods=tuple(method for method in Method if method in of_default),
         layers=offered,
+        task=manifest.task or Task.CLASSIFICATION,
         scores=(manifest.graphs[0].score,),
         layers_by_method={method: fewer for method, fewer in held.items() if fewer != offered},
     )

@@ -16,6 +16,7 @@ from heatlens_server.core.graph_spec import IMAGE, MANIFEST_FILE, Format, InputK
 from heatlens_server.core.grid import MAP, Grid
 from heatlens_server.core.methods import Method, Score
 from heatlens_server.core.preprocess import PreprocessSpec
+from heatlens_server.core.tasks import Task
 
 _MANIFEST_VERSION = 1
 _CHUNK_BYTES = 1 << 20
@@ -86,6 +87,7 @@ class Manifest:
         opset: of ONNX; None in other formats.
         versions: of the packages that made the export, by name.
         parity: what `export.verify` measured; empty if it was switched off.
+        task: what the model does; None in exports of versions that did not write it.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -107,6 +109,7 @@ class Manifest:
     opset: int | None
     versions: Mapping[str, str]
     parity: Mapping[str, Any]
+    task: Task | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -182,6 +185,8 @@ def _check(manifest: Manifest) -> None:
         raise ValueError(f"labels: there are {len(manifest.labels)}, for {manifest.class_count} classes")
     if manifest.classes is not None and manifest.classes > manifest.class_count:
         raise ValueError(f"classes: {manifest.classes} of {manifest.class_count}")
+    if manifest.task is not None and not manifest.task.traits.exportable:
+        raise ValueError(f"task: exports are of classifiers, not for {manifest.task}")
     crop_px = manifest.preprocess.crop_px
     if crop_px is None:
         raise ValueError("preprocess.crop_px: graphs take images of one size")

@@ -17,6 +17,7 @@ from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import Format, InputKind, Output
 from heatlens_server.core.methods import Method
 from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
+from heatlens_server.core.tasks import Task
 
 
 @pytest.fixture
@@ -44,6 +45,7 @@ def folder(tmp_path):
         opset=20,
         versions={"torch": "2.14.1"},
         parity={"figures": {"cam": {"error": 1e-6}}},
+        task=Task.MULTI_LABEL,
     )
     manifest.write(tmp_path)
     return tmp_path, manifest
@@ -62,6 +64,7 @@ def test_it_is_readable_without_us(folder):
     path, _ = folder
     content = json.loads((path / MANIFEST_FILE).read_text())
     assert content["manifest_version"] == 1
+    assert content["task"] == "multi-label-classification"
     assert content["preprocess"]["crop_px"] == [32, 48]
     assert content["graphs"][0] == {
         "file": "net.onnx",
@@ -84,6 +87,8 @@ def test_it_is_readable_without_us(folder):
         (lambda path: edit(path, labels=None), "manifest.json is damaged"),
         (lambda path: edit(path, surprise=1), "manifest.json is damaged"),
         (lambda path: edit(path, format="exe"), "manifest.json is damaged"),
+        (lambda path: edit(path, task="detection"), "exports are of classifiers, not for detection"),
+        (lambda path: edit(path, task="guessing"), r"manifest.json is damaged \(task: "),
         (lambda path: edit(path, preprocess={"resize_px": 1}), "manifest.json is damaged"),
         (lambda path: edit(path, files={"../net.onnx": "0"}), "names a file outside of its folder"),
         (lambda path: edit(path, files={}), "a graph without a file"),

@@ -262,4 +262,5 @@ def _manifest(
         opset=onnx_file.OPSET if file_format is Format.ONNX else None,
         versions=installed_versions(),
         parity={},
+        task=model.task,
     )
