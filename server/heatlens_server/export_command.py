@@ -124,7 +124,9 @@ def find_model(model: str, config: Path | None, weights: str) -> ModelConfig:
             raise ConfigError("--weights: goes with a source such as torchvision:resnet50; a configuration has its own")
         models = {chosen.name: chosen for chosen in load_config(config).models}
         if model not in models:
-            raise ConfigError(f"MODEL: there is no model {model!r}, only {', '.join(models)}{_near(model, models)}")
+            raise ConfigError(
+                f"MODEL: there is no model {model!r}, only {', '.join(models)}{_did_you_mean(model, models)}"
+            )
         chosen = models[model]
     if chosen.source.startswith(EXPORT_PREFIX):
         raise ConfigError(f"MODEL: {model} is an export already")
@@ -264,9 +266,9 @@ def _member(option: str, choices: type[_E], value: str, also: Sequence[str] = ()
         return choices(value)
     except ValueError:
         names = [*choices, *also]
-        raise ConfigError(f"{option}: {value!r} is none of {', '.join(names)}{_near(value, names)}") from None
+        raise ConfigError(f"{option}: {value!r} is none of {', '.join(names)}{_did_you_mean(value, names)}") from None
 
 
-def _near(name: str, names: Iterable[str]) -> str:
+def _did_you_mean(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {near[0]}?" if near else ""

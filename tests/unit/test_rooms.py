@@ -87,6 +87,11 @@ def test_libraries_stay_in_their_rooms(libraries):
     assert rooms <= LIBRARIES[libraries]
 
 
+def test_core_needs_numpy_alone():
+    names = {name.partition(".")[0] for path in (SERVER / "core").rglob("*.py") for name in imports_of(path)}
+    assert names - sys.stdlib_module_names == {"numpy", "heatlens_server"}
+
+
 def test_the_client_imports_nothing_of_the_server():
     names = {name.partition(".")[0] for path in CLIENT.rglob("*.py") for name in imports_of(path)}
     assert names & {"heatlens_server", "torch", "torchvision", "timm"} == set()

@@ -3,6 +3,7 @@
 Relative paths in the file are relative to the file's folder, elsewhere to the working directory.
 """
 
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +12,12 @@ from typing import Self, cast
 from pydantic import ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
-from heatlens_server.config.environment import check_environment
 from heatlens_server.config.model import EMBEDDED_MODEL, EXPORT_PREFIX, WEIGHT_FILE_SUFFIXES, ModelConfig
 from heatlens_server.config.section import Section
 from heatlens_server.config.server import ServerConfig
 from heatlens_server.core.errors import ConfigError
 
+_PREFIX, _DELIMITER = "HEATLENS_", "__"
 _PATH_KEYS = frozenset({"token_file", "certificate", "private_key", "client_ca", "labels", "cache_dir"})
 
 _EMBEDDED = ModelConfig(name=EMBEDDED_MODEL, source=f"embedded:{EMBEDDED_MODEL}")
@@ -57,7 +58,7 @@ class Config(Section):
 class _Environment(BaseSettings):
     """The top-level keys as environment variables; their values are checked later, merged with the others."""
 
-    model_config = SettingsConfigDict(env_prefix="HEATLENS_", env_nested_delimiter="__")
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, env_nested_delimiter=_DELIMITER)
 
     server: ServerConfig = ServerConfig()
     models: tuple[ModelConfig, ...] = ()
@@ -77,7 +78,7 @@ def load_config(path: Path | None = None, overrides: Mapping[str, object] | None
         ConfigError: one line per wrong key, each with the key's path as in the file: "models[0].source: ...".
     """
     raw = _read_toml(path) if path is not None else {}
-    check_environment()
+    _check_environment()
     try:
         raw = _merge(raw, EnvSettingsSource(_Environment)())
     except SettingsError as error:
@@ -87,6 +88,22 @@ def load_config(path: Path | None = None, overrides: Mapping[str, object] | None
         return Config.model_validate(raw)
     except ValidationError as error:
         raise ConfigError("\n".join(_describe(e["loc"], e["type"], e["msg"]) for e in error.errors())) from None
+
+
+def _check_environment() -> None:
+    """Refuse variables that are written like a nested setting and are none: a mistyped one may be the token.
+
+    Names without the delimiter are left alone. Kubernetes sets HEATLENS_PORT, HEATLENS_SERVICE_HOST and the like in
+    every pod beside a service called heatlens.
+
+    Raises:
+        ConfigError: names the first such variable.
+    """
+    for name in sorted(os.environ):
+        upper = name.upper()
+        nested = upper.startswith(_PREFIX) and _DELIMITER in upper
+        if nested and not upper.startswith(f"{_PREFIX}SERVER{_DELIMITER}"):
+            raise ConfigError(f"environment variable {name}: there is no such setting")
 
 
 def _read_toml(path: Path) -> dict[str, object]:

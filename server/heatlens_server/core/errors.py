@@ -1,23 +1,23 @@
-"""Every error the server raises on purpose, as one tree. Only `transports/grpc/status.py` maps it to gRPC.
+"""Every error that the server raises on purpose, as one tree. A transport maps it to its own statuses.
 
 * HeatlensError
-  * InvalidArgument       the request is wrong whatever the server's state; names the fields
+  * InvalidArgument       the request is wrong, whatever the state of the server; names the fields
   * Unauthenticated       the token is missing or wrong
-  * ModelNotFound         no model of that name
-  * ModelLoading          not ready yet, try again
-  * ModelFailed           could not be loaded
-  * ModelUnloaded         was taken out, or replaced, while the caller waited
-  * CompanionFailed       is served, but what some requests need beside it could not be loaded
-  * ServerDraining        shutting down, try another server
+  * ModelNotFound         there is no model of that name
+  * ModelLoading          the model is not ready yet: try again
+  * ModelFailed           the model could not be loaded
+  * ModelUnloaded         the model was unloaded or replaced while the caller waited
+  * CompanionFailed       the model answers, but PyTorch, which this request needs, could not be loaded
+  * ServerDraining        the server is shutting down: try another server
   * QueueFull             too many requests are waiting
   * StreamLimit           too many streams are open
   * FrameDropped          a newer frame of its stream took its place
   * DeadlineExpired       the caller's deadline passed before the model ran
-  * DeviceOutOfMemory     not even one image fits
-  * InternalError         our fault; the text is for the log, callers get a request id only
+  * DeviceOutOfMemory     the device has no memory for a single image
+  * InternalError         a fault in the server; the log has the text, callers get a request id only
 
-Messages of all but InternalError reach the client: no paths, no tracebacks, nothing internal.
-`ConfigError` and `ModelLoadError` are raised at start-up and never cross the wire.
+The messages of all but InternalError reach the client: they hold no paths, no tracebacks, nothing internal.
+Clients see the message of a `ModelLoadError` in a `ModelFailed`; they never see a `ConfigError`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,9 +39,9 @@ class HeatlensError(Exception):
     """Base of all errors that a client may see.
 
     Attributes:
-        reason: UPPER_SNAKE_CASE, stable; what programs switch on.
-        metadata: the message's dynamic parts, for programs.
-        retry_after_s: when to try again, in seconds; None if retrying does not help.
+        reason: UPPER_SNAKE_CASE and stable: programs switch on it.
+        metadata: the variable parts of the message, for programs.
+        retry_after_s: in how many seconds to try again; None if retrying does not help.
     """
 
     reason = "UNKNOWN"
@@ -89,7 +89,11 @@ class InvalidArgument(HeatlensError):
         )
 
     def within(self, path: Callable[[str], str]) -> "InvalidArgument":
-        """The same error about a part of a larger message: `path` tells where each of its fields lies there."""
+        """Return the same error, about a part of a larger message.
+
+        Args:
+            path: takes a field's path in the part, and returns its path in the larger message.
+        """
         return InvalidArgument(
             [FieldViolation(path(wrong.field), wrong.description) for wrong in self.violations],
             reason=self.reason,
@@ -133,7 +137,7 @@ class ModelFailed(HeatlensError):
 
 
 class ModelUnloaded(HeatlensError):
-    """The model was taken out of the server, or replaced, while a call waited for it or a stream used it."""
+    """The model was unloaded or replaced while a call waited for it or a stream used it."""
 
     reason = "MODEL_UNLOADED"
 
@@ -143,7 +147,7 @@ class ModelUnloaded(HeatlensError):
 
 
 class CompanionFailed(HeatlensError):
-    """The model answers, but not this request: the engine that would run it could not be loaded."""
+    """The model answers other requests, but PyTorch, which this one needs, could not be loaded."""
 
     reason = "COMPANION_FAILED"
 
@@ -184,7 +188,7 @@ class FrameDropped(HeatlensError):
 
 
 class DeadlineExpired(HeatlensError):
-    """The caller's deadline passed before the model ran for it, or ran the last of many times."""
+    """The caller's deadline passed before the model ran, or, of an explanation in steps, before its last run."""
 
     reason = "DEADLINE_EXPIRED"
 
@@ -196,7 +200,7 @@ class DeviceOutOfMemory(HeatlensError):
 
 
 class InternalError(HeatlensError):
-    """A fault of ours. Its message is logged and never sent."""
+    """A fault in the server. Its message is logged and never sent."""
 
     reason = "INTERNAL"
 
@@ -206,7 +210,7 @@ class ConfigError(Exception):
 
 
 class ModelLoadError(Exception):
-    """A model cannot be loaded. The message is shown to clients: it names no path of this machine."""
+    """A model cannot be loaded. Clients see the message: it names no path of this machine."""
 
 
 class ExportError(Exception):
