@@ -16,7 +16,6 @@ from heatlens_server.core.geometry import PixelBox, place_map
 from heatlens_server.core.methods import Metric
 from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.core.results import Finding, ImageResult
-from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.imaging.mask import place_mask
 from heatlens_server.scheduling.entry import QueueResult, Timing
@@ -126,7 +125,7 @@ def check_answer_size(plan: Plan, image: FittedImage, limits: Limits, *, map_cou
 def answer_of(done: QueueResult, plan: Plan, model: ServedModel) -> Answer:
     """Make the answer. Fast at layer and input size; placing maps on large source images takes milliseconds each."""
     result, image = done.result, done.image
-    probabilities = class_probabilities(result.logits, model.capabilities.task)
+    probabilities = model.capabilities.task.traits.class_probabilities(result.logits)
     findings = result.findings
     if findings is None:
         findings = tuple(
@@ -146,29 +145,6 @@ def answer_of(done: QueueResult, plan: Plan, model: ServedModel) -> Answer:
         mask=mask,
         embedding=result.embedding,
     )
-
-
-def class_probabilities(logits: Float32Array, task: Task) -> Float32Array:
-    """The probability of every class for the image as a whole; empty where images have none.
-
-    Args:
-        logits: float32 (C,).
-        task: decides whether classes exclude each other (softmax) or not (sigmoid).
-
-    Returns:
-        float32 (C,), computed in float64.
-    """
-    if not logits.size:
-        return logits
-    precise = logits.astype(np.float64)
-    if task is Task.MULTI_LABEL:
-        # Of -|x|, which cannot overflow.
-        small = np.exp(-np.abs(precise))
-        probabilities = np.where(logits >= 0, 1.0, small) / (1.0 + small)
-    else:
-        exponentials = np.exp(precise - precise.max())
-        probabilities = exponentials / exponentials.sum()
-    return probabilities.astype(np.float32)
 
 
 def _explanation(k: int, finding: Finding, done: QueueResult, plan: Plan, model: ServedModel) -> Explanation:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from heatlens_server.api.checks import Limits, SourceImage, Violations, check_image, quoted
 from heatlens_server.api.query import MapSize, MapType, Options, Query
-from heatlens_server.api.tasks import FinishTarget, TaskRules, check_target, rules_of
+from heatlens_server.api.tasks import FinishTarget, check_target
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import PRESETS, Aggregation, Method, Metric, Preset, Score
 from heatlens_server.core.targets import Detections, Target
@@ -60,7 +60,6 @@ def plan_query(query: Query, model: ServedModel, limits: Limits) -> tuple[Plan, 
 
 def plan_options(options: Options, model: ServedModel, limits: Limits, wrong: Violations) -> Plan:
     """Check how to explain. The plan may be used if nothing was added to `wrong`."""
-    rules = rules_of(model.capabilities.task)
     method = _method(options, model, wrong)
     preset = method.as_preset
     layers = _layers(options, model, preset, wrong)
@@ -71,16 +70,16 @@ def plan_options(options: Options, model: ServedModel, limits: Limits, wrong: Vi
     if not isinstance(map_type, MapType):
         wrong.add("map_type", f"unknown data type {map_type}")
         map_type = MapType.FLOAT32
-    _check_predictions(options, model, rules, wrong)
+    _check_predictions(options, model, wrong)
     spec = MapSpec(
         method=preset.method,
         layers=layers,
         upsample=map_size in (MapSize.INPUT, MapSize.SOURCE),
         score=_score(options, model, method, preset, wrong),
         aggregation=_aggregation(options, method, preset, wrong),
-        augment=_augment(options, model, rules, wrong),
+        augment=_augment(options, model, wrong),
         principal=_principal(options, model, preset, wrong),
-        metrics=_metrics(options, model, rules, wrong),
+        metrics=_metrics(options, model, wrong),
         return_mask=options.return_mask,
     )
     return Plan(
@@ -133,10 +132,11 @@ def _layers(options: Options, model: ServedModel, preset: Preset, wrong: Violati
     return layers
 
 
-def _check_predictions(options: Options, model: ServedModel, rules: TaskRules, wrong: Violations) -> None:
+def _check_predictions(options: Options, model: ServedModel, wrong: Violations) -> None:
     count, class_count = options.top_predictions, model.capabilities.class_count
-    if not rules.has_image_classes and count:
-        wrong.add("top_predictions", f"a model of {model.capabilities.task} predicts no classes for the whole image")
+    task = model.capabilities.task
+    if count and not task.traits.has_image_classes:
+        wrong.add("top_predictions", f"a model of {task} predicts no classes for the whole image")
     elif not 0 <= count <= class_count:
         wrong.add("top_predictions", f"must be in [0, {class_count}], the model's class count; got {count}")
 
@@ -170,8 +170,8 @@ def _aggregation(options: Options, method: Method, preset: Preset, wrong: Violat
     return preset.aggregation
 
 
-def _augment(options: Options, model: ServedModel, rules: TaskRules, wrong: Violations) -> bool:
-    if options.augmentation and not (model.capabilities.has_options and rules.can_flip):
+def _augment(options: Options, model: ServedModel, wrong: Violations) -> bool:
+    if options.augmentation and not (model.capabilities.has_options and model.capabilities.task.traits.can_flip):
         wrong.add("augmentation", f"model {model.name!r} does not support it")
     return options.augmentation
 
@@ -186,10 +186,11 @@ def _principal(options: Options, model: ServedModel, preset: Preset, wrong: Viol
     return options.principal_component
 
 
-def _metrics(options: Options, model: ServedModel, rules: TaskRules, wrong: Violations) -> tuple[Metric, ...]:
+def _metrics(options: Options, model: ServedModel, wrong: Violations) -> tuple[Metric, ...]:
     if not options.faithfulness:
         return ()
-    if not (model.capabilities.has_options and rules.metrics):
+    task = model.capabilities.task
+    if not (model.capabilities.has_options and task.traits.metrics):
         wrong.add("faithfulness", f"model {model.name!r} does not support it")
         return ()
     if len(options.metrics) > len(Metric):
@@ -202,8 +203,8 @@ def _metrics(options: Options, model: ServedModel, rules: TaskRules, wrong: Viol
             wrong.add(f"metrics[{i}]", f"unknown metric {metric}")
         elif metric in chosen:
             wrong.add(f"metrics[{i}]", f"duplicate metric {metric}")
-        elif metric not in rules.metrics:
-            wrong.add(f"metrics[{i}]", f"{metric} is not defined for a model of {model.capabilities.task}")
+        elif metric not in task.traits.metrics:
+            wrong.add(f"metrics[{i}]", f"{metric} is not defined for a model of {task}")
         else:
             chosen.add(metric)
     return tuple(metric for metric in Metric if metric in (chosen or {Metric.DELETION, Metric.INSERTION}))

@@ -1,7 +1,6 @@
-"""What queries may ask of models of each task: one row per task."""
+"""What queries ask of models of each task: one check per task. What is known about a task is in `core.tasks`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
@@ -9,7 +8,6 @@ import numpy as np
 from heatlens_server.api.checks import Limits, Violations, check_image, fit_image
 from heatlens_server.api.query import Options
 from heatlens_server.core.errors import InvalidArgument
-from heatlens_server.core.methods import Metric
 from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.core.targets import ClassIds, ClassTarget, Detections, Pixels, Similarity, Target, TopK
 from heatlens_server.core.tasks import Task
@@ -25,44 +23,25 @@ FinishTarget = Callable[[FittedImage], Target]
 """Makes the engine's target once the image is decoded. May raise InvalidArgument."""
 
 
-@dataclass(frozen=True, slots=True)
-class TaskRules:
-    """What queries may ask of models of one task.
-
-    Attributes:
-        target: checks what is wanted. Returns the target as far as it is known before the image is decoded, and what
-            makes the engine's target then, or None if the first is that. They may be used if nothing was found wrong.
-        options: the options that no other task has.
-        has_image_classes: whether the image as a whole has predicted classes.
-        can_flip: whether maps can be averaged over mirror images.
-        metrics: the measures of faithfulness that are defined.
-        can_smooth_over_frames: whether a class id tells which explanation of the next frame is of the same thing.
-    """
-
-    target: Callable[[Options, ServedModel, Limits, Violations], tuple[Target, FinishTarget | None]]
-    options: frozenset[str] = frozenset()
-    has_image_classes: bool = False
-    can_flip: bool = False
-    metrics: frozenset[Metric] = frozenset(Metric) - {Metric.CLASS_SENSITIVITY}
-    can_smooth_over_frames: bool = True
-
-
-def rules_of(task: Task) -> TaskRules:
-    """What queries may ask of models of a task."""
-    return _RULES[task]
+_CheckTarget = Callable[[Options, ServedModel, Limits, Violations], tuple[Target, FinishTarget | None]]
 
 
 def check_target(
     options: Options, model: ServedModel, limits: Limits, wrong: Violations
 ) -> tuple[Target, FinishTarget | None]:
-    """Check what is wanted, as `TaskRules.target`, and that no option of another task is given."""
+    """Check what is wanted, and that no option of another task is given.
+
+    Returns:
+        The target as far as it is known before the image is decoded; and what makes the engine's target then, or None
+        if the first is that. They may be used if nothing was found wrong.
+    """
     task = model.capabilities.task
-    for owner, rules in _RULES.items():
-        for name in sorted(rules.options):
+    for owner in Task:
+        for name in sorted(owner.traits.options):
             value = getattr(options, name)
             if owner is not task and value is not None and value is not False:
                 wrong.add(name, f"is for models of {owner}, and this one is of {task}")
-    return _RULES[task].target(options, model, limits, wrong)
+    return _CHECKS[task](options, model, limits, wrong)
 
 
 def _classification(
@@ -178,21 +157,12 @@ def _check_class_ids(ids: Sequence[int], class_count: int, max_targets: int, wro
             wrong.add(f"{field}[{i}]", f"duplicate class id {class_id}")
 
 
-_CLASSIFICATION = TaskRules(_classification, has_image_classes=True, can_flip=True, metrics=frozenset(Metric))
-
-_RULES: Mapping[Task, TaskRules] = MappingProxyType(
+_CHECKS: Mapping[Task, _CheckTarget] = MappingProxyType(
     {
-        Task.CLASSIFICATION: _CLASSIFICATION,
-        Task.MULTI_LABEL: _CLASSIFICATION,
-        Task.SEGMENTATION: TaskRules(_segmentation, options=frozenset({"mask", "return_mask"})),
-        Task.EMBEDDING: TaskRules(
-            _embedding, options=frozenset({"reference_embedding", "reference_image"}), can_flip=True
-        ),
-        Task.DETECTION: TaskRules(
-            # Of a class there may be many boxes, and nothing says which is which in the next frame.
-            _detection,
-            options=frozenset({"min_score"}),
-            can_smooth_over_frames=False,
-        ),
+        Task.CLASSIFICATION: _classification,
+        Task.MULTI_LABEL: _classification,
+        Task.SEGMENTATION: _segmentation,
+        Task.DETECTION: _detection,
+        Task.EMBEDDING: _embedding,
     }
 )

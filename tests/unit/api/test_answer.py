@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from heatlens_server.api.answer import answer_of, check_answer_size, class_probabilities
+from heatlens_server.api.answer import answer_of, check_answer_size
 from heatlens_server.api.checks import Limits
 from heatlens_server.api.plan import Plan
 from heatlens_server.api.query import MapType
@@ -20,9 +20,8 @@ from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.scheduling.entry import QueueResult, Timing
 
-LARGEST = float(np.finfo(np.float32).max)
-LABELS = ("cat", "dog", "bird", "fish")
 MAPS = np.array([[[0.0, 0.25], [0.5, 1.0]], [[1.0, 0.0], [0.1, 0.9]]], np.float32)
+LABELS = ("cat", "dog", "bird", "fish")
 TWO = ClassIds((2, 0))
 FITTED = FittedImage(
     pixels=np.zeros((4, 4, 3), np.uint8), region=PixelBox(2, 0, 10, 8), source_width_px=12, source_height_px=8
@@ -59,43 +58,11 @@ def done(logits=(1.0, 3.0, 3.0, -2.0)) -> QueueResult:
     return QueueResult(result, FITTED, Timing(preprocess_s=0.5, queue_s=0.001, compute_s=0.25, batch_size=3))
 
 
-@pytest.mark.parametrize(
-    ("logits", "expected"),
-    [
-        ([5.0], [1.0]),
-        ([0.0] * 4, [0.25] * 4),
-        ([LARGEST, LARGEST], [0.5, 0.5]),
-        ([-LARGEST, -LARGEST], [0.5, 0.5]),
-        ([LARGEST, -LARGEST], [1.0, 0.0]),
-        ([1e4, 1e4 - 1], [1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1))]),
-        ([-1e4, 0.0], [0.0, 1.0]),
-        ([0.0, np.log(3)], [0.25, 0.75]),
-    ],
-)
-def test_softmax_in_extreme_cases(logits, expected):
-    probabilities = class_probabilities(np.array(logits, np.float32), Task.CLASSIFICATION)
-    assert probabilities.dtype == np.float32
-    np.testing.assert_allclose(probabilities, expected, rtol=1e-4)
-
-
-def test_softmax_of_many_classes_sums_to_one():
-    logits = np.random.default_rng(0).normal(0, 5, 21_841).astype(np.float32)
-    assert class_probabilities(logits, Task.CLASSIFICATION).sum(dtype=np.float64) == pytest.approx(1, abs=1e-5)
-
-
-def test_sigmoids_of_a_multi_label_model_do_not_exclude_each_other():
-    logits = np.array([-800.0, 0.0, 800.0, 2.0], np.float32)
-    probabilities = class_probabilities(logits, Task.MULTI_LABEL)
-    np.testing.assert_array_equal(probabilities[:3], [0, 0.5, 1])
-    assert probabilities[3] == pytest.approx(1 / (1 + np.exp(-2.0)))
-    assert probabilities.dtype == np.float32
-
-
 def test_every_field_of_an_answer():
     answer = answer_of(done(), plan(), model())
     assert (answer.model, answer.model_version, answer.image) == ("m", "7", FITTED)
     assert (answer.timing, answer.predictions) == (done().timing, ())
-    probabilities = class_probabilities(np.array([1.0, 3.0, 3.0, -2.0], np.float32), Task.CLASSIFICATION)
+    probabilities = Task.CLASSIFICATION.traits.class_probabilities(np.array([1.0, 3.0, 3.0, -2.0], np.float32))
     for k, (class_id, label, logit) in enumerate([(2, "bird", 3.0), (0, "cat", 1.0)]):
         one = answer.explanations[k]
         score = one.class_score

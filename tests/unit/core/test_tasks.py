@@ -6,28 +6,45 @@ import pytest
 from heatlens_server.core.methods import Method, Metric
 from heatlens_server.core.tasks import EXPORTABLE_TASKS, Task
 
-
-def probabilities(task: Task, logits) -> list[float]:
-    found = task.traits.class_probabilities(np.array(logits, np.float32))
-    assert found.dtype == np.float32
-    return found.tolist()
+LARGEST = float(np.finfo(np.float32).max)
 
 
-def test_classes_of_a_classifier_exclude_each_other_and_labels_do_not():
-    logits = [0.0, np.log(3.0), -np.inf]
-    assert probabilities(Task.CLASSIFICATION, logits) == pytest.approx([0.25, 0.75, 0.0])
-    assert probabilities(Task.MULTI_LABEL, logits) == pytest.approx([0.5, 0.75, 0.0])
+@pytest.mark.parametrize(
+    ("logits", "expected"),
+    [
+        ([5.0], [1.0]),
+        ([0.0] * 4, [0.25] * 4),
+        ([LARGEST, LARGEST], [0.5, 0.5]),
+        ([-LARGEST, -LARGEST], [0.5, 0.5]),
+        ([LARGEST, -LARGEST], [1.0, 0.0]),
+        ([1e4, 1e4 - 1], [1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1))]),
+        ([-1e4, 0.0], [0.0, 1.0]),
+        ([0.0, np.log(3)], [0.25, 0.75]),
+    ],
+)
+def test_softmax_in_extreme_cases(logits, expected):
+    probabilities = Task.CLASSIFICATION.traits.class_probabilities(np.array(logits, np.float32))
+    assert probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("task", [Task.CLASSIFICATION, Task.MULTI_LABEL])
-def test_no_logit_overflows(task):
-    assert probabilities(task, [3e38, -3e38]) == [1.0, 0.0]
+def test_softmax_of_many_classes_sums_to_one():
+    logits = np.random.default_rng(0).normal(0, 5, 21_841).astype(np.float32)
+    assert Task.CLASSIFICATION.traits.class_probabilities(logits).sum(dtype=np.float64) == pytest.approx(1, abs=1e-5)
+
+
+def test_sigmoids_of_a_multi_label_model_do_not_exclude_each_other():
+    logits = np.array([-800.0, 0.0, 800.0, 2.0], np.float32)
+    probabilities = Task.MULTI_LABEL.traits.class_probabilities(logits)
+    np.testing.assert_array_equal(probabilities[:3], [0, 0.5, 1])
+    assert probabilities[3] == pytest.approx(1 / (1 + np.exp(-2.0)))
+    assert probabilities.dtype == np.float32
 
 
 @pytest.mark.parametrize("task", [Task.SEGMENTATION, Task.DETECTION, Task.EMBEDDING])
 def test_images_of_other_tasks_have_no_classes(task):
     assert not task.traits.has_image_classes
-    assert probabilities(task, [1.0, 2.0]) == []
+    assert task.traits.class_probabilities(np.ones(2, np.float32)).size == 0
     assert Method.CAM in task.traits.unsupported_methods
     assert Metric.CLASS_SENSITIVITY not in task.traits.metrics
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from heatlens_server.api.checks import Limits, Violations
 from heatlens_server.api.plan import Plan, plan_options
 from heatlens_server.api.query import OverflowPolicy, StreamConfig, StreamMessage
-from heatlens_server.api.tasks import rules_of
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.fleet.served_model import ServedModel
 
@@ -98,7 +97,7 @@ def _check_smoothing(config: StreamConfig, model: ServedModel, wrong: Violations
     weight = config.temporal_smoothing
     if not 0 <= weight < 1:
         wrong.add("temporal_smoothing", f"must be in [0, 1), 0 for none; got {weight:g}")
-    elif weight and not rules_of(model.capabilities.task).can_smooth_over_frames:
+    elif weight and not model.capabilities.task.traits.can_smooth_over_frames:
         wrong.add(
             "temporal_smoothing",
             f"maps of {model.capabilities.task} cannot be averaged over frames: nothing says which box of a frame is "
