@@ -20,8 +20,8 @@ from bench import tiny_network
 from bench.bare_stream import serve_bare
 from bench.served import MIN_OF_ENGINE, Images, InProcess, Load, Service, measure, serve, workloads
 from heatlens import AsyncClient
+from heatlens._cli.load import Sources, run_streams
 from heatlens._cli.report import summarise
-from heatlens._cli.stream_load import Sources, run_streams
 
 STREAMS = (1, 4, 16)
 WINDOW = 8

@@ -33,9 +33,16 @@ from heatlens._cli.connection import (
     reporting,
 )
 from heatlens._cli.explaining import ModelOption, chosen, takes
-from heatlens._cli.load import Call, closed_loop, constant_arrivals, open_loop, poisson_arrivals
+from heatlens._cli.load import (
+    Call,
+    Sources,
+    closed_loop,
+    constant_arrivals,
+    open_loop,
+    poisson_arrivals,
+    run_streams,
+)
 from heatlens._cli.report import Report, Trace, as_json, as_text, summarise
-from heatlens._cli.stream_load import Sources, run_streams
 from heatlens._exceptions import HeatlensError
 from heatlens._results.images import ImageSource, load_image
 from heatlens._results.results import Timing

@@ -1,4 +1,4 @@
-"""Load generation on a clock of our own: nothing sleeps, everything is exact."""
+"""Load by calls on a clock of our own: nothing sleeps, everything is exact."""
 
 import asyncio
 import itertools

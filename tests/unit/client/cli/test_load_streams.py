@@ -9,8 +9,8 @@ import pytest
 
 from heatlens import FrameResult, InvalidArgumentError, PixelBox, ResourceExhaustedError, Result, Timing
 from heatlens import UnavailableError as Unavailable
+from heatlens._cli.load import Sources, run_streams
 from heatlens._cli.report import summarise
-from heatlens._cli.stream_load import Sources, run_streams
 from heatlens._results.results import FRAME_DROPPED
 
 TIMING = Timing(queue_ms=1.0, preprocess_ms=2.0, compute_ms=3.0, batch_size=4)
