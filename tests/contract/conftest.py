@@ -3,8 +3,9 @@
 import grpc.aio
 import pytest
 
-from callers import AsyncCaller, RawCaller, ThreadCaller
+from callers import AsyncCaller, RawCaller
 from heatlens import AsyncClient, Client
+from stream_adapters import SyncClientAdapter
 
 
 @pytest.fixture(params=["sync", "async", "raw"])
@@ -17,4 +18,4 @@ async def caller(request, server):
             yield AsyncCaller(client)
     else:
         with Client(server.address) as client:
-            yield ThreadCaller(client)
+            yield AsyncCaller(SyncClientAdapter(client))

@@ -51,7 +51,7 @@ class Refused(Exception):
 
 
 class AsyncCaller:
-    """The asynchronous SDK."""
+    """The SDK: an AsyncClient, or a client for threads with its methods."""
 
     def __init__(self, client):
         self.client = client
@@ -67,26 +67,6 @@ class AsyncCaller:
         try:
             async with self.client.stream(**options) as stream:
                 return stream.window, [stream_answer_of_sdk(item) async for item in stream.map(frames)]
-        except HeatlensError as error:
-            raise refused_by_sdk(error) from None
-
-
-class ThreadCaller(AsyncCaller):
-    """The SDK for threads. Cases are coroutines; it runs in a thread."""
-
-    async def explain(self, image, **options):
-        try:
-            return answer_of_sdk(await asyncio.to_thread(self.client.explain, image, **options))
-        except HeatlensError as error:
-            raise refused_by_sdk(error) from None
-
-    async def stream(self, frames, **options):
-        def run():
-            with self.client.stream(**options) as stream:
-                return stream.window, [stream_answer_of_sdk(item) for item in stream.map(frames)]
-
-        try:
-            return await asyncio.to_thread(run)
         except HeatlensError as error:
             raise refused_by_sdk(error) from None
 

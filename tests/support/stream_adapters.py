@@ -1,4 +1,4 @@
-"""A `Stream` with the methods of an AsyncStream, so that one test serves both, and waiting with either."""
+"""Clients and streams for threads with the methods of those for asyncio, so that one test serves both; and waiting."""
 
 import asyncio
 import contextlib
@@ -73,3 +73,16 @@ class SyncStreamAdapter:
                 yield item
         finally:
             answers.close()
+
+
+class SyncClientAdapter:
+    """A `Client` with the AsyncClient's methods: every call runs in a thread."""
+
+    def __init__(self, client):
+        self.client = client
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: asyncio.to_thread(getattr(self.client, name), *args, **kwargs)
+
+    def stream(self, **options):
+        return SyncStreamAdapter(self.client.stream(**options))

@@ -1,6 +1,5 @@
 """A scripted gRPC server, and both clients with the same asynchronous methods."""
 
-import asyncio
 import signal
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from grpc_status import rpc_status
 
 from heatlens import AsyncClient, Client
 from heatlens.v1 import explain_pb2, explain_pb2_grpc, model_pb2, model_pb2_grpc
-from stream_adapters import SyncStreamAdapter
+from stream_adapters import SyncClientAdapter
 from stream_script import StreamScript
 
 
@@ -112,19 +111,6 @@ def peer():
     server.stop(0).wait()
 
 
-class SyncAdapter:
-    """A `Client` with the AsyncClient's methods: every call runs in a thread."""
-
-    def __init__(self, client):
-        self.client = client
-
-    def __getattr__(self, name):
-        return lambda *args, **kwargs: asyncio.to_thread(getattr(self.client, name), *args, **kwargs)
-
-    def stream(self, **options):
-        return SyncStreamAdapter(self.client.stream(**options))
-
-
 @pytest.fixture(params=["sync", "async"])
 async def connect(request, peer):
     """Makes clients of the peer (or of another address), closed at the end."""
@@ -133,7 +119,7 @@ async def connect(request, peer):
     def make(address=None, **options):
         kind = Client if request.param == "sync" else AsyncClient
         client = kind(address or peer.address, **options)
-        made.append(SyncAdapter(client) if request.param == "sync" else client)
+        made.append(SyncClientAdapter(client) if request.param == "sync" else client)
         return made[-1]
 
     yield make

@@ -63,37 +63,32 @@ async def test_wrong_arguments_never_reach_the_server(connect, peer, pixels):
     assert peer.requests == []
 
 
-async def test_unavailable_is_retried(connect, peer, pixels):
-    peer.fail(grpc.StatusCode.UNAVAILABLE, times=3)
-    await connect(retry=FAST).explain(pixels)
-    assert len(peer.requests) == 4
+@pytest.mark.parametrize(
+    ("code", "times", "size_bytes"),
+    [
+        ("UNAVAILABLE", 3, 10),
+        ("RESOURCE_EXHAUSTED", 1, 10),
+        # gRPC's own retry buffer is 256 KiB.
+        ("UNAVAILABLE", 1, 3_000_000),
+    ],
+)
+async def test_what_may_pass_is_retried(connect, peer, code, times, size_bytes):
+    peer.fail(grpc.StatusCode[code], times=times)
+    await connect(retry=FAST).explain(b"x" * size_bytes)
+    assert len(peer.requests) == times + 1
 
 
-async def test_resource_exhausted_is_retried(connect, peer, pixels):
-    peer.fail(grpc.StatusCode.RESOURCE_EXHAUSTED)
-    await connect(retry=FAST).explain(pixels)
-    assert len(peer.requests) == 2
-
-
-async def test_large_requests_are_retried_too(connect, peer):
-    # gRPC's own retry buffer is 256 KiB.
-    peer.fail(grpc.StatusCode.UNAVAILABLE)
-    await connect(retry=FAST).explain(b"x" * 3_000_000)
-    assert len(peer.requests) == 2
-
-
-async def test_retry_of_one_attempt_is_none(connect, peer, pixels):
-    peer.fail(grpc.StatusCode.UNAVAILABLE)
-    with pytest.raises(heatlens.UnavailableError):
-        await connect(retry=Retry(max_attempts=1)).explain(pixels)
-    assert len(peer.requests) == 1
-
-
-@pytest.mark.parametrize("code", ["INVALID_ARGUMENT", "NOT_FOUND", "INTERNAL", "FAILED_PRECONDITION"])
-async def test_other_codes_are_not_retried(connect, peer, pixels, code):
+@pytest.mark.parametrize(
+    ("code", "retry"),
+    [
+        ("UNAVAILABLE", Retry(max_attempts=1)),
+        *((code, FAST) for code in ("INVALID_ARGUMENT", "NOT_FOUND", "INTERNAL", "FAILED_PRECONDITION")),
+    ],
+)
+async def test_what_is_not_retried(connect, peer, pixels, code, retry):
     peer.fail(grpc.StatusCode[code])
     with pytest.raises(heatlens.HeatlensError) as caught:
-        await connect(retry=FAST).explain(pixels)
+        await connect(retry=retry).explain(pixels)
     assert caught.value.code == code
     assert len(peer.requests) == 1
 

@@ -22,44 +22,27 @@ def settings(address="localhost:50051", **changes):
     return make_settings(address, **{**DEFAULTS, **changes})
 
 
-@pytest.mark.parametrize(
-    "address",
-    [
-        "localhost:50051",
-        "LOCALHOST:1",
-        "127.0.0.1:50051",
-        "127.8.9.10",
-        "[::1]:50051",
-        "::1",
-        "dns:localhost:50051",
-        "dns:///localhost:50051",
-        "ipv4:127.0.0.1:1,127.0.0.2:2",
-        "ipv6:[::1]:5",
-        "unix:/run/heatlens.sock",
-        "unix:///run/heatlens.sock",
-        "unix-abstract:heatlens",
-    ],
-)
+LOOPBACK = [
+    "localhost:50051", "LOCALHOST:1", "127.0.0.1:50051", "127.8.9.10", "[::1]:50051", "::1",
+    "dns:localhost:50051", "dns:///localhost:50051", "ipv4:127.0.0.1:1,127.0.0.2:2", "ipv6:[::1]:5",
+    "unix:/run/heatlens.sock", "unix:///run/heatlens.sock", "unix-abstract:heatlens",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", LOOPBACK)
 def test_loopback(address):
     assert is_loopback(address)
     assert settings(address, token="t").credentials is None
 
 
-@pytest.mark.parametrize(
-    "address",
-    [
-        "example.com:50051",
-        "10.0.0.1:50051",
-        "0.0.0.0:50051",
-        "[2001:db8::1]:50051",
-        "localhost.example.com:1",
-        "127.0.0.1.example.com:1",
-        "dns:///example.com:1",
-        "dns://127.0.0.1/example.com:1",
-        "ipv4:127.0.0.1:1,10.0.0.1:2",
-        "xds:///localhost",
-    ],
-)
+ELSEWHERE = [
+    "example.com:50051", "10.0.0.1:50051", "0.0.0.0:50051", "[2001:db8::1]:50051",
+    "localhost.example.com:1", "127.0.0.1.example.com:1", "dns:///example.com:1",
+    "dns://127.0.0.1/example.com:1", "ipv4:127.0.0.1:1,10.0.0.1:2", "xds:///localhost",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", ELSEWHERE)
 def test_not_loopback(address):
     assert not is_loopback(address)
     assert settings(address).credentials is None
@@ -91,66 +74,38 @@ def test_server_name_and_files(tmp_path):
         TLS(cert_file=ca)
 
 
-@pytest.mark.parametrize(
-    ("changes", "argument"),
-    [
-        ({"address": ""}, "address"),
-        ({"address": "http://localhost:50051"}, "address"),
-        ({"timeout": 0}, "timeout"),
-        ({"timeout": -1.0}, "timeout"),
-        ({"token": ""}, "token"),
-        ({"token": "two words"}, "token"),
-        ({"token": "line\nbreak"}, "token"),
-        ({"token": "ümlaut"}, "token"),
-        ({"token": 5}, "token"),
-        ({"max_message_bytes": 0}, "max_message_bytes"),
-        ({"max_message_bytes": 2**31}, "max_message_bytes"),
-        ({"max_message_bytes": 1.5}, "max_message_bytes"),
-        ({"address": 5}, "address"),
-        ({"address": b"localhost:1"}, "address"),
-        ({"address": "\ud800"}, "address"),
-        ({"address": "local\0host:1"}, "address"),
-        ({"timeout": 1e10}, "timeout"),
-        ({"timeout": float("nan")}, "timeout"),
-        ({"timeout": float("inf")}, "timeout"),
-        ({"retry": None}, "retry"),
-        ({"retry": 3}, "retry"),
-        ({"tls": 5}, "tls"),
-        ({"wait_for_ready": "no"}, "wait_for_ready"),
-    ],
-)
-def test_wrong_arguments_are_named(changes, argument):
+WRONG = {
+    "address": ["", "http://localhost:50051", 5, b"localhost:1", "\ud800", "local\0host:1"],
+    "timeout": [0, -1.0, 1e10, float("nan"), float("inf")],
+    "token": ["", "two words", "line\nbreak", "ümlaut", 5],
+    "max_message_bytes": [0, 2**31, 1.5],
+    "retry": [None, 3],
+    "tls": [5],
+    "wait_for_ready": ["no"],
+}
+
+
+@pytest.mark.parametrize(("argument", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_wrong_arguments_are_named(argument, value):
     with pytest.raises(InvalidArgumentError) as caught:
-        settings(**changes)
+        settings(**{argument: value})
     assert caught.value.field_violations[0].field == argument
-    if isinstance(changes.get("token"), str) and changes["token"]:
-        assert changes["token"] not in str(caught.value)
+    if argument == "token" and value and isinstance(value, str):
+        assert value not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"max_attempts": 0},
-        {"max_attempts": 6},
-        {"max_attempts": 2.5},
-        {"max_attempts": "2"},
-        {"max_attempts": True},
-        {"initial_backoff_s": 0},
-        {"initial_backoff_s": 0.0009},
-        {"initial_backoff_s": "1"},
-        {"initial_backoff_s": float("nan")},
-        {"max_backoff_s": 0.01},
-        {"max_backoff_s": float("inf")},
-        {"max_backoff_s": 1e15},
-        {"multiplier": 0},
-        {"multiplier": 1e300},
-        {"multiplier": float("nan")},
-        {"multiplier": None},
-    ],
-)
-def test_wrong_retry(options):
+WRONG_RETRIES = {
+    "max_attempts": [0, 6, 2.5, "2", True],
+    "initial_backoff_s": [0, 0.0009, "1", float("nan")],
+    "max_backoff_s": [0.01, float("inf"), 1e15],
+    "multiplier": [0, 1e300, float("nan"), None],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(name, one) for name, values in WRONG_RETRIES.items() for one in values])
+def test_wrong_retry(field, value):
     with pytest.raises(InvalidArgumentError, match="retry"):
-        Retry(**options)
+        Retry(**{field: value})
 
 
 @pytest.mark.parametrize("options", [{"ca_file": 5}, {"ca_file": "\0"}, {"server_name": 5}, {"server_name": "\ud800"}])
