@@ -4,8 +4,9 @@ Each event is reported from one place. An observer overrides the methods that it
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 _log = logging.getLogger(__name__)
 
@@ -67,51 +68,17 @@ class Observer:
 
 
 class Observers(Observer):
-    """Tells several observers. One that fails harms nobody: its error is logged."""
+    """Tells several observers. One that fails harms no other: its error is logged."""
 
     def __init__(self, observers: Sequence[Observer] = ()) -> None:
         """Tell `observers`, in order."""
-        self._observers = tuple(observers)
+        for event in (name for name in vars(Observer) if not name.startswith("_")):
+            setattr(self, event, partial(_tell, event, [getattr(observer, event) for observer in observers]))
 
-    def _tell(self, event: str, *call: CallEnd, **values: object) -> None:
-        for observer in self._observers:
-            try:
-                getattr(observer, event)(*call, **values)
-            except Exception:
-                _log.exception("an observer failed on %s", event)
 
-    def admitted(self, *, model: str, in_stream: bool) -> None:
-        """See `Observer`."""
-        self._tell("admitted", model=model, in_stream=in_stream)
-
-    def decoded(self, *, model: str, duration_s: float) -> None:
-        """See `Observer`."""
-        self._tell("decoded", model=model, duration_s=duration_s)
-
-    def batch_started(self, *, model: str, device: str, size: int) -> None:
-        """See `Observer`."""
-        self._tell("batch_started", model=model, device=device, size=size)
-
-    def batch_ended(self, *, model: str, device: str, size: int, failed: int, duration_s: float) -> None:
-        """See `Observer`."""
-        self._tell("batch_ended", model=model, device=device, size=size, failed=failed, duration_s=duration_s)
-
-    def step_ended(self, *, model: str, device: str, duration_s: float) -> None:
-        """See `Observer`."""
-        self._tell("step_ended", model=model, device=device, duration_s=duration_s)
-
-    def frame_dropped(self, *, model: str) -> None:
-        """See `Observer`."""
-        self._tell("frame_dropped", model=model)
-
-    def model_changed(self, *, model: str, state: str, message: str) -> None:
-        """See `Observer`."""
-        self._tell("model_changed", model=model, state=state, message=message)
-
-    def answered(self, call: CallEnd) -> None:
-        """See `Observer`."""
-        self._tell("answered", call)
-
-    def refused(self, call: CallEnd) -> None:
-        """See `Observer`."""
-        self._tell("refused", call)
+def _tell(event: str, methods: Sequence[Callable[..., None]], *call: CallEnd, **values: object) -> None:
+    for method in methods:
+        try:
+            method(*call, **values)
+        except Exception:
+            _log.exception("an observer failed on %s", event)
