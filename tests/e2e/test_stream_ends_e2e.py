@@ -137,15 +137,6 @@ async def test_a_large_window_starves_neither_a_small_one_nor_a_call(live, stub,
     assert await modest.finish() == []
 
 
-async def test_half_close_finishes_what_is_in_flight(live, stub):
-    batcher_of(live).hold_until(8)
-    stream = RawStream(stub)
-    await stream.open(max_in_flight=8)
-    for i in range(8):
-        await stream.send(i, IMAGE)
-    assert kinds(await stream.finish()) == [(i, "result") for i in range(8)]
-
-
 async def test_clients_that_vanish_at_any_moment_leave_nothing_behind(live, caplog):
     for steps in range(12):
         async with grpc.aio.insecure_channel(
