@@ -18,50 +18,22 @@ import pytest
 import pytest_asyncio
 
 from server_process import ServerProcess, start_server_process, wait_settled
+from server_toml import model_toml, server_toml
 
 EXPORT_TIMEOUT_S = 600.0
 
-TINY_PREPROCESS = """
-[models.preprocess]
-resize_px = 64
-crop_px = 64
-mean = [0.485, 0.456, 0.406]
-std = [0.229, 0.224, 0.225]
-interpolation = "bilinear"
-"""
-
-SERVER_TOML = f"""
-[server]
-listen = "127.0.0.1:0"
-log_format = "json"
-reflection = true
-max_message_bytes = 8388608
-max_queue_length = 64
-max_targets = 16
-default_model = "tiny"
-
-[[models]]
-name = "tiny"
-source = "python:tiny_models:tiny"
-layers = ["body", "stem"]
-{TINY_PREPROCESS}
-
-[[models]]
-name = "tiny_mlp"
-source = "python:tiny_models:tiny_mlp"
-layers = ["body"]
-{TINY_PREPROCESS}
-
-[[models]]
-name = "broken"
-source = "python:tiny_models:broken"
-{TINY_PREPROCESS}
-
-[[models]]
-name = "efficientnet_lite0"
-source = "embedded:efficientnet_lite0"
-engine = "torch"
-"""
+SERVER_TOML = server_toml(
+    model_toml("tiny", engine=None, layers=("body", "stem")),
+    model_toml("tiny_mlp", engine=None),
+    model_toml("broken", engine=None),
+    '[[models]]\nname = "efficientnet_lite0"\nsource = "embedded:efficientnet_lite0"\nengine = "torch"',
+    log_format="json",
+    reflection=True,
+    max_message_bytes=8_388_608,
+    max_queue_length=64,
+    max_targets=16,
+    default_model="tiny",
+)
 
 
 @pytest.fixture(scope="session")

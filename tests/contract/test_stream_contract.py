@@ -10,6 +10,7 @@ from callers import Refused
 from heatlens import Client, UnavailableError
 from messages import distinct
 from server_process import wait_settled
+from server_toml import model_toml, server_toml
 
 
 def jpeg(pixels):
@@ -151,18 +152,7 @@ def test_jpeg_of_pixels_is_nearly_the_pixels(server, chelsea):
 
 def test_a_drained_stream_says_where_to_go_on(launch, pictures):
     # A server process of its own: it is told to stop in mid-stream.
-    running = launch(
-        """
-[server]
-listen = "127.0.0.1:0"
-
-[[models]]
-name = "tiny"
-source = "python:tiny_models:tiny"
-engine = "torch"
-layers = ["body"]
-"""
-    )
+    running = launch(server_toml(model_toml("tiny")))
     wait_settled(running.address)
     items = []
 

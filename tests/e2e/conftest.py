@@ -13,40 +13,21 @@ from typer.testing import CliRunner
 from heatlens._cli import app
 from heatlens.v1 import explain_pb2_grpc
 from in_process_server import batcher_of, until
+from server_toml import model_toml, server_toml
 
 if TYPE_CHECKING:
     # Costs seconds: tests that use none of this need not wait.
     from heatlens_server.app import Server
 
-PREPROCESS = """
-preprocess = { resize_px = 64, crop_px = 64, mean = [0.485, 0.456, 0.406], std = [0.229, 0.224, 0.225] }
-"""
-
-STREAMS_TOML = f"""
-[server]
-listen = "127.0.0.1:0"
-max_streams = 3
-max_in_flight = 64
-max_image_pixels = 100000
-max_message_bytes = 1048576
-[[models]]
-name = "mlp"
-source = "python:tiny_models:tiny_mlp"
-engine = "torch"
-layers = ["body"]
-batching = {{ max_batch_size = 4 }}
-{PREPROCESS}
-[[models]]
-name = "poisonous"
-source = "python:tiny_models:poisonous"
-engine = "torch"
-layers = ["body"]
-{PREPROCESS}
-[[models]]
-name = "broken"
-source = "python:tiny_models:broken"
-{PREPROCESS}
-"""
+STREAMS_TOML = server_toml(
+    model_toml("mlp", "tiny_mlp", max_batch_size=4),
+    model_toml("poisonous"),
+    model_toml("broken"),
+    max_streams=3,
+    max_in_flight=64,
+    max_image_pixels=100_000,
+    max_message_bytes=1_048_576,
+)
 
 
 @pytest.fixture

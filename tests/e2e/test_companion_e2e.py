@@ -20,40 +20,23 @@ from in_process_server import batcher_of, engine_of, until
 from messages import Details, distinct, map_of, pixels
 from raw_stream import PATIENCE_S, RawStream, kinds
 from server_process import wait_settled
+from server_toml import model_toml, server_toml
 
 if TYPE_CHECKING:
     # Costs seconds: what needs a process only need not wait.
     from heatlens_server.app import Server
 
-# As in the conftest, whose export is the same.
-PREPROCESS = """
-[models.preprocess]
-resize_px = 64
-crop_px = 64
-mean = [0.485, 0.456, 0.406]
-std = [0.229, 0.224, 0.225]
-interpolation = "bilinear"
-"""
-LISTEN = '[server]\nlisten = "127.0.0.1:0"\n'
-MODELS = "\n".join(
-    f"""
-[[models]]
-name = "{engine}"
-source = "python:tiny_models:tiny"
-engine = "{engine}"
-layers = ["body", "stem"]
-batching = {{ max_batch_size = 2 }}
-{PREPROCESS}
-"""
+MODELS = [
+    model_toml(engine, "tiny", engine=engine, layers=("body", "stem"), max_batch_size=2)
     for engine in ("onnxruntime", "torch")
-)
+]
 MODEL = "onnxruntime"
 NEEDS_TORCH = {"method": method_pb2.METHOD_SHAPLEY_CAM}
 SLOW = {"method": method_pb2.METHOD_SCORE_CAM}
 
 
 def test_torch_comes_when_it_is_needed_and_others_are_answered_meanwhile(default_export, launch, server, chelsea):
-    running = launch(LISTEN)
+    running = launch(server_toml())
     wait_settled(running.address)
     with Client(running.address) as client, Client(server.address) as reference:
         (model,) = client.models()
@@ -121,7 +104,7 @@ class Gate:
 
 @pytest_asyncio.fixture
 async def live(start_server) -> "Server":
-    return await start_server(LISTEN + MODELS)
+    return await start_server(server_toml(*MODELS))
 
 
 @pytest_asyncio.fixture

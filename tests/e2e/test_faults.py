@@ -18,30 +18,10 @@ from heatlens_server.app import Server
 from heatlens_server.transports.grpc import explain_service
 from in_process_server import DeviceGate, batcher_of, until
 from messages import Details, distinct, encoded, map_of, pixels
-
-PREPROCESS = """
-preprocess = { resize_px = 64, crop_px = 64, mean = [0.485, 0.456, 0.406], std = [0.229, 0.224, 0.225] }
-"""
+from server_toml import model_toml, server_toml
 
 # On torch, whose batches take long enough for others to gather.
-TOML = f"""
-[server]
-listen = "127.0.0.1:0"
-max_queue_length = 80
-[[models]]
-name = "mlp"
-source = "python:tiny_models:tiny_mlp"
-engine = "torch"
-layers = ["body"]
-batching = {{ max_batch_size = 64 }}
-{PREPROCESS}
-[[models]]
-name = "poisonous"
-source = "python:tiny_models:poisonous"
-engine = "torch"
-layers = ["body"]
-{PREPROCESS}
-"""
+TOML = server_toml(model_toml("mlp", "tiny_mlp", max_batch_size=64), model_toml("poisonous"), max_queue_length=80)
 
 
 @pytest_asyncio.fixture

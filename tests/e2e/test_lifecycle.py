@@ -17,15 +17,9 @@ from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc, method_pb2, model_pb2, model_pb2_grpc
 from messages import Details, distinct, pixels
 from server_process import wait_settled
+from server_toml import model_toml, server_toml
 
-TINY = """
-[[models]]
-name = "slow"
-source = "python:tiny_models:slow"
-engine = "torch"
-layers = ["body"]
-preprocess = { resize_px = 64, crop_px = 64, mean = [0.5, 0.5, 0.5], std = [0.5, 0.5, 0.5] }
-"""
+SLOW = model_toml("slow")
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -103,7 +97,7 @@ def test_reflection_lists_the_services(server):
 
 
 def test_reflection_is_off_by_default(launch):
-    running = launch(f'[server]\nlisten = "127.0.0.1:0"\n{TINY}')
+    running = launch(server_toml(SLOW))
     with grpc.insecure_channel(running.address) as channel:
         ask = reflection_pb2.ServerReflectionRequest(list_services="")
         with pytest.raises(grpc.RpcError) as raised:
@@ -131,7 +125,7 @@ def test_second_server_on_the_same_port_fails_loudly(server, tmp_path):
 
 @pytest.mark.serial
 def test_sigterm_finishes_calls_in_flight_and_refuses_new_ones(tmp_path, launch):
-    running = launch(f'[server]\nlisten = "127.0.0.1:0"\ngrace_s = 20\n{TINY}')
+    running = launch(server_toml(SLOW, grace_s=20))
     wait_settled(running.address)
     with grpc.insecure_channel(running.address) as watching, ThreadPoolExecutor() as pool:
         watch = health_pb2_grpc.HealthStub(watching).Watch(health_pb2.HealthCheckRequest())
@@ -153,7 +147,7 @@ def test_sigterm_finishes_calls_in_flight_and_refuses_new_ones(tmp_path, launch)
 
 @pytest.mark.serial
 def test_call_that_outlives_the_grace_is_cut_off(tmp_path, launch):
-    running = launch(f'[server]\nlisten = "127.0.0.1:0"\ngrace_s = 0.2\n{TINY}', env={"SLOW_S": "8"})
+    running = launch(server_toml(SLOW, grace_s=0.2), env={"SLOW_S": "8"})
     wait_settled(running.address)
     with ThreadPoolExecutor() as pool:
         in_flight = slow_call(tmp_path, pool, running.address)
@@ -166,7 +160,7 @@ def test_call_that_outlives_the_grace_is_cut_off(tmp_path, launch):
 
 @pytest.mark.serial
 def test_calls_in_steps_that_outlive_the_grace_are_told_so(tmp_path, launch):
-    running = launch(f'[server]\nlisten = "127.0.0.1:0"\ngrace_s = 1.5\n{TINY}', env={"SLOW_S": "0.3"})
+    running = launch(server_toml(SLOW, grace_s=1.5), env={"SLOW_S": "0.3"})
     wait_settled(running.address)
     with ThreadPoolExecutor() as pool:
         # 35 runs of Score-CAM's, of which one waits for the other.
@@ -183,7 +177,7 @@ def test_calls_in_steps_that_outlive_the_grace_are_told_so(tmp_path, launch):
 
 
 def test_token_is_required_but_for_health(launch):
-    running = launch(f'[server]\nlisten = "127.0.0.1:0"\n{TINY}', env={"HEATLENS_SERVER__TOKEN": "s3cret"})
+    running = launch(server_toml(SLOW), env={"HEATLENS_SERVER__TOKEN": "s3cret"})
     assert health(running.address, "heatlens.v1.ExplainService") in {SERVING, NOT_SERVING}
     for metadata in ([], [("authorization", "Bearer wrong")], [("authorization", "s3cret")]):
         with pytest.raises(grpc.RpcError) as raised:
@@ -204,13 +198,8 @@ def test_tls_with_client_certificates(tmp_path, launch):
         certificate.private_key_pem.write_to_path(tmp_path / f"{name}.key")
         certificate.cert_chain_pems[0].write_to_path(tmp_path / f"{name}.pem")
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
-    toml = f"""
-    [server]
-    listen = "127.0.0.1:0"
-    tls = {{ certificate = "server.pem", private_key = "server.key", client_ca = "ca.pem" }}
-    {TINY}
-    """
-    running = launch(toml)
+    tls = '[server.tls]\ncertificate = "server.pem"\nprivate_key = "server.key"\nclient_ca = "ca.pem"'
+    running = launch(server_toml(tls, SLOW))
     address = running.address.replace("127.0.0.1", "localhost")
     ca = (tmp_path / "ca.pem").read_bytes()
     with_key = grpc.ssl_channel_credentials(

@@ -11,24 +11,15 @@ import pytest
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
 from messages import Details, distinct, pixels
+from server_toml import model_toml, server_toml
 
-TORCH = 'engine = "torch"\nlayers = ["body"]\n'
-# As in tests/conftest.py, whose export is the same.
-EXPORTED = 'layers = ["body", "stem"]\n'
-PREPROCESS = """
-preprocess = { resize_px = 64, crop_px = 64, mean = [0.485, 0.456, 0.406], std = [0.229, 0.224, 0.225] }
-"""
-
-TOML = '[server]\nlisten = "127.0.0.1:0"\n' + "".join(
-    # Only "good" is a graph: the others' Python is what is tested.
-    f'[[models]]\nname = "{name}"\nsource = "python:{source}"\n{EXPORTED if name == "good" else TORCH}{PREPROCESS}'
-    for name, source in {
-        "good": "tiny_models:tiny",
-        "factory": "tiny_models:exits_in_factory",
-        "nan": "tiny_models:not_finite",
-        "forward": "tiny_models:exits_in_forward",
-        "poisonous": "tiny_models:poisonous",
-    }.items()
+TOML = server_toml(
+    # Only this one is a graph: the others' Python is what is tested.
+    model_toml("good", "tiny", engine=None, layers=("body", "stem")),
+    model_toml("factory", "exits_in_factory"),
+    model_toml("nan", "not_finite"),
+    model_toml("forward", "exits_in_forward"),
+    model_toml("poisonous"),
 )
 WHITE = np.full((64, 64, 3), 255, np.uint8)
 

@@ -24,6 +24,7 @@ from heatlens.v1 import explain_pb2_grpc
 from messages import pixels
 from observed_server import SUPPORT, ObservedServer, forget_peak, observed_server, rss_bytes
 from raw_stream import IMAGE, PATIENCE_S, RawStream, a_clean_stream_works, kinds, own_channel
+from server_toml import model_toml, server_toml
 
 pytestmark = pytest.mark.serial
 
@@ -31,22 +32,13 @@ KILL_S = float(os.environ.get("HEATLENS_KILL_S", "8"))
 KILL_SEED = 4
 MAX_STREAMS = 24
 
-PREPROCESS = "preprocess = { resize_px = 64, crop_px = 64, mean = [0.5, 0.5, 0.5], std = [0.5, 0.5, 0.5] }"
-TOML = f"""
-[server]
-listen = "127.0.0.1:0"
-log_level = "warning"
-grace_s = 2.0
-max_streams = {MAX_STREAMS}
-max_message_bytes = 4194304
-[[models]]
-name = "mlp"
-source = "python:tiny_models:tiny_mlp"
-engine = "torch"
-layers = ["body"]
-batching = {{ max_batch_size = 8 }}
-{PREPROCESS}
-"""
+TOML = server_toml(
+    model_toml("mlp", "tiny_mlp", max_batch_size=8),
+    log_level="warning",
+    grace_s=2.0,
+    max_streams=MAX_STREAMS,
+    max_message_bytes=4_194_304,
+)
 
 MIB = 2**20
 BLOCK, DROP_OLDEST = pb.OVERFLOW_POLICY_BLOCK, pb.OVERFLOW_POLICY_DROP_OLDEST

@@ -18,40 +18,20 @@ from heatlens.v1 import explain_pb2_grpc
 from messages import distinct
 from observed_server import Holdings, ObservedServer, forget_peak, observed_server, rss_bytes
 from raw_stream import RawStream, kinds, own_channel
+from server_toml import model_toml, server_toml
 
 pytestmark = pytest.mark.serial
 
 BATCH_S = 0.25
 BATCH_SIZE, WIDE_BATCH_SIZE = 4, 32
 SERVER_FPS = BATCH_SIZE / BATCH_S
-PREPROCESS = "preprocess = { resize_px = 64, crop_px = 64, mean = [0.5, 0.5, 0.5], std = [0.5, 0.5, 0.5] }"
-TOML = f"""
-[server]
-listen = "127.0.0.1:0"
-log_level = "warning"
-default_model = "slow"
-[[models]]
-name = "slow"
-source = "python:tiny_models:slow"
-engine = "torch"
-layers = ["body"]
-batching = {{ max_batch_size = {BATCH_SIZE} }}
-{PREPROCESS}
-[[models]]
-name = "slow-wide"
-source = "python:tiny_models:slow"
-engine = "torch"
-layers = ["body"]
-batching = {{ max_batch_size = {WIDE_BATCH_SIZE} }}
-{PREPROCESS}
-[[models]]
-name = "mlp"
-source = "python:tiny_models:tiny_mlp"
-engine = "torch"
-layers = ["body"]
-batching = {{ max_batch_size = 16 }}
-{PREPROCESS}
-"""
+TOML = server_toml(
+    model_toml("slow", max_batch_size=BATCH_SIZE),
+    model_toml("slow-wide", "slow", max_batch_size=WIDE_BATCH_SIZE),
+    model_toml("mlp", "tiny_mlp", max_batch_size=16),
+    log_level="warning",
+    default_model="slow",
+)
 REAL_TOML = """
 [server]
 listen = "127.0.0.1:0"

@@ -10,19 +10,9 @@ import numpy as np
 import pytest
 
 from observed_server import SUPPORT, import_path, observed_server
+from server_toml import model_toml, server_toml
 
-TOML = """
-[server]
-listen = "127.0.0.1:0"
-log_level = "warning"
-[[models]]
-name = "tiny"
-source = "python:tiny_models:tiny"
-engine = "torch"
-layers = ["body"]
-batching = { max_batch_size = 16 }
-preprocess = { resize_px = 64, crop_px = 64, mean = [0.5, 0.5, 0.5], std = [0.5, 0.5, 0.5] }
-"""
+TOML = server_toml(model_toml("tiny", max_batch_size=16), log_level="warning")
 
 # Memory is that of two processes of their own: other tests may run beside this one.
 FRAMES = 10_000

@@ -13,21 +13,11 @@ from heatlens.v1 import explain_pb2_grpc
 from messages import distinct, map_of, pixels
 from observed_server import observed_server
 from raw_stream import RawStream, own_channel
+from server_toml import MEAN, STD, model_toml, server_toml
 
 Stub = explain_pb2_grpc.ExplainServiceStub
 
-TOML = """
-[server]
-listen = "127.0.0.1:0"
-log_level = "warning"
-[[models]]
-name = "mlp"
-source = "python:tiny_models:tiny_mlp"
-engine = "torch"
-layers = ["body"]
-batching = { max_batch_size = 16 }
-preprocess = { resize_px = 64, crop_px = 64, mean = [0.5, 0.5, 0.5], std = [0.5, 0.5, 0.5] }
-"""
+TOML = server_toml(model_toml("mlp", "tiny_mlp", max_batch_size=16), log_level="warning")
 
 PER_CALLER = 20
 CALLERS = 32
@@ -54,7 +44,8 @@ def expected(images: list[np.ndarray]) -> list[Expected]:
 
 
 def explained(model: torch.nn.Module, image: np.ndarray) -> Expected:
-    x = (torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255 - 0.5) / 0.5
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    x = (torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255 - mean) / std
     activation = model.body(model.stem(x)).detach().requires_grad_()
     logits = model.head(activation.clone())[0]
     raws = []

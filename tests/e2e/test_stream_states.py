@@ -17,19 +17,7 @@ from in_process_server import DeviceGate, balanced, batcher_of, until
 from messages import Details, pixels
 from raw_stream import IMAGE, PATIENCE_S, RawStream, a_clean_stream_works, kinds, own_channel
 from server_process import ServerProcess, wait_settled
-
-SLOW_TOML = """
-[server]
-listen = "127.0.0.1:0"
-grace_s = {grace_s}
-[[models]]
-name = "slow"
-source = "python:tiny_models:slow"
-engine = "torch"
-layers = ["body"]
-batching = {{ max_batch_size = 4 }}
-preprocess = {{ resize_px = 64, crop_px = 64, mean = [0.5, 0.5, 0.5], std = [0.5, 0.5, 0.5] }}
-"""
+from server_toml import model_toml, server_toml
 
 MIB = 2**20
 BLOCK, DROP_OLDEST = pb.OVERFLOW_POLICY_BLOCK, pb.OVERFLOW_POLICY_DROP_OLDEST
@@ -188,7 +176,7 @@ async def failure_of(stream: RawStream) -> tuple[grpc.StatusCode, str | None, li
 
 
 def armed_server(launch, folder: Path, *, slow_s: float, grace_s: float) -> ServerProcess:
-    server = launch(SLOW_TOML.format(grace_s=grace_s), env={"SLOW_S": str(slow_s)})
+    server = launch(server_toml(model_toml("slow", max_batch_size=4), grace_s=grace_s), env={"SLOW_S": str(slow_s)})
     wait_settled(server.address)
     (folder / "armed").touch()
     return server

@@ -14,29 +14,11 @@ import pytest
 
 from cli_process import start_cli
 from server_process import wait_settled
+from server_toml import model_toml, server_toml
 from video_files import lines_of, one_line, picture, read_film, statuses, write_clip
 
 QUICKLY_S = 60
 CLIP_FRAMES = 100
-
-ONE_MODEL = """
-[server]
-listen = "127.0.0.1:0"
-log_format = "json"
-
-[[models]]
-name = "{name}"
-source = "python:tiny_models:{name}"
-layers = ["body"]
-engine = "torch"
-
-[models.preprocess]
-resize_px = 64
-crop_px = 64
-mean = [0.485, 0.456, 0.406]
-std = [0.229, 0.224, 0.225]
-interpolation = "bilinear"
-"""
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +55,7 @@ def start():
 
 
 def test_a_bad_frame_fails_alone(run, launch, tmp_path):
-    server = launch(ONE_MODEL.format(name="poisonous"))
+    server = launch(server_toml(model_toml("poisonous")))
     wait_settled(server.address)
     folder = tmp_path / "images"
     folder.mkdir()
@@ -95,7 +77,7 @@ def test_a_bad_frame_fails_alone(run, launch, tmp_path):
 
 @pytest.mark.serial
 def test_dropped_frames_are_in_the_film(run, launch, long_clip, tmp_path, monkeypatch):
-    server = launch(ONE_MODEL.format(name="slow"), env={"SLOW_S": "0.05"})
+    server = launch(server_toml(model_toml("slow")), env={"SLOW_S": "0.05"})
     wait_settled(server.address)
     (tmp_path / "armed").touch()
     film, lines = tmp_path / "film.mp4", tmp_path / "lines.jsonl"
@@ -110,7 +92,7 @@ def test_dropped_frames_are_in_the_film(run, launch, long_clip, tmp_path, monkey
 
 
 def test_a_stream_that_breaks_leaves_a_film(start, launch, long_clip, tmp_path):
-    server = launch(ONE_MODEL.format(name="tiny"))
+    server = launch(server_toml(model_toml("tiny")))
     wait_settled(server.address)
     film = tmp_path / "film.mp4"
     process = start(long_clip, "-o", film, "--json", "-", "--server", server.address)

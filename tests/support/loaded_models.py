@@ -24,8 +24,7 @@ from heatlens_server.backends.torch.sources.weights import weights_version
 from heatlens_server.core.graph_spec import Format, GraphSpec
 from heatlens_server.core.methods import Method
 from heatlens_server.core.preprocess import PreprocessSpec
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from server_toml import MEAN, STD
 
 
 def loaded(module: nn.Module, layers: Sequence[str] = ("body",), *, class_count: int = 10, px: int = 64) -> LoadedModel:

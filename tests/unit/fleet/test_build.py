@@ -30,7 +30,6 @@ PREPROCESS = {
     "crop_px": 64,
     "mean": [0.485, 0.456, 0.406],
     "std": [0.229, 0.224, 0.225],
-    "interpolation": "bilinear",
 }
 
 
