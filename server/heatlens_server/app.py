@@ -22,10 +22,8 @@ from heatlens_server.fleet.build import build
 from heatlens_server.fleet.fleet import Fleet
 from heatlens_server.scheduling.model_queue import ModelQueue
 from heatlens_server.telemetry.log_observer import LogObserver
-from heatlens_server.transports.grpc.explain_service import ExplainServicer
-from heatlens_server.transports.grpc.health import Health
-from heatlens_server.transports.grpc.listener import bind, enable_reflection, make_server
-from heatlens_server.transports.grpc.model_service import ModelServicer
+from heatlens_server.transports.grpc.server import Health, bind, enable_reflection, make_server
+from heatlens_server.transports.grpc.services import ExplainServicer, ModelServicer
 
 _log = logging.getLogger("heatlens")
 

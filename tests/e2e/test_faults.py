@@ -15,7 +15,7 @@ from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
 from heatlens_server.api import checks, explainer
 from heatlens_server.app import Server
-from heatlens_server.transports.grpc import explain_service
+from heatlens_server.transports.grpc import services
 from in_process_server import DeviceGate, batcher_of, until
 from messages import Details, distinct, encoded, map_of, pixels
 from server_toml import model_toml, server_toml
@@ -142,8 +142,8 @@ PLACES = {
     "fit": checks,
     "plan_query": explainer,
     "answer_of": explainer,
-    "query_of": explain_service,
-    "response_of": explain_service,
+    "query_of": services,
+    "response_of": services,
 }
 
 

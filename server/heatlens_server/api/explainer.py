@@ -1,7 +1,6 @@
 """Explains images with the models of a server, for every transport: one image here, frames by `api.stream`."""
 
 import asyncio
-import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -25,7 +24,7 @@ class Explainer:
     Attributes:
         fleet: the models.
         limits: what queries and answers are checked against.
-        observer: is told of images that are admitted and decoded.
+        observer: is told of frames that are dropped.
     """
 
     def __init__(self, fleet: Fleet, limits: Limits, observer: Observer) -> None:
@@ -61,7 +60,7 @@ class Explainer:
         source: Source | None = None,
     ) -> Ticket:
         """Send an image on its way; what its plan needs must be loaded. Arguments, errors: as `ModelQueue.submit`."""
-        ticket = model.queue.submit(
+        return model.queue.submit(
             lambda: self._decode(image, plan, model),
             plan.target,
             plan.spec,
@@ -69,8 +68,6 @@ class Explainer:
             source=source,
             complete=plan.finish_target,
         )
-        self.observer.admitted(model=model.name, in_stream=source is not None)
-        return ticket
 
     async def answer(
         self,
@@ -101,9 +98,7 @@ class Explainer:
 
     def _decode(self, image: SourceImage, plan: Plan, model: ServedModel) -> FittedImage:
         """Decode and fit; runs on a preparer thread."""
-        started_at = time.perf_counter()
         fitted = fit_image(image, model.preprocess, self.limits)
-        self.observer.decoded(model=model.name, duration_s=time.perf_counter() - started_at)
         # Boxes are counted once they are found.
         least = 1 if plan.counts_boxes else plan.target_count
         check_answer_size(plan, fitted, self.limits, map_count=least)

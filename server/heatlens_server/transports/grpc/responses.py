@@ -1,4 +1,4 @@
-"""From answers to responses."""
+"""From answers, models and limits to responses."""
 
 from datetime import timedelta
 
@@ -6,15 +6,24 @@ import numpy as np
 import numpy.typing as npt
 
 from heatlens.v1 import explain_pb2 as pb
-from heatlens.v1 import faithfulness_pb2
+from heatlens.v1 import faithfulness_pb2, model_pb2
 from heatlens_server.api.answer import Answer, ClassScore, Explanation
+from heatlens_server.api.models import ServerInfo, supported_methods
 from heatlens_server.api.query import MapType
 from heatlens_server.core.geometry import PixelBox
+from heatlens_server.fleet.fleet import ModelState, ModelStatus
+from heatlens_server.transports.grpc.requests import METHOD_TO_PROTO
 
 _DATA_TYPES = {
     MapType.FLOAT32.value: pb.DATA_TYPE_FLOAT32,
     MapType.FLOAT16.value: pb.DATA_TYPE_FLOAT16,
     MapType.UINT8.value: pb.DATA_TYPE_UINT8,
+}
+
+_STATES = {
+    ModelState.LOADING: model_pb2.Model.STATE_LOADING,
+    ModelState.READY: model_pb2.Model.STATE_READY,
+    ModelState.FAILED: model_pb2.Model.STATE_FAILED,
 }
 
 
@@ -37,6 +46,52 @@ def response_of(answer: Answer) -> pb.ExplainResponse:
         ),
         predicted_mask=None if answer.mask is None else _tensor(answer.mask),
         embedding=None if answer.embedding is None else _tensor(answer.embedding),
+    )
+
+
+def model_of(status: ModelStatus) -> model_pb2.Model:
+    """A model as ListModels tells it."""
+    served = status.served
+    if served is None:
+        return model_pb2.Model(name=status.name, state=_STATES[status.state], state_message=status.message)
+    capabilities = served.capabilities
+    support = supported_methods(capabilities)
+    return model_pb2.Model(
+        name=status.name,
+        version=served.version,
+        state=_STATES[status.state],
+        task=capabilities.task.value,
+        input_height_px=capabilities.input_height_px,
+        input_width_px=capabilities.input_width_px,
+        class_count=capabilities.class_count,
+        methods=[METHOD_TO_PROTO[one.method] for one in support],
+        method_support=[
+            model_pb2.MethodSupport(method=METHOD_TO_PROTO[one.method], engine=one.engine, in_steps=one.in_steps)
+            for one in support
+        ],
+        layers=capabilities.layers,
+        engine=capabilities.engine_name,
+        device=capabilities.device,
+        precision=capabilities.precision,
+        default_method=METHOD_TO_PROTO[served.default_method],
+        max_batch_size=served.max_batch_size,
+        max_queue_delay=timedelta(seconds=served.max_delay_s),
+    )
+
+
+def server_info_of(info: ServerInfo) -> model_pb2.GetServerInfoResponse:
+    """The server as GetServerInfo tells it."""
+    limits = info.limits
+    return model_pb2.GetServerInfoResponse(
+        version=info.version,
+        max_message_bytes=limits.max_message_bytes,
+        max_image_pixels=limits.max_image_pixels,
+        max_queue_length=limits.max_queue_length,
+        max_targets=limits.max_targets,
+        max_in_flight=limits.max_in_flight,
+        max_streams=limits.max_streams,
+        max_batch_size=info.max_batch_size,
+        max_queue_delay=timedelta(seconds=info.max_delay_s),
     )
 
 

@@ -8,7 +8,7 @@ from heatlens.v1 import method_pb2
 from heatlens.v1 import model_pb2 as pb
 from heatlens_server.core.engine import Capabilities
 from heatlens_server.core.methods import Method, Score
-from heatlens_server.transports.grpc.model_service import ModelServicer
+from heatlens_server.transports.grpc.services import ModelServicer
 
 EXPORT = Capabilities("onnxruntime", "cpu", "fp32", 4, 4, 10, (Method.GRAD_CAM,), ("body", "stem"))
 

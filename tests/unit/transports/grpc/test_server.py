@@ -12,7 +12,7 @@ from heatlens_server.config import ModelConfig
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.fleet.build import BuiltModel
 from heatlens_server.fleet.fleet import Fleet
-from heatlens_server.transports.grpc.health import SERVICES, Health
+from heatlens_server.transports.grpc.server import SERVICES, Health
 
 SERVING, NOT_SERVING, UNKNOWN = "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN"
 MODEL = "heatlens.v1.ExplainService/a"

@@ -1,4 +1,4 @@
-"""ExplainService: requests become queries, and answers responses."""
+"""The services: requests become queries, and answers responses."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -6,16 +6,19 @@ from contextlib import contextmanager
 import grpc.aio
 
 from heatlens.v1 import explain_pb2 as pb
-from heatlens.v1 import explain_pb2_grpc
+from heatlens.v1 import explain_pb2_grpc, model_pb2, model_pb2_grpc
 from heatlens_server.api.answer import Answer
 from heatlens_server.api.calls import current_call
+from heatlens_server.api.checks import Limits
 from heatlens_server.api.explainer import Explainer
+from heatlens_server.api.models import server_info
 from heatlens_server.api.query import StreamMessage
 from heatlens_server.api.stream.open_streams import OpenStreams
 from heatlens_server.api.stream.session import StreamSession
 from heatlens_server.core.errors import InvalidArgument
+from heatlens_server.fleet.fleet import Fleet
 from heatlens_server.transports.grpc.requests import explain_path, query_of, stream_message_of, stream_path
-from heatlens_server.transports.grpc.responses import response_of
+from heatlens_server.transports.grpc.responses import model_of, response_of, server_info_of
 from heatlens_server.transports.grpc.status import to_status
 
 
@@ -44,6 +47,33 @@ class ExplainServicer(explain_pb2_grpc.ExplainServiceServicer):
         session = StreamSession(self._explainer, self._open_streams, GrpcStream(request_iterator, context.write))
         with _fields_as(stream_path), self._open_streams.admit(session):
             await session.run()
+
+
+class ModelServicer(model_pb2_grpc.ModelServiceServicer):
+    """Describes the models of a fleet and the server's limits."""
+
+    def __init__(self, fleet: Fleet, limits: Limits) -> None:
+        """Describe `fleet` and `limits`."""
+        self._fleet = fleet
+        self._limits = limits
+
+    async def ListModels(  # noqa: N802 - the contract's name
+        self,
+        request: model_pb2.ListModelsRequest,  # noqa: ARG002 - empty
+        context: object,  # noqa: ARG002 - unused
+    ) -> model_pb2.ListModelsResponse:
+        """List the models, in the order of the configuration."""
+        return model_pb2.ListModelsResponse(
+            models=[model_of(status) for status in self._fleet], default_model=self._fleet.default
+        )
+
+    async def GetServerInfo(  # noqa: N802 - the contract's name
+        self,
+        request: model_pb2.GetServerInfoRequest,  # noqa: ARG002 - empty
+        context: object,  # noqa: ARG002 - unused
+    ) -> model_pb2.GetServerInfoResponse:
+        """Return the version and every limit in force."""
+        return server_info_of(server_info(self._fleet, self._limits))
 
 
 class GrpcStream:
