@@ -42,6 +42,7 @@ async def into_state(state: str, stream: RawStream, live, gate: DeviceGate, poli
     config = {"max_in_flight": 64 if state == "window of 64 full" else 1, "overflow_policy": policy}
     if state == "configured":
         await stream.configure(**config)
+        await until(lambda: counters.streams.open == 1)
         return
     await stream.open(**config)
     if state == "started":
