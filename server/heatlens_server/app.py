@@ -46,8 +46,8 @@ class Server:
     def __init__(self, config: Config) -> None:
         """Wire everything; nothing runs yet."""
         self._config = config
-        self._preparer_count = config.server.decode_threads or os.cpu_count() or 1
-        self._preparers = ThreadPoolExecutor(self._preparer_count, thread_name_prefix="prepare-image")
+        self._decoder_count = config.server.decode_threads or os.cpu_count() or 1
+        self._decoders = ThreadPoolExecutor(self._decoder_count, thread_name_prefix="decode-image")
         limits = Limits(
             max_message_bytes=config.server.max_message_bytes,
             max_image_pixels=config.server.max_image_pixels,
@@ -124,20 +124,21 @@ class Server:
             finished = await self._gate.close(_GIVE_UP_S)
         await asyncio.sleep(min(_REFUSE_WINDOW_S, max(0.0, deadline - time.monotonic())))
         await self._grpc.stop(_FLUSH_S if finished else 0.0)
-        self._preparers.shutdown(wait=False, cancel_futures=True)
+        self._decoders.shutdown(wait=False, cancel_futures=True)
         closed = await self.fleet.close(timeout_s=_CLOSE_S)
         _log.info("stopped")
         return closed
 
     def _make_queue(self, config: ModelConfig, engine: SteppingEngine) -> ModelQueue:
         return ModelQueue(
-            engine,
+            [engine],
             name=config.name,
-            preparers=self._preparers,
-            max_preparing=self._preparer_count,
+            decoders=self._decoders,
+            max_decoding=self._decoder_count,
             max_batch_size=config.batching.max_batch_size,
             max_delay_s=config.batching.max_delay_ms / 1e3,
             max_queue_length=self._config.server.max_queue_length,
+            observer=self._observer,
         )
 
 

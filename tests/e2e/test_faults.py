@@ -45,8 +45,12 @@ async def failure(call) -> tuple[grpc.StatusCode, Details | None]:
 async def test_eight_callers_share_a_batch_and_get_their_own_maps(live, stub):
     images = distinct(8)
     alone = [await stub.Explain(request(image)) for image in images]
-    batcher_of(live).hold_until(8)
-    together = await asyncio.gather(*(stub.Explain(request(image)) for image in images))
+    gate = DeviceGate(live)
+    await gate.fill()
+    calls = [stub.Explain(request(image)) for image in images]
+    await until(lambda: batcher_of(live).waiting == 8)
+    gate.open()
+    together = await asyncio.gather(*calls)
     for one, other in zip(alone, together, strict=True):
         assert one.timing.batch_size == 1
         assert other.timing.batch_size == 8
@@ -57,13 +61,13 @@ async def test_eight_callers_share_a_batch_and_get_their_own_maps(live, stub):
 async def test_cancelling_one_of_eight_leaves_seven_right_answers(live, stub):
     images = distinct(8)
     alone = [await stub.Explain(request(image)) for image in images]
-    held = batcher_of(live)
-    held.hold_until(9)
+    gate = DeviceGate(live)
+    await gate.fill()
     calls = [stub.Explain(request(image)) for image in images]
-    await until(lambda: len(held) == 8)
+    await until(lambda: batcher_of(live).waiting == 8)
     calls[3].cancel()
-    await until(lambda: len(held) == 7)
-    held.hold_until(7)
+    await until(lambda: batcher_of(live).waiting == 7)
+    gate.open()
     for i, call in enumerate(calls):
         if i == 3:
             with pytest.raises(asyncio.CancelledError):
@@ -90,33 +94,31 @@ async def test_deadline_that_expires_in_the_queue_spares_the_model(live, stub):
     image = distinct(1)[0]
     await stub.Explain(request(image))
     gate = DeviceGate(live)
-    held = batcher_of(live)
-    held.hold_until(2)
+    await gate.fill()
     code, _ = await failure(stub.Explain(request(image), timeout=0.2))
     assert code is grpc.StatusCode.DEADLINE_EXCEEDED
-    await until(lambda: len(held) == 0)
-    assert gate.batches == []
-    held.hold_until(0)
+    await until(lambda: len(batcher_of(live)) == 0)
+    gate.open()
     await stub.Explain(request(image))
-    assert [len(batch) for batch in gate.batches] == [1]
+    assert gate.batches == [[(0, 0, 0)], [(0, 0, 0)], [tuple(image[0, 0])]]
 
 
 async def test_full_queue_refuses_at_once_and_recovers(live, stub):
     image = distinct(1)[0]
-    held = batcher_of(live)
-    held.hold_until(81)
+    gate = DeviceGate(live)
+    await gate.fill()
     waiting = [stub.Explain(request(image)) for _ in range(80)]
-    await until(lambda: len(held) == 80)
+    await until(lambda: batcher_of(live).waiting == 80)
     loop = asyncio.get_running_loop()
     started = loop.time()
     code, details = await failure(stub.Explain(request(image)))
-    assert loop.time() - started < 5  # refused, not queued: nothing will run before the hold ends
+    assert loop.time() - started < 5  # refused, not queued: nothing will run before the gate is open
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert details is not None
     assert details.info.reason == "QUEUE_FULL"
     assert details.has_retry
     assert int(details.pushback_ms) > 0
-    held.hold_until(0)
+    gate.open()
     answers = await asyncio.gather(*waiting)
     assert len(answers) == 80
     assert (await stub.Explain(request(image))).explanations
@@ -125,8 +127,11 @@ async def test_full_queue_refuses_at_once_and_recovers(live, stub):
 async def test_poison_image_fails_alone_with_nothing_of_ours_in_the_text(live, stub, caplog):
     images = distinct(4)
     white = np.full((64, 64, 3), 255, np.uint8)
-    batcher_of(live, "poisonous").hold_until(5)
+    gate = DeviceGate(live, "poisonous")
+    await gate.fill()
     calls = [stub.Explain(request(image, "poisonous")) for image in [*images[:2], white, *images[2:]]]
+    await until(lambda: batcher_of(live, "poisonous").waiting == 5)
+    gate.open()
     code, details = await failure(calls.pop(2))
     assert code is grpc.StatusCode.INTERNAL
     assert details is not None

@@ -8,7 +8,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import model_pb2, model_pb2_grpc
-from in_process_server import batcher_of, until
+from in_process_server import DeviceGate, batcher_of, until
 from messages import distinct, encoded, map_of, pixels
 from raw_stream import RawStream, kinds, status_details
 
@@ -95,7 +95,8 @@ async def test_maps_on_the_source_are_those_of_explain(stub):
 
 async def test_a_full_window_stops_the_reading_and_loses_nothing(live, stub, channel):
     images = distinct(12)
-    batcher_of(live).hold_until(99)
+    gate = DeviceGate(live)
+    await gate.fill()
     stream = RawStream(stub)
     await stream.open(max_in_flight=2, overflow_policy=pb.OVERFLOW_POLICY_BLOCK)
     await send_all(stream, images)
@@ -103,7 +104,7 @@ async def test_a_full_window_stops_the_reading_and_loses_nothing(live, stub, cha
     for _ in range(5):  # what else it might read, it would have read by now
         await model_pb2_grpc.ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest())
     assert live.streams.counters.frames.created == 2
-    batcher_of(live).hold_until(0)
+    gate.open()
     assert kinds(await stream.finish()) == [(10 * i, "result") for i in range(12)]
 
 

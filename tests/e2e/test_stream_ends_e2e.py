@@ -34,9 +34,8 @@ async def running(stream: RawStream, gate: DeviceGate) -> None:
     await until(lambda: gate.entered == entered + 1)
 
 
-async def test_dropping_keeps_the_newest_and_answers_the_oldest_at_once(live, stub):
-    held = batcher_of(live)
-    held.hold_until(99)
+async def test_dropping_keeps_the_newest_and_answers_the_oldest_at_once(live, stub, gate):
+    await gate.fill()
     stream = RawStream(stub)
     await stream.open(overflow_policy=DROP_OLDEST, max_in_flight=8)
     for i in range(12):
@@ -45,8 +44,8 @@ async def test_dropping_keeps_the_newest_and_answers_the_oldest_at_once(live, st
     dropped = await stream.answers(8)
     assert kinds(dropped) == [(i, "RESOURCE_EXHAUSTED") for i in range(8)]
     assert {status_details(answer).info.reason for answer in dropped} == {"FRAME_DROPPED"}
-    assert len(held) == 4
-    held.hold_until(0)
+    assert len(batcher_of(live)) == 4
+    gate.open()
     assert kinds(await stream.finish()) == [(i, "result") for i in range(8, 12)]
 
 
@@ -54,12 +53,11 @@ async def test_frames_that_run_are_not_dropped_and_one_more_is_let_in(live, stub
     stream = RawStream(stub)
     await stream.open(overflow_policy=DROP_OLDEST, max_in_flight=1)
     await running(stream, gate)
-    batcher_of(live).hold_until(99)  # the batch that is prepared ahead would claim the second one
+    await gate.fill()  # the batch ahead would claim the second one
     for i in (1, 2, 3):
         await stream.send(i, IMAGE)
     await until(lambda: live.streams.counters.frames.created == 4)
     assert len(batcher_of(live)) == 1
-    batcher_of(live).hold_until(0)
     gate.open()
     answers = await stream.finish()
     assert kinds(answers) == [(0, "result"), (1, "RESOURCE_EXHAUSTED"), (2, "RESOURCE_EXHAUSTED"), (3, "result")]
@@ -70,13 +68,12 @@ async def test_unsent_answers_of_dropped_frames_are_bounded(live, stub, gate):
     stream = RawStream(stub)
     await stream.open(overflow_policy=DROP_OLDEST, max_in_flight=2)
     await running(stream, gate)
-    batcher_of(live).hold_until(99)
+    await gate.fill()
     sending = asyncio.create_task(send_many(stream, range(1, 200)))
     frames = live.streams.counters.frames
     await until(lambda: frames.open == 2 + 64)
     await a_round_trip(stub)
     assert frames.open == 2 + 64
-    batcher_of(live).hold_until(0)
     gate.open()
     answers = await stream.answers(200)
     await sending
@@ -98,16 +95,16 @@ async def a_round_trip(stub) -> None:
 
 
 async def test_a_frame_that_waits_too_long_is_not_run_and_the_stream_goes_on(live, stub, gate):
-    held = batcher_of(live)
     stream = RawStream(stub)
     await stream.open(frame_timeout=Duration(nanos=50_000_000))
-    held.hold_until(99)
+    await gate.fill()
     await stream.send(1, IMAGE)
     late = await stream.answer()
     assert kinds([late]) == [(1, "DEADLINE_EXCEEDED")]
     assert status_details(late).info.reason == "DEADLINE_EXPIRED"
-    assert gate.entered == 0
-    held.hold_until(0)
+    gate.open()
+    await until(lambda: gate.entered == 2)
+    assert gate.batches == [[(0, 0, 0)]] * 2
     patient = RawStream(stub)
     await patient.open(frame_timeout=Duration(seconds=315_576_000_000))
     await patient.send(1, IMAGE)
@@ -118,7 +115,7 @@ async def test_a_frame_that_waits_too_long_is_not_run_and_the_stream_goes_on(liv
 async def test_a_large_window_starves_neither_a_small_one_nor_a_call(live, stub, gate):
     images = distinct(42)
     held = batcher_of(live)
-    held.hold_until(42)
+    await gate.fill()
     greedy, modest = RawStream(stub), RawStream(stub)
     await greedy.open(max_in_flight=64)
     await modest.open(max_in_flight=1)
@@ -127,10 +124,12 @@ async def test_a_large_window_starves_neither_a_small_one_nor_a_call(live, stub,
     await until(lambda: len(held) == 40)
     await modest.send(0, images[40])
     call = stub.Explain(pb.ExplainRequest(image=pixels(images[41])))
+    await until(lambda: held.waiting == 42)
+    gate.open()
     assert kinds([await modest.answer()]) == [(0, "result")]
     assert (await call).explanations
     marks = [tuple(image[0, 0]) for image in images]
-    first_two = [mark for batch in gate.batches[:2] for mark in batch]
+    first_two = [mark for batch in gate.batches[2:4] for mark in batch]
     assert marks[40] in first_two
     assert marks[41] in first_two
     assert kinds(await greedy.finish()) == [(i, "result") for i in range(40)]
@@ -176,7 +175,7 @@ async def test_drain_answers_what_runs_and_ends_every_stream(live, stub, gate):
     await until(lambda: live.streams.counters.streams.open == 3)  # one of them has said nothing at all
     await busy.open(max_in_flight=4)
     await running(busy, gate)
-    batcher_of(live).hold_until(99)
+    await gate.fill()
     for i in range(1, 10):
         await busy.send(i, IMAGE)
     await until(lambda: len(batcher_of(live)) == 3)
@@ -197,7 +196,7 @@ async def test_drain_tells_a_client_that_half_closed_and_did_not_get_everything(
     stream = RawStream(stub)
     await stream.open()
     await running(stream, gate)
-    batcher_of(live).hold_until(99)
+    await gate.fill()
     await stream.send(1, IMAGE)
     await stream.call.done_writing()
     await until(lambda: len(batcher_of(live)) == 1)

@@ -13,7 +13,7 @@ import pytest
 from heatlens import AsyncClient, CallCancelledError, UnavailableError
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
-from in_process_server import DeviceGate, balanced, batcher_of, until
+from in_process_server import DeviceGate, balanced, until
 from messages import Details, pixels
 from raw_stream import IMAGE, PATIENCE_S, RawStream, a_clean_stream_works, kinds, own_channel
 from server_process import ServerProcess, wait_settled
@@ -51,8 +51,8 @@ async def into_state(state: str, stream: RawStream, live, gate: DeviceGate, poli
     await until(lambda: gate.entered == 1)
     if state == "running":
         return
-    # Nor is a batch made ready ahead: it would claim what is to wait.
-    batcher_of(live).hold_until(99)
+    # Otherwise the batch ahead would claim what is to wait.
+    await gate.fill()
     for i in range(1, 80):
         await stream.send(i, IMAGE)
     if policy == DROP_OLDEST:
@@ -74,8 +74,7 @@ async def test_a_cancel_in_every_state_gives_everything_back(live, stub, gate, s
         await into_state(state, stream, live, gate, policy)
         stream.call.cancel()
         await balanced(live)  # while the device still holds what it has
-        batcher_of(live).hold_until(0)
-    assert [record.code for record in caplog.records if hasattr(record, "code")] == ["CANCELLED"]
+    await until(lambda: [record.code for record in caplog.records if hasattr(record, "code")] == ["CANCELLED"])
     assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
     await a_clean_stream_works(stub)
 

@@ -20,6 +20,7 @@ ABLATION = MapSpec(Method.ABLATION_CAM, ("layer",), upsample=True)
 IMAGE = FittedImage(
     pixels=np.zeros((1, 1, 3), np.uint8), region=PixelBox(0, 0, 1, 1), source_width_px=1, source_height_px=1
 )
+_FILLER = dataclasses.replace(LAYER, layers=("filler",))
 
 
 class Clock:
@@ -35,14 +36,17 @@ class Clock:
 class Bench:
     """A batcher under test, its clock and what it delivered."""
 
-    def __init__(self, *, max_batch_size: int = 4, max_delay_s: float = 0.002, max_queue_length: int = 8) -> None:
+    def __init__(
+        self, *, max_batch_size: int = 4, max_delay_s: float = 0.002, max_queue_length: int = 8, device_count: int = 1
+    ) -> None:
         self.clock = Clock()
         self.delivered: list[tuple[Entry, Outcome]] = []
         self.batcher = Batcher(
             max_batch_size=max_batch_size,
             max_delay_s=max_delay_s,
             max_queue_length=max_queue_length,
-            complete=self.delivered.extend,
+            deliver=self.delivered.extend,
+            device_count=device_count,
             clock=self.clock,
         )
 
@@ -64,42 +68,61 @@ class Bench:
         return entry
 
     def due(self) -> list[Entry] | None:
-        """The batch that `take` would hand out now, or None where it would wait."""
-        with self.batcher._changed:
-            assert not self.batcher._sweep()
-            return self.batcher._claim_due()
+        """Claim the batch that is due now; None where `take` would wait."""
+        return self.batcher.claim()
 
-    def run(self, seconds: float, batch_size: int = 1) -> None:
-        """Let the device run a batch."""
-        self.batcher.device_started(batch_size)
+    def run(self, claimed: list[Entry], seconds: float = 0.0, device: int = 0) -> list[Entry]:
+        """Let a device run a batch that was claimed."""
+        assert self.batcher.begin(device, claimed)
         self.clock.now += seconds
-        self.batcher.device_finished()
+        self.batcher.end_batch(device)
+        return claimed
+
+    def taken(self) -> list[Entry]:
+        """The batch that an idle device takes; it runs in no time."""
+        claimed = self.due()
+        assert claimed is not None
+        return self.run(claimed)
+
+    def occupy(self, size: int = 1, device: int = 0) -> None:
+        """Have an idle device begin a batch of so many images. Nothing else may wait."""
+        stream = Source()
+        for _ in range(size):
+            self.put(_FILLER, source=stream)
+        batch = self.due()
+        assert batch is not None
+        assert len(batch) == size
+        assert self.batcher.begin(device, batch)
+
+    def learn(self, seconds: float, size: int = 1, device: int = 0) -> None:
+        """Let an idle device run a batch, so that its time is known. Nothing else may wait."""
+        self.occupy(size, device)
+        self.clock.now += seconds
+        self.batcher.end_batch(device)
 
 
 def stepping(at: Bench) -> Entry:
-    """The entry that is claimed for a step now."""
+    """The entry that is claimed for a step now, and begun by its device."""
     batch = at.due()
     assert batch is not None
     assert len(batch) == 1
     assert batch[0].state is EntryState.STEPPING
+    assert batch[0].device is not None
+    assert at.batcher.begin(batch[0].device, batch)
     return batch[0]
 
 
 def step(at: Bench, seconds: float = 0.1) -> Entry:
     """Claim an entry for a step and run it."""
     entry = stepping(at)
-    at.batcher.device_started(1, step=True)
     at.clock.now += seconds
-    assert at.batcher.put_back(entry)
-    at.batcher.device_finished()
+    assert at.batcher.put_back(entry.device, entry)
     return entry
 
 
 def finish(at: Bench, seconds: float = 0.1) -> Entry:
     """Claim an entry for its last step and run it."""
     entry = stepping(at)
-    at.batcher.device_started(1, step=True)
     at.clock.now += seconds
-    assert at.batcher.finish(entry)
-    at.batcher.device_finished()
+    assert at.batcher.finish(entry.device, entry)
     return entry

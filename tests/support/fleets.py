@@ -62,7 +62,7 @@ class Engine:
         logits = np.array([self.number], np.float32)
         return [ImageResult(logits, (0,), np.zeros((1, 1, 1), np.float32), one, one) for _ in targets]
 
-    def ready(self, spec: MapSpec) -> bool:
+    def is_loaded_for(self, spec: MapSpec) -> bool:
         return True
 
     def close(self) -> None:
@@ -80,7 +80,7 @@ class Changes(Observer):
 class Rig:
     """A fleet, the engines that it made, and ways to hold up or fail a build."""
 
-    def __init__(self, preparers: ThreadPoolExecutor, *, default: str = "") -> None:
+    def __init__(self, decoders: ThreadPoolExecutor, *, default: str = "") -> None:
         self.engines: list[Engine] = []
         self.gates: dict[str, threading.Event] = {}
         self.errors: dict[str, BaseException] = {}
@@ -90,9 +90,9 @@ class Rig:
         self.fleet = Fleet(
             build=self.build,
             make_queue=lambda config, engine: ModelQueue(
-                engine,
+                [engine],
                 name=config.name,
-                preparers=preparers,
+                decoders=decoders,
                 max_batch_size=config.batching.max_batch_size,
                 max_delay_s=0.0,
                 max_queue_length=64,
@@ -117,7 +117,7 @@ class Rig:
     async def ask(self, name: str) -> int:
         """The number of the engine that answers one call."""
         with self.fleet.use(name) as model:
-            explained = await model.queue.explain(lambda: IMAGE, TopK(1), SPEC, timeout_s=None)
+            explained = await model.queue.submit(lambda: IMAGE, TopK(1), SPEC, timeout_s=None).result()
         return int(explained.result.logits[0])
 
     def states(self) -> list[tuple[str, ModelState]]:

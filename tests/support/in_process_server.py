@@ -6,6 +6,14 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from heatlens_server.core.engine import MapSpec
+from heatlens_server.core.geometry import PixelBox
+from heatlens_server.core.preprocess import FittedImage
+from heatlens_server.core.targets import TopK
+from heatlens_server.scheduling.entry import Source
+
 if TYPE_CHECKING:
     # Costs seconds: tests that use none of this need not wait.
     from heatlens_server.app import Server
@@ -22,7 +30,8 @@ def batcher_of(server: "Server", model: str = "mlp") -> "Batcher":
 
 def engine_of(server: "Server", model: str = "mlp") -> "Engine":
     """The engine of a model."""
-    return server.fleet.get(model).queue._engine
+    (engine,) = server.fleet.get(model).queue.engines
+    return engine
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -46,14 +55,18 @@ class DeviceGate:
 
     def __init__(self, server: "Server", model: str = "mlp") -> None:
         self.batches: list[list[tuple[int, ...]]] = []
+        self._model = server.fleet.get(model)
         self._open = threading.Event()
         self._open.set()
+        self._inside = False
         engine = engine_of(server, model)
         explain = engine.explain
 
         def gated(images, *rest):
             self.batches.append([tuple(image[0, 0]) for image in images])
+            self._inside = True
             assert self._open.wait(PATIENCE_S)
+            self._inside = False
             return explain(images, *rest)
 
         engine.explain = gated
@@ -79,3 +92,21 @@ class DeviceGate:
     def open(self) -> None:
         """Let them go on."""
         self._open.set()
+
+    async def fill(self) -> None:
+        """Close, and have a batch in the device and one ahead of it: all images that come now wait in the queue.
+
+        A batch that is in the device stays; the rest are black images of the gate's own.
+        """
+        self.close()
+        if not self._inside:
+            await self._add_own()
+        await self._add_own()
+
+    async def _add_own(self) -> None:
+        height_px, width_px = self._model.preprocess.crop_px
+        region = PixelBox(0, 0, width_px, height_px)
+        black = FittedImage(np.zeros((height_px, width_px, 3), np.uint8), region, width_px, height_px)
+        spec = MapSpec(self._model.default_method, self._model.capabilities.layers[:1], upsample=False)
+        ticket = self._model.queue.submit(lambda: black, TopK(1), spec, timeout_s=None, source=Source())
+        await until(lambda: self._inside and not ticket.waiting)

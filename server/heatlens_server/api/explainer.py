@@ -46,7 +46,7 @@ class Explainer:
         """
         with self.fleet.use(query.model) as model:
             plan, image = plan_query(query, model, self.limits)
-            await model.queue.ensure(plan.spec)
+            await model.queue.load_for(plan.spec)
             ticket = self.submit(image, plan, model, timeout_s=timeout_s)
             return await self.answer(await ticket.result(), plan, model, encode)
 
@@ -66,7 +66,7 @@ class Explainer:
             plan.spec,
             timeout_s=timeout_s,
             source=source,
-            complete=plan.finish_target,
+            finish_target=plan.finish_target,
         )
 
     async def answer(
@@ -93,11 +93,11 @@ class Explainer:
                 check_answer_size(plan, done.image, self.limits, map_count=len(done.result.class_ids))
             return encode(answer_of(done if revise is None else revise(done), plan, model))
 
-        # Not the preparers' threads: a finished answer does not queue behind images that are yet to be decoded.
+        # Not the decoders' threads: a finished answer does not queue behind images that are yet to be decoded.
         return await asyncio.to_thread(make) if plan.place_on_source else make()
 
     def _decode(self, image: SourceImage, plan: Plan, model: ServedModel) -> FittedImage:
-        """Decode and fit; runs on a preparer thread."""
+        """Decode and fit; runs on a decoder thread."""
         fitted = fit_image(image, model.preprocess, self.limits)
         # Boxes are counted once they are found.
         least = 1 if plan.counts_boxes else plan.target_count

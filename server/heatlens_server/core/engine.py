@@ -157,11 +157,11 @@ class SteppingEngine(Engine, Protocol):
         """
         ...
 
-    def ready(self, spec: MapSpec) -> bool:
-        """Whether `prepare` has nothing to do for a spec. Any thread may call this; asked for every request."""
+    def is_loaded_for(self, spec: MapSpec) -> bool:
+        """Whether `load_for` has nothing to do for a spec. Any thread may call this; asked for every request."""
         ...
 
-    def prepare(self, spec: MapSpec) -> None:
+    def load_for(self, spec: MapSpec) -> None:
         """Load what a spec needs beyond what is loaded; returns at once if that is nothing. Any thread may call this.
 
         Raises:

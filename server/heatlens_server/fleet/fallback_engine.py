@@ -74,7 +74,7 @@ class FallbackEngine:
         Raises:
             MemoryError: the device is out of memory.
             InvalidArgument: the export has no graph for the spec, and there is no companion.
-            ModelLoadError: the companion is needed, was not prepared, and cannot be loaded.
+            ModelLoadError: the companion is needed, was not loaded before, and cannot be loaded.
         """
         engine = self.primary if self._is_for_primary(spec) else self._loaded(spec)
         return engine.explain(images, targets, spec)
@@ -83,17 +83,17 @@ class FallbackEngine:
         """Explain one image in steps; see `core.engine.SteppingEngine.steps`."""
         return self._loaded(spec).steps(image, target, spec, rows=rows)
 
-    def ready(self, spec: MapSpec) -> bool:
+    def is_loaded_for(self, spec: MapSpec) -> bool:
         """Whether all that a spec needs is loaded."""
         return self._companion is not None or self._make is None or self._is_for_primary(spec)
 
-    def prepare(self, spec: MapSpec) -> None:
+    def load_for(self, spec: MapSpec) -> None:
         """Load the companion if a spec needs it.
 
         Raises:
             ModelLoadError: it cannot be loaded, or is not what it was said to be.
         """
-        if not self.ready(spec):
+        if not self.is_loaded_for(spec):
             self._loaded(spec)
 
     def close(self) -> None:

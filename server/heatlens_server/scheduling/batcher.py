@@ -1,20 +1,24 @@
 """The queue of one model, and the rules that make batches of it.
 
-One owner: every change of an entry's state happens here, under one lock. A batch holds entries of one bucket (equal
-`MapSpec`, images of equal size) and is closed when
+Every change of an entry's state happens here, under one lock. A batch holds entries of one bucket (equal `MapSpec`,
+images of equal size) and is closed when
 
 * it is full, or
-* the device is idle: nobody waits for a batch to fill while the device has nothing to do, or
-* the device is busy, the oldest entry has waited `max_delay_s`, and the running batch is about to end. Closing earlier
-  would gain nothing, since the device cannot take it, and would shut out the images that arrive meanwhile; or
+* a device is idle: no entry waits for a batch to fill while a device has nothing to do, or
+* all devices are busy, the oldest entry has waited `max_delay_s`, and the first device is about to be free. Closing
+  earlier would gain nothing, since no device can take the batch, and would shut out the images that arrive meanwhile;
+  or
 * an entry's deadline, less the time that a batch takes, has come.
 
-Which entries run first is settled by turns: see `round.py`. Only the bucket whose turn it is may be closed before the
-running batch is about to end: one that is always full would otherwise always be due, and one with few images never.
+A model has one device or several. A batch belongs to no device until one begins it, so the device that is free first
+takes it, whatever was expected. For each device one batch or step at most is claimed ahead of its time.
 
-An entry whose spec is `in_steps` is claimed for one step, alone, and put back until it is done: between two steps it is
-an entry that waits, with everything that this means. While one is claimed, no other step is, so that whoever comes
-meanwhile goes next.
+Buckets take turns: see `bucket_queue.py`. Only the bucket that is first in turn may be closed before a device is about
+to be free: a bucket that is always full would otherwise always be due, and one with few images never.
+
+An entry whose spec is `in_steps` is claimed for one step, alone, and put back until it is done: between two steps it
+waits like any other entry. The device that runs its first step runs them all. While a step is claimed for a device, no
+other one is, so that entries that come meanwhile go next.
 """
 
 import math
@@ -28,12 +32,12 @@ from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.core.targets import Target
 from heatlens_server.scheduling.bucket_queue import STEPS, Bucket, BucketQueue
 from heatlens_server.scheduling.device_time import DeviceTime
-from heatlens_server.scheduling.entry import Complete, Entry, EntryState, Outcome, Source
+from heatlens_server.scheduling.entry import Deliver, Entry, EntryState, Outcome, Source
 from heatlens_server.scheduling.fair_queue import FairQueue
 from heatlens_server.scheduling.step_turns import StepTurns
 
-PREPARE_S = 0.002
-"""How long before the running batch ends the next one is closed: time to stack its images, in seconds."""
+STACK_S = 0.002
+"""How long before a device is free the next batch is closed: time to stack its images, in seconds."""
 
 _MIN_RETRY_S = 0.05
 
@@ -50,41 +54,53 @@ class Batcher:
         max_batch_size: int,
         max_delay_s: float,
         max_queue_length: int,
-        complete: Complete,
+        deliver: Deliver,
+        device_count: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Make an empty queue.
 
         Args:
             max_batch_size: most images in a batch.
-            max_delay_s: how long an image may wait for others while the device is busy, in seconds.
+            max_delay_s: how long an image may wait for others while all devices are busy, in seconds.
             max_queue_length: most entries admitted and not yet claimed by a batch, those of streams aside.
-            complete: takes the entries that expired in the queue.
+            deliver: takes the entries that expired in the queue.
+            device_count: how many devices run the batches; their indices count from 0.
             clock: seconds, monotonic.
         """
         self._max_batch_size = max_batch_size
         self._max_delay_s = max_delay_s
         self._max_queue_length = max_queue_length
-        self._complete = complete
+        self._deliver = deliver
         self._clock = clock
         self._changed = threading.Condition()
-        self._round = BucketQueue(max_batch_size=max_batch_size)
+        self._buckets = BucketQueue(max_batch_size=max_batch_size, device_count=device_count)
         self._admitted = 0
         self._callers = 0
         self._callers_in_steps = 0
-        # Claimed for a step, and neither put back nor finished yet.
-        self._stepping = 0
-        # No entry's deadline is earlier. Spares most searches for expired ones.
+        # No entry's deadline is earlier. Spares most searches for expired entries.
         self._no_expiry_before = math.inf
-        self._hold_until = 0
         self._closed = False
         self._refusal: Exception = ServerDraining()
-        self._device = DeviceTime()
+        self._devices = [DeviceTime(index) for index in range(device_count)]
+        # Batches that are claimed, and that no device has begun.
+        self._batches_ahead = 0
 
     def __len__(self) -> int:
         """Entries admitted and not yet claimed."""
         with self._changed:
             return self._admitted
+
+    @property
+    def waiting(self) -> int:
+        """Entries that have their image and are not claimed."""
+        with self._changed:
+            return len(self._buckets)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the batcher admits nothing more."""
+        return self._closed
 
     def admit(
         self,
@@ -98,7 +114,7 @@ class Batcher:
         """Take a place in the queue, before the image is decoded.
 
         Raises:
-            QueueFull: there is none; with an estimate of when there will be.
+            QueueFull: there is no place; with an estimate of when there will be one.
             Exception: the batcher is closed: ServerDraining, or what `close` was told.
         """
         with self._changed:
@@ -121,100 +137,136 @@ class Batcher:
         return entry
 
     def put(self, entry: Entry, image: FittedImage) -> None:
-        """Queue an admitted entry with its prepared image. Does nothing if it was cancelled meanwhile."""
+        """Queue an admitted entry with its decoded image. Does nothing if it was cancelled meanwhile."""
         with self._changed:
-            if entry.state is not EntryState.PREPARING:
+            if entry.state is not EntryState.DECODING:
                 return
             entry.image = image
             entry.enqueued_at = self._clock()
-            self._round.put(entry)
+            self._buckets.put(entry)
+            no_expiry_before = self._no_expiry_before
             self._wait_for(entry)
-
-    def put_back(self, entry: Entry) -> bool:
-        """Queue an entry again that was claimed for a step and needs another one. It takes its place in the queue back.
-
-        Returns:
-            False if it was given up while the step ran: what is left of it is the caller's to free.
-        """
-        with self._changed:
-            if not self._end_step(entry):
-                return False
-            self._count(entry, 1)
-            self._round.put_back(entry)
-            self._wait_for(entry)
-            return True
-
-    def finish(self, entry: Entry) -> bool:
-        """Tell that an entry that was claimed for a step is done, or has failed.
-
-        Returns:
-            False if it was given up while the step ran: nobody is to be told of an outcome.
-        """
-        with self._changed:
-            if not self._end_step(entry):
-                return False
-            entry.state = EntryState.CLAIMED
-            self._device.learn_explanation(entry.stepped_s)
-            return True
+            # With a batch ahead for every device, nothing can be claimed before one is begun.
+            if self._batches_ahead < len(self._devices) or self._no_expiry_before < no_expiry_before:
+                self._changed.notify_all()
 
     def withdraw(self, entry: Entry) -> bool:
         """Give up an entry's place: its caller cancelled, or its image could not be decoded.
 
         Returns:
-            False if it is too late: a batch has claimed it, or it is gone already. One in steps can be given up until
-            its last step is done.
+            False if it is too late: a batch has claimed the entry, or it is gone already. An entry in steps can be
+            given up until its last step is done.
         """
         with self._changed:
             if entry.state is EntryState.STEPPING:
-                # Whoever runs the step learns of it when that ends.
+                # The device that runs the step learns of it when the step ends.
                 _give_up(entry)
                 return True
             if entry.state is EntryState.WAITING:
-                self._round.remove(entry)
-            elif entry.state is not EntryState.PREPARING:
+                self._buckets.remove(entry)
+            elif entry.state is not EntryState.DECODING:
                 return False
             self._drop(entry)
-            # Whoever waits for this entry's batch must look again.
+            # The thread that waits for this entry's batch must look again.
             self._changed.notify_all()
             return True
 
-    def take(self) -> list[Entry] | None:
-        """Wait until a batch is due and claim it.
+    def claim(self) -> list[Entry] | None:
+        """Claim what is due now, and deliver an error to entries that have expired.
 
         Returns:
-            1 to max_batch_size entries of one bucket, in turns; or one entry for one of its steps, which is then to be
-            given to `put_back` or `finish`; None once the batcher is closed and empty.
+            1 to max_batch_size entries of one bucket, in turns, to be given to `begin`; or one entry for one of its
+            steps, with the `device` that is to run it; None if nothing is due.
+        """
+        with self._changed:
+            expired = self._sweep()
+            claimed = self._claim_due()
+        self._deliver_expired(expired)
+        return claimed
+
+    def take(self) -> list[Entry] | None:
+        """Wait until something is due and claim it.
+
+        Returns:
+            What `claim` returns; None once the batcher is closed and empty.
         """
         while True:
             with self._changed:
-                expired = self._sweep()
-                batch = None if expired else self._claim_due()
-                if not expired and batch is None:
-                    if self._closed and not (self._admitted or self._stepping):
+                expired, claimed = self._sweep(), self._claim_due()
+                if claimed is None and not expired:
+                    if self._closed and not (self._admitted or any(device.step_claimed for device in self._devices)):
                         return None
-                    self._changed.wait(self._seconds_until_due())
+                    self._changed.wait(self.seconds_until_due())
                     continue
             self._deliver_expired(expired)
-            if batch:
-                return batch
+            if claimed is not None:
+                return claimed
 
-    def device_started(self, batch_size: int, *, step: bool = False) -> None:
-        """Tell that the device began to run a batch, or a step."""
+    def seconds_until_due(self) -> float | None:
+        """How long `claim` has nothing to do unless something changes, in seconds; None for ever."""
         with self._changed:
-            self._device.start(self._clock(), batch_size, step=step)
-            self._changed.notify_all()
+            soonest = min([self._no_expiry_before, *(closing_at for _, closing_at, _ in self._closings())])
+            # Threads cannot wait for any number of seconds; a thread that waits looks again anyway.
+            return None if soonest == math.inf else min(max(0.0, soonest - self._clock()), threading.TIMEOUT_MAX)
 
-    def device_finished(self) -> float:
-        """Tell that the device is free again; learns how long that took and returns it, in seconds."""
-        with self._changed:
-            self._changed.notify_all()
-            return self._device.finish(self._clock())
+    def begin(self, device: int, claimed: list[Entry]) -> bool:
+        """Tell that a device begins to run what was claimed.
 
-    def hold_until(self, count: int) -> None:
-        """For tests: make no batch until `count` entries wait in the queue, then go on as usual."""
+        Returns:
+            False if the caller of an entry has left since its step was claimed: the device stays free.
+        """
+        first = claimed[0]
         with self._changed:
-            self._hold_until = count
-            self._changed.notify_all()
+            self._wake()
+            if not first.spec.in_steps:
+                self._batches_ahead -= 1
+            else:
+                self._devices[device].reserved = False
+                if first.state is EntryState.GONE:
+                    self._end_step(first, device)
+                    return False
+            self._devices[device].start(self._clock(), len(claimed), step=first.spec.in_steps)
+            return True
+
+    def drop_batch(self) -> None:
+        """Tell that a claimed batch will not be begun."""
+        with self._changed:
+            self._batches_ahead -= 1
+            self._wake()
+
+    def end_batch(self, device: int) -> None:
+        """Tell that a device has run its batch and is free."""
+        with self._changed:
+            self._devices[device].finish(self._clock())
+            self._wake()
+
+    def put_back(self, device: int, entry: Entry) -> bool:
+        """Tell that a device has run an entry's step and is free; queue the entry for its next step.
+
+        Returns:
+            False if the entry was given up while the step ran: the device is to free what is left of it.
+        """
+        with self._changed:
+            if not self._end_step(entry, device):
+                return False
+            self._count(entry, 1)
+            self._buckets.put_back(entry)
+            self._wait_for(entry)
+            self._wake()
+            return True
+
+    def finish(self, device: int, entry: Entry) -> bool:
+        """Tell that a device has run an entry's last step, or that the step has failed, and is free.
+
+        Returns:
+            False if the entry was given up while the step ran: no caller is to be told of an outcome.
+        """
+        with self._changed:
+            if not self._end_step(entry, device):
+                return False
+            entry.state = EntryState.CLAIMED
+            self._devices[device].learn_explanation(entry.stepped_s)
+            return True
 
     def close(self, refusal: Exception | None = None) -> None:
         """Admit nothing more; `take` hands out what is left and then None. Idempotent.
@@ -225,110 +277,121 @@ class Batcher:
         with self._changed:
             self._closed = True
             self._refusal = refusal or self._refusal
-            self._hold_until = 0
+            self._changed.notify_all()
+
+    # All below: the caller holds the lock.
+
+    def _wake(self) -> None:
+        """Have `take` look again, if it could find something."""
+        if self._closed or len(self._buckets):
             self._changed.notify_all()
 
     def _wait_for(self, entry: Entry) -> None:
-        """An entry waits from now on. Holds the lock."""
+        """An entry waits from now on."""
         entry.state = EntryState.WAITING
         if entry.expires_at is not None:
             self._no_expiry_before = min(self._no_expiry_before, entry.expires_at)
-        self._changed.notify_all()
 
-    def _end_step(self, entry: Entry) -> bool:
-        """An entry's step has ended; False if nobody wants it any more. Holds the lock."""
-        self._stepping -= 1
-        entry.stepped_s += self._device.step_s(self._clock())
-        self._round.end_step(entry)
-        self._changed.notify_all()
+    def _end_step(self, entry: Entry, device: int) -> bool:
+        """An entry's step has ended; False if its caller has left."""
+        entry.stepped_s += self._devices[device].finish(self._clock())
+        self._devices[device].step_claimed = False
+        self._buckets.end_step(entry)
+        self._wake()
         return entry.state is EntryState.STEPPING
 
     def _claim_due(self) -> list[Entry] | None:
-        """The batch to run now, or None. Holds the lock."""
-        if self._held():
-            return None
+        """What to run now, or None."""
         now = self._clock()
-        for key, closing_at in self._closings():
-            if closing_at <= now:
-                batch = self._round.take(key)
-                for entry in batch:
-                    self._count(entry, -1)
-                    entry.state = EntryState.STEPPING if key is STEPS else EntryState.CLAIMED
-                    entry.begun = True
-                self._stepping += key is STEPS
-                return batch
+        for key, closing_at, device in self._closings():
+            if closing_at > now:
+                continue
+            claimed = self._buckets.take(key, device.index)
+            for entry in claimed:
+                self._count(entry, -1)
+                entry.begun = True
+                entry.state = EntryState.CLAIMED
+            if key is STEPS:
+                claimed[0].state, claimed[0].device = EntryState.STEPPING, device.index
+                device.step_claimed = device.reserved = True
+            else:
+                self._batches_ahead += 1
+            return claimed
         return None
 
-    def _closings(self) -> Iterator[tuple[Bucket | None, float]]:
-        """Each bucket, in turn order, and when its batch is to be closed, on the clock. Holds the lock."""
+    def _closings(self) -> Iterator[tuple[Bucket | None, float, DeviceTime]]:
+        """Each bucket, in turn order, when its batch is to be closed, on the clock, and which device it is due for."""
+        if not len(self._buckets):
+            return
+        free = [device for device in self._devices if not device.reserved]
+        if len(free) > 1:
+            free.sort(key=DeviceTime.ends_at)
+        # The devices that are free first take what is ahead.
+        free = free[self._batches_ahead :]
+        if not free:
+            return
         not_before = -math.inf
-        for key, bucket in self._round.in_turn():
-            yield key, max(self._due_at(key, bucket), not_before)
-            # The others let the first one go first, but not at the price of an idle device.
-            not_before = self._next_batch_at()
+        for key, bucket in self._buckets.in_turn():
+            if isinstance(bucket, StepTurns):
+                due_at, device = self._step_due(free)
+            else:
+                due_at, device = self._batch_due_at(bucket, free[0]), free[0]
+            yield key, max(due_at, not_before), device
+            # The other buckets let the first one go first, but not at the price of an idle device.
+            not_before = self._needed_at(free[0])
 
-    def _due_at(self, key: Bucket | None, bucket: FairQueue[Entry] | StepTurns) -> float:
-        """When a bucket's batch is to be closed if it is the only one, on the clock. Holds the lock."""
-        if key is STEPS and self._stepping:
-            return math.inf
-        if self._closed or not self._device.runs:
+    def _step_due(self, free: list[DeviceTime]) -> tuple[float, DeviceTime]:
+        """When a step is to be claimed if no batch waits, on the clock, and for which device."""
+        for device in free:
+            if not device.step_claimed and self._buckets.has_step(device.index):
+                return self._needed_at(device), device
+        return math.inf, free[0]
+
+    def _batch_due_at(self, bucket: FairQueue[Entry], device: DeviceTime) -> float:
+        """When a bucket's batch is to be closed if it is the only one, on the clock; `device` is free first."""
+        if self._closed or not device.runs or len(bucket) >= self._max_batch_size:
             return -math.inf
-        if key is STEPS:
-            return math.inf if self._device.runs_step else self._next_batch_at()
-        if len(bucket) >= self._max_batch_size:
-            return -math.inf
-        due = max(min(entry.enqueued_at for entry in bucket) + self._max_delay_s, self._next_batch_at())
+        due = max(min(entry.enqueued_at for entry in bucket) + self._max_delay_s, self._needed_at(device))
         deadlines = [entry.deadline for entry in bucket if entry.deadline is not None]
         if deadlines:
-            due = min(due, min(deadlines) - self._device.batches.seconds(len(bucket)))
+            due = min(due, min(deadlines) - device.batches.seconds(len(bucket)))
         return due
 
-    def _next_batch_at(self) -> float:
-        """When the device is about to need a batch, on the clock. Holds the lock."""
-        return -math.inf if self._closed else self._device.ends_at() - PREPARE_S
-
-    def _seconds_until_due(self) -> float | None:
-        """How long nothing will be due unless something changes; None for ever. Holds the lock."""
-        dues = [] if self._held() else [closing_at for _, closing_at in self._closings()]
-        soonest = min([*dues, self._no_expiry_before])
-        # Threads cannot wait for any number of seconds; whoever waits looks again anyway.
-        return None if soonest == math.inf else min(max(0.0, soonest - self._clock()), threading.TIMEOUT_MAX)
-
-    def _held(self) -> bool:
-        if not self._hold_until:
-            return False
-        if len(self._round) < self._hold_until:
-            return True
-        self._hold_until = 0
-        return False
+    def _needed_at(self, device: DeviceTime) -> float:
+        """When a device is about to need a batch, on the clock."""
+        return -math.inf if self._closed else device.ends_at() - STACK_S
 
     def _sweep(self) -> list[Entry]:
-        """Take out the entries whose deadline has passed. Holds the lock."""
+        """Take out the entries whose deadline has passed."""
         now = self._clock()
         if now < self._no_expiry_before:
             return []
-        timed = [(entry.expires_at, entry) for entry in self._round if entry.expires_at is not None]
+        timed = [(entry.expires_at, entry) for entry in self._buckets if entry.expires_at is not None]
         expired = [entry for expires_at, entry in timed if expires_at <= now]
         self._no_expiry_before = min((expires_at for expires_at, _ in timed if expires_at > now), default=math.inf)
         for entry in expired:
-            self._round.remove(entry)
+            self._buckets.remove(entry)
             self._drop(entry)
         return expired
 
     def _place_s(self) -> float:
-        """When there will be a place for a caller, roughly, in seconds from now. Holds the lock."""
+        """When there will be a place for a caller, roughly, in seconds from now: all devices make places."""
         in_steps = self._callers_in_steps
-        return self._device.place_s(self._max_batch_size, batched=self._callers > in_steps, in_steps=in_steps > 0)
+        waits = (
+            device.place_s(self._max_batch_size, batched=self._callers > in_steps, in_steps=in_steps > 0)
+            for device in self._devices
+        )
+        return 1 / sum(1 / wait_s for wait_s in waits)
 
     def _count(self, entry: Entry, places: int) -> None:
-        """An entry takes its place in the queue, 1, or leaves it, -1. Holds the lock."""
+        """An entry takes its place in the queue, 1, or leaves it, -1."""
         self._admitted += places
         if entry.source is None:
             self._callers += places
             self._callers_in_steps += places * entry.spec.in_steps
 
     def _drop(self, entry: Entry) -> None:
-        """Give up an entry that no thread is at. Holds the lock."""
+        """Give up an entry that waits."""
         self._count(entry, -1)
         _give_up(entry)
         if entry.steps is not None:
@@ -336,14 +399,15 @@ class Batcher:
             entry.steps = None
 
     def _deliver_expired(self, entries: list[Entry]) -> None:
+        """The one that is called without the lock."""
         if entries:
-            self._complete([(entry, _expired(entry)) for entry in entries])
+            self._deliver([(entry, _expired(entry)) for entry in entries])
 
 
 def _give_up(entry: Entry) -> None:
     entry.state = EntryState.GONE
-    # Nobody wants them; the entry itself may be held for long.
-    entry.prepare = entry.complete = entry.image = None
+    # No thread needs them any more; the entry itself may be held for long.
+    entry.decode = entry.finish_target = entry.image = None
 
 
 def _expired(entry: Entry) -> DeadlineExpired:

@@ -1,13 +1,13 @@
-"""Whose turn it is: the entries that wait, by what may share a batch, in turns.
+"""The entries that wait, in buckets of those that may share a batch. Buckets take turns.
 
-* Inside a bucket, sources take turns (`turns.py`, with the literature): a batch takes one entry of each, then a second
-  one of each, and the next batch goes on where it stopped. A caller with a single image is a source of its own. So a
-  stream with 64 images waiting and one with a single image get one each before the first gets its second.
-* Buckets take turns as well, a batch each, so that nobody waits for more than one batch of each other bucket. Counting
+* Inside a bucket, sources take turns (`fair_queue.py`, with the literature): a batch takes one entry of each, then a
+  second one of each, and the next batch goes on where it stopped. A caller with a single image is a source of its own.
+  So a stream with 64 images waiting and one with a single image get one each before the first gets its second.
+* Buckets take turns as well, a batch each, so that an entry waits for one batch of each other bucket at most. Counting
   batches, not images, keeps large batches: the device's time goes by batches more than by images.
-* All entries that take steps are one bucket, whatever else they differ in, and its batch is a single step, whose turn
-  ends when the step does: others that come meanwhile go first. So they wait for one step, however many of these there
-  are. Whose step it is: see `step_turns.py`.
+* All entries that take steps are one bucket, whatever else they differ in. Its batch is a single step, and its turn
+  ends when the step does: batches of entries that come meanwhile go first. So these wait for one step, however many
+  entries take steps. Which step is next: see `step_turns.py`.
 """
 
 import itertools
@@ -29,16 +29,17 @@ STEPS: None = None
 class BucketQueue:
     """Entries that wait. Not thread-safe."""
 
-    def __init__(self, *, max_batch_size: int) -> None:
-        """Nobody waits.
+    def __init__(self, *, max_batch_size: int, device_count: int) -> None:
+        """Make an empty queue.
 
         Args:
             max_batch_size: most entries of a batch.
+            device_count: how many devices take from it.
         """
         self._max_batch_size = max_batch_size
         # In turn order.
         self._buckets: OrderedDict[Bucket | None, FairQueue[Entry] | StepTurns] = OrderedDict()
-        self._steps = StepTurns()
+        self._steps = StepTurns(device_count=device_count)
         self._count = 0
 
     def __len__(self) -> int:
@@ -61,9 +62,9 @@ class BucketQueue:
         self._count += 1
 
     def remove(self, entry: Entry) -> None:
-        """Take an entry out that is not to be run any more."""
-        # A stream that replaces a frame by a newer one keeps its turn, and so does its bucket, though they may be empty
-        # in between.
+        """Take out an entry that is not to be run any more."""
+        # A stream that replaces a frame by a newer one keeps its turn, and its bucket does so too, though both may be
+        # empty in between.
         keep_turn = entry.source is not None
         key = _bucket_of(entry)
         bucket = self._buckets[key]
@@ -75,21 +76,28 @@ class BucketQueue:
             del self._buckets[key]
 
     def in_turn(self) -> Iterator[tuple[Bucket | None, FairQueue[Entry] | StepTurns]]:
-        """The buckets in which somebody waits, the next one first."""
+        """The buckets in which entries wait, the next one first."""
         return ((key, bucket) for key, bucket in self._buckets.items() if bucket)
 
     def end_step(self, entry: Entry) -> None:
-        """An entry's step that was taken has ended, and with it the turns of its spec and of `STEPS`."""
-        self._steps.end_step(entry.spec)
+        """The step of an entry that was taken has ended, and with it the turns of its spec and of `STEPS`."""
+        self._steps.end_step(entry)
         if STEPS in self._buckets:
             self._buckets.move_to_end(STEPS)
 
-    def take(self, key: Bucket | None) -> list[Entry]:
-        """Take a bucket's batch. That was its turn; that of `STEPS` lasts until `end_step`."""
+    def has_step(self, device: int) -> bool:
+        """Whether the device could run a step of an entry that waits."""
+        return self._steps.has_step(device)
+
+    def take(self, key: Bucket | None, device: int) -> list[Entry]:
+        """Take a bucket's batch, which ends its turn; or a step for a device: that turn ends with `end_step`."""
         bucket = self._buckets[key]
-        batch = [bucket.take() for _ in range(1 if key is STEPS else min(len(bucket), self._max_batch_size))]
+        if isinstance(bucket, StepTurns):
+            batch = [bucket.take(device)]
+        else:
+            batch = [bucket.take() for _ in range(min(len(bucket), self._max_batch_size))]
         self._count -= len(batch)
-        # Those before it that are empty had their turn too.
+        # Empty buckets before it had their turn too.
         for other in list(itertools.takewhile(lambda other: other != key, self._buckets)):
             if not self._buckets[other]:
                 del self._buckets[other]

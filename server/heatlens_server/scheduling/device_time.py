@@ -1,34 +1,70 @@
-"""What a device runs, since when, and how long such things take, learned from those that ran."""
+"""What a device runs, since when, and how long batches and steps take, learned from those that ran."""
 
 import math
 
-from heatlens_server.scheduling.estimate import BatchTimeEstimate
+_NEWEST_WEIGHT = 0.25
+"""Weight of the newest batch in the moving average."""
 
 _UNKNOWN_S = 1.0
 
 
-class DeviceTime:
-    """Keeps the time of one device. Not thread-safe: its owner's lock guards it. Times are on the owner's clock."""
+class BatchTimeEstimate:
+    """An exponential moving average of the running time per batch size. Not thread-safe: its owner's lock guards it."""
 
     def __init__(self) -> None:
-        """Nothing runs and nothing is known."""
+        self._seconds: dict[int, float] = {}
+
+    def add(self, batch_size: int, seconds: float) -> None:
+        """Learn from a batch that ran."""
+        known = self._seconds.get(batch_size)
+        self._seconds[batch_size] = seconds if known is None else known + _NEWEST_WEIGHT * (seconds - known)
+
+    def seconds(self, batch_size: int) -> float:
+        """Expected running time, in seconds; 0.0 when nothing is known.
+
+        The time of a size that never ran comes from the nearest size: in proportion from a smaller one, unchanged from
+        a larger one, as small batches use a device badly.
+        """
+        if not self._seconds:
+            return 0.0
+        known = self._seconds.get(batch_size)
+        if known is not None:
+            return known
+        nearest = min(self._seconds, key=lambda size: abs(size - batch_size))
+        return self._seconds[nearest] * max(1.0, batch_size / nearest)
+
+    def images_per_second(self) -> float:
+        """The best throughput seen; 0.0 when nothing is known."""
+        return max((size / seconds for size, seconds in self._seconds.items() if seconds > 0), default=0.0)
+
+
+class DeviceTime:
+    """Keeps the time of one device. Not thread-safe: its owner's lock guards it. Times are on the owner's clock.
+
+    Attributes:
+        index: the device's place in the list of the model's devices.
+        batches: how long batches take.
+        steps: how long steps take; apart from batches, as a step runs the model on as many rows as it likes.
+        step_claimed: whether a step is claimed for this device and has not ended.
+        reserved: whether a step is claimed for this device and has not begun.
+    """
+
+    def __init__(self, index: int = 0) -> None:
+        """Make a device that runs nothing, and of which nothing is known."""
+        self.index = index
+        self.batches = BatchTimeEstimate()
+        self.steps = BatchTimeEstimate()
+        self.step_claimed = False
+        self.reserved = False
+        self._explanation_s = BatchTimeEstimate()
         self._since: float | None = None
         self._size = 0
         self._step = False
-        self.batches = BatchTimeEstimate()
-        # Apart: a step runs the model on as many rows as it likes.
-        self.steps = BatchTimeEstimate()
-        self._explanation_s = BatchTimeEstimate()
 
     @property
     def runs(self) -> bool:
         """Whether the device runs something."""
         return self._since is not None
-
-    @property
-    def runs_step(self) -> bool:
-        """Whether that is a step."""
-        return self.runs and self._step
 
     def start(self, now: float, size: int, *, step: bool) -> None:
         """The device begins to run a batch of a size, or a step."""
@@ -43,25 +79,21 @@ class DeviceTime:
         self._since = None
         return seconds
 
-    def step_s(self, now: float) -> float:
-        """How long the step that runs has run, in seconds; 0.0 if none does."""
-        return now - self._since if self._since is not None and self._step else 0.0
-
     def ends_at(self) -> float:
         """When what runs is expected to end; -infinity if nothing runs."""
         return -math.inf if self._since is None else self._since + self._estimate.seconds(self._size)
 
     def learn_explanation(self, seconds: float) -> None:
-        """An explanation in steps took so long on the device, all in all."""
+        """An explanation in steps took so long on the device, all its steps together."""
         self._explanation_s.add(1, seconds)
 
     def place_s(self, batch_size: int, *, batched: bool, in_steps: bool) -> float:
-        """How long until one of those that wait makes room, roughly, in seconds.
+        """How long until one of the entries that wait leaves the queue, roughly, in seconds; > 0.
 
         Args:
             batch_size: of a full batch.
-            batched: whether some of them wait for a batch: then the next one makes room.
-            in_steps: whether some of them are explained in steps. A batch then waits for a step as well; if no batch is
+            batched: whether some entries wait for a batch: then the next batch makes room.
+            in_steps: whether some entries are explained in steps. A batch then waits for a step as well. If no batch is
                 to come, the first explanation to end makes room. Several that take turns end later, but as many do.
         """
         if in_steps and not batched:

@@ -1,27 +1,26 @@
-"""One admitted request on its way through the queue."""
+"""One admitted request on its way through the queue, and what its caller gets."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from heatlens_server.core.engine import MapSpec
+from heatlens_server.core.engine import MapSpec, Steps
 from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import Target
-from heatlens_server.scheduling.progress import Progress
 
 
 class EntryState(Enum):
     """Where an entry is. Only the batcher changes it, under its lock."""
 
-    PREPARING = auto()
-    """Admitted; its image is being decoded."""
+    DECODING = auto()
+    """Admitted; its image is being decoded, or waits for that."""
     WAITING = auto()
     """In the queue: for its batch, or between two of its steps."""
     STEPPING = auto()
-    """One of its steps is being run. It can still be taken back."""
+    """Claimed for one of its steps. It can still be taken back."""
     CLAIMED = auto()
-    """In a batch: being run, or done. Or done in steps."""
+    """In a batch that runs or has run, or done in steps."""
     GONE = auto()
     """Cancelled, failed or expired before it was claimed, or before its last step was done."""
 
@@ -62,12 +61,32 @@ Outcome = QueueResult | Exception
 
 
 class Source:
-    """Somebody who sends many images, such as a stream: sources that wait for the same device take turns.
+    """A sender of many images, such as a stream: sources that wait for the same model take turns.
 
-    Make one per stream, and pass it with each of its images. It is no more than its identity.
+    Make one per stream, and pass it with each of its images. It has an identity and nothing else.
     """
 
     __slots__ = ()
+
+
+@dataclass(slots=True, eq=False)
+class Progress:
+    """What is kept of an entry between two of its steps. Belongs to the device's thread, `discard` aside.
+
+    Attributes:
+        rows: the most rows that a step runs the model on.
+        queue_s: seconds from decoded to the first step.
+        discard: has this closed on the device's thread when no caller wants it any more. Any thread may call it; it
+            returns at once.
+        steps: the engine's generator; None before the first step, and before an explanation is begun anew.
+        compute_s: seconds that the steps took so far.
+    """
+
+    rows: int
+    queue_s: float
+    discard: Callable[["Progress"], None]
+    steps: Steps | None = None
+    compute_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -76,19 +95,20 @@ class Entry:
 
     Attributes:
         target: what is wanted, as far as it is known.
-        complete: makes the target that the engine gets, of the prepared image; None if `target` is that.
         spec: how: entries of equal spec, and images of equal size, may share a batch.
         deadline: on the batcher's clock, in seconds; None for no deadline. See `expires_at`.
-        resolve: takes the outcome on behalf of the caller; called once at most, by whoever `Complete` leaves it to.
-        source: who sent it; None for a caller with this image only.
-        prepare: makes `image`; None once that is done or not wanted any more.
+        resolve: gives the outcome to the caller; called at most once, on the caller's event loop.
+        source: the sender; None for a caller with this image only.
+        decode: makes `image`; None once that is done or not wanted any more.
+        finish_target: makes the target that the engine gets from the decoded image; None if `target` is that.
         image: the image as the model sees it; None while it is being decoded, and when the entry is gone.
         preprocess_s: seconds of decoding and resizing.
         enqueued_at: when it entered the queue, on the batcher's clock, in seconds.
         state: where it is.
         begun: whether it was claimed, if only for its first step.
+        device: index of the device that runs its steps; None before the first step is claimed, and for batches.
         stepped_s: seconds that its steps took so far.
-        steps: what is kept between two of its steps; None before the first, after the last, and where there are none.
+        steps: what is kept between two of its steps; None before the first, after the last, and for batches.
     """
 
     target: Target
@@ -96,29 +116,30 @@ class Entry:
     deadline: float | None
     resolve: Callable[[Outcome], None]
     source: Source | None = None
-    complete: Callable[[FittedImage], Target] | None = None
-    prepare: Callable[[], FittedImage] | None = None
+    decode: Callable[[], FittedImage] | None = None
+    finish_target: Callable[[FittedImage], Target] | None = None
     image: FittedImage | None = None
     preprocess_s: float = 0.0
     enqueued_at: float = 0.0
-    state: EntryState = EntryState.PREPARING
+    state: EntryState = EntryState.DECODING
     begun: bool = False
+    device: int | None = None
     stepped_s: float = 0.0
     steps: Progress | None = None
 
     @property
     def owner(self) -> object:
-        """Who takes turns with others: the source, or a caller with this image only."""
+        """Which sender takes turns with others: the source, or the entry itself for a caller with this image only."""
         return self.source or self
 
     @property
     def expires_at(self) -> float | None:
-        """When it is given up if it waits then; None for never.
+        """When the entry is given up if it still waits; None for never.
 
-        A caller is gone after the deadline. A stream is not: its deadline is how long an image may wait to be begun.
+        A caller has left after its deadline. A stream has not: its deadline is how long an image may wait to be begun.
         """
         return None if self.begun and self.source is not None else self.deadline
 
 
-Complete = Callable[[Sequence[tuple[Entry, Outcome]]], None]
+Deliver = Callable[[Sequence[tuple[Entry, Outcome]]], None]
 """Takes outcomes, many at once so that an event loop is woken once per batch. Called by any thread, under no lock."""

@@ -9,7 +9,7 @@ from heatlens_server.scheduling.entry import Entry, EntryState, Outcome, QueueRe
 class Ticket:
     """An image on its way through a queue. Belongs to the event loop; made by `ModelQueue.submit`.
 
-    Nobody has to await it: an error that nobody asks for is dropped without a word.
+    It need not be awaited: an error that no caller asks for is dropped without a word.
     """
 
     __slots__ = ("__weakref__", "_entry", "_future", "_withdraw")
@@ -30,9 +30,9 @@ class Ticket:
     def waiting(self) -> bool:
         """Whether the image is being decoded or waits to be run. Afterwards it runs, is answered or is given up.
 
-        One that waits between two of its steps counts as running: so much was done for it already.
+        An image that waits between two of its steps counts as running: so much was done for it already.
         """
-        return self._entry.state in (EntryState.PREPARING, EntryState.WAITING) and not self._entry.begun
+        return self._entry.state in (EntryState.DECODING, EntryState.WAITING) and not self._entry.begun
 
     def give_up(self, error: Exception) -> bool:
         """Take the image back, so that `result` raises `error` and the model is not run for it.
@@ -53,12 +53,12 @@ class Ticket:
             DeadlineExpired: the timeout passed before the model ran.
             DeviceOutOfMemory: even alone the image did not fit.
             InternalError: the engine failed on this image.
-            Exception: what preparing the image raised, or what `give_up` was told.
+            Exception: what decoding the image raised, or what `give_up` was told.
         """
         try:
             return await self._future
         except BaseException:
-            # If the wait was cancelled, the place in the queue is free at once; batch mates notice nothing.
+            # If the wait was cancelled, the place in the queue is free at once; others of the batch notice nothing.
             self._withdraw(self._entry)
             # The error's traceback holds this frame. Without a way back to the future, which holds the error, frames
             # dropped by the thousand are free at once instead of when the garbage collector comes.
@@ -67,13 +67,13 @@ class Ticket:
 
 
 def resolve(future: asyncio.Future[QueueResult], outcome: Outcome) -> None:
-    """Tell a ticket's future how it ended; nothing happens if that is settled. Call it on the future's loop."""
-    # A caller that went away has cancelled its future.
+    """Give a ticket's future its outcome; nothing happens if it has one. Call it on the future's loop."""
+    # A caller that has left has cancelled its future.
     if future.done():
         return
     if isinstance(outcome, Exception):
         future.set_exception(outcome)
-        # Counts as retrieved: asyncio would otherwise complain about each error that nobody awaits.
+        # Counts as retrieved: asyncio would otherwise complain about each error that no caller awaits.
         future.exception()
     else:
         future.set_result(outcome)

@@ -85,8 +85,8 @@ TWO = {"layers": ("stem", "body")}
 )
 def test_what_the_primary_can_it_does_and_nothing_is_loaded(spec):
     pair = Pair()
-    assert pair.engine.ready(spec)
-    pair.engine.prepare(spec)
+    assert pair.engine.is_loaded_for(spec)
+    pair.engine.load_for(spec)
     pair.engine.explain(IMAGES, [TopK(1)], spec)
     assert (pair.primary.ran, pair.made) == ([spec], 0)
 
@@ -106,10 +106,10 @@ def test_what_the_primary_can_it_does_and_nothing_is_loaded(spec):
 )
 def test_all_else_is_for_the_companion_which_is_loaded_once(spec):
     pair = Pair()
-    assert not pair.engine.ready(spec)
+    assert not pair.engine.is_loaded_for(spec)
     for _ in range(2):
-        pair.engine.prepare(spec)
-    assert pair.engine.ready(spec)
+        pair.engine.load_for(spec)
+    assert pair.engine.is_loaded_for(spec)
     if spec.in_steps:
         next(pair.engine.steps(IMAGES[0], TopK(1), spec, rows=1))
     else:
@@ -145,7 +145,7 @@ def test_without_a_companion_it_is_the_primary():
     engine = FallbackEngine(Engine(INFO))
     assert engine.info == INFO
     assert engine.info.requestable_methods == (*EXPORTED, Method.REFINE_CAM)
-    assert engine.ready(SCORE_CAM)  # there is nothing to load
+    assert engine.is_loaded_for(SCORE_CAM)  # there is nothing to load
     with pytest.raises(InvalidArgument, match="no graph for grad-cam of 'stem', 'elsewhere' with these options"):
         engine.explain(IMAGES, [TopK(1)], changed(layers=("stem", "elsewhere")))
     engine.close()
@@ -160,16 +160,16 @@ def test_threads_that_need_it_at_once_load_it_once_while_the_primary_runs():
         assert gate.wait(PATIENCE_S)
 
     pair = Pair(wait)
-    threads = [threading.Thread(target=pair.engine.prepare, args=(SCORE_CAM,)) for _ in range(4)]
+    threads = [threading.Thread(target=pair.engine.load_for, args=(SCORE_CAM,)) for _ in range(4)]
     for thread in threads:
         thread.start()
     assert entered.wait(PATIENCE_S)
-    assert not pair.engine.ready(SCORE_CAM)
+    assert not pair.engine.is_loaded_for(SCORE_CAM)
     pair.engine.explain(IMAGES, [TopK(1)], PLAIN)
     gate.set()
     for thread in threads:
         thread.join(PATIENCE_S)
-    assert pair.engine.ready(SCORE_CAM)
+    assert pair.engine.is_loaded_for(SCORE_CAM)
     assert pair.made == 1
 
 
@@ -182,10 +182,10 @@ def test_a_load_that_failed_is_tried_again():
 
     pair = Pair(fail_once)
     with pytest.raises(ModelLoadError, match="no weights"):
-        pair.engine.prepare(SCORE_CAM)
-    assert not pair.engine.ready(SCORE_CAM)
-    pair.engine.prepare(SCORE_CAM)
-    assert (pair.engine.ready(SCORE_CAM), pair.made) == (True, 2)
+        pair.engine.load_for(SCORE_CAM)
+    assert not pair.engine.is_loaded_for(SCORE_CAM)
+    pair.engine.load_for(SCORE_CAM)
+    assert (pair.engine.is_loaded_for(SCORE_CAM), pair.made) == (True, 2)
 
 
 @pytest.mark.parametrize(
@@ -200,14 +200,14 @@ def test_a_load_that_failed_is_tried_again():
 def test_a_companion_that_is_not_what_was_said_is_not_used(changes, message):
     pair = Pair(info=dataclasses.replace(TORCH_INFO, **changes))
     with pytest.raises(ModelLoadError, match=message):
-        pair.engine.prepare(SCORE_CAM)
+        pair.engine.load_for(SCORE_CAM)
     assert pair.companion.closed == 1
-    assert not pair.engine.ready(SCORE_CAM)
+    assert not pair.engine.is_loaded_for(SCORE_CAM)
 
 
 def test_closing_closes_both():
     pair = Pair()
-    pair.engine.prepare(SCORE_CAM)
+    pair.engine.load_for(SCORE_CAM)
     pair.engine.close()
     pair.engine.close()
     assert (pair.primary.closed, pair.companion.closed) == (2, 1)
@@ -216,5 +216,5 @@ def test_closing_closes_both():
 def test_closing_during_a_load_does_not_wait_for_it_and_leaves_nothing_open():
     pair = Pair(lambda: pair.engine.close())  # noqa: PLW0108 - there is no pair yet
     with pytest.raises(ModelLoadError, match="shutting down"):
-        pair.engine.prepare(SCORE_CAM)
+        pair.engine.load_for(SCORE_CAM)
     assert (pair.primary.closed, pair.companion.closed) == (1, 1)

@@ -30,8 +30,8 @@ from heatlens_server.scheduling.model_queue import ModelQueue
 
 @pytest_asyncio.fixture
 async def rig() -> AsyncIterator[Rig]:
-    with ThreadPoolExecutor(4) as preparers:
-        made = Rig(preparers)
+    with ThreadPoolExecutor(4) as decoders:
+        made = Rig(decoders)
         yield made
         for gate in [*made.gates.values(), *(engine.gate for engine in made.engines)]:
             gate.set()
@@ -72,8 +72,8 @@ async def test_order_is_kept_and_the_first_is_the_default(rig):
 
 
 async def test_a_default_that_is_named_may_be_any_or_gone():
-    with ThreadPoolExecutor(1) as preparers:
-        rig = Rig(preparers, default="b")
+    with ThreadPoolExecutor(1) as decoders:
+        rig = Rig(decoders, default="b")
         await asyncio.gather(*(rig.fleet.load(config(name)) for name in "ab"))
         assert rig.fleet.get("") is rig.fleet.get("b")
         await rig.fleet.unload("b")
@@ -271,7 +271,7 @@ async def test_a_call_that_began_with_the_old_model_is_finished_by_it(rig):
         # As a call that waits for torch to be loaded beside the export: it is in no queue yet.
         await rig.fleet.replace(config("a"))
         assert await rig.ask("a") == 2
-        explained = await model.queue.explain(lambda: IMAGE, TopK(1), SPEC, timeout_s=None)
+        explained = await model.queue.submit(lambda: IMAGE, TopK(1), SPEC, timeout_s=None).result()
         assert explained.result.logits[0] == 1
         assert not old.closed.is_set()
     assert await closed(old)

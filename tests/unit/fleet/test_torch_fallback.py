@@ -71,7 +71,7 @@ def test_both_together_have_what_torch_has_and_say_so_without_loading_it(make, m
     assert engine.info.requestable_methods == torch_engine.info.requestable_methods
     assert engine.info.fallback_methods == set(engine.info.methods) - set(CLOSED_FORMS)
     assert Method.LE_GRAD not in engine.info.methods  # there is no attention in it
-    assert not engine.ready(dataclasses.replace(PLAIN, method=Method.SHAPLEY_CAM))
+    assert not engine.is_loaded_for(dataclasses.replace(PLAIN, method=Method.SHAPLEY_CAM))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_both_together_have_what_torch_has_and_say_so_without_loading_it(make, m
 def test_what_the_export_has_not_is_what_torch_gives(make, spec):
     engine, reference = make(), make(engine="torch")
     image = noise(1)[0]
-    engine.prepare(spec)
+    engine.load_for(spec)
     found, expected = explained(engine, image, spec), explained(reference, image, spec)
     assert expected.maps.max() == 1
     np.testing.assert_allclose(found.maps, expected.maps, atol=1e-5)
@@ -111,11 +111,11 @@ def test_it_can_be_left_out(make):
 def test_a_default_method_that_needs_it_loads_it_at_the_start(make, method):
     engine = make(method=method)
     assert engine.info.engine_name == "onnxruntime"
-    assert engine.ready(NEEDS_TORCH)
+    assert engine.is_loaded_for(NEEDS_TORCH)
 
 
 def test_a_default_method_of_several_layers_is_the_exports(make):
-    assert not make(method="refine-cam").ready(NEEDS_TORCH)
+    assert not make(method="refine-cam").is_loaded_for(NEEDS_TORCH)
 
 
 def test_a_multi_label_model_is_one_in_both_engines(make):
@@ -125,8 +125,8 @@ def test_a_multi_label_model_is_one_in_both_engines(make):
     engine = companion.with_companion(config(task=manifest.task), primary, Artefact(folder, manifest))
     assert engine.info.task is Task.MULTI_LABEL
     spec = dataclasses.replace(PLAIN, score=Score.PROBABILITY)
-    engine.prepare(spec)
-    assert engine.ready(spec)
+    engine.load_for(spec)
+    assert engine.is_loaded_for(spec)
     engine.close()
 
 
@@ -135,8 +135,8 @@ def test_other_weights_than_those_that_were_exported_are_not_taken(make, monkeyp
     monkeypatch.setattr(tiny_models, "tiny", tiny_models.tiny_mlp)
     spec = dataclasses.replace(PLAIN, score=Score.CONTRAST)
     with pytest.raises(ModelLoadError, match="gives other weights than those that were exported"):
-        engine.prepare(spec)
+        engine.load_for(spec)
     assert explained(engine, noise(1)[0], PLAIN).maps.max() == 1
     monkeypatch.undo()
-    engine.prepare(spec)
-    assert engine.ready(spec)
+    engine.load_for(spec)
+    assert engine.is_loaded_for(spec)

@@ -6,7 +6,7 @@ import pytest
 
 from batching import IMAGE, OTHER, Bench
 from heatlens_server.core.errors import DeadlineExpired, QueueFull, ServerDraining
-from heatlens_server.scheduling.batcher import PREPARE_S
+from heatlens_server.scheduling.batcher import STACK_S
 from heatlens_server.scheduling.entry import Entry, EntryState
 
 
@@ -19,7 +19,7 @@ def test_idle_device_takes_a_single_image_at_once():
 
 def test_busy_device_lets_the_batch_fill_for_the_delay_when_nothing_is_known_about_it():
     bench = Bench()
-    bench.batcher.device_started(1)
+    bench.occupy()
     first = bench.put()
     assert bench.due() is None
     bench.clock.now += 0.0019
@@ -31,15 +31,13 @@ def test_busy_device_lets_the_batch_fill_for_the_delay_when_nothing_is_known_abo
 
 def test_batch_stays_open_until_the_running_one_is_about_to_end():
     bench = Bench()
-    bench.batcher.device_started(1)
-    bench.clock.now += 0.1
-    assert bench.batcher.device_finished() == pytest.approx(0.1)
-    bench.batcher.device_started(1)
+    bench.learn(0.1)
+    bench.occupy()
     bench.put()
     bench.clock.now += 0.05  # far more than the delay, but the device is busy for another 50 ms
     assert bench.due() is None
     bench.put()
-    bench.clock.now += 0.05 - PREPARE_S + 1e-6
+    bench.clock.now += 0.05 - STACK_S + 1e-6
     batch = bench.due()
     assert batch is not None
     assert len(batch) == 2
@@ -47,7 +45,7 @@ def test_batch_stays_open_until_the_running_one_is_about_to_end():
 
 def test_full_batch_is_closed_at_once_and_holds_the_oldest():
     bench = Bench(max_batch_size=3)
-    bench.batcher.device_started(3)
+    bench.occupy(3)
     entries = [bench.put() for _ in range(5)]
     assert bench.due() == entries[:3]
     assert bench.due() is None
@@ -59,16 +57,14 @@ def test_images_of_different_buckets_never_share_a_batch_and_the_oldest_bucket_g
     other = bench.put(OTHER)
     bench.clock.now += 0.0001
     same = [bench.put(), bench.put()]
-    assert bench.batcher.take() == [other]
-    assert bench.batcher.take() == same
+    assert bench.taken() == [other]
+    assert bench.taken() == same
 
 
 def test_earliest_deadline_closes_a_batch_before_its_time():
     bench = Bench()
-    bench.batcher.device_started(1)
-    bench.clock.now += 1.0
-    bench.batcher.device_finished()  # a batch takes a second
-    bench.batcher.device_started(4)
+    bench.learn(1.0)
+    bench.occupy()
     bench.put(timeout_s=1.5)
     assert bench.due() is None
     bench.clock.now += 0.51  # 0.99 s are left, and the batch would take 1 s
@@ -89,16 +85,14 @@ def test_expired_entry_is_answered_and_never_handed_out():
 
 def test_withdrawn_entry_leaves_its_mates_alone():
     bench = Bench()
-    bench.batcher.hold_until(8)
     entries = [bench.put() for _ in range(3)]
     assert bench.batcher.withdraw(entries[1])
     assert not bench.batcher.withdraw(entries[1])
-    bench.batcher.hold_until(0)
     assert bench.batcher.take() == [entries[0], entries[2]]
     assert not bench.batcher.withdraw(entries[0])
 
 
-def test_withdrawn_while_being_prepared_is_dropped_when_it_arrives():
+def test_withdrawn_while_being_decoded_is_dropped_when_it_arrives():
     bench = Bench()
     entry = bench.admit()
     assert bench.batcher.withdraw(entry)
@@ -120,7 +114,6 @@ def test_full_queue_refuses_at_once_says_when_to_come_back_and_recovers():
 
 def test_expired_entries_do_not_keep_a_queue_full():
     bench = Bench(max_queue_length=2)
-    bench.batcher.hold_until(3)
     bench.put(timeout_s=0.01)
     bench.put(timeout_s=0.01)
     bench.clock.now += 0.02
@@ -129,30 +122,18 @@ def test_expired_entries_do_not_keep_a_queue_full():
     assert len(bench.batcher) == 1
 
 
-def test_hold_makes_a_batch_of_exactly_the_number_waited_for():
-    bench = Bench(max_batch_size=8)
-    bench.batcher.hold_until(3)
-    entries = [bench.put(), bench.put()]
-    assert bench.due() is None
-    entries.append(bench.put())
-    assert bench.due() == entries
-    assert bench.due() is None
-    bench.put()  # the hold is over
-    assert bench.due() is not None
-
-
 def test_closed_batcher_admits_nothing_and_hands_out_what_is_left():
     bench = Bench()
-    bench.batcher.hold_until(5)
     entry = bench.put()
     bench.batcher.close()
     with pytest.raises(ServerDraining):
         bench.admit()
+    assert bench.batcher.closed
     assert bench.batcher.take() == [entry]
     assert bench.batcher.take() is None
 
 
-def test_close_waits_for_an_image_that_is_being_prepared():
+def test_close_waits_for_an_image_that_is_being_decoded():
     bench = Bench()
     entry = bench.admit()
     bench.batcher.close()

@@ -1,10 +1,10 @@
 """A caller's way through the queue: however it ends, the place in the queue is given back. The engine is a fake."""
 
 import asyncio
+import dataclasses
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -12,74 +12,58 @@ import pytest_asyncio
 
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import DeadlineExpired, InternalError, InvalidArgument, QueueFull, ServerDraining
-from heatlens_server.core.geometry import PixelBox
-from heatlens_server.core.methods import Method
+from heatlens_server.core.events import Observer
 from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.core.results import ImageResult
-from heatlens_server.core.targets import Target, TopK
-from heatlens_server.scheduling.entry import EntryState, QueueResult
+from heatlens_server.core.targets import ClassIds, Target, TopK
+from heatlens_server.scheduling.entry import EntryState, QueueResult, Source
 from heatlens_server.scheduling.model_queue import ModelQueue
-
-SPEC = MapSpec(Method.GRAD_CAM, ("layer",), upsample=False)
-POISON = 255
-PATIENCE_S = 20
+from queue_engines import BATCHED, PATIENCE_S, POISON, BatchEngine, image, until
 
 
-def image(value: int) -> FittedImage:
-    pixels = np.full((2, 2, 3), value, np.uint8)
-    return FittedImage(pixels=pixels, region=PixelBox(0, 0, 2, 2), source_width_px=2, source_height_px=2)
+class Recorder(Observer):
+    """Notes what was admitted and decoded."""
 
+    def __init__(self) -> None:
+        self.events: list[str] = []
 
-@dataclass
-class Engine:
-    """Answers each image with its own value once the gate is open; fails on POISON."""
+    def admitted(self, *, model: str, in_stream: bool) -> None:
+        self.events.append(f"{model}: admitted{' in a stream' if in_stream else ''}")
 
-    gate: threading.Event = field(default_factory=threading.Event)
-    entered: threading.Event = field(default_factory=threading.Event)
-    seen: list[list[int]] = field(default_factory=list)
-    closed: int = 0
-
-    def explain(self, images: np.ndarray, targets: Sequence[Target], spec: MapSpec) -> list[ImageResult]:
-        values = [int(value) for value in images[:, 0, 0, 0]]
-        self.entered.set()
-        assert self.gate.wait(PATIENCE_S)
-        self.seen.append(values)
-        if POISON in values:
-            raise ValueError("secret")
-        one = np.zeros(1, np.float32)
-        return [ImageResult(np.array([v], np.float32), (0,), np.zeros((1, 1, 1), np.float32), one, one) for v in values]
-
-    def ready(self, spec: MapSpec) -> bool:
-        return True
-
-    def close(self) -> None:
-        self.closed += 1
+    def decoded(self, *, model: str, duration_s: float) -> None:
+        assert duration_s >= 0
+        self.events.append(f"{model}: decoded")
 
 
 @pytest.fixture
-def engine() -> Iterator[Engine]:
-    made = Engine()
-    made.gate.set()
+def engine() -> Iterator[BatchEngine]:
+    made = BatchEngine()
     yield made
     made.gate.set()  # lets the threads of a failed test end
 
 
 @pytest.fixture
-def preparers() -> Iterator[ThreadPoolExecutor]:
+def decoders() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(2) as pool:
         yield pool
 
 
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
 @pytest_asyncio.fixture
-async def queue(engine: Engine, preparers: ThreadPoolExecutor) -> AsyncIterator[ModelQueue]:
+async def queue(engine: BatchEngine, decoders: ThreadPoolExecutor, recorder: Recorder) -> AsyncIterator[ModelQueue]:
     made = ModelQueue(
-        engine,
+        [engine],
         name="test",
-        preparers=preparers,
+        decoders=decoders,
         max_batch_size=4,
         max_delay_s=0.0,
         max_queue_length=4,
-        max_preparing=2,
+        max_decoding=2,
+        observer=recorder,
     )
     yield made
     engine.gate.set()
@@ -90,25 +74,32 @@ def explain(
     queue: ModelQueue,
     value: int = 1,
     *,
-    prepare: Callable[[], FittedImage] | None = None,
+    decode: Callable[[], FittedImage] | None = None,
     timeout_s: float | None = None,
 ) -> "asyncio.Task[QueueResult]":
-    make = prepare or (lambda: image(value))
-    return asyncio.create_task(queue.explain(make, TopK(1), SPEC, timeout_s=timeout_s))
+    async def call() -> QueueResult:
+        return await queue.submit(decode or (lambda: image(value)), TopK(1), BATCHED, timeout_s=timeout_s).result()
+
+    return asyncio.create_task(call())
 
 
-def value_of(explained: QueueResult) -> int:
-    return int(explained.result.logits[0])
+def value_of(found: QueueResult) -> int:
+    return int(found.result.logits[0])
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():  # noqa: ASYNC110 - what is waited for is in other threads
-            await asyncio.sleep(0.001)
+async def busy(queue: ModelQueue, engine: BatchEngine) -> "list[asyncio.Task[QueueResult]]":
+    """One batch in the engine, which waits for its gate, and one ahead: what comes now waits in the queue."""
+    engine.gate.clear()
+    tasks = []
+    for value in (101, 102):
+        ticket = queue.submit(lambda value=value: image(value), TopK(1), BATCHED, timeout_s=None)
+        tasks.append(asyncio.create_task(ticket.result()))
+        await until(lambda ticket=ticket: not ticket.waiting and engine.entered.is_set())
+    return tasks
 
 
 class Slow:
-    """A preparation that takes until it is released."""
+    """A decoder that takes until it is released."""
 
     def __init__(self, value: int = 1) -> None:
         self.started, self.release, self.finished = (threading.Event() for _ in range(3))
@@ -121,34 +112,59 @@ class Slow:
         return image(self.value)
 
 
-async def test_a_caller_gets_its_own_result_with_times_and_geometry(queue):
-    explained = await explain(queue, 7)
-    assert value_of(explained) == 7
-    assert explained.image.source_width_px == 2
-    assert explained.timing.preprocess_s >= 0
-    assert explained.timing.batch_size == 1
+async def test_a_caller_gets_its_own_result_with_times_and_geometry(queue, recorder):
+    found = await explain(queue, 7)
+    assert value_of(found) == 7
+    assert found.image.source_width_px == 2
+    assert found.timing.preprocess_s >= 0
+    assert found.timing.batch_size == 1
     assert len(queue.batcher) == 0
+    assert recorder.events == ["test: admitted", "test: decoded"]
 
 
-async def test_a_batch_is_delivered_with_one_wake_up_of_the_loop(queue, monkeypatch):
+async def test_the_target_is_finished_once_the_image_is_decoded(queue, engine, recorder):
+    targets: list[Target] = []
+    run = engine.explain
+
+    def note(images: np.ndarray, wanted: list[Target], spec: MapSpec) -> list[ImageResult]:
+        targets.extend(wanted)
+        return run(images, wanted, spec)
+
+    engine.explain = note
+
+    def finish(fitted: FittedImage) -> Target:
+        return ClassIds((fitted.source_width_px,))
+
+    await queue.submit(
+        lambda: image(1), TopK(1), BATCHED, timeout_s=None, source=Source(), finish_target=finish
+    ).result()
+    assert targets == [ClassIds((2,))]
+    assert recorder.events[0] == "test: admitted in a stream"
+
+
+async def test_a_batch_is_delivered_with_one_wake_up_of_the_loop(queue, engine, monkeypatch):
+    running = await busy(queue, engine)
     wake_ups = []
     loop = asyncio.get_running_loop()
     original = loop.call_soon_threadsafe
     monkeypatch.setattr(
         loop, "call_soon_threadsafe", lambda call, *args: (wake_ups.append(len(args[0])), original(call, *args))[1]
     )
-    queue.batcher.hold_until(4)
-    answers = await asyncio.gather(*(explain(queue, value) for value in (3, 1, 4, 2)))
+    tasks = [explain(queue, value) for value in (3, 1, 4, 2)]
+    await until(lambda: queue.batcher.waiting == 4)
+    engine.gate.set()
+    answers = await asyncio.gather(*tasks)
     assert [value_of(answer) for answer in answers] == [3, 1, 4, 2]
     assert [answer.timing.batch_size for answer in answers] == [4] * 4
-    assert wake_ups == [4]
+    assert wake_ups == [1, 1, 4]
+    await asyncio.gather(*running)
 
 
-async def test_what_preparing_raises_reaches_the_caller_and_only_that_one(queue, engine):
+async def test_what_decoding_raises_reaches_the_caller_and_only_that_one(queue, engine):
     def fail() -> FittedImage:
         raise InvalidArgument.of("image.encoded", "corrupt", reason="IMAGE_UNDECODABLE")
 
-    good, bad = explain(queue, 5), explain(queue, prepare=fail)
+    good, bad = explain(queue, 5), explain(queue, decode=fail)
     with pytest.raises(InvalidArgument, match="corrupt"):
         await bad
     assert value_of(await good) == 5
@@ -156,17 +172,17 @@ async def test_what_preparing_raises_reaches_the_caller_and_only_that_one(queue,
     assert len(queue.batcher) == 0
 
 
-async def test_any_exception_of_preparing_is_raised_as_it_is(queue):
+async def test_any_exception_of_decoding_is_raised_as_it_is(queue):
     def fail() -> FittedImage:
         raise ZeroDivisionError("a bug")
 
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        await explain(queue, prepare=fail)
+        await explain(queue, decode=fail)
     assert len(queue.batcher) == 0
     assert value_of(await explain(queue, 2)) == 2
 
 
-async def test_engine_failure_is_an_internal_error_and_the_lane_lives(queue):
+async def test_engine_failure_is_an_internal_error_and_the_queue_lives(queue):
     with pytest.raises(InternalError):
         await explain(queue, POISON)
     assert value_of(await explain(queue, 2)) == 2
@@ -174,29 +190,32 @@ async def test_engine_failure_is_an_internal_error_and_the_lane_lives(queue):
 
 @pytest.mark.parametrize("timeout_s", [0.0, -1.0])
 async def test_a_deadline_in_the_past_spares_decoder_and_model(queue, engine, timeout_s):
-    prepared = []
+    decoded = []
     with pytest.raises(DeadlineExpired, match="before the image was decoded"):
-        await explain(queue, prepare=lambda: prepared.append(1), timeout_s=timeout_s)
-    assert prepared == []
+        await explain(queue, decode=lambda: decoded.append(1), timeout_s=timeout_s)
+    assert decoded == []
     assert engine.seen == []
     assert len(queue.batcher) == 0
 
 
-async def test_a_deadline_beyond_what_threads_can_wait_for_is_none(queue):
-    queue.batcher.hold_until(2)
+async def test_a_deadline_beyond_what_threads_can_wait_for_is_none(queue, engine):
+    running = await busy(queue, engine)
+    # It waits, so that the thread that makes batches waits for its deadline or for another image.
     first = explain(queue, 1, timeout_s=1e12)
-    # Queued, so that whoever makes batches waits for its deadline or for another image.
-    await until(lambda: len(queue.batcher._round) == 1)
+    await until(lambda: queue.batcher.waiting == 1)
     second = explain(queue, 2, timeout_s=1e12)
+    await until(lambda: queue.batcher.waiting == 2)
+    engine.gate.set()
     assert [value_of(done) for done in await asyncio.wait_for(asyncio.gather(first, second), PATIENCE_S)] == [1, 2]
+    await asyncio.gather(*running)
 
 
-async def test_a_deadline_that_passes_while_others_are_decoded_spares_the_decoder(queue, preparers):
+async def test_a_deadline_that_passes_while_others_are_decoded_spares_the_decoder(queue, decoders):
     blockers = [Slow(), Slow()]
-    waiting = [explain(queue, prepare=blocker) for blocker in blockers]
+    waiting = [explain(queue, decode=blocker) for blocker in blockers]
     await until(lambda: all(blocker.started.is_set() for blocker in blockers))
-    prepared = []
-    late = explain(queue, prepare=lambda: prepared.append(1), timeout_s=0.01)
+    decoded = []
+    late = explain(queue, decode=lambda: decoded.append(1), timeout_s=0.01)
     await until(lambda: len(queue.batcher) == 3)
     admitted_at = asyncio.get_running_loop().time()
     await until(lambda: asyncio.get_running_loop().time() > admitted_at + 0.02)
@@ -204,13 +223,13 @@ async def test_a_deadline_that_passes_while_others_are_decoded_spares_the_decode
         blocker.release.set()
     with pytest.raises(DeadlineExpired):
         await late
-    assert prepared == []
+    assert decoded == []
     await asyncio.gather(*waiting)
 
 
-async def test_cancelled_while_preparing(queue, engine):
+async def test_cancelled_while_decoding(queue, engine):
     slow = Slow()
-    task = explain(queue, prepare=slow)
+    task = explain(queue, decode=slow)
     await until(slow.started.is_set)
     assert len(queue.batcher) == 1
     task.cancel()
@@ -223,12 +242,12 @@ async def test_cancelled_while_preparing(queue, engine):
     assert engine.seen == [[9]]
 
 
-async def test_cancelled_before_a_preparer_is_free_is_not_decoded_at_all(queue):
+async def test_cancelled_before_a_decoder_is_free_is_not_decoded_at_all(queue):
     blockers = [Slow(2), Slow(3)]
-    waiting = [explain(queue, prepare=blocker) for blocker in blockers]
+    waiting = [explain(queue, decode=blocker) for blocker in blockers]
     await until(lambda: all(blocker.started.is_set() for blocker in blockers))
     unwanted = Slow()
-    task = explain(queue, prepare=unwanted)
+    task = explain(queue, decode=unwanted)
     await until(lambda: len(queue.batcher) == 3)
     task.cancel()
     await asyncio.wait([task])
@@ -240,40 +259,33 @@ async def test_cancelled_before_a_preparer_is_free_is_not_decoded_at_all(queue):
 
 
 async def test_cancelled_while_waiting_or_running(queue, engine):
-    engine.gate.clear()
-    running = explain(queue, 1)
-    await until(engine.entered.is_set)
-    # One batch is prepared ahead; hold this one back in the queue.
-    queue.batcher.hold_until(9)
-    queued = explain(queue, 2)
-    await until(lambda: len(queue.batcher) == 1)
-    running.cancel()
-    queued.cancel()
-    assert all(
-        isinstance(e, asyncio.CancelledError) for e in await asyncio.gather(running, queued, return_exceptions=True)
-    )
+    tasks = [*await busy(queue, engine), explain(queue, 2)]
+    await until(lambda: queue.batcher.waiting == 1)
+    for task in tasks:
+        task.cancel()
+    assert all(isinstance(e, asyncio.CancelledError) for e in await asyncio.gather(*tasks, return_exceptions=True))
     assert len(queue.batcher) == 0
-    queue.batcher.hold_until(0)
     engine.gate.set()
     assert value_of(await explain(queue, 3)) == 3
-    assert engine.seen == [[1], [3]]
+    assert engine.seen == [[101], [102], [3]]
 
 
-async def test_a_full_queue_refuses_before_decoding_and_recovers(queue):
-    queue.batcher.hold_until(9)
+async def test_a_full_queue_refuses_before_decoding_and_recovers(queue, engine):
+    running = await busy(queue, engine)
     waiting = [explain(queue, value) for value in range(4)]
-    await until(lambda: len(queue.batcher) == 4)
-    prepared = []
+    await until(lambda: queue.batcher.waiting == 4)
+    decoded = []
     with pytest.raises(QueueFull):
-        await explain(queue, prepare=lambda: prepared.append(1))
-    assert prepared == []
-    queue.batcher.hold_until(0)
+        await explain(queue, decode=lambda: decoded.append(1))
+    assert decoded == []
+    engine.gate.set()
     assert [value_of(await answer) for answer in waiting] == [0, 1, 2, 3]
     assert value_of(await explain(queue, 5)) == 5
+    await asyncio.gather(*running)
 
 
-async def test_a_preparer_pool_that_is_shut_down_leaks_no_place(queue, preparers):
-    preparers.shutdown()
+async def test_a_decoder_pool_that_is_shut_down_leaks_no_place(queue, decoders):
+    decoders.shutdown()
     for _ in range(5):  # more than the queue's length
         with pytest.raises(RuntimeError, match="after shutdown"):
             await explain(queue)
@@ -283,10 +295,10 @@ async def test_a_preparer_pool_that_is_shut_down_leaks_no_place(queue, preparers
 async def test_closing_finishes_what_was_admitted_and_refuses_the_rest(queue, engine):
     engine.gate.clear()
     slow = Slow(2)
-    admitted = [explain(queue, 1), explain(queue, prepare=slow)]
+    admitted = [explain(queue, 1), explain(queue, decode=slow)]
     await until(lambda: engine.entered.is_set() and slow.started.is_set())
     closing = asyncio.create_task(queue.close())
-    await until(lambda: queue.batcher._closed)
+    await until(lambda: queue.batcher.closed)
     with pytest.raises(ServerDraining):
         await explain(queue, 3)
     assert not closing.done()
@@ -328,3 +340,30 @@ async def test_states_end_where_they_should(queue):
     with pytest.raises(DeadlineExpired):
         await explain(queue, 1, timeout_s=0.0)
     assert [entry.state for entry in entries] == [EntryState.CLAIMED, EntryState.GONE]
+
+
+async def test_all_devices_are_loaded_run_and_closed(decoders):
+    class Loads(BatchEngine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loaded = False
+
+        def is_loaded_for(self, spec: MapSpec) -> bool:
+            return self.loaded
+
+        def load_for(self, spec: MapSpec) -> None:
+            self.loaded = True
+
+    engines = [Loads(), Loads()]
+    queue = ModelQueue(engines, name="m", decoders=decoders, max_batch_size=1, max_delay_s=0.0, max_queue_length=4)
+    for engine in engines:
+        engine.gate.clear()
+    await queue.load_for(dataclasses.replace(BATCHED, layers=("late",)))
+    assert [engine.loaded for engine in engines] == [True, True]
+    tasks = [explain(queue, value) for value in (1, 2)]
+    await until(lambda: all(engine.entered.is_set() for engine in engines))
+    for engine in engines:
+        engine.gate.set()
+    assert [value_of(await task) for task in tasks] == [1, 2]
+    assert await queue.close(timeout_s=PATIENCE_S)
+    assert [engine.closed for engine in engines] == [1, 1]

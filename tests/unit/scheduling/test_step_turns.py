@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batching import ABLATION, LAYER, OTHER, SMOOTHED, STEPPED, Bench, finish, step, stepping
+from heatlens_server.core.engine import MapSpec
+from heatlens_server.core.targets import TopK
 from heatlens_server.scheduling.entry import Entry, EntryState, Source
+from heatlens_server.scheduling.step_turns import StepTurns
 
 LATE = dataclasses.replace(ABLATION, layers=("late",))
 STEPS = (STEPPED, ABLATION, SMOOTHED)
@@ -32,7 +35,7 @@ def test_a_job_of_one_step_waits_for_one_step_of_each_other_spec():
     running = stepping(at)
     assert running is slow[1]
     short = at.put(SMOOTHED)
-    assert at.batcher.put_back(running)
+    assert at.batcher.put_back(0, running)
     assert [step(at), finish(at), step(at)] == [slow[0], short, slow[1]]
 
 
@@ -41,7 +44,7 @@ def test_a_spec_that_comes_during_a_step_goes_before_that_steps_own():
     slow, _ = at.put(STEPPED), at.put(STEPPED)
     assert stepping(at) is slow
     short = at.put(SMOOTHED)
-    assert at.batcher.put_back(slow)
+    assert at.batcher.put_back(0, slow)
     assert finish(at) is short
 
 
@@ -95,6 +98,34 @@ def test_a_stream_that_replaces_its_only_frame_keeps_its_turn():
     assert [step(at) for _ in range(2)] == [rivals[1], frame]
 
 
+def test_a_spec_that_has_many_steps_on_another_device_keeps_its_turn_on_this_one():
+    turns = StepTurns(device_count=2)
+
+    def put(spec: MapSpec) -> None:
+        entry = Entry(TopK(1), spec, None, lambda outcome: None)
+        turns.put(entry, entry)
+
+    def step(device: int) -> MapSpec:
+        entry = turns.take(device)
+        assert entry.device in (None, device)
+        entry.device = device
+        turns.end_step(entry)
+        turns.put_back(entry)
+        return entry.spec
+
+    for _ in range(2):
+        put(STEPPED)
+    assert [step(0), step(1)] == [STEPPED, STEPPED]
+    for spec in (ABLATION, SMOOTHED, LATE):
+        put(spec)
+    order = []
+    for _ in range(12):
+        order.append(step(0))
+        if len(set(order)) == 4:  # nothing is left for the second device to begin
+            assert [step(1) for _ in range(3)] == [STEPPED] * 3
+    assert all(len(set(order[i : i + 4])) == 4 for i in range(9))
+
+
 @settings(max_examples=150, derandomize=True, deadline=None, database=None)
 @given(
     # What each run takes, often more or less than what was learned; what comes before each of its ticks; and whether a
@@ -104,10 +135,10 @@ def test_a_stream_that_replaces_its_only_frame_keeps_its_turn():
     ends=st.lists(st.booleans(), min_size=30, max_size=30),
 )
 def test_who_waits_for_how_many_steps_whenever_they_come(runs, arrivals, ends):
-    """The worker's two threads on a fake clock, a batch claimed ahead and all.
+    """A device's thread and the one that stacks, on a fake clock, a batch claimed ahead and all.
 
-    Nobody waits for two steps before a batch; of one spec, entries run one after the other in the order they came; and
-    between two steps of one spec every other spec that waits all the while has one.
+    No entry waits for two steps before its batch; of one spec, entries run one after the other in the order they came;
+    and between two steps of one spec every other spec that waits all the while has one.
     """
     at = Bench(max_batch_size=16, max_queue_length=999)
     lines = {spec: deque[Entry]() for spec in STEPS}
@@ -131,7 +162,7 @@ def test_who_waits_for_how_many_steps_whenever_they_come(runs, arrivals, ends):
                     break
                 is_step = running[0].state is EntryState.STEPPING
                 steps_run += is_step
-                at.batcher.device_started(len(running), step=is_step)
+                assert at.batcher.begin(0, running)
                 if is_step:
                     waited.update({entry: steps + 1 for entry, steps in waited.items()})
                     spec = running[0].spec
@@ -158,13 +189,14 @@ def test_who_waits_for_how_many_steps_whenever_they_come(runs, arrivals, ends):
             if running[0].state is EntryState.STEPPING:
                 spec = running[0].spec
                 if next(lasts):
-                    assert at.batcher.finish(running[0])
+                    assert at.batcher.finish(0, running[0])
                     lines[spec].popleft()
                 else:
-                    assert at.batcher.put_back(running[0])
+                    assert at.batcher.put_back(0, running[0])
                 if lines[spec]:
                     passed[spec] = 0
-            at.batcher.device_finished()
+            else:
+                at.batcher.end_batch(0)
             running = None
     assert steps_run
     assert sum(entry.begun for line in lines.values() for entry in line) <= len(STEPS)

@@ -5,88 +5,58 @@ import contextlib
 import gc
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import pytest_asyncio
 
-from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import FrameDropped, InternalError, InvalidArgument, QueueFull, ServerDraining
-from heatlens_server.core.geometry import PixelBox
-from heatlens_server.core.methods import Method
 from heatlens_server.core.preprocess import FittedImage
-from heatlens_server.core.results import ImageResult
-from heatlens_server.core.targets import Target, TopK
+from heatlens_server.core.targets import TopK
 from heatlens_server.scheduling.entry import Source
 from heatlens_server.scheduling.model_queue import ModelQueue
 from heatlens_server.scheduling.ticket import Ticket
-
-SPEC = MapSpec(Method.GRAD_CAM, ("layer",), upsample=False)
-POISON = 255
-PATIENCE_S = 20
-
-
-def image(value: int) -> FittedImage:
-    pixels = np.full((2, 2, 3), value, np.uint8)
-    return FittedImage(pixels=pixels, region=PixelBox(0, 0, 2, 2), source_width_px=2, source_height_px=2)
-
-
-class GatedEngine:
-    """Answers each image with its own value once the gate is open; fails on POISON."""
-
-    def __init__(self) -> None:
-        self.gate, self.entered = threading.Event(), threading.Event()
-        self.seen: list[int] = []
-
-    def explain(self, images: np.ndarray, targets: Sequence[Target], spec: MapSpec) -> list[ImageResult]:
-        values = [int(value) for value in images[:, 0, 0, 0]]
-        self.entered.set()
-        assert self.gate.wait(PATIENCE_S)
-        self.seen.extend(values)
-        if POISON in values:
-            raise ValueError("secret")
-        one = np.zeros(1, np.float32)
-        return [ImageResult(np.array([v], np.float32), (0,), np.zeros((1, 1, 1), np.float32), one, one) for v in values]
-
-    def close(self) -> None:
-        pass
+from queue_engines import BATCHED, PATIENCE_S, POISON, BatchEngine, image, until
 
 
 class Rig:
     """A queue whose engine and decoder wait for their gates."""
 
-    def __init__(self, preparers: ThreadPoolExecutor) -> None:
-        self.engine = GatedEngine()
-        self.decode = threading.Event()
-        self.preparers = preparers
+    def __init__(self, decoders: ThreadPoolExecutor) -> None:
+        self.engine = BatchEngine()
+        self.engine.gate.clear()
+        self.may_decode = threading.Event()
+        self.decoders = decoders
         self.decoded: list[int] = []
         self.queue = ModelQueue(
-            self.engine,
+            [self.engine],
             name="test",
-            preparers=preparers,
+            decoders=decoders,
             max_batch_size=4,
             max_delay_s=0.0,
             max_queue_length=4,
-            max_preparing=1,
+            max_decoding=1,
         )
 
     def open(self) -> None:
         self.engine.gate.set()
-        self.decode.set()
+        self.may_decode.set()
 
-    def submit(self, value: int, *, source: Source | None = None) -> Ticket:
-        def prepare() -> FittedImage:
-            assert self.decode.wait(PATIENCE_S)
+    def decoder(self, value: int) -> Callable[[], FittedImage]:
+        def decode() -> FittedImage:
+            assert self.may_decode.wait(PATIENCE_S)
             self.decoded.append(value)
             return image(value)
 
-        return self.queue.submit(prepare, TopK(1), SPEC, timeout_s=None, source=source)
+        return decode
+
+    def submit(self, value: int, *, source: Source | None = None) -> Ticket:
+        return self.queue.submit(self.decoder(value), TopK(1), BATCHED, timeout_s=None, source=source)
 
     async def running(self, value: int) -> Ticket:
         """A ticket whose image is in the engine."""
-        self.decode.set()
+        self.may_decode.set()
         ticket = self.submit(value)
         await asyncio.to_thread(self.engine.entered.wait, PATIENCE_S)
         return ticket
@@ -96,22 +66,15 @@ class Rig:
 async def rig() -> AsyncIterator[Rig]:
     complaints = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context["message"]))
-    with ThreadPoolExecutor(2) as preparers:
-        made = Rig(preparers)
+    with ThreadPoolExecutor(2) as decoders:
+        made = Rig(decoders)
         yield made
         made.open()
-        made.queue.batcher.hold_until(0)
         assert await made.queue.close(timeout_s=PATIENCE_S)
     assert len(made.queue.batcher) == 0
     await asyncio.sleep(0)  # outcomes of the last batch
     gc.collect()
     assert complaints == []
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():  # noqa: ASYNC110 - what is waited for is in other threads
-            await asyncio.sleep(0)
 
 
 async def value_of(ticket: Ticket) -> int:
@@ -138,10 +101,10 @@ async def test_given_up_while_being_decoded(rig):
         await ticket.result()
     assert not ticket.give_up(FrameDropped("again"))
     assert await value_of(rig.submit(2)) == 2
-    assert rig.engine.seen == [2]
+    assert rig.engine.seen == [[2]]
 
 
-async def test_given_up_before_a_preparer_is_free_is_never_decoded(rig):
+async def test_given_up_before_a_decoder_is_free_is_never_decoded(rig):
     first, second = rig.submit(1), rig.submit(2)
     assert second.give_up(FrameDropped("too old"))
     rig.open()
@@ -151,16 +114,18 @@ async def test_given_up_before_a_preparer_is_free_is_never_decoded(rig):
 
 
 async def test_given_up_in_the_queue(rig):
-    rig.queue.batcher.hold_until(2)
+    await rig.running(8)
+    ahead = rig.submit(9)
+    await until(lambda: not ahead.waiting)
+    ticket = rig.submit(1)
+    await until(lambda: rig.queue.batcher.waiting == 1)
+    assert ticket.give_up(FrameDropped("too old"))
+    others = [rig.submit(2), rig.submit(3)]
     rig.open()
-    tickets = [rig.submit(1)]
-    await until(lambda: rig.decoded)
-    assert tickets[0].give_up(FrameDropped("too old"))
-    tickets += [rig.submit(2), rig.submit(3)]
-    assert [await value_of(ticket) for ticket in tickets[1:]] == [2, 3]
+    assert [await value_of(other) for other in others] == [2, 3]
     with pytest.raises(FrameDropped):
-        await tickets[0].result()
-    assert sorted(rig.engine.seen) == [2, 3]
+        await ticket.result()
+    assert [value for batch in rig.engine.seen for value in batch] == [8, 9, 2, 3]
 
 
 async def test_too_late_to_give_up_what_runs(rig):
@@ -171,7 +136,7 @@ async def test_too_late_to_give_up_what_runs(rig):
     assert await value_of(ticket) == 5
 
 
-async def test_giving_up_wakes_the_one_who_waits(rig):
+async def test_giving_up_wakes_the_caller_that_waits(rig):
     ticket = rig.submit(1)
     waiting = asyncio.create_task(ticket.result())
     await asyncio.sleep(0)
@@ -193,7 +158,7 @@ async def test_cancelling_the_wait_takes_the_image_back(rig):
     assert not ticket.give_up(FrameDropped("late"))
 
 
-async def test_nobody_has_to_await_a_ticket(rig):
+async def test_a_ticket_need_not_be_awaited(rig):
     """The fixture asserts that the event loop had nothing to complain about."""
 
     def fail() -> FittedImage:
@@ -201,13 +166,13 @@ async def test_nobody_has_to_await_a_ticket(rig):
 
     rig.submit(1).give_up(FrameDropped("too old"))
     rig.open()
-    rig.queue.submit(fail, TopK(1), SPEC, timeout_s=None)
-    rig.queue.submit(lambda: image(2), TopK(1), SPEC, timeout_s=0.0)
+    rig.queue.submit(fail, TopK(1), BATCHED, timeout_s=None)
+    rig.queue.submit(lambda: image(2), TopK(1), BATCHED, timeout_s=0.0)
     rig.submit(POISON)
     assert await value_of(rig.submit(3)) == 3
 
 
-async def test_errors_reach_those_who_ask_late(rig):
+async def test_errors_reach_callers_that_ask_late(rig):
     rig.open()
     ticket = rig.submit(POISON)
     await until(lambda: not ticket.waiting)
@@ -231,24 +196,23 @@ async def test_streams_leave_callers_their_places(rig):
 
 async def test_what_a_ticket_held_is_free_once_it_is_given_up(rig):
     """No cycle through the error's traceback, and no decoder's queue, keeps a dropped frame alive."""
-    rig.queue.batcher.hold_until(9)
-    blocked, ticket = rig.submit(1), rig.submit(2)  # the second one waits for a preparer
-    prepare = weakref.ref(ticket._entry.prepare)
+    blocked = rig.submit(1)  # the second one waits for a decoder
+    decode, error = rig.decoder(2), FrameDropped("too old")
+    held = [weakref.ref(decode), weakref.ref(error)]
+    ticket = rig.queue.submit(decode, TopK(1), BATCHED, timeout_s=None)
     gc.disable()
     try:
-        assert ticket.give_up(FrameDropped("too old"))
-        assert prepare() is None
+        assert ticket.give_up(error)
         with contextlib.suppress(FrameDropped):
             await ticket.result()
-        future = weakref.ref(ticket._future)
-        del ticket
-        assert future() is None
+        del ticket, decode, error
+        assert [ref() for ref in held] == [None, None]
     finally:
         gc.enable()
     assert blocked.give_up(FrameDropped("the end"))
 
 
-async def test_a_closed_lane_admits_nothing(rig):
+async def test_a_closed_queue_admits_nothing(rig):
     rig.queue.batcher.close()
     for source in (None, Source()):
         with pytest.raises(ServerDraining):

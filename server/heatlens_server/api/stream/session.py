@@ -232,7 +232,7 @@ class StreamSession(Generic[T]):
         self.model = model = self._explainer.fleet.get(config.model)
         plan = plan_stream(config, model, self._explainer.limits)
         opened = _Opened(plan, model, self._explainer, self._open_streams)
-        await model.queue.ensure(plan.explain.spec)
+        await model.queue.load_for(plan.explain.spec)
         self._opened = opened
         self._news.set()
         return opened

@@ -100,11 +100,11 @@ class TorchEngine:
                     return _as_asked(stop.value, spec)
             yield
 
-    def ready(self, spec: MapSpec) -> bool:  # noqa: ARG002 - whatever it is
+    def is_loaded_for(self, spec: MapSpec) -> bool:  # noqa: ARG002 - whatever it is
         """True: everything is loaded from the start."""
         return True
 
-    def prepare(self, spec: MapSpec) -> None:
+    def load_for(self, spec: MapSpec) -> None:
         """Everything is loaded already."""
 
     def close(self) -> None:

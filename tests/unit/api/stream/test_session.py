@@ -20,12 +20,14 @@ from heatlens_server.api.stream.session import StreamSession
 from heatlens_server.core.engine import Capabilities, MapSpec
 from heatlens_server.core.errors import InvalidArgument, ModelUnloaded, ServerDraining, StreamLimit
 from heatlens_server.core.events import Observer
+from heatlens_server.core.geometry import PixelBox
 from heatlens_server.core.methods import Method
-from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
+from heatlens_server.core.preprocess import FittedImage, Interpolation, PreprocessSpec
 from heatlens_server.core.results import ImageResult
-from heatlens_server.core.targets import Target
+from heatlens_server.core.targets import Target, TopK
 from heatlens_server.fleet.fleet import Fleet
 from heatlens_server.fleet.served_model import ServedModel
+from heatlens_server.scheduling.entry import Source
 from heatlens_server.scheduling.model_queue import ModelQueue
 from in_process_server import until
 from raw_stream import PATIENCE_S
@@ -37,22 +39,24 @@ LIMITS = Limits(
 
 
 class Engine:
-    """Answers each image with its own value, once the gate is open."""
+    """Answers each image with its own value, once the gate is open or it has a pass."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
+        self.passes = threading.Semaphore(0)
         self.entered = 0
         self.info = INFO
 
     def explain(self, images: np.ndarray, targets: Sequence[Target], spec: MapSpec) -> list[ImageResult]:
         self.entered += 1
-        assert self.gate.wait(PATIENCE_S)
+        while not (self.gate.wait(0.001) or self.passes.acquire(blocking=False)):
+            pass
         one = np.zeros(1, np.float32)
         values = [np.array([image[0, 0, 0]], np.float32) for image in images]
         return [ImageResult(value, (0,), np.zeros((1, 1, 1), np.float32), one, one) for value in values]
 
-    def ready(self, spec: MapSpec) -> bool:
+    def is_loaded_for(self, spec: MapSpec) -> bool:
         return True
 
     def close(self) -> None:
@@ -133,6 +137,13 @@ class Rig:
 
         return asyncio.create_task(call())
 
+    async def add_own(self) -> None:
+        """Have a batch that is none of the test's go to the closed gate, or wait ahead of those that come."""
+        image = FittedImage(np.zeros((2, 2, 3), np.uint8), PixelBox(0, 0, 2, 2), 2, 2)
+        spec = MapSpec(Method.GRAD_CAM, ("layer",), upsample=False)
+        ticket = self.queue.submit(lambda: image, TopK(1), spec, timeout_s=None, source=Source())
+        await until(lambda: self.engine.entered and not ticket.waiting)
+
     async def balanced(self) -> None:
         await until(lambda: self.open_streams.counters.open == 0 and len(self.queue.batcher) == 0)
 
@@ -140,8 +151,8 @@ class Rig:
 @pytest_asyncio.fixture
 async def rig() -> AsyncIterator[Rig]:
     engine = Engine()
-    with ThreadPoolExecutor(2) as preparers:
-        queue = ModelQueue(engine, name="m", preparers=preparers, max_batch_size=4, max_delay_s=0.0, max_queue_length=1)
+    with ThreadPoolExecutor(2) as decoders:
+        queue = ModelQueue([engine], name="m", decoders=decoders, max_batch_size=4, max_delay_s=0.0, max_queue_length=1)
         preprocess = PreprocessSpec(2, (2, 2), (0.5,) * 3, (0.5,) * 3, Interpolation.BILINEAR)
         model = ServedModel("m", "1", (), preprocess, INFO, Method.GRAD_CAM, 4, 0.0, queue)
         yield Rig(engine, queue, await fleet_of(model))
@@ -255,15 +266,16 @@ async def frame_in_hand(rig: Rig, client: Client) -> "asyncio.Task[None]":
     """A stream whose frames 1 and 2 run, and which has read frame 3 and has no place for it."""
     client.configure(max_in_flight=1, overflow_policy=OverflowPolicy.DROP_OLDEST)
     rig.engine.gate.clear()
+    await rig.add_own()
     call = rig.start(client)
     client.push(1)
-    await until(lambda: rig.engine.entered == 1)
-    rig.queue.batcher.hold_until(99)
+    # The batch ahead claims it.
+    await until(lambda: client.reads == 3 and len(rig.queue.batcher) == 0)
     client.push(2)
     # Frame 2 waits, so that the next frame is being read.
     await until(lambda: client.reads == 4 and len(rig.queue.batcher) == 1)
-    rig.queue.batcher.hold_until(0)
-    # The batch that is prepared ahead claims it.
+    # Now frame 1 is in the engine, and frame 2 ahead.
+    rig.engine.passes.release()
     await until(lambda: len(rig.queue.batcher) == 0)
     client.push(3)
     await until(client.all_read)
@@ -285,7 +297,9 @@ async def test_drain_answers_what_runs_and_not_the_frame_in_hand(rig):
 async def test_drain_while_the_head_waits_answers_nothing(rig):
     client = Client()
     client.configure(max_in_flight=2)
-    rig.queue.batcher.hold_until(99)
+    rig.engine.gate.clear()
+    for _ in range(2):
+        await rig.add_own()
     call = rig.start(client)
     client.push(1)
     client.push(2)
@@ -350,7 +364,7 @@ async def test_a_violation_is_raised_after_the_window_is_answered(rig):
     await rig.balanced()
 
 
-async def test_a_lane_that_takes_nothing_fails_frames_not_the_stream(rig, caplog):
+async def test_a_queue_that_takes_nothing_fails_frames_not_the_stream(rig, caplog):
     client = Client()
     client.configure()
     call = rig.start(client)

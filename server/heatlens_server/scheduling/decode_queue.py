@@ -1,4 +1,4 @@
-"""The way of one queue's images through the preparer threads, which all queues share."""
+"""The images of one model that are to be decoded, on threads that all models share."""
 
 import threading
 from collections.abc import Callable
@@ -8,31 +8,36 @@ from heatlens_server.scheduling.entry import Entry
 from heatlens_server.scheduling.fair_queue import FairQueue
 
 
-class Preparation:
-    """Has entries prepared on an executor's threads, their owners in turns. Thread-safe.
+class DecodeQueue:
+    """Has entries decoded on an executor's threads, their owners in turns. Thread-safe.
 
     An executor works first come, first served: a stream that sends a whole window at once would keep all others
     waiting. So entries wait here, and the executor gets at most `at_once` calls, each of which asks for the next entry
-    when it runs. A call that is done goes to the executor's end, so that queues take turns as well.
+    when it runs. A call that is done goes to the executor's end, so that models take turns as well.
     """
 
-    def __init__(self, threads: Executor, prepare: Callable[[Entry], None], *, at_once: int) -> None:
-        """Nothing is started yet.
+    def __init__(self, threads: Executor, decode: Callable[[Entry], None], *, at_once: int) -> None:
+        """Start nothing yet.
 
         Args:
-            threads: where to prepare.
-            prepare: prepares an entry; called on one of the threads. Must not raise.
-            at_once: most entries of this queue that are prepared at the same time.
+            threads: where to decode.
+            decode: decodes an entry; called on one of the threads. Must not raise.
+            at_once: most entries of this queue that are decoded at the same time.
         """
         self._threads = threads
-        self._prepare = prepare
+        self._decode = decode
         self._at_once = at_once
         self._lock = threading.Lock()
         self._waiting: FairQueue[Entry] = FairQueue()
         self._calls = 0
 
+    def __len__(self) -> int:
+        """Entries that wait to be decoded."""
+        with self._lock:
+            return len(self._waiting)
+
     def add(self, entry: Entry) -> None:
-        """Have an entry prepared.
+        """Have an entry decoded.
 
         Raises:
             RuntimeError: the executor is shut down.
@@ -43,7 +48,7 @@ class Preparation:
                 return
             self._calls += 1
         try:
-            self._threads.submit(self._prepare_next)
+            self._threads.submit(self._decode_next)
         except BaseException:
             with self._lock:
                 self._calls -= 1
@@ -51,25 +56,25 @@ class Preparation:
             raise
 
     def discard(self, entry: Entry) -> None:
-        """Forget an entry; does nothing if it is being prepared or gone."""
+        """Forget an entry; does nothing if it is being decoded or gone."""
         with self._lock:
             self._waiting.remove(entry.owner, entry, keep_turn=entry.source is not None)
 
-    def _prepare_next(self) -> None:
+    def _decode_next(self) -> None:
         while True:
             with self._lock:
                 if not self._waiting:
                     self._calls -= 1
                     return
                 entry = self._waiting.take()
-            self._prepare(entry)
+            self._decode(entry)
             del entry  # or its image would live until this thread has work again
             with self._lock:
                 if not self._waiting:
                     self._calls -= 1
                     return
             try:
-                self._threads.submit(self._prepare_next)
+                self._threads.submit(self._decode_next)
             except RuntimeError:
-                continue  # shut down: what was admitted is prepared all the same
+                continue  # shut down: what was admitted is decoded all the same
             return

@@ -1,4 +1,4 @@
-"""Preparers take the images of owners in turns. The executor is driven by hand: no threads, no sleeps."""
+"""Decoders take the images of owners in turns. The executor is driven by hand: no threads, no sleeps."""
 
 from collections import deque
 from collections.abc import Callable
@@ -9,8 +9,8 @@ import pytest
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import TopK
+from heatlens_server.scheduling.decode_queue import DecodeQueue
 from heatlens_server.scheduling.entry import Entry, Source
-from heatlens_server.scheduling.preparation import Preparation
 
 SPEC = MapSpec(Method.GRAD_CAM, ("layer",), upsample=False)
 
@@ -35,18 +35,18 @@ class Threads(Executor):
 class Rig:
     def __init__(self, *, at_once: int = 2, threads: Threads | None = None) -> None:
         self.threads = threads or Threads()
-        self.prepared: list[Entry] = []
-        self.preparation = Preparation(self.threads, self.prepared.append, at_once=at_once)
+        self.decoded: list[Entry] = []
+        self.queue = DecodeQueue(self.threads, self.decoded.append, at_once=at_once)
 
     def add(self, source: Source | None = None) -> Entry:
         entry = Entry(target=TopK(1), spec=SPEC, deadline=None, resolve=lambda outcome: None, source=source)
-        self.preparation.add(entry)
+        self.queue.add(entry)
         return entry
 
     def run(self) -> list[Entry]:
         while self.threads.calls:
             self.threads.run()
-        return self.prepared
+        return self.decoded
 
 
 def test_a_big_window_does_not_keep_others_waiting():
@@ -69,7 +69,7 @@ def test_the_executor_never_holds_more_calls_than_allowed():
     assert rig.run() == [*entries, late]
 
 
-def test_lanes_that_share_threads_take_turns():
+def test_models_that_share_threads_take_turns():
     threads = Threads()
     big, small = Rig(at_once=1, threads=threads), Rig(at_once=1, threads=threads)
     for _ in range(10):
@@ -77,27 +77,27 @@ def test_lanes_that_share_threads_take_turns():
     entry = small.add()
     threads.run()
     threads.run()
-    assert small.prepared == [entry]
-    assert len(big.prepared) == 1
+    assert small.decoded == [entry]
+    assert len(big.decoded) == 1
     assert len(big.run()) == 10
 
 
-def test_discarded_entries_are_not_prepared_and_cost_no_turn():
+def test_discarded_entries_are_not_decoded_and_cost_no_turn():
     rig = Rig(at_once=1)
     camera, rival = Source(), Source()
     old = [rig.add(camera) for _ in range(9)]
     others = [rig.add(rival) for _ in range(3)]
     new = rig.add(camera)
     for entry in old:
-        rig.preparation.discard(entry)
+        rig.queue.discard(entry)
     assert rig.run() == [new, *others]
-    rig.preparation.discard(new)
-    assert len(rig.prepared) == 4
+    rig.queue.discard(new)
+    assert len(rig.decoded) == 4
 
 
 def test_all_discarded_leaves_it_usable():
     rig = Rig(at_once=1)
-    rig.preparation.discard(rig.add())
+    rig.queue.discard(rig.add())
     assert rig.run() == []
     entry = rig.add()
     assert rig.run() == [entry]
@@ -111,7 +111,7 @@ def test_an_executor_that_is_shut_down_takes_nothing_and_finishes_what_was_taken
     for _ in range(3):
         with pytest.raises(RuntimeError, match="after shutdown"):
             rig.add()
-    assert not rig.preparation._waiting
+    assert len(rig.queue) == 0
     rig.threads.down = False
     entry = rig.add()
     assert rig.run() == [*entries, entry]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from heatlens_server.scheduling.estimate import BatchTimeEstimate
+from heatlens_server.scheduling.device_time import BatchTimeEstimate
 
 
 def learned(*batches: tuple[int, float]) -> BatchTimeEstimate:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from batching import LAYER, OTHER, Bench
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import QueueFull
-from heatlens_server.scheduling.batcher import PREPARE_S
+from heatlens_server.scheduling.batcher import STACK_S
 from heatlens_server.scheduling.entry import Entry, EntryState, Source
 
 BATCH = 8
@@ -23,34 +23,28 @@ def many(at: Bench, count: int, source: Source, spec: MapSpec = LAYER) -> list[E
     return [at.put(spec, source=source) for _ in range(count)]
 
 
-def taken(at: Bench) -> list[Entry]:
-    batch = at.due()
-    assert batch is not None
-    return batch
-
-
 def test_a_stream_with_one_image_is_in_the_next_batch_of_one_with_64():
     at = bench()
     big = many(at, 64, Source())
-    assert taken(at) == big[:8]
+    assert at.taken() == big[:8]
     small = at.put(source=Source())
-    assert set(taken(at)) == {small, *big[8:15]}
+    assert set(at.taken()) == {small, *big[8:15]}
 
 
 def test_the_same_across_buckets():
     at = bench()
     big = many(at, 64, Source())
     small = at.put(OTHER, source=Source())
-    assert taken(at) == big[:8]
-    assert taken(at) == [small]
-    assert taken(at) == big[8:16]
+    assert at.taken() == big[:8]
+    assert at.taken() == [small]
+    assert at.taken() == big[8:16]
 
 
 def test_callers_with_one_image_share_with_a_big_stream():
     at = bench()
     big = many(at, 64, Source())
     callers = [at.put() for _ in range(4)]
-    assert taken(at) == [big[0], *callers, *big[1:4]]
+    assert at.taken() == [big[0], *callers, *big[1:4]]
 
 
 def test_a_flood_of_callers_leaves_a_stream_its_turn():
@@ -58,7 +52,7 @@ def test_a_flood_of_callers_leaves_a_stream_its_turn():
     stream = many(at, 3, Source())
     for i in range(3):
         crowd = [at.put() for _ in range(BATCH)]
-        batch = taken(at)
+        batch = at.taken()
         assert stream[i] in batch
         assert len(batch) == BATCH
         assert crowd[-1] not in batch  # one too many: it is left over, and first next time
@@ -74,7 +68,7 @@ def test_two_streams_that_always_wait_get_the_same_whatever_their_windows():
     for source, window in windows.items():
         source_of |= dict.fromkeys(many(at, window, source), source)
     for _ in range(40):
-        for entry in taken(at):
+        for entry in at.taken():
             served[source_of[entry]] += 1
             source_of[at.put(source=source_of[entry])] = source_of[entry]
         assert max(served.values()) - min(served[source] for source in windows) <= 1
@@ -86,9 +80,9 @@ def test_an_idle_source_gets_no_credit_for_the_past():
     many(at, 1, idle)
     many(at, 80, busy)
     for _ in range(9):
-        taken(at)
+        at.taken()
     back = many(at, 64, idle)
-    batch = taken(at)
+    batch = at.taken()
     assert sum(entry in back for entry in batch) == BATCH // 2
 
 
@@ -97,9 +91,9 @@ def test_a_source_that_ran_alone_has_no_debt():
     alone = Source()
     many(at, 64, alone)
     for _ in range(8):
-        taken(at)
+        at.taken()
     other, again = many(at, 64, Source()), many(at, 64, alone)
-    assert sum(entry in again for entry in taken(at)) == BATCH // 2
+    assert sum(entry in again for entry in at.taken()) == BATCH // 2
     assert other[0].state is EntryState.CLAIMED
 
 
@@ -107,11 +101,11 @@ def test_a_lone_stream_in_another_bucket_does_not_set_callers_back():
     at = bench()
     crowd = [many(at, 64, Source()) for _ in range(BATCH)]
     many(at, 64, Source(), OTHER)
-    taken(at)
-    taken(at)
+    at.taken()
+    at.taken()
     caller = at.put()
     # The crowd's next round was waiting before; then it is the caller's turn. The other bucket goes once in each round.
-    batches = [taken(at) for _ in range(3)]
+    batches = [at.taken() for _ in range(3)]
     assert caller in batches[2]
     assert all(entries[1] in batches[0] for entries in crowd)
 
@@ -120,7 +114,7 @@ def test_order_within_a_source_is_kept():
     at = bench()
     sources = [Source() for _ in range(3)]
     lines = {source: many(at, 20, source) for source in sources}
-    order = [entry for _ in range(8) for entry in taken(at)]
+    order = [entry for _ in range(8) for entry in at.taken()]
     for source, line in lines.items():
         assert [entry for entry in order if entry.source is source] == line
 
@@ -133,7 +127,7 @@ def test_images_of_streams_take_no_place_from_callers():
         at.put()
     stream += many(at, 1, stream[0].source)
     assert len(at.batcher) == 67
-    assert set(callers) < set(taken(at))
+    assert set(callers) < set(at.taken())
     at.put()
 
 
@@ -144,7 +138,7 @@ def test_withdrawn_images_cost_their_source_nothing():
     kept = many(at, 33, dropper)
     for entry in kept[:-1]:  # a camera that is faster than the server
         assert at.batcher.withdraw(entry)
-    assert kept[-1] in taken(at)
+    assert kept[-1] in at.taken()
 
 
 @pytest.mark.parametrize("spec", [LAYER, OTHER])
@@ -159,35 +153,38 @@ def test_a_stream_that_replaces_its_only_image_keeps_its_turn(spec):
     while frame.state is EntryState.WAITING:
         assert at.batcher.withdraw(frame)
         frame = at.put(spec, source=camera)
-        taken(at)
+        at.taken()
         batches += 1
     assert batches <= 4  # six rivals in batches of two, then the camera
 
 
 def test_a_bucket_that_is_always_full_cannot_shut_out_another_on_a_busy_device():
     at = bench()
-    at.run(0.1, BATCH)
-    at.batcher.device_started(BATCH)
-    flood = Source()
-    many(at, 64, flood)
+    at.learn(0.1, BATCH)
+    many(at, 64, Source())
     lone = at.put(OTHER, source=Source())
-    assert len(taken(at)) == BATCH  # its turn, and full: at once
+    running = at.due()
+    assert len(running) == BATCH
+    assert at.batcher.begin(0, running)
     assert at.due() is None  # full again, but it is the other's turn, which may still fill
-    assert at.batcher._seconds_until_due() == pytest.approx(0.1 - PREPARE_S)
-    at.clock.now += 0.1 - PREPARE_S
-    assert taken(at) == [lone]
-    assert len(taken(at)) == BATCH
+    assert at.batcher.seconds_until_due() == pytest.approx(0.1 - STACK_S)
+    at.clock.now += 0.1 - STACK_S
+    ahead = at.due()
+    assert ahead == [lone]
+    at.batcher.end_batch(0)
+    assert at.batcher.begin(0, ahead)
+    assert len(at.due()) == BATCH  # its turn, and full: at once
 
 
 def test_a_busy_device_does_not_wait_for_a_bucket_that_is_not_due():
     at = bench(max_delay_s=10.0)
-    at.run(0.1, BATCH)
-    at.batcher.device_started(BATCH)
+    at.learn(0.1, BATCH)
+    at.occupy(BATCH)
     lone = at.put(OTHER)
     many(at, 64, Source())
     assert at.due() is None
-    at.clock.now += 0.1 - PREPARE_S
-    assert len(taken(at)) == BATCH
+    at.clock.now += 0.1 - STACK_S
+    assert len(at.due()) == BATCH
     assert lone.state is EntryState.WAITING
 
 
@@ -197,11 +194,10 @@ def test_a_bucket_that_is_empty_when_its_turn_comes_loses_it():
     frame = at.put(OTHER, source=camera)
     first = many(at, 12, Source())
     at.batcher.withdraw(frame)
-    assert taken(at) == first[:8]
-    assert [spec for spec, _ in at.batcher._round._buckets] == [LAYER]
+    assert at.taken() == first[:8]
     frame = at.put(OTHER, source=camera)
-    assert taken(at) == first[8:]
-    assert taken(at) == [frame]
+    assert at.taken() == first[8:]
+    assert at.taken() == [frame]
 
 
 def test_bookkeeping_of_turns_does_not_outlive_the_queue():
@@ -211,8 +207,10 @@ def test_bookkeeping_of_turns_does_not_outlive_the_queue():
         for entry in entries:
             at.batcher.withdraw(entry)
             assert entry.image is None
-    assert len(at.batcher) == 0
-    assert not at.batcher._round._buckets
+    assert len(at.batcher) == at.batcher.waiting == 0
+    # No bucket keeps its turn from before: they go in the order of what comes now.
+    new = [at.put(spec) for spec in (OTHER, LAYER)]
+    assert [at.taken() for _ in new] == [[entry] for entry in new]
 
 
 @settings(max_examples=100, derandomize=True, deadline=None, database=None)
@@ -236,7 +234,7 @@ def test_shares_of_sources_that_wait_all_the_while_differ_by_one_at_most(windows
             waiting[sources[arrival]] += 1
         else:
             at.put()
-        for entry in at.due() or []:
+        for entry in at.taken() if at.batcher.waiting else []:
             if entry.source is None:
                 continue
             waiting[entry.source] -= 1
