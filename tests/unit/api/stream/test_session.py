@@ -122,11 +122,22 @@ class Client:
         return [(frame_id, type(outcome).__name__) for frame_id, outcome in self.received]
 
 
+class Drops(Observer):
+    """Collects the models of dropped frames."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def frame_dropped(self, *, model: str) -> None:
+        self.seen.append(model)
+
+
 class Rig:
     def __init__(self, engine: Engine, queue: ModelQueue, fleet: Fleet) -> None:
         self.engine, self.queue, self.open_streams = engine, queue, OpenStreams(max_streams=2, max_unsent=64)
         self.fleet = fleet
-        self.explainer = Explainer(fleet, LIMITS, Observer())
+        self.drops = Drops()
+        self.explainer = Explainer(fleet, LIMITS, self.drops)
 
     def start(self, client: Client) -> "asyncio.Task[None]":
         session = StreamSession(self.explainer, self.open_streams, client)
@@ -330,6 +341,26 @@ async def test_the_streams_of_a_model_that_serves_no_longer_answer_what_runs_and
     unopened.finish()
     await ended(other)
     assert unopened.answers() == [(1, "Answer")]
+    await rig.balanced()
+
+
+async def test_the_observer_is_told_of_each_frame_that_is_dropped(rig):
+    client = Client()
+    client.configure(max_in_flight=2, overflow_policy=OverflowPolicy.DROP_OLDEST)
+    rig.engine.gate.clear()
+    call = rig.start(client)
+    client.push(1)
+    await until(lambda: rig.engine.entered == 1)
+    rig.queue.batcher.hold_until(99)
+    for i in (2, 3, 4):
+        client.push(i)
+    await until(lambda: rig.open_streams.counters.frames.created == 4)
+    rig.queue.batcher.hold_until(0)
+    rig.engine.gate.set()
+    client.finish()
+    await ended(call)
+    assert client.answers() == [(1, "Answer"), (2, "FrameDropped"), (3, "FrameDropped"), (4, "Answer")]
+    assert rig.drops.seen == ["m", "m"]
     await rig.balanced()
 
 
