@@ -193,22 +193,7 @@ class InternalError(HeatlensError):
 
 _BY_CODE: dict[StatusCode, type[HeatlensError]] = {
     StatusCode.OUT_OF_RANGE: InvalidArgumentError,
-    **{
-        error.default_code: error
-        for error in (
-            InvalidArgumentError,
-            UnauthenticatedError,
-            PermissionDeniedError,
-            NotFoundError,
-            FailedPreconditionError,
-            ResourceExhaustedError,
-            UnavailableError,
-            DeadlineExceededError,
-            CallCancelledError,
-            UnimplementedError,
-            InternalError,
-        )
-    },
+    **{error.default_code: error for error in HeatlensError.__subclasses__()},
 }
 
 
