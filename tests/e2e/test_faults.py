@@ -37,9 +37,7 @@ def request(image: np.ndarray, model: str = "mlp") -> pb.ExplainRequest:
 async def failure(call) -> tuple[grpc.StatusCode, Details | None]:
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await call
-    error = raised.value
-    has_details = any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())
-    return error.code(), Details(error) if has_details else None
+    return raised.value.code(), Details.of(raised.value)
 
 
 async def test_eight_callers_share_a_batch_and_get_their_own_maps(live, stub):

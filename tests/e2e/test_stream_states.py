@@ -14,7 +14,7 @@ from heatlens import AsyncClient, CallCancelledError, UnavailableError
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
 from in_process_server import DeviceGate, balanced, until
-from messages import Details, pixels
+from messages import pixels
 from raw_stream import IMAGE, PATIENCE_S, RawStream, a_clean_stream_works, kinds, own_channel
 from server_process import ServerProcess, wait_settled
 from server_toml import model_toml, server_toml
@@ -149,27 +149,16 @@ async def test_garbage_in_mid_stream_ends_that_stream_after_its_answers(live, ch
             await stream.call.write(pb.StreamExplainRequest(frame=frame).SerializeToString())
         await until(lambda: live.streams.counters.frames.open == 4)
         await stream.call.write(GARBAGE[garbage])
-    code, details, answers = await failure_of(stream)
+    code, details, answers = await stream.failure()
     if garbage == "too large":
         # gRPC itself ends the stream, whatever was still to come.
         assert (code, details) == (grpc.StatusCode.RESOURCE_EXHAUSTED, None)
     else:
         reason = "MESSAGE_UNDECODABLE" if garbage == "bytes" else "PROTOCOL_VIOLATION"
-        assert (code, details) == (grpc.StatusCode.INVALID_ARGUMENT, reason)
+        assert (code, details.info.reason) == (grpc.StatusCode.INVALID_ARGUMENT, reason)
         assert kinds(answers) == [(0, "started"), *((i, "result") for i in range(4))]
     await other.send(0, IMAGE)
     assert kinds(await other.finish()) == [(0, "result")]
-
-
-async def failure_of(stream: RawStream) -> tuple[grpc.StatusCode, str | None, list[pb.StreamExplainResponse]]:
-    """The code, the reason if the server gave one, and the answers before."""
-    answers = []
-    try:
-        while True:
-            answers.append(await stream.answer())
-    except grpc.aio.AioRpcError as error:
-        has_details = any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())
-        return error.code(), Details(error).info.reason if has_details else None, answers
 
 
 # The server is stopped.

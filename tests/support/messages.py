@@ -34,6 +34,12 @@ def map_of(explanation: pb.Explanation) -> np.ndarray:
 class Details:
     """The rich details of an error."""
 
+    @classmethod
+    def of(cls, error: grpc.RpcError) -> "Details | None":
+        """None where gRPC itself failed the call, before any code of the server's."""
+        has_details = any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())
+        return cls(error) if has_details else None
+
     def __init__(self, error: grpc.RpcError) -> None:
         trailing = dict(error.trailing_metadata() or ())
         self.request_id = trailing.get("x-request-id")

@@ -72,7 +72,7 @@ class RawStream:
             assert await self.call.code() is grpc.StatusCode.OK
         return left
 
-    async def failure(self) -> tuple[grpc.StatusCode, Details, list[pb.StreamExplainResponse]]:
+    async def failure(self) -> tuple[grpc.StatusCode, Details | None, list[pb.StreamExplainResponse]]:
         """How the stream failed, and the answers before that."""
         left = []
         try:
@@ -80,7 +80,7 @@ class RawStream:
                 while (response := await self.call.read()) is not grpc.aio.EOF:
                     left.append(response)
         except grpc.aio.AioRpcError as error:
-            return error.code(), Details(error), left
+            return error.code(), Details.of(error), left
         raise AssertionError("the stream ended well")
 
 
