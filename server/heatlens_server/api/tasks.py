@@ -19,6 +19,9 @@ _DEFAULT_MIN_SCORE = 0.5
 _NO_REFERENCE = Similarity(np.ones(1, np.float32))
 """Stands for the reference until it is known."""
 
+_OPTIONS_OF_TASKS = tuple((name, task) for task in Task for name in sorted(task.traits.options))
+"""The options that belong to one task, with that task."""
+
 FinishTarget = Callable[[FittedImage], Target]
 """Makes the engine's target once the image is decoded. May raise InvalidArgument."""
 
@@ -36,11 +39,10 @@ def check_target(
         if the first is that. They may be used if nothing was found wrong.
     """
     task = model.capabilities.task
-    for owner in Task:
-        for name in sorted(owner.traits.options):
-            value = getattr(options, name)
-            if owner is not task and value is not None and value is not False:
-                wrong.add(name, f"is for models of {owner}, and this one is of {task}")
+    for name, owner in _OPTIONS_OF_TASKS:
+        value = getattr(options, name)
+        if owner is not task and value is not None and value is not False:
+            wrong.add(name, f"is for models of {owner}, and this one is of {task}")
     return _CHECKS[task](options, model, limits, wrong)
 
 
