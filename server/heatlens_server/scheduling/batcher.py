@@ -83,8 +83,9 @@ class Batcher:
         self._closed = False
         self._refusal: Exception = ServerDraining()
         self._devices = [DeviceTime(index) for index in range(device_count)]
-        # Batches that are claimed, and that no device has begun.
+        # Batches and steps that are claimed, and that no device has begun.
         self._batches_ahead = 0
+        self._steps_ahead = 0
 
     def __len__(self) -> int:
         """Entries admitted and not yet claimed."""
@@ -146,9 +147,10 @@ class Batcher:
             self._buckets.put(entry)
             no_expiry_before = self._no_expiry_before
             self._wait_for(entry)
-            # With a batch ahead for every device, nothing can be claimed before one is begun.
-            if self._batches_ahead < len(self._devices) or self._no_expiry_before < no_expiry_before:
+            if self._no_expiry_before < no_expiry_before:
                 self._changed.notify_all()
+            else:
+                self._wake()
 
     def withdraw(self, entry: Entry) -> bool:
         """Give up an entry's place: its caller cancelled, or its image could not be decoded.
@@ -217,15 +219,16 @@ class Batcher:
         """
         first = claimed[0]
         with self._changed:
-            self._wake()
             if not first.spec.in_steps:
                 self._batches_ahead -= 1
             else:
+                self._steps_ahead -= 1
                 self._devices[device].reserved = False
                 if first.state is EntryState.GONE:
                     self._end_step(first, device)
                     return False
             self._devices[device].start(self._clock(), len(claimed), step=first.spec.in_steps)
+            self._wake()
             return True
 
     def drop_batch(self) -> None:
@@ -282,8 +285,9 @@ class Batcher:
     # All below: the caller holds the lock.
 
     def _wake(self) -> None:
-        """Have `take` look again, if it could find something."""
-        if self._closed or len(self._buckets):
+        """Have `take` look again, if it could find something: not while something is claimed ahead for every device."""
+        ahead = self._batches_ahead + self._steps_ahead
+        if self._closed or (len(self._buckets) and ahead < len(self._devices)):
             self._changed.notify_all()
 
     def _wait_for(self, entry: Entry) -> None:
@@ -314,6 +318,7 @@ class Batcher:
             if key is STEPS:
                 claimed[0].state, claimed[0].device = EntryState.STEPPING, device.index
                 device.step_claimed = device.reserved = True
+                self._steps_ahead += 1
             else:
                 self._batches_ahead += 1
             return claimed
@@ -399,7 +404,7 @@ class Batcher:
             entry.steps = None
 
     def _deliver_expired(self, entries: list[Entry]) -> None:
-        """The one that is called without the lock."""
+        """Give their error to entries that expired. Called without the lock, unlike the methods above."""
         if entries:
             self._deliver([(entry, _expired(entry)) for entry in entries])
 

@@ -136,7 +136,7 @@ class Entry:
     def expires_at(self) -> float | None:
         """When the entry is given up if it still waits; None for never.
 
-        A caller has left after its deadline. A stream has not: its deadline is how long an image may wait to be begun.
+        A caller is gone after its deadline. A stream stays: its deadline is how long an image may wait to be begun.
         """
         return None if self.begun and self.source is not None else self.deadline
 

@@ -20,7 +20,7 @@ class FairQueue(Generic[T]):
     """A queue in which every owner has a line, and owners take turns. Not thread-safe.
 
     Between any two moments, two owners that wait all the while are served equally often, give or take one. Being idle
-    earns nothing and being served while nobody else waits costs nothing.
+    earns nothing and being served while no other owner waits costs nothing.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class FairQueue(Generic[T]):
                 break
             spent.append(owner)  # it had its turn, and nothing to give
         else:
-            raise LookupError("nobody waits")
+            raise LookupError("no item waits")
         for other in spent:
             del self._lines[other]
         item = line.popleft()

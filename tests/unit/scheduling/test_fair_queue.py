@@ -46,7 +46,7 @@ def test_length_and_items():
 
 
 def test_nothing_to_take():
-    with pytest.raises(LookupError, match="nobody waits"):
+    with pytest.raises(LookupError, match="no item waits"):
         filled().take()
 
 
