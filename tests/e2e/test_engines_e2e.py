@@ -132,18 +132,6 @@ def test_sigterm_during_an_export_ends_everything_and_leaves_nothing_that_is_bel
     assert entries(tmp_path / "cache") == []
 
 
-def test_an_exported_folder_is_served_without_torch(default_export, tmp_path, launch, chelsea):
-    (entry,) = [entry for entry in entries(default_export) if "embedded:" in (entry / "manifest.json").read_text()]
-    shutil.copytree(entry, tmp_path / "bundle")
-    running = launch(f'{LISTEN}[[models]]\nname = "cats"\nsource = "export:bundle"\nmethod = "hi-res-cam"\n')
-    wait_settled(running.address)
-    with Client(running.address) as client:
-        (model,) = client.models()
-        assert (model.name, model.engine) == ("cats", "onnxruntime")
-        assert client.explain(chelsea).explanations[0].label == "tiger cat"
-    assert not running.has_torch()
-
-
 def test_what_auto_falls_back_from_is_in_the_log(tmp_path, launch, chelsea):
     running = launch(f'{LISTEN}cache_dir = "cache"\n' + TINY.replace("models:tiny", "models:poisonous"))
     wait_settled(running.address)

