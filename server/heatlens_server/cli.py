@@ -147,7 +147,8 @@ def export(
             folder=output,
         )
         found = export_command.find_model(model, config, weights)
-        manifest = export_command.run_export(found, options, tell=lambda line: typer.echo(line, err=True))
+        stderr = sys.stderr
+        manifest = export_command.run_export(found, options, tell=lambda line: typer.echo(line, file=stderr))
     except ConfigError as error:
         _fail(error)
     except (ExportError, ModelLoadError) as error:

@@ -1,6 +1,8 @@
 """`heatlens-server export`: from options as they are typed to an export, and what is said about it."""
 
+import contextlib
 import difflib
+import io
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,6 @@ from heatlens_server.core.errors import ConfigError, ExportError, ModelLoadError
 from heatlens_server.core.graph_spec import MANIFEST_FILE, Format, GraphSpec, InputKind, Output
 from heatlens_server.core.methods import CLOSED_FORMS, PRESETS, Method, Score
 from heatlens_server.core.tasks import Task
-from heatlens_server.fleet.stderr import stderr_to_log
 
 if TYPE_CHECKING:
     from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
@@ -162,12 +163,9 @@ def run_export(config: ModelConfig, options: ExportOptions, *, tell: Callable[[s
         check_target(options.folder)
     except ExportError as error:
         raise ConfigError(f"--output: {error}") from error
-    with stderr_to_log() as aside:
-
-        def report_aside(line: str) -> None:
-            aside(lambda: report(line))
-
-        report_aside(f"loading {config.name}")
+    # torch's exporters write whole graphs to it.
+    with contextlib.redirect_stderr(io.StringIO()):
+        report(f"loading {config.name}")
         layers = (options.layer,) if options.layer else config.layers
         try:
             model = load_model(config.model_copy(update={"layers": layers}))
@@ -197,7 +195,7 @@ def run_export(config: ModelConfig, options: ExportOptions, *, tell: Callable[[s
             source=config.source,
             folder=options.folder,
             verify=options.verify,
-            report=report_aside,
+            report=report,
         )
 
 

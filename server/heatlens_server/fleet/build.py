@@ -3,12 +3,14 @@
 No torch is imported until a model has to be loaded: a cached export needs none.
 """
 
+import functools
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from heatlens_server.backends.onnx.engine import OnnxRuntimeEngine
-from heatlens_server.backends.onnx.export_cache import ArtefactCache
+from heatlens_server.backends.onnx.export_cache import ExportCache
 from heatlens_server.backends.onnx.manifest import Manifest, read_manifest
 from heatlens_server.backends.onnx.providers import CUDA, cuda_device_count, load_runtime
 from heatlens_server.config import EXPORT_PREFIX, ModelConfig
@@ -18,12 +20,13 @@ from heatlens_server.core.graph_spec import Format
 from heatlens_server.core.methods import Method, name_of
 from heatlens_server.core.preprocess import PreprocessSpec
 from heatlens_server.core.tasks import Task
-from heatlens_server.fleet.artefact import Artefact, LazyModel, Report, labels_of
-from heatlens_server.fleet.export_process import obtain_apart
-from heatlens_server.fleet.fallback_engine import ExportEngine
-from heatlens_server.fleet.torch_fallback import with_companion
-from heatlens_server.fleet.torch_import import importing_torch
+from heatlens_server.fleet.export import Export, Report, importing_torch, labels_of, load_network
+from heatlens_server.fleet.export_process import Make, get_or_export
+from heatlens_server.fleet.fallback_engine import ExportEngine, with_torch_fallback
 from heatlens_server.fleet.warm_up import check_answers, check_method, warm_up
+
+if TYPE_CHECKING:
+    from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 
 _log = logging.getLogger(__name__)
 
@@ -54,13 +57,16 @@ class _Unfit(Exception):
     """Why "auto" does not take onnxruntime for a model. The message names no path of this machine."""
 
 
-def build(config: ModelConfig, *, cache_dir: Path | None, report: Report | None = None) -> BuiltModel:
+def build(
+    config: ModelConfig, *, cache_dir: Path | None, report: Report | None = None, make: Make | None = None
+) -> BuiltModel:
     """Load a model, make its engine and warm it up with a batch of one and, on a GPU, a full one.
 
     Args:
         config: the model.
         cache_dir: where exports are kept; None for nowhere.
         report: told each phase of an export, which takes a while; None to log them.
+        make: makes exports; None for a process that does.
 
     Raises:
         ModelLoadError: with a message that may be shown to clients.
@@ -68,32 +74,29 @@ def build(config: ModelConfig, *, cache_dir: Path | None, report: Report | None 
     tell = report or (lambda line: _log.info("model %s: %s", config.name, line))
     if config.source.startswith(EXPORT_PREFIX):
         return _build_from_folder(config)
-    lazy, cache = LazyModel(config), ArtefactCache(cache_dir)
-    cache.sweep()
+    load = functools.cache(functools.partial(load_network, config))
     if _takes_torch(config):
-        return _build_torch(config, lazy)
-    if config.engine == "auto":
-        return _build_auto(config, lazy, cache, tell)
+        return _build_torch(config, load())
+    cache = ExportCache(cache_dir)
+    cache.sweep()
+    get = functools.partial(get_or_export, config, load=load, cache=cache, report=tell, make=make)
+    if config.engine != "auto":
+        try:
+            export = get(_FORMATS[config.engine], retry=True)
+        except ExportError as error:
+            raise ModelLoadError(f"the model cannot be exported for {config.engine}: {error}") from error
+        return _build_exported(config, export, device=config.device, method=config.method)
     try:
-        artefact = obtain_apart(config, _FORMATS[config.engine], lazy=lazy, cache=cache, retry=True, report=tell)
-    except ExportError as error:
-        raise ModelLoadError(f"the model cannot be exported for {config.engine}: {error}") from error
-    return _build_exported(config, artefact, device=config.device, method=config.method)
+        device = _device_for_onnxruntime(config)
+        return _try_onnxruntime(config, get(Format.ONNX, retry=False), device)
+    except (_Unfit, ExportError) as error:
+        _log.warning("model %s is run by torch, not by onnxruntime: %s", config.name, error)
+    return _build_torch(config, load())
 
 
 def _takes_torch(config: ModelConfig) -> bool:
     """Whether torch alone runs a model, as far as the configuration tells."""
     return config.engine == "torch" or not (config.task == "auto" or Task(config.task).traits.exportable)
-
-
-def _build_auto(config: ModelConfig, lazy: LazyModel, cache: ArtefactCache, tell: Report) -> BuiltModel:
-    try:
-        device = _device_for_onnxruntime(config)
-        artefact = obtain_apart(config, Format.ONNX, lazy=lazy, cache=cache, retry=False, report=tell)
-        return _try_onnxruntime(config, artefact, device)
-    except (_Unfit, ExportError) as error:
-        _log.warning("model %s is run by torch, not by onnxruntime: %s", config.name, error)
-    return _build_torch(config, lazy)
 
 
 def _device_for_onnxruntime(config: ModelConfig) -> str:
@@ -126,15 +129,15 @@ def _torch_has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _try_onnxruntime(config: ModelConfig, artefact: Artefact, device: str) -> BuiltModel:
+def _try_onnxruntime(config: ModelConfig, export: Export, device: str) -> BuiltModel:
     """Raises _Unfit if onnxruntime cannot run an export after all."""
     try:
-        return _build_exported(config, artefact, device=device, method=config.method)
+        return _build_exported(config, export, device=device, method=config.method)
     except ModelLoadError as error:
         movable = config.device == "auto" and config.precision == "fp32"
         if movable and device != "cpu" and not _torch_has_gpu():
             _log.warning("model %s runs on the CPU although there is a GPU: %s", config.name, error)
-            return _try_onnxruntime(config, artefact, "cpu")
+            return _try_onnxruntime(config, export, "cpu")
         raise _Unfit(str(error)) from error
     # onnxruntime has an exception class for each of its status codes, and paths in their messages.
     except Exception as error:
@@ -142,11 +145,10 @@ def _try_onnxruntime(config: ModelConfig, artefact: Artefact, device: str) -> Bu
         raise _Unfit(f"it cannot run the export ({type(error).__name__})") from error
 
 
-def _build_torch(config: ModelConfig, lazy: LazyModel) -> BuiltModel:
+def _build_torch(config: ModelConfig, model: "LoadedModel") -> BuiltModel:
     with importing_torch:
         from heatlens_server.backends.torch.engine import TorchEngine  # noqa: PLC0415 - imports torch
 
-    model = lazy.get()
     engine = TorchEngine(model, device=config.device, precision=config.precision)
     return _finish(
         config,
@@ -188,7 +190,7 @@ def _build_from_folder(config: ModelConfig) -> BuiltModel:
     graph = manifest.graphs[0]
     method = config.method if "method" in config.model_fields_set else name_of(graph.method, graph.score)
     try:
-        return _build_exported(config, Artefact(folder, manifest), device=config.device, method=method)
+        return _build_exported(config, Export(folder, manifest), device=config.device, method=method)
     except ModelLoadError:
         raise
     # Runtimes raise all sorts, with paths in their messages.
@@ -197,17 +199,17 @@ def _build_from_folder(config: ModelConfig) -> BuiltModel:
         raise ModelLoadError(f"the export does not run as its manifest says ({type(error).__name__})") from error
 
 
-def _build_exported(config: ModelConfig, artefact: Artefact, *, device: str, method: Method) -> BuiltModel:
-    manifest = artefact.manifest
+def _build_exported(config: ModelConfig, export: Export, *, device: str, method: Method) -> BuiltModel:
+    manifest = export.manifest
     if config.task != "auto":
         manifest = replace(manifest, task=Task(config.task))
     default, base = manifest.layers[0], method.as_preset.method
     # The engine opens the first graph now, and the others when they are asked for.
     graphs = sorted(manifest.graphs, key=lambda graph: (graph.layer != default, graph.method is not base))
-    primary = _open(artefact.folder, replace(manifest, graphs=tuple(graphs)), device=device, provider=config.provider)
+    primary = _open(export.folder, replace(manifest, graphs=tuple(graphs)), device=device, provider=config.provider)
     return _finish(
         config,
-        with_companion(config, primary, artefact),
+        with_torch_fallback(config, primary, export),
         preprocess=manifest.preprocess,
         version=manifest.weights_version,
         labels=manifest.labels,

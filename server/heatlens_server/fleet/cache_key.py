@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 
 _SERVER = Path(__file__).parents[1]
-# What turns a configuration into an artefact and judges it. A checkout changes without its version changing.
-_OWN_SOURCES = ("backends", "core", "fleet/torch_methods.py", "imaging/preprocess.py")
+# What turns a configuration into an export and judges it. A checkout changes without its version changing.
+_OWN_SOURCES = ("backends", "core", "fleet/torch_record.py", "imaging/preprocess.py")
 
 
 def is_settled(config: ModelConfig) -> bool:
@@ -38,10 +38,10 @@ def is_settled(config: ModelConfig) -> bool:
     )
 
 
-def artefact_key(config: ModelConfig, file_format: Format, model: "LoadedModel | None" = None) -> str:
+def export_key(config: ModelConfig, file_format: Format, model: "LoadedModel | None" = None) -> str:
     """Return the name of what a model is exported to: 32 hex digits.
 
-    The model's name, version, labels and default method do not matter: they are laid over an artefact when it is used.
+    The model's name, version, labels and default method do not matter: they are laid over an export when it is used.
 
     Args:
         config: the model.

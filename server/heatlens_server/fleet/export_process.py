@@ -1,4 +1,4 @@
-"""Exporting in a process of its own: `python -m heatlens_server.fleet.export_process`.
+"""A model's export: from the cache, or made in a process of its own, `python -m heatlens_server.fleet.export_process`.
 
 An export takes gigabytes that a process would keep, and the interpreter's lock for a minute. The server starts this
 process, which leaves the export in the cache and ends. Standard input holds the order as one line of JSON and then
@@ -13,61 +13,90 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from heatlens_server.backends.onnx.export_cache import ArtefactCache
+from heatlens_server.backends.onnx.export_cache import ExportCache
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.errors import ExportError, ModelLoadError
 from heatlens_server.core.graph_spec import Format
-from heatlens_server.fleet.artefact import Artefact, LazyModel, PassingError, Report, find, obtain
-from heatlens_server.fleet.cache_key import artefact_key, is_settled
+from heatlens_server.fleet.cache_key import export_key, is_settled
+from heatlens_server.fleet.export import Export, Report, TransientError, check_failure, importing_torch, make_export
+from heatlens_server.fleet.torch_record import read_record
+
+if TYPE_CHECKING:
+    from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 
 _log = logging.getLogger(__name__)
 
+Make = Callable[..., str]
+"""As `make_export`."""
+
 _TAIL_BYTES = 2000
-_ERRORS: dict[str, type[Exception]] = {"export": ExportError, "passing": PassingError, "load": ModelLoadError}
+_ERRORS: dict[str, type[Exception]] = {"export": ExportError, "transient": TransientError, "load": ModelLoadError}
 
 # One at a time: each takes gigabytes and as many cores as there are.
 _running = threading.Lock()
 
 
-def obtain_apart(
+def get_or_export(
     config: ModelConfig,
     file_format: Format,
     *,
-    lazy: LazyModel,
-    cache: ArtefactCache,
+    load: "Callable[[], LoadedModel]",
+    cache: ExportCache,
     retry: bool,
     report: Report,
-) -> Artefact:
-    """Do what `obtain` does, and export in another process if this one does not need the model otherwise.
+    make: Make | None = None,
+) -> Export:
+    """Return a model's export: the cached one if it is whole and still right, else a new one.
 
-    Args: as those of `obtain`.
+    Args:
+        config: the model.
+        file_format: ONNX or TORCHSCRIPT.
+        load: gives the loaded model, if its key or its export's check needs it.
+        cache: where exports are kept.
+        retry: try again what failed at an earlier start.
+        report: told each phase of an export.
+        make: makes it; None for `export_in_process`.
 
     Raises:
         ExportError: the model cannot be exported, its export is wrong, or the other process died.
         ModelLoadError: the model cannot be loaded or explained at all.
     """
-    if is_settled(config):
-        key = artefact_key(config, file_format)
-        found = find(cache, key, None)
-        is_hopeless = not retry and cache.failure(key) is not None
-        if found is None and not is_hopeless and cache.is_writable:
-            with _running:
-                _run(config, file_format, cache, retry=retry, report=report)
-            found = find(cache, key, None)
-        if found is not None:
-            return found
-    return obtain(config, file_format, lazy=lazy, cache=cache, retry=retry, report=report)
+    model = None if is_settled(config) else load()
+    key = export_key(config, file_format, model)
+    found = _find(cache, key, model)
+    if found is not None:
+        return found
+    if not retry:
+        check_failure(cache, key)
+    cache = cache.writable()
+    with _running:
+        # Of a network that is never twice the same, the key is another.
+        key = (make or export_in_process)(config, file_format, cache=cache, retry=retry, report=report)
+    found = _find(cache, key, None)
+    if found is None:
+        raise TransientError("the export was damaged or removed as soon as it was made")
+    return found
 
 
-def _run(config: ModelConfig, file_format: Format, cache: ArtefactCache, *, retry: bool, report: Report) -> None:
+def export_in_process(
+    config: ModelConfig, file_format: Format, *, cache: ExportCache, retry: bool, report: Report
+) -> str:
+    """Do what `make_export` does, in a process of its own.
+
+    Raises:
+        ExportError, ModelLoadError: as `make_export`; TransientError also if the process died.
+    """
     order = {
         "config": config.model_dump_json(),
         "format": file_format,
         "cache": os.fspath(cache.folder or ""),
         "retry": retry,
+        # Code of the operator's is to be found there as it is here.
+        "path": sys.path if config.source.startswith("python:") else [],
     }
     # -P: with -m alone, modules of the current folder would come before those that are installed.
     command = [sys.executable, "-P", "-m", __name__]
@@ -75,22 +104,53 @@ def _run(config: ModelConfig, file_format: Format, cache: ArtefactCache, *, retr
         tempfile.TemporaryFile() as messages,
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, text=True) as process,
     ):
-        error = _follow(process, order, report)
+        ended = _follow(process, order, report)
         exit_code = process.wait()
-        if exit_code != 0 and error is None:
-            error = PassingError(f"the exporting process ended with {exit_code}")
-        if isinstance(error, PassingError):
+        if ended is None:
+            ended = TransientError(f"the exporting process ended with {exit_code}")
+        if isinstance(ended, TransientError):
             messages.seek(max(0, messages.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            _log.error("model %s: %s: %s", config.name, error, messages.read().decode(errors="replace").strip())
-        if error is not None:
-            raise error
+            _log.error("model %s: %s: %s", config.name, ended, messages.read().decode(errors="replace").strip())
+        if isinstance(ended, Exception):
+            raise ended
+        return ended
 
 
-def _follow(process: "subprocess.Popen[str]", order: dict[str, Any], report: Report) -> Exception | None:
-    """Give the order, pass on reports, and return the error that ended it, if any."""
+def _find(cache: ExportCache, key: str, model: "LoadedModel | None") -> Export | None:
+    """Return a cached export; None if there is none that is whole and still says what the model, if given, says."""
+    found = cache.find(key)
+    if found is None:
+        return None
+    export = Export(*found)
+    if model is None or _is_of(export, model):
+        return export
+    _log.warning("the cached export %s is not of the model %s as it is now: it is removed", key, model.name)
+    cache.remove(key)
+    return None
+
+
+def _is_of(export: Export, model: "LoadedModel") -> bool:
+    """Whether a network answers noise as it did when it was exported."""
+    with importing_torch:
+        from heatlens_server.backends.torch.engine import TorchEngine  # noqa: PLC0415 - imports torch
+
+    record = read_record(export.folder, export.manifest)
+    reference = TorchEngine(model, device="cpu")
+    try:
+        return record is not None and record.agrees(reference)
+    # What cannot be run is as wrong as what runs wrongly.
+    except Exception:
+        _log.exception("model %s: its cached export cannot be compared with it", model.name)
+        return False
+    finally:
+        reference.close()
+
+
+def _follow(process: "subprocess.Popen[str]", order: dict[str, Any], report: Report) -> str | Exception | None:
+    """Give the order and pass on reports; the key, the error that ended it, or None if it died without a word."""
     assert process.stdin is not None
     assert process.stdout is not None
-    error = None
+    ended: str | Exception | None = None
     try:
         process.stdin.write(json.dumps(order) + "\n")
         process.stdin.flush()
@@ -98,8 +158,10 @@ def _follow(process: "subprocess.Popen[str]", order: dict[str, Any], report: Rep
             said = json.loads(line)
             if "report" in said:
                 report(said["report"])
+            elif "key" in said:
+                ended = str(said["key"])
             else:
-                error = _ERRORS[said["error"]](said["message"])
+                ended = _ERRORS[said["error"]](said["message"])
     # It died, and its exit code says so.
     except BrokenPipeError:
         # Closing sends what is still buffered, and would fail again, in place of that exit code.
@@ -108,7 +170,7 @@ def _follow(process: "subprocess.Popen[str]", order: dict[str, Any], report: Rep
     except BaseException:
         process.kill()
         raise
-    return error
+    return ended
 
 
 def main() -> int:
@@ -118,24 +180,24 @@ def main() -> int:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with, args=(sys.stdin,), daemon=True).start()
-    config = ModelConfig.model_validate_json(order["config"])
+    sys.path[:] = order["path"] or sys.path
 
     def answer(**said: str) -> None:
         answers.write(json.dumps(said) + "\n")
 
     try:
-        obtain(
-            config,
+        key = make_export(
+            ModelConfig.model_validate_json(order["config"]),
             Format(order["format"]),
-            lazy=LazyModel(config),
-            cache=ArtefactCache(Path(order["cache"])),
+            cache=ExportCache(Path(order["cache"])),
             retry=order["retry"],
             report=lambda line: answer(report=line),
         )
     except tuple(_ERRORS.values()) as error:
-        kind = next(kind for kind in ("passing", "export", "load") if isinstance(error, _ERRORS[kind]))
+        kind = next(kind for kind in ("transient", "export", "load") if isinstance(error, _ERRORS[kind]))
         answer(error=kind, message=str(error))
         return 1
+    answer(key=key)
     return 0
 
 

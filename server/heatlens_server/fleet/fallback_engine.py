@@ -1,6 +1,6 @@
-"""Two engines for one model: an exported graph, fast at what it holds, and torch, for all the rest. No torch in here.
+"""Two engines for one model: an exported graph, fast at what it holds, and torch, for all the rest.
 
-Torch is loaded when it is first needed, and not before: it takes seconds, and the model's memory once more.
+Torch is loaded when a request first needs it, and not before: it takes seconds, and the model's memory once more.
 """
 
 import logging
@@ -11,12 +11,15 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Protocol
 
+from heatlens_server.config import EXPORT_PREFIX, ModelConfig
 from heatlens_server.core.arrays import UInt8Array
 from heatlens_server.core.engine import Capabilities, Engine, MapSpec, SteppingEngine, Steps
 from heatlens_server.core.errors import InvalidArgument, ModelLoadError
 from heatlens_server.core.methods import Method, Score
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import Target
+from heatlens_server.fleet.export import Export, importing_torch, load_network
+from heatlens_server.fleet.torch_record import read_record
 
 _log = logging.getLogger(__name__)
 
@@ -32,15 +35,15 @@ class ExportEngine(Engine, Protocol):
 
 
 class FallbackEngine:
-    """Runs each spec on its primary engine if that can, else on a companion. Implements `SteppingEngine`.
+    """Runs each spec on its primary engine if that can, else on a fallback. Implements `SteppingEngine`.
 
-    Loading and running may go on at the same time: the primary engine serves while the companion is loaded.
+    Loading and running may go on at the same time: the primary engine serves while the fallback is loaded.
     """
 
     def __init__(
         self,
         primary: ExportEngine,
-        make_companion: Callable[[], SteppingEngine] | None = None,
+        make_fallback: Callable[[], SteppingEngine] | None = None,
         *,
         methods: Sequence[Method] = (),
     ) -> None:
@@ -48,20 +51,20 @@ class FallbackEngine:
 
         Args:
             primary: runs what it can; owned from now on.
-            make_companion: makes an engine of the same model, on the same device, that has every score and option;
+            make_fallback: makes an engine of the same model, on the same device, that has every score and option;
                 raises ModelLoadError. None if there is none.
-            methods: what the companion will have.
+            methods: what the fallback will have.
         """
         self.primary = primary
-        self._make = make_companion
-        # Held while the companion is being loaded; `_state` only for an instant.
+        self._make = make_fallback
+        # Held while the fallback is being loaded; `_state` only for an instant.
         self._loading = threading.Lock()
         self._state = threading.Lock()
-        self._companion: SteppingEngine | None = None
+        self._fallback: SteppingEngine | None = None
         self._closed = False
         # Asked for every request, and few are unlike the others.
         self._is_for_primary = lru_cache(maxsize=_KNOWN_SPECS)(primary.can)
-        self._info = primary.info if make_companion is None else _joined(primary.info, methods)
+        self._info = primary.info if make_fallback is None else _joined(primary.info, methods)
 
     @property
     def info(self) -> Capabilities:
@@ -73,8 +76,8 @@ class FallbackEngine:
 
         Raises:
             MemoryError: the device is out of memory.
-            InvalidArgument: the export has no graph for the spec, and there is no companion.
-            ModelLoadError: the companion is needed, was not loaded before, and cannot be loaded.
+            InvalidArgument: the export has no graph for the spec, and there is no fallback.
+            ModelLoadError: the fallback is needed, was not loaded before, and cannot be loaded.
         """
         engine = self.primary if self._is_for_primary(spec) else self._loaded(spec)
         return engine.explain(images, targets, spec)
@@ -85,10 +88,10 @@ class FallbackEngine:
 
     def is_loaded_for(self, spec: MapSpec) -> bool:
         """Whether all that a spec needs is loaded."""
-        return self._companion is not None or self._make is None or self._is_for_primary(spec)
+        return self._fallback is not None or self._make is None or self._is_for_primary(spec)
 
     def load_for(self, spec: MapSpec) -> None:
-        """Load the companion if a spec needs it.
+        """Load the fallback if a spec needs it.
 
         Raises:
             ModelLoadError: it cannot be loaded, or is not what it was said to be.
@@ -97,18 +100,18 @@ class FallbackEngine:
             self._loaded(spec)
 
     def close(self) -> None:
-        """Close both. A companion that is being loaded is closed once it is. Idempotent."""
+        """Close both. A fallback that is being loaded is closed once it is. Idempotent."""
         with self._state:
             self._closed = True
-            companion, self._companion = self._companion, None
-        if companion is not None:
-            companion.close()
+            fallback, self._fallback = self._fallback, None
+        if fallback is not None:
+            fallback.close()
         self.primary.close()
 
     def _loaded(self, spec: MapSpec) -> SteppingEngine:
-        companion = self._companion
-        if companion is not None:
-            return companion
+        fallback = self._fallback
+        if fallback is not None:
+            return fallback
         if self._make is None:
             layers = ", ".join(repr(layer) for layer in spec.layers)
             raise InvalidArgument.of(
@@ -117,30 +120,30 @@ class FallbackEngine:
                 reason="INVALID_OPTION",
             )
         with self._loading:
-            return self._companion or self._load(self._make)
+            return self._fallback or self._load(self._make)
 
     def _load(self, make: Callable[[], SteppingEngine]) -> SteppingEngine:
         started_at = time.monotonic()
-        companion = make()
+        fallback = make()
         try:
-            _check(companion.info, self._info)
-            self._adopt(companion)
+            _check(fallback.info, self._info)
+            self._adopt(fallback)
         except BaseException:
-            companion.close()
+            fallback.close()
             raise
         _log.info(
             "%s was loaded beside %s in %.1f s",
-            companion.info.engine_name,
+            fallback.info.engine_name,
             self._info.engine_name,
             time.monotonic() - started_at,
         )
-        return companion
+        return fallback
 
-    def _adopt(self, companion: SteppingEngine) -> None:
+    def _adopt(self, fallback: SteppingEngine) -> None:
         with self._state:
             if self._closed:
                 raise ModelLoadError("the server is shutting down")
-            self._companion = companion
+            self._fallback = fallback
 
 
 def _joined(info: Capabilities, methods: Sequence[Method]) -> Capabilities:
@@ -157,7 +160,7 @@ def _joined(info: Capabilities, methods: Sequence[Method]) -> Capabilities:
 
 
 def _check(found: Capabilities, said: Capabilities) -> None:
-    """Check that a companion is of the same model, and has what clients were told.
+    """Check that a fallback is of the same model, and has what clients were told.
 
     Raises:
         ModelLoadError: it is not, or has not.
@@ -167,3 +170,42 @@ def _check(found: Capabilities, said: Capabilities) -> None:
         raise ModelLoadError(f"the network, as it is now, has no {', '.join(sorted(missing))}; restart the server")
     if (found.class_count, found.task) != (said.class_count, said.task) or not set(said.layers) <= set(found.layers):
         raise ModelLoadError("the network, as it is now, is not the one that was exported; restart the server")
+
+
+def with_torch_fallback(config: ModelConfig, primary: ExportEngine, export: Export) -> FallbackEngine:
+    """Let torch run what an export's engine cannot, unless the configuration forbids it.
+
+    Args:
+        config: the model.
+        primary: the engine that runs the export.
+        export: what it runs.
+    """
+    record = read_record(export.folder, export.manifest)
+    # Of an export that somebody gives us there is no network.
+    if not config.companion or config.source.startswith(EXPORT_PREFIX) or record is None:
+        return FallbackEngine(primary)
+
+    def make() -> SteppingEngine:
+        return _load(config, export.manifest.weights_version, device=primary.info.device)
+
+    return FallbackEngine(primary, make, methods=record.methods)
+
+
+def _load(config: ModelConfig, weights_version: str, *, device: str) -> SteppingEngine:
+    """Load the model that was exported, on the device that runs its export.
+
+    Raises:
+        ModelLoadError: it cannot be loaded, or has other weights by now.
+    """
+    with importing_torch:
+        import torch  # noqa: PLC0415 - takes seconds
+
+        from heatlens_server.backends.torch.engine import TorchEngine  # noqa: PLC0415 - imports torch
+
+    model = load_network(config)
+    if model.version != weights_version:
+        raise ModelLoadError("its source gives other weights than those that were exported; restart the server")
+    if config.device == "auto" and device != "cpu" and not torch.cuda.is_available():
+        _log.warning("model %s: torch runs on the CPU although there is a GPU: it cannot use it", config.name)
+        device = "cpu"
+    return TorchEngine(model, device=device, precision=config.precision)

@@ -19,9 +19,9 @@ from heatlens_server.core.graph_spec import MANIFEST_FILE
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import ClassIds
 from heatlens_server.core.tasks import Task
-from heatlens_server.fleet import artefact
 from heatlens_server.fleet import build as building
 from heatlens_server.fleet.build import BuiltModel, build
+from heatlens_server.fleet.export import make_export
 from heatlens_server.fleet.warm_up import check_answers
 from loaded_models import noise
 
@@ -47,13 +47,13 @@ def cache_dir(cache_home):
 
 @pytest.fixture
 def make(caplog):
-    """Build and close in the end; (model, reported phases)."""
+    """Build and close in the end, exporting in this process; (model, reported phases)."""
     caplog.set_level(logging.WARNING)
     made: list[BuiltModel] = []
 
     def make(config, cache_dir):
         phases: list[str] = []
-        made.append(build(config, cache_dir=cache_dir, report=phases.append))
+        made.append(build(config, cache_dir=cache_dir, report=phases.append, make=make_export))
         return made[-1], phases
 
     yield make
@@ -224,14 +224,14 @@ def test_a_changed_gradient_with_the_same_scores_is_noticed(make, tmp_path, monk
 def test_what_torch_cannot_explain_is_not_exported(tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr("heatlens_server.backends.torch.export.folder.export_bundle", fails_if_called)
     with pytest.raises(ModelLoadError, match=message):
-        build(config(**changes), cache_dir=tmp_path)
+        build(config(**changes), cache_dir=tmp_path, make=make_export)
 
 
 def test_labels_that_do_not_fit_are_told_before_an_export(tmp_path, monkeypatch):
     monkeypatch.setattr("heatlens_server.backends.torch.export.folder.export_bundle", fails_if_called)
     (tmp_path / "labels.txt").write_text("a\nb")
     with pytest.raises(ModelLoadError, match="has 2 names"):
-        build(config(labels=tmp_path / "labels.txt"), cache_dir=tmp_path)
+        build(config(labels=tmp_path / "labels.txt"), cache_dir=tmp_path, make=make_export)
 
 
 def test_without_onnxruntime_auto_is_torch_and_says_how_to_install_it(make, tmp_path, monkeypatch, caplog):
@@ -317,7 +317,7 @@ def write_task(folder, task: str | None) -> None:
 
 
 def test_an_export_is_served_without_the_models_code(make, export, cache_dir, monkeypatch):
-    monkeypatch.setattr(artefact.LazyModel, "get", fails_if_called)
+    monkeypatch.setattr(building, "load_network", fails_if_called)
     model, _ = make(from_folder(export), None)
     assert model.engine.info.engine_name == "onnxruntime"
     assert model.engine.info.layers == ("body", "stem")

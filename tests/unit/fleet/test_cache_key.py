@@ -12,7 +12,7 @@ from heatlens_server.config import ModelConfig
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.graph_spec import Format
 from heatlens_server.fleet import cache_key as key_module
-from heatlens_server.fleet.cache_key import artefact_key, is_settled
+from heatlens_server.fleet.cache_key import export_key, is_settled
 from loaded_models import loaded
 
 
@@ -28,7 +28,7 @@ def config(**changes):
 
 
 def key(file_format=Format.ONNX, **changes):
-    return artefact_key(config(**changes), file_format)
+    return export_key(config(**changes), file_format)
 
 
 def test_the_same_model_has_the_same_key_whatever_it_is_called(tmp_path):
@@ -68,7 +68,7 @@ def test_a_weights_file_that_is_gone_is_named_without_its_folder(weights):
     model = config(source="timm:resnet10t", weights=str(weights))
     weights.unlink()
     with pytest.raises(ModelLoadError, match=r"^weights file 'w\.pth' cannot be read$"):
-        artefact_key(model, Format.ONNX)
+        export_key(model, Format.ONNX)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_loaded_models_weights_layers_and_code_enter_its_key(tmp_path, monkeyp
     source = config(source="python:zoo_of_keys:Net")
 
     def key_of(model):
-        return artefact_key(source, Format.ONNX, model)
+        return export_key(source, Format.ONNX, model)
 
     monkeypatch.syspath_prepend(tmp_path)
     text = "from tiny_models import Tiny\nclass Net(Tiny):\n    pass\n"
@@ -116,6 +116,6 @@ def test_a_loaded_models_weights_layers_and_code_enter_its_key(tmp_path, monkeyp
 def test_naming_and_building_load_no_torch():
     program = (
         "import sys; from heatlens_server.fleet import build, cache_key; from heatlens_server.config import Config; "
-        "cache_key.artefact_key(Config().models[0], 'onnx'); sys.exit('torch' in sys.modules)"
+        "cache_key.export_key(Config().models[0], 'onnx'); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

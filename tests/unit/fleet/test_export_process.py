@@ -5,9 +5,11 @@ import sys
 
 import pytest
 
+from heatlens_server.backends.onnx.export_cache import ExportCache
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.errors import ModelLoadError
-from heatlens_server.fleet import export_process as apart
+from heatlens_server.core.graph_spec import Format
+from heatlens_server.fleet import export_process
 from heatlens_server.fleet.build import build
 
 
@@ -49,4 +51,18 @@ def test_an_exporting_process_that_is_dead_before_its_order_is_given_is_known_by
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(["false"], text=True, **pipes) as process:
         assert process.wait() == 1
-        assert apart._follow(process, {}, pytest.fail) is None
+        assert export_process._follow(process, {}, pytest.fail) is None
+
+
+def test_the_operators_code_is_found_where_the_server_finds_it(tmp_path, monkeypatch):
+    (tmp_path / "zoo_of_exports.py").write_text("from tiny_models import tiny_mlp\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    model = ModelConfig(
+        name="m", source="python:zoo_of_exports:tiny_mlp", layers=("body",), preprocess={"resize_px": 64, "crop_px": 64}
+    )
+    phases: list[str] = []
+    cache = ExportCache(tmp_path / "cache").writable()
+    key = export_process.export_in_process(model, Format.ONNX, cache=cache, retry=False, report=phases.append)
+    _, manifest = cache.find(key)
+    assert manifest.source == model.source
+    assert any("exporting for onnx" in phase for phase in phases)

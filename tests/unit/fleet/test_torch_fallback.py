@@ -14,9 +14,9 @@ from heatlens_server.core.methods import CLOSED_FORMS, Aggregation, Method, Scor
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import ClassIds
 from heatlens_server.core.tasks import Task
-from heatlens_server.fleet import torch_fallback as companion
-from heatlens_server.fleet.artefact import Artefact
+from heatlens_server.fleet import fallback_engine
 from heatlens_server.fleet.build import BuiltModel, build
+from heatlens_server.fleet.export import Export, make_export
 from loaded_models import noise
 
 PREPROCESS = {
@@ -42,7 +42,9 @@ def make(cache_home):
     made: list[BuiltModel] = []
 
     def make(**changes) -> SteppingEngine:
-        made.append(build(config(**changes), cache_dir=cache_home / "heatlens", report=lambda line: None))
+        made.append(
+            build(config(**changes), cache_dir=cache_home / "heatlens", report=lambda line: None, make=make_export)
+        )
         return made[-1].engine
 
     yield make
@@ -63,7 +65,7 @@ def explained(engine: SteppingEngine, image: np.ndarray, spec: MapSpec) -> Image
 
 def test_both_together_have_what_torch_has_and_say_so_without_loading_it(make, monkeypatch):
     torch_engine = make(engine="torch")
-    monkeypatch.setattr(companion, "_load", lambda *_args, **_kwargs: pytest.fail("torch was loaded"))
+    monkeypatch.setattr(fallback_engine, "_load", lambda *_args, **_kwargs: pytest.fail("torch was loaded"))
     engine = make()
     assert engine.info.engine_name == "onnxruntime"
     assert engine.info.methods == torch_engine.info.methods
@@ -122,7 +124,7 @@ def test_a_multi_label_model_is_one_in_both_engines(make):
     folder, manifest = make().primary._folder, make().primary._manifest
     manifest = dataclasses.replace(manifest, task=Task.MULTI_LABEL)
     primary = OnnxRuntimeEngine(folder, manifest, device="cpu")
-    engine = companion.with_companion(config(task=manifest.task), primary, Artefact(folder, manifest))
+    engine = fallback_engine.with_torch_fallback(config(task=manifest.task), primary, Export(folder, manifest))
     assert engine.info.task is Task.MULTI_LABEL
     spec = dataclasses.replace(PLAIN, score=Score.PROBABILITY)
     engine.load_for(spec)

@@ -1,12 +1,11 @@
-"""Artefacts on disk, kept from one start to the next. No torch in here.
+"""Exports on disk, kept from one start to the next. No torch in here.
 
 One folder per key, `KEY/`, written beside its place and renamed, so that a folder of that name is complete. Everything
-in it is covered by hashes, which are checked at every use. `KEY.failed` remembers why there is none, `KEY.lock` keeps
-two processes from making the same one at the same time.
+in it is covered by hashes, which are checked at every use. `KEY.failed` remembers why there is none. Who holds
+`KEY.lock` makes the export: no other process or thread does at the same time, and nobody removes what is half written.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
@@ -16,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from heatlens_server.backends.onnx.manifest import Manifest, read_manifest
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import MANIFEST_FILE
@@ -24,53 +25,52 @@ _log = logging.getLogger(__name__)
 
 _SEAL_FILE = "manifest.sha256"
 _UNFINISHED = "unfinished-"
-# What a killed process left half written is removed by a later one, where folders cannot be locked after a day.
+# What a killed process left half written is removed by a later one, where files cannot be locked after a day.
 _STALE_S = 24 * 3600.0
 _REASON_CHARACTERS = 2000
 
-# Of artefacts that could not be kept: they live as long as the process, whose end removes them.
+# Of exports that cannot be kept: they live as long as the process, whose end removes them.
 _temporary: list["tempfile.TemporaryDirectory[str]"] = []
 
 
-class ArtefactCache:
-    """A folder of artefacts. Safe for several threads and processes.
-
-    A folder that cannot be written to is a warning, not an error: artefacts are then made anew by each process.
-    """
+class ExportCache:
+    """A folder of exports. Safe for several threads and processes."""
 
     def __init__(self, folder: Path | None) -> None:
         """Use a folder, which is made when it is first written to.
 
         Args:
-            folder: of the cache; None for none.
+            folder: of the cache; None for one in which nothing is found.
         """
-        self._folder = folder
+        self.folder = folder
 
-    @property
-    def folder(self) -> Path | None:
-        """Of the cache; None for none."""
-        return self._folder
-
-    @property
-    def is_writable(self) -> bool:
-        """Whether artefacts can be kept. Makes the folder."""
-        if self._folder is None:
-            return False
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError:
-            return False
-        return os.access(self._folder, os.W_OK | os.X_OK)
+    def writable(self) -> "ExportCache":
+        """This cache if it can be written to; else a temporary one, with a warning."""
+        reason = "there is no home directory"
+        if self.folder is not None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                with tempfile.TemporaryFile(dir=self.folder):
+                    return self
+            except OSError as error:
+                reason = error.strerror or type(error).__name__
+        _log.warning(
+            "the cache %s cannot be written to (%s): every start will export its models anew; set server.cache_dir",
+            self.folder or "",
+            reason,
+        )
+        _temporary.append(tempfile.TemporaryDirectory(prefix="heatlens-", ignore_cleanup_errors=True))
+        return ExportCache(Path(_temporary[-1].name))
 
     def find(self, key: str) -> tuple[Path, Manifest] | None:
-        """Return an artefact's folder and manifest; None if there is none. A damaged one is removed.
+        """Return an export's folder and manifest; None if there is none. A damaged one is removed.
 
         Args:
-            key: of the artefact.
+            key: of the export.
         """
-        if self._folder is None:
+        if self.folder is None:
             return None
-        entry = self._folder / key
+        entry = self.folder / key
         # Also what is no folder: nothing could be put in its place.
         if not os.path.lexists(entry):
             return None
@@ -82,212 +82,134 @@ class ArtefactCache:
             return None
 
     def remove(self, key: str) -> None:
-        """Remove an artefact, if there is one."""
-        if self._folder is None:
-            return
+        """Remove an export, if there is one."""
+        entry = self._path(key)
         # Under another name first: a half-removed folder must not be found.
-        with contextlib.suppress(OSError), contextlib.closing(_claim(self._folder, None)) as away:
-            (self._folder / key).rename(away.folder / key)
+        with (
+            contextlib.suppress(OSError),
+            tempfile.TemporaryDirectory(
+                prefix=f"{_UNFINISHED}{key}-", dir=entry.parent, ignore_cleanup_errors=True
+            ) as away,
+        ):
+            entry.rename(Path(away) / key)
 
     def failure(self, key: str) -> str | None:
-        """Return why an earlier start could not make this artefact; None if it could or never tried."""
-        if self._folder is None:
-            return None
+        """Return why an earlier start could not make this export; None if it could or never tried."""
         try:
-            return self._failure_path(key).read_text(encoding="utf-8") or None
+            return self._path(f"{key}.failed").read_text(encoding="utf-8") or None
         except (OSError, UnicodeDecodeError):
             return None
 
     def remember_failure(self, key: str, reason: str) -> None:
-        """Remember that this artefact cannot be made."""
-        if self._folder is None:
-            return
+        """Remember that this export cannot be made."""
         with contextlib.suppress(OSError):
-            self._failure_path(key).write_text(reason[:_REASON_CHARACTERS], encoding="utf-8")
+            self._path(f"{key}.failed").write_text(reason[:_REASON_CHARACTERS], encoding="utf-8")
 
     def forget_failure(self, key: str) -> None:
-        """Forget that this artefact could not be made."""
-        if self._folder is None:
-            return
+        """Forget that this export could not be made."""
         with contextlib.suppress(OSError):
-            self._failure_path(key).unlink(missing_ok=True)
+            self._path(f"{key}.failed").unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def making(self, key: str, report: Callable[[str], None]) -> Iterator[None]:
-        """Be the only one of all processes and threads that makes this artefact; wait for another that does.
+        """Be the only one of all processes and threads that makes this export; wait for another that does.
 
         Where files cannot be locked, two may make it at once, and one of the two is kept.
 
         Args:
-            key: of the artefact.
+            key: of the export.
             report: told if somebody else is making it.
         """
-        lock = self._open_lock(key)
-        if lock is None:
-            yield
-            return
+        lock = self._lock(key)
         try:
-            with contextlib.suppress(OSError):
-                _lock(lock, report)
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                report("somebody else is making the same export: waiting for it")
+                lock.acquire()
+        except OSError as error:
+            _log.debug("%s cannot be locked: %s", lock.lock_file, error)
+        try:
             yield
         finally:
-            # Closing a file gives up its lock.
-            os.close(lock)
-
-    def sweep(self) -> None:
-        """Remove what processes that are gone left half written."""
-        with contextlib.suppress(OSError), _alone_in(self._folder) as folder:
-            for path in folder.glob(f"{_UNFINISHED}*"):
-                if not _is_held(path):
-                    shutil.rmtree(path, ignore_errors=True)
+            lock.release()
 
     @contextlib.contextmanager
     def writing(self, key: str) -> Iterator["Unfinished"]:
-        """Make an empty folder to write an artefact in. What is not kept is removed."""
-        unfinished = self._unfinished(key)
+        """Make an empty folder to write an export in, while `making` it. What is not kept is removed.
+
+        Raises:
+            OSError: the cache cannot be written to.
+        """
+        folder = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{key}-", dir=self._path("")))
         try:
-            yield unfinished
+            yield Unfinished(folder, self, key)
         finally:
-            unfinished.close()
+            shutil.rmtree(folder, ignore_errors=True)
 
-    def _unfinished(self, key: str) -> "Unfinished":
-        if self._folder is not None:
+    def sweep(self) -> None:
+        """Remove what processes that are gone left half written."""
+        for path in self._path("").glob(f"{_UNFINISHED}*"):
+            lock = self._lock(path.name.split("-")[1])
             try:
-                self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-                return _claim(self._folder, self._folder / key)
-            except OSError as error:
-                reason = error.strerror or type(error).__name__
-        else:
-            reason = "there is no home directory"
-        _log.warning(
-            "the cache %s cannot be written to (%s): every start will export its models anew; set server.cache_dir",
-            self._folder or "",
-            reason,
-        )
-        return Unfinished(Path(tempfile.mkdtemp(prefix="heatlens-")), None)
+                with lock.acquire(blocking=False):
+                    shutil.rmtree(path, ignore_errors=True)
+            except Timeout:
+                continue
+            except OSError:
+                with contextlib.suppress(OSError):
+                    if time.time() - path.stat().st_mtime > _STALE_S:
+                        shutil.rmtree(path)
 
-    def _failure_path(self, key: str) -> Path:
-        return (self._folder or Path()) / f"{key}.failed"
+    def _path(self, name: str) -> Path:
+        """A path in the cache; without a folder, one that is nowhere."""
+        return (self.folder or Path(os.devnull)) / name
 
-    def _open_lock(self, key: str) -> int | None:
-        if self._folder is None:
-            return None
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            return os.open(self._folder / f"{key}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError:
-            return None
+    def _lock(self, key: str) -> FileLock:
+        return FileLock(self._path(f"{key}.lock"))
 
 
 class Unfinished:
-    """An artefact in the making.
+    """An export in the making.
 
     Attributes:
         folder: exists and is empty.
     """
 
-    def __init__(self, folder: Path, place: Path | None, hold: int | None = None) -> None:
-        """Write an artefact in a folder.
+    def __init__(self, folder: Path, cache: ExportCache, key: str) -> None:
+        """Write an export in a folder.
 
         Args:
             folder: where it is made.
-            place: where it belongs; None for nowhere.
-            hold: descriptor of the folder, whose lock says that somebody is at it; None for no lock.
+            cache: where it belongs.
+            key: of the export.
         """
         self.folder = folder
-        self._place = place
-        self._hold = hold
-        self._kept = False
+        self._cache = cache
+        self._key = key
 
     def keep(self, manifest: Manifest) -> tuple[Path, Manifest]:
-        """Write the manifest and put the artefact in its place.
+        """Write the manifest and put the export in its place.
 
         Returns:
-            Where it is now, and the manifest as it is read there.
+            Where it is now, and the manifest as it is read there: of another process's export if that was faster.
 
         Raises:
             ExportError: what was written is not what is read.
-            OSError: the disk is full.
+            OSError: the disk is full, or the place cannot be written to.
         """
         manifest.write(self.folder)
         (self.folder / _SEAL_FILE).write_text(_digest_of_manifest(self.folder), encoding="ascii")
-        if self._place is not None:
-            try:
-                self.folder.rename(self._place)
-            except OSError:
-                # Another process was faster; else the place cannot be written to.
-                with contextlib.suppress(ExportError):
-                    return self._place, _read_sealed(self._place)
-            else:
-                self._kept = True
-                return self._place, _read_sealed(self._place)
-        # Removed at the end of the process.
-        home = tempfile.TemporaryDirectory(prefix="heatlens-", ignore_cleanup_errors=True)
-        _temporary.append(home)
-        moved = Path(shutil.move(self.folder, Path(home.name) / "export"))
-        self._kept = True
-        return moved, _read_sealed(moved)
-
-    def close(self) -> None:
-        """Remove what was not kept, and let go of the folder."""
-        if not self._kept:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        if self._hold is not None:
-            os.close(self._hold)
-            self._hold = None
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path | None) -> Iterator[Path]:
-    """Keep others from making or sweeping unfinished folders, for an instant.
-
-    Raises:
-        OSError: there is no such folder.
-    """
-    descriptor = os.open(folder or "", os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield folder or Path()
-    finally:
-        os.close(descriptor)
-
-
-def _claim(folder: Path, place: Path | None) -> Unfinished:
-    """Make an unfinished folder that nobody sweeps while this process lives."""
-    with _alone_in(folder):
-        made = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder))
-        hold = os.open(made, os.O_RDONLY | os.O_DIRECTORY)
-        with contextlib.suppress(OSError):
-            fcntl.flock(hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return Unfinished(made, place, hold)
-
-
-def _is_held(path: Path) -> bool:
-    """Whether a process may still be writing an unfinished folder."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    # No locks here: its age has to do.
-    except OSError:
-        return time.time() - os.fstat(descriptor).st_mtime < _STALE_S
-    else:
-        return False
-    finally:
-        os.close(descriptor)
-
-
-def _lock(lock: int, report: Callable[[str], None]) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        report("somebody else is making the same export: waiting for it")
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        place = self.folder.with_name(self._key)
+        try:
+            self.folder.rename(place)
+        except OSError:
+            found = self._cache.find(self._key)
+            if found is not None:
+                return found
+            # A damaged one was in the way.
+            self.folder.rename(place)
+        return place, _read_sealed(place)
 
 
 def _read_sealed(entry: Path) -> Manifest:

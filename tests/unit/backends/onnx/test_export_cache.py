@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from heatlens_server.backends.onnx.export_cache import ArtefactCache
+from heatlens_server.backends.onnx.export_cache import ExportCache
 from heatlens_server.backends.onnx.manifest import GraphFile, Manifest, sha256_of
 from heatlens_server.core.graph_spec import Format, InputKind, Output
 from heatlens_server.core.methods import Method
@@ -20,7 +20,7 @@ KEY = "0123456789abcdef"
 
 @pytest.fixture
 def cache(tmp_path):
-    return ArtefactCache(tmp_path / "cache")
+    return ExportCache(tmp_path / "cache")
 
 
 def manifest_of(folder: Path) -> Manifest:
@@ -45,14 +45,15 @@ def manifest_of(folder: Path) -> Manifest:
     )
 
 
-def keep(cache: ArtefactCache, content: bytes = b"graph" * 100) -> tuple[Path, Manifest]:
+def keep(cache: ExportCache, content: bytes = b"graph" * 100) -> tuple[Path, Manifest]:
+    cache.folder.mkdir(exist_ok=True)
     with cache.writing(KEY) as unfinished:
         (unfinished.folder / "graph.onnx").write_bytes(content)
         return unfinished.keep(manifest_of(unfinished.folder))
 
 
-def leftovers(cache: ArtefactCache) -> set[str]:
-    return {path.name for path in cache.folder.iterdir()}
+def leftovers(cache: ExportCache) -> set[str]:
+    return {path.name for path in cache.folder.iterdir() if path.suffix != ".lock"}
 
 
 def test_what_is_kept_is_found(cache):
@@ -64,6 +65,7 @@ def test_what_is_kept_is_found(cache):
 
 
 def test_what_is_not_kept_leaves_nothing(cache):
+    cache.folder.mkdir()
     with cache.writing(KEY) as unfinished:
         (unfinished.folder / "graph.onnx").write_bytes(b"half")
     assert cache.find(KEY) is None
@@ -107,6 +109,8 @@ def test_a_damaged_entry_is_told_and_removed_and_can_be_made_again(cache, damage
 
 
 def test_of_two_that_are_made_at_once_the_first_is_kept_and_both_can_be_used(cache):
+    """Where files cannot be locked."""
+    cache.folder.mkdir()
     with cache.writing(KEY) as slower:
         (slower.folder / "graph.onnx").write_bytes(b"slower")
         faster, _ = keep(cache, b"faster")
@@ -116,43 +120,53 @@ def test_of_two_that_are_made_at_once_the_first_is_kept_and_both_can_be_used(cac
     assert leftovers(cache) == {KEY}
 
 
-def test_a_damaged_rival_is_not_used(cache):
+def test_a_damaged_rival_is_replaced(cache, caplog):
+    cache.folder.mkdir()
     with cache.writing(KEY) as unfinished:
         (unfinished.folder / "graph.onnx").write_bytes(b"mine")
         rival, _ = keep(cache, b"rival")
         flip(rival / "graph.onnx")
         used, _ = unfinished.keep(manifest_of(unfinished.folder))
     assert (used / "graph.onnx").read_bytes() == b"mine"
-    assert used != rival
+    assert "is damaged" in caplog.text
+    assert cache.find(KEY)[0] == used
+    assert leftovers(cache) == {KEY}
 
 
 @pytest.mark.parametrize("folder", [None, "file/cache"])
-def test_a_cache_that_cannot_be_written_to_is_a_warning_and_the_export_is_used_all_the_same(tmp_path, folder, caplog):
+def test_a_cache_that_cannot_be_written_to_is_a_warning_and_another_is_used(tmp_path, folder, caplog):
     # A folder below a file cannot be made by anybody, root included.
     (tmp_path / "file").touch()
-    cache = ArtefactCache(folder and tmp_path / folder)
-    assert not cache.is_writable
-    used, manifest = keep(cache)
+    cache = ExportCache(folder and tmp_path / folder)
+    assert cache.find(KEY) is None
+    assert cache.failure(KEY) is None
+    cache.sweep()
+    assert caplog.text == ""
+    other = cache.writable()
     assert "cannot be written to" in caplog.text
+    used, manifest = keep(other)
     assert manifest.labels == ("a", "b")
     assert (used / "graph.onnx").read_bytes() == b"graph" * 100
-    cache.remember_failure(KEY, "x")
-    assert cache.failure(KEY) is None
-    assert cache.find(KEY) is None
-    with cache.making(KEY, pytest.fail):
-        pass
+    assert other.find(KEY) is not None
+
+
+def test_a_cache_that_can_be_written_to_is_made(cache, caplog):
+    assert cache.writable() is cache
+    assert cache.folder.is_dir()
+    assert caplog.text == ""
 
 
 def test_failures_are_remembered_until_they_are_forgotten(cache):
     keep(cache)
     assert cache.failure(KEY) is None
     cache.remember_failure(KEY, "no gradient")
-    assert ArtefactCache(cache.folder).failure(KEY) == "no gradient"
+    assert ExportCache(cache.folder).failure(KEY) == "no gradient"
     cache.forget_failure(KEY)
     assert cache.failure(KEY) is None
 
 
 def test_only_one_makes_an_export_and_the_others_wait_for_it(cache):
+    cache.folder.mkdir()
     waiting, entered = threading.Event(), threading.Event()
 
     def second() -> None:
@@ -173,18 +187,20 @@ def test_what_killed_processes_left_is_removed_and_what_is_being_written_is_not(
     keep(cache)
     (cache.folder / "unfinished-killed").mkdir()
     (cache.folder / "unfinished-killed" / "graph.onnx").touch()
-    with cache.writing("another") as unfinished:
-        ArtefactCache(cache.folder).sweep()
+    with cache.making("another", pytest.fail), cache.writing("another") as unfinished:
+        ExportCache(cache.folder).sweep()
         assert leftovers(cache) == {KEY, unfinished.folder.name}
     assert leftovers(cache) == {KEY}
 
 
-def test_where_folders_cannot_be_locked_leftovers_are_removed_after_a_day(cache, monkeypatch):
+def test_where_files_cannot_be_locked_exports_are_made_and_leftovers_removed_after_a_day(cache, monkeypatch):
     def refuse(*_args):
         raise OSError(9, "Bad file descriptor")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    keep(cache)
+    cache.folder.mkdir()
+    with cache.making(KEY, pytest.fail):
+        keep(cache)
     for name, age_s in (("unfinished-old", 2 * 86400), ("unfinished-new", 60)):
         (cache.folder / name).mkdir()
         os.utime(cache.folder / name, (time.time() - age_s,) * 2)

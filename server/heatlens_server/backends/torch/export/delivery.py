@@ -44,7 +44,7 @@ def export_model(
         file_format: what it is written as.
         source: where the architecture came from, for the manifest.
         folder: new, empty, or an earlier export, which is replaced once this one is done.
-        verify: whether to run the artefact and compare it with the network in float64.
+        verify: whether to run the export and compare it with the network in float64.
         report: told each phase.
 
     Returns:
@@ -52,7 +52,7 @@ def export_model(
 
     Raises:
         ExportError: the model is no classifier, the folder holds something else, the model cannot be exported like
-            this, or the artefact is wrong. The folder is as it was.
+            this, or the export is wrong. The folder is as it was.
     """
     if not model.task.traits.exportable:
         raise ExportError(f"exports are of classifiers, and this model is for {model.task}")

@@ -1,4 +1,4 @@
-"""Whether an export says what the network says: measured on real photos, in the artefact's own runtime, from disk.
+"""Whether an export says what the network says: measured on real photos, in the export's own runtime, from disk.
 
 The judge is the network in float64, run with hooks and autograd and none of the exporter's code. The network in the
 graph's own precision is measured against the same judge: what rounding alone does to it, it may do to the graph too.
