@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from server_process import ServerProcess, start_server_process, wait_settled
+from server_process import SETTLE_TIMEOUT_S, ServerProcess, start_server_process, wait_settled
 from server_toml import model_toml, server_toml
 
 EXPORT_TIMEOUT_S = 600.0
@@ -49,10 +49,11 @@ def chelsea(chelsea_path: Path) -> np.ndarray:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The first test that wants the default model's export waits until there is one."""
+    """The first test that wants a model's export waits until there is one."""
     for item in items:
-        if "default_export" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.timeout(EXPORT_TIMEOUT_S + 60))
+        for fixture, export_s in (("default_export", EXPORT_TIMEOUT_S), ("server", SETTLE_TIMEOUT_S)):
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.timeout(export_s + 60))
 
 
 def pytest_collection_finish() -> None:
@@ -92,10 +93,13 @@ def default_export(cache_home: Path) -> Path:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A real server process: models tiny (the default), tiny_mlp, broken (FAILED) and efficientnet_lite0."""
     running = start_server_process(tmp_path_factory.mktemp("server"), SERVER_TOML)
-    wait_settled(running.address)
-    yield running
-    running.process.terminate()
-    assert running.process.wait(30) == 0, running.log()
+    try:
+        wait_settled(running.address)
+        yield running
+    finally:
+        running.process.terminate()
+        exit_code = running.process.wait(30)
+    assert exit_code == 0, running.log()
 
 
 @pytest.fixture

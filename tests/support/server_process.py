@@ -13,6 +13,9 @@ from heatlens.v1 import model_pb2, model_pb2_grpc
 
 SUPPORT = Path(__file__).parent
 
+SETTLE_TIMEOUT_S = 300.0
+"""Long enough for some exports on a busy machine."""
+
 
 @dataclass(frozen=True)
 class ServerProcess:
@@ -59,7 +62,7 @@ def wait_settled(address: str) -> None:
     """Wait until no model is loading."""
     with grpc.insecure_channel(address) as channel:
         stub = model_pb2_grpc.ModelServiceStub(channel)
-        deadline = time.monotonic() + 110
+        deadline = time.monotonic() + SETTLE_TIMEOUT_S
         while any(
             m.state == model_pb2.Model.STATE_LOADING
             for m in stub.ListModels(model_pb2.ListModelsRequest(), timeout=10, wait_for_ready=True).models
