@@ -218,8 +218,9 @@ class Batcher:
             False if the caller of an entry has left since its step was claimed: the device stays free.
         """
         first = claimed[0]
+        step = first.device is not None
         with self._changed:
-            if not first.spec.in_steps:
+            if not step:
                 self._batches_ahead -= 1
             else:
                 self._steps_ahead -= 1
@@ -227,7 +228,7 @@ class Batcher:
                 if first.state is EntryState.GONE:
                     self._end_step(first, device)
                     return False
-            self._devices[device].start(self._clock(), len(claimed), step=first.spec.in_steps)
+            self._devices[device].start(self._clock(), len(claimed), step=step)
             self._wake()
             return True
 
@@ -255,7 +256,7 @@ class Batcher:
             self._count(entry, 1)
             self._buckets.put_back(entry)
             self._wait_for(entry)
-            self._wake()
+            self._wake()  # again: now an entry waits
             return True
 
     def finish(self, device: int, entry: Entry) -> bool:
