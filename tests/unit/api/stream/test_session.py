@@ -351,11 +351,10 @@ async def test_the_observer_is_told_of_each_frame_that_is_dropped(rig):
     call = rig.start(client)
     client.push(1)
     await until(lambda: rig.engine.entered == 1)
-    rig.queue.batcher.hold_until(99)
+    await rig.add_own()  # ahead: frames that come now wait
     for i in (2, 3, 4):
         client.push(i)
     await until(lambda: rig.open_streams.counters.frames.created == 4)
-    rig.queue.batcher.hold_until(0)
     rig.engine.gate.set()
     client.finish()
     await ended(call)
