@@ -71,7 +71,7 @@ def exported_twice(tmp_path_factory):
             [sys.executable, "-m", "heatlens_server", "check", "-c", folder / "server.toml"],
             capture_output=True,
             text=True,
-            timeout=110,
+            timeout=280,
             check=True,
             env={"PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1"},
         )
@@ -82,6 +82,7 @@ def exported_twice(tmp_path_factory):
     return folder / "cache", logs
 
 
+@pytest.mark.timeout(300)
 def test_two_processes_that_need_the_same_export_make_it_once(exported_twice):
     cache, logs = exported_twice
     assert all("tiny: ok: onnxruntime" in log for log in logs)
@@ -89,6 +90,7 @@ def test_two_processes_that_need_the_same_export_make_it_once(exported_twice):
     assert len(entries(cache)) == 1
 
 
+@pytest.mark.timeout(300)
 def test_a_damaged_export_is_told_and_made_again(exported_twice, tmp_path, launch, chelsea):
     def explain() -> tuple[np.ndarray, str]:
         running = launch(f'{LISTEN}cache_dir = "cache"\n{TINY}')
