@@ -1,5 +1,6 @@
 """What a server tells about its models and itself, beside the models' `fleet.ModelStatus`, whatever the transport."""
 
+import functools
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -48,7 +49,12 @@ def supported_methods(capabilities: Capabilities) -> tuple[MethodSupport, ...]:
 
 def server_info(fleet: Fleet, limits: Limits) -> ServerInfo:
     """What the server is at this moment: its models come and go."""
-    return ServerInfo(version("heatlens"), limits, fleet.max_batch_size, fleet.max_delay_s)
+    return ServerInfo(_version(), limits, fleet.max_batch_size, fleet.max_delay_s)
+
+
+@functools.cache
+def _version() -> str:
+    return version("heatlens")
 
 
 def _support(method: Method, capabilities: Capabilities) -> MethodSupport:

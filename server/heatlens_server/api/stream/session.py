@@ -171,27 +171,32 @@ class StreamSession(Generic[T]):
 
     async def _answer(self, frame: PendingFrame, opened: _Opened) -> None:
         """Answer the head, unless it is cut off meanwhile and gets no answer."""
-        outcome: T | Exception | None
-        if frame.ticket is None:
-            outcome = frame.error
-        else:
-            try:
-                outcome = await self._explainer.answer(
-                    await frame.ticket.result(),
-                    opened.plan.explain,
-                    opened.model,
-                    self._peer.encode,
-                    revise=opened.revise,
-                )
-            except Exception as error:
-                if not opened.window.holds(frame):
-                    return
-                outcome = error
+        outcome = frame.error if frame.ticket is None else await self._result(frame, opened)
+        if isinstance(outcome, Exception) and not opened.window.holds(frame):
+            return
         self._count(frame.frame_id, outcome)
         await self._peer.send(frame.frame_id, outcome)
         self._counts.answered += 1
         opened.window.pop()
         self._room.set()
+
+    async def _result(self, frame: PendingFrame, opened: _Opened) -> T | Exception:
+        """What the peer sends of a frame's answer, or the error that there is instead."""
+        if frame.ticket is None:
+            raise AssertionError("there is no answer to wait for")
+        try:
+            return await self._explainer.answer(
+                await frame.ticket.result(),
+                opened.plan.explain,
+                opened.model,
+                self._peer.encode,
+                revise=opened.revise,
+            )
+        except Exception as error:
+            # The error's traceback holds this function's variables, and a dropped frame holds its error: thousands of
+            # them would stay until the garbage collector comes.
+            del frame
+            return error
 
     def _count(self, frame_id: int, outcome: T | Exception | None) -> None:
         """Count what a frame's answer is, and log a fault of ours."""

@@ -2,7 +2,9 @@
 
 import asyncio
 import dataclasses
+import gc
 import threading
+import weakref
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -344,25 +346,6 @@ async def test_the_streams_of_a_model_that_serves_no_longer_answer_what_runs_and
     await rig.balanced()
 
 
-async def test_the_observer_is_told_of_each_frame_that_is_dropped(rig):
-    client = Client()
-    client.configure(max_in_flight=2, overflow_policy=OverflowPolicy.DROP_OLDEST)
-    rig.engine.gate.clear()
-    call = rig.start(client)
-    client.push(1)
-    await until(lambda: rig.engine.entered == 1)
-    await rig.add_own()  # ahead: frames that come now wait
-    for i in (2, 3, 4):
-        client.push(i)
-    await until(lambda: rig.open_streams.counters.frames.created == 4)
-    rig.engine.gate.set()
-    client.finish()
-    await ended(call)
-    assert client.answers() == [(1, "Answer"), (2, "FrameDropped"), (3, "FrameDropped"), (4, "Answer")]
-    assert rig.drops.seen == ["m", "m"]
-    await rig.balanced()
-
-
 async def test_cancel_with_a_frame_in_hand_forgets_it(rig):
     client = Client()
     call = await frame_in_hand(rig, client)
@@ -418,3 +401,30 @@ async def test_places_are_counted_from_the_first_moment(rig):
         await ended(call)
     await rig.balanced()
     assert rig.open_streams.counters.streams.created == 2
+
+
+async def test_dropped_frames_are_reported_and_their_errors_free_without_the_garbage_collector(rig):
+    client = Client()
+    client.configure(max_in_flight=1, overflow_policy=OverflowPolicy.DROP_OLDEST)
+    rig.engine.gate.clear()
+    for _ in range(2):
+        await rig.add_own()
+    call = rig.start(client)
+    gc.disable()
+    try:
+        for i in range(5):
+            client.push(i)
+            await until(lambda count=i: rig.open_streams.counters.frames.created > count)
+        await until(lambda: len(client.received) == 4)
+        assert client.answers() == [(i, "FrameDropped") for i in range(4)]
+        assert rig.drops.seen == ["m"] * 4
+        errors = [weakref.ref(outcome) for _, outcome in client.received]
+        client.received.clear()
+        await until(lambda: not any(error() for error in errors))
+    finally:
+        gc.enable()
+    rig.engine.gate.set()
+    client.finish()
+    await ended(call)
+    assert client.answers() == [(4, "Answer")]
+    await rig.balanced()
