@@ -21,13 +21,13 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from heatlens_server.backends.torch.sources.backbone_layers import discover_for_detection, discover_for_segmentation
 from heatlens_server.backends.torch.sources.layers import discover
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
-from heatlens_server.backends.torch.sources.random_heads import settle
 from heatlens_server.backends.torch.sources.sources import IMAGENET_PREPROCESS
 from heatlens_server.backends.torch.sources.torchvision_models import DETECTION_PREPROCESS
 from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.methods import Method
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.tasks import Task
+from random_heads import calibrate_heads
 
 LABELS = 7
 PX = 96
@@ -94,7 +94,7 @@ def _made(make: Callable[[], nn.Module]) -> nn.Module:
         torch.manual_seed(0)
         module = make().eval().requires_grad_(False)
     if make is not Embedder:
-        settle(module)
+        calibrate_heads(module)
     return module
 
 

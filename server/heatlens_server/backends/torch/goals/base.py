@@ -1,11 +1,13 @@
-"""What a task tells the torch engine: how to run a network, and which of its numbers are explained. No protobuf."""
+"""What a task tells the torch engine: how to run a network, and which of its numbers are explained."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
 from heatlens_server.core.arrays import Float32Array, UInt8Array
+from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import ABSENT, Score
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import Target
@@ -15,45 +17,46 @@ RunImages = Callable[[UInt8Array], Any]
 """Runs the network, without gradients, on further images, uint8 (R, H, W, 3); returns what `TaskModel.run` does."""
 
 
-class Goals(Protocol):
+class Goals(ABC):
     """What is to be explained about the images of one batch: of each, some numbers that the network computes."""
 
     @property
+    @abstractmethod
     def width(self) -> int:
         """The most goals that an image has; 1 if none has any, so that there always is a score to differentiate."""
-        ...
 
     @property
+    @abstractmethod
     def class_ids(self) -> Tensor:
         """int64 (N, width): the class of each goal, ABSENT where there is none."""
-        ...
 
+    @abstractmethod
     def score(self, k: int) -> Tensor:
         """The sum over the images of their k-th goal's score: a scalar to differentiate, float32 or wider.
 
         Images do not meet inside a network in eval mode, so its gradient at image n is that of image n's own score.
         """
-        ...
 
-    def values(self, n: int, output: Any) -> Tensor:  # noqa: ANN401 - what a network returns
+    @abstractmethod
+    def scores_of(self, n: int, output: Any) -> Tensor:  # noqa: ANN401 - what a network returns
         """The scores (R, K) of image n's goals in an output for R changed versions of that image, float32 or wider."""
-        ...
 
+    @abstractmethod
     def probabilities(self, n: int, output: Any) -> Tensor:  # noqa: ANN401 - what a network returns
         """The same as probabilities, in [0, 1]."""
-        ...
 
-    def fixed(self, n: int) -> Target:
+    @abstractmethod
+    def by_name(self, n: int) -> Target:
         """Image n's goals as a target that names them, whatever a changed version of the image scores highest.
 
         In such a version a goal may be missing: its score is 0 there.
         """
-        ...
 
-    def contrary(self, n: int) -> Target | None:
-        """Something that the network sees least of in image n, as a target; None where there is no such thing."""
-        ...
+    def least_probable(self, n: int) -> Target | None:  # noqa: ARG002 - for tasks that have no such thing
+        """What the network sees least of in image n, as a target; None where the task has no such thing."""
+        return None
 
+    @abstractmethod
     def result(self, n: int, maps: Float32Array, scales: Float32Array, offsets: Float32Array) -> ImageResult:
         """Image n's result.
 
@@ -63,22 +66,22 @@ class Goals(Protocol):
             scales: (width,).
             offsets: (width,).
         """
-        ...
 
 
-class TaskModel(Protocol):
-    """How networks of one task are run and what can be explained about them."""
+class TaskModel(ABC):
+    """How networks of one task are run and what can be explained about them.
 
-    @property
-    def task(self) -> Task:
-        """Which task."""
-        ...
+    Attributes:
+        task: which task.
+    """
 
+    task: Task
+
+    @abstractmethod
     def run(self, module: nn.Module, inputs: Tensor) -> Any:  # noqa: ANN401 - what a network returns
         """Run a network on (R, 3, H, W), normalised; return whatever the other methods understand."""
-        ...
 
-    def share(self, module: nn.Module, size_px: tuple[int, int]) -> tuple[float, float]:
+    def part_on_image(self, module: nn.Module, size_px: tuple[int, int]) -> tuple[float, float]:  # noqa: ARG002
         """The part of a layer's map that lies on the image, of its height and width from the top left.
 
         1 unless the network pads images.
@@ -87,12 +90,13 @@ class TaskModel(Protocol):
             module: the network.
             size_px: (height, width) of the image.
         """
-        ...
+        return 1.0, 1.0
 
     def rows(self, output: Any) -> int:  # noqa: ANN401 - what a network returns
         """For how many images an output is."""
-        ...
+        return len(output)
 
+    @abstractmethod
     def goals(self, output: Any, targets: Sequence[Target], *, score: Score, run: RunImages) -> Goals:  # noqa: ANN401
         """Find what the targets ask for in the network's output for N images.
 
@@ -104,16 +108,41 @@ class TaskModel(Protocol):
 
         Raises:
             InvalidArgument: a target cannot be met by this image; names the field.
+            TypeError: a target is of another task.
         """
-        ...
 
+    @abstractmethod
     def total(self, output: Any, class_count: int) -> Tensor:  # noqa: ANN401 - what a network returns
         """A scalar that depends on all scores: layers that it does not depend on cannot be explained by gradients.
 
         Raises:
             ModelLoadError: the output is not of this task.
         """
-        ...
+
+
+def sum_of(output: Tensor, class_count: int) -> Tensor:
+    """The sum of an output (1, class_count), for `TaskModel.total`.
+
+    Raises:
+        ModelLoadError: it is of another shape.
+    """
+    if output.ndim != 2 or output.shape[1] != class_count:
+        raise ModelLoadError(f"the model gives an output of shape {tuple(output.shape)}, not (1, {class_count})")
+    return output.sum()
+
+
+def logits_of(output: Any) -> Tensor:  # noqa: ANN401 - what a network returns
+    """The logits in a network's output: the tensor itself, or its `logits`.
+
+    Raises:
+        ModelLoadError: there are none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    raise ModelLoadError(f"the model gives a {type(output).__name__}, not a tensor of logits")
 
 
 def has_goals(goals: Goals) -> bool:

@@ -1,23 +1,21 @@
 """Classification, single- and multi-label: the goals are classes, their scores functions of the logits."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from heatlens_server.backends.torch.cam.targets import class_scores, probabilities, resolve
-from heatlens_server.backends.torch.goals.base import RunImages
+from heatlens_server.backends.torch.goals.base import Goals, RunImages, TaskModel, logits_of, sum_of
 from heatlens_server.core.arrays import Float32Array
-from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import ABSENT, RANKED, Score
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import ClassIds, ClassTarget, Target, TopK, class_targets
 from heatlens_server.core.tasks import Task
 
 
-class ClassGoals:
-    """Classes of N images. Implements `goals.base.Goals`."""
+class ClassGoals(Goals):
+    """Classes of N images."""
 
     def __init__(self, logits: Tensor, targets: Sequence[ClassTarget], *, score: Score, sigmoid: bool) -> None:
         """Rank the classes.
@@ -49,7 +47,7 @@ class ClassGoals:
         """The sum of every image's k-th class's score."""
         return self._scores[:, k].sum()
 
-    def values(self, n: int, output: Tensor) -> Tensor:
+    def scores_of(self, n: int, output: Tensor) -> Tensor:
         """Scores (R, K) of image n's classes in logits (R, C)."""
         return class_scores(output, self._ids_of(n).expand(len(output), -1), self._kind, sigmoid=self._sigmoid)
 
@@ -57,11 +55,11 @@ class ClassGoals:
         """Probabilities (R, K) of image n's classes in logits (R, C)."""
         return probabilities(output, sigmoid=self._sigmoid)[:, self._ids_of(n)]
 
-    def fixed(self, n: int) -> ClassIds:
+    def by_name(self, n: int) -> ClassIds:
         """Image n's classes by id."""
         return ClassIds(tuple(self._ids_of(n).tolist()))
 
-    def contrary(self, n: int) -> ClassIds:
+    def least_probable(self, n: int) -> ClassIds:
         """The least probable class."""
         return ClassIds((int(self._logits[n].argmin()),))
 
@@ -80,8 +78,8 @@ class ClassGoals:
         return self._ids[n, : self._counts[n]]
 
 
-class Classification:
-    """Runs classifiers. Implements `goals.base.TaskModel`."""
+class Classification(TaskModel):
+    """Runs classifiers."""
 
     def __init__(self, *, multi_label: bool = False) -> None:
         """Describe the classifiers.
@@ -90,23 +88,11 @@ class Classification:
             multi_label: whether classes do not exclude each other: a class's probability is the sigmoid of its logit.
         """
         self._multi_label = multi_label
-
-    @property
-    def task(self) -> Task:
-        """Which of the two."""
-        return Task.MULTI_LABEL if self._multi_label else Task.CLASSIFICATION
+        self.task = Task.MULTI_LABEL if multi_label else Task.CLASSIFICATION
 
     def run(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """Logits (R, C) of inputs (R, 3, H, W)."""
         return logits_of(module(inputs))
-
-    def share(self, module: nn.Module, size_px: tuple[int, int]) -> tuple[float, float]:  # noqa: ARG002 - of any
-        """All of it."""
-        return 1.0, 1.0
-
-    def rows(self, output: Tensor) -> int:
-        """R."""
-        return len(output)
 
     def goals(self, output: Tensor, targets: Sequence[Target], *, score: Score, run: RunImages) -> ClassGoals:  # noqa: ARG002
         """Find the classes that are asked for."""
@@ -114,23 +100,7 @@ class Classification:
 
     def total(self, output: Tensor, class_count: int) -> Tensor:
         """The sum of the logits."""
-        if output.ndim != 2 or output.shape[1] != class_count:
-            raise ModelLoadError(f"the model gives an output of shape {tuple(output.shape)}, not (1, {class_count})")
-        return output.sum()
-
-
-def logits_of(output: Any) -> Tensor:  # noqa: ANN401 - what a network returns
-    """The logits in a network's output: the tensor itself, or its `logits`.
-
-    Raises:
-        ModelLoadError: there are none.
-    """
-    if isinstance(output, Tensor):
-        return output
-    logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    raise ModelLoadError(f"the model gives a {type(output).__name__}, not a tensor of logits")
+        return sum_of(output, class_count)
 
 
 def _wanted(targets: Sequence[ClassTarget], device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import box_iou
 
 from heatlens_server.backends.torch.cam.precision import at_least_float32
-from heatlens_server.backends.torch.goals.base import RunImages
+from heatlens_server.backends.torch.goals.base import Goals, RunImages, TaskModel
 from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import ABSENT, Score
@@ -46,8 +46,8 @@ class _Goals:
     labels: Tensor
 
 
-class BoxGoals:
-    """Detections of N images. Implements `goals.base.Goals`.
+class BoxGoals(Goals):
+    """Detections of N images.
 
     The score of a detection is its score before softmax or sigmoid, or the score itself. Changed versions of an image
     are scored as by `FasterRCNNBoxScoreTarget` of the `grad-cam` package 1.5.7: the box that overlaps a detection's the
@@ -91,7 +91,7 @@ class BoxGoals:
         scores = torch.cat(chosen)
         return (_logits(scores) if self._kind is Score.LOGIT else scores).sum()
 
-    def values(self, n: int, output: Sequence[Found]) -> Tensor:
+    def scores_of(self, n: int, output: Sequence[Found]) -> Tensor:
         """Scores (R, K) of image n's detections in what was found in R changed versions of it."""
         matches = [_match(self._goals[n], found) for found in output]
         return torch.stack([overlaps + scores for overlaps, scores in matches])
@@ -99,19 +99,15 @@ class BoxGoals:
     def probabilities(self, n: int, output: Sequence[Found]) -> Tensor:
         """Intersection over union times score, (R, K): 0 where a detection is lost (Petsiuk et al. 2021).
 
-        Their similarity, https://arxiv.org/abs/2006.03204, equation 6, for the box that `values` takes.
+        Their similarity, https://arxiv.org/abs/2006.03204, equation 6, for the box that `scores_of` takes.
         """
         matches = [_match(self._goals[n], found) for found in output]
         return torch.stack([overlaps * scores for overlaps, scores in matches])
 
-    def fixed(self, n: int) -> Boxes:
+    def by_name(self, n: int) -> Boxes:
         """Image n's detections by box and label."""
         goals = self._goals[n]
         return Boxes(tuple(_box(box) for box in goals.boxes.tolist()), tuple(goals.labels.tolist()))
-
-    def contrary(self, n: int) -> None:  # noqa: ARG002 - whatever it shows
-        """None: what was not found has no box."""
-        return
 
     def result(self, n: int, maps: Float32Array, scales: Float32Array, offsets: Float32Array) -> ImageResult:
         """Image n's detections and maps."""
@@ -183,8 +179,8 @@ def _box(values: Sequence[float]) -> tuple[float, float, float, float]:
     return left, top, right, bottom
 
 
-class Detection:
-    """Runs networks that take images and return what they found in each. Implements `goals.base.TaskModel`."""
+class Detection(TaskModel):
+    """Runs networks that take images and return what they found in each."""
 
     task = Task.DETECTION
 
@@ -193,7 +189,7 @@ class Detection:
         found: list[Found] = module(list(inputs))
         return found
 
-    def share(self, module: nn.Module, size_px: tuple[int, int]) -> tuple[float, float]:
+    def part_on_image(self, module: nn.Module, size_px: tuple[int, int]) -> tuple[float, float]:
         """Less than 1 where torchvision's transform pads what it has resized, to a multiple of 32 pixels."""
         transform = getattr(module, "transform", None)
         if not isinstance(transform, GeneralizedRCNNTransform):
@@ -206,10 +202,6 @@ class Detection:
         multiple = transform.size_divisible
         down, across = (side / (math.ceil(side / multiple) * multiple) for side in resized)
         return down, across
-
-    def rows(self, output: Sequence[Found]) -> int:
-        """R."""
-        return len(output)
 
     def goals(self, output: Sequence[Found], targets: Sequence[Target], *, score: Score, run: RunImages) -> BoxGoals:  # noqa: ARG002
         """Choose the detections that are asked for.

@@ -9,10 +9,8 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
 from torch import Tensor, nn
 
 from heatlens_server.backends.torch.cam.precision import at_least_float32
-from heatlens_server.backends.torch.goals.base import RunImages
-from heatlens_server.backends.torch.goals.classification import logits_of
+from heatlens_server.backends.torch.goals.base import Goals, RunImages, TaskModel, logits_of, sum_of
 from heatlens_server.core.arrays import Float32Array
-from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import Score
 from heatlens_server.core.results import Finding, ImageResult
 from heatlens_server.core.targets import Similarity, Target
@@ -25,8 +23,8 @@ _HALF_ROUNDINGS = 2
 """The same for half precision, in units of its rounding."""
 
 
-class SimilarityGoals:
-    """The cosine similarity of each of N images to its reference. Implements `goals.base.Goals`."""
+class SimilarityGoals(Goals):
+    """The cosine similarity of each of N images to its reference."""
 
     width = 1
 
@@ -51,7 +49,7 @@ class SimilarityGoals:
         """The sum of every image's score."""
         return self._scored(_similarity(self._embeddings, self._references)).sum()
 
-    def values(self, n: int, output: Tensor) -> Tensor:
+    def scores_of(self, n: int, output: Tensor) -> Tensor:
         """Scores (R, 1) of embeddings (R, D) with image n's reference."""
         return self._scored(_similarity(output, self._references[n : n + 1]))[:, None]
 
@@ -59,13 +57,9 @@ class SimilarityGoals:
         """(1 + s) / 2, (R, 1), of embeddings (R, D) with image n's reference."""
         return (1.0 + _similarity(output, self._references[n : n + 1]))[:, None] / 2.0
 
-    def fixed(self, n: int) -> Similarity:
+    def by_name(self, n: int) -> Similarity:
         """The reference's embedding."""
         return Similarity(self._references[n].float().cpu().numpy())
-
-    def contrary(self, n: int) -> None:  # noqa: ARG002 - whatever it shows
-        """None: the opposite of a reference has the negative of every map."""
-        return
 
     def result(self, n: int, maps: Float32Array, scales: Float32Array, offsets: Float32Array) -> ImageResult:
         """Image n's embedding, similarity and map."""
@@ -112,22 +106,14 @@ def _of_ordinary_scale(reference: npt.ArrayLike) -> Float32Array:
     return scaled
 
 
-class Embedding:
-    """Runs networks that return (N, D). Implements `goals.base.TaskModel`."""
+class Embedding(TaskModel):
+    """Runs networks that return (N, D)."""
 
     task = Task.EMBEDDING
 
     def run(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """Embeddings (R, D) of inputs (R, 3, H, W)."""
         return logits_of(module(inputs))
-
-    def share(self, module: nn.Module, size_px: tuple[int, int]) -> tuple[float, float]:  # noqa: ARG002 - of any
-        """All of it."""
-        return 1.0, 1.0
-
-    def rows(self, output: Tensor) -> int:
-        """R."""
-        return len(output)
 
     def goals(self, output: Tensor, targets: Sequence[Target], *, score: Score, run: RunImages) -> SimilarityGoals:
         """Take the references, or run the network on those that are images.
@@ -149,6 +135,4 @@ class Embedding:
 
     def total(self, output: Tensor, class_count: int) -> Tensor:
         """The sum of the elements."""
-        if output.ndim != 2 or output.shape[1] != class_count:
-            raise ModelLoadError(f"the model gives an output of shape {tuple(output.shape)}, not (1, {class_count})")
-        return output.sum()
+        return sum_of(output, class_count)

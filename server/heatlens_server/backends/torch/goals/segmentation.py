@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from heatlens_server.backends.torch.cam.precision import at_least_float32
 from heatlens_server.backends.torch.cam.targets import class_scores
-from heatlens_server.backends.torch.goals.base import RunImages
+from heatlens_server.backends.torch.goals.base import Goals, RunImages, TaskModel
 from heatlens_server.backends.torch.sources.backbone_layers import class_maps
 from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.errors import ModelLoadError
@@ -39,8 +39,8 @@ class _Goal:
     area: float
 
 
-class PixelGoals:
-    """Classes of N images, each over its pixels. Implements `goals.base.Goals`.
+class PixelGoals(Goals):
+    """Classes of N images, each over its pixels.
 
     The score of a class is the sum over its pixels of the score that it has there, as `SemanticSegmentationTarget` of
     the `grad-cam` package 1.5.7: of its logits, or of what `cam.targets.class_scores` makes of a pixel's logits.
@@ -80,7 +80,7 @@ class PixelGoals:
         ]
         return torch.stack(found).sum()
 
-    def values(self, n: int, output: Tensor) -> Tensor:
+    def scores_of(self, n: int, output: Tensor) -> Tensor:
         """Scores (R, K) of image n's classes, over their pixels, in logits (R, C, H, W)."""
         return self._of_rows(n, output, self._kind)
 
@@ -89,15 +89,11 @@ class PixelGoals:
         counts = torch.stack([goal.mask.sum() for goal in self._goals[n]]).clamp(min=1)
         return self._of_rows(n, output, Score.PROBABILITY) / counts
 
-    def fixed(self, n: int) -> Pixels:
+    def by_name(self, n: int) -> Pixels:
         """Image n's classes by id, each over its pixels."""
         goals = self._goals[n]
         masks = np.stack([goal.mask.cpu().numpy() for goal in goals])
         return Pixels(ClassIds(tuple(goal.class_id for goal in goals)), masks)
-
-    def contrary(self, n: int) -> None:  # noqa: ARG002 - whatever it shows
-        """None: what a network sees nowhere has no pixels."""
-        return
 
     def result(self, n: int, maps: Float32Array, scales: Float32Array, offsets: Float32Array) -> ImageResult:
         """Image n's classes, maps and predicted mask."""
@@ -152,8 +148,8 @@ def _total(logits: Tensor, goal: _Goal, kind: Score) -> Tensor:
     return class_scores(pixels, ids, kind).sum()
 
 
-class Segmentation:
-    """Runs networks that return (N, C, h, w), or a mapping with that as "out". Implements `goals.base.TaskModel`."""
+class Segmentation(TaskModel):
+    """Runs networks that return (N, C, h, w), or a mapping with that as "out"."""
 
     task = Task.SEGMENTATION
 
@@ -164,14 +160,6 @@ class Segmentation:
         if logits.shape[2:] == size:
             return logits
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-
-    def share(self, module: nn.Module, size_px: tuple[int, int]) -> tuple[float, float]:  # noqa: ARG002 - of any
-        """All of it."""
-        return 1.0, 1.0
-
-    def rows(self, output: Tensor) -> int:
-        """R."""
-        return len(output)
 
     def goals(self, output: Tensor, targets: Sequence[Target], *, score: Score, run: RunImages) -> PixelGoals:  # noqa: ARG002
         """Find the classes that are asked for, and their pixels.

@@ -35,7 +35,7 @@ def guided_grad_cam(model: TorchModel, inputs: Tensor, targets: Sequence[Target]
     leaf = inputs.detach().requires_grad_()
     coarse = closed_form(model, inputs, targets, dataclasses.replace(spec, method=Method.GRAD_CAM, principal=False))
     # The same classes, whatever rounding does to the logits of a second run.
-    fixed = [coarse.goals.fixed(n) for n in range(len(inputs))]
+    fixed = [coarse.goals.by_name(n) for n in range(len(inputs))]
     with Substitution(_GUIDED):
         # A copy: the network may change its input in place.
         output = model.run(leaf.clone())

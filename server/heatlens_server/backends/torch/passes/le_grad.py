@@ -32,7 +32,7 @@ def le_grad(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: 
     output, scored, matrices = model.attention.record(lambda: model.run(inputs))
     n, blocks = len(inputs), len(model.attention.blocks)
     goals = model.task.goals(output, targets, score=spec.score, run=model.run_images)
-    fixed = [goals.fixed(image) for image in range(n)]
+    fixed = [goals.by_name(image) for image in range(n)]
     of_blocks = model.task.goals(scored, fixed * blocks, score=spec.score, run=model.run_images)
     grid = model.model.grid(model.model.layers[0])
     maps = []

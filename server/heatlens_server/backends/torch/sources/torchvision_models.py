@@ -8,7 +8,6 @@ from typing import Any
 import torchvision
 from torch import nn
 
-from heatlens_server.backends.torch.sources.random_heads import settle
 from heatlens_server.backends.torch.sources.source import (
     SourcedModel,
     as_module,
@@ -71,8 +70,6 @@ def load_torchvision(name: str, weights: str, task: Task | None) -> SourcedModel
     entry = _entry(name, weights)
     if weights == "none":
         module = _build(name, own_task, entry, weights, None)
-        if own_task is not Task.CLASSIFICATION:
-            settle(module)
     elif is_file(weights):
         module = build_with_weights(
             lambda class_count: _build(name, own_task, entry, weights, class_count),

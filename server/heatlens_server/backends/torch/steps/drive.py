@@ -49,7 +49,7 @@ def explain_in_steps(model: TorchModel, image: UInt8Array, target: Target, spec:
     size_px = (image.shape[0], image.shape[1])
     explained = yield from raw_maps(model, inputs, [target], spec, rows=rows)
     maps = explained.maps(spec, size_px)
-    fixed = explained.goals.fixed(0)
+    fixed = explained.goals.by_name(0)
     if spec.augment:
         yield
         maps = yield from _smoothed(model, inputs, fixed, spec, maps, rows=rows)

@@ -60,12 +60,12 @@ class Job:
     def scores_of_inputs(self, inputs: Tensor) -> Tensor:
         """The scores, float32 (R, K), of R changed images (R, 3, H, W); one step."""
         with torch.no_grad():
-            return self.goals.values(0, self.model.run(inputs)).float()
+            return self.goals.scores_of(0, self.model.run(inputs)).float()
 
     def scores_of_features(self, change: Callable[[LayerOutput], LayerOutput], rows: int) -> Tensor:
         """The scores, float32 (rows, K), of the image with the layer's output changed in `rows` ways; one step."""
         with torch.no_grad():
-            return self.goals.values(0, self.model.replay(self.inputs, self.layer, change, rows)).float()
+            return self.goals.scores_of(0, self.model.replay(self.inputs, self.layer, change, rows)).float()
 
 
 MapSteps = Generator[None, None, Tensor]

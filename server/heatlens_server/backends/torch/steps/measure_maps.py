@@ -57,9 +57,9 @@ def measure_maps(
         others[Metric.MODEL_RANDOMISATION] = again.maps(plain, size_px).values[0]
         del again
         yield
-    contrary = goals.contrary(0)
-    if Metric.CLASS_SENSITIVITY in spec.metrics and contrary is not None:
-        again = yield from remake(model, inputs, [contrary], plain, rows=rows)
+    least_probable = goals.least_probable(0)
+    if Metric.CLASS_SENSITIVITY in spec.metrics and least_probable is not None:
+        again = yield from remake(model, inputs, [least_probable], plain, rows=rows)
         others[Metric.CLASS_SENSITIVITY] = again.maps(plain, size_px).values[0].expand_as(at_input)
         del again
         yield

@@ -41,7 +41,7 @@ def _gradients(job: Job, inputs: Tensor) -> Iterator[Tensor]:
     leaf = outputs[job.layer]
     if not isinstance(leaf, Tensor):
         raise TypeError("a pyramid of feature maps has no gradient here")
-    scores = job.goals.values(0, output).sum(dim=0)
+    scores = job.goals.scores_of(0, output).sum(dim=0)
     for k, score in enumerate(scores):
         # A goal that none of the changed images has is a constant.
         (gradient,) = (

@@ -155,7 +155,8 @@ def test_the_share_of_the_image_is_that_of_the_networks_own_transform(family):
     for size in ((96, 96), (96, 130), (70, 101), (333, 20), (1, 1), (500, 499)):
         batch, _ = module.transform([torch.zeros(3, *size)])
         ((height, width),) = batch.image_sizes
-        assert Detection().share(module, size) == (height / batch.tensors.shape[2], width / batch.tensors.shape[3])
+        padded = batch.tensors.shape[2:]
+        assert Detection().part_on_image(module, size) == (height / padded[0], width / padded[1])
 
 
 def test_every_method_gives_finite_maps(faster_rcnn):
@@ -289,17 +290,17 @@ class TestMatching:
             self.changed([[20, 20, 30, 25]], [2], [0.9]),
             self.changed([], [], []),
         ]
-        np.testing.assert_allclose(goals.values(0, output), [[0.8 + 0.4, 0], [0, 0], [0, 0]], atol=1e-6)
+        np.testing.assert_allclose(goals.scores_of(0, output), [[0.8 + 0.4, 0], [0, 0], [0, 0]], atol=1e-6)
         np.testing.assert_allclose(goals.probabilities(0, output), [[0.8 * 0.4, 0], [0, 0], [0, 0]], atol=1e-6)
 
     def test_agrees_with_the_package_where_labels_do_not_compete(self):
         goals = self.goals(Detections(0.8, 1))
         output = self.changed([[21, 20, 30, 30], [0, 0, 9, 9]], [2, 1], [0.3, 0.9])
         theirs = FasterRCNNBoxScoreTarget(labels=[2], bounding_boxes=[FOUND["boxes"][1].numpy()])
-        assert float(goals.values(0, [output])[0, 0]) == pytest.approx(float(theirs(output)))
+        assert float(goals.scores_of(0, [output])[0, 0]) == pytest.approx(float(theirs(output)))
 
     def test_fixed_detections_are_found_again_or_score_nothing(self):
-        fixed = self.goals(Detections(0.5, 3)).fixed(0)
+        fixed = self.goals(Detections(0.5, 3)).by_name(0)
         assert fixed == Boxes(((20, 20, 30, 30), (40, 40, 40, 50), (0, 0, 10, 10)), (2, 3, 1))
         again = BoxGoals(
             [self.changed([[0, 0, 10, 9], [60, 60, 70, 70]], [1, 2], [0.2, 0.9])], [fixed], score=Score.PROBABILITY

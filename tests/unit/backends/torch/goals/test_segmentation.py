@@ -203,12 +203,12 @@ class TestGoals:
         assert goals.score(0) == 4
         changed = torch.zeros(2, 3, 1, 3)
         changed[1, 1] = torch.tensor([[5.0, 1.0, 2.0]])
-        assert goals.values(0, changed).tolist() == [[0, 0], [3, 0]]
+        assert goals.scores_of(0, changed).tolist() == [[0, 0], [3, 0]]
         np.testing.assert_allclose(goals.probabilities(0, changed)[0], [1 / 3, 1 / 3], rtol=1e-5)
 
     def test_fixed_goals_keep_each_class_its_own_pixels(self):
         goals = PixelGoals(self.LOGITS, [Pixels(TopK(2))], score=Score.LOGIT)
-        fixed = goals.fixed(0)
+        fixed = goals.by_name(0)
         assert fixed.mask.shape == (2, 1, 3)
         again = PixelGoals(torch.ones(1, 3, 1, 3), [fixed], score=Score.LOGIT)
         assert [float(again.score(k)) for k in range(2)] == [2, 1]

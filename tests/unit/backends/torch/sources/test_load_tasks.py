@@ -18,6 +18,7 @@ from heatlens_server.core.preprocess import PreprocessSpec
 from heatlens_server.core.targets import Detections, Pixels, TopK
 from heatlens_server.core.tasks import Task
 from heatlens_server.imaging.preprocess import fit
+from random_heads import calibrate_heads
 from task_models import DETECTORS, Embedder, Segmenter
 
 
@@ -48,14 +49,15 @@ def refusal(source, **options):
     return str(caught.value)
 
 
-def test_random_networks_see_something():
-    """Without training: torchvision's detectors would find nothing, and networks for segmentation one class."""
+def test_random_networks_are_explained():
+    """With calibrated heads: as they are drawn, detectors find nothing, and segmentation knows one class."""
     photo = data.chelsea()
     for name, target in (
         ("ssdlite320_mobilenet_v3_large", Detections(0.5, 5)),
         ("lraspp_mobilenet_v3_large", Pixels(TopK(5))),
     ):
         model = load(f"torchvision:{name}", weights="none")
+        calibrate_heads(model.module)
         assert model.task is (Task.SEGMENTATION if isinstance(target, Pixels) else Task.DETECTION)
         assert len(model.labels) == model.class_count
         image = fit(photo, model.preprocess).pixels

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 _PX = 256
@@ -38,7 +38,7 @@ _BOXES = r"head\.regression_head\.bbox_reg"
 """RetinaNet: boxes are moved by parts of themselves. FCOS: distances to the four sides, cut off at 0."""
 
 
-def settle(module: nn.Module) -> None:
+def calibrate_heads(module: nn.Module) -> None:
     """Set the output layers of a random network so that it sees something in noise. The same for the same network.
 
     Args:
@@ -73,14 +73,14 @@ def _is_last(name: str, named: dict[str, nn.Module]) -> bool:
 
 
 def _once(mean: float, spread: float) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-    settled = False
+    calibrated = False
 
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        nonlocal settled
+        nonlocal calibrated
         # Heads run on level after level: the first one, of the finest, counts.
-        if settled or len(output) == 0:
+        if calibrated or len(output) == 0:
             return None
-        settled = True
+        calibrated = True
         assert isinstance(layer, nn.Conv2d | nn.Linear)
         channels = output.transpose(0, 1).flatten(1)
         if layer.bias is not None:
