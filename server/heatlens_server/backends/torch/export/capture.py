@@ -18,8 +18,9 @@ from torch.fx import Node
 
 from heatlens_server.backends.torch.cam.grid import Grid, from_map, to_map
 from heatlens_server.backends.torch.export.functional import functional
+from heatlens_server.backends.torch.goals.base import logits_of
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
-from heatlens_server.core.errors import ExportError
+from heatlens_server.core.errors import ExportError, ModelLoadError
 from heatlens_server.core.graph_spec import CLASS_INDEX, IMAGE, InputKind
 
 # Traced with sizes that are no other dimension's and not 0 or 1, which torch would bake in.
@@ -90,20 +91,6 @@ class _Wrapped(nn.Module):
         return logits_of(self.module(image)), class_index
 
 
-def logits_of(output: object) -> Tensor:
-    """The logits in a model's output: the tensor itself, or its `logits`.
-
-    Raises:
-        ExportError: there are none.
-    """
-    if isinstance(output, Tensor):
-        return output
-    logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    raise ExportError(f"the model gives a {type(output).__name__}, not a tensor of logits")
-
-
 def capture(
     model: LoadedModel, layers: Sequence[str], *, input_kind: InputKind, precision: str, classes: int | None
 ) -> Captured:
@@ -135,7 +122,9 @@ def capture(
             )
     except ExportError:
         raise
-    # A network is somebody else's code and may raise anything.
+    except ModelLoadError as error:
+        raise ExportError(str(error)) from error
+    # A network is foreign code and may raise anything.
     except Exception as error:
         raise ExportError(f"the network cannot be recorded for every batch size ({type(error).__name__})") from error
     finally:

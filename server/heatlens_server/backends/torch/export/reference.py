@@ -4,7 +4,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import TypeVar
 
@@ -87,27 +87,15 @@ class Network:
         Raises:
             ExportError: the network fails in this precision, or its logits do not depend on a layer.
         """
-        chunks = [slice(start, start + _CHUNK) for start in range(0, len(pixels), _CHUNK)]
-        parts = self._guarded(
-            lambda: [
-                self._chunk(
-                    pixels[chunk],
-                    layers,
-                    class_ids if isinstance(class_ids, int) else class_ids[chunk],
-                    partial(class_scores, kind=score, sigmoid=multi_label),
-                )
-                for chunk in chunks
-            ]
-        )
-        return {
-            layer: Reference(
-                logits=torch.cat([part[layer].logits for part in parts]),
-                class_ids=torch.cat([part[layer].class_ids for part in parts]),
-                activations=torch.cat([part[layer].activations for part in parts]),
-                gradients=torch.cat([part[layer].gradients for part in parts]),
-            )
-            for layer in layers
-        }
+        scores = partial(class_scores, kind=score, sigmoid=multi_label)
+
+        def run(start: int) -> dict[str, Reference]:
+            chunk = slice(start, start + _CHUNK)
+            ids = class_ids if isinstance(class_ids, int) else class_ids[chunk]
+            return self._chunk(pixels[chunk], layers, ids, scores)
+
+        parts = self._guarded(lambda: [run(start) for start in range(0, len(pixels), _CHUNK)])
+        return {layer: _joined([part[layer] for part in parts]) for layer in layers}
 
     def check_steady(self, pixels: npt.NDArray[np.uint8], layers: Sequence[str]) -> None:
         """Check that logits and activations of an image are the same in every run and every batch.
@@ -137,7 +125,8 @@ class Network:
 
         def run(start: int) -> list[Tensor]:
             logits, kept = self._forward(pixels[start : start + chunk], layers)
-            return [_widened(tensor.detach()).flatten(1) for tensor in (logits, *(kept[layer] for layer in layers))]
+            tensors = (logits, *(kept[layer] for layer in layers))
+            return [_at_least_float32(tensor.detach()).flatten(1) for tensor in tensors]
 
         parts = self._guarded(lambda: [run(start) for start in range(0, len(pixels), chunk)])
         return [torch.cat(figure) for figure in zip(*parts, strict=True)]
@@ -151,7 +140,7 @@ class Network:
         try:
             with torch.inference_mode(mode=False), torch.enable_grad():
                 return run()
-        # A network is somebody else's code and may raise anything; many have a dtype written into them.
+        # A network is foreign code and may raise anything; many have a dtype written into them.
         except Exception as error:
             name = str(self._dtype).removeprefix("torch.")
             raise ExportError(
@@ -200,10 +189,10 @@ class Network:
         ]
         return {
             layer: Reference(
-                logits=_widened(logits.detach()),
+                logits=_at_least_float32(logits.detach()),
                 class_ids=class_ids,
-                activations=_widened(self._map(layer, kept[layer].detach())),
-                gradients=_widened(torch.stack([self._map(layer, gradient) for gradient in gradients], dim=1)) / scale,
+                activations=_at_least_float32(self._map(layer, kept[layer].detach())),
+                gradients=_at_least_float32(torch.stack([self._map(layer, one) for one in gradients], dim=1)) / scale,
             )
             for layer, gradients in zip(layers, zip(*by_class, strict=True), strict=True)
         }
@@ -221,12 +210,12 @@ class Network:
 
 
 @contextmanager
-def unhurried(module: nn.Module) -> Iterator[None]:
+def one_thread_for_grouped_convs(module: nn.Module) -> Iterator[None]:
     """Let torch run a network with grouped convolutions on one thread, if this is the process's main thread.
 
-    They are many tiny parallel sections, in float64 one for every group. Where anything else runs on the machine,
-    threads that wait for each other at the end of each take 6 to 40 times as long as one thread does. In other threads
-    nothing is changed: threads of an engine that begin meanwhile would keep the number.
+    Grouped convolutions are many tiny parallel sections, in float64 one for every group. On a machine that does other
+    work too, threads that wait for each other at the end of each section take 6 to 40 times as long as one thread does.
+    In other threads nothing is changed: an engine's threads that start meanwhile would keep the number.
     """
     grouped = any(isinstance(child, nn.Conv2d) and child.groups > 1 for child in module.modules())
     if not grouped or threading.current_thread() is not threading.main_thread():
@@ -238,6 +227,11 @@ def unhurried(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(count)
+
+
+def _joined(parts: Sequence[Reference]) -> Reference:
+    """One reference of all images."""
+    return Reference(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Reference)))
 
 
 def pooled(gradients: Tensor) -> Tensor:
@@ -256,7 +250,7 @@ def _agree(first: Sequence[Tensor], second: Sequence[Tensor], tolerance: float) 
     return True
 
 
-def _widened(tensor: Tensor) -> Tensor:
+def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

@@ -3,6 +3,7 @@
 import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from torch import Tensor
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import CLASS_INDEX, IMAGE, Format, Output
 
-Run = Callable[[npt.NDArray[Any], npt.NDArray[np.int64]], Mapping[Output, npt.NDArray[Any]]]
+RunFile = Callable[[npt.NDArray[Any], npt.NDArray[np.int64]], Mapping[Output, npt.NDArray[Any]]]
 """Runs a graph on image (N, 3, H, W) and class_index (N, K)."""
 
+_RunInOrder = Callable[[npt.NDArray[Any], npt.NDArray[np.int64]], Sequence[npt.NDArray[Any]]]
+"""The same; the outputs come in order."""
 
-def open_graph(path: Path, file_format: Format, outputs: Sequence[Output]) -> Run:
+
+def open_graph(path: Path, file_format: Format, outputs: Sequence[Output]) -> RunFile:
     """Load an exported graph on the CPU.
 
     Args:
@@ -32,25 +36,23 @@ def open_graph(path: Path, file_format: Format, outputs: Sequence[Output]) -> Ru
     Raises:
         ExportError: the runtime is not installed or refuses the file.
     """
-    run_plain = _openers[file_format](path, outputs)
+    run_in_order = _OPENERS[file_format](path, outputs)
 
     def run(image: npt.NDArray[Any], class_index: npt.NDArray[np.int64]) -> Mapping[Output, npt.NDArray[Any]]:
         try:
-            values = run_plain(image, class_index)
+            values = run_in_order(image, class_index)
         # Every runtime has exceptions of its own.
         except Exception as error:
+            first_line = next((line for line in str(error).splitlines() if line.strip()), "")[:200]
             raise ExportError(
-                f"{path.name} does not run on a batch of {len(image)} ({type(error).__name__}: {_first_line(error)})"
+                f"{path.name} does not run on a batch of {len(image)} ({type(error).__name__}: {first_line})"
             ) from error
         return dict(zip(outputs, values, strict=True))
 
     return run
 
 
-_PlainRun = Callable[[npt.NDArray[Any], npt.NDArray[np.int64]], Sequence[npt.NDArray[Any]]]
-
-
-def _open_onnx(path: Path, outputs: Sequence[Output]) -> _PlainRun:
+def _open_onnx(path: Path, outputs: Sequence[Output]) -> _RunInOrder:
     try:
         # An extra: exports can be made without it.
         onnxruntime = importlib.import_module("onnxruntime")
@@ -79,42 +81,28 @@ def _open_onnx(path: Path, outputs: Sequence[Output]) -> _PlainRun:
     return run
 
 
-def _open_torchscript(path: Path, _outputs: Sequence[Output]) -> _PlainRun:
+def _open_in_torch(
+    loader: str, load: Callable[[str], Callable[..., Sequence[Tensor]]], path: Path, _outputs: Sequence[Output]
+) -> _RunInOrder:
+    # TorchScript warns that it is deprecated, whenever it is used.
     with warnings.catch_warnings():
-        # Its deprecation is known.
         warnings.simplefilter("ignore")
         try:
-            module: Callable[..., Sequence[Tensor]] = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+            module = load(str(path))
         except Exception as error:
-            raise ExportError(f"torch.jit cannot load {path.name} ({type(error).__name__})") from error
-    return _in_torch(module)
+            raise ExportError(f"{loader} cannot load {path.name} ({type(error).__name__})") from error
 
-
-def _open_pt2(path: Path, _outputs: Sequence[Output]) -> _PlainRun:
-    try:
-        module: Callable[..., Sequence[Tensor]] = torch.export.load(path).module()
-    except Exception as error:
-        raise ExportError(f"torch.export cannot load {path.name} ({type(error).__name__})") from error
-    return _in_torch(module)
-
-
-def _in_torch(module: Callable[..., Sequence[Tensor]]) -> _PlainRun:
     @torch.inference_mode()
     def run(image: npt.NDArray[Any], class_index: npt.NDArray[np.int64]) -> Sequence[npt.NDArray[Any]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            values = module(torch.from_numpy(image), torch.from_numpy(class_index))
-        return [value.numpy() for value in values]
+            return [value.numpy() for value in module(torch.from_numpy(image), torch.from_numpy(class_index))]
 
     return run
 
 
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), "")[:200]
-
-
-_openers: Mapping[Format, Callable[[Path, Sequence[Output]], _PlainRun]] = {
+_OPENERS: Mapping[Format, Callable[[Path, Sequence[Output]], _RunInOrder]] = {
     Format.ONNX: _open_onnx,
-    Format.TORCHSCRIPT: _open_torchscript,
-    Format.PT2: _open_pt2,
+    Format.TORCHSCRIPT: partial(_open_in_torch, "torch.jit", partial(torch.jit.load, map_location="cpu")),
+    Format.PT2: partial(_open_in_torch, "torch.export", lambda path: torch.export.load(path).module()),
 }

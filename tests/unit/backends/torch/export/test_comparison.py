@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from heatlens_server.backends.torch.cam.activation_maps import fem_distance
-from heatlens_server.backends.torch.export.comparison import outputs_of, truth
-from heatlens_server.backends.torch.export.evidence import telling
+from heatlens_server.backends.torch.export.comparison import TOLERANCES, expected, outputs_of
 from heatlens_server.backends.torch.export.reference import Reference
 from heatlens_server.core.graph_spec import MAP_OUTPUTS, Output
 from heatlens_server.core.methods import Method
@@ -23,10 +22,9 @@ def reference(seed=0, n=4, k=2, c=6):
     )
 
 
-def cam_errors(judge, own, found, method=Method.FEM):
-    known = truth(judge, own, method, unknown=0.01)
+def cam_errors(truth, found, method=Method.FEM):
     outputs = outputs_of(found, method)
-    return known.error({name: outputs[name] for name in MAP_OUTPUTS}, slice(None), np.arange(2))
+    return truth.errors({name: outputs[name] for name in MAP_OUTPUTS}, slice(None))
 
 
 def nudged(judge, by):
@@ -50,29 +48,39 @@ def test_fem_may_differ_where_an_activation_is_within_rounding_of_its_rule():
     # The step is there ...
     assert np.abs(outputs_of(judge, Method.FEM)[Output.CAM] - outputs_of(below, Method.FEM)[Output.CAM]).max() > 1e-3
     # ... and not held against a graph that rounds as its network does.
-    assert max(cam_errors(judge, nudged(judge, 1e-7), below).values()) == 0.0
-    smooth = cam_errors(reference(), nudged(reference(), 1e-7), nudged(reference(), 1e-8))
-    assert max(smooth.values()) < 1e-6
+    tolerance = TOLERANCES["fp32"]
+    truth = expected(judge, nudged(judge, 1e-7), Method.FEM, unknown=2.0)
+    assert truth.known[Output.CAM].all()
+    for name, error in cam_errors(truth, below).items():
+        assert error <= 4 * truth.own_error[name]
+    # Where rounding may move a map by much, it is not compared, and proves nothing.
+    strict = expected(judge, nudged(judge, 1e-7), Method.FEM, unknown=tolerance.unknown)
+    assert strict.shaped.all(1).tolist() == strict.known[Output.CAM].all(1).tolist() == [False, True, True, True]
+    assert cam_errors(strict, below)[Output.CAM] < 1e-4
+    smooth = expected(reference(), nudged(reference(), 1e-7), Method.FEM, unknown=tolerance.unknown)
+    assert smooth.known[Output.CAM].all()
+    assert max(smooth.own_error.values()) < 1e-5
     # One that is wrong elsewhere is caught.
     wrong = replace(below, activations=below.activations.roll(1, dims=3))
-    assert cam_errors(judge, nudged(judge, 1e-7), wrong)[Output.CAM] > 0.3
+    assert cam_errors(truth, wrong)[Output.CAM] > 0.3
 
 
-def test_a_class_asked_for_twice_has_another_random_map():
+def test_further_classes_are_not_compared_and_what_is_not_finite_is_found_everywhere():
     judge = reference()
-    known = truth(judge, None, Method.RANDOM_CAM, unknown=0.01)
+    truth = expected(judge, None, Method.RANDOM_CAM, unknown=0.01)
     again = Reference(judge.logits, judge.class_ids[:, [0, 1, 0]], judge.activations, judge.gradients[:, [0, 1, 0]])
     outputs = outputs_of(again, Method.RANDOM_CAM)
     found = {name: outputs[name] for name in MAP_OUTPUTS}
-    assert max(known.error(found, slice(None), np.array([0, 1, 0])).values()) < 1e-12
-    assert (
-        known.error(found, slice(None), np.array([1, 0, 0]))[Output.CAM] == 0
-    )  # none of these is the class's own place
+    assert max(truth.errors(found, slice(None)).values()) < 1e-12
     found[Output.CAM] = found[Output.CAM].copy()
+    found[Output.CAM][:, 2] = 7.0
+    assert truth.errors(found, slice(None))[Output.CAM] < 1e-12
     found[Output.CAM][:, 2] = np.nan
-    assert np.isnan(known.error(found, slice(None), np.array([0, 1, 0]))[Output.CAM])
+    assert np.isnan(truth.errors(found, slice(None))[Output.CAM])
 
 
-def test_maps_of_activations_prove_nothing_about_gradients():
-    assert telling([Method.GRAD_CAM, Method.EIGEN_CAM, Method.FEM]) == {Method.GRAD_CAM}
-    assert telling([Method.EIGEN_CAM]) == {Method.EIGEN_CAM}
+def test_the_network_s_own_rounding_excuses_a_graph_up_to_a_limit():
+    tolerance = TOLERANCES["fp32"]
+    assert tolerance.bound(0.0) == tolerance.bound(2e-5) == 1e-4
+    assert tolerance.bound(1e-3) == 4e-3
+    assert tolerance.bound(1.0) == tolerance.limit

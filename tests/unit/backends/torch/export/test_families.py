@@ -18,7 +18,7 @@ from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer,
 from torchvision.models.vision_transformer import VisionTransformer
 
 from export_networks import normalised, run_torch
-from heatlens_server.backends.torch.export.comparison import truth
+from heatlens_server.backends.torch.export.comparison import TOLERANCES, expected
 from heatlens_server.backends.torch.export.differentiate import differentiate
 from heatlens_server.backends.torch.export.reference import Network
 from heatlens_server.backends.torch.export.verify import verify
@@ -116,10 +116,10 @@ def test_family(name):
         images, [layer], torch.tensor([[0], [3], [7]])
     )[layer]
     own = Network(model.module, model.preprocess, torch.float32).explain(images, [layer], reference.class_ids)[layer]
-    judged = truth(reference, own, Method.GRAD_CAM, unknown=0.01)
+    judged = expected(reference, own, Method.GRAD_CAM, unknown=TOLERANCES["fp32"].unknown)
     found = run_torch(graph, [str(output) for output in Output], normalised(images), judged.class_ids)
     outputs = {Output(output): values for output, values in found.items()}
-    errors = judged.error(outputs, slice(None), np.arange(1))
+    errors = judged.errors(outputs, slice(None))
     assert {figure: error for figure, error in errors.items() if not error <= ATOL} == {}
     assert np.abs(judged.values["weights"]).max() > 0
     assert judged.informative.any()

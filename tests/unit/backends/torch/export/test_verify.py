@@ -3,6 +3,7 @@
 import shutil
 import threading
 from dataclasses import replace
+from importlib.resources import files
 
 import numpy as np
 import onnx
@@ -12,13 +13,15 @@ from torch import nn
 
 import export_networks
 from export_networks import make
-from heatlens_server.backends.torch.export import verify as verifying
+from heatlens_server.backends.torch.export import comparison
+from heatlens_server.backends.torch.export.comparison import TOLERANCES, Tolerance
 from heatlens_server.backends.torch.export.folder import export_graph
 from heatlens_server.backends.torch.export.runtimes import open_graph
-from heatlens_server.backends.torch.export.verify import FORWARD_CAPS, TOLERANCES, verify
+from heatlens_server.backends.torch.export.verify import PHOTOS, load_photos, verify
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import Format, GraphSpec, InputKind, Output
 from heatlens_server.core.methods import Method
+from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
 from loaded_models import bundle, hook_count, user_export
 
 FIGURES = ["logits", "activations", "weights", "cam", "cam_scale", "cam_offset"]
@@ -42,7 +45,7 @@ def test_a_right_export_passes_with_figures(file_format, classes):
     for figure in parity["figures"].values():
         assert 0 <= figure["error"] <= 1e-5
         assert 0 <= figure["torch_error"] <= 1e-5
-        assert figure["bound"] == TOLERANCES["fp32"]
+        assert figure["bound"] == TOLERANCES["fp32"].error
     assert parity["figures"]["cam"]["error"] > 0
     assert lines == ["running the network in float64", "verifying layer middle"]
     assert hook_count(model.module) == 0
@@ -65,7 +68,7 @@ def test_whatever_a_graph_holds_is_compared(changes):
     parity = check(model, user_export(model, Format.TORCHSCRIPT, spec))
     names = {"weights" if output is Output.GRADIENTS else str(output) for output in spec.outputs} - {"class_id"}
     assert set(parity["figures"]) == names
-    assert {figure["bound"] for figure in parity["figures"].values()} == {TOLERANCES[spec.precision]}
+    assert {figure["bound"] for figure in parity["figures"].values()} == {TOLERANCES[spec.precision].error}
     assert parity["compared_maps"] == (8 * min(spec.classes, 3) if Output.CAM in spec.outputs else 0)
 
 
@@ -210,7 +213,7 @@ def test_rounding_does_not_excuse_everything(precision):
     model = make(export_networks.Staged)
     exported = user_export(model, Format.TORCHSCRIPT, GraphSpec("middle", precision=precision))
     with pytest.raises(
-        ExportError, match=rf"logits differs from float64 by 0.5, more than the {FORWARD_CAPS[precision]}"
+        ExportError, match=rf"logits differs from float64 by 0.5, more than the {TOLERANCES[precision].limit}"
     ):
         check(make(Doubling), exported)
 
@@ -226,7 +229,7 @@ def test_maps_that_the_network_itself_misses_prove_nothing(outputs, precision):
 
 def test_no_comparable_map_is_an_error_if_there_were_maps(monkeypatch):
     model = make(export_networks.Staged, "last", "first")
-    monkeypatch.setitem(verifying.UNKNOWN, "fp32", 0.0)
+    monkeypatch.setitem(comparison.TOLERANCES, "fp32", Tolerance(error=1e-4, limit=0.0))
     message = r"layer middle: no map could be compared: the network itself in fp32 misses all \d+ that are not flat"
     with pytest.raises(ExportError, match=message):
         check(model, user_export(make(export_networks.Staged), Format.TORCHSCRIPT, GraphSpec("middle")))
@@ -304,3 +307,79 @@ def test_threads_are_as_many_as_before(two_threads):
     elsewhere.start()
     elsewhere.join()
     assert set(during) == {2}
+
+
+FOLDER = files("heatlens_server.backends.torch.export") / "photos"
+
+
+def test_photos_are_small_and_their_licences_are_told():
+    told = (FOLDER / "README.md").read_text(encoding="utf-8")
+    for name in PHOTOS:
+        assert len((FOLDER / name).read_bytes()) <= 30_000
+        assert f"`{name}`" in told
+
+
+def test_photos_come_at_the_model_s_size_and_differ():
+    images = load_photos(make(export_networks.Staged).preprocess)
+    assert images.shape == (4, export_networks.PX, export_networks.PX, 3)
+    assert images.dtype == np.uint8
+    assert images.flags.c_contiguous
+    assert all(images[a].std() > 20 and (a == b or np.any(images[a] != images[b])) for a in range(4) for b in range(4))
+
+
+def test_oblong_inputs():
+    spec = PreprocessSpec((300, 200), (299, 180), (0.5,) * 3, (0.5,) * 3, Interpolation.BICUBIC)
+    assert load_photos(spec).shape == (4, 299, 180, 3)
+
+
+class Dropping(export_networks.Staged):
+    """Drops values out whatever mode it is in."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, 0.5, training=True))
+
+
+class Remembering(export_networks.Staged):
+    """Counts its calls outside of its buffers."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * (1 + self.calls * 0.01)
+
+
+class Alternating(export_networks.Staged):
+    """Does every other call differently: in as many calls over the same photos, the same."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * (1 + self.calls % 2 * 0.01)
+
+
+class Mixing(export_networks.Staged):
+    """Centres what it sees over the batch."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits - 0.5 * logits.mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Dropping, "different results for the same image: random operations, or state kept between calls"),
+        (Remembering, "different results for the same image: random operations, or state kept between calls"),
+        (Alternating, "in another batch: they depend on the other images, or on state kept between calls"),
+        (Mixing, "different results for the same image in another batch: they depend on the other images"),
+    ],
+)
+def test_a_network_that_disagrees_with_itself_is_no_judge(kind, message):
+    model = make(export_networks.Staged)
+    exported = user_export(model, Format.TORCHSCRIPT, GraphSpec("middle"))
+    lines = []
+    with pytest.raises(ExportError, match=message):
+        check(make(kind), exported, lines)
+    assert lines == ["running the network in float64"]
