@@ -59,7 +59,7 @@ def open_graphed(
         probe: inputs of one row.
 
     Returns:
-        The session; None if this graph cannot be captured, or the provider is not there.
+        The session; None if this graph cannot be captured, or the provider is missing.
 
     Raises:
         ModelLoadError: the provider asked for does not work.

@@ -81,7 +81,7 @@ class OnnxRuntimeEngine:
 
         Raises:
             ModelLoadError: the export is not one for this engine or cannot be loaded, onnxruntime is not installed
-                as it should be, or the device or provider asked for is not there.
+                as it should be, or the device or provider asked for is missing.
         """
         check_served(manifest, Format.ONNX, SERVED_OUTPUTS)
         self._runtime = load_runtime()

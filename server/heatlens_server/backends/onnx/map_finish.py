@@ -62,7 +62,7 @@ def enlarge(maps: Maps, size: tuple[int, int]) -> Maps:
     for index in np.ndindex(lows.shape):
         _resize(maps.values[index], values[index])
         lows[index], spans[index] = _stretch(values[index])
-    # Scales that are not finite are the model's; whoever asked for the maps is told by their values.
+    # Scales that are not finite come from the model: callers see it by the values of the maps.
     with np.errstate(invalid="ignore", over="ignore"):
         return Maps(values, maps.scales * spans, maps.scales * lows + maps.offsets)
 

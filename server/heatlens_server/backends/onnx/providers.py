@@ -137,7 +137,7 @@ def choose(
         cache: where TensorRT may keep its engines; None for nowhere.
 
     Raises:
-        ModelLoadError: what was asked for contradicts itself or is not there.
+        ModelLoadError: device and provider contradict each other, or are missing.
     """
     wants_cpu, wants_gpu = device == "cpu", device.startswith("cuda")
     if (wants_cpu and provider in {"cuda", "tensorrt"}) or (wants_gpu and provider == "cpu"):
@@ -223,7 +223,7 @@ def open_session(runtime: Runtime, graph: Path, options: SessionOptions, choice:
 
 
 def missing_library(runtime: Runtime, provider: str) -> str:
-    """What the dynamic linker misses when it loads a provider; "" if nothing, or nobody knows."""
+    """Return the library that the dynamic linker misses when it loads a provider; "" if none is known."""
     kind = "tensorrt" if provider == TENSORRT else "cuda"
     library = Path(str(runtime.__file__)).parent / "capi" / f"libonnxruntime_providers_{kind}.so"
     if not library.exists():

@@ -78,7 +78,7 @@ class TorchEngine:
         The forward pass runs once, whatever the number of classes; each class costs one backward pass over the tail.
 
         Raises:
-            InvalidArgument: the method cannot explain a layer, or the image has not what is asked for.
+            InvalidArgument: the method cannot explain a layer, or the image lacks what is asked for.
             MemoryError: the device is out of memory.
         """
         self._check_layers(spec)

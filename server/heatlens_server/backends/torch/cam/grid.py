@@ -7,7 +7,7 @@ tokens (N, T, C) of which the first few are no place of the image; feature pyram
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
+import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
 from heatlens_server.core.grid import MAP, Grid, Layout

@@ -1,7 +1,7 @@
 """What methods of many runs change: masks over the image, channels taken out of a layer, places left alone in it."""
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
+import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
 from heatlens_server.backends.torch.cam.grid import Grid, LayerOutput, Layout, from_map, to_map

@@ -1,7 +1,7 @@
 """From the classes wanted to the scalar to differentiate. Traced into exported graphs like the rest of this folder."""
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
+import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
 from heatlens_server.backends.torch.cam.precision import at_least_float32

@@ -61,7 +61,7 @@ class Assembly:
         return list(cast("tuple[Node, ...]", outputs))
 
     def finish(self, outputs: Sequence[Node]) -> GraphModule:
-        """Return the graph with these outputs, without whatever does not lead to one."""
+        """Return the graph with these outputs, without nodes that lead to none."""
         self._graph.output(tuple(outputs))
         self._graph.eliminate_dead_code()
         for node in self._graph.nodes:

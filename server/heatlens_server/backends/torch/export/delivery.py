@@ -114,7 +114,7 @@ def _staged(folder: Path) -> Iterator[Path]:
             yield staging
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        # The network is somebody else's code, and may open files of its own.
+        # The network is foreign code, and may open files of its own.
         if not temporary or error.errno in _DISK_FAULTS or _is_within(error.filename, Path(temporary), folder):
             raise ExportError(f"{folder} cannot be written ({reason})") from error
         raise ExportError(f"the export failed ({type(error).__name__}: {reason})") from error

@@ -39,9 +39,9 @@ _RENAMED = {aten.split.sizes: aten.split_with_sizes.default}
 def functional(program: ExportedProgram) -> ExportedProgram:
     """Return a program with the same results, none of whose operators writes to its input.
 
-    `relu_(x)` becomes `relu(x)`, and whoever reads x afterwards reads that, as long as nobody holds a view of x: that
-    is what modules with `inplace=True` do. For anything less simple torch traces the whole program twice more, which
-    takes longer than everything else together.
+    `relu_(x)` becomes `relu(x)`, and later reads of x read the result. That is right as long as no view of x is held,
+    as in modules with `inplace=True`. For anything less simple torch traces the whole program twice more, which takes
+    longer than everything else together.
 
     Args:
         program: as `torch.export` returns it; its graph may be changed.

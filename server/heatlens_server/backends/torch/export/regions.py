@@ -19,8 +19,8 @@ _KNOWN_RANK = 4
 def inline_regions(module: GraphModule) -> None:
     """Put the graphs of `with` blocks where they are called: of gradient modes, and of autocast that is off here.
 
-    A graph that is run without autograd does not care about the former; the latter casts nothing, it is written for
-    another device or forbids what nobody asked for. Other regions stay.
+    A gradient mode does nothing in a graph that is run without autograd. Autocast that is off casts nothing: it is for
+    another device, or disabled. Other regions stay.
     """
     graph = module.graph
     found = True

@@ -11,7 +11,7 @@ rounds, whatever the size of the hole.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
+import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
 NOISE = 0.01

@@ -46,7 +46,7 @@ def gini(saliency: Tensor) -> float:
     if total == 0:
         return 0.0
     count = ascending.numel()
-    # Those that are above a pixel, itself by half, as a part of all.
+    # The share of pixels above each pixel, which itself counts as half.
     above = (count - torch.arange(1, count + 1, dtype=torch.float64, device=ascending.device) + 0.5) / count
     return max(0.0, 1.0 - 2.0 * float(ascending @ above) / total)
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
+import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
 from heatlens_server.backends.torch.faithfulness.imputation import impute

@@ -79,7 +79,7 @@ class TaskModel(ABC):
 
     @abstractmethod
     def run(self, module: nn.Module, inputs: Tensor) -> Any:  # noqa: ANN401 - what a network returns
-        """Run a network on (R, 3, H, W), normalised; return whatever the other methods understand."""
+        """Run a network on (R, 3, H, W), normalised; return the output that the other methods take."""
 
     def part_on_image(self, module: nn.Module, size_px: tuple[int, int]) -> tuple[float, float]:  # noqa: ARG002
         """The part of a layer's map that lies on the image, of its height and width from the top left.

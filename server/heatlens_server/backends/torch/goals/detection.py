@@ -36,7 +36,7 @@ class _Goals:
     """The detections of one image.
 
     Attributes:
-        places: for each goal, int64 (1,), its place in what was found, or (0,): it is not there.
+        places: for each goal, int64 (1,), its place in what was found, or (0,) if it was not found.
         boxes: (K, 4).
         labels: int64 (K,).
     """

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
+import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
 
 from heatlens_server.backends.torch.cam.precision import at_least_float32
@@ -30,7 +30,7 @@ class _Goal:
 
     Attributes:
         class_id: which one.
-        mask: bool (H, W), its pixels. They stay the same whatever a changed version of the image is predicted as.
+        mask: bool (H, W), its pixels. They stay the same for changed versions of the image.
         area: the part of the image that is predicted as the class.
     """
 

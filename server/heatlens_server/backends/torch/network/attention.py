@@ -1,4 +1,4 @@
-"""Attention in the open: the attention matrix as a tensor of the graph, whatever fused kernel a network asks for."""
+"""Attention without fused kernels: the attention matrix becomes a tensor of the graph."""
 
 import inspect
 import math
@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
+import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
 from heatlens_server.backends.torch.network.hooks import Substitutes

@@ -34,7 +34,7 @@ class _BlockRecording(Recording):
         self._tokens: list[Tensor] = []
 
     def pass_on(self, layer: str, output: LayerOutput) -> LayerOutput:
-        """Keep a block's tokens; after the last block, hand on everybody's."""
+        """Keep a block's tokens; after the last block, hand on those of all blocks."""
         if not isinstance(output, Tensor) or output.ndim != 3:
             raise TypeError("blocks must return tokens (N, T, C)")
         self._tokens.append(output)
@@ -120,7 +120,7 @@ def find_attention(
     except torch.OutOfMemoryError:
         recorder.remove()
         raise
-    # Shapes that do not fit raise what they like in somebody else's code.
+    # In foreign code, shapes that do not fit may raise anything.
     except Exception:
         _log.debug("the end of this network does not run on the tokens of its blocks", exc_info=True)
     recorder.remove()

@@ -1,4 +1,4 @@
-"""A device by its name, what to do when its memory runs out, and gradients whatever mode the caller is in."""
+"""Devices by name, out-of-memory errors, and recording of gradients in any mode of the caller."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

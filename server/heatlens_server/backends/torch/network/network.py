@@ -72,7 +72,7 @@ class TorchModel:
         self._twin: TorchModel | None = None
 
     def check(self) -> None:
-        """Run the network once on noise, so that what cannot be explained fails at load.
+        """Run the network once on noise, so that a model that cannot be explained fails at load.
 
         Raises:
             ModelLoadError: the output is not of the task, or a layer cannot be explained.
@@ -224,7 +224,7 @@ class TorchModel:
             right = same(found, self._changed_in_full(inputs, layer, two_rows, 2), self.dtype)
         except torch.OutOfMemoryError:
             raise
-        # Shapes that do not fit raise what they like in somebody else's code.
+        # In foreign code, shapes that do not fit may raise anything.
         except Exception:
             right = False
         if not right:

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name everybody knows it by)
+import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
 from heatlens_server.backends.torch.cam.precision import at_least_float32

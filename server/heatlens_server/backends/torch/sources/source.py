@@ -35,7 +35,7 @@ def downloading(source: str) -> Iterator[None]:
     """Name what failed if weights cannot be fetched: network errors differ per library, and hold addresses and paths.
 
     Raises:
-        ModelLoadError: whatever went wrong.
+        ModelLoadError: the weights could not be fetched.
     """
     try:
         yield

@@ -43,7 +43,7 @@ _MODULES: Mapping[Task, Any] = MappingProxyType(
 )
 
 # The two networks with training-only heads. Their official weights expect another normalisation, done inside the
-# network (transform_input), whoever loads them.
+# network (transform_input), for every user.
 _WITH_AUXILIARY_HEADS = frozenset({"googlenet", "inception_v3"})
 
 # torchvision sets their batch norms' epsilon to 0 when it loads COCO_V1 (`overwrite_eps`).
@@ -84,7 +84,7 @@ def load_torchvision(name: str, weights: str, task: Task | None) -> SourcedModel
         with downloading(f"torchvision:{name}"):
             module = as_module(torchvision.models.get_model(name, weights=entry, progress=False))
         if own_task is Task.SEGMENTATION:
-            # A training loss's head: its scores would be computed for nobody.
+            # The head of a training loss: its scores are not used.
             module.register_module("aux_classifier", None)
     return SourcedModel(
         module=module,

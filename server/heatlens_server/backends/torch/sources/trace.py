@@ -116,7 +116,7 @@ def _called(
     try:
         with torch.no_grad():
             output: object = module(torch.zeros(1, 3, height_px, width_px))
-    # A network is somebody else's code and may raise anything.
+    # A network is foreign code and may raise anything.
     except Exception as error:
         raise ModelLoadError(
             f"the network fails on an input of (1, 3, {height_px}, {width_px}): {type(error).__name__}"
