@@ -25,6 +25,8 @@ class MapSpec:
         principal: project weighted activations on their first principal component instead of summing them.
         metrics: the measures of faithfulness to compute, in the order of `Metric`.
         return_mask: segmentation: whether the predicted mask is wanted.
+        in_steps: whether it takes many runs of the model per image: `SteppingEngine.steps`, not `Engine.explain`. Told
+            once, since the queue asks for every image, several times.
     """
 
     method: Method
@@ -36,11 +38,11 @@ class MapSpec:
     principal: bool = False
     metrics: tuple[Metric, ...] = ()
     return_mask: bool = False
+    in_steps: bool = field(init=False, repr=False, compare=False)
 
-    @property
-    def in_steps(self) -> bool:
-        """Whether it takes many runs of the model per image: `Engine.steps`, not `Engine.explain`."""
-        return self.method.traits.in_steps or self.augment or bool(self.metrics)
+    def __post_init__(self) -> None:
+        in_steps = self.method.traits.in_steps or self.augment or bool(self.metrics)
+        object.__setattr__(self, "in_steps", in_steps)
 
 
 Steps = Generator[None, None, ImageResult]
