@@ -42,8 +42,10 @@ def test_both_devices_work_at_once(start):
     engines = stuck("cuda:0"), stuck("cuda:1")
     rig = start(*engines)
     entries = [rig.put(value) for value in (1, 2)]
+    # Not one after the other: a device that is free again would take the second batch, too.
     for engine in engines:
         assert engine.entered.wait(PATIENCE_S)
+    for engine in engines:
         engine.gate.set()
     assert [rig.value(entry) for entry in entries] == [1, 2]
     eventually(lambda: len(rig.events) == 4)

@@ -243,7 +243,7 @@ def _measure(
         yield (
             method,
             {
-                name: Figure(error, own.get(name, 0.0), plan.tolerance.bound(own.get(name, 0.0)), file)
+                name: Figure(error, own.get(name, 0.0), plan.tolerance.bound(name, own.get(name, 0.0)), file)
                 for name, error in errors.items()
             },
         )

@@ -81,6 +81,7 @@ def test_further_classes_are_not_compared_and_what_is_not_finite_is_found_everyw
 
 def test_the_network_s_own_rounding_excuses_a_graph_up_to_a_limit():
     tolerance = TOLERANCES["fp32"]
-    assert tolerance.bound(0.0) == tolerance.bound(2e-5) == 1e-4
-    assert tolerance.bound(1e-3) == 4e-3
-    assert tolerance.bound(1.0) == tolerance.limit
+    assert tolerance.bound("cam", 0.0) == tolerance.bound("cam", 2e-5) == 1e-4
+    assert tolerance.bound("cam", 1e-3) == 4e-3
+    assert tolerance.bound("cam", 1.0) == tolerance.limit
+    assert tolerance.bound("logits", 1e-3) == tolerance.bound("activations", 1.0) == tolerance.forward_limit

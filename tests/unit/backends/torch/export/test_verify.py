@@ -229,7 +229,7 @@ def test_maps_that_the_network_itself_misses_prove_nothing(outputs, precision):
 
 def test_no_comparable_map_is_an_error_if_there_were_maps(monkeypatch):
     model = make(export_networks.Staged, "last", "first")
-    monkeypatch.setitem(comparison.TOLERANCES, "fp32", Tolerance(error=1e-4, limit=0.0))
+    monkeypatch.setitem(comparison.TOLERANCES, "fp32", Tolerance(error=1e-4, forward_limit=0.0, limit=0.0))
     message = r"layer middle: no map could be compared: the network itself in fp32 misses all \d+ that are not flat"
     with pytest.raises(ExportError, match=message):
         check(model, user_export(make(export_networks.Staged), Format.TORCHSCRIPT, GraphSpec("middle")))
