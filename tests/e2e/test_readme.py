@@ -24,9 +24,11 @@ from typer.testing import CliRunner
 import heatlens
 from heatlens import _exceptions as exceptions
 from heatlens._cli import app as client_app
+from heatlens._wire.requests import ExplainOptions
 from heatlens_server.cli import app as server_app
 from heatlens_server.config import Config, load_config
 from heatlens_server.core.errors import InvalidArgument
+from heatlens_server.core.methods import Method
 from heatlens_server.core.preprocess import Interpolation
 from heatlens_server.transports.grpc.status import _CODES
 from server_process import start_server_process, wait_settled
@@ -283,6 +285,15 @@ def test_options_named_in_prose_exist():
     prose = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", prose))
     assert {"--rate", "--tls", "--config"} <= named <= everywhere
+
+
+def test_every_method_and_option_has_a_row():
+    def rows(page):
+        lines = re.findall(r"^\| `.*", (ROOT / "docs" / page).read_text(), re.MULTILINE)
+        return set(re.findall(r"`([\w-]+)`", "\n".join(lines)))
+
+    assert set(Method) <= rows("methods.md")
+    assert ExplainOptions.__optional_keys__ <= rows("client.md")
 
 
 def test_make_help_is_the_truth():

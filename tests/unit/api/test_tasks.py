@@ -8,6 +8,9 @@ import pytest
 import explain_requests
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import faithfulness_pb2
+from heatlens_server.api.checks import Violations
+from heatlens_server.api.plan import plan_options
+from heatlens_server.api.query import Options
 from heatlens_server.core.engine import Capabilities
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.methods import Method, Metric, Score
@@ -52,6 +55,19 @@ def refused(task: Task, **options) -> list[str]:
     with pytest.raises(InvalidArgument) as raised:
         plan_of(task, **options)
     return [violation.field for violation in raised.value.violations]
+
+
+def test_every_option_is_read():
+    read = set()
+
+    class Recorded:
+        def __getattr__(self, name):
+            read.add(name)
+            return getattr(Options(faithfulness=True), name)
+
+    for task in Task:
+        plan_options(Recorded(), model_of(task), explain_requests.LIMITS, Violations())
+    assert read == {field.name for field in dataclasses.fields(Options)}
 
 
 OF_ONE_TASK = {

@@ -1,11 +1,15 @@
 """One log line per call and per change of a model's state."""
 
+import importlib
+import inspect
 import logging
+import pkgutil
 
 import pytest
 
+from heatlens_server import app, telemetry
 from heatlens_server.core.errors import InternalError, InvalidArgument
-from heatlens_server.core.events import CallEnd
+from heatlens_server.core.events import CallEnd, Observer
 from heatlens_server.telemetry.log_observer import LogObserver
 
 
@@ -63,3 +67,16 @@ def test_our_fault_has_its_traceback(line, error):
 def test_states_of_models(line, state, level, text):
     LogObserver().model_changed(model="m", state=state, message="why")
     assert (line().name, line().levelno, line().getMessage()) == ("heatlens", level, text)
+
+
+def observers_of_the_server():
+    for module in pkgutil.iter_modules(telemetry.__path__, f"{telemetry.__name__}."):
+        for _, kind in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
+            if kind.__module__ == module.name and issubclass(kind, Observer):
+                yield kind
+
+
+@pytest.mark.parametrize("kind", list(observers_of_the_server()))
+def test_every_observer_hears_of_an_event_and_is_given_to_the_server(kind):
+    assert vars(kind).keys() & {name for name in vars(Observer) if not name.startswith("_")}
+    assert vars(app).get(kind.__name__) is kind

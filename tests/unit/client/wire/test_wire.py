@@ -1,14 +1,19 @@
 """Requests and answers, without a channel."""
 
+import inspect
+import re
+
 import cv2
 import numpy as np
 import pytest
 
-from heatlens import InternalError, InvalidArgumentError, PixelBox
+from heatlens import Client, InternalError, InvalidArgumentError, PixelBox
+from heatlens._cli.explain import explain
+from heatlens._cli.video import video
 from heatlens._wire.answers import map_values, result_of
 from heatlens._wire.arguments import checked_timeout
 from heatlens._wire.names import AGGREGATIONS, MAP_SIZES, MAP_TYPES, METHODS, METRICS, TARGET_SCORES
-from heatlens._wire.requests import OPTIONS, ExplainOptions, check_size, explain_request, health_request
+from heatlens._wire.requests import OPTIONS, ExplainOptions, MapOptions, check_size, explain_request, health_request
 from heatlens._wire.streams import stream_plan
 from heatlens.v1 import explain_pb2, faithfulness_pb2, method_pb2
 
@@ -162,6 +167,20 @@ def test_every_option_has_a_row():
     names = {field.name for field in explain_pb2.ExplainOptions.DESCRIPTOR.fields}
     sent = {option.field.partition(".")[0] for option in OPTIONS.values() if option.field}
     assert sent | {"reference_embedding", "reference_image"} == names
+
+
+def test_every_option_is_documented_where_it_is_taken():
+    def documented(function):
+        return set(re.findall(r"^ +(\w+): ", function.__doc__, re.MULTILINE))
+
+    assert set(OPTIONS) <= documented(Client.explain)
+    assert MapOptions.__optional_keys__ <= documented(Client.stream)
+
+
+def test_every_option_is_on_the_command_line():
+    only_in_the_sdk = {"map_size", "map_type", "top_predictions"}
+    assert set(OPTIONS) - only_in_the_sdk <= set(inspect.signature(explain).parameters)
+    assert MapOptions.__optional_keys__ - only_in_the_sdk <= set(inspect.signature(video).parameters)
 
 
 @pytest.mark.parametrize("name", ["topk", "overflow", "image_"])

@@ -122,6 +122,29 @@ def test_a_request_that_sets_everything():
     assert other == Options(top_k=0, reference_embedding=tensor)
 
 
+def leaves(descriptor, path=()):
+    """The path of every field of a message that holds no message."""
+    for field in descriptor.fields:
+        if field.message_type is None:
+            yield (*path, field.name)
+        else:
+            yield from leaves(field.message_type, (*path, field.name))
+
+
+@pytest.mark.parametrize("path", list(leaves(pb.ExplainOptions.DESCRIPTOR)), ids=".".join)
+def test_no_option_is_left_out(path):
+    options = pb.ExplainOptions()
+    message = options
+    for name in path[:-1]:
+        message = getattr(message, name)
+    before = getattr(message, path[-1])
+    if hasattr(before, "append"):
+        before.append("a" if path == ("layers",) else 99)
+    else:
+        setattr(message, path[-1], type(before)(99))
+    assert query_of(pb.ExplainRequest(options=options)).options != Options()
+
+
 def test_numbers_that_stand_for_nothing_stay_numbers():
     sent = pb.ExplainOptions(
         method=99,
