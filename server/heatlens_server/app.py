@@ -115,7 +115,7 @@ class Server:
         await self._health.drain()
         self.fleet.stop_loading()
         # As long as calls are in flight the port stays open, and new callers are told UNAVAILABLE. Closing it right
-        # away would cut off those who have not heard yet: gRPC tells them CANCELLED.
+        # away would cut off new callers, whom gRPC tells CANCELLED.
         deadline = time.monotonic() + grace_s
         self.streams.drain()
         finished = await self._gate.close(grace_s)

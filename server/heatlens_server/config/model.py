@@ -163,7 +163,7 @@ class ModelConfig(Section):
     """What runs onnxruntime's graphs. "auto": CUDA if there is a GPU and onnxruntime can use it, else the CPU."""
     companion: bool = True
     """Whether torch may be loaded beside onnxruntime or torchscript, when a request first needs it, for the methods and
-    options that exported graphs have not. It takes the memory of the model once more. Without it they are not offered;
+    options that exported graphs lack. It takes the memory of the model once more. Without it they are not offered;
     an export ("export:DIR") never has it."""
     preprocess: PreprocessConfig = PreprocessConfig()
     """How images become the model's input."""

@@ -148,7 +148,7 @@ def _export(
     except OSError as error:
         # The disk's fault, not the model's: not remembered.
         raise TransientError(f"the export could not be written ({error.strerror or type(error).__name__})") from error
-    # Exporters are large, and the network is somebody else's code.
+    # Exporters are large, and the network is foreign code.
     except Exception as error:
         _log.exception("model %s: the export failed unexpectedly", config.name)
         raise TransientError(f"an unexpected {type(error).__name__}, see the log") from error

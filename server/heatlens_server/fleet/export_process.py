@@ -202,7 +202,7 @@ def main() -> int:
 
 
 def _end_with(stream: IO[str]) -> None:
-    """End this process when whoever holds the other end of a stream ends."""
+    """End this process when the process at the other end of a stream ends."""
     stream.read()
     os._exit(1)
 

@@ -163,7 +163,7 @@ def _check(found: Capabilities, said: Capabilities) -> None:
     """Check that a fallback is of the same model, and has what clients were told.
 
     Raises:
-        ModelLoadError: it is not, or has not.
+        ModelLoadError: it is of another model, or lacks something.
     """
     missing = [method for method in said.fallback_methods if method not in found.methods]
     if missing:
@@ -181,7 +181,7 @@ def with_torch_fallback(config: ModelConfig, primary: ExportEngine, export: Expo
         export: what it runs.
     """
     record = read_record(export.folder, export.manifest)
-    # Of an export that somebody gives us there is no network.
+    # An exported folder holds no network.
     if not config.companion or config.source.startswith(EXPORT_PREFIX) or record is None:
         return FallbackEngine(primary)
 

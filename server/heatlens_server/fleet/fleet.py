@@ -374,7 +374,7 @@ class Fleet:
                 error = raised
             except BaseException as raised:
                 error = ModelLoadError(f"the model's code raised {type(raised).__name__}")
-            # After the server's end the loop is closed and nobody waits for this model.
+            # After the server's end the loop is closed and no task waits for this model.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(settle, built, error)
 

@@ -101,7 +101,7 @@ def _target(info: Capabilities) -> Target:
 def check_answers(engine: Engine, method: Method) -> None:
     """Check that an engine's answers are of the shape that it says, for more than one class too.
 
-    Of an export that somebody gives us, only the manifest says what is in it.
+    Of an exported folder, only the manifest says what is in it.
 
     Raises:
         ModelLoadError: they are not.

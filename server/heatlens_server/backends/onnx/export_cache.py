@@ -2,7 +2,7 @@
 
 One folder per key, `KEY/`, written beside its place and renamed, so that a folder of that name is complete. Everything
 in it is covered by hashes, which are checked at every use. `KEY.failed` remembers why there is none. Who holds
-`KEY.lock` makes the export: no other process or thread does at the same time, and nobody removes what is half written.
+`KEY.lock` makes the export: no other process or thread does at the same time, and none removes what is half written.
 """
 
 import contextlib
@@ -118,7 +118,7 @@ class ExportCache:
 
         Args:
             key: of the export.
-            report: told if somebody else is making it.
+            report: told if another process or thread is making it.
         """
         lock = self._lock(key)
         try:
