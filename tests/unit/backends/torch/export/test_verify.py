@@ -213,7 +213,7 @@ def test_rounding_does_not_excuse_everything(precision):
     model = make(export_networks.Staged)
     exported = user_export(model, Format.TORCHSCRIPT, GraphSpec("middle", precision=precision))
     with pytest.raises(
-        ExportError, match=rf"logits differs from float64 by 0.5, more than the {TOLERANCES[precision].limit}"
+        ExportError, match=rf"logits differs from float64 by 0.5, more than the {TOLERANCES[precision].forward_limit}"
     ):
         check(make(Doubling), exported)
 
