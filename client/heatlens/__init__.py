@@ -123,6 +123,11 @@ if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
         """Load a name when it is first used."""
+        if name == "v1":
+            # The stubs are there too for programs that import only heatlens.
+            import_module("heatlens.v1.explain_pb2_grpc")
+            import_module("heatlens.v1.model_pb2_grpc")
+            return globals()[name]
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         import_module(_HOMES[name])

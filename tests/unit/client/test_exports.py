@@ -51,6 +51,11 @@ def test_stubs_load_without_the_clients():
     assert done.stdout.strip() == "['heatlens._version']"
 
 
+def test_stubs_are_there_without_an_import_of_their_own():
+    program = "import heatlens; print(heatlens.v1.explain_pb2.Image(), heatlens.v1.model_pb2_grpc.ModelServiceStub)"
+    subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+
+
 @pytest.mark.parametrize(
     "value", [heatlens.NotFoundError("no"), heatlens.PixelBox(0, 1, 2, 3), heatlens.Health.SERVING]
 )
