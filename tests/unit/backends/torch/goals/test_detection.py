@@ -73,7 +73,7 @@ def test_gradients_equal_autograd_by_hand(family, score):
         expected = by_hand(method, activations, gradient)
         np.testing.assert_allclose(raw(result, k), expected, rtol=1e-2, atol=2e-4 * max(expected.max(), 1e-6))
         assert finding.class_id == int(found["labels"][place]) == result.class_ids[k]
-        assert finding.probability == pytest.approx(float(found["scores"][place]), abs=5e-6)  # float32, sums in another order
+        assert finding.probability == pytest.approx(float(found["scores"][place]), abs=5e-6)  # float32
         assert finding.logit == pytest.approx(math.log(finding.probability / (1 - finding.probability)), rel=1e-2)
         np.testing.assert_allclose(finding.box, found["boxes"][place], atol=1e-2)
     assert max(result.scales) > 0
