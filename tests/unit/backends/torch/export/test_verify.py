@@ -227,6 +227,12 @@ def test_maps_that_the_network_itself_misses_prove_nothing(outputs, precision):
         check(make(Turning), user_export(model, Format.TORCHSCRIPT, spec))
 
 
+def test_maps_of_activations_prove_nothing_about_gradients():
+    """Eigen-CAM and the like agree, but what hangs on a class cannot be compared."""
+    with pytest.raises(ExportError, match=r"layer last: no map could be compared"):
+        check(make(Turning), bundle(make(export_networks.Staged), Format.ONNX))
+
+
 def test_no_comparable_map_is_an_error_if_there_were_maps(monkeypatch):
     model = make(export_networks.Staged, "last", "first")
     monkeypatch.setitem(comparison.TOLERANCES, "fp32", Tolerance(error=1e-4, forward_limit=0.0, limit=0.0))
