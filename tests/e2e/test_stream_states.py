@@ -74,7 +74,10 @@ async def test_a_cancel_in_every_state_gives_everything_back(live, stub, gate, s
         await into_state(state, stream, live, gate, policy)
         stream.call.cancel()
         await balanced(live)  # while the device still holds what it has
-    await until(lambda: [record.code for record in caplog.records if hasattr(record, "code")] == ["CANCELLED"])
+    await until(lambda: [record for record in caplog.records if hasattr(record, "code")])
+    (code,) = (record.code for record in caplog.records if hasattr(record, "code"))
+    # Where no frame is open, the server may read the end of the requests before it hears of the cancel.
+    assert code == "CANCELLED" or (code == "OK" and state in ("silent", "configured", "started"))
     assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
     await a_clean_stream_works(stub)
 
