@@ -29,7 +29,7 @@ from heatlens.v1 import faithfulness_pb2 as heatlens_dot_v1_dot_faithfulness__pb
 from heatlens.v1 import method_pb2 as heatlens_dot_v1_dot_method__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19heatlens/v1/explain.proto\x12\x0bheatlens.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1eheatlens/v1/faithfulness.proto\x1a\x18heatlens/v1/method.proto\"p\n\x0e\x45xplainRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12!\n\x05image\x18\x02 \x01(\x0b\x32\x12.heatlens.v1.Image\x12,\n\x07options\x18\x03 \x01(\x0b\x32\x1b.heatlens.v1.ExplainOptions\"K\n\x05Image\x12\x11\n\x07\x65ncoded\x18\x01 \x01(\x0cH\x00\x12%\n\x06pixels\x18\x02 \x01(\x0b\x32\x13.heatlens.v1.TensorH\x00\x42\x08\n\x06source\"O\n\x06Tensor\x12(\n\tdata_type\x18\x01 \x01(\x0e\x32\x15.heatlens.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x86\x05\n\x0e\x45xplainOptions\x12#\n\x06method\x18\x01 \x01(\x0e\x32\x13.heatlens.v1.Method\x12\x0f\n\x05top_k\x18\x02 \x01(\x05H\x00\x12*\n\tclass_ids\x18\x03 \x01(\x0b\x32\x15.heatlens.v1.ClassIdsH\x00\x12\x0e\n\x06layers\x18\x04 \x03(\t\x12&\n\x08map_size\x18\x05 \x01(\x0e\x32\x14.heatlens.v1.MapSize\x12\'\n\x08map_type\x18\x06 \x01(\x0e\x32\x15.heatlens.v1.DataType\x12)\n\tsmoothing\x18\x07 \x01(\x0b\x32\x16.heatlens.v1.Smoothing\x12\x17\n\x0ftop_predictions\x18\x08 \x01(\x05\x12.\n\x0ctarget_score\x18\t \x01(\x0e\x32\x18.heatlens.v1.TargetScore\x12-\n\x0b\x61ggregation\x18\n \x01(\x0e\x32\x18.heatlens.v1.Aggregation\x12\x36\n\x0c\x66\x61ithfulness\x18\x0b \x01(\x0b\x32 .heatlens.v1.FaithfulnessOptions\x12!\n\x04mask\x18\x0c \x01(\x0b\x32\x13.heatlens.v1.Tensor\x12\x32\n\x13reference_embedding\x18\r \x01(\x0b\x32\x13.heatlens.v1.TensorH\x01\x12-\n\x0freference_image\x18\x0e \x01(\x0b\x32\x12.heatlens.v1.ImageH\x01\x12\x16\n\tmin_score\x18\x0f \x01(\x02H\x02\x88\x01\x01\x12\x13\n\x0breturn_mask\x18\x10 \x01(\x08\x42\x08\n\x06targetB\x0b\n\treferenceB\x0c\n\n_min_score\"\x1a\n\x08\x43lassIds\x12\x0e\n\x06values\x18\x01 \x03(\x05\">\n\tSmoothing\x12\x14\n\x0c\x61ugmentation\x18\x01 \x01(\x08\x12\x1b\n\x13principal_component\x18\x02 \x01(\x08\"\xf0\x02\n\x0f\x45xplainResponse\x12.\n\x0c\x65xplanations\x18\x01 \x03(\x0b\x32\x18.heatlens.v1.Explanation\x12,\n\x0bpredictions\x18\x02 \x03(\x0b\x32\x17.heatlens.v1.ClassScore\x12,\n\rsource_region\x18\x03 \x01(\x0b\x32\x15.heatlens.v1.PixelBox\x12\r\n\x05model\x18\x04 \x01(\t\x12\x15\n\rmodel_version\x18\x05 \x01(\t\x12#\n\x06timing\x18\x06 \x01(\x0b\x32\x13.heatlens.v1.Timing\x12\x17\n\x0fsource_width_px\x18\x07 \x01(\x05\x12\x18\n\x10source_height_px\x18\x08 \x01(\x05\x12+\n\x0epredicted_mask\x18\t \x01(\x0b\x32\x13.heatlens.v1.Tensor\x12&\n\tembedding\x18\n \x01(\x0b\x32\x13.heatlens.v1.Tensor\"\xfe\x01\n\x0b\x45xplanation\x12\x10\n\x08\x63lass_id\x18\x01 \x01(\x05\x12\r\n\x05label\x18\x02 \x01(\t\x12\r\n\x05logit\x18\x03 \x01(\x02\x12\x13\n\x0bprobability\x18\x04 \x01(\x02\x12 \n\x03map\x18\x05 \x01(\x0b\x32\x13.heatlens.v1.Tensor\x12\x11\n\tmap_scale\x18\x06 \x01(\x02\x12\"\n\x03\x62ox\x18\x07 \x01(\x0b\x32\x15.heatlens.v1.PixelBox\x12\x12\n\nmap_offset\x18\x08 \x01(\x02\x12\x0c\n\x04\x61rea\x18\t \x01(\x02\x12/\n\x0c\x66\x61ithfulness\x18\n \x01(\x0b\x32\x19.heatlens.v1.Faithfulness\"Q\n\nClassScore\x12\x10\n\x08\x63lass_id\x18\x01 \x01(\x05\x12\r\n\x05label\x18\x02 \x01(\t\x12\r\n\x05logit\x18\x03 \x01(\x02\x12\x13\n\x0bprobability\x18\x04 \x01(\x02\"D\n\x08PixelBox\x12\x0c\n\x04left\x18\x01 \x01(\x02\x12\x0b\n\x03top\x18\x02 \x01(\x02\x12\r\n\x05right\x18\x03 \x01(\x02\x12\x0e\n\x06\x62ottom\x18\x04 \x01(\x02\"\xbc\x01\n\x06Timing\x12\x31\n\x0equeue_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13preprocess_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10\x63ompute_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nbatch_size\x18\x04 \x01(\x05\"s\n\x14StreamExplainRequest\x12+\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x19.heatlens.v1.StreamConfigH\x00\x12#\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x12.heatlens.v1.FrameH\x00\x42\t\n\x07payload\"\x9c\x02\n\x0cStreamConfig\x12\r\n\x05model\x18\x01 \x01(\t\x12,\n\x07options\x18\x02 \x01(\x0b\x32\x1b.heatlens.v1.ExplainOptions\x12\x34\n\x0foverflow_policy\x18\x03 \x01(\x0e\x32\x1b.heatlens.v1.OverflowPolicy\x12\x15\n\rmax_in_flight\x18\x04 \x01(\x05\x12\x30\n\rframe_timeout\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rexplain_every\x18\x06 \x01(\x05\x12\x1d\n\x15max_frames_per_second\x18\x07 \x01(\x01\x12\x1a\n\x12temporal_smoothing\x18\x08 \x01(\x02\"n\n\x05\x46rame\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x03\x12!\n\x05image\x18\x02 \x01(\x0b\x32\x12.heatlens.v1.Image\x12\x30\n\x0c\x63\x61pture_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xe6\x01\n\x15StreamExplainResponse\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x03\x12-\n\x07started\x18\x02 \x01(\x0b\x32\x1a.heatlens.v1.StreamStartedH\x00\x12.\n\x06result\x18\x03 \x01(\x0b\x32\x1c.heatlens.v1.ExplainResponseH\x00\x12#\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12,\n\x07skipped\x18\x05 \x01(\x0b\x32\x19.heatlens.v1.FrameSkippedH\x00\x42\t\n\x07payload\"L\n\rStreamStarted\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12\x15\n\rmax_in_flight\x18\x03 \x01(\x05\"\x0e\n\x0c\x46rameSkipped*`\n\x07MapSize\x12\x18\n\x14MAP_SIZE_UNSPECIFIED\x10\x00\x12\x12\n\x0eMAP_SIZE_LAYER\x10\x01\x12\x12\n\x0eMAP_SIZE_INPUT\x10\x02\x12\x13\n\x0fMAP_SIZE_SOURCE\x10\x03*h\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x03*m\n\x0eOverflowPolicy\x12\x1f\n\x1bOVERFLOW_POLICY_UNSPECIFIED\x10\x00\x12\x19\n\x15OVERFLOW_POLICY_BLOCK\x10\x01\x12\x1f\n\x1bOVERFLOW_POLICY_DROP_OLDEST\x10\x02\x32\xb7\x01\n\x0e\x45xplainService\x12I\n\x07\x45xplain\x12\x1b.heatlens.v1.ExplainRequest\x1a\x1c.heatlens.v1.ExplainResponse\"\x03\x90\x02\x01\x12Z\n\rStreamExplain\x12!.heatlens.v1.StreamExplainRequest\x1a\".heatlens.v1.StreamExplainResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19heatlens/v1/explain.proto\x12\x0bheatlens.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1eheatlens/v1/faithfulness.proto\x1a\x18heatlens/v1/method.proto\"p\n\x0e\x45xplainRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12!\n\x05image\x18\x02 \x01(\x0b\x32\x12.heatlens.v1.Image\x12,\n\x07options\x18\x03 \x01(\x0b\x32\x1b.heatlens.v1.ExplainOptions\"K\n\x05Image\x12\x11\n\x07\x65ncoded\x18\x01 \x01(\x0cH\x00\x12%\n\x06pixels\x18\x02 \x01(\x0b\x32\x13.heatlens.v1.TensorH\x00\x42\x08\n\x06source\"O\n\x06Tensor\x12(\n\tdata_type\x18\x01 \x01(\x0e\x32\x15.heatlens.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\xb1\x05\n\x0e\x45xplainOptions\x12#\n\x06method\x18\x01 \x01(\x0e\x32\x13.heatlens.v1.Method\x12\x0f\n\x05top_k\x18\x02 \x01(\x05H\x00\x12*\n\tclass_ids\x18\x03 \x01(\x0b\x32\x15.heatlens.v1.ClassIdsH\x00\x12\x0e\n\x06layers\x18\x04 \x03(\t\x12&\n\x08map_size\x18\x05 \x01(\x0e\x32\x14.heatlens.v1.MapSize\x12\'\n\x08map_type\x18\x06 \x01(\x0e\x32\x15.heatlens.v1.DataType\x12)\n\tsmoothing\x18\x07 \x01(\x0b\x32\x16.heatlens.v1.Smoothing\x12\x17\n\x0ftop_predictions\x18\x08 \x01(\x05\x12.\n\x0ctarget_score\x18\t \x01(\x0e\x32\x18.heatlens.v1.TargetScore\x12-\n\x0b\x61ggregation\x18\n \x01(\x0e\x32\x18.heatlens.v1.Aggregation\x12\x36\n\x0c\x66\x61ithfulness\x18\x0b \x01(\x0b\x32 .heatlens.v1.FaithfulnessOptions\x12!\n\x04mask\x18\x0c \x01(\x0b\x32\x13.heatlens.v1.Tensor\x12\x32\n\x13reference_embedding\x18\r \x01(\x0b\x32\x13.heatlens.v1.TensorH\x01\x12-\n\x0freference_image\x18\x0e \x01(\x0b\x32\x12.heatlens.v1.ImageH\x01\x12\x16\n\tmin_score\x18\x0f \x01(\x02H\x02\x88\x01\x01\x12\x13\n\x0breturn_mask\x18\x10 \x01(\x08\x12)\n\tdirection\x18\x11 \x01(\x0e\x32\x16.heatlens.v1.DirectionB\x08\n\x06targetB\x0b\n\treferenceB\x0c\n\n_min_score\"*\n\x08\x43lassIds\x12\x0e\n\x06values\x18\x01 \x03(\x05\x12\x0e\n\x06labels\x18\x02 \x03(\t\">\n\tSmoothing\x12\x14\n\x0c\x61ugmentation\x18\x01 \x01(\x08\x12\x1b\n\x13principal_component\x18\x02 \x01(\x08\"\x82\x03\n\x0f\x45xplainResponse\x12.\n\x0c\x65xplanations\x18\x01 \x03(\x0b\x32\x18.heatlens.v1.Explanation\x12,\n\x0bpredictions\x18\x02 \x03(\x0b\x32\x17.heatlens.v1.ClassScore\x12,\n\rsource_region\x18\x03 \x01(\x0b\x32\x15.heatlens.v1.PixelBox\x12\r\n\x05model\x18\x04 \x01(\t\x12\x15\n\rmodel_version\x18\x05 \x01(\t\x12#\n\x06timing\x18\x06 \x01(\x0b\x32\x13.heatlens.v1.Timing\x12\x17\n\x0fsource_width_px\x18\x07 \x01(\x05\x12\x18\n\x10source_height_px\x18\x08 \x01(\x05\x12+\n\x0epredicted_mask\x18\t \x01(\x0b\x32\x13.heatlens.v1.Tensor\x12&\n\tembedding\x18\n \x01(\x0b\x32\x13.heatlens.v1.Tensor\x12\x10\n\x08warnings\x18\x0b \x03(\t\"\xc9\x02\n\x0b\x45xplanation\x12\x10\n\x08\x63lass_id\x18\x01 \x01(\x05\x12\r\n\x05label\x18\x02 \x01(\t\x12\r\n\x05logit\x18\x03 \x01(\x02\x12\x13\n\x0bprobability\x18\x04 \x01(\x02\x12 \n\x03map\x18\x05 \x01(\x0b\x32\x13.heatlens.v1.Tensor\x12\x11\n\tmap_scale\x18\x06 \x01(\x02\x12\"\n\x03\x62ox\x18\x07 \x01(\x0b\x32\x15.heatlens.v1.PixelBox\x12\x12\n\nmap_offset\x18\x08 \x01(\x02\x12\x0c\n\x04\x61rea\x18\t \x01(\x02\x12/\n\x0c\x66\x61ithfulness\x18\n \x01(\x0b\x32\x19.heatlens.v1.Faithfulness\x12\x12\n\x05value\x18\x0b \x01(\x02H\x00\x88\x01\x01\x12+\n\x0epredicted_mask\x18\x0c \x01(\x0b\x32\x13.heatlens.v1.TensorB\x08\n\x06_value\"o\n\nClassScore\x12\x10\n\x08\x63lass_id\x18\x01 \x01(\x05\x12\r\n\x05label\x18\x02 \x01(\t\x12\r\n\x05logit\x18\x03 \x01(\x02\x12\x13\n\x0bprobability\x18\x04 \x01(\x02\x12\x12\n\x05value\x18\x05 \x01(\x02H\x00\x88\x01\x01\x42\x08\n\x06_value\"D\n\x08PixelBox\x12\x0c\n\x04left\x18\x01 \x01(\x02\x12\x0b\n\x03top\x18\x02 \x01(\x02\x12\r\n\x05right\x18\x03 \x01(\x02\x12\x0e\n\x06\x62ottom\x18\x04 \x01(\x02\"\xbc\x01\n\x06Timing\x12\x31\n\x0equeue_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13preprocess_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10\x63ompute_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nbatch_size\x18\x04 \x01(\x05\"s\n\x14StreamExplainRequest\x12+\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x19.heatlens.v1.StreamConfigH\x00\x12#\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x12.heatlens.v1.FrameH\x00\x42\t\n\x07payload\"\x9c\x02\n\x0cStreamConfig\x12\r\n\x05model\x18\x01 \x01(\t\x12,\n\x07options\x18\x02 \x01(\x0b\x32\x1b.heatlens.v1.ExplainOptions\x12\x34\n\x0foverflow_policy\x18\x03 \x01(\x0e\x32\x1b.heatlens.v1.OverflowPolicy\x12\x15\n\rmax_in_flight\x18\x04 \x01(\x05\x12\x30\n\rframe_timeout\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rexplain_every\x18\x06 \x01(\x05\x12\x1d\n\x15max_frames_per_second\x18\x07 \x01(\x01\x12\x1a\n\x12temporal_smoothing\x18\x08 \x01(\x02\"n\n\x05\x46rame\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x03\x12!\n\x05image\x18\x02 \x01(\x0b\x32\x12.heatlens.v1.Image\x12\x30\n\x0c\x63\x61pture_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xe6\x01\n\x15StreamExplainResponse\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x03\x12-\n\x07started\x18\x02 \x01(\x0b\x32\x1a.heatlens.v1.StreamStartedH\x00\x12.\n\x06result\x18\x03 \x01(\x0b\x32\x1c.heatlens.v1.ExplainResponseH\x00\x12#\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12,\n\x07skipped\x18\x05 \x01(\x0b\x32\x19.heatlens.v1.FrameSkippedH\x00\x42\t\n\x07payload\"L\n\rStreamStarted\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12\x15\n\rmax_in_flight\x18\x03 \x01(\x05\"\x0e\n\x0c\x46rameSkipped*`\n\x07MapSize\x12\x18\n\x14MAP_SIZE_UNSPECIFIED\x10\x00\x12\x12\n\x0eMAP_SIZE_LAYER\x10\x01\x12\x12\n\x0eMAP_SIZE_INPUT\x10\x02\x12\x13\n\x0fMAP_SIZE_SOURCE\x10\x03*~\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x03\x12\x14\n\x10\x44\x41TA_TYPE_UINT16\x10\x04*V\n\tDirection\x12\x19\n\x15\x44IRECTION_UNSPECIFIED\x10\x00\x12\x16\n\x12\x44IRECTION_INCREASE\x10\x01\x12\x16\n\x12\x44IRECTION_DECREASE\x10\x02*m\n\x0eOverflowPolicy\x12\x1f\n\x1bOVERFLOW_POLICY_UNSPECIFIED\x10\x00\x12\x19\n\x15OVERFLOW_POLICY_BLOCK\x10\x01\x12\x1f\n\x1bOVERFLOW_POLICY_DROP_OLDEST\x10\x02\x32\xb7\x01\n\x0e\x45xplainService\x12I\n\x07\x45xplain\x12\x1b.heatlens.v1.ExplainRequest\x1a\x1c.heatlens.v1.ExplainResponse\"\x03\x90\x02\x01\x12Z\n\rStreamExplain\x12!.heatlens.v1.StreamExplainRequest\x1a\".heatlens.v1.StreamExplainResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,12 +38,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_EXPLAINSERVICE'].methods_by_name['Explain']._loaded_options = None
   _globals['_EXPLAINSERVICE'].methods_by_name['Explain']._serialized_options = b'\220\002\001'
-  _globals['_MAPSIZE']._serialized_start=3018
-  _globals['_MAPSIZE']._serialized_end=3114
-  _globals['_DATATYPE']._serialized_start=3116
-  _globals['_DATATYPE']._serialized_end=3220
-  _globals['_OVERFLOWPOLICY']._serialized_start=3222
-  _globals['_OVERFLOWPOLICY']._serialized_end=3331
+  _globals['_MAPSIZE']._serialized_start=3200
+  _globals['_MAPSIZE']._serialized_end=3296
+  _globals['_DATATYPE']._serialized_start=3298
+  _globals['_DATATYPE']._serialized_end=3424
+  _globals['_DIRECTION']._serialized_start=3426
+  _globals['_DIRECTION']._serialized_end=3512
+  _globals['_OVERFLOWPOLICY']._serialized_start=3514
+  _globals['_OVERFLOWPOLICY']._serialized_end=3623
   _globals['_EXPLAINREQUEST']._serialized_start=190
   _globals['_EXPLAINREQUEST']._serialized_end=302
   _globals['_IMAGE']._serialized_start=304
@@ -51,33 +53,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TENSOR']._serialized_start=381
   _globals['_TENSOR']._serialized_end=460
   _globals['_EXPLAINOPTIONS']._serialized_start=463
-  _globals['_EXPLAINOPTIONS']._serialized_end=1109
-  _globals['_CLASSIDS']._serialized_start=1111
-  _globals['_CLASSIDS']._serialized_end=1137
-  _globals['_SMOOTHING']._serialized_start=1139
-  _globals['_SMOOTHING']._serialized_end=1201
-  _globals['_EXPLAINRESPONSE']._serialized_start=1204
-  _globals['_EXPLAINRESPONSE']._serialized_end=1572
-  _globals['_EXPLANATION']._serialized_start=1575
-  _globals['_EXPLANATION']._serialized_end=1829
-  _globals['_CLASSSCORE']._serialized_start=1831
-  _globals['_CLASSSCORE']._serialized_end=1912
-  _globals['_PIXELBOX']._serialized_start=1914
-  _globals['_PIXELBOX']._serialized_end=1982
-  _globals['_TIMING']._serialized_start=1985
-  _globals['_TIMING']._serialized_end=2173
-  _globals['_STREAMEXPLAINREQUEST']._serialized_start=2175
-  _globals['_STREAMEXPLAINREQUEST']._serialized_end=2290
-  _globals['_STREAMCONFIG']._serialized_start=2293
-  _globals['_STREAMCONFIG']._serialized_end=2577
-  _globals['_FRAME']._serialized_start=2579
-  _globals['_FRAME']._serialized_end=2689
-  _globals['_STREAMEXPLAINRESPONSE']._serialized_start=2692
-  _globals['_STREAMEXPLAINRESPONSE']._serialized_end=2922
-  _globals['_STREAMSTARTED']._serialized_start=2924
-  _globals['_STREAMSTARTED']._serialized_end=3000
-  _globals['_FRAMESKIPPED']._serialized_start=3002
-  _globals['_FRAMESKIPPED']._serialized_end=3016
-  _globals['_EXPLAINSERVICE']._serialized_start=3334
-  _globals['_EXPLAINSERVICE']._serialized_end=3517
+  _globals['_EXPLAINOPTIONS']._serialized_end=1152
+  _globals['_CLASSIDS']._serialized_start=1154
+  _globals['_CLASSIDS']._serialized_end=1196
+  _globals['_SMOOTHING']._serialized_start=1198
+  _globals['_SMOOTHING']._serialized_end=1260
+  _globals['_EXPLAINRESPONSE']._serialized_start=1263
+  _globals['_EXPLAINRESPONSE']._serialized_end=1649
+  _globals['_EXPLANATION']._serialized_start=1652
+  _globals['_EXPLANATION']._serialized_end=1981
+  _globals['_CLASSSCORE']._serialized_start=1983
+  _globals['_CLASSSCORE']._serialized_end=2094
+  _globals['_PIXELBOX']._serialized_start=2096
+  _globals['_PIXELBOX']._serialized_end=2164
+  _globals['_TIMING']._serialized_start=2167
+  _globals['_TIMING']._serialized_end=2355
+  _globals['_STREAMEXPLAINREQUEST']._serialized_start=2357
+  _globals['_STREAMEXPLAINREQUEST']._serialized_end=2472
+  _globals['_STREAMCONFIG']._serialized_start=2475
+  _globals['_STREAMCONFIG']._serialized_end=2759
+  _globals['_FRAME']._serialized_start=2761
+  _globals['_FRAME']._serialized_end=2871
+  _globals['_STREAMEXPLAINRESPONSE']._serialized_start=2874
+  _globals['_STREAMEXPLAINRESPONSE']._serialized_end=3104
+  _globals['_STREAMSTARTED']._serialized_start=3106
+  _globals['_STREAMSTARTED']._serialized_end=3182
+  _globals['_FRAMESKIPPED']._serialized_start=3184
+  _globals['_FRAMESKIPPED']._serialized_end=3198
+  _globals['_EXPLAINSERVICE']._serialized_start=3626
+  _globals['_EXPLAINSERVICE']._serialized_end=3809
 # @@protoc_insertion_point(module_scope)

@@ -27,6 +27,13 @@ class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DATA_TYPE_FLOAT32: _ClassVar[DataType]
     DATA_TYPE_FLOAT16: _ClassVar[DataType]
     DATA_TYPE_UINT8: _ClassVar[DataType]
+    DATA_TYPE_UINT16: _ClassVar[DataType]
+
+class Direction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DIRECTION_UNSPECIFIED: _ClassVar[Direction]
+    DIRECTION_INCREASE: _ClassVar[Direction]
+    DIRECTION_DECREASE: _ClassVar[Direction]
 
 class OverflowPolicy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -41,6 +48,10 @@ DATA_TYPE_UNSPECIFIED: DataType
 DATA_TYPE_FLOAT32: DataType
 DATA_TYPE_FLOAT16: DataType
 DATA_TYPE_UINT8: DataType
+DATA_TYPE_UINT16: DataType
+DIRECTION_UNSPECIFIED: Direction
+DIRECTION_INCREASE: Direction
+DIRECTION_DECREASE: Direction
 OVERFLOW_POLICY_UNSPECIFIED: OverflowPolicy
 OVERFLOW_POLICY_BLOCK: OverflowPolicy
 OVERFLOW_POLICY_DROP_OLDEST: OverflowPolicy
@@ -74,7 +85,7 @@ class Tensor(_message.Message):
     def __init__(self, data_type: _Optional[_Union[DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class ExplainOptions(_message.Message):
-    __slots__ = ("method", "top_k", "class_ids", "layers", "map_size", "map_type", "smoothing", "top_predictions", "target_score", "aggregation", "faithfulness", "mask", "reference_embedding", "reference_image", "min_score", "return_mask")
+    __slots__ = ("method", "top_k", "class_ids", "layers", "map_size", "map_type", "smoothing", "top_predictions", "target_score", "aggregation", "faithfulness", "mask", "reference_embedding", "reference_image", "min_score", "return_mask", "direction")
     METHOD_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     CLASS_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -91,6 +102,7 @@ class ExplainOptions(_message.Message):
     REFERENCE_IMAGE_FIELD_NUMBER: _ClassVar[int]
     MIN_SCORE_FIELD_NUMBER: _ClassVar[int]
     RETURN_MASK_FIELD_NUMBER: _ClassVar[int]
+    DIRECTION_FIELD_NUMBER: _ClassVar[int]
     method: _method_pb2.Method
     top_k: int
     class_ids: ClassIds
@@ -107,13 +119,16 @@ class ExplainOptions(_message.Message):
     reference_image: Image
     min_score: float
     return_mask: bool
-    def __init__(self, method: _Optional[_Union[_method_pb2.Method, str]] = ..., top_k: _Optional[int] = ..., class_ids: _Optional[_Union[ClassIds, _Mapping]] = ..., layers: _Optional[_Iterable[str]] = ..., map_size: _Optional[_Union[MapSize, str]] = ..., map_type: _Optional[_Union[DataType, str]] = ..., smoothing: _Optional[_Union[Smoothing, _Mapping]] = ..., top_predictions: _Optional[int] = ..., target_score: _Optional[_Union[_method_pb2.TargetScore, str]] = ..., aggregation: _Optional[_Union[_method_pb2.Aggregation, str]] = ..., faithfulness: _Optional[_Union[_faithfulness_pb2.FaithfulnessOptions, _Mapping]] = ..., mask: _Optional[_Union[Tensor, _Mapping]] = ..., reference_embedding: _Optional[_Union[Tensor, _Mapping]] = ..., reference_image: _Optional[_Union[Image, _Mapping]] = ..., min_score: _Optional[float] = ..., return_mask: bool = ...) -> None: ...
+    direction: Direction
+    def __init__(self, method: _Optional[_Union[_method_pb2.Method, str]] = ..., top_k: _Optional[int] = ..., class_ids: _Optional[_Union[ClassIds, _Mapping]] = ..., layers: _Optional[_Iterable[str]] = ..., map_size: _Optional[_Union[MapSize, str]] = ..., map_type: _Optional[_Union[DataType, str]] = ..., smoothing: _Optional[_Union[Smoothing, _Mapping]] = ..., top_predictions: _Optional[int] = ..., target_score: _Optional[_Union[_method_pb2.TargetScore, str]] = ..., aggregation: _Optional[_Union[_method_pb2.Aggregation, str]] = ..., faithfulness: _Optional[_Union[_faithfulness_pb2.FaithfulnessOptions, _Mapping]] = ..., mask: _Optional[_Union[Tensor, _Mapping]] = ..., reference_embedding: _Optional[_Union[Tensor, _Mapping]] = ..., reference_image: _Optional[_Union[Image, _Mapping]] = ..., min_score: _Optional[float] = ..., return_mask: bool = ..., direction: _Optional[_Union[Direction, str]] = ...) -> None: ...
 
 class ClassIds(_message.Message):
-    __slots__ = ("values",)
+    __slots__ = ("values", "labels")
     VALUES_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
     values: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, values: _Optional[_Iterable[int]] = ...) -> None: ...
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, values: _Optional[_Iterable[int]] = ..., labels: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Smoothing(_message.Message):
     __slots__ = ("augmentation", "principal_component")
@@ -124,7 +139,7 @@ class Smoothing(_message.Message):
     def __init__(self, augmentation: bool = ..., principal_component: bool = ...) -> None: ...
 
 class ExplainResponse(_message.Message):
-    __slots__ = ("explanations", "predictions", "source_region", "model", "model_version", "timing", "source_width_px", "source_height_px", "predicted_mask", "embedding")
+    __slots__ = ("explanations", "predictions", "source_region", "model", "model_version", "timing", "source_width_px", "source_height_px", "predicted_mask", "embedding", "warnings")
     EXPLANATIONS_FIELD_NUMBER: _ClassVar[int]
     PREDICTIONS_FIELD_NUMBER: _ClassVar[int]
     SOURCE_REGION_FIELD_NUMBER: _ClassVar[int]
@@ -135,6 +150,7 @@ class ExplainResponse(_message.Message):
     SOURCE_HEIGHT_PX_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_MASK_FIELD_NUMBER: _ClassVar[int]
     EMBEDDING_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     explanations: _containers.RepeatedCompositeFieldContainer[Explanation]
     predictions: _containers.RepeatedCompositeFieldContainer[ClassScore]
     source_region: PixelBox
@@ -145,10 +161,11 @@ class ExplainResponse(_message.Message):
     source_height_px: int
     predicted_mask: Tensor
     embedding: Tensor
-    def __init__(self, explanations: _Optional[_Iterable[_Union[Explanation, _Mapping]]] = ..., predictions: _Optional[_Iterable[_Union[ClassScore, _Mapping]]] = ..., source_region: _Optional[_Union[PixelBox, _Mapping]] = ..., model: _Optional[str] = ..., model_version: _Optional[str] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., source_width_px: _Optional[int] = ..., source_height_px: _Optional[int] = ..., predicted_mask: _Optional[_Union[Tensor, _Mapping]] = ..., embedding: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, explanations: _Optional[_Iterable[_Union[Explanation, _Mapping]]] = ..., predictions: _Optional[_Iterable[_Union[ClassScore, _Mapping]]] = ..., source_region: _Optional[_Union[PixelBox, _Mapping]] = ..., model: _Optional[str] = ..., model_version: _Optional[str] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., source_width_px: _Optional[int] = ..., source_height_px: _Optional[int] = ..., predicted_mask: _Optional[_Union[Tensor, _Mapping]] = ..., embedding: _Optional[_Union[Tensor, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Explanation(_message.Message):
-    __slots__ = ("class_id", "label", "logit", "probability", "map", "map_scale", "box", "map_offset", "area", "faithfulness")
+    __slots__ = ("class_id", "label", "logit", "probability", "map", "map_scale", "box", "map_offset", "area", "faithfulness", "value", "predicted_mask")
     CLASS_ID_FIELD_NUMBER: _ClassVar[int]
     LABEL_FIELD_NUMBER: _ClassVar[int]
     LOGIT_FIELD_NUMBER: _ClassVar[int]
@@ -159,6 +176,8 @@ class Explanation(_message.Message):
     MAP_OFFSET_FIELD_NUMBER: _ClassVar[int]
     AREA_FIELD_NUMBER: _ClassVar[int]
     FAITHFULNESS_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_MASK_FIELD_NUMBER: _ClassVar[int]
     class_id: int
     label: str
     logit: float
@@ -169,19 +188,23 @@ class Explanation(_message.Message):
     map_offset: float
     area: float
     faithfulness: _faithfulness_pb2.Faithfulness
-    def __init__(self, class_id: _Optional[int] = ..., label: _Optional[str] = ..., logit: _Optional[float] = ..., probability: _Optional[float] = ..., map: _Optional[_Union[Tensor, _Mapping]] = ..., map_scale: _Optional[float] = ..., box: _Optional[_Union[PixelBox, _Mapping]] = ..., map_offset: _Optional[float] = ..., area: _Optional[float] = ..., faithfulness: _Optional[_Union[_faithfulness_pb2.Faithfulness, _Mapping]] = ...) -> None: ...
+    value: float
+    predicted_mask: Tensor
+    def __init__(self, class_id: _Optional[int] = ..., label: _Optional[str] = ..., logit: _Optional[float] = ..., probability: _Optional[float] = ..., map: _Optional[_Union[Tensor, _Mapping]] = ..., map_scale: _Optional[float] = ..., box: _Optional[_Union[PixelBox, _Mapping]] = ..., map_offset: _Optional[float] = ..., area: _Optional[float] = ..., faithfulness: _Optional[_Union[_faithfulness_pb2.Faithfulness, _Mapping]] = ..., value: _Optional[float] = ..., predicted_mask: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class ClassScore(_message.Message):
-    __slots__ = ("class_id", "label", "logit", "probability")
+    __slots__ = ("class_id", "label", "logit", "probability", "value")
     CLASS_ID_FIELD_NUMBER: _ClassVar[int]
     LABEL_FIELD_NUMBER: _ClassVar[int]
     LOGIT_FIELD_NUMBER: _ClassVar[int]
     PROBABILITY_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
     class_id: int
     label: str
     logit: float
     probability: float
-    def __init__(self, class_id: _Optional[int] = ..., label: _Optional[str] = ..., logit: _Optional[float] = ..., probability: _Optional[float] = ...) -> None: ...
+    value: float
+    def __init__(self, class_id: _Optional[int] = ..., label: _Optional[str] = ..., logit: _Optional[float] = ..., probability: _Optional[float] = ..., value: _Optional[float] = ...) -> None: ...
 
 class PixelBox(_message.Message):
     __slots__ = ("left", "top", "right", "bottom")

@@ -24,7 +24,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., default_model: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "state", "task", "input_height_px", "input_width_px", "class_count", "methods", "layers", "engine", "device", "precision", "state_message", "default_method", "max_batch_size", "max_queue_delay", "method_support")
+    __slots__ = ("name", "version", "state", "task", "input_height_px", "input_width_px", "class_count", "methods", "layers", "engine", "device", "precision", "state_message", "default_method", "max_batch_size", "max_queue_delay", "method_support", "activation", "outputs", "input_channels", "preprocess", "assumptions", "runs_one_by_one")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[Model.State]
@@ -52,6 +52,12 @@ class Model(_message.Message):
     MAX_BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_QUEUE_DELAY_FIELD_NUMBER: _ClassVar[int]
     METHOD_SUPPORT_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATION_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    INPUT_CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    PREPROCESS_FIELD_NUMBER: _ClassVar[int]
+    ASSUMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    RUNS_ONE_BY_ONE_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     state: Model.State
@@ -69,7 +75,41 @@ class Model(_message.Message):
     max_batch_size: int
     max_queue_delay: _duration_pb2.Duration
     method_support: _containers.RepeatedCompositeFieldContainer[MethodSupport]
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., state: _Optional[_Union[Model.State, str]] = ..., task: _Optional[str] = ..., input_height_px: _Optional[int] = ..., input_width_px: _Optional[int] = ..., class_count: _Optional[int] = ..., methods: _Optional[_Iterable[_Union[_method_pb2.Method, str]]] = ..., layers: _Optional[_Iterable[str]] = ..., engine: _Optional[str] = ..., device: _Optional[str] = ..., precision: _Optional[str] = ..., state_message: _Optional[str] = ..., default_method: _Optional[_Union[_method_pb2.Method, str]] = ..., max_batch_size: _Optional[int] = ..., max_queue_delay: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., method_support: _Optional[_Iterable[_Union[MethodSupport, _Mapping]]] = ...) -> None: ...
+    activation: str
+    outputs: str
+    input_channels: int
+    preprocess: Preprocess
+    assumptions: _containers.RepeatedScalarFieldContainer[str]
+    runs_one_by_one: bool
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., state: _Optional[_Union[Model.State, str]] = ..., task: _Optional[str] = ..., input_height_px: _Optional[int] = ..., input_width_px: _Optional[int] = ..., class_count: _Optional[int] = ..., methods: _Optional[_Iterable[_Union[_method_pb2.Method, str]]] = ..., layers: _Optional[_Iterable[str]] = ..., engine: _Optional[str] = ..., device: _Optional[str] = ..., precision: _Optional[str] = ..., state_message: _Optional[str] = ..., default_method: _Optional[_Union[_method_pb2.Method, str]] = ..., max_batch_size: _Optional[int] = ..., max_queue_delay: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., method_support: _Optional[_Iterable[_Union[MethodSupport, _Mapping]]] = ..., activation: _Optional[str] = ..., outputs: _Optional[str] = ..., input_channels: _Optional[int] = ..., preprocess: _Optional[_Union[Preprocess, _Mapping]] = ..., assumptions: _Optional[_Iterable[str]] = ..., runs_one_by_one: bool = ...) -> None: ...
+
+class Preprocess(_message.Message):
+    __slots__ = ("window", "window_auto", "resize_px", "crop_px", "max_side_px", "interpolation", "letterbox", "pad_to_multiple", "channel_order", "scale", "mean", "std")
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_AUTO_FIELD_NUMBER: _ClassVar[int]
+    RESIZE_PX_FIELD_NUMBER: _ClassVar[int]
+    CROP_PX_FIELD_NUMBER: _ClassVar[int]
+    MAX_SIDE_PX_FIELD_NUMBER: _ClassVar[int]
+    INTERPOLATION_FIELD_NUMBER: _ClassVar[int]
+    LETTERBOX_FIELD_NUMBER: _ClassVar[int]
+    PAD_TO_MULTIPLE_FIELD_NUMBER: _ClassVar[int]
+    CHANNEL_ORDER_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    MEAN_FIELD_NUMBER: _ClassVar[int]
+    STD_FIELD_NUMBER: _ClassVar[int]
+    window: _containers.RepeatedScalarFieldContainer[float]
+    window_auto: bool
+    resize_px: _containers.RepeatedScalarFieldContainer[int]
+    crop_px: _containers.RepeatedScalarFieldContainer[int]
+    max_side_px: int
+    interpolation: str
+    letterbox: bool
+    pad_to_multiple: int
+    channel_order: str
+    scale: float
+    mean: _containers.RepeatedScalarFieldContainer[float]
+    std: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, window: _Optional[_Iterable[float]] = ..., window_auto: bool = ..., resize_px: _Optional[_Iterable[int]] = ..., crop_px: _Optional[_Iterable[int]] = ..., max_side_px: _Optional[int] = ..., interpolation: _Optional[str] = ..., letterbox: bool = ..., pad_to_multiple: _Optional[int] = ..., channel_order: _Optional[str] = ..., scale: _Optional[float] = ..., mean: _Optional[_Iterable[float]] = ..., std: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class MethodSupport(_message.Message):
     __slots__ = ("method", "engine", "in_steps")
