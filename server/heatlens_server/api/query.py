@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from heatlens_server.core.methods import Aggregation, Method, Metric, Score
-from heatlens_server.core.targets import ClassIds
+from heatlens_server.core.targets import ClassIds, Direction
 
 
 class MapSize(StrEnum):
@@ -72,7 +72,8 @@ class Options:
     Attributes:
         method: how the maps are made.
         top_k: explain so many of the most probable classes.
-        class_ids: explain these classes. At most one of the two is given.
+        class_ids: explain these classes. Not given together with `top_k`.
+        class_labels: explain the classes of these labels, after those of `class_ids`.
         layers: the target layers.
         map_size: the size of the maps.
         map_type: the element type of the maps.
@@ -88,11 +89,13 @@ class Options:
         reference_image: embedding models: instead of the embedding.
         min_score: detection: the least score of a box.
         return_mask: segmentation: whether the predicted mask is wanted.
+        direction: regression: which change of a value is explained.
     """
 
     method: Method | int | None = None
     top_k: int | None = None
     class_ids: ClassIds | None = None
+    class_labels: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
     map_size: MapSize | int = MapSize.LAYER
     map_type: MapType | int = MapType.FLOAT32
@@ -108,6 +111,7 @@ class Options:
     reference_image: Image | None = None
     min_score: float | None = None
     return_mask: bool = False
+    direction: Direction | int | None = None
 
 
 @dataclass(frozen=True, slots=True)

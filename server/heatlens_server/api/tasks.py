@@ -1,11 +1,12 @@
 """What queries ask of models of each task: one check per task. What is known about a task is in `core.tasks`."""
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
 
-from heatlens_server.api.checks import Limits, Violations, check_image, fit_image
+from heatlens_server.api.checks import Limits, Violations, check_image, fit_image, quoted
 from heatlens_server.api.query import Options
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.preprocess import FittedImage
@@ -15,6 +16,9 @@ from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.imaging.mask import fit_mask, mask_from_tensor, vector_from_tensor
 
 _DEFAULT_MIN_SCORE = 0.5
+
+# A caller's text is compared with every label.
+_COMPARED_CHARACTERS = 80
 
 _NO_REFERENCE = Similarity(np.ones(1, np.float32))
 """Stands for the reference until it is known."""
@@ -43,6 +47,8 @@ def check_target(
         value = getattr(options, name)
         if owner is not task and value is not None and value is not False:
             wrong.add(name, f"is for models of {owner}, and this one is of {task}")
+    if options.direction is not None:
+        wrong.add("direction", f"is for models of regression, and this one is of {task}")
     return _CHECKS[task](options, model, limits, wrong)
 
 
@@ -138,25 +144,50 @@ def _classes(
         if not 1 <= options.top_k <= largest:
             wrong.add("top_k", f"must be in [1, {largest}]; got {options.top_k}")
         return TopK(options.top_k)
-    if options.class_ids is not None:
-        _check_class_ids(options.class_ids.ids, class_count, limits.max_targets, wrong)
-        return options.class_ids
-    return default
-
-
-def _check_class_ids(ids: Sequence[int], class_count: int, max_targets: int, wrong: Violations) -> None:
-    field = "class_ids.ids"
-    if not ids:
-        wrong.add(field, "must name at least one class")
-    if len(ids) > max_targets:
+    labels = options.class_labels
+    if options.class_ids is None:
+        return default
+    ids = options.class_ids.ids
+    if (count := len(ids) + len(labels)) > limits.max_targets:
         # Not one violation each: their number would be the caller's to choose.
-        wrong.add(field, f"at most {max_targets} classes in one request; got {len(ids)}")
-        return
+        wrong.add("class_ids.ids", f"at most {limits.max_targets} classes in one request; got {count}")
+        return default
+    _check_class_ids(ids, class_count, wrong, required=not labels)
+    return ClassIds((*ids, *_ids_of_labels(labels, ids, model, wrong)))
+
+
+def _check_class_ids(ids: Sequence[int], class_count: int, wrong: Violations, *, required: bool) -> None:
+    field = "class_ids.ids"
+    if required and not ids:
+        wrong.add(field, "must name at least one class")
     for i, class_id in enumerate(ids):
         if not 0 <= class_id < class_count:
             wrong.add(f"{field}[{i}]", f"class id {class_id} is not in [0, {class_count})")
         elif class_id in ids[:i]:
             wrong.add(f"{field}[{i}]", f"duplicate class id {class_id}")
+
+
+def _ids_of_labels(labels: Sequence[str], ids: Sequence[int], model: ServedModel, wrong: Violations) -> list[int]:
+    """The classes that labels stand for; 0 for those that are wrong."""
+    found: list[int] = []
+    for i, label in enumerate(labels):
+        field = f"class_labels[{i}]"
+        count = model.labels.count(label)
+        if not model.labels:
+            wrong.add(field, f"model {model.name!r} has no labels: name classes by id")
+        elif not count:
+            near = difflib.get_close_matches(label[:_COMPARED_CHARACTERS], model.labels, n=3)
+            hint = f"; near: {', '.join(near)}" if near else ""
+            wrong.add(field, f"model {model.name!r} has no label {quoted(label)}{hint}")
+        elif count > 1:
+            wrong.add(field, f"{count} classes have the label {quoted(label)}: name the class by id")
+        elif (class_id := model.labels.index(label)) in (*ids, *found):
+            wrong.add(field, f"duplicate class {quoted(label)}")
+        else:
+            found.append(class_id)
+            continue
+        found.append(0)
+    return found
 
 
 _CHECKS: Mapping[Task, _CheckTarget] = MappingProxyType(

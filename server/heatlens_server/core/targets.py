@@ -2,8 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from heatlens_server.core.arrays import BoolArray, Float32Array, UInt8Array
+
+
+class Direction(StrEnum):
+    """Regression: which change of a value is explained."""
+
+    INCREASE = "increase"
+    DECREASE = "decrease"
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,47 @@ def test_targets_and_their_number():
     assert (top.target, top.target_count) == (TopK(4), 4)
 
 
+def labelled(*labels):
+    return dataclasses.replace(TINY, labels=labels)
+
+
+ANIMALS = labelled("cat", "dog", "crane", "crane", *(f"bird {n}" for n in range(6)))
+
+
+def test_classes_by_label_come_after_those_by_id():
+    named = plan_of(request(class_ids=pb.ClassIds(values=[7], labels=["dog", "cat"])), ANIMALS)
+    assert named.target == ClassIds((7, 1, 0))
+    assert plan_of(request(class_ids=pb.ClassIds(labels=["cat"])), ANIMALS).target == ClassIds((0,))
+
+
+@pytest.mark.parametrize(
+    ("labels", "model", "words"),
+    [
+        (["dgo"], ANIMALS, "near: dog"),
+        (["dog\n" * 1000], ANIMALS, "has no label"),
+        (["crane"], ANIMALS, "2 classes"),
+        (["dog", "dog"], ANIMALS, "duplicate"),
+        (["bird 3"], ANIMALS, "duplicate"),
+        (["dog"], TINY, "name classes by id"),
+    ],
+)
+def test_a_label_that_is_not_of_one_class_is_named(labels, model, words):
+    error = refusal(request(class_ids=pb.ClassIds(values=[7], labels=labels)), model)
+    assert fields(error) == [f"options.class_ids.labels[{len(labels) - 1}]"]
+    assert words in error.violations[0].description
+    assert len(error.violations[0].description) < 300
+
+
+def test_ids_and_labels_share_one_limit():
+    error = refusal(request(class_ids=pb.ClassIds(values=[7, 8, 9], labels=["cat", "dog"])), ANIMALS)
+    assert fields(error) == ["options.class_ids.values"]
+    assert "got 5" in error.violations[0].description
+
+
+def test_a_direction_is_for_regression():
+    assert fields(refusal(request(direction=pb.DIRECTION_DECREASE))) == ["options.direction"]
+
+
 def test_top_k_is_bounded_by_the_class_count_too():
     wide = Limits(
         max_message_bytes=1, max_image_pixels=6, max_queue_length=1, max_targets=1000, max_streams=1, max_in_flight=1

@@ -23,7 +23,7 @@ from heatlens_server.api.query import (
     Tensor,
 )
 from heatlens_server.core.methods import Aggregation, Method, Metric, Score
-from heatlens_server.core.targets import ClassIds
+from heatlens_server.core.targets import ClassIds, Direction
 
 _E = TypeVar("_E", bound=StrEnum)
 
@@ -42,6 +42,7 @@ MAP_SIZES = {pb.MAP_SIZE_UNSPECIFIED: MapSize.LAYER} | _by_number(pb.MapSize, "M
 OVERFLOW_POLICIES = {pb.OVERFLOW_POLICY_UNSPECIFIED: OverflowPolicy.BLOCK} | _by_number(
     pb.OverflowPolicy, "OVERFLOW_POLICY", OverflowPolicy
 )
+DIRECTIONS = _by_number(pb.Direction, "DIRECTION", Direction)
 MAP_TYPES: dict[int, MapType] = {
     pb.DATA_TYPE_UNSPECIFIED: MapType.FLOAT32,
     pb.DATA_TYPE_FLOAT32: MapType.FLOAT32,
@@ -88,6 +89,7 @@ def _options(options: pb.ExplainOptions) -> Options:
         method=_named(options.method, METHOD_FROM_PROTO),
         top_k=options.top_k if target == "top_k" else None,
         class_ids=ClassIds(tuple(options.class_ids.values)) if target == "class_ids" else None,
+        class_labels=tuple(options.class_ids.labels),
         layers=tuple(options.layers),
         map_size=MAP_SIZES.get(options.map_size, int(options.map_size)),
         map_type=MAP_TYPES.get(options.map_type, int(options.map_type)),
@@ -103,6 +105,7 @@ def _options(options: pb.ExplainOptions) -> Options:
         reference_image=_image(options.reference_image) if reference == "reference_image" else None,
         min_score=options.min_score if options.HasField("min_score") else None,
         return_mask=options.return_mask,
+        direction=_named(options.direction, DIRECTIONS),
     )
 
 
@@ -132,6 +135,7 @@ _OPTIONS = frozenset(field.name for field in dataclasses.fields(Options))
 
 _PATHS = {
     "class_ids.ids": "class_ids.values",
+    "class_labels": "class_ids.labels",
     "augmentation": "smoothing.augmentation",
     "principal_component": "smoothing.principal_component",
     "metrics": "faithfulness.metrics",
