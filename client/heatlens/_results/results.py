@@ -82,6 +82,9 @@ class Explanation:
         area: segmentation: the part of the model's input that is predicted as this class, in [0, 1]; 0 otherwise.
         box: detection: the detection's box in pixels of the upright source image; None otherwise.
         faithfulness: how faithful the map is, as asked; None if not.
+        predicted_mask: segmentation whose classes may overlap, with `return_mask`: uint8 (height, width), read-only, 1
+            where this class is predicted, of the size that `Result.predicted_mask` has elsewhere, and 255 where that
+            has it; None otherwise.
     """
 
     class_id: int
@@ -92,6 +95,7 @@ class Explanation:
     area: float = 0.0
     box: PixelBox | None = None
     faithfulness: Faithfulness | None = None
+    predicted_mask: UInt8Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +129,7 @@ class Result:
         timing: where the time went.
         predicted_mask: segmentation, with `return_mask`: uint8 (height, width), read-only: the class of each pixel of
             the model's input, which covers `source_region`; with map_size="source" of the source image, 255 outside
-            `source_region`.
+            `source_region`. None where classes may overlap: then each explanation has a mask.
         embedding: embedding models: float32 (length,), read-only. Another call's `reference`.
     """
 

@@ -62,6 +62,7 @@ def result_of(response: explain_pb2.ExplainResponse, *, placed: bool) -> Result:
                 area=item.area,
                 box=_box_of(item.box) if item.HasField("box") else None,
                 faithfulness=_faithfulness_of(item.faithfulness) if item.HasField("faithfulness") else None,
+                predicted_mask=_mask_of(item.predicted_mask) if item.HasField("predicted_mask") else None,
             )
             for item in response.explanations
         ),

@@ -52,6 +52,7 @@ class Explanation:
         box: detection: in pixels of the source image.
         area: segmentation: the part of the input that is predicted as the class.
         faithfulness: the measures asked for; None if none were.
+        mask: segmentation with classes that may overlap, if asked for: uint8 (h, w), 1 where the class is predicted.
     """
 
     class_score: ClassScore
@@ -61,6 +62,7 @@ class Explanation:
     box: PixelBox | None = None
     area: float = 0.0
     faithfulness: Mapping[Metric, float] | None = None
+    mask: UInt8Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ def check_answer_size(plan: Plan, image: FittedImage, limits: Limits, *, map_cou
         pixels = at_input if plan.spec.upsample or plan.spec.method.traits.always_at_input_size else 0
     maps_bytes = map_count * pixels * np.dtype(plan.map_type.value).itemsize
     if plan.spec.return_mask:
-        maps_bytes += max(pixels, at_input)
+        maps_bytes += (map_count if plan.masks_overlap else 1) * max(pixels, at_input)
     size_bytes = maps_bytes + plan.top_predictions * _PREDICTION_BYTES + _ENVELOPE_BYTES
     if size_bytes > limits.max_message_bytes:
         raise InvalidArgument.of(
@@ -132,9 +134,6 @@ def answer_of(done: QueueResult, plan: Plan, model: ServedModel) -> Answer:
             Finding(class_id, logit=float(result.logits[class_id]), probability=float(probabilities[class_id]))
             for class_id in result.class_ids
         )
-    mask = result.mask
-    if mask is not None and plan.place_on_source:
-        mask = place_mask(mask, image)
     return Answer(
         explanations=tuple(_explanation(k, finding, done, plan, model) for k, finding in enumerate(findings)),
         predictions=_predictions(result, probabilities, plan.top_predictions, model),
@@ -142,7 +141,7 @@ def answer_of(done: QueueResult, plan: Plan, model: ServedModel) -> Answer:
         model=model.name,
         model_version=model.version,
         timing=done.timing,
-        mask=mask,
+        mask=_on_source(result.mask, plan, image),
         embedding=result.embedding,
     )
 
@@ -160,7 +159,13 @@ def _explanation(k: int, finding: Finding, done: QueueResult, plan: Plan, model:
         box=None if finding.box is None else _source_box(finding.box, image),
         area=finding.area,
         faithfulness=None if result.faithfulness is None else result.faithfulness[k],
+        mask=_on_source(None if result.masks is None else result.masks[k], plan, image),
     )
+
+
+def _on_source(mask: UInt8Array | None, plan: Plan, image: FittedImage) -> UInt8Array | None:
+    """A mask of the model's input at the size that the maps have, if they have that of the source image."""
+    return mask if mask is None or not plan.place_on_source else place_mask(mask, image)
 
 
 def _stored(values: Float32Array, map_type: MapType) -> MapValues:

@@ -21,6 +21,7 @@ class Plan:
         place_on_source: True if maps are to be placed on the source image.
         map_type: the element type of the maps in the answer.
         top_predictions: how many classes to list.
+        masks_overlap: segmentation: whether there is a predicted mask per map, and not one of all classes.
         finish_target: makes the target that the engine gets, once an image is decoded; None if `target` is that.
     """
 
@@ -29,6 +30,7 @@ class Plan:
     place_on_source: bool = False
     map_type: MapType = MapType.FLOAT32
     top_predictions: int = 0
+    masks_overlap: bool = False
     finish_target: FinishTarget | None = None
 
     @property

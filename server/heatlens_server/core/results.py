@@ -39,6 +39,8 @@ class ImageResult:
         findings: K, one per explanation; None for classification, where logits and class ids say it all.
         faithfulness: K, the measures asked for; None if none were.
         mask: segmentation, if asked for: uint8 (H, W), the class of each pixel of the input.
+        masks: segmentation with classes that may overlap, if asked for, in place of `mask`: uint8 (K, H, W), one per
+            explanation, 1 where its class is predicted.
         embedding: embedding models: float32 (D,).
     """
 
@@ -50,4 +52,5 @@ class ImageResult:
     findings: tuple[Finding, ...] | None = None
     faithfulness: tuple[Mapping[Metric, float], ...] | None = None
     mask: UInt8Array | None = None
+    masks: UInt8Array | None = None
     embedding: Float32Array | None = None

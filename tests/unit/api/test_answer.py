@@ -18,6 +18,7 @@ from heatlens_server.core.results import Finding, ImageResult
 from heatlens_server.core.targets import ClassIds, TopK
 from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.served_model import ServedModel
+from heatlens_server.imaging.mask import OUTSIDE, place_mask
 from heatlens_server.scheduling.entry import QueueResult, Timing
 
 MAPS = np.array([[[0.0, 0.25], [0.5, 1.0]], [[1.0, 0.0], [0.1, 0.9]]], np.float32)
@@ -84,6 +85,19 @@ def test_boxes_come_in_pixels_of_the_source():
     assert (answer.explanations[0].class_score.label, answer.explanations[1].box) == ("dog", None)
 
 
+def test_masks_of_classes_that_overlap_are_placed_as_maps_are():
+    masks = np.zeros((2, 4, 4), np.uint8)
+    masks[0, :2] = masks[1, 1:3] = 1
+    found = dataclasses.replace(done(), result=dataclasses.replace(done().result, masks=masks))
+    at_input = answer_of(found, plan(), model())
+    assert at_input.mask is None
+    for one, mask in zip(at_input.explanations, masks, strict=True):
+        np.testing.assert_array_equal(one.mask, mask)
+    placed = answer_of(found, plan(upsample=True, place=True), model()).explanations[1].mask
+    np.testing.assert_array_equal(placed, place_mask(masks[1], FITTED))
+    assert set(np.unique(placed)) == {0, 1, OUTSIDE}
+
+
 def test_predictions_are_in_order_of_score_and_then_of_id():
     answer = answer_of(done(), plan(top_predictions=4), model())
     listed = [(score.class_id, score.label) for score in answer.predictions]
@@ -123,6 +137,11 @@ def test_maps_on_the_source_are_placed_as_the_sdk_places_them():
 ENVELOPE_BYTES = 64 * 1024
 
 
+def with_masks(asked: Plan, *, overlap: bool) -> Plan:
+    spec = dataclasses.replace(asked.spec, return_mask=True)
+    return dataclasses.replace(asked, spec=spec, masks_overlap=overlap)
+
+
 @pytest.mark.parametrize(
     ("asked", "maps_bytes"),
     [
@@ -130,6 +149,8 @@ ENVELOPE_BYTES = 64 * 1024
         (plan(TopK(4), upsample=True, map_type=MapType.FLOAT16), 4 * 4 * 4 * 2),
         (plan(upsample=True, place=True), 2 * 12 * 8 * 4),
         (plan(TopK(1), upsample=True, place=True, map_type=MapType.UINT8), 12 * 8),
+        (with_masks(plan(upsample=True), overlap=False), 2 * 4 * 4 * 4 + 4 * 4),
+        (with_masks(plan(upsample=True), overlap=True), 2 * 4 * 4 * 4 + 2 * 4 * 4),
     ],
 )
 def test_answers_are_refused_from_one_byte_too_many(asked, maps_bytes):

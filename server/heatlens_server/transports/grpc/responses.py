@@ -110,6 +110,7 @@ def _explanation(explanation: Explanation) -> pb.Explanation:
         faithfulness=None
         if measured is None
         else faithfulness_pb2.Faithfulness(**{metric.replace("-", "_"): value for metric, value in measured.items()}),
+        predicted_mask=None if explanation.mask is None else _tensor(explanation.mask),
     )
 
 

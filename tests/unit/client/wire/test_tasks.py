@@ -22,6 +22,7 @@ def test_results_of_tasks():
     plain = explain_pb2.ExplainResponse(explanations=[explain_pb2.Explanation(map=tensor(np.ones((1, 1), "<f4")))])
     (explanation,) = result_of(plain, placed=False).explanations
     assert (explanation.area, explanation.box, explanation.faithfulness) == (0, None, None)
+    assert explanation.predicted_mask is None
     assert result_of(plain, placed=False).predicted_mask is None
     assert result_of(plain, placed=False).embedding is None
 
@@ -32,6 +33,7 @@ def test_results_of_tasks():
                 area=0.25,
                 box=explain_pb2.PixelBox(left=1, top=2, right=3, bottom=4),
                 faithfulness=faithfulness_pb2.Faithfulness(deletion=0.0, road_combined=0.5),
+                predicted_mask=tensor(np.array([[0, 1, 255]], np.uint8), explain_pb2.DATA_TYPE_UINT8),
             )
         ],
         predicted_mask=tensor(np.array([[1, 255]], np.uint8), explain_pb2.DATA_TYPE_UINT8),
@@ -43,6 +45,8 @@ def test_results_of_tasks():
     assert explanation.box == PixelBox(1, 2, 3, 4)
     assert explanation.faithfulness == Faithfulness(deletion=0.0, road_combined=0.5)
     assert explanation.faithfulness.by_metric() == {"deletion": 0.0, "road-combined": 0.5}
+    assert explanation.predicted_mask.tolist() == [[0, 1, 255]]
+    assert not explanation.predicted_mask.flags.writeable
     assert result.predicted_mask.tolist() == [[1, 255]]
     assert result.predicted_mask.dtype == np.uint8
     assert result.embedding.tolist() == [1, 2, 3]

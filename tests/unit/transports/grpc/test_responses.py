@@ -31,6 +31,7 @@ def test_every_field():
         box=PixelBox(1, 2, 3, 4),
         area=0.5,
         faithfulness={Metric.ROAD_MORF: 0.25},
+        mask=np.array([[1, 0]], np.uint8),
     )
     sent = response_of(
         answer(full, predictions=(SCORE,), mask=np.array([[1, 2, 3]], np.uint8), embedding=np.ones(2, np.float32))
@@ -46,6 +47,7 @@ def test_every_field():
     assert (one.class_id, one.label, one.logit, one.probability, one.area) == (2, "bird", 3.0, 0.75, 0.5)
     assert (one.map_scale, one.map_offset, one.box) == (2.0, 0.125, pb.PixelBox(left=1, top=2, right=3, bottom=4))
     assert [field.name for field, _ in one.faithfulness.ListFields()] == ["road_morf"]
+    assert one.predicted_mask == pb.Tensor(data_type=pb.DATA_TYPE_UINT8, shape=(1, 2), data=bytes([1, 0]))
     assert one.map == pb.Tensor(data_type=pb.DATA_TYPE_FLOAT32, shape=(2, 2), data=VALUES.tobytes())
     assert sent.predicted_mask == pb.Tensor(data_type=pb.DATA_TYPE_UINT8, shape=(1, 3), data=bytes([1, 2, 3]))
     assert sent.embedding == pb.Tensor(data_type=pb.DATA_TYPE_FLOAT32, shape=(2,), data=b"\0\0\x80\x3f" * 2)
@@ -54,7 +56,7 @@ def test_every_field():
 def test_what_an_answer_lacks_is_not_set():
     sent = response_of(answer(Explanation(SCORE, VALUES, 1.0, 0.0)))
     assert not any(sent.HasField(name) for name in ("predicted_mask", "embedding"))
-    assert not any(sent.explanations[0].HasField(name) for name in ("box", "faithfulness"))
+    assert not any(sent.explanations[0].HasField(name) for name in ("box", "faithfulness", "predicted_mask"))
 
 
 @pytest.mark.parametrize(
