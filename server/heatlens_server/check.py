@@ -42,6 +42,8 @@ def check_model(config: ModelConfig, write: Callable[[str], None], *, cache_dir:
         return False
     finally:
         built.engine.close()
+    for assumption in built.assumptions:
+        write(f"{config.name}: {assumption}")
     size = f"{info.input_width_px}x{info.input_height_px} px" if info.input_width_px else "any size"
     write(
         f"{config.name}: ok: {info.engine_name} on {info.device} in {info.precision}, "

@@ -19,10 +19,15 @@ def test_the_size_of_a_models_input(monkeypatch, size_px, said):
     result = ImageResult(one, (0,), np.ones((1, 2, 2), np.float32), one, one)
     closed = []
     engine = SimpleNamespace(info=info, explain=lambda *_: [result], close=lambda: closed.append(True))
-    monkeypatch.setattr(check, "build", lambda *_args, **_kwargs: SimpleNamespace(engine=engine))
+    monkeypatch.setattr(
+        check,
+        "build",
+        lambda *_args, **_kwargs: SimpleNamespace(engine=engine, assumptions=("one output: taken as binary",)),
+    )
     lines: list[str] = []
     assert check.check_model(ModelConfig(name="m", source="torchvision:resnet18"), lines.append, cache_dir=None)
     assert lines == [
-        f"m: ok: torch on cpu in fp32, classification, {said}, 1 classes, layers body; methods grad-cam, refine-cam"
+        "m: one output: taken as binary",
+        f"m: ok: torch on cpu in fp32, classification, {said}, 1 classes, layers body; methods grad-cam, refine-cam",
     ]
     assert closed

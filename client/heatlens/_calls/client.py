@@ -105,6 +105,7 @@ class Client:
             aggregation: how the maps of several layers become one: "mean" (default), "max" or "product".
             augment: average the maps of the image and its mirror image, each darker and brighter.
             principal_component: project weighted activations on their first principal component, do not sum them.
+            direction: regression: what is explained about a value: its "increase" (default) or "decrease".
             faithfulness: measure how faithful each map is: True for deletion and insertion, or "road-combined",
                 "sparseness", ..., or a list of them: see `heatlens.Faithfulness`; "all": those that the model's task
                 has, for which the server is asked about the model first. Costs many runs of the model.
@@ -166,6 +167,7 @@ class Client:
             aggregation: how the maps of several layers become one.
             augment: average over changed versions of each frame.
             principal_component: project on the first principal component.
+            direction: regression: explain the "increase" (default) or the "decrease" of a value.
 
         Raises:
             InvalidArgumentError: an argument is wrong.

@@ -31,6 +31,7 @@ _ANNOTATIONS = {
     "aggregation": _option("aggregation", str | None, metavar="NAME", show_default="mean"),
     "augment": _option("augment", bool, "--augment"),
     "principal_component": _option("principal_component", bool, "--principal-component"),
+    "direction": _option("direction", str | None, metavar="increase|decrease", show_default="increase"),
     "faithfulness": _option("faithfulness", str | None, metavar="METRICS"),
     "mask": _option("mask", Path | None, metavar="FILE"),
     "reference": _option("reference", Path | None, metavar="FILE"),
@@ -38,7 +39,7 @@ _ANNOTATIONS = {
     "return_mask": _option("return_mask", bool, "--return-mask"),
 }
 SCORE_OPTIONS = ("target_score", "aggregation", "augment", "principal_component")
-MAP_OPTIONS = ("top_k", "class_ids", "method", "layers", *SCORE_OPTIONS)
+MAP_OPTIONS = ("top_k", "class_ids", "method", "layers", *SCORE_OPTIONS, "direction")
 
 
 def takes(*names: str, after: str) -> Callable[[Command], Command]:

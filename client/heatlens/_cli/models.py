@@ -30,7 +30,7 @@ def models(
     """List the served models and their methods: first those that the model's engine runs in one pass.
 
     After "torch:" come those for which torch is loaded when they are first asked for; after "in steps:" those that take
-    many runs of the model. With --json, a list of objects.
+    many runs of the model. Below the table is what the server assumed about models. With --json, a list of objects.
     """
     with reporting(), Client(**client_options(server, tls=tls, ca=ca, timeout=timeout)) as client:
         found = client.models()
@@ -54,9 +54,8 @@ def _as_table(found: tuple[ModelInfo, ...]) -> str:
         for model in found
     ]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines + [f"{model.name}: {assumption}" for model in found for assumption in model.assumptions])
 
 
 def _input(model: ModelInfo) -> str:

@@ -178,6 +178,8 @@ class ModelInfo:
         method_engines: what runs each of `methods` with default options: "onnxruntime", "torchscript", "torch"; empty
             if the server is too old to say.
         methods_in_steps: the methods that take many runs of the model per image.
+        assumptions: what the server found or assumed when it loaded the model, one sentence each, with the key of its
+            configuration that overrides it.
     """
 
     name: str
@@ -199,6 +201,7 @@ class ModelInfo:
     max_queue_delay_ms: float
     method_engines: Mapping[str, str] = field(default_factory=dict, hash=False)
     methods_in_steps: tuple[str, ...] = ()
+    assumptions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

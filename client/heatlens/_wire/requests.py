@@ -17,12 +17,14 @@ from heatlens._results.results import ModelInfo
 from heatlens._wire.arguments import as_float, checked_bool, checked_int, is_text, number_of
 from heatlens._wire.names import (
     AGGREGATIONS,
+    DIRECTIONS,
     MAP_SIZES,
     MAP_TYPES,
     METHODS,
     METRICS,
     TARGET_SCORES,
     AggregationName,
+    DirectionName,
     MapSizeName,
     MapTypeName,
     TargetScoreName,
@@ -51,6 +53,7 @@ class MapOptions(TypedDict, total=False):
     aggregation: AggregationName | None
     augment: bool
     principal_component: bool
+    direction: DirectionName | None
 
 
 class ExplainOptions(MapOptions, total=False):
@@ -322,6 +325,9 @@ OPTIONS: Mapping[str, Option] = {
     ),
     "principal_component": Option(
         "smoothing.principal_component", checked_bool, "Smooth maps: their first principal component.", default=False
+    ),
+    "direction": Option(
+        "direction", partial(number_of, names=DIRECTIONS), "Regression: explain the value's increase or decrease."
     ),
     "faithfulness": Option(
         "faithfulness", _metrics, "Measure how faithful the maps are: deletion,insertion,... or all.", default=False

@@ -44,6 +44,7 @@ class BuiltModel:
         version: of the weights.
         labels: one per class; empty if unknown.
         method: for requests that name none.
+        assumptions: what was found or assumed when it was loaded, one sentence each, with the key that overrides it.
     """
 
     engine: SteppingEngine
@@ -51,6 +52,7 @@ class BuiltModel:
     version: str
     labels: tuple[str, ...]
     method: Method
+    assumptions: tuple[str, ...] = ()
 
 
 class _Unfit(Exception):
@@ -157,6 +159,7 @@ def _build_torch(config: ModelConfig, model: "LoadedModel") -> BuiltModel:
         version=model.version,
         labels=model.labels,
         method=config.method,
+        assumptions=model.assumptions,
     )
 
 
@@ -214,6 +217,7 @@ def _build_exported(config: ModelConfig, export: Export, *, device: str, method:
         version=manifest.weights_version,
         labels=manifest.labels,
         method=method,
+        assumptions=manifest.assumptions,
     )
 
 
@@ -234,6 +238,7 @@ def _finish(
     version: str,
     labels: tuple[str, ...],
     method: Method,
+    assumptions: tuple[str, ...],
 ) -> BuiltModel:
     """Check an engine and warm it up; lay the configuration over what is known about its model."""
     try:
@@ -245,4 +250,6 @@ def _finish(
     except BaseException:
         engine.close()
         raise
-    return BuiltModel(engine, preprocess, config.version or version, labels, method)
+    for assumption in assumptions:
+        _log.warning("model %s: %s", config.name, assumption)
+    return BuiltModel(engine, preprocess, config.version or version, labels, method, assumptions)

@@ -323,6 +323,7 @@ class Fleet:
             max_batch_size=config.batching.max_batch_size,
             max_delay_s=config.batching.max_delay_ms / 1e3,
             queue=queue,
+            assumptions=built.assumptions,
             generation=self._generations[config.name],
         )
 

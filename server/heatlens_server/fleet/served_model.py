@@ -22,6 +22,7 @@ class ServedModel:
         max_batch_size: most images run at once.
         max_delay_s: the batching window, in seconds.
         queue: the way to the device.
+        assumptions: what was found or assumed when it was loaded, one sentence each, with the key that overrides it.
         generation: counts the models that have served under this name, from 1 on.
     """
 
@@ -34,6 +35,7 @@ class ServedModel:
     max_batch_size: int
     max_delay_s: float
     queue: ModelQueue
+    assumptions: tuple[str, ...] = ()
     generation: int = 1
 
     def label(self, class_id: int) -> str:

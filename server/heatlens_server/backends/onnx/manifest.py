@@ -88,6 +88,7 @@ class Manifest:
         versions: of the packages that made the export, by name.
         parity: what `export.verify` measured; empty if it was switched off.
         task: what the model does; None in exports of versions that did not write it.
+        assumptions: what was found or assumed when the model was loaded, one sentence each.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -110,6 +111,7 @@ class Manifest:
     versions: Mapping[str, str]
     parity: Mapping[str, Any]
     task: Task | None = None
+    assumptions: tuple[str, ...] = ()
 
     @property
     def layers(self) -> tuple[str, ...]:

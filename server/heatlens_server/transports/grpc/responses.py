@@ -76,6 +76,7 @@ def model_of(status: ModelStatus) -> model_pb2.Model:
         default_method=METHOD_TO_PROTO[served.default_method],
         max_batch_size=served.max_batch_size,
         max_queue_delay=timedelta(seconds=served.max_delay_s),
+        assumptions=served.assumptions,
     )
 
 

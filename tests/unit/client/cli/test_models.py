@@ -42,4 +42,6 @@ def test_the_table_says_what_a_model_does_and_what_runs_each_method_and_how():
     assert lines[2][:4] == ["b", "ready", "segmentation", "any"]
     assert lines[2][7] == "fp32  cam shapley-cam grad-cam | in steps: score-cam"
     assert lines[3][7] == "fp32  cam shapley-cam score-cam grad-cam"
+    guessed = info("e", assumptions=("one output: taken as binary classification; task overrides",))
+    assert _as_table((alone, guessed)).splitlines()[3:] == [f"e: {guessed.assumptions[0]}"]
     assert _as_table((failed,)).splitlines()[1].split() == ["d", "failed:", "gone", *"------"]

@@ -12,7 +12,7 @@ from heatlens._cli.explain import explain
 from heatlens._cli.video import video
 from heatlens._wire.answers import map_values, result_of
 from heatlens._wire.arguments import checked_timeout
-from heatlens._wire.names import AGGREGATIONS, MAP_SIZES, MAP_TYPES, METHODS, METRICS, TARGET_SCORES
+from heatlens._wire.names import AGGREGATIONS, DIRECTIONS, MAP_SIZES, MAP_TYPES, METHODS, METRICS, TARGET_SCORES
 from heatlens._wire.requests import OPTIONS, ExplainOptions, MapOptions, check_size, explain_request, health_request
 from heatlens._wire.streams import stream_plan
 from heatlens.v1 import explain_pb2, faithfulness_pb2, method_pb2
@@ -59,12 +59,18 @@ def test_options_by_name():
 
 def test_options_of_scores_and_smoothing():
     options = explain_request(
-        b"x", target_score="log-probability", aggregation="max", augment=True, principal_component=np.True_
+        b"x",
+        target_score="log-probability",
+        aggregation="max",
+        augment=True,
+        principal_component=np.True_,
+        direction="decrease",
     ).options
     assert options.target_score == method_pb2.TARGET_SCORE_LOG_PROBABILITY
     assert options.aggregation == method_pb2.AGGREGATION_MAX
     assert options.smoothing.augmentation
     assert options.smoothing.principal_component
+    assert options.direction == explain_pb2.DIRECTION_DECREASE
 
 
 @pytest.mark.parametrize(
@@ -115,11 +121,15 @@ def test_names_are_derived_from_the_enums():
         (METRICS, faithfulness_pb2.FaithfulnessMetric, "FAITHFULNESS_METRIC_"),
         (METHODS, method_pb2.Method, "METHOD_"),
         (MAP_SIZES, explain_pb2.MapSize, "MAP_SIZE_"),
-        (MAP_TYPES, explain_pb2.DataType, "DATA_TYPE_"),
+        (DIRECTIONS, explain_pb2.Direction, "DIRECTION_"),
     ):
         assert {prefix + name.upper().replace("-", "_"): number for name, number in names.items()} == {
             name: number for name, number in enum.items() if number
         }
+    # Maps are of some of the types that tensors have.
+    assert {explain_pb2.DataType.Name(number) for number in MAP_TYPES.values()} == {
+        f"DATA_TYPE_{name.upper()}" for name in MAP_TYPES
+    }
 
 
 WRONG = {
@@ -135,6 +145,7 @@ WRONG = {
     "aggregation": ["sum"],
     "augment": [1, None],
     "principal_component": ["yes"],
+    "direction": ["up", 1],
     "faithfulness": ["roar", [], 3, ["deletion", None], ["deletion", "deletion"]],
     "min_score": [1.5, "0.5", float("nan")],
     "return_mask": ["yes"],

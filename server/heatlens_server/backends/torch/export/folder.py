@@ -263,4 +263,5 @@ def _manifest(
         versions=installed_versions(),
         parity={},
         task=model.task,
+        assumptions=model.assumptions,
     )

@@ -24,6 +24,7 @@ class LoadedModel:
         layers: names of the modules that can be explained, the default first; each runs once per forward.
         task: what it does.
         grids: how to read each layer's output as a map; a layer that is not in it returns (N, C, h, w).
+        assumptions: what was found or assumed when it was loaded, one sentence each, with the key that overrides it.
     """
 
     name: str
@@ -35,6 +36,7 @@ class LoadedModel:
     layers: tuple[str, ...]
     task: Task = Task.CLASSIFICATION
     grids: Mapping[str, Grid] = field(default_factory=dict)
+    assumptions: tuple[str, ...] = ()
 
     def grid(self, layer: str) -> Grid:
         """How to read a layer's output as a map."""
