@@ -82,6 +82,14 @@ def tiny() -> nn.Module:
     return _seeded(Tiny, 0)
 
 
+def negative() -> nn.Module:
+    """As `tiny`, but nothing speaks for any class: the weights of its head are negative, so Grad-CAM is 0."""
+    network = tiny()
+    with torch.no_grad():
+        network.head.weight.abs_().neg_()
+    return network
+
+
 def tiny_mlp() -> nn.Module:
     """A head with a hidden layer."""
     return _seeded(TinyMlp, 1)

@@ -30,6 +30,8 @@ from heatlens._cli.connection import (
 )
 from heatlens._cli.explaining import MAP_OPTIONS, ModelOption, chosen, takes
 from heatlens._exceptions import HeatlensError
+from heatlens._results.drawing import caption, draw_banner, flat_note
+from heatlens._results.images import write_image
 from heatlens._results.results import Result
 
 # Files in flight: enough to give the server batches, few enough to keep memory and queues small.
@@ -148,7 +150,10 @@ def _write(result: Result, image: Path, folder: Path, colormap: str) -> _Files:
         name = f"{image.stem}-{explanation.class_id}" + (f"-{number}" if number > 1 else "")
         overlays.append(folder / f"{name}.png")
         maps.append(folder / f"{name}.npy")
-        explanation.heatmap.save(overlays[-1], image, colormap=colormap)
+        picture = explanation.heatmap.overlay(image, colormap=colormap)
+        if explanation.heatmap.is_flat:
+            draw_banner(picture, [caption(explanation)])
+        write_image(overlays[-1], picture)
         explanation.heatmap.save(maps[-1])
     mask = embedding = None
     if result.predicted_mask is not None:
@@ -171,6 +176,9 @@ def _as_dict(result: Result, image: Path, files: _Files) -> dict[str, Any]:
             "probability": item.probability,
             "map_height": height,
             "map_width": width,
+            "scale": item.heatmap.scale,
+            "offset": item.heatmap.offset,
+            "flat": item.heatmap.is_flat,
         }
         if item.area:
             explanation["area"] = item.area
@@ -200,6 +208,8 @@ def _as_text(result: Result, image: Path, files: _Files) -> list[str]:
         parts = [f"  {item.class_id:>5}  {item.probability:>6.1%}  {item.label or '-'}"]
         if item.box is not None:
             parts.append("at {left:.0f},{top:.0f} to {right:.0f},{bottom:.0f}".format(**asdict(item.box)))
+        if note := flat_note(item.heatmap):
+            parts.append(note)
         if item.area:
             parts.append(f"on {item.area:.1%} of the image")
         if item.faithfulness is not None:

@@ -22,7 +22,7 @@ class Heatmap:
 
     Attributes:
         values: float32 (height, width) in [0, 1], read-only.
-        scale: the raw map's largest value minus its smallest.
+        scale: the raw map's largest value minus its smallest; 0 if the map is flat.
         offset: the raw map's smallest value.
         region: the part of the source image that the model saw, in pixels of the upright source image.
         placed: whether `values` already has the source image's size (map_size="source").
@@ -39,6 +39,14 @@ class Heatmap:
     def __repr__(self) -> str:
         height, width = self.values.shape
         return f"Heatmap({width}x{height}, region={self.region})"
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the raw map has one value everywhere: no pixel matters more than another.
+
+        `values` are then all 0. With an `offset` of 0, nothing speaks for what was explained.
+        """
+        return self.scale == 0
 
     def raw(self) -> Float32Array:
         """Return the map before normalisation, `values * scale + offset`, float32 (height, width).
@@ -105,7 +113,8 @@ class Heatmap:
     def overlay(self, image: ImageSource, *, colormap: str = "jet", alpha: float = 0.5) -> UInt8Array:
         """Return the image with the map over it, in colours: uint8 (H, W, 3), RGB, upright.
 
-        Pixels that the model did not see keep their colours.
+        Pixels that the model did not see keep their colours. Under a flat map all do: an even tint would look like a
+        result.
 
         Args:
             image: the explained image: a path, the bytes of a file, or uint8 RGB pixels (H, W, 3).
@@ -120,7 +129,7 @@ class Heatmap:
         pixels = decode_image(image)
         height_px, width_px = pixels.shape[:2]
         placed = self._placed_on((width_px, height_px), argument="image")
-        return blend(pixels, placed, self.region, colormap=colormap, alpha=alpha)
+        return blend(pixels, None if self.is_flat else placed, self.region, colormap=colormap, alpha=alpha)
 
     def save(
         self,

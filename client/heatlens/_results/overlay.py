@@ -52,7 +52,7 @@ def color_map(values: npt.NDArray[np.float32], colormap: str) -> UInt8Array:
 
 
 def blend(
-    image: UInt8Array, values: npt.NDArray[np.float32], region: PixelBox, *, colormap: str, alpha: float
+    image: UInt8Array, values: npt.NDArray[np.float32] | None, region: PixelBox, *, colormap: str, alpha: float
 ) -> UInt8Array:
     """Blend a placed map over its image: (1 - alpha) * image + alpha * colour inside `region`, the image outside.
 
@@ -60,7 +60,7 @@ def blend(
 
     Args:
         image: uint8 (H, W, 3), RGB.
-        values: float32 (H, W) in [0, 1].
+        values: float32 (H, W) in [0, 1]. None: no map, the image keeps its colours.
         region: what the model saw, in pixels of the image.
         colormap: name of an OpenCV colour map, in any case.
         alpha: opacity of the colours, in [0, 1].
@@ -73,12 +73,14 @@ def blend(
     """
     if not isinstance(alpha, Real) or not 0.0 <= alpha <= 1.0:
         raise InvalidArgumentError.of("alpha", f"expected a number from 0 to 1, got {alpha!r}")
+    color_table(colormap)
+    result = image.copy()
+    if values is None:
+        return result
     height_px, width_px = image.shape[:2]
     rows, columns = covered_pixels(region, (width_px, height_px))
-    result = image.copy()
     seen = np.ascontiguousarray(values[rows, columns])
-    colors = color_map(seen, colormap) if seen.size else None
-    if colors is not None:
+    if seen.size:
         source = np.ascontiguousarray(image[rows, columns])
-        result[rows, columns] = cv2.addWeighted(source, 1.0 - alpha, colors, alpha, 0.0)
+        result[rows, columns] = cv2.addWeighted(source, 1.0 - alpha, color_map(seen, colormap), alpha, 0.0)
     return result

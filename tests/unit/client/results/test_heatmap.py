@@ -154,6 +154,25 @@ def test_wrong_options_are_named(heatmap, image, options):
         heatmap.overlay(image, **options)
 
 
+@pytest.mark.parametrize("offset", [0.0, 0.7])
+def test_a_flat_map_is_told_and_not_drawn(heatmap, image, tmp_path, offset):
+    flat = replace(heatmap, values=np.zeros((3, 3), np.float32), scale=0.0, offset=offset)
+    assert flat.is_flat
+    assert not heatmap.is_flat
+    before = image.copy()
+    drawn = flat.overlay(image, alpha=0.9)
+    assert drawn is not image
+    np.testing.assert_array_equal(drawn, before)
+    flat.save(tmp_path / "overlay.png", image)
+    np.testing.assert_array_equal(decode_image(tmp_path / "overlay.png"), before)
+    # What is wrong is wrong whatever the map.
+    for wrong in ({"colormap": "nope"}, {"alpha": 2}):
+        with pytest.raises(InvalidArgumentError, match=next(iter(wrong))):
+            flat.overlay(image, **wrong)
+    with pytest.raises(InvalidArgumentError, match="image: the map was made for"):
+        replace(flat, source_size=(1, 1)).overlay(image)
+
+
 def test_colors_are_rgb_and_every_opencv_map_works():
     # Jet is blue at 0 and red at 1.
     assert color_table("jet")[0, 0].tolist() == [0, 0, 128]

@@ -16,10 +16,9 @@ def frame():
     return np.random.default_rng(0).integers(100, 200, (SIZE[1], SIZE[0], 3), np.uint8)
 
 
-def explanation(label="cat", probability=0.75, class_id=3, region=EVERYWHERE):
-    heatmap = Heatmap(
-        values=np.array([[0, 0.5], [0.25, 1]], np.float32), scale=1, offset=0, region=region, placed=False
-    )
+def explanation(label="cat", probability=0.75, class_id=3, region=EVERYWHERE, scale=1, offset=0):
+    values = np.array([[0, 0.5], [0.25, 1]], np.float32) * bool(scale)
+    heatmap = Heatmap(values=values, scale=scale, offset=offset, region=region, placed=False)
     return Explanation(class_id=class_id, label=label, logit=1.0, probability=probability, heatmap=heatmap)
 
 
@@ -49,6 +48,23 @@ def test_the_look_of_an_answer():
     assert look.lines == (" 75%  cat", "  4%  dog", "100%  class 7")
     assert look.values.shape == (180, 320)
     np.testing.assert_array_equal(look.values, explanation().heatmap.on(SIZE))
+
+
+@pytest.mark.parametrize(("offset", "note"), [(0, "nothing speaks for it"), (0.5, "every pixel speaks for it alike")])
+def test_a_flat_map_is_not_drawn_but_said(frame, offset, note):
+    look = annotation_of(result(explanation(scale=0, offset=offset), explanation("dog", 0.041, 5)), SIZE)
+    assert look.lines == (f" 75%  cat: {note}", "  4%  dog")
+    drawn = draw(frame, look, **STYLE)
+    height = banner_height(drawn, frame)
+    assert height > 12
+    np.testing.assert_array_equal(drawn[height:], frame[height:])
+
+
+def test_a_frame_in_which_nothing_was_found(frame):
+    look = annotation_of(result(), SIZE)
+    assert look.lines == ("nothing found",)
+    height = banner_height(drawn := draw(frame, look, **STYLE), frame)
+    np.testing.assert_array_equal(drawn[height:], frame[height:])
 
 
 def test_the_map_is_drawn_below_the_banner_as_the_sdk_draws_it(frame):
