@@ -15,7 +15,7 @@ from heatlens_server.core.preprocess import Interpolation
 from heatlens_server.core.tasks import Task
 
 EMBEDDED_MODEL = "efficientnet_lite0"
-WEIGHT_FILE_SUFFIXES = (".pth", ".pt", ".safetensors")
+WEIGHT_FILE_SUFFIXES = (".pth", ".pt", ".safetensors", ".pth.tar", ".ckpt", ".bin")
 EXPORT_PREFIX = "export:"
 
 _MAX_SIDE_PX = 8192
@@ -133,7 +133,9 @@ class ModelConfig(Section):
     `heatlens-server export` wrote)."""
     weights: Annotated[str, AfterValidator(_check_weights)] = "default"
     """"default" (the source's own pretrained weights), "none" (random, always the same), the name of a torchvision
-    weights enum's member, or a .pth, .pt or .safetensors file."""
+    weights enum's member, or a .pth, .pt, .safetensors, .pth.tar, .ckpt or .bin file of tensors."""
+    weights_key: str = Field(default="", max_length=128)
+    """Where in a weights file the state_dict is, as "model_ema". Empty: found under the usual names."""
     labels: FilePath | None = None
     """Class names: one per line, a JSON list, or a JSON object {"0": "name"}. Unset: the source's, if it has any."""
     task: Literal["auto", "classification", "multi-label-classification", "segmentation", "detection", "embedding"] = (
@@ -200,6 +202,13 @@ class ModelConfig(Section):
         if _is_export(info) and weights != "default":
             raise ValueError('must be "default" for an export: its weights are inside')
         return weights
+
+    @field_validator("weights_key")
+    @classmethod
+    def _key_of_file(cls, weights_key: str, info: ValidationInfo) -> str:
+        if weights_key and not info.data.get("weights", ".pth").endswith(WEIGHT_FILE_SUFFIXES):
+            raise ValueError("is for weights that are a file")
+        return weights_key
 
     @field_validator("engine")
     @classmethod

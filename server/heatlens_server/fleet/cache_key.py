@@ -56,6 +56,7 @@ def export_key(config: ModelConfig, file_format: Format, model: "LoadedModel | N
         "source": config.source,
         "task": config.task,
         "weights": _weights(config),
+        "weights_key": config.weights_key,
         "layers": config.layers,
         "grids": {layer: grid.model_dump(mode="json") for layer, grid in config.grids.items()},
         "precision": config.precision,

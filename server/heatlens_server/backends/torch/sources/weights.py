@@ -1,102 +1,176 @@
-"""Weight files: reading them safely, fitting them to an architecture, and telling versions apart.
+"""Fitting a checkpoint's weights to an architecture, and telling versions of weights apart.
 
 Messages name a file without its folder, as clients see them.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from heatlens_server.backends.torch.sources.checkpoints import Checkpoint
 from heatlens_server.core.errors import ModelLoadError
 
-# Where training scripts put the state_dict inside a checkpoint.
-_NESTED_KEYS = ("state_dict", "model_state_dict", "model")
+_log = logging.getLogger(__name__)
+
 # Heads that are only used in training (GoogLeNet, Inception v3, DeepLabV3 and FCN).
 _TRAINING_ONLY = ("aux1.", "aux2.", "AuxLogits.", "aux_classifier.")
 # Absent from files older than the counter; without effect in eval mode.
 _COUNTER = "num_batches_tracked"
+# Parts of names that torch.compile and its parallel wrappers add, anywhere in a name.
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_SHOWN = 3
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state_dict from a .safetensors file, or from a .pth or .pt file without running any code in it.
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A checkpoint's entries under the names of a network.
 
-    Checkpoints that hold the state_dict under "state_dict", "model_state_dict" or "model" are unwrapped, and a
-    "module." in front of every name (DataParallel) is removed.
+    Attributes:
+        state: names to tensors.
+        stripped: what was taken off the names in the file.
+        added: what was put before them.
+        unused: the file's entries that do not begin with `stripped`.
+    """
+
+    state: Mapping[str, Tensor]
+    stripped: str = ""
+    added: str = ""
+    unused: tuple[str, ...] = ()
+
+
+def fit_names(checkpoint: Checkpoint, own: Mapping[str, Tensor]) -> Fit:
+    """Name a checkpoint's entries as a network does: training wraps networks, which puts prefixes before names.
+
+    Names that fit are left alone. Otherwise prefixes are taken off the file's names, and such as all of the network's
+    names have are put before them; what names most of the network's entries, in most of their shapes, is taken, if it
+    names half of them.
 
     Raises:
-        ModelLoadError: the file is missing, corrupt, or holds anything but tensors.
+        ModelLoadError: two parts of the file fit equally well.
     """
-    try:
-        if path.suffix == ".safetensors":
-            content: object = safetensors.torch.load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ModelLoadError(f"weights file {path.name!r} does not exist") from error
-    # The unpicklers raise whatever their parsing raises.
-    except Exception as error:
+    state = checkpoint.state
+    if not any(_WRAPPERS.intersection(name.split(".")) for name in own):
+        state = {".".join(part for part in name.split(".") if part not in _WRAPPERS): state[name] for name in state}
+    wanted = [name for name in own if not name.endswith(_COUNTER)]
+    if all(name in state for name in wanted):
+        return Fit(state)
+    common = _common_prefixes(own)
+    fits = [
+        Fit(
+            {added + name.removeprefix(stripped): state[name] for name in state if name.startswith(stripped)},
+            stripped,
+            added,
+            tuple(name for name in state if not name.startswith(stripped)),
+        )
+        for stripped in ("", *_frequent_prefixes(state, len(wanted)))
+        for added in ("", *common)
+    ]
+
+    def quality(fit: Fit) -> tuple[int, int]:
+        found = [name for name in wanted if name in fit.state]
+        return len(found), sum(fit.state[name].shape == own[name].shape for name in found)
+
+    best = max(map(quality, fits))
+    if 2 * best[0] < len(wanted):
+        return Fit(state)
+    chosen = [fit for fit in fits if quality(fit) == best]
+    if len({fit.stripped for fit in chosen}) > 1 and best[0] == len(wanted):
+        names = " and ".join(repr(fit.stripped) for fit in chosen[:2])
         raise ModelLoadError(
-            f"weights file {path.name!r} cannot be read as plain tensors ({type(error).__name__}); "
-            "save model.state_dict(), not the model"
-        ) from error
-    for key in _NESTED_KEYS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ModelLoadError(f"weights file {path.name!r} holds no state_dict (names to tensors)")
-    state = {str(name): tensor for name, tensor in content.items()}
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    return state
+            f"weights file {checkpoint.file_name!r} holds the network twice, under {names}: save the one that is meant"
+        )
+    return chosen[0]
+
+
+def _common_prefixes(names: Mapping[str, Tensor]) -> list[str]:
+    """The dotted prefixes that all names have, shortest first."""
+    return [prefix for prefix, count in _counted_prefixes(names).items() if count == len(names)]
+
+
+def _frequent_prefixes(names: Mapping[str, Tensor], size: int) -> list[str]:
+    """The dotted prefixes of at least half as many names as a network of `size` entries has."""
+    return [prefix for prefix, count in _counted_prefixes(names).items() if 2 * count >= size]
+
+
+def _counted_prefixes(names: Mapping[str, Tensor]) -> Counter[str]:
+    return Counter(prefix for name in names for prefix in _prefixes(name))
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    return (".".join(parts[:depth]) + "." for depth in range(1, len(parts)))
 
 
 def build_with_weights(
-    build: Callable[[int | None], nn.Module], path: Path, *, own_count: int | None = None
+    build: Callable[[int | None], nn.Module], checkpoint: Checkpoint, *, own_count: int | None = None
 ) -> nn.Module:
     """Build an architecture with as many classes as its weights file has, and load the file.
 
     Args:
         build: makes the architecture with so many classes; None for its own number.
-        path: the weights file.
+        checkpoint: the weights file.
         own_count: its own number, if its heads have several outputs per class; None if they have one.
 
     Raises:
-        ModelLoadError: the file is unreadable or of another architecture.
+        ModelLoadError: the file is of another architecture.
     """
-    state = read_weights(path)
     module = build(None)
-    class_count = _other_class_count(module.state_dict(), state, own_count)
+    own = module.state_dict()
+    class_count = _other_class_count(own, fit_names(checkpoint, own).state, own_count)
     if class_count is not None:
         module = build(class_count)
-    load_weights(module, state, path.name)
+    load_weights(module, checkpoint)
     return module
 
 
-def load_weights(module: nn.Module, state: Mapping[str, Tensor], file_name: str) -> None:
-    """Load a state_dict into a module, entry for entry.
+def load_weights(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """Load a checkpoint into a module, entry for entry.
 
     Raises:
         ModelLoadError: an entry is missing, left over or of another shape.
     """
     own = module.state_dict()
-    used = {k: v for k, v in state.items() if k in own or not k.startswith(_TRAINING_ONLY)}
-    problems = [f"{name} is missing" for name in own if name not in used and not name.endswith(_COUNTER)]
-    problems += [f"{name} is not in the network" for name in used if name not in own]
-    problems += [
-        f"{name} has shape {tuple(used[name].shape)}, the network's {tuple(own[name].shape)}"
-        for name in own
-        if name in used and used[name].shape != own[name].shape
+    fit = fit_names(checkpoint, own)
+    used = {k: v for k, v in fit.state.items() if k in own or not k.startswith(_TRAINING_ONLY)}
+    wrong = {name for name in own if name in used and used[name].shape != own[name].shape}
+    problems = [
+        *_counted("missing", [name for name in own if name not in used and not name.endswith(_COUNTER)]),
+        *_counted("not in the network", [name for name in used if name not in own]),
+        *_counted(
+            "of another shape",
+            [f"{n} {tuple(used[n].shape)}, the network's {tuple(own[n].shape)}" for n in own if n in wrong],
+        ),
     ]
     if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ModelLoadError(f"weights file {file_name!r} does not fit the network: {'; '.join(problems[:3])}{more}")
+        names = f"; compared without the prefix {fit.stripped!r} of its names" if fit.stripped else ""
+        names += f"; compared with {fit.added!r} before its names" if fit.added else ""
+        raise ModelLoadError(
+            f"weights file {checkpoint.file_name!r} does not fit the network of {len(own)} entries: "
+            f"{'; '.join(problems)}{names}"
+        )
+    if fit.unused:
+        _log.info(
+            "%d entries of weights file %r outside %r are not used: %s",
+            len(fit.unused),
+            checkpoint.file_name,
+            fit.stripped,
+            _shown(fit.unused),
+        )
     module.load_state_dict(used, strict=False)
+
+
+def _counted(problem: str, names: Sequence[str]) -> list[str]:
+    return [f"{len(names)} {problem} ({_shown(names)})"] if names else []
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def weights_version(module: nn.Module) -> str:
