@@ -1,23 +1,27 @@
 """A dry run of one model: load it, explain one image, say what happened."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from heatlens_server.check_photo import explain_photo, preprocess_in_words
 from heatlens_server.config import ModelConfig
-from heatlens_server.core.errors import ModelLoadError
-from heatlens_server.fleet.build import build
+from heatlens_server.core.errors import HeatlensError, ModelLoadError
+from heatlens_server.fleet.build import BuiltModel, build
 from heatlens_server.fleet.warm_up import is_finite, run_trial, trial_size_px
 
 
-def check_model(config: ModelConfig, write: Callable[[str], None], *, cache_dir: Path | None) -> bool:
+def check_model(
+    config: ModelConfig, write: Callable[[str], None], *, cache_dir: Path | None, photo: Path | None = None
+) -> bool:
     """Load a model and explain one noise image with every method it supports, or run the first steps of it.
 
     Args:
         config: the model.
         write: takes one line of report.
         cache_dir: where exports are kept; None for nowhere.
+        photo: an image file to explain as well; None for none.
 
     Returns:
         Whether all went well.
@@ -30,24 +34,36 @@ def check_model(config: ModelConfig, write: Callable[[str], None], *, cache_dir:
     except (Exception, SystemExit) as error:  # a model's own code may raise anything
         write(f"{config.name}: FAILED: {error!r}")
         return False
-    info = built.engine.info
-    image = np.random.default_rng(0).integers(0, 256, (1, *trial_size_px(info), 3), dtype=np.uint8)
     try:
-        for method in info.requestable_methods:
-            if not all(is_finite(result) for result in run_trial(built.engine, image, method)):
-                write(f"{config.name}: FAILED: {method} gave values that are not finite")
-                return False
-    except ModelLoadError as error:
+        for line in _report(built, photo, Path(f"{config.name}-check.png")):
+            write(f"{config.name}: {line}")
+    except (HeatlensError, ModelLoadError, MemoryError, OSError) as error:
         write(f"{config.name}: FAILED: {error}")
         return False
     finally:
         built.engine.close()
-    for assumption in built.assumptions:
-        write(f"{config.name}: {assumption}")
+    return True
+
+
+def _report(model: BuiltModel, photo: Path | None, overlay: Path) -> Iterator[str]:
+    """Try a model, and say what it is.
+
+    Raises:
+        HeatlensError, ModelLoadError, MemoryError: a method fails, or the photo cannot be decoded.
+        OSError: the photo cannot be read, or the picture not written.
+    """
+    info = model.engine.info
+    image = np.random.default_rng(0).integers(0, 256, (1, *trial_size_px(info), 3), dtype=np.uint8)
+    for method in info.requestable_methods:
+        if not all(is_finite(result) for result in run_trial(model.engine, image, method)):
+            raise ModelLoadError(f"{method} gave values that are not finite")
+    yield from model.assumptions
+    yield f"preprocess: {preprocess_in_words(model.preprocess)}"
+    if photo is not None:
+        yield from explain_photo(model, photo, overlay)
     size = f"{info.input_width_px}x{info.input_height_px} px" if info.input_width_px else "any size"
-    write(
-        f"{config.name}: ok: {info.engine_name} on {info.device} in {info.precision}, "
+    yield (
+        f"ok: {info.engine_name} on {info.device} in {info.precision}, "
         f"{info.task}, {size}, {info.class_count} classes, "
         f"layers {', '.join(info.layers)}; methods {', '.join(info.requestable_methods)}"
     )
-    return True

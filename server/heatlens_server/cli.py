@@ -77,6 +77,14 @@ def serve(
 @app.command()
 def check(
     config: ConfigOption = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Explain this photo and its mirror image, too; write each model's map over it to NAME-check.png.",
+        ),
+    ] = None,
 ) -> None:
     """Print the effective configuration, load the models, explain one image with each, and exit."""
     settings = _load(config, {})
@@ -85,7 +93,9 @@ def check(
     from heatlens_server.check import check_model  # noqa: PLC0415
 
     passed = [
-        check_model(model, write=lambda line: typer.echo(line, err=True), cache_dir=settings.server.cache_path)
+        check_model(
+            model, write=lambda line: typer.echo(line, err=True), cache_dir=settings.server.cache_path, photo=image
+        )
         for model in settings.models
     ]
     if not all(passed):

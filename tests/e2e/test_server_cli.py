@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import skimage
 
 from heatlens import Client
 from heatlens_server.config import Config
@@ -35,16 +36,17 @@ source = "python:tiny_models:broken"
 def run(tmp_path):
     """Run the installed command with a configuration file; HEATLENS_* as given and nothing else."""
 
-    def run(command, toml="", *, exit_code, **variables):
+    def run(command, toml="", *options, exit_code, **variables):
         path = tmp_path / "server.toml"
         path.write_text(toml)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HEATLENS_")}
         done = subprocess.run(
-            [COMMAND, command, "--config", path],
+            [COMMAND, command, "--config", path, *options],
             capture_output=True,
             text=True,
             timeout=90,
             check=False,
+            cwd=tmp_path,
             env={**environment, "PYTHONPATH": str(SUPPORT), **variables},
         )
         assert done.returncode == exit_code, done.stderr
@@ -87,6 +89,16 @@ def test_check_fails_if_one_model_does_and_reports_all(run):
     assert broken.startswith("broken: FAILED: ")
     assert "/secret/path" not in broken
     assert tiny.startswith("tiny: ok: ")
+
+
+def test_check_explains_a_photo_by_every_model(run, tmp_path):
+    photo = Path(skimage.data_dir, "chelsea.png")
+    done = run("check", BROKEN + TINY, "--image", photo, exit_code=1)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("tiny: chelsea.png")]
+    assert [line.partition(": class ")[0] for line in lines] == ["tiny: chelsea.png", "tiny: chelsea.png mirrored"]
+    assert (tmp_path / "tiny-check.png").stat().st_size > 10_000
+    missing = run("check", TINY, "--image", tmp_path / "no.jpg", exit_code=2)
+    assert "no.jpg" in missing.stderr
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,20 @@ import numpy as np
 import pytest
 
 from heatlens_server import check
+from heatlens_server.check_photo import preprocess_in_words
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.engine import Capabilities
 from heatlens_server.core.methods import Method
+from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
 from heatlens_server.core.results import ImageResult
+
+PREPROCESS = PreprocessSpec(
+    resize_px=256,
+    crop_px=(224, 224),
+    mean=(0.5, 0.5, 0.5),
+    std=(0.25, 0.25, 0.25),
+    interpolation=Interpolation.BILINEAR,
+)
 
 
 @pytest.mark.parametrize(("size_px", "said"), [((32, 64), "64x32 px"), ((0, 0), "any size")])
@@ -19,15 +29,19 @@ def test_the_size_of_a_models_input(monkeypatch, size_px, said):
     result = ImageResult(one, (0,), np.ones((1, 2, 2), np.float32), one, one)
     closed = []
     engine = SimpleNamespace(info=info, explain=lambda *_: [result], close=lambda: closed.append(True))
-    monkeypatch.setattr(
-        check,
-        "build",
-        lambda *_args, **_kwargs: SimpleNamespace(engine=engine, assumptions=("one output: taken as binary",)),
-    )
+    model = SimpleNamespace(engine=engine, assumptions=("one output: taken as binary",), preprocess=PREPROCESS)
+    monkeypatch.setattr(check, "build", lambda *_args, **_kwargs: model)
     lines: list[str] = []
     assert check.check_model(ModelConfig(name="m", source="torchvision:resnet18"), lines.append, cache_dir=None)
     assert lines == [
         "m: one output: taken as binary",
+        f"m: preprocess: {preprocess_in_words(PREPROCESS)}",
         f"m: ok: torch on cpu in fp32, classification, {said}, 1 classes, layers body; methods grad-cam, refine-cam",
     ]
     assert closed
+
+
+def test_preprocessing_in_the_words_of_the_configuration():
+    words = preprocess_in_words(PREPROCESS)
+    assert words.startswith("resize_px = 256, crop_px = [224, 224], mean = [0.5, 0.5, 0.5], std = [0.25, 0.25, 0.25]")
+    assert 'interpolation = "bilinear"' in words

@@ -42,22 +42,26 @@ def warm_up(engine: SteppingEngine, config: ModelConfig, method: Method) -> None
             raise ModelLoadError("the model gives scores or maps that are not finite: are its weights right?")
 
 
-def run_trial(engine: SteppingEngine, images: UInt8Array, method: Method) -> list[ImageResult]:
+def run_trial(
+    engine: SteppingEngine, images: UInt8Array, method: Method, *, layer: str | None = None
+) -> list[ImageResult]:
     """Explain images with a method and default options; if that takes steps, run the first few for the first image.
 
     Args:
         engine: has the method.
         images: uint8 (N, H, W, 3), of `trial_size_px`; a step runs the model on as many rows as there are images.
         method: one of `engine.info.requestable_methods`.
+        layer: one that the method explains; None for its default.
 
     Returns:
         The results; nothing if steps are left.
     """
     info = engine.info
     preset = method.as_preset
+    offered = info.layers_of(preset.method)
     spec = MapSpec(
         method=preset.method,
-        layers=info.layers_of(preset.method) if preset.all_layers else info.layers_of(preset.method)[:1],
+        layers=(layer,) if layer else offered if preset.all_layers else offered[:1],
         upsample=False,
         score=preset.score if method in PRESETS else info.scores[0],
         aggregation=preset.aggregation,
