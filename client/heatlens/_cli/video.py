@@ -97,8 +97,17 @@ def video(
     colormap: Annotated[str, typer.Option(help="An OpenCV colour map.")] = "jet",
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Opacity of the map.")] = 0.5,
     timeout: Annotated[
-        float, typer.Option("--timeout", metavar="SECONDS", help="Time for one frame to be run, and for a URL to open.")
+        float,
+        typer.Option(
+            "--timeout",
+            metavar="SECONDS",
+            help="Time for one frame to be run, for a URL to open, and for a camera to give its next frame.",
+        ),
     ] = 30.0,
+    reconnect_timeout: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", min=0, help="How long a camera that drops out is opened again; 0: not at all."),
+    ] = 60.0,
     tls: TlsOption = False,
     ca: CaOption = None,
     **options: Any,  # noqa: ANN401 - the options of `takes`
@@ -106,12 +115,15 @@ def video(
     """Explain a film while it plays: every frame with its map over it, and which class it is for.
 
     Of several classes, the first one's map is drawn. Frames left out or dropped show the map before them. Ctrl-C and
-    SIGTERM leave a playable film. Exits with 1 if a frame failed or the input broke off.
+    SIGTERM leave a playable film. A camera that drops out is opened again. Exits with 1 if a frame failed, the input
+    broke off or a camera did not come back.
     """
     if output is None and json_file is None:
         raise typer.BadParameter("give -o FILE, --json FILE or both")
     if raw and quality is not None:
         raise typer.BadParameter("give --quality or --raw, not both")
+    if not math.isfinite(reconnect_timeout):
+        raise typer.BadParameter("must be finite", param_hint="--reconnect-timeout")
     for option, value in (("--max-fps", max_fps), ("--duration", duration)):
         # nan compares false with everything.
         if not (value is None or 0 < value < math.inf):
@@ -135,7 +147,14 @@ def video(
                 _check_files(source, output, json_file)
                 color_table(colormap)
                 client = stack.enter_context(Client(**client_options(server, tls=tls, ca=ca, timeout=timeout)))
-                opened = open_source(source, fps=fps, timeout_s=timeout, on_unreadable=unreadable.append)
+                opened = open_source(
+                    source,
+                    fps=fps,
+                    timeout_s=timeout,
+                    reconnect_timeout_s=reconnect_timeout,
+                    on_unreadable=unreadable.append,
+                    tell=warn,
+                )
                 stack.enter_context(closing(opened))
                 stream["overflow"] = (overflow or (Overflow.DROP_OLDEST if opened.live else Overflow.BLOCK)).value
                 answering = client.stream(**stream)

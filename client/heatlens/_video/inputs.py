@@ -24,14 +24,24 @@ _ALWAYS_LIVE = frozenset({"rtmp", "rtp", "rtsp", "rtsps", "udp"})
 _MAX_CAMERA = 2**31 - 1
 
 
-def open_source(text: str, *, fps: float | None, timeout_s: float, on_unreadable: Callable[[Path], None]) -> Source:
+def open_source(
+    text: str,
+    *,
+    fps: float | None,
+    timeout_s: float,
+    reconnect_timeout_s: float,
+    on_unreadable: Callable[[Path], None],
+    tell: Callable[[str], None],
+) -> Source:
     """Open what a user named: a file, a folder or glob of images, a URL, or a camera by its number.
 
     Args:
         text: what the user named. A number is a camera unless there is a file of that name.
         fps: frames per second. None: what the source says, 25 if it says nothing.
         timeout_s: how long a URL may take to open, and to give the next frame.
+        reconnect_timeout_s: how long a camera that dropped out is opened again; 0: not at all.
         on_unreadable: called with every image that cannot be decoded; it is left out.
+        tell: told when a camera drops out and when it is back, in one line each.
 
     Raises:
         InvalidArgumentError: it is no URL, or not one that is read over a network, or too large for a camera's number.
@@ -41,15 +51,20 @@ def open_source(text: str, *, fps: float | None, timeout_s: float, on_unreadable
     images = None if is_url(text) else images_of(text)
     if images is not None:
         return Images(images, text, fps=fps, on_unreadable=on_unreadable)
-    from heatlens._video.pyav import open_video  # noqa: PLC0415 - an extra
+    from heatlens._video.pyav import Reconnection, open_video  # noqa: PLC0415 - an extra
 
+    reconnection = Reconnection(silence_s=timeout_s, timeout_s=reconnect_timeout_s, tell=tell)
     if is_url(text):
         scheme = urlsplit(checked_url(text)).scheme.lower()
         live = True if scheme in _ALWAYS_LIVE else None
         # As OpenCV does: cameras lose packets of UDP.
         options = {"rtsp_flags": "prefer_tcp"} if scheme in {"rtsp", "rtsps"} else {}
         name = public_name(text)
-        return _in_thread(lambda: open_video(text, name, fps=fps, live=live, timeout_s=timeout_s, options=options))
+        return _in_thread(
+            lambda: open_video(
+                text, name, fps=fps, live=live, timeout_s=timeout_s, options=options, reconnection=reconnection
+            )
+        )
     camera = camera_of(text)
     if camera is None and not Path(text).is_char_device():
         # With the prefix, no file's name looks like a URL.
@@ -57,7 +72,7 @@ def open_source(text: str, *, fps: float | None, timeout_s: float, on_unreadable
     device, name = (text, text) if camera is None else (f"/dev/video{camera}", f"camera {text}")
     if sys.platform != "linux":
         raise OSError(errno.ENODEV, "cameras are read on Linux only", name)
-    return open_video(device, name, fps=fps, live=True, format_name="v4l2")
+    return open_video(device, name, fps=fps, live=True, format_name="v4l2", reconnection=reconnection)
 
 
 def _in_thread(open_one: Callable[[], Source]) -> Source:

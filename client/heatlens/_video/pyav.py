@@ -4,8 +4,9 @@ import errno
 import re
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from itertools import chain, count
 
 import av
@@ -16,6 +17,7 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 
 from heatlens._results.images import UInt8Array
+from heatlens._video.reconnect import reconnected
 from heatlens._video.source import DEFAULT_FPS, Source, VideoFrame, letterbox
 
 # A longer step from one frame to the next is a broken timestamp, not a pause.
@@ -26,6 +28,23 @@ _MAX_FPS = 1000.0
 _MISSING_FRAMES, _MISSING_SHARE = 5, 0.005
 # How long `close` waits for a camera's thread. A camera that hangs must not hang the program.
 _CLOSE_TIMEOUT_S = 2.0
+# How much later than FFmpeg's own timeouts, and the last attempt to open it again, a camera counts as hanging.
+_HANG_SLACK_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reconnection:
+    """What to do when a camera drops out.
+
+    Attributes:
+        silence_s: how long a camera that drops no connection may give no frame.
+        timeout_s: how long one that dropped out is opened again; 0: not at all.
+        tell: told when it drops out and when it is back, in one line each.
+    """
+
+    silence_s: float
+    timeout_s: float
+    tell: Callable[[str], None]
 
 
 @contextmanager
@@ -48,6 +67,7 @@ def open_video(
     format_name: str | None = None,
     timeout_s: float | None = None,
     options: dict[str, str] | None = None,
+    reconnection: Reconnection | None = None,
 ) -> Source:
     """Open a video and read its first frame.
 
@@ -55,27 +75,35 @@ def open_video(
         location: path, URL or device, for FFmpeg.
         name: what messages call it.
         fps: frames per second, which replace the container's times. None: what the container states, or 25.
-        live: whether only the newest frame counts. None: if the container states no length.
+        live: whether only the newest frame counts. None: if the container states no length, and the server no size.
         format_name: what FFmpeg calls the format or the kind of device. None: found by FFmpeg.
         timeout_s: how long a network may take to open it, and to give the next frame. None: for ever.
         options: of the format, for FFmpeg.
+        reconnection: what to do when a live one drops out, unless it states its length. None: it ends there.
 
     Raises:
         OSError: it cannot be opened, or holds no video.
     """
-    with ffmpeg_errors(name, "cannot be opened as a video: "):
-        container = av.open(location, format=format_name, timeout=timeout_s, options=options)
-    # The cover of an album is a video stream to FFmpeg.
-    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
-    if not streams or streams[0].codec_context is None:
-        container.close()
-        raise OSError(errno.ENODATA, "holds no video" if not streams else "has a codec that is unknown here", name)
-    stream = streams[0]
+
+    def begin() -> tuple[InputContainer, VideoStream]:
+        with ffmpeg_errors(name, "cannot be opened as a video: "):
+            container = av.open(location, format=format_name, timeout=timeout_s, options=options)
+        # The cover of an album is a video stream to FFmpeg.
+        streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+        if not streams or streams[0].codec_context is None:
+            container.close()
+            raise OSError(errno.ENODATA, "holds no video" if not streams else "has a codec that is unknown here", name)
+        return container, streams[0]
+
+    def begin_again() -> Generator[av.VideoFrame, None, None]:
+        yield from _decoded(*begin(), name)
+
+    container, stream = begin()
     rate = float(stream.average_rate or 0)
     rate = rate if 0 < rate <= _MAX_FPS else DEFAULT_FPS
     length_s = _length_s(container, stream)
     if live is None:
-        live = length_s is None and not container.duration
+        live = length_s is None and not container.duration and container.size <= 0
     if not live:
         # Threads per frame are faster, but hold frames back.
         stream.thread_type = "AUTO"
@@ -84,9 +112,16 @@ def open_video(
     first = next(frames, None)
     if first is None:
         raise OSError(errno.ENODATA, "holds no frames", name)
-    if live:
-        return LiveVideo(frames, fps=fps or rate, size=_size(first))
-    return _Video(first, frames, fps=fps, rate=rate, total=total, length_s=length_s)
+    if not live:
+        return _Video(first, frames, fps=fps, rate=rate, total=total, length_s=length_s)
+    ended = threading.Event()
+    hang_s = None
+    # A recording on a media server states its length, and ends.
+    if reconnection is not None and not container.duration:
+        again = reconnection.timeout_s
+        frames = reconnected(frames, begin_again, name=name, timeout_s=again, wait=ended.wait, tell=reconnection.tell)
+        hang_s = reconnection.silence_s + again + _HANG_SLACK_S
+    return LiveVideo(frames, name=name, fps=fps or rate, size=_size(first), hang_s=hang_s, ended=ended)
 
 
 class _Video(Source):
@@ -153,13 +188,27 @@ class LiveVideo(Source):
         frames: read and closed in that thread.
         fps: frames per second of the film to write.
         size: (width, height) of that film, in pixels.
+        name: what messages call it.
+        hang_s: how long nothing may come, neither a frame nor an error; None: for ever.
+        ended: set when the reader has left.
     """
 
-    def __init__(self, frames: Generator[av.VideoFrame, None, None], *, fps: float, size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        frames: Generator[av.VideoFrame, None, None],
+        *,
+        fps: float,
+        size: tuple[int, int],
+        name: str = "",
+        hang_s: float | None = None,
+        ended: threading.Event | None = None,
+    ) -> None:
         super().__init__(fps=fps, size=size, live=True, total=None)
+        self._name = name
+        self._hang_s = hang_s
         self._changed = threading.Condition()
         self._newest: tuple[float, av.VideoFrame] | None = None
-        self._ended = False
+        self._ended = ended or threading.Event()
         self._error: OSError | None = None
         # A daemon: a read that never returns must not keep the process alive.
         self._thread = threading.Thread(target=self._read, args=(frames,), name="heatlens-camera", daemon=True)
@@ -169,7 +218,8 @@ class LiveVideo(Source):
         start_s = None
         for frame_id in count():
             with self._changed:
-                self._changed.wait_for(lambda: self._newest is not None or self._ended)
+                if not self._changed.wait_for(lambda: self._newest is not None or self._ended.is_set(), self._hang_s):
+                    raise TimeoutError(errno.ETIMEDOUT, f"gave no frame for {self._hang_s:g} s", self._name)
                 newest, self._newest = self._newest, None
             if newest is None:
                 break
@@ -181,7 +231,7 @@ class LiveVideo(Source):
 
     def close(self) -> None:
         with self._changed:
-            self._ended = True
+            self._ended.set()
             self._changed.notify_all()
         self._thread.join(_CLOSE_TIMEOUT_S)
 
@@ -190,7 +240,7 @@ class LiveVideo(Source):
             with closing(frames):
                 for frame in frames:
                     with self._changed:
-                        if self._ended:
+                        if self._ended.is_set():
                             break
                         self.lost += self._newest is not None
                         self._newest = (time.monotonic(), frame)
@@ -199,7 +249,7 @@ class LiveVideo(Source):
             self._error = error
         finally:
             with self._changed:
-                self._ended = True
+                self._ended.set()
                 self._changed.notify_all()
 
 

@@ -13,7 +13,7 @@ import pytest
 from av.stream import Disposition
 
 from heatlens._video.inputs import open_source
-from heatlens._video.pyav import MAX_STEP_S, LiveVideo, open_video, step_s
+from heatlens._video.pyav import MAX_STEP_S, LiveVideo, Reconnection, open_video, step_s
 from video_files import break_off, write_video
 
 
@@ -23,7 +23,8 @@ def opened():
     sources = []
 
     def open_one(text, fps=None, timeout_s=5.0):
-        sources.append(open_source(str(text), fps=fps, timeout_s=timeout_s, on_unreadable=pytest.fail))
+        told = {"on_unreadable": pytest.fail, "tell": pytest.fail}
+        sources.append(open_source(str(text), fps=fps, timeout_s=timeout_s, reconnect_timeout_s=5.0, **told))
         return sources[-1]
 
     yield open_one
@@ -390,3 +391,40 @@ def test_a_camera_that_is_unplugged_is_told(camera, live):
     camera.stop(unplugged)
     with pytest.raises(OSError, match="No such device"):
         list(live)
+
+
+def test_a_device_that_ends_is_opened_again():
+    told = []
+    source = open_video(
+        "testsrc=size=48x32:rate=20:duration=0.3",
+        "a device",
+        fps=None,
+        live=True,
+        format_name="lavfi",
+        reconnection=Reconnection(silence_s=30, timeout_s=30, tell=told.append),
+    )
+    frames = iter(source)
+    # Three times the frames that one opening gives.
+    times = [next(frames).time_s for _ in range(18)]
+    source.close()
+    assert all(earlier < later for earlier, later in pairwise(times))
+    assert len(told) >= 4
+    assert told[0] == "a device: dropped out: its frames ended; it is opened again for 30 s"
+    assert told[1].startswith("a device: is back after ")
+
+
+def test_a_camera_that_hangs_is_told(camera):
+    live = LiveVideo(camera.frames(), fps=25, size=(48, 32), name="camera 0", hang_s=0.1)
+    with pytest.raises(TimeoutError, match=r"gave no frame for 0\.1 s") as caught:
+        list(live)
+    assert caught.value.filename == "camera 0"
+    camera.stop()
+    live.close()
+    assert camera.released.wait(10)
+
+
+def test_a_finite_url_without_a_stated_length_is_not_live(opened, serve, tmp_path):
+    data = b"".join(cv2.imencode(".jpg", picture)[1].tobytes() for picture in noise(20))
+    source = opened(serve(data, len(data)).replace(".mkv", ".mjpeg"))
+    assert (source.live, source.total) == (False, None)
+    assert len(list(source)) == 20

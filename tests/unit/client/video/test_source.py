@@ -16,7 +16,8 @@ def unreadable():
 
 @pytest.fixture
 def opened(unreadable):
-    return lambda text, fps=None: open_source(str(text), fps=fps, timeout_s=5.0, on_unreadable=unreadable.append)
+    options = {"timeout_s": 5.0, "reconnect_timeout_s": 0.0, "on_unreadable": unreadable.append, "tell": pytest.fail}
+    return lambda text, fps=None: open_source(str(text), fps=fps, **options)
 
 
 def gray(level, size=(48, 32)):
