@@ -1,5 +1,6 @@
 """Segmentation: the goals are classes, their scores sums over pixels."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,17 +47,24 @@ class PixelGoals(Goals):
     the `grad-cam` package 1.5.7: of its logits, or of what `cam.targets.class_scores` makes of a pixel's logits.
     """
 
-    def __init__(self, logits: Tensor, targets: Sequence[Pixels], *, score: Score) -> None:
+    def __init__(
+        self, logits: Tensor, targets: Sequence[Pixels], *, score: Score, threshold: float | None = None
+    ) -> None:
         """Rank the classes and find their pixels.
 
         Args:
             logits: (N, C, H, W), at the input's size.
             targets: N targets.
             score: what is explained about a class.
+            threshold: in (0, 1): classes may overlap, and the pixels of each are those whose sigmoid is above it. None:
+                classes exclude each other, and a pixel is of the class of its largest logit.
         """
         self._logits = logits
         self._kind = score
-        self._predicted = logits.detach().argmax(dim=1)
+        self._sigmoid = threshold is not None
+        scores = logits.detach()
+        # Logits are compared, since a sigmoid is rounded to 0.5 already where they are small.
+        self._predicted = scores.argmax(dim=1) if threshold is None else scores > _logit(threshold)
         self._goals = [self._find(n, target) for n, target in enumerate(targets)]
 
     @property
@@ -74,7 +82,7 @@ class PixelGoals(Goals):
     def score(self, k: int) -> Tensor:
         """The sum of every image's k-th class's score; without a gradient where it has no pixel."""
         found = [
-            _total(logits, goals[k], self._kind)
+            self._total(logits, goals[k], self._kind)
             for logits, goals in zip(self._logits, self._goals, strict=True)
             if k < len(goals)
         ]
@@ -96,14 +104,14 @@ class PixelGoals(Goals):
         return Pixels(ClassIds(tuple(goal.class_id for goal in goals)), masks)
 
     def result(self, n: int, maps: Float32Array, scales: Float32Array, offsets: Float32Array) -> ImageResult:
-        """Image n's classes, maps and predicted mask."""
+        """Image n's classes, maps and predicted mask, or one mask per class where classes may overlap."""
         goals = self._goals[n]
         with torch.no_grad():
             sums = self._of_rows(n, self._logits[n : n + 1], Score.LOGIT)[0]
             probabilities = self.probabilities(n, self._logits[n : n + 1])[0].tolist()
             counts = torch.stack([goal.mask.sum() for goal in goals]).clamp(min=1)
             logits = (sums / counts).tolist()
-        few = self._logits.shape[1] <= _MOST_CLASSES
+        one_mask = not self._sigmoid and self._logits.shape[1] <= _MOST_CLASSES
         return ImageResult(
             logits=np.empty(0, np.float32),
             class_ids=tuple(goal.class_id for goal in goals),
@@ -114,38 +122,62 @@ class PixelGoals(Goals):
                 Finding(goal.class_id, logit, probability, area=goal.area)
                 for goal, logit, probability in zip(goals, logits, probabilities, strict=True)
             ),
-            mask=self._predicted[n].to(torch.uint8).cpu().numpy() if few else None,
+            mask=self._predicted[n].to(torch.uint8).cpu().numpy() if one_mask else None,
+            masks=self._predicted[n, [goal.class_id for goal in goals]].to(torch.uint8).cpu().numpy()
+            if self._sigmoid
+            else None,
         )
 
     def _find(self, n: int, target: Pixels) -> list[_Goal]:
-        predicted = self._predicted[n]
-        areas = torch.bincount(predicted.flatten(), minlength=self._logits.shape[1])
-        masks = None if target.mask is None else torch.from_numpy(target.mask).to(predicted.device)
+        size = self._logits.shape[2:]
+        areas = self._counts(n, None)
+        mask = None if target.mask is None else torch.from_numpy(target.mask).to(areas.device)
         if isinstance(target.classes, TopK):
-            inside = areas if masks is None else torch.bincount(predicted[masks], minlength=len(areas))
-            ranked = torch.sort(inside, descending=True, stable=True).indices[: target.classes.k]
-            # What no pixel is predicted as is not among the largest, however many are asked for.
-            ids = ranked[inside[ranked] > 0].tolist()
+            ids = self._largest(n, areas if mask is None else self._counts(n, mask), mask)[: target.classes.k]
         else:
             ids = list(target.classes.ids)
-        share = (areas.double() / predicted.numel()).tolist()
-        if masks is None:
-            return [_Goal(class_id, predicted == class_id, share[class_id]) for class_id in ids]
-        of_goals = masks.expand(len(ids), *predicted.shape)
-        return [_Goal(class_id, mask, share[class_id]) for class_id, mask in zip(ids, of_goals, strict=True)]
+        share = (areas.double() / math.prod(size)).tolist()
+        of_goals = [self._pixels(n, class_id) for class_id in ids] if mask is None else mask.expand(len(ids), *size)
+        return [_Goal(class_id, own, share[class_id]) for class_id, own in zip(ids, of_goals, strict=True)]
+
+    def _pixels(self, n: int, class_id: int) -> Tensor:
+        """Bool (H, W): where image n is predicted as a class."""
+        return self._predicted[n, class_id] if self._sigmoid else self._predicted[n] == class_id
+
+    def _counts(self, n: int, mask: Tensor | None) -> Tensor:
+        """How many pixels of image n, inside a mask, are predicted as each class: int64 (C,)."""
+        predicted = self._predicted[n]
+        inside = predicted.flatten(-2) if mask is None else predicted[..., mask]
+        return inside.sum(dim=1) if self._sigmoid else torch.bincount(inside, minlength=self._logits.shape[1])
+
+    def _largest(self, n: int, counts: Tensor, mask: Tensor | None) -> list[int]:
+        """The classes of most pixels, largest first, without those that no pixel is predicted as.
+
+        If no class is predicted anywhere, which softmax rules out, the one that comes closest to it.
+        """
+        ranked = torch.sort(counts, descending=True, stable=True).indices
+        found: list[int] = ranked[counts[ranked] > 0].tolist()
+        if found:
+            return found
+        scores = self._logits[n].detach()
+        inside = scores.flatten(1) if mask is None else scores[:, mask]
+        return [int(inside.amax(dim=1).argmax())]
 
     def _of_rows(self, n: int, output: Tensor, kind: Score) -> Tensor:
         goals = self._goals[n]
-        return torch.stack([torch.stack([_total(row, goal, kind) for goal in goals]) for row in output])
+        return torch.stack([torch.stack([self._total(row, goal, kind) for goal in goals]) for row in output])
+
+    def _total(self, logits: Tensor, goal: _Goal, kind: Score) -> Tensor:
+        """The sum over a class's pixels of its score there: of logits (C, H, W) a scalar, float32 or wider."""
+        if kind is Score.LOGIT:
+            return at_least_float32(logits[goal.class_id][goal.mask]).sum()
+        pixels = logits[:, goal.mask].T
+        ids = torch.full((len(pixels), 1), goal.class_id, device=pixels.device)
+        return class_scores(pixels, ids, kind, sigmoid=self._sigmoid).sum()
 
 
-def _total(logits: Tensor, goal: _Goal, kind: Score) -> Tensor:
-    """The sum over a class's pixels of its score there: of logits (C, H, W) a scalar, float32 or wider."""
-    if kind is Score.LOGIT:
-        return at_least_float32(logits[goal.class_id][goal.mask]).sum()
-    pixels = logits[:, goal.mask].T
-    ids = torch.full((len(pixels), 1), goal.class_id, device=pixels.device)
-    return class_scores(pixels, ids, kind).sum()
+def _logit(probability: float) -> float:
+    return math.log(probability) - math.log1p(-probability)
 
 
 class Segmentation(TaskModel):
