@@ -62,7 +62,7 @@ def placed(
     bare = dataclasses.replace(
         bare, grids=found.grids, preprocess=dataclasses.replace(bare.preprocess, resize_px=size, crop_px=size)
     )
-    model = TorchModel(bare, task_model(bare.task), device="cpu", precision=precision)
+    model = TorchModel(bare, task_model(bare), device="cpu", precision=precision)
     model.check()
     return model
 

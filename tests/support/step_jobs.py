@@ -27,7 +27,7 @@ def placed(
 ) -> TorchModel:
     """A classifier with one layer to explain."""
     model = dataclasses.replace(loaded(module, (layer,), class_count=class_count, px=px), grids=grids or {})
-    return TorchModel(model, task_model(model.task), device="cpu", precision=precision)
+    return TorchModel(model, task_model(model), device="cpu", precision=precision)
 
 
 def job(model: TorchModel, image: np.ndarray, target: Target, *, rows: int, score: Score = Score.LOGIT) -> Job:

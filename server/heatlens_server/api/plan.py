@@ -90,6 +90,7 @@ def plan_options(options: Options, model: ServedModel, limits: Limits, wrong: Vi
         place_on_source=map_size is MapSize.SOURCE,
         map_type=map_type,
         top_predictions=options.top_predictions,
+        masks_overlap=model.capabilities.threshold is not None,
         finish_target=finish_target,
     )
 

@@ -146,6 +146,11 @@ class ModelConfig(Section):
     "detection": networks with torchvision's interface. "embedding": any network that returns (N, length); of timm's and
     of the embedded model the classifier is left out. "multi-label-classification": a class's probability is the sigmoid
     of its logit."""
+    activation: Literal["auto", "softmax", "sigmoid"] = "auto"
+    """Segmentation: "softmax" where the classes of a pixel exclude each other, "sigmoid" where they may overlap.
+    "auto": "sigmoid" for a network of one output channel, else "softmax". Other tasks have one of their own."""
+    threshold: float | None = Field(default=None, gt=0, lt=1)
+    """Segmentation by sigmoid: the probability above which a pixel is predicted as a class. Unset: 0.5."""
     layers: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Module names that can be explained, the default first. Empty: found by running the model once."""
     grids: Mapping[str, GridConfig] = {}
@@ -195,6 +200,14 @@ class ModelConfig(Section):
         if _is_export(info) and not _is_exportable(task):
             raise ValueError(f"exports are of classifiers, not for {task}")
         return task
+
+    @field_validator("activation", "threshold")
+    @classmethod
+    def _of_segmentation(cls, value: str | float | None, info: ValidationInfo) -> str | float | None:
+        task = info.data.get("task", "auto")
+        if value not in {"auto", None} and (_is_export(info) or task not in {"auto", "segmentation"}):
+            raise ValueError(f"is for segmentation{'' if task == 'auto' else f', and task is {task!r}'}")
+        return value
 
     @field_validator("weights")
     @classmethod

@@ -72,6 +72,8 @@ class Capabilities:
             take them.
         layers_by_method: the layers of each method that explains only some of `layers`, the default first;
             `multi_map_layers` aside.
+        threshold: segmentation whose classes may overlap: the sigmoid above which a pixel is predicted as a class; None
+            where classes exclude each other.
     """
 
     engine_name: str
@@ -89,6 +91,7 @@ class Capabilities:
     multi_map_layers: frozenset[str] = field(default_factory=frozenset)
     fallback_scores: frozenset[Score] = field(default_factory=frozenset)
     layers_by_method: Mapping[Method, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    threshold: float | None = None
 
     def layers_of(self, method: Method) -> tuple[str, ...]:
         """The layers that a method can explain, the default first."""

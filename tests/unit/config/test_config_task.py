@@ -19,6 +19,13 @@ def test_it_is_found_out_unless_it_is_said(tmp_path):
     assert (sizes.resize_px, sizes.crop_px, sizes.max_side_px) == (300, None, 500)
 
 
+def test_pixels_of_segmentation(tmp_path):
+    plain = load(tmp_path, "task = 'segmentation'")
+    assert (plain.activation, plain.threshold) == ("auto", None)
+    model = load(tmp_path, "task = 'segmentation', activation = 'sigmoid', threshold = 0.25")
+    assert (model.activation, model.threshold) == ("sigmoid", 0.25)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -26,6 +33,11 @@ def test_it_is_found_out_unless_it_is_said(tmp_path):
         ("task = 'detection', engine = 'onnxruntime'", 'models[0].engine: "onnxruntime" runs exports'),
         ("task = 'embedding', engine = 'torchscript'", 'models[0].engine: "torchscript" runs exports'),
         ("preprocess = { max_side_px = 0 }", "models[0].preprocess.max_side_px: "),
+        ("task = 'segmentation', activation = 'relu'", "models[0].activation: "),
+        ("task = 'embedding', activation = 'sigmoid'", "models[0].activation: is for segmentation, and task is"),
+        ("task = 'detection', threshold = 0.5", "models[0].threshold: is for segmentation, and task is 'detection'"),
+        ("task = 'segmentation', threshold = 0", "models[0].threshold: "),
+        ("task = 'segmentation', threshold = 1.0", "models[0].threshold: "),
     ],
 )
 def test_what_does_not_fit_is_told(tmp_path, text, message):

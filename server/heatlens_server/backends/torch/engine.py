@@ -34,7 +34,7 @@ class TorchEngine:
         Raises:
             ModelLoadError: no such device or precision, or the score does not depend on a layer.
         """
-        task = task_model(model.task)
+        task = task_model(model)
         if precision != "fp32" and not model.task.traits.runs_in_half_precision:
             raise ModelLoadError(f"precision: a model for {model.task} runs in fp32, not {precision}")
         self._model = TorchModel(model, task, device=device, precision=precision)
@@ -65,6 +65,7 @@ class TorchEngine:
             scores=model.task.traits.scores,
             has_options=True,
             multi_map_layers=multi_map_layers,
+            threshold=model.threshold,
         )
 
     @property
@@ -124,5 +125,5 @@ class TorchEngine:
 
 
 def _as_asked(result: ImageResult, spec: MapSpec) -> ImageResult:
-    """A result without the mask, unless it is wanted."""
-    return result if spec.return_mask or result.mask is None else dataclasses.replace(result, mask=None)
+    """A result without masks, unless they are wanted."""
+    return result if spec.return_mask else dataclasses.replace(result, mask=None, masks=None)

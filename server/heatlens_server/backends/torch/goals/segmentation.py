@@ -185,6 +185,14 @@ class Segmentation(TaskModel):
 
     task = Task.SEGMENTATION
 
+    def __init__(self, *, threshold: float | None = None) -> None:
+        """Describe the networks.
+
+        Args:
+            threshold: as for `PixelGoals`.
+        """
+        self._threshold = threshold
+
     def run(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """Logits (R, C, H, W) of inputs (R, 3, H, W); those of a smaller output are resized bilinearly."""
         logits = class_maps(module(inputs))
@@ -202,7 +210,7 @@ class Segmentation(TaskModel):
         chosen = [target for target in targets if isinstance(target, Pixels)]
         if len(chosen) < len(targets):
             raise TypeError("a model for segmentation explains pixels")
-        return PixelGoals(output, chosen, score=score)
+        return PixelGoals(output, chosen, score=score, threshold=self._threshold)
 
     def total(self, output: Any, class_count: int) -> Tensor:  # noqa: ANN401 - what a network returns
         """The sum of all logits."""

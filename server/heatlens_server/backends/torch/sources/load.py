@@ -6,6 +6,7 @@ from torch import nn
 from heatlens_server.backends.torch.sources.backbone_layers import discover_for_detection, discover_for_segmentation
 from heatlens_server.backends.torch.sources.layers import Discovery, discover
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
+from heatlens_server.backends.torch.sources.pixel_classes import find_threshold
 from heatlens_server.backends.torch.sources.sources import IMAGENET_PREPROCESS, load_source
 from heatlens_server.backends.torch.sources.weights import weights_version
 from heatlens_server.config import ModelConfig, PreprocessConfig
@@ -27,6 +28,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
     preprocess = resolve_preprocess(source.preprocess, config.preprocess)
     module = source.module.to("cpu", torch.float32).eval().requires_grad_(False)
     discovery = _discover(config, source.task, module, preprocess)
+    threshold, assumptions = find_threshold(config, source.task, discovery.class_count)
     labels = source.labels if len(source.labels) == discovery.class_count else ()
     if config.labels is not None:
         labels = read_labels(config.labels, discovery.class_count)
@@ -40,6 +42,8 @@ def load_model(config: ModelConfig) -> LoadedModel:
         layers=discovery.layers,
         task=source.task,
         grids=discovery.grids,
+        threshold=threshold,
+        assumptions=assumptions,
     )
 
 

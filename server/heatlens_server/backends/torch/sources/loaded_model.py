@@ -24,6 +24,8 @@ class LoadedModel:
         layers: names of the modules that can be explained, the default first; each runs once per forward.
         task: what it does.
         grids: how to read each layer's output as a map; a layer that is not in it returns (N, C, h, w).
+        threshold: segmentation whose classes may overlap: the sigmoid above which a pixel is predicted as a class, in
+            (0, 1); None where classes exclude each other.
         assumptions: what was found or assumed when it was loaded, one sentence each, with the key that overrides it.
     """
 
@@ -36,6 +38,7 @@ class LoadedModel:
     layers: tuple[str, ...]
     task: Task = Task.CLASSIFICATION
     grids: Mapping[str, Grid] = field(default_factory=dict)
+    threshold: float | None = None
     assumptions: tuple[str, ...] = ()
 
     def grid(self, layer: str) -> Grid:
