@@ -62,6 +62,15 @@ def test_explain_json_and_files(run_on, chelsea_path, chelsea, tmp_path):
         assert np.load(item["map"]).shape == (item["map_height"], item["map_width"])
 
 
+def test_explain_by_label(run_on, chelsea_path):
+    options = "--model", "efficientnet_lite0", "--json"
+    done = run_on("explain", chelsea_path, *options, "--class", "tabby", "--class", 285)
+    found = json.loads(one_line(done.stdout))["explanations"]
+    assert [(item["class_id"], item["label"]) for item in found] == [(285, "Egyptian cat"), (281, "tabby")]
+    done = run_on("explain", chelsea_path, *options, "--class", "unicorn", exit_code=1)
+    assert "unicorn" in one_line(done.stderr)
+
+
 def test_explain_goes_on_after_a_bad_file(run_on, chelsea_path, tmp_path):
     bad, missing = tmp_path / "bad.jpg", tmp_path / "missing.jpg"
     bad.write_bytes(b"garbage")

@@ -3,14 +3,13 @@
 # ruff: noqa: ASYNC109 - `timeout` is a gRPC deadline: the server sees it too, which asyncio.timeout cannot do.
 
 from functools import partial
-from os import PathLike
 from types import TracebackType
 from typing import Self, Unpack
 
 from heatlens._calls.connection import AsyncConnection
 from heatlens._calls.settings import DEFAULT_MAX_MESSAGE_BYTES, TLS, UNSET, Retry, Timeout, make_settings
 from heatlens._exceptions import NotFoundError
-from heatlens._results.images import ImageSource
+from heatlens._results.images import ImageSource, may_block
 from heatlens._results.results import Health, ModelInfo, Result, ServerInfo
 from heatlens._stream.async_link import AsyncLink
 from heatlens._stream.async_stream import AsyncStream
@@ -90,10 +89,11 @@ class AsyncClient:
         """Explain one image: which of its pixels made the model give a class its score.
 
         Args:
-            image: a path, the bytes of a JPEG, PNG or WebP file, or uint8 RGB pixels of shape (height, width, 3).
+            image: a path, the bytes of an image file, a file opened in binary mode, a PIL image, or uint8 RGB pixels of
+                shape (height, width, 3).
             model: name of a served model. None: the server's default.
             top_k: explain the k most probable classes, k >= 1. Not with `class_ids`. Neither: the most probable one.
-            class_ids: explain this class or these classes, in this order.
+            class_ids: explain this class or these classes, by id or label, in this order, but ids before labels.
             method: how the map is made: "grad-cam", "layer-cam", ... None: the model's default.
             layers: the layer or layers to explain. None: the model's default.
             map_size: "layer" (default): the layer's own resolution. "input": enlarged to the model's input, then
@@ -129,10 +129,9 @@ class AsyncClient:
             DeadlineExceededError: no answer within the timeout.
             HeatlensError: any other failure; see `heatlens.HeatlensError` and its subclasses.
         """
-        build = partial(explain_request, image, model=model, **options)
-        # Reading a file blocks.
+        build = partial(explain_request, image, "AsyncClient.explain", model=model, **options)
         sources = (image, options.get("mask"), options.get("reference"))
-        request = await async_run(build, blocks=any(isinstance(one, str | PathLike) for one in sources))
+        request = await async_run(build, blocks=any(may_block(one) for one in sources))
         if isinstance(metrics := options.get("faithfulness"), str) and metrics == ALL:
             keep_metrics_of(await self.models(timeout=timeout), request)
         response = await self._connection.call(self._connection.stubs.explain.Explain, request, timeout)
@@ -158,7 +157,7 @@ class AsyncClient:
             frame_timeout: seconds that a frame may wait in the server; after that it fails. None: no limit.
             jpeg_quality: 1 to 100: pixels travel as JPEG of this quality. None: as they are. Files do in any case.
             top_k: explain the k most probable classes of each frame, as for `explain`; so are all that follow.
-            class_ids: explain this class or these classes, in this order.
+            class_ids: explain this class or these classes, by id or label.
             method: how the map is made.
             layers: the layer or layers to explain.
             map_size: "layer", "input" or "source".
@@ -173,7 +172,8 @@ class AsyncClient:
         Raises:
             InvalidArgumentError: an argument is wrong.
         """
-        plan = stream_plan(model=model, max_message_bytes=self._settings.max_message_bytes, **options)
+        limit = self._settings.max_message_bytes
+        plan = stream_plan("AsyncClient.stream", model=model, max_message_bytes=limit, **options)
         return AsyncStream(AsyncLink(self._connection.start_stream, plan, timeout_s=self._settings.timeout))
 
     async def models(self, *, timeout: Timeout = UNSET) -> tuple[ModelInfo, ...]:

@@ -2,14 +2,13 @@
 """The client for threads."""
 
 from functools import partial
-from os import PathLike
 from types import TracebackType
 from typing import Self, Unpack
 
 from heatlens._calls.connection import Connection
 from heatlens._calls.settings import DEFAULT_MAX_MESSAGE_BYTES, TLS, UNSET, Retry, Timeout, make_settings
 from heatlens._exceptions import NotFoundError
-from heatlens._results.images import ImageSource
+from heatlens._results.images import ImageSource, may_block
 from heatlens._results.results import Health, ModelInfo, Result, ServerInfo
 from heatlens._stream.calls import run
 from heatlens._stream.link import Link
@@ -89,10 +88,11 @@ class Client:
         """Explain one image: which of its pixels made the model give a class its score.
 
         Args:
-            image: a path, the bytes of a JPEG, PNG or WebP file, or uint8 RGB pixels of shape (height, width, 3).
+            image: a path, the bytes of an image file, a file opened in binary mode, a PIL image, or uint8 RGB pixels of
+                shape (height, width, 3).
             model: name of a served model. None: the server's default.
             top_k: explain the k most probable classes, k >= 1. Not with `class_ids`. Neither: the most probable one.
-            class_ids: explain this class or these classes, in this order.
+            class_ids: explain this class or these classes, by id or label, in this order, but ids before labels.
             method: how the map is made: "grad-cam", "layer-cam", ... None: the model's default.
             layers: the layer or layers to explain. None: the model's default.
             map_size: "layer" (default): the layer's own resolution. "input": enlarged to the model's input, then
@@ -128,10 +128,9 @@ class Client:
             DeadlineExceededError: no answer within the timeout.
             HeatlensError: any other failure; see `heatlens.HeatlensError` and its subclasses.
         """
-        build = partial(explain_request, image, model=model, **options)
-        # Reading a file blocks.
+        build = partial(explain_request, image, "Client.explain", model=model, **options)
         sources = (image, options.get("mask"), options.get("reference"))
-        request = run(build, blocks=any(isinstance(one, str | PathLike) for one in sources))
+        request = run(build, blocks=any(may_block(one) for one in sources))
         if isinstance(metrics := options.get("faithfulness"), str) and metrics == ALL:
             keep_metrics_of(self.models(timeout=timeout), request)
         response = self._connection.call(self._connection.stubs.explain.Explain, request, timeout)
@@ -157,7 +156,7 @@ class Client:
             frame_timeout: seconds that a frame may wait in the server; after that it fails. None: no limit.
             jpeg_quality: 1 to 100: pixels travel as JPEG of this quality. None: as they are. Files do in any case.
             top_k: explain the k most probable classes of each frame, as for `explain`; so are all that follow.
-            class_ids: explain this class or these classes, in this order.
+            class_ids: explain this class or these classes, by id or label.
             method: how the map is made.
             layers: the layer or layers to explain.
             map_size: "layer", "input" or "source".
@@ -172,7 +171,8 @@ class Client:
         Raises:
             InvalidArgumentError: an argument is wrong.
         """
-        plan = stream_plan(model=model, max_message_bytes=self._settings.max_message_bytes, **options)
+        limit = self._settings.max_message_bytes
+        plan = stream_plan("Client.stream", model=model, max_message_bytes=limit, **options)
         return Stream(Link(self._connection.start_stream, plan, timeout_s=self._settings.timeout))
 
     def models(self, *, timeout: Timeout = UNSET) -> tuple[ModelInfo, ...]:

@@ -24,7 +24,7 @@ def _option(name: str, kind: Any, *flags: str, **shown: Any) -> Any:  # noqa: AN
 # The options of `Client.explain` as the command line has them. Their help is in the SDK's table.
 _ANNOTATIONS = {
     "top_k": _option("top_k", int | None, metavar="N"),
-    "class_ids": _option("class_ids", list[int] | None, "--class", metavar="ID"),
+    "class_ids": _option("class_ids", list[str] | None, "--class", metavar="CLASS"),
     "method": _option("method", str | None, show_default="the model's"),
     "layers": _option("layers", list[str] | None, "--layer", metavar="NAME"),
     "target_score": _option("target_score", str | None, metavar="SCORE", show_default="logit"),
@@ -77,11 +77,21 @@ def chosen(options: dict[str, Any]) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     given = {name: value for name, value in options.items() if value is not None and value is not False and value != []}
+    if "class_ids" in given:
+        given["class_ids"] = [_class_of(text) for text in given["class_ids"]]
     if "faithfulness" in given:
         given["faithfulness"] = listed(given["faithfulness"])
     if "reference" in given:
         given["reference"] = _reference(given["reference"])
     return given
+
+
+def _class_of(text: str) -> int | str:
+    """Return the class that was named: its id if that is a number, or else its label."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 def listed(names: str | None) -> list[str] | str | None:

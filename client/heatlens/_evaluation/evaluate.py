@@ -26,7 +26,7 @@ from heatlens._exceptions import (
     UnavailableError,
     UnimplementedError,
 )
-from heatlens._results.images import ImageSource
+from heatlens._results.images import ImageSource, is_file, load_image
 from heatlens._results.results import ModelInfo, ModelState, Result
 from heatlens._wire.arguments import checked_int
 from heatlens._wire.names import METRICS
@@ -172,12 +172,14 @@ def evaluate(
 
 def _sources(images: Iterable[ImageSource]) -> dict[str, ImageSource]:
     """Return the images by name: the path, or "image 3"."""
-    if isinstance(images, str | bytes | bytearray | memoryview | PathLike | np.ndarray) or not isinstance(
-        images, Iterable
-    ):
+    single = isinstance(images, str | bytes | bytearray | memoryview | PathLike | np.ndarray) or is_file(images)
+    if single or not isinstance(images, Iterable):
         raise InvalidArgumentError.of("images", f"expected a list of images, got {type(images).__name__}")
     found = {
-        str(Path(image)) if isinstance(image, str | PathLike) else f"image {number}": image
+        # Of a file the bytes: every method reads the image, in threads of their own.
+        str(Path(image)) if isinstance(image, str | PathLike) else f"image {number}": (
+            load_image(image, argument="images") if is_file(image) else image
+        )
         for number, image in enumerate(images, start=1)
     }
     if not found:

@@ -1,8 +1,9 @@
-"""What a caller may pass as an image: a path, the bytes of an image file, or RGB pixels."""
+"""What a caller may pass as an image: a path, a file, the bytes of an image file, a PIL image, or RGB pixels."""
 
+import sys
 from os import PathLike, fsdecode, fsencode
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeGuard
 
 import cv2
 import numpy as np
@@ -11,14 +12,36 @@ import numpy.typing as npt
 from heatlens._exceptions import InvalidArgumentError
 
 UInt8Array = npt.NDArray[np.uint8]
-ImageSource: TypeAlias = str | PathLike[str] | bytes | bytearray | memoryview | npt.NDArray[Any]
+
+# Pillow's modes of more than 8 bits: Pillow itself would cut them off at 255.
+_DEEP_MODES = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
+
+
+class BinaryFile(Protocol):
+    """A file that is open for reading bytes."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
+
+
+class PilImage(Protocol):
+    """An image of Pillow, which need not be installed."""
+
+    @property
+    def mode(self) -> str: ...
+
+    def convert(self, mode: str, /) -> Any: ...  # noqa: ANN401 - another such image
+
+
+ImageSource: TypeAlias = str | PathLike[str] | bytes | bytearray | memoryview | npt.NDArray[Any] | BinaryFile | PilImage
 
 
 def load_image(image: ImageSource, *, argument: str = "image") -> bytes | UInt8Array:
     """Return what is sent for an image: the file's bytes as they are, or its pixels.
 
     Args:
-        image: a path, the bytes of a JPEG, PNG or WebP file, or uint8 RGB pixels of shape (height, width, 3).
+        image: a path, the bytes of an image file, a file opened in binary mode (read from where it stands to its end;
+            one that can seek is put back there), a PIL image (its EXIF orientation is applied, an alpha channel
+            dropped), or uint8 RGB pixels of shape (height, width, 3).
         argument: what the caller calls it, for errors.
 
     Returns:
@@ -29,6 +52,8 @@ def load_image(image: ImageSource, *, argument: str = "image") -> bytes | UInt8A
             type is another.
         FileNotFoundError: there is no such file (another OSError if it cannot be read).
     """
+    if is_pil(image):
+        image = pil_pixels(image, _DEEP_MODES, otherwise="RGB")
     if isinstance(image, np.ndarray):
         return np.ascontiguousarray(_checked_pixels(image, argument))
     if isinstance(image, str | PathLike):
@@ -38,13 +63,63 @@ def load_image(image: ImageSource, *, argument: str = "image") -> bytes | UInt8A
     elif isinstance(image, bytes | bytearray | memoryview):
         encoded = bytes(image)
         origin = "the encoded image"
+    elif is_file(image):
+        encoded = _rest_of(image, argument)
+        origin = "the file, from where it stands,"
     else:
         raise InvalidArgumentError.of(
-            argument, f"expected a path, bytes or a uint8 array (height, width, 3), got {type(image).__name__}"
+            argument,
+            "expected a path, bytes, a binary file, a PIL image or a uint8 array (height, width, 3), "
+            f"got {type(image).__name__}",
         )
     if not encoded:
         raise InvalidArgumentError.of(argument, f"{origin} is empty", reason="IMAGE_EMPTY")
     return encoded
+
+
+def may_block(image: object) -> bool:
+    """Whether `load_image` reads a file or lets Pillow decode one, for callers that must not block."""
+    return isinstance(image, str | PathLike) or is_file(image) or is_pil(image)
+
+
+def is_file(image: object) -> TypeGuard[BinaryFile]:
+    """Whether this is a file, or something like it."""
+    return callable(getattr(image, "read", None))
+
+
+def is_pil(image: object) -> TypeGuard[PilImage]:
+    """Whether this is an image of Pillow. Pillow is not loaded for that: who has an image has loaded it."""
+    pillow = sys.modules.get("PIL.Image")
+    return pillow is not None and isinstance(image, pillow.Image)
+
+
+def pil_pixels(image: Any, modes: frozenset[str], *, otherwise: str) -> npt.NDArray[Any]:  # noqa: ANN401 - Pillow's
+    """Return the upright pixels of a PIL image: as they are if its mode is one of `modes`, or else in that mode.
+
+    Raises:
+        OSError: the file behind the image cannot be read.
+    """
+    from PIL import ImageOps  # noqa: PLC0415 - who has an image has Pillow
+
+    upright = ImageOps.exif_transpose(image)
+    return np.asarray(upright if upright.mode in modes else upright.convert(otherwise))
+
+
+def _rest_of(file: BinaryFile, argument: str) -> bytes:
+    """Return a file's bytes from where it stands; one that can seek is put back there, to be read again."""
+    try:
+        start = file.tell() if (seekable := getattr(file, "seekable", None)) and seekable() else None  # type: ignore[attr-defined]
+        data: object = file.read()
+        if start is not None:
+            file.seek(start)  # type: ignore[attr-defined]
+    except ValueError as error:
+        # It is closed, or a text file in another encoding.
+        raise InvalidArgumentError.of(argument, f"cannot be read: {error}", reason="IMAGE_UNREADABLE") from None
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise InvalidArgumentError.of(
+            argument, f"expected a file opened in binary mode, but its read() returned {type(data).__name__}"
+        )
+    return bytes(data)
 
 
 def checked_path(argument: str, path: str | PathLike[Any]) -> Path:

@@ -131,6 +131,7 @@ class Result:
             the model's input, which covers `source_region`; with map_size="source" of the source image, 255 outside
             `source_region`. None where classes may overlap: then each explanation has a mask.
         embedding: embedding models: float32 (length,), read-only. Another call's `reference`.
+        warnings: what may be wrong with the image or its explanation, for people; usually empty.
     """
 
     explanations: tuple[Explanation, ...]
@@ -142,6 +143,7 @@ class Result:
     timing: Timing
     predicted_mask: UInt8Array | None = None
     embedding: Float32Array | None = None
+    warnings: tuple[str, ...] = ()
 
 
 class ModelState(StrEnum):

@@ -82,6 +82,7 @@ def result_of(response: explain_pb2.ExplainResponse, *, placed: bool) -> Result:
         ),
         predicted_mask=_mask_of(response.predicted_mask) if response.HasField("predicted_mask") else None,
         embedding=_embedding_of(response.embedding) if response.HasField("embedding") else None,
+        warnings=tuple(response.warnings),
     )
 
 

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 
 from heatlens._exceptions import InvalidArgumentError
-from heatlens._results.images import ImageSource, load_image
+from heatlens._results.images import ImageSource, is_pil, load_image, pil_pixels
 from heatlens._results.results import ModelInfo
 from heatlens._wire.arguments import as_float, checked_bool, checked_int, is_text, number_of
 from heatlens._wire.names import (
@@ -39,11 +39,15 @@ MaskSource: TypeAlias = ImageSource
 ReferenceSource: TypeAlias = ImageSource | Sequence[float]
 
 
+# Pillow's modes of one number per pixel. Those of a palette are its indices: 0 is what does not count.
+_MASK_MODES = frozenset({"1", "L", "P", "I", "I;16"})
+
+
 class MapOptions(TypedDict, total=False):
     """How maps are made, of images and of frames. `Client.explain` documents the options."""
 
     top_k: int | None
-    class_ids: int | Sequence[int] | None
+    class_ids: int | str | Sequence[int | str] | None
     method: str | None
     layers: str | Sequence[str] | None
     map_size: MapSizeName | None
@@ -67,9 +71,16 @@ class ExplainOptions(MapOptions, total=False):
 
 
 def explain_request(
-    image: ImageSource, *, model: str | None = None, **options: Unpack[ExplainOptions]
+    image: ImageSource,
+    caller: str = "Client.explain",
+    /,
+    *,
+    model: str | None = None,
+    **options: Unpack[ExplainOptions],
 ) -> explain_pb2.ExplainRequest:
     """Build the request for `Client.explain`, which documents the arguments. Reads the file if the image is a path.
+
+    `caller` is the function that was called, for errors.
 
     Raises:
         InvalidArgumentError: an argument is wrong; names it.
@@ -77,13 +88,13 @@ def explain_request(
         FileNotFoundError: there is no such file (another OSError if it cannot be read).
     """
     request = explain_pb2.ExplainRequest(model=model_name(model))
-    write_options(request.options, options, known=ExplainOptions.__optional_keys__, function="explain")
+    write_options(request.options, options, known=ExplainOptions.__optional_keys__, caller=caller)
     fill_image(request.image, load_image(image))
     return request
 
 
 def write_options(
-    message: explain_pb2.ExplainOptions, options: Mapping[str, object], *, known: frozenset[str], function: str
+    message: explain_pb2.ExplainOptions, options: Mapping[str, object], *, known: frozenset[str], caller: str
 ) -> None:
     """Write options into their fields. One that has its default is not sent.
 
@@ -91,7 +102,7 @@ def write_options(
         message: where they go.
         options: the values by name.
         known: the names that are allowed.
-        function: the name of the function that was called, for errors.
+        caller: the function that was called, for errors.
 
     Raises:
         InvalidArgumentError: a value is wrong; names the option.
@@ -102,7 +113,7 @@ def write_options(
         raise InvalidArgumentError.of("class_ids", "cannot be combined with top_k: give one of the two")
     for name, value in options.items():
         if name not in known:
-            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+            raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}")
         if value is not OPTIONS[name].default:
             OPTIONS[name].write(message, name, value)
 
@@ -212,17 +223,19 @@ def _layer_names(name: str, layers: str | Sequence[str]) -> list[str]:
     return names
 
 
-def _class_ids(name: str, class_ids: int | Sequence[int]) -> list[int]:
+def _class_ids(name: str, class_ids: int | str | Sequence[int | str]) -> explain_pb2.ClassIds:
     values: list[Any]
     if isinstance(class_ids, np.ndarray):
         values = list(np.atleast_1d(class_ids))
-    elif isinstance(class_ids, Sequence) and not isinstance(class_ids, bytes | bytearray):
+    elif isinstance(class_ids, Sequence) and not isinstance(class_ids, str | bytes | bytearray):
         values = list(class_ids)
     else:
         values = [class_ids]
-    if not values:
-        raise InvalidArgumentError.of(name, "expected at least one class id")
-    return [checked_int(name, value, at_least=0) for value in values]
+    labels = [value for value in values if isinstance(value, str)]
+    if not values or not all(is_text(label) and label for label in labels):
+        raise InvalidArgumentError.of(name, f"expected at least one class, by id or label, got {class_ids!r}")
+    ids = [checked_int(name, value, at_least=0) for value in values if not isinstance(value, str)]
+    return explain_pb2.ClassIds(values=ids, labels=labels)
 
 
 def _score(name: str, value: float) -> float:
@@ -257,6 +270,8 @@ def _mask(name: str, mask: MaskSource) -> explain_pb2.Tensor:
                 name, f"expected bools or integers of shape (height, width), got {mask.dtype} of shape {mask.shape}"
             )
         pixels: npt.NDArray[Any] = mask
+    elif is_pil(mask):
+        pixels = pil_pixels(mask, _MASK_MODES, otherwise="L")
     else:
         encoded = load_image(mask, argument=name)
         try:
@@ -299,7 +314,7 @@ def _tensor(values: npt.NDArray[Any], data_type: explain_pb2.DataType) -> explai
 
 OPTIONS: Mapping[str, Option] = {
     "top_k": Option("top_k", partial(checked_int, at_least=1), "Explain the N most probable classes."),
-    "class_ids": Option("class_ids.values", _class_ids, "Explain this class. Repeatable."),
+    "class_ids": Option("class_ids", _class_ids, "Explain this class, by its id or its label. Repeatable."),
     "method": Option("method", partial(number_of, names=METHODS), "grad-cam, layer-cam, ..."),
     "layers": Option("layers", _layer_names, "Explain this layer. Repeatable."),
     "map_size": Option("map_size", partial(number_of, names=MAP_SIZES), "layer, input or source."),

@@ -10,7 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from heatlens._exceptions import HeatlensError, InternalError, InvalidArgumentError
-from heatlens._results.images import ImageSource, encode_jpeg, load_image
+from heatlens._results.images import ImageSource, encode_jpeg, is_file, load_image
 from heatlens._results.results import Result
 from heatlens._wire.answers import result_of
 from heatlens._wire.arguments import MAX_SECONDS, as_float, checked_int, number_of
@@ -88,6 +88,8 @@ class StreamOptions(MapOptions, total=False):
 
 
 def stream_plan(
+    caller: str = "Client.stream",
+    /,
     *,
     max_message_bytes: int,
     model: str | None = None,
@@ -100,7 +102,7 @@ def stream_plan(
     jpeg_quality: int | None = None,
     **options: Unpack[MapOptions],
 ) -> StreamPlan:
-    """Check a stream's arguments, which `Client.stream` documents.
+    """Check a stream's arguments, which `Client.stream` documents. `caller` is the function called, for errors.
 
     Raises:
         InvalidArgumentError: an argument is wrong; names it.
@@ -125,7 +127,7 @@ def stream_plan(
         max_frames_per_second=frames_per_s,
         temporal_smoothing=weight,
     )
-    write_options(config.options, options, known=MapOptions.__optional_keys__, function="stream")
+    write_options(config.options, options, known=MapOptions.__optional_keys__, caller=caller)
     if frame_timeout is not None:
         config.frame_timeout.CopyFrom(_frame_timeout(frame_timeout))
     return StreamPlan(
@@ -157,7 +159,7 @@ def frame_request(
 
     Args:
         plan: the stream's.
-        frame: a path, the bytes of an image file, or uint8 RGB pixels (height, width, 3).
+        frame: an image, as for `load_image`.
         frame_id: its id.
         captured: when it was captured.
         skipped: the server will not explain it, so its image is neither read nor sent.
@@ -205,8 +207,10 @@ def check_frames(frames: object, *kinds: type) -> None:
     Raises:
         InvalidArgumentError: not iterable, or a single frame.
     """
-    single = isinstance(frames, str | bytes | bytearray | memoryview) or (
-        isinstance(frames, np.ndarray) and frames.ndim != 4
+    single = (
+        isinstance(frames, str | bytes | bytearray | memoryview)
+        or is_file(frames)
+        or (isinstance(frames, np.ndarray) and frames.ndim != 4)
     )
     if single or not isinstance(frames, kinds):
         raise InvalidArgumentError.of(

@@ -1,6 +1,7 @@
 """What happens on the channel: retries, pushback, deadlines, tokens, cancellation. Both clients, a scripted server."""
 
 import asyncio
+import io
 import threading
 import time
 
@@ -10,11 +11,13 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
+from PIL import Image
 
 import heatlens
 from heatlens import Retry
 from heatlens._wire.names import METHODS
 from heatlens.v1 import method_pb2, model_pb2
+from stream_adapters import SyncClientAdapter
 
 FAST = Retry(initial_backoff_s=0.01, max_backoff_s=0.02)
 
@@ -45,6 +48,26 @@ async def test_image_file_is_sent_as_it_is(connect, peer, tmp_path):
     await client.explain(path)
     await client.explain(str(path))
     assert [request.image.encoded for request in peer.requests] == [b"whatever is in there"] * 2
+
+
+async def test_files_and_images_of_pillow_are_sent(connect, peer, pixels):
+    client = connect()
+    await client.explain(io.BytesIO(b"whatever"), class_ids="tabby")
+    await client.explain(Image.fromarray(pixels), reference=io.BytesIO(b"other"))
+    first, second = peer.requests
+    assert first.image.encoded == b"whatever"
+    assert list(first.options.class_ids.labels) == ["tabby"]
+    assert second.image.pixels.data == pixels.tobytes()
+    assert second.options.reference_image.encoded == b"other"
+
+
+async def test_wrong_options_are_named_as_python_does(connect, pixels):
+    client = connect()
+    name = "Client" if isinstance(client, SyncClientAdapter) else "AsyncClient"
+    with pytest.raises(TypeError, match=rf"^{name}\.explain\(\) got an unexpected keyword argument 'topk'$"):
+        await client.explain(pixels, topk=3)
+    with pytest.raises(TypeError, match=rf"^{name}\.stream\(\) got an unexpected keyword argument 'mask'$"):
+        client.stream(mask=pixels)
 
 
 async def test_missing_file_is_the_builtin_error(connect, peer, tmp_path):

@@ -1,5 +1,6 @@
 """Evaluation against a scripted server: what is asked, what fails, and what comes of it."""
 
+import io
 import json
 import threading
 
@@ -46,6 +47,12 @@ def test_every_method_explains_every_image(served, client):
     assert evaluation.floor is evaluation.rows[-1]
     assert evaluation.failures == ()
     assert "3 methods on 2 images, 0 failed" in repr(evaluation)
+
+
+def test_files_are_read_once_for_all_methods(served, client):
+    evaluation = evaluate(client, [io.BytesIO(image_of(1)), io.BytesIO(image_of(3))], metrics="deletion")
+    assert sorted(served.asked) == [(number, method) for number in (1, 3) for method in ONE_PASS]
+    assert evaluation.images == ("image 1", "image 2")
 
 
 @pytest.mark.parametrize(

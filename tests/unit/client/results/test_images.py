@@ -1,8 +1,13 @@
+import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from heatlens import Heatmap, InvalidArgumentError, PixelBox
 from heatlens._results.images import decode_image, encode_jpeg, load_image, write_image
@@ -31,6 +36,79 @@ def test_pixels_become_contiguous(pixels):
     loaded = load_image(pixels[::-1])
     assert loaded.flags.c_contiguous
     np.testing.assert_array_equal(loaded, pixels[::-1])
+
+
+def test_files_are_read_from_where_they_stand_and_can_be_read_again(tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"xabc")
+    with path.open("rb") as file:
+        file.read(1)
+        assert load_image(file) == load_image(file) == b"abc"
+    assert load_image(io.BytesIO(b"abc")) == b"abc"
+    # One that cannot go back.
+    reading, writing = os.pipe()
+    os.write(writing, b"abc")
+    os.close(writing)
+    with os.fdopen(reading, "rb") as file:
+        assert load_image(file) == b"abc"
+        with pytest.raises(InvalidArgumentError, match="is empty") as caught:
+            load_image(file)
+    assert caught.value.reason == "IMAGE_EMPTY"
+
+
+def test_files_that_give_no_bytes_are_refused(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"abc")
+    with path.open() as file, pytest.raises(InvalidArgumentError, match=r"image: .* binary mode, .* returned str"):
+        load_image(file)
+    path.write_bytes(b"\xff\xd8")
+    with path.open(encoding="utf-8") as file, pytest.raises(InvalidArgumentError, match="image: cannot be read"):
+        load_image(file)
+    with path.open("rb") as file:
+        pass
+    with pytest.raises(InvalidArgumentError, match=r"mask: cannot be read: .*closed") as caught:
+        load_image(file, argument="mask")
+    assert caught.value.reason == "IMAGE_UNREADABLE"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "1", "P", "CMYK", "YCbCr", "HSV"])
+def test_images_of_pillow_are_rgb_pixels(pixels, mode):
+    image = Image.fromarray(pixels).convert(mode)
+    loaded = load_image(image)
+    np.testing.assert_array_equal(loaded, np.asarray(image.convert("RGB")))
+    assert loaded.dtype == np.uint8
+    np.testing.assert_array_equal(decode_image(image), loaded)
+    assert image.mode == mode
+
+
+def test_images_of_pillow_are_upright_as_their_files_are(pixels):
+    large = np.kron(pixels, np.ones((8, 16, 1), np.uint8))
+    encoded = with_orientation(cv2.imencode(".jpg", large)[1].tobytes(), 6)
+    loaded = load_image(Image.open(io.BytesIO(encoded)))
+    expected = decode_image(encoded)
+    assert loaded.shape == expected.shape == (64, 32, 3)
+    assert np.abs(loaded.astype(int) - expected).mean() < 2
+
+
+def test_deep_images_of_pillow_are_not_cut_off_at_255():
+    with pytest.raises(InvalidArgumentError, match="int32"):
+        load_image(Image.fromarray(np.full((4, 4), 3000, np.int32)))
+
+
+def test_a_broken_file_behind_an_image_of_pillow(chelsea_path):
+    half = chelsea_path.read_bytes()[:50_000]
+    with pytest.raises(OSError, match="truncated"):
+        load_image(Image.open(io.BytesIO(half)))
+
+
+def test_pillow_is_not_loaded_unless_it_is_used():
+    program = (
+        "import sys, numpy; from heatlens._results.images import load_image; "
+        "load_image(numpy.zeros((2, 2, 3), 'u1')); print('PIL' in sys.modules)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"
+    )
 
 
 @pytest.mark.parametrize(

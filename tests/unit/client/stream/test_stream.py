@@ -1,10 +1,12 @@
 """Streams against a scripted server, through both clients: order, pairing, what is sent, frames that fail."""
 
+import io
 from fractions import Fraction
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 import heatlens
 from heatlens import InvalidArgumentError
@@ -130,13 +132,22 @@ async def test_pixels_travel_as_they_are_or_as_jpeg(connect, peer):
     assert third.encoded == b"a file"
 
 
+async def test_frames_may_be_files_and_images_of_pillow(connect, peer, pixels):
+    async with connect().stream() as stream:
+        items = await collected(stream.map([io.BytesIO(b"a file"), Image.fromarray(pixels)]))
+    assert [item.error for item in items] == [None, None]
+    first, second = (frame.image for frame in peer.streams.frames)
+    assert first.encoded == b"a file"
+    assert second.pixels.data == pixels.tobytes()
+
+
 async def test_an_array_of_frames_is_an_iterable_of_frames(connect):
     async with connect().stream() as stream:
         items = await collected(stream.map(np.zeros((3, 4, 4, 3), np.uint8)))
     assert [item.frame.shape for item in items] == [(4, 4, 3)] * 3
 
 
-@pytest.mark.parametrize("frames", [b"one", "a.jpg", np.zeros((4, 4, 3), np.uint8), 7, None])
+@pytest.mark.parametrize("frames", [b"one", "a.jpg", np.zeros((4, 4, 3), np.uint8), io.BytesIO(b"one"), 7, None])
 async def test_one_frame_is_no_iterable_of_frames(connect, frames):
     async with connect().stream() as stream:
         with pytest.raises(InvalidArgumentError, match="frames"):

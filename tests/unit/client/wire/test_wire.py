@@ -6,6 +6,7 @@ import re
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from heatlens import Client, InternalError, InvalidArgumentError, PixelBox
 from heatlens._cli.explain import explain
@@ -47,6 +48,15 @@ def test_class_ids(given, sent):
     assert list(explain_request(b"x", class_ids=given).options.class_ids.values) == sent
 
 
+@pytest.mark.parametrize(
+    ("given", "ids", "labels"),
+    [("tabby", [], ["tabby"]), (["tabby", 3, "7"], [3], ["tabby", "7"]), (np.array(["a", "b"]), [], ["a", "b"])],
+)
+def test_classes_by_label(given, ids, labels):
+    sent = explain_request(b"x", class_ids=given).options.class_ids
+    assert (list(sent.values), list(sent.labels)) == (ids, labels)
+
+
 def test_options_by_name():
     options = explain_request(
         b"x", model="m", method="layer-cam", layers=["a", "b"], map_size="source", map_type="uint8", top_predictions=0
@@ -55,6 +65,17 @@ def test_options_by_name():
     assert list(options.layers) == ["a", "b"]
     assert options.map_size == explain_pb2.MAP_SIZE_SOURCE
     assert options.map_type == explain_pb2.DATA_TYPE_UINT8
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
+def test_masks_of_pillow(mode):
+    levels = np.array([[0, 255], [0, 0]], np.uint8)
+    image = Image.fromarray(levels).convert(mode)
+    if mode == "P":
+        # Another palette: what counts is the index.
+        image.putpalette([255, 255, 255] + [0, 0, 0] * 255)
+    sent = explain_request(b"x", mask=image).options.mask
+    assert (list(sent.shape), sent.data) == ([2, 2], bytes([0, 1, 0, 0]))
 
 
 def test_options_of_scores_and_smoothing():
@@ -134,7 +155,19 @@ def test_names_are_derived_from_the_enums():
 
 WRONG = {
     "top_k": [0, -1, 2**31, 1.0, True, "3"],
-    "class_ids": [-1, [], [1.5], "12", [2**31], b"12", np.array(1.5), np.zeros((2, 2), int)],
+    "class_ids": [
+        -1,
+        [],
+        [1.5],
+        "",
+        "\ud800",
+        ["a", ""],
+        ["a", None],
+        [2**31],
+        b"12",
+        np.array(1.5),
+        np.zeros((2, 2), int),
+    ],
     "method": ["gradcam", "unspecified", 2],
     "layers": [[], [""], "", [3], 5, b"ab", "\ud800", ["a", "\ud800"]],
     "map_size": ["big"],
@@ -196,13 +229,13 @@ def test_every_option_is_on_the_command_line():
 
 @pytest.mark.parametrize("name", ["topk", "overflow", "image_"])
 def test_unknown_options_are_refused_as_by_any_function(name):
-    with pytest.raises(TypeError, match=rf"explain\(\) got an unexpected keyword argument '{name}'"):
+    with pytest.raises(TypeError, match=rf"^Client\.explain\(\) got an unexpected keyword argument '{name}'$"):
         explain_request(b"x", **{name: None})
 
 
 @pytest.mark.parametrize("name", ["mask", "faithfulness", "on_progress"])
 def test_streams_have_no_other_options(name):
-    with pytest.raises(TypeError, match=rf"stream\(\) got an unexpected keyword argument '{name}'"):
+    with pytest.raises(TypeError, match=rf"^Client\.stream\(\) got an unexpected keyword argument '{name}'"):
         stream_plan(max_message_bytes=1000, **{name: None})
 
 
@@ -284,6 +317,7 @@ def test_result():
         model_version="v",
         source_width_px=5,
         source_height_px=7,
+        warnings=["dark", "small"],
     )
     response.timing.queue_duration.FromMicroseconds(1500)
     response.timing.compute_duration.FromSeconds(2)
@@ -294,6 +328,7 @@ def test_result():
     assert result.explanations[0].heatmap.raw().tolist() == [[4.0]]
     assert result.source_size == result.explanations[0].heatmap.source_size == (5, 7)
     assert result.predictions[0].label == "dog"
+    assert result.warnings == ("dark", "small")
     assert (result.timing.queue_ms, result.timing.compute_ms, result.timing.batch_size) == (1.5, 2000.0, 4)
     assert not result.explanations[0].heatmap.placed
     assert result_of(response, placed=True).explanations[0].heatmap.placed
