@@ -1,5 +1,6 @@
 """A dry run of one model: load it, explain one image, say what happened."""
 
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from heatlens_server.check_photo import explain_photo, preprocess_in_words
 from heatlens_server.config import ModelConfig
+from heatlens_server.core.causes import with_causes
 from heatlens_server.core.errors import HeatlensError, ModelLoadError
 from heatlens_server.fleet.build import BuiltModel, build
 from heatlens_server.fleet.warm_up import is_finite, run_trial, trial_size_px
@@ -28,17 +30,14 @@ def check_model(
     """
     try:
         built = build(config, cache_dir=cache_dir, report=lambda line: write(f"{config.name}: {line}"))
-    except ModelLoadError as error:
-        write(f"{config.name}: FAILED: {error}")
-        return False
-    except (Exception, SystemExit) as error:  # a model's own code may raise anything
-        write(f"{config.name}: FAILED: {error!r}")
+    except (Exception, SystemExit) as error:
+        write(f"{config.name}: FAILED: {_reason(error)}")
         return False
     try:
         for line in _report(built, photo, Path(f"{config.name}-check.png")):
             write(f"{config.name}: {line}")
-    except (HeatlensError, ModelLoadError, MemoryError, OSError) as error:
-        write(f"{config.name}: FAILED: {error}")
+    except (Exception, SystemExit) as error:
+        write(f"{config.name}: FAILED: {_reason(error)}")
         return False
     finally:
         built.engine.close()
@@ -67,3 +66,10 @@ def _report(model: BuiltModel, photo: Path | None, overlay: Path) -> Iterator[st
         f"{info.task}, {size}, {info.class_count} classes, "
         f"layers {', '.join(info.layers)}; methods {', '.join(info.requestable_methods)}"
     )
+
+
+def _reason(error: BaseException) -> str:
+    """Why a model failed, with the traceback of what is unexpected: a model's own code may raise anything."""
+    if isinstance(error, (HeatlensError, ModelLoadError, MemoryError, OSError)):
+        return with_causes(error)
+    return "".join(traceback.format_exception(error)).rstrip()

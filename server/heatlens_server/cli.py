@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 import typer
 
 from heatlens_server.allocator import keep_freed_memory
+from heatlens_server.core.causes import with_causes
 from heatlens_server.core.errors import ConfigError, ExportError, ModelLoadError
 from heatlens_server.telemetry.logs import configure_logging
 
@@ -162,7 +163,7 @@ def export(
     except ConfigError as error:
         _fail(error)
     except (ExportError, ModelLoadError) as error:
-        _fail(error, exit_code=1)
+        _fail(with_causes(error), exit_code=1)
     for line in export_command.describe(manifest, output):
         typer.echo(line)
 

@@ -72,9 +72,12 @@ class Engine:
 class Changes(Observer):
     def __init__(self) -> None:
         self.seen: list[tuple[str, str, str]] = []
+        self.faults: list[Exception] = []
 
-    def model_changed(self, *, model: str, state: str, message: str) -> None:
+    def model_changed(self, *, model: str, state: str, message: str, fault: Exception | None = None) -> None:
         self.seen.append((model, state, message))
+        if fault is not None:
+            self.faults.append(fault)
 
 
 class Rig:

@@ -1,11 +1,13 @@
 """What `heatlens-server check` reports of a model."""
 
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from heatlens_server import check
+from heatlens_server import check, cli
 from heatlens_server.check_photo import preprocess_in_words
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.engine import Capabilities
@@ -45,3 +47,46 @@ def test_preprocessing_in_the_words_of_the_configuration():
     words = preprocess_in_words(PREPROCESS)
     assert words.startswith("resize_px = 256, crop_px = [224, 224], mean = [0.5, 0.5, 0.5], std = [0.25, 0.25, 0.25]")
     assert 'interpolation = "bilinear"' in words
+
+
+NET = """
+from torch import nn
+
+
+def broken():
+    raise KeyError("MODEL_DIR")
+
+
+class Failing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 4, 32, 32), nn.Linear(4, 2)
+
+    def forward(self, x):
+        if x.amax() > 0.5:
+            raise RuntimeError("only in the dark")
+        return self.head(self.body(x).mean((2, 3)))
+
+
+def sound():
+    return nn.Sequential(nn.Conv2d(3, 4, 32, 32), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+"""
+
+
+def test_every_model_is_looked_at_and_the_reason_of_each_failure_told(tmp_path, monkeypatch):
+    (tmp_path / "net_of_check.py").write_text(NET)
+    (tmp_path / "server.toml").write_text(
+        "".join(
+            f'[[models]]\nname = "{name}"\nsource = "python:net_of_check:{name}"\nengine = "torch"\n'
+            for name in ("broken", "Failing", "sound")
+        )
+    )
+    monkeypatch.setenv("HEATLENS_SERVER__CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delitem(sys.modules, "net_of_check", raising=False)
+    found = CliRunner().invoke(cli.app, ["check", "--config", str(tmp_path / "server.toml")])
+    assert found.exit_code == 1
+    assert f"KeyError: 'MODEL_DIR' ({tmp_path}/net_of_check.py, line 6, in broken)" in found.stderr
+    # Unexpected: the network failed on noise, after it ran on a black image.
+    assert f'File "{tmp_path}/net_of_check.py", line 16, in forward' in found.stderr
+    assert "RuntimeError: only in the dark" in found.stderr
+    assert "sound: ok: " in found.stderr

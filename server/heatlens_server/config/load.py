@@ -18,7 +18,9 @@ from heatlens_server.config.server import ServerConfig
 from heatlens_server.core.errors import ConfigError
 
 _PREFIX, _DELIMITER = "HEATLENS_", "__"
-_PATH_KEYS = frozenset({"token_file", "certificate", "private_key", "client_ca", "labels", "cache_dir"})
+_PATH_KEYS = frozenset(
+    {"token_file", "certificate", "private_key", "client_ca", "labels", "cache_dir", "source_folder"}
+)
 
 _EMBEDDED = ModelConfig(name=EMBEDDED_MODEL, source=f"embedded:{EMBEDDED_MODEL}")
 
@@ -118,15 +120,18 @@ def _read_toml(path: Path) -> dict[str, object]:
 
 
 def _anchor(value: object, folder: Path) -> object:
-    """Make the relative paths in a file's tables relative to `folder`."""
+    """Make the relative paths in a file's tables relative to `folder`, where factories are looked for too."""
     if isinstance(value, list):
         return [_anchor(item, folder) for item in value]
     if not isinstance(value, dict):
         return value
-    return {
+    anchored = {
         key: _anchor_text(key, item, folder) if isinstance(item, str) else _anchor(item, folder)
         for key, item in value.items()
     }
+    if str(value.get("source", "")).startswith("python:"):
+        anchored.setdefault("source_folder", str(folder))
+    return anchored
 
 
 def _anchor_text(key: str, text: str, folder: Path) -> str:
@@ -162,5 +167,7 @@ def _describe(location: tuple[int | str, ...], kind: str, message: str) -> str:
         message = "unknown key"
     elif kind == "missing":
         message = "is required"
-    message = message.removeprefix("Value error, ").replace("Path does not point to a file", "the file does not exist")
+    message = message.removeprefix("Value error, ")
+    message = message.replace("Path does not point to a file", "the file does not exist")
+    message = message.replace("Path does not point to a directory", "the folder does not exist")
     return f"{path}: {message}" if path else message

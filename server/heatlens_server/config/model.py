@@ -5,7 +5,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self, cast
 
-from pydantic import AfterValidator, BeforeValidator, Field, FilePath, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    DirectoryPath,
+    Field,
+    FilePath,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from heatlens_server.config.section import Section
 from heatlens_server.core.graph_spec import MANIFEST_FILE
@@ -131,6 +140,8 @@ class ModelConfig(Section):
     """Where the architecture comes from: "torchvision:NAME", "timm:NAME", "python:package.module:factory" (a function
     without arguments that returns a torch.nn.Module), "embedded:efficientnet_lite0" or "export:DIR" (a folder that
     `heatlens-server export` wrote)."""
+    source_folder: DirectoryPath | None = None
+    """Where a Python factory's module is looked for, before PYTHONPATH. Unset: the configuration file's folder."""
     weights: Annotated[str, AfterValidator(_check_weights)] = "default"
     """"default" (the source's own pretrained weights), "none" (random, always the same), the name of a torchvision
     weights enum's member, or a .pth, .pt, .safetensors, .pth.tar, .ckpt or .bin file of tensors."""
@@ -208,6 +219,13 @@ class ModelConfig(Section):
         if value not in {"auto", None} and (_is_export(info) or task not in {"auto", "segmentation"}):
             raise ValueError(f"is for segmentation{'' if task == 'auto' else f', and task is {task!r}'}")
         return value
+
+    @field_validator("source_folder")
+    @classmethod
+    def _folder_of_factory(cls, source_folder: Path | None, info: ValidationInfo) -> Path | None:
+        if source_folder is not None and not str(info.data.get("source", "python:")).startswith("python:"):
+            raise ValueError('is for "python:" sources')
+        return source_folder
 
     @field_validator("weights")
     @classmethod

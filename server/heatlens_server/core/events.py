@@ -57,8 +57,15 @@ class Observer:
     def frame_dropped(self, *, model: str) -> None:
         """A frame of a stream was given up for a newer one."""
 
-    def model_changed(self, *, model: str, state: str, message: str) -> None:
-        """A model is "loading", "ready", "failed" or "unloaded" from now on; `message` says why or how."""
+    def model_changed(self, *, model: str, state: str, message: str, fault: Exception | None = None) -> None:
+        """A model is "loading", "ready", "failed" or "unloaded" from now on.
+
+        Args:
+            model: which.
+            state: its new state.
+            message: why or how, for the operator: it may hold paths.
+            fault: what it failed with, if that was unexpected.
+        """
 
     def answered(self, call: CallEnd) -> None:
         """A call has ended well."""

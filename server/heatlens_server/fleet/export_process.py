@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from heatlens_server.backends.onnx.export_cache import ExportCache
 from heatlens_server.config import ModelConfig
+from heatlens_server.core.causes import with_causes
 from heatlens_server.core.errors import ExportError, ModelLoadError
 from heatlens_server.core.graph_spec import Format
 from heatlens_server.fleet.cache_key import export_key, is_settled
@@ -162,6 +163,8 @@ def _follow(process: "subprocess.Popen[str]", order: dict[str, Any], report: Rep
                 ended = str(said["key"])
             else:
                 ended = _ERRORS[said["error"]](said["message"])
+                for note in said["notes"]:
+                    ended.add_note(note)
     # It died, and its exit code says so.
     except BrokenPipeError:
         # Closing sends what is still buffered, and would fail again, in place of that exit code.
@@ -182,7 +185,7 @@ def main() -> int:
     threading.Thread(target=_end_with, args=(sys.stdin,), daemon=True).start()
     sys.path[:] = order["path"] or sys.path
 
-    def answer(**said: str) -> None:
+    def answer(**said: str | list[str]) -> None:
         answers.write(json.dumps(said) + "\n")
 
     try:
@@ -195,7 +198,9 @@ def main() -> int:
         )
     except tuple(_ERRORS.values()) as error:
         kind = next(kind for kind in ("transient", "export", "load") if isinstance(error, _ERRORS[kind]))
-        answer(error=kind, message=str(error))
+        # Causes do not pass from process to process: as notes they reach the log, and no client.
+        told = with_causes(error).removeprefix(str(error)).removeprefix("; ")
+        answer(error=kind, message=str(error), notes=[told] if told else [])
         return 1
     answer(key=key)
     return 0

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from heatlens_server.config import ModelConfig
+from heatlens_server.core.causes import with_causes
 from heatlens_server.core.engine import SteppingEngine
 from heatlens_server.core.errors import (
     ConfigError,
@@ -200,7 +201,7 @@ class Fleet:
         try:
             served = await self._served(config, self._start_build(config))
         except ModelLoadError as error:
-            _log.error("model %s is not replaced: %s", config.name, error)
+            _log.error("model %s is not replaced: %s", config.name, with_causes(error), exc_info=_fault(error))
             raise
         old = self._statuses[config.name].served
         self._serve(config, served)
@@ -267,14 +268,16 @@ class Fleet:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _change(self, name: str, status: ModelStatus | None, message: str = "") -> None:
+    def _change(
+        self, name: str, status: ModelStatus | None, message: str = "", *, fault: Exception | None = None
+    ) -> None:
         """The only place where a model's state changes: None takes the model out."""
         if status is None:
             del self._statuses[name]
         else:
             self._statuses[name] = status
         state = "unloaded" if status is None else status.state.value
-        self._observer.model_changed(model=name, state=state, message=message)
+        self._observer.model_changed(model=name, state=state, message=message, fault=fault)
 
     def _serve(self, config: ModelConfig, served: ServedModel) -> None:
         engine = served.capabilities
@@ -293,7 +296,8 @@ class Fleet:
                 self._change(config.name, ModelStatus(config, ModelState.FAILED, message=message), message)
             raise
         except ModelLoadError as error:
-            self._change(config.name, ModelStatus(config, ModelState.FAILED, message=str(error)), str(error))
+            status = ModelStatus(config, ModelState.FAILED, message=str(error))
+            self._change(config.name, status, with_causes(error), fault=_fault(error))
         else:
             self._serve(config, served)
         await self._publish()
@@ -310,7 +314,7 @@ class Fleet:
             queue = self._make_queue(config, built.engine)
         except Exception as error:
             self._close_aside(built.engine)
-            raise _unexpected(config, error) from error
+            raise _Unexpected from error
         self._generations[config.name] += 1
         self._users[queue] = _Users()
         return ServedModel(
@@ -337,7 +341,7 @@ class Fleet:
         except (ModelLoadError, ModelUnloaded, ServerDraining):
             raise
         except Exception as error:
-            raise _unexpected(config, error) from error
+            raise _Unexpected from error
         except asyncio.CancelledError:
             if build.done() and not build.cancelled() and build.exception() is None:
                 self._close_aside(build.result().engine)
@@ -375,6 +379,7 @@ class Fleet:
                 error = raised
             except BaseException as raised:
                 error = ModelLoadError(f"the model's code raised {type(raised).__name__}")
+                error.__cause__ = raised
             # After the server's end the loop is closed and no task waits for this model.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(settle, built, error)
@@ -410,9 +415,16 @@ class Fleet:
         del self._users[queue]
 
 
-def _unexpected(config: ModelConfig, error: Exception) -> ModelLoadError:
-    _log.error("model %s: unexpected error while loading", config.name, exc_info=error)
-    return ModelLoadError("an unexpected error while loading; the server's log has it")
+class _Unexpected(ModelLoadError):
+    """Loading failed in a way that nobody expected: its cause may hold anything, and goes to the log alone."""
+
+    def __init__(self) -> None:
+        super().__init__("an unexpected error while loading; the server's log has it")
+
+
+def _fault(error: ModelLoadError) -> Exception | None:
+    """What the log shows the traceback of."""
+    return error if isinstance(error, _Unexpected) else None
 
 
 class _Users:

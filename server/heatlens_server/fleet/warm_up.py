@@ -37,7 +37,9 @@ def warm_up(engine: SteppingEngine, config: ModelConfig, method: Method) -> None
         try:
             results = run_trial(engine, np.zeros((size, *trial_size_px(info), 3), dtype=np.uint8), method)
         except MemoryError:
-            raise ModelLoadError(f"out of memory on {info.device} with a batch of {size}") from None
+            raise ModelLoadError(
+                f"out of memory on {info.device} with a batch of {size}: lower batching.max_batch_size"
+            ) from None
         if not all(is_finite(result) for result in results):
             raise ModelLoadError("the model gives scores or maps that are not finite: are its weights right?")
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from heatlens_server.core.causes import with_causes
 from heatlens_server.core.engine import MapSpec, SteppingEngine
 from heatlens_server.core.errors import CompanionFailed, ModelLoadError, QueueFull
 
@@ -107,7 +108,7 @@ class EngineLoader:
             for engine in self._engines:
                 engine.load_for(spec)
         except ModelLoadError as raised:
-            _log.warning("model %s: what %s needs cannot be loaded: %s", self._model, spec.method, raised)
+            _log.warning("model %s: what %s needs cannot be loaded: %s", self._model, spec.method, with_causes(raised))
             error = raised
         except BaseException:
             _log.exception("model %s: what %s needs cannot be loaded", self._model, spec.method)

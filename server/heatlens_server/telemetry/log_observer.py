@@ -29,12 +29,12 @@ class LogObserver(Observer):
         else:
             _write(call, logging.ERROR, exc_info=error, error=repr(error)[:_SHOWN_CHARACTERS])
 
-    def model_changed(self, *, model: str, state: str, message: str) -> None:
-        """Write that a model is ready, failed to load or is unloaded."""
+    def model_changed(self, *, model: str, state: str, message: str, fault: Exception | None = None) -> None:
+        """Write that a model is ready, failed to load or is unloaded; with the traceback of what was unexpected."""
         if state == "ready":
             _models.info("model %s ready: %s", model, message)
         elif state == "failed":
-            _models.error("model %s failed to load: %s", model, message)
+            _models.error("model %s failed to load: %s", model, message, exc_info=fault)
         elif state == "unloaded":
             _models.info("model %s unloaded", model)
 

@@ -92,7 +92,7 @@ def test_file_is_read_and_its_paths_are_relative_to_its_folder(folder, monkeypat
     assert (cats.preprocess.resize_px, cats.preprocess.crop_px) == (256, (224, 192))
     assert cats.preprocess.interpolation is Interpolation.BICUBIC
     assert (cats.batching.max_batch_size, cats.batching.max_delay_ms) == (4, 2.0)
-    assert dogs == ModelConfig(name="dogs", source="python:zoo.dogs:build")
+    assert dogs == ModelConfig(name="dogs", source="python:zoo.dogs:build", source_folder=folder)
     assert config.default_model == "cats"
 
 
@@ -226,6 +226,14 @@ def test_every_mistake_gets_one_line_with_its_path(folder):
             "models[0].weights: the file does not exist",
         ),
         ('models = [{name = "a", source = "timm:x", weights = "../x.zip"}]', "models[0].weights: must be"),
+        (
+            'models = [{name = "a", source = "timm:x", source_folder = "."}]',
+            'models[0].source_folder: is for "python:" sources',
+        ),
+        (
+            'models = [{name = "a", source = "python:x:y", source_folder = "nowhere"}]',
+            "models[0].source_folder: the folder does not exist",
+        ),
         (
             'models = [{name = "a", source = "timm:x", weights = "none", weights_key = "ema"}]',
             "models[0].weights_key: is for weights that are a file",

@@ -96,22 +96,30 @@ async def test_unknown_names(rig, name):
 
 
 @pytest.mark.parametrize(
-    ("error", "shown"),
+    ("error", "shown", "told"),
     [
-        (ModelLoadError("no weights"), "no weights"),
-        (ValueError("/secret/path"), "an unexpected error while loading; the server's log has it"),
-        (SystemExit(3), "the model's code raised SystemExit"),
+        (ModelLoadError("no weights"), "no weights", ""),
+        (
+            ValueError("/secret/path"),
+            "an unexpected error while loading; the server's log has it",
+            "; ValueError: /secret/path",
+        ),
+        (SystemExit(3), "the model's code raised SystemExit", "; SystemExit: 3"),
     ],
 )
-async def test_a_model_that_fails_says_why_harms_no_other_and_can_be_loaded_again(rig, caplog, error, shown):
+async def test_a_model_that_fails_says_why_harms_no_other_and_can_be_loaded_again(rig, error, shown, told):
     rig.errors["a"] = error
     await asyncio.gather(*(rig.fleet.load(config(name)) for name in "ab"))
     assert rig.states() == [("a", ModelState.FAILED), ("b", ModelState.READY)]
     with pytest.raises(ModelFailed, match=shown) as raised:
         rig.fleet.get("a")
     assert raised.value.retry_after_s is None
-    assert ("a", "failed", shown) in rig.changes.seen
-    assert ("secret" in caplog.text) == isinstance(error, ValueError)
+    assert raised.value.message.endswith(shown)
+    (said,) = [message for model, state, message in rig.changes.seen if (model, state) == ("a", "failed")]
+    # The operator reads the cause, and where it was raised: here in the rig.
+    assert said.startswith(shown + told)
+    # The traceback is for what nobody expected.
+    assert [repr(fault.__cause__) for fault in rig.changes.faults] == [repr(error)] * isinstance(error, ValueError)
     assert await rig.ask("b") == 1
     del rig.errors["a"]
     await rig.fleet.load(config("a"))

@@ -69,6 +69,12 @@ def test_states_of_models(line, state, level, text):
     assert (line().name, line().levelno, line().getMessage()) == ("heatlens", level, text)
 
 
+def test_an_unexpected_failure_to_load_has_its_traceback_in_the_same_line(line):
+    fault = RuntimeError("unexpected")
+    LogObserver().model_changed(model="m", state="failed", message="why", fault=fault)
+    assert (line().exc_info[1], line().getMessage()) == (fault, "model m failed to load: why")
+
+
 def observers_of_the_server():
     for module in pkgutil.iter_modules(telemetry.__path__, f"{telemetry.__name__}."):
         for _, kind in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):

@@ -22,7 +22,7 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
-            raise ModelLoadError(f"there is no device {name!r}; CUDA devices found: {count}")
+            raise ModelLoadError(f"device: there is no device {name!r}; CUDA devices found: {count}")
         device = torch.device("cuda", device.index or 0)
     return device
 

@@ -1,9 +1,10 @@
 """Where networks come from: torchvision, timm, a Python factory, or the package with the embedded weights."""
 
 import dataclasses
-import importlib
+import functools
 import math
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from timm.data.imagenet_info import ImageNetInfo
 from torch import nn
 
 from heatlens_server.backends.torch.sources.checkpoints import Checkpoint, read_checkpoint
+from heatlens_server.backends.torch.sources.python_factory import call_factory
 from heatlens_server.backends.torch.sources.source import (
     SourcedModel,
     as_module,
@@ -49,6 +51,9 @@ _SEGMENTATION_PREPROCESS = dataclasses.replace(
 
 _IMAGENET_CLASSES = 1000
 
+_Load = Callable[[str, str, Checkpoint | None, Task | None], SourcedModel]
+"""Loads a source's network of a name, with the weights of a name or what was read from a file, for a task."""
+
 # All threads draw from one generator. Re-entrant, as a factory may load other models.
 _drawing = threading.RLock()
 
@@ -61,7 +66,12 @@ def load_source(config: ModelConfig) -> SourcedModel:
             be had or do not fit.
     """
     kind, _, name = config.source.partition(":")
-    load = {"torchvision": load_torchvision, "timm": _load_timm, "python": _load_python, "embedded": _load_embedded}
+    load: dict[str, _Load] = {
+        "torchvision": load_torchvision,
+        "timm": _load_timm,
+        "python": functools.partial(_load_python, folder=config.source_folder),
+        "embedded": _load_embedded,
+    }
     task = None if config.task == "auto" else Task(config.task)
     # Initialising a network draws from torch's global generator: seeded, so that "none" is always the same. Networks
     # that get weights draw from it too before they do, and torchvision and timm download in between: one at a time.
@@ -77,7 +87,7 @@ def load_source(config: ModelConfig) -> SourcedModel:
 def _load_timm(name: str, weights: str, checkpoint: Checkpoint | None, task: Task | None) -> SourcedModel:
     _check_task("timm", task)
     if not timm.is_model(name.split(".", maxsplit=1)[0]):
-        raise ModelLoadError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
+        raise ModelLoadError(f"source: timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
     if weights not in {"default", "none"} and checkpoint is None:
         raise ModelLoadError(f'weights of a timm model are "default", "none" or a file, not {weights!r}')
 
@@ -86,7 +96,7 @@ def _load_timm(name: str, weights: str, checkpoint: Checkpoint | None, task: Tas
         try:
             return as_module(timm.create_model(name, pretrained=False, **options))
         except RuntimeError as error:
-            raise ModelLoadError(f"timm cannot build {name!r}") from error
+            raise ModelLoadError(f"source: timm cannot build {name!r}") from error
 
     if checkpoint is not None:
         # A network that was trained to embed may have been saved without a classifier.
@@ -100,22 +110,13 @@ def _load_timm(name: str, weights: str, checkpoint: Checkpoint | None, task: Tas
     return _of_timm(module, task)
 
 
-def _load_python(name: str, weights: str, checkpoint: Checkpoint | None, task: Task | None) -> SourcedModel:
+def _load_python(
+    name: str, weights: str, checkpoint: Checkpoint | None, task: Task | None, *, folder: Path | None
+) -> SourcedModel:
     """Call the operator's factory. Nothing is read from the module: `[models.preprocess]` says what differs."""
     if weights != "default" and checkpoint is None:
         raise ModelLoadError(f'weights of a Python factory are "default" (as it makes them) or a file, not {weights!r}')
-    module_name, _, factory_name = name.partition(":")
-    # The import and the factory are the operator's code and may raise anything; the text may hold paths.
-    try:
-        factory = getattr(importlib.import_module(module_name), factory_name)
-    except Exception as error:
-        raise ModelLoadError(f"{name!r} cannot be imported ({type(error).__name__})") from error
-    try:
-        module = factory()
-    except Exception as error:
-        raise ModelLoadError(f"{name!r} failed ({type(error).__name__})") from error
-    if not isinstance(module, nn.Module):
-        raise ModelLoadError(f"{name!r} must return a torch.nn.Module, not {type(module).__name__}")
+    module = call_factory(name, folder)
     if checkpoint is not None:
         load_weights(module, checkpoint)
     preprocess = {Task.SEGMENTATION: _SEGMENTATION_PREPROCESS, Task.DETECTION: DETECTION_PREPROCESS}

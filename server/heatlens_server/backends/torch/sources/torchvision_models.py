@@ -102,7 +102,8 @@ def _task_of(name: str) -> Task:
             return task
     names = [known for module in _MODULES.values() for known in torchvision.models.list_models(module=module)]
     raise ModelLoadError(
-        f"torchvision has no model {name!r} for classification, segmentation or detection{did_you_mean(name, names)}"
+        f"source: torchvision has no model {name!r} for classification, segmentation or detection"
+        f"{did_you_mean(name, names)}"
     )
 
 

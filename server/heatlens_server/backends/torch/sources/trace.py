@@ -119,7 +119,8 @@ def _called(
     # A network is foreign code and may raise anything.
     except Exception as error:
         raise ModelLoadError(
-            f"the network fails on an input of (1, 3, {height_px}, {width_px}): {type(error).__name__}"
+            f"the network fails on an input of (1, 3, {height_px}, {width_px}) ({type(error).__name__}); "
+            "preprocess.crop_px sets its height and width"
         ) from error
     finally:
         for handle in handles:
