@@ -25,7 +25,7 @@ from heatlens_server.backends.torch.cam.saliency import saliency
 from heatlens_server.backends.torch.export import onnx_file
 from heatlens_server.backends.torch.export.capture import capture
 from heatlens_server.backends.torch.export.differentiate import differentiate_all
-from heatlens_server.backends.torch.export.torch_files import to_program
+from heatlens_server.backends.torch.export.program import to_program
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import CLASS_INDEX, IMAGE, MAP_OUTPUTS, InputKind, Output
@@ -80,10 +80,11 @@ def _export(model: LoadedModel, layers: Sequence[str], path: Path) -> tuple[int,
     started = time.perf_counter()
     captured = capture(model, layers, input_kind=InputKind.FLOAT, precision="fp32", classes=None)
     graph_module = differentiate_all(captured, [(layer, Method.GRAD_CAM) for layer in layers])
-    program = to_program(graph_module, model, input_kind=InputKind.FLOAT, classes=None)
     outputs = [f"{output}:{layer}" for layer in layers for output in MAP_OUTPUTS]
     translated = onnx_file.to_onnx(
-        program, input_names=(IMAGE, CLASS_INDEX), output_names=(Output.LOGITS, Output.CLASS_ID, *outputs)
+        to_program(graph_module),
+        input_names=(IMAGE, CLASS_INDEX),
+        output_names=(Output.LOGITS, Output.CLASS_ID, *outputs),
     )
     onnx_file.save(translated, path)
     return len(translated.model.graph), time.perf_counter() - started

@@ -12,7 +12,8 @@ from heatlens_server.backends.onnx.manifest import GraphFile, Manifest, TensorIn
 from heatlens_server.backends.torch.export import onnx_file
 from heatlens_server.backends.torch.export.capture import capture
 from heatlens_server.backends.torch.export.differentiate import differentiate, differentiate_all, differentiate_layer
-from heatlens_server.backends.torch.export.torch_files import save_torchscript, to_program, to_torchscript
+from heatlens_server.backends.torch.export.program import to_program
+from heatlens_server.backends.torch.export.torch_files import save_torchscript, to_pt2, to_torchscript
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.backends.torch.sources.weights import weights_version
 from heatlens_server.core.graph_spec import (
@@ -132,7 +133,7 @@ def export_bundle(
     if file_format is Format.ONNX:
         report(f"differentiating {model.name} by {', '.join(model.layers)}")
         graph_module = differentiate_all(captured, targets)
-        graphs = _cut_onnx(graph_module, model, targets, classes=classes, folder=folder, report=report)
+        graphs = _cut_onnx(graph_module, model, targets, folder=folder, report=report)
     else:
         for position, layer in enumerate(reversed(model.layers)):
             report(f"differentiating {model.name} by {layer}")
@@ -167,11 +168,13 @@ def _write(
     if file_format is Format.TORCHSCRIPT:
         save_torchscript(to_torchscript(graph_module), path)
         return
-    program = to_program(graph_module, model, input_kind=spec.input, classes=spec.classes)
     if file_format is Format.PT2:
-        torch.export.save(program, path)
-    else:
-        onnx_file.save(onnx_file.to_onnx(program, input_names=(IMAGE, CLASS_INDEX), output_names=spec.outputs), path)
+        torch.export.save(to_pt2(graph_module, model, input_kind=spec.input, classes=spec.classes), path)
+        return
+    translated = onnx_file.to_onnx(
+        to_program(graph_module), input_names=(IMAGE, CLASS_INDEX), output_names=spec.outputs
+    )
+    onnx_file.save(translated, path)
 
 
 def _cut_onnx(
@@ -179,16 +182,16 @@ def _cut_onnx(
     model: LoadedModel,
     targets: Sequence[tuple[str, Method]],
     *,
-    classes: int | None,
     folder: Path,
     report: Report,
 ) -> list[GraphFile]:
     """Translate the graph of all targets once, which takes a while, and cut it into one file per target."""
     report("translating to ONNX")
-    program = to_program(graph_module, model, input_kind=InputKind.UINT8, classes=classes)
     names = [f"{output}:{layer}:{method}" for layer, method in targets for output in MAP_OUTPUTS]
     translated = onnx_file.to_onnx(
-        program, input_names=(IMAGE, CLASS_INDEX), output_names=(Output.LOGITS, Output.CLASS_ID, *names)
+        to_program(graph_module),
+        input_names=(IMAGE, CLASS_INDEX),
+        output_names=(Output.LOGITS, Output.CLASS_ID, *names),
     )
     whole = folder / "all.onnx"
     onnx_file.save(translated, whole, separate_weights=True)

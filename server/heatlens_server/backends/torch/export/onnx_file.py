@@ -2,7 +2,8 @@
 
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from onnxscript import opset20 as op
 from onnxscript import optimizer
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
+from torch.fx import Interpreter, Node
+from torch.onnx._internal.fx.passes import type_promotion
 
 from heatlens_server.core.errors import ExportError
 
@@ -38,7 +41,7 @@ def to_onnx(
     """
     _decompose_only_if_needed(program)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _promotion_by_recorded_values():
             # Torch's exporter warns of its own deprecated internals.
             warnings.simplefilter("ignore")
             translated = torch.onnx.export(
@@ -84,6 +87,32 @@ def _decompose_only_if_needed(program: ExportedProgram) -> None:
         return decomposed
 
     program.run_decompositions = run_decompositions
+
+
+@contextmanager
+def _promotion_by_recorded_values() -> Iterator[None]:
+    """Spare torch's exporter to run the graph on fake tensors once more.
+
+    It does so to insert casts where operands differ in type, and offers no option for it. The values that it would
+    compute are those that tracing left at the nodes; only nodes that it adds or changes need to run.
+    """
+    interpreter = type_promotion._TypePromotionInterpreter  # noqa: SLF001 - there is no other way in
+    run_node = interpreter.run_node
+
+    def run_or_recall(self: Any, node: Node) -> Any:  # noqa: ANN401
+        if node.op != "call_function":
+            return Interpreter.run_node(self, node)
+        rule = type_promotion.get_type_promotion_rule(node, self.type_promotion_table)
+        if rule is not None:
+            with self._set_current_node(node):
+                self._maybe_promote_node(node, rule)
+        return node.meta["val"]
+
+    interpreter.run_node = run_or_recall  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        interpreter.run_node = run_node  # type: ignore[method-assign]
 
 
 def _simplify(model: onnx_ir.Model) -> None:

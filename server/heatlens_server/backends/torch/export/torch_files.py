@@ -14,10 +14,10 @@ from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import InputKind
 
 
-def to_program(
+def to_pt2(
     graph_module: GraphModule, model: LoadedModel, *, input_kind: InputKind, classes: int | None
 ) -> ExportedProgram:
-    """Export a graph of `differentiate` with a batch of any size.
+    """Export a graph of `differentiate` with a batch of any size, traced anew: what is loaded again checks its inputs.
 
     Raises:
         ExportError: it cannot be exported.

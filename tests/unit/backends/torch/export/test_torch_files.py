@@ -7,7 +7,7 @@ from torch import nn
 
 import export_networks
 from export_networks import assert_true, make, normalised, pixels, run_torch, tells_no_path, truth
-from heatlens_server.backends.torch.export.torch_files import to_program, to_torchscript
+from heatlens_server.backends.torch.export.torch_files import to_pt2, to_torchscript
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import Format, GraphSpec, InputKind, Output
 from loaded_models import user_export
@@ -33,7 +33,7 @@ def test_a_graph_of_one_batch_size_is_refused():
     image, class_index = graph.placeholder("image"), graph.placeholder("class_index")
     graph.output((graph.call_function(torch.ops.aten.reshape.default, (image, [2, -1])), class_index))
     with pytest.raises(ExportError, match="the graph cannot be exported"):
-        to_program(
+        to_pt2(
             torch.fx.GraphModule(torch.nn.Module(), graph),
             make(export_networks.Staged),
             input_kind=InputKind.FLOAT,
