@@ -29,6 +29,20 @@ class NormalizedMap:
     offset: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A rectangle of a map, in fractions of its height and width from the top left; it may reach beyond the map."""
+
+    top: float = 0.0
+    left: float = 0.0
+    bottom: float = 1.0
+    right: float = 1.0
+
+
+WHOLE = Part()
+"""All of a map."""
+
+
 def normalize(raw: Tensor) -> NormalizedMap:
     """ReLU, then min-max over the last two dimensions. Each map on its own, no epsilon.
 
@@ -80,24 +94,32 @@ def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps, size=(height, width), mode="bilinear", align_corners=False)
 
 
-def top_left(maps: Tensor, share: tuple[float, float]) -> Tensor:
-    """The top left part of maps, in pixels of about their own size, bilinear between them.
+def cut(maps: Tensor, part: Part) -> Tensor:
+    """A part of maps, in pixels of about their own size, bilinear between them; 0 beyond the maps.
+
+    A side that does not begin where the maps do gets pixels of half that size: whole ones would lie between the maps'
+    own, and lose what is at the edges of the part.
 
     Args:
         maps: (N, K, h, w) floating point.
-        share: of the height and of the width, each in (0, 1].
+        part: which one.
 
     Returns:
         (N, K, height, width), the nearest whole numbers of pixels, each >= 1; `maps` itself if the part is the whole.
     """
-    if share == (1.0, 1.0):
+    if part == WHOLE:
         return maps
-    down, across = share
-    size = (max(1, round(maps.shape[-2] * down)), max(1, round(maps.shape[-1] * across)))
-    # Coordinates run from -1 to 1: what was the middle of the whole is not that of the part.
-    part = maps.new_tensor([[[across, 0.0, across - 1.0], [0.0, down, down - 1.0]]]).expand(len(maps), -1, -1)
-    grid = F.affine_grid(part, [len(maps), 1, *size], align_corners=False)
-    return F.grid_sample(maps, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    down, across = part.bottom - part.top, part.right - part.left
+    height = maps.shape[-2] * (1 if part.top == 0.0 else 2)
+    width = maps.shape[-1] * (1 if part.left == 0.0 else 2)
+    size = (max(1, round(height * down)), max(1, round(width * across)))
+    # Coordinates run from -1 to 1, and so does the part in its own.
+    rows = [[across, 0.0, part.left + part.right - 1.0], [0.0, down, part.top + part.bottom - 1.0]]
+    grid = F.affine_grid(maps.new_tensor([rows]).expand(len(maps), -1, -1), [len(maps), 1, *size], align_corners=False)
+    sampled = F.grid_sample(maps, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    if min(part.top, part.left) >= 0.0 and max(part.bottom, part.right) <= 1.0:
+        return sampled
+    return sampled * (grid.abs() <= 1.0).all(dim=-1)[:, None]
 
 
 def combine_layers(

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from heatlens_server.backends.torch.cam.saliency import WHOLE, Part
 from heatlens_server.core.arrays import Float32Array, UInt8Array
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import ABSENT, Score
@@ -81,16 +82,14 @@ class TaskModel(ABC):
     def run(self, module: nn.Module, inputs: Tensor) -> Any:  # noqa: ANN401 - what a network returns
         """Run a network on (R, 3, H, W), normalised; return the output that the other methods take."""
 
-    def part_on_image(self, module: nn.Module, size_px: tuple[int, int]) -> tuple[float, float]:  # noqa: ARG002
-        """The part of a layer's map that lies on the image, of its height and width from the top left.
-
-        1 unless the network pads images.
+    def part_on_image(self, module: nn.Module, shape: tuple[int, int, int]) -> Part:  # noqa: ARG002
+        """The part of a layer's map that lies on the image: all of it, unless the network pads images.
 
         Args:
             module: the network.
-            size_px: (height, width) of the image.
+            shape: (C, H, W) of the image.
         """
-        return 1.0, 1.0
+        return WHOLE
 
     def rows(self, output: Any) -> int:  # noqa: ANN401 - what a network returns
         """For how many images an output is."""

@@ -13,7 +13,9 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import box_iou
 
 from heatlens_server.backends.torch.cam.precision import at_least_float32
+from heatlens_server.backends.torch.cam.saliency import Part
 from heatlens_server.backends.torch.goals.base import Goals, RunImages, TaskModel
+from heatlens_server.backends.torch.goals.image_part import find_part
 from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import ABSENT, Score
@@ -26,6 +28,9 @@ Found = Mapping[str, Tensor]
 
 _LEAST_OVERLAP = 0.5
 """The intersection over union from which on a box of a changed image is the same detection, as in `grad-cam`."""
+
+_MOST_PARTS = 1024
+"""For how many sizes of images their part is remembered."""
 
 _LEAST_DOUBT = 2.0**-25
 """What 1 - score is taken to be at least: float32 has no number between 0 and twice that."""
@@ -179,29 +184,44 @@ def _box(values: Sequence[float]) -> tuple[float, float, float, float]:
     return left, top, right, bottom
 
 
+def _part_of_transform(transform: GeneralizedRCNNTransform, size_px: tuple[int, int]) -> Part:
+    if transform.fixed_size is not None:
+        resized = transform.fixed_size[::-1]
+    else:
+        scale = min(transform.min_size[-1] / min(size_px), transform.max_size / max(size_px))
+        resized = tuple(math.floor(side * scale) for side in size_px)
+    multiple = transform.size_divisible
+    down, across = (side / (math.ceil(side / multiple) * multiple) for side in resized)
+    return Part(bottom=down, right=across)
+
+
 class Detection(TaskModel):
     """Runs networks that take images and return what they found in each."""
 
     task = Task.DETECTION
+
+    def __init__(self) -> None:
+        """Know nothing yet about where images lie in what the network's layers get."""
+        self._parts: dict[tuple[int, int, int], Part] = {}
 
     def run(self, module: nn.Module, inputs: Tensor) -> list[Found]:
         """What was found in each of the inputs (R, 3, H, W), which are in [0, 1]: detectors normalise themselves."""
         found: list[Found] = module(list(inputs))
         return found
 
-    def part_on_image(self, module: nn.Module, size_px: tuple[int, int]) -> tuple[float, float]:
-        """Less than 1 where torchvision's transform pads what it has resized, to a multiple of 32 pixels."""
+    def part_on_image(self, module: nn.Module, shape: tuple[int, int, int]) -> Part:
+        """Less than all where the network pads what it has resized: to multiples of 32 pixels, or to a square.
+
+        Known for torchvision's transform, found by running other networks, once for each size of images.
+        """
         transform = getattr(module, "transform", None)
-        if not isinstance(transform, GeneralizedRCNNTransform):
-            return 1.0, 1.0
-        if transform.fixed_size is not None:
-            resized = transform.fixed_size[::-1]
-        else:
-            scale = min(transform.min_size[-1] / min(size_px), transform.max_size / max(size_px))
-            resized = tuple(math.floor(side * scale) for side in size_px)
-        multiple = transform.size_divisible
-        down, across = (side / (math.ceil(side / multiple) * multiple) for side in resized)
-        return down, across
+        if isinstance(transform, GeneralizedRCNNTransform):
+            return _part_of_transform(transform, (shape[1], shape[2]))
+        if shape not in self._parts:
+            if len(self._parts) >= _MOST_PARTS:
+                self._parts.clear()
+            self._parts[shape] = find_part(lambda images: self.run(module, images), module, shape)
+        return self._parts[shape]
 
     def goals(self, output: Sequence[Found], targets: Sequence[Target], *, score: Score, run: RunImages) -> BoxGoals:  # noqa: ARG002
         """Choose the detections that are asked for.

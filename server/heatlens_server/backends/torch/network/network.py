@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from heatlens_server.backends.torch.cam.grid import LayerOutput, to_map
 from heatlens_server.backends.torch.cam.precision import FP16_GRADIENT_SCALE
-from heatlens_server.backends.torch.cam.saliency import top_left
+from heatlens_server.backends.torch.cam.saliency import cut
 from heatlens_server.backends.torch.goals.base import TaskModel
 from heatlens_server.backends.torch.network.attention_blocks import AttentionRecorder, find_attention
 from heatlens_server.backends.torch.network.device import recording_allowed, resolve_device
@@ -125,8 +125,8 @@ class TorchModel:
         return to_map(output, self.model.grid(layer))
 
     def on_image(self, maps: Tensor, size_px: tuple[int, int]) -> Tensor:
-        """The part of a layer's maps (N, C, h, w) that lies on images of a size: all of it, unless they are padded."""
-        return top_left(maps, self.task.part_on_image(self.module, size_px))
+        """The part of a layer's maps (N, C, h, w) that lies on images of a size: all, unless the network pads them."""
+        return cut(maps, self.task.part_on_image(self.module, (len(self.model.preprocess.mean), *size_px)))
 
     def gradients(self, score: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool = False) -> list[Tensor]:
         """Differentiate a scalar. In float16 it is scaled on the way, so that small gradients do not vanish.

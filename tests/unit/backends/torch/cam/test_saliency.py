@@ -6,7 +6,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from heatlens_server.backends.torch.cam.methods import grad_cam
-from heatlens_server.backends.torch.cam.saliency import combine_layers, normalize, saliency, top_left, upsample
+from heatlens_server.backends.torch.cam.saliency import WHOLE, Part, combine_layers, cut, normalize, saliency, upsample
 from heatlens_server.core.methods import Aggregation
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -199,20 +199,31 @@ def test_upsample_wrong_input():
         upsample(torch.zeros(1, 1, 7, 5), (0, 8))
 
 
-class TestTopLeft:
+class TestCut:
     def test_the_whole_is_the_map_itself(self):
         maps = torch.rand(1, 2, 3, 4)
-        assert top_left(maps, (1.0, 1.0)) is maps
+        assert cut(maps, WHOLE) is maps
 
     def test_a_ramp_stays_one(self):
         ramp = (torch.arange(20) + 0.5).expand(2, 3, 10, 20)
-        part = top_left(ramp, (0.5, 0.8125))
+        part = cut(ramp, Part(bottom=0.5, right=0.8125))
         assert part.shape == (2, 3, 5, 16)
         torch.testing.assert_close(part[1, 2, 4], (torch.arange(16) + 0.5) / 16 * 16.25)
-        torch.testing.assert_close(top_left(ramp.mT, (0.8125, 0.5)), part.mT)
+        torch.testing.assert_close(cut(ramp.mT, Part(bottom=0.8125, right=0.5)), part.mT)
+
+    def test_a_part_from_the_middle_has_pixels_of_half_the_size(self):
+        ramp = (torch.arange(20) + 0.5).expand(1, 1, 4, 20)
+        part = cut(ramp, Part(left=0.25, right=0.8))
+        assert part.shape == (1, 1, 4, 22)
+        torch.testing.assert_close(part[0, 0, 3], 5 + (torch.arange(22) + 0.5) / 22 * 11)
+
+    def test_beyond_the_maps_there_is_nothing(self):
+        part = cut(torch.ones(1, 2, 4, 4), Part(top=-0.5, bottom=1.5, right=0.5))
+        assert part.shape == (1, 2, 16, 2)
+        assert part[0, 0, :, 0].tolist() == [0.0] * 4 + [1.0] * 8 + [0.0] * 4
 
     def test_less_than_a_pixel_is_one(self):
-        assert top_left(torch.rand(1, 1, 2, 2), (0.01, 1.0)).shape == (1, 1, 1, 2)
+        assert cut(torch.rand(1, 1, 2, 2), Part(bottom=0.01)).shape == (1, 1, 1, 2)
 
 
 def test_the_relu_comes_before_upsampling():

@@ -11,6 +11,7 @@ from pytorch_grad_cam.utils.model_targets import FasterRCNNBoxScoreTarget
 from pytorch_grad_cam.utils.reshape_transforms import fasterrcnn_reshape_transform
 from torchvision.ops import box_iou
 
+from heatlens_server.backends.torch.cam.saliency import Part
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.goals.base import has_goals
 from heatlens_server.backends.torch.goals.detection import BoxGoals, Detection
@@ -159,7 +160,7 @@ def test_the_share_of_the_image_is_that_of_the_networks_own_transform(family):
         batch, _ = module.transform([torch.zeros(3, *size)])
         ((height, width),) = batch.image_sizes
         padded = batch.tensors.shape[2:]
-        assert Detection().part_on_image(module, size) == (height / padded[0], width / padded[1])
+        assert Detection().part_on_image(module, (3, *size)) == Part(bottom=height / padded[0], right=width / padded[1])
 
 
 def test_every_method_gives_finite_maps(faster_rcnn):
