@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from foreign_detectors import PADDED_PX, Wrapped, boxes, cropped, padded, padding_of, wrapped
 from heatlens_server.backends.torch.cam.saliency import WHOLE, Part
 from heatlens_server.backends.torch.goals.detection import Detection
 from heatlens_server.backends.torch.goals.image_part import find_part
-from foreign_detectors import PADDED_PX, Wrapped, boxes, cropped, padded, padding_of, wrapped
 
 
 class Changed(nn.Module):
@@ -71,7 +71,7 @@ def test_normalised_reflected_and_resized():
     "change",
     [
         # Nothing of the image, several maps, no map, and an image whose sides are swapped.
-        lambda x: torch.ones_like(x),
+        torch.ones_like,
         lambda x: torch.cat([x, x]),
         lambda x: x[0],
         lambda x: x.mT,
