@@ -47,10 +47,10 @@ def find_part(run: Callable[[Tensor], object], module: nn.Module, shape: tuple[i
     probes[2] = ((torch.arange(height_px, device=like.device) + 0.5) / height_px)[:, None]
     probes[3] = (torch.arange(width_px, device=like.device) + 0.5) / width_px
     with torch.no_grad():
-        seen = [_first_input(run, module, probe) for probe in probes]
-    black, white, down, across = seen
-    if black is None or white is None or down is None or across is None or len({one.shape for one in seen}) > 1:
+        seen = [values for probe in probes if (values := _first_input(run, module, probe)) is not None]
+    if len(seen) < len(probes) or len({values.shape for values in seen}) > 1:
         return WHOLE
+    black, white, down, across = seen
     span = white - black
     changing = np.abs(span) > 1e-3 * np.abs(span).max()
     if not changing.any():
