@@ -120,7 +120,7 @@ def run(service: Service, *, turns: int, seconds: float) -> list[Table]:
 def workloads() -> Mapping[str, Images]:
     """The images that are sent, by kind."""
     jpegs = _jpegs()
-    photos = [decode_image(jpeg, max_pixels=1 << 26) for jpeg in jpegs]
+    photos = [decode_image(jpeg, max_pixels=1 << 26).values for jpeg in jpegs]
     return {
         # Already at the size that the model's transform resizes to: no resizing on either side.
         "pixels, 256 px": [cv2.resize(photo, (RESIZED_PX, RESIZED_PX)) for photo in photos],
@@ -167,7 +167,7 @@ class InProcess:
 
     def _pixels(self, image: np.ndarray | bytes) -> np.ndarray:
         if isinstance(image, bytes):
-            image = decode_image(image, max_pixels=1 << 26)
+            image = decode_image(image, max_pixels=1 << 26).values
         return fit(image, self._preprocess).pixels
 
 

@@ -135,7 +135,7 @@ def inputs(model: LoadedModel, count: int) -> np.ndarray:
     mean, std = np.array(model.preprocess.mean), np.array(model.preprocess.std)
     batch = []
     for path in photo_paths()[:count]:
-        pixels = fit(decode_image(path.read_bytes(), max_pixels=1 << 26), model.preprocess).pixels
+        pixels = fit(decode_image(path.read_bytes(), max_pixels=1 << 26).values, model.preprocess).pixels
         batch.append(((pixels / 255.0 - mean) / std).transpose(2, 0, 1))
     return np.stack(batch)
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from heatlens_server.check_photo import explain_photo, preprocess_in_words
+from heatlens_server.check_photo import explain_photo
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.causes import with_causes
 from heatlens_server.core.errors import HeatlensError, ModelLoadError
 from heatlens_server.fleet.build import BuiltModel, build
-from heatlens_server.fleet.warm_up import is_finite, run_trial, trial_size_px
+from heatlens_server.fleet.warm_up import is_finite, run_trial, trial_shape
 
 
 def check_model(
@@ -52,12 +52,12 @@ def _report(model: BuiltModel, photo: Path | None, overlay: Path) -> Iterator[st
         OSError: the photo cannot be read, or the picture not written.
     """
     info = model.engine.info
-    image = np.random.default_rng(0).integers(0, 256, (1, *trial_size_px(info), 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (1, *trial_shape(info)), dtype=np.uint8)
     for method in info.requestable_methods:
         if not all(is_finite(result) for result in run_trial(model.engine, image, method)):
             raise ModelLoadError(f"{method} gave values that are not finite")
     yield from model.assumptions
-    yield f"preprocess: {preprocess_in_words(model.preprocess)}"
+    yield f"preprocess: {model.preprocess.in_words()}"
     if photo is not None:
         yield from explain_photo(model, photo, overlay)
     size = f"{info.input_width_px}x{info.input_height_px} px" if info.input_width_px else "any size"

@@ -10,12 +10,12 @@ from heatlens import Heatmap, PixelBox
 from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.engine import Capabilities
 from heatlens_server.core.methods import Method
-from heatlens_server.core.preprocess import FittedImage, PreprocessSpec
+from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.core.results import ImageResult
 from heatlens_server.fleet.build import BuiltModel
 from heatlens_server.fleet.warm_up import run_trial
 from heatlens_server.imaging.decode import decode_image
-from heatlens_server.imaging.preprocess import fit
+from heatlens_server.imaging.preprocess import fit_source
 
 _MAX_PIXELS = 89_478_485
 
@@ -71,15 +71,18 @@ def explain_photo(model: BuiltModel, photo: Path, overlay: Path) -> Iterator[str
 
     Raises:
         OSError: the photo cannot be read, or the picture not written.
-        InvalidArgument: the photo cannot be decoded.
+        InvalidArgument: the photo cannot be decoded, or its values or channels are not for the model.
         ModelLoadError: the model cannot be run.
     """
-    pixels = decode_image(photo.read_bytes(), max_pixels=_MAX_PIXELS, field=photo.name)
-    seen = _sight(model, fit(pixels, model.preprocess))
+    preprocess = model.preprocess
+    source = decode_image(photo.read_bytes(), max_pixels=_MAX_PIXELS, channels=preprocess.channels, field=photo.name)
+    seen = _sight(model, fit_source(source, preprocess))
+    yield from (f"warning: {warning}" for warning in seen.image.warnings)
     if not seen.found:
         yield f"{photo.name}: the model finds nothing to explain"
         return
-    mirrored = _sight(model, fit(np.ascontiguousarray(pixels[:, ::-1]), model.preprocess))
+    other = dataclasses.replace(source, values=np.ascontiguousarray(source.values[:, ::-1]))
+    mirrored = _sight(model, fit_source(other, preprocess))
     black = _sight(model, dataclasses.replace(seen.image, pixels=np.zeros_like(seen.image.pixels)))
     yield f"{photo.name}: {said(model, seen)}"
     yield f"maps of the layers, width x height: {', '.join(_map_sizes(model, seen.image))}"
@@ -125,12 +128,6 @@ def warnings_of(info: Capabilities, seen: Sight, mirrored: Sight, black: Sight) 
             yield f"the mirror image's map, mirrored back, hardly is the photo's (correlation {correlation:.2f})"
 
 
-def preprocess_in_words(preprocess: PreprocessSpec) -> str:
-    """How images become the model's input, in the words of [models.preprocess]."""
-    values = dataclasses.asdict(preprocess).items()
-    return ", ".join(f"{name} = {_in_toml(value)}" for name, value in values if value is not None)
-
-
 def _map_sizes(model: BuiltModel, image: FittedImage) -> Iterator[str]:
     """Every layer that the method of `_sight` explains, with the size of its map."""
     method = _method_of_one_run(model)
@@ -168,11 +165,3 @@ def _draw(sight: Sight, photo: Path, overlay: Path) -> None:
 
 def _correlation(one: Float32Array, other: Float32Array) -> float:
     return float(np.corrcoef(one.ravel(), other.ravel())[0, 1]) if one.size > 1 and one.std() and other.std() else 1.0
-
-
-def _in_toml(value: object) -> str:
-    if isinstance(value, tuple):
-        return f"[{', '.join(_in_toml(item) for item in value)}]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f'"{value}"' if isinstance(value, str) else f"{value}"

@@ -65,7 +65,6 @@ ALPHA = distinct(2, 128)[1][:, :96, :1]
 PALETTE = Image.fromarray(PHOTO).quantize(7)
 # tests/unit/imaging/test_decode.py has every kind of file; these show that a map is that of the pixels.
 EXACT = {
-    "16-bit gray png": (cv2.imencode(".png", GRAY.astype(np.uint16) * 256 + 200)[1].tobytes(), GRAY),
     "gray and alpha png": (saved(np.concatenate([GRAY, ALPHA], -1), "PNG"), GRAY),
     "transparent palette png": (saved(PALETTE, "PNG", transparency=2), np.asarray(PALETTE.convert("RGB"))),
     "lossless rgba webp": (saved(np.concatenate([PHOTO, ALPHA], -1), "WEBP", lossless=True, exact=True), PHOTO),
@@ -76,6 +75,23 @@ EXACT = {
 def test_lossless_files_of_every_kind(explain, encoded, decoded):
     rgb = np.ascontiguousarray(np.broadcast_to(decoded, (128, 96, 3)).astype(np.uint8))
     assert_same(explain(encoded), explain(rgb))
+
+
+DEEP = np.random.default_rng(2).integers(0, 65_536, (128, 96, 3), dtype=np.uint16)
+
+
+@pytest.mark.parametrize("values", [DEEP, DEEP[..., 0]], ids=["rgb", "gray"])
+def test_16_bit_files_are_as_their_values(explain, values):
+    encoded = cv2.imencode(".png", values if values.ndim == 2 else values[..., ::-1])[1].tobytes()
+    by_file = explain(encoded)
+    assert not by_file.warnings
+    assert_same(by_file, explain(values))
+    assert_same(by_file, explain((values / np.float32(65_535)).astype(np.float32)))
+
+
+def test_12_bit_values_in_a_file_of_16_are_warned_about(explain):
+    (warning,) = explain(cv2.imencode(".png", PHOTO.astype(np.uint16) * 16)[1].tobytes()).warnings
+    assert "set window of [models.preprocess]" in warning
 
 
 LOSSY = {

@@ -23,17 +23,26 @@ from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.backends.torch.sources.weights import weights_version
 from heatlens_server.core.graph_spec import Format, GraphSpec
 from heatlens_server.core.methods import Method
-from heatlens_server.core.preprocess import PreprocessSpec
+from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
 from server_toml import MEAN, STD
 
+PREPROCESS = PreprocessSpec(resize_px=64, crop_px=(64, 64), mean=MEAN, std=STD, interpolation=Interpolation.BILINEAR)
 
-def loaded(module: nn.Module, layers: Sequence[str] = ("body",), *, class_count: int = 10, px: int = 64) -> LoadedModel:
+
+def loaded(
+    module: nn.Module,
+    layers: Sequence[str] = ("body",),
+    *,
+    class_count: int = 10,
+    px: int = 64,
+    preprocess: PreprocessSpec = PREPROCESS,
+) -> LoadedModel:
     """A model as `load_model` returns it."""
     return LoadedModel(
         name="test",
         version="0",
         module=module.eval().requires_grad_(False),
-        preprocess=PreprocessSpec(resize_px=px, crop_px=(px, px), mean=MEAN, std=STD, interpolation="bilinear"),
+        preprocess=dataclasses.replace(preprocess, resize_px=px, crop_px=(px, px)),
         labels=(),
         class_count=class_count,
         layers=tuple(layers),
@@ -118,7 +127,8 @@ def _once(make: Callable[[Path], Manifest], model: LoadedModel, *rest: object) -
 class Judge:
     """Logits and maps in float64, by a full backward pass through an untouched copy of the model, image by image."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, preprocess: PreprocessSpec = PREPROCESS) -> None:
+        self._preprocess = preprocess
         self._module = copy.deepcopy(module).double().eval().requires_grad_(True)
 
     def logits(self, image: np.ndarray) -> np.ndarray:
@@ -147,7 +157,7 @@ class Judge:
             raws.append(raw_map(method, kept[0].detach(), gradient[:, None]))
         return torch.cat(raws, dim=1)
 
-    @staticmethod
-    def _input(image: np.ndarray) -> torch.Tensor:
-        values = (image.astype(np.float64) / 255.0 - np.array(MEAN)) / np.array(STD)
+    def _input(self, image: np.ndarray) -> torch.Tensor:
+        preprocess = self._preprocess
+        values = (image.astype(np.float64) / 255.0 - np.array(preprocess.mean)) / np.array(preprocess.std)
         return torch.from_numpy(values).permute(2, 0, 1)[None]

@@ -9,8 +9,9 @@ from heatlens.v1 import explain_pb2 as pb
 
 
 def pixels(image: np.ndarray) -> pb.Image:
-    """RGB uint8 (H, W, 3) as an image of pixels."""
-    return pb.Image(pixels=pb.Tensor(data_type=pb.DATA_TYPE_UINT8, shape=image.shape, data=image.tobytes()))
+    """uint8, uint16 or float32 (H, W, C) or (H, W) as an image of pixels."""
+    data_type = pb.DataType.Value(f"DATA_TYPE_{image.dtype.name.upper()}")
+    return pb.Image(pixels=pb.Tensor(data_type=data_type, shape=image.shape, data=image.tobytes()))
 
 
 def encoded(image: np.ndarray, extension: str = ".png") -> pb.Image:

@@ -95,6 +95,15 @@ def tiny_mlp() -> nn.Module:
     return _seeded(TinyMlp, 1)
 
 
+def of_channels(channels: int) -> nn.Module:
+    """As `tiny_mlp`, for images of so many channels."""
+    network = tiny_mlp()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(channels)
+        network.stem[0] = nn.Conv2d(channels, 8, 3, stride=4, padding=1)
+    return network
+
+
 def no_grad_backbone() -> nn.Module:
     """Its own forward switches gradients off before the target layer."""
     return _seeded(NoGradBackbone, 2)

@@ -8,7 +8,6 @@ import pytest
 from typer.testing import CliRunner
 
 from heatlens_server import check, cli
-from heatlens_server.check_photo import preprocess_in_words
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.engine import Capabilities
 from heatlens_server.core.methods import Method
@@ -37,14 +36,14 @@ def test_the_size_of_a_models_input(monkeypatch, size_px, said):
     assert check.check_model(ModelConfig(name="m", source="torchvision:resnet18"), lines.append, cache_dir=None)
     assert lines == [
         "m: one output: taken as binary",
-        f"m: preprocess: {preprocess_in_words(PREPROCESS)}",
+        f"m: preprocess: {PREPROCESS.in_words()}",
         f"m: ok: torch on cpu in fp32, classification, {said}, 1 classes, layers body; methods grad-cam, refine-cam",
     ]
     assert closed
 
 
 def test_preprocessing_in_the_words_of_the_configuration():
-    words = preprocess_in_words(PREPROCESS)
+    words = PREPROCESS.in_words()
     assert words.startswith("resize_px = 256, crop_px = [224, 224], mean = [0.5, 0.5, 0.5], std = [0.25, 0.25, 0.25]")
     assert 'interpolation = "bilinear"' in words
 

@@ -89,8 +89,9 @@ class AsyncClient:
         """Explain one image: which of its pixels made the model give a class its score.
 
         Args:
-            image: a path, the bytes of an image file, a file opened in binary mode, a PIL image, or uint8 RGB pixels of
-                shape (height, width, 3).
+            image: a path, the bytes of an image file, a file opened in binary mode, a PIL image, or an array of pixels
+                (height, width, channels) or (height, width): uint8, uint16 or floats in [0, 1]; of any values if the
+                model has a window.
             model: name of a served model. None: the server's default.
             top_k: explain the k most probable classes, k >= 1. Not with `class_ids`. Neither: the most probable one.
             class_ids: explain this class or these classes, by id or label, in this order, but ids before labels.

@@ -31,7 +31,7 @@ from heatlens._evaluation.evaluate import evaluate as run
 @takes("layers", *SCORE_OPTIONS, "reference", "min_score", after="metrics")
 def evaluate(
     *,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="JPEG, PNG or WebP files.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.")],
     server: ServerOption = DEFAULT_SERVER,
     model: ModelOption = None,
     methods: Annotated[

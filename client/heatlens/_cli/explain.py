@@ -43,7 +43,7 @@ _INTERRUPTED = 130
 @takes(*MAP_OPTIONS, "faithfulness", "mask", "reference", "min_score", "return_mask", after="model")
 def explain(
     *,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="JPEG, PNG or WebP files.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.")],
     server: ServerOption = DEFAULT_SERVER,
     model: ModelOption = None,
     output: Annotated[
@@ -88,6 +88,8 @@ def explain(
                     warn(f"error: {text}" if str(path) in text else f"error: {path}: {text}")
                     failed = True
                     continue
+                for warning in result.warnings:
+                    warn(f"warning: {path}: {warning}")
                 lines = [json.dumps(_as_dict(result, path, files))] if as_json else _as_text(result, path, files)
                 typer.echo("\n".join(lines))
     if failed:
@@ -198,6 +200,7 @@ def _as_dict(result: Result, image: Path, files: _Files) -> dict[str, Any]:
         "source_size": result.source_size,
         "explanations": explanations,
         "timing": asdict(result.timing),
+        "warnings": result.warnings,
         **{name: str(path) for name, path in whole.items() if path is not None},
     }
 

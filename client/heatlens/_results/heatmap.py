@@ -117,7 +117,7 @@ class Heatmap:
         result.
 
         Args:
-            image: the explained image: a path, the bytes of a file, or uint8 RGB pixels (H, W, 3).
+            image: the explained image: a path, the bytes of a file, or pixels, as for `explain`.
             colormap: name of an OpenCV colour map: "jet", "viridis", "turbo", ...
             alpha: opacity of the colours, in [0, 1].
 

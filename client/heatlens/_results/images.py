@@ -1,4 +1,4 @@
-"""What a caller may pass as an image: a path, a file, the bytes of an image file, a PIL image, or RGB pixels."""
+"""What a caller may pass as an image: a path, a file, the bytes of an image file, a PIL image, or pixels."""
 
 import sys
 from os import PathLike, fsdecode, fsencode
@@ -35,21 +35,28 @@ class PilImage(Protocol):
 ImageSource: TypeAlias = str | PathLike[str] | bytes | bytearray | memoryview | npt.NDArray[Any] | BinaryFile | PilImage
 
 
-def load_image(image: ImageSource, *, argument: str = "image") -> bytes | UInt8Array:
+PixelArray: TypeAlias = npt.NDArray[np.uint8 | np.uint16 | np.float32]
+
+# A 16-bit picture without a value from here on is drawn brighter, or it would be black.
+_LOOKS_BLACK = 1 << 14
+
+
+def load_image(image: ImageSource, *, argument: str = "image") -> bytes | PixelArray:
     """Return what is sent for an image: the file's bytes as they are, or its pixels.
 
     Args:
         image: a path, the bytes of an image file, a file opened in binary mode (read from where it stands to its end;
             one that can seek is put back there), a PIL image (its EXIF orientation is applied, an alpha channel
-            dropped), or uint8 RGB pixels of shape (height, width, 3).
+            dropped), or pixels of shape (height, width, channels) or (height, width): uint8, uint16, or floats, which
+            mean 0 to 1 unless the model has a window. RGB where there are three channels.
         argument: what the caller calls it, for errors.
 
     Returns:
-        The bytes of the file, or uint8 (height, width, 3), C-contiguous.
+        The bytes of the file, or uint8, uint16 or float32 pixels, C-contiguous.
 
     Raises:
-        InvalidArgumentError: the array is not uint8 (height, width, 3), the file is empty, the path is none, or the
-            type is another.
+        InvalidArgumentError: the array is of another shape or type, the file is empty, the path is none, or the type is
+            another.
         FileNotFoundError: there is no such file (another OSError if it cannot be read).
     """
     if is_pil(image):
@@ -69,7 +76,7 @@ def load_image(image: ImageSource, *, argument: str = "image") -> bytes | UInt8A
     else:
         raise InvalidArgumentError.of(
             argument,
-            "expected a path, bytes, a binary file, a PIL image or a uint8 array (height, width, 3), "
+            "expected a path, bytes, a binary file, a PIL image or an array (height, width, channels), "
             f"got {type(image).__name__}",
         )
     if not encoded:
@@ -138,7 +145,7 @@ def checked_path(argument: str, path: str | PathLike[Any]) -> Path:
 
 
 def decode_image(image: ImageSource) -> UInt8Array:
-    """Decode an image to upright RGB pixels, as the server sees it: EXIF orientation applied, no alpha, 8 bits.
+    """Decode an image to upright RGB pixels to draw on: EXIF orientation applied, no alpha, 8 bits.
 
     Args:
         image: as for `load_image`.
@@ -152,14 +159,19 @@ def decode_image(image: ImageSource) -> UInt8Array:
     """
     loaded = load_image(image)
     if isinstance(loaded, np.ndarray):
-        return loaded
+        return _drawable(loaded)
     try:
-        pixels = cv2.imdecode(np.frombuffer(loaded, np.uint8), cv2.IMREAD_COLOR_RGB)
+        pixels = cv2.imdecode(np.frombuffer(loaded, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH)
     except cv2.error:
         pixels = None
     if pixels is None:
         raise InvalidArgumentError.of("image", "cannot be decoded", reason="IMAGE_UNDECODABLE")
-    return np.asarray(pixels, dtype=np.uint8)
+    return _drawable(pixels)
+
+
+def is_rgb(loaded: bytes | PixelArray) -> TypeGuard[UInt8Array]:
+    """Whether what `load_image` returned is uint8 RGB (height, width, 3)."""
+    return isinstance(loaded, np.ndarray) and loaded.dtype == np.uint8 and loaded.ndim == 3 and loaded.shape[2] == 3
 
 
 def encode_jpeg(pixels: UInt8Array, quality: int, *, argument: str) -> bytes:
@@ -199,9 +211,30 @@ def write_image(path: Path, pixels: UInt8Array) -> None:
     path.write_bytes(encoded.tobytes())
 
 
-def _checked_pixels(pixels: npt.NDArray[Any], argument: str) -> UInt8Array:
+def _drawable(pixels: npt.NDArray[Any]) -> UInt8Array:
+    """Pixels of any kind as uint8 RGB (height, width, 3); uint8 RGB as it is."""
     if pixels.dtype != np.uint8:
-        raise InvalidArgumentError.of(argument, f"expected pixels of type uint8, got {pixels.dtype}")
-    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
-        raise InvalidArgumentError.of(argument, f"expected RGB pixels of shape (height, width, 3), got {pixels.shape}")
+        values = np.nan_to_num(pixels.astype(np.float32))
+        low, high = float(values.min()), float(values.max())
+        if pixels.dtype == np.uint16 and high >= _LOOKS_BLACK:
+            low, high = 0.0, 65_535.0
+        elif pixels.dtype != np.uint16 and low >= 0.0 and high <= 1.0:
+            low, high = 0.0, 1.0
+        values = (values - low) * (255.0 / ((high - low) or 1.0))
+        pixels = np.rint(values).astype(np.uint8)
+    if pixels.ndim == 2 or pixels.shape[2] < 3:
+        gray = pixels if pixels.ndim == 2 else pixels[:, :, 0]
+        return np.repeat(gray[:, :, None], 3, axis=2).astype(np.uint8, copy=False)
+    return pixels if pixels.shape[2] == 3 else np.ascontiguousarray(pixels[:, :, :3], dtype=np.uint8)
+
+
+def _checked_pixels(pixels: npt.NDArray[Any], argument: str) -> PixelArray:
+    if pixels.ndim not in {2, 3} or pixels.size == 0:
+        raise InvalidArgumentError.of(
+            argument, f"expected pixels of shape (height, width, channels) or (height, width), got {pixels.shape}"
+        )
+    if pixels.dtype == np.float64:
+        return pixels.astype(np.float32)
+    if pixels.dtype not in {np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.float32)}:
+        raise InvalidArgumentError.of(argument, f"expected pixels of type uint8, uint16 or float32, got {pixels.dtype}")
     return pixels

@@ -94,7 +94,7 @@ class AsyncStream:
         pulling and forgets the answers still to come.
 
         Args:
-            frames: paths, bytes of image files, or uint8 RGB pixels (height, width, 3). Ids count on from the last
+            frames: paths, bytes of image files, or arrays of pixels, as for `explain`. Ids count on from the last
                 frame's, from 0 in a new stream; the capture time is when a frame is pulled.
 
         Raises:
@@ -115,7 +115,7 @@ class AsyncStream:
         more than a window of results is not received and their maps fill 64 MiB.
 
         Args:
-            frame: a path, the bytes of an image file, or uint8 RGB pixels (height, width, 3).
+            frame: a path, the bytes of an image file, or an array of pixels, as for `explain`.
             frame_id: at least 0, and larger than the last one. None: one more than the last one.
             capture_time: a datetime with a time zone, or seconds since 1970. Counts for `max_fps`.
 

@@ -163,4 +163,5 @@ def as_dict(frame: VideoFrame, answer: FrameResult) -> dict[str, Any]:
         "error": None if error is None else {"code": error.code, "reason": error.reason, "message": error.message},
         "latency_ms": round(answer.latency_ms, 3),
         "timing": None if result is None else asdict(result.timing),
+        "warnings": [] if result is None else result.warnings,
     }

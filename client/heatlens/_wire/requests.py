@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 
 from heatlens._exceptions import InvalidArgumentError
-from heatlens._results.images import ImageSource, is_pil, load_image, pil_pixels
+from heatlens._results.images import ImageSource, PixelArray, is_pil, load_image, pil_pixels
 from heatlens._results.results import ModelInfo
 from heatlens._wire.arguments import as_float, checked_bool, checked_int, is_text, number_of
 from heatlens._wire.names import (
@@ -30,6 +30,12 @@ from heatlens._wire.names import (
     TargetScoreName,
 )
 from heatlens.v1 import explain_pb2, faithfulness_pb2
+
+_PIXEL_TYPES = {
+    "uint8": explain_pb2.DATA_TYPE_UINT8,
+    "uint16": explain_pb2.DATA_TYPE_UINT16,
+    "float32": explain_pb2.DATA_TYPE_FLOAT32,
+}
 
 ALL = "all"
 """Stands for all names."""
@@ -159,14 +165,14 @@ def health_request(model: str | None) -> health_pb2.HealthCheckRequest:
     return health_pb2.HealthCheckRequest(service="" if model is None else f"heatlens.v1.ExplainService/{name}")
 
 
-def fill_image(image: explain_pb2.Image, loaded: bytes | npt.NDArray[np.uint8]) -> None:
+def fill_image(image: explain_pb2.Image, loaded: bytes | PixelArray) -> None:
     """Write what `load_image` returned into a request. In place, as a message of its own would be copied."""
     if isinstance(loaded, bytes):
         image.encoded = loaded
     else:
-        image.pixels.data_type = explain_pb2.DATA_TYPE_UINT8
+        image.pixels.data_type = _PIXEL_TYPES[loaded.dtype.name]
         image.pixels.shape.extend(loaded.shape)
-        image.pixels.data = loaded.tobytes()
+        image.pixels.data = loaded.astype(loaded.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
 def model_name(model: str | None) -> str:
@@ -290,7 +296,10 @@ def _reference(name: str, reference: ReferenceSource) -> explain_pb2.ExplainOpti
     """Return options with an embedding (numbers, or an array of one dimension), or else an image."""
     options = explain_pb2.ExplainOptions()
     is_numbers = isinstance(reference, Sequence) and not isinstance(reference, str | bytes | bytearray | memoryview)
-    if not is_numbers and not (isinstance(reference, np.ndarray) and reference.ndim == 1):
+    if isinstance(reference, np.ndarray):
+        # Floats of two dimensions are rather several embeddings than a gray image.
+        is_numbers = reference.ndim == 1 or (reference.ndim == 2 and reference.dtype.kind == "f")
+    if not is_numbers:
         fill_image(options.reference_image, load_image(reference, argument=name))  # type: ignore[arg-type]
         return options
     try:

@@ -10,7 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from heatlens._exceptions import HeatlensError, InternalError, InvalidArgumentError
-from heatlens._results.images import ImageSource, encode_jpeg, is_file, load_image
+from heatlens._results.images import ImageSource, encode_jpeg, is_file, is_rgb, load_image
 from heatlens._results.results import Result
 from heatlens._wire.answers import result_of
 from heatlens._wire.arguments import MAX_SECONDS, as_float, checked_int, number_of
@@ -159,7 +159,7 @@ def frame_request(
 
     Args:
         plan: the stream's.
-        frame: an image, as for `load_image`.
+        frame: an image, as for `load_image`; uint8 RGB pixels become a JPEG if the plan says so.
         frame_id: its id.
         captured: when it was captured.
         skipped: the server will not explain it, so its image is neither read nor sent.
@@ -174,7 +174,8 @@ def frame_request(
         request.frame.capture_time.CopyFrom(captured)
     if not skipped:
         loaded = load_image(frame, argument="frame")
-        if plan.jpeg_quality is not None and isinstance(loaded, np.ndarray):
+        # A JPEG holds nothing but 8-bit colours.
+        if plan.jpeg_quality is not None and is_rgb(loaded):
             loaded = encode_jpeg(loaded, plan.jpeg_quality, argument="frame")
         fill_image(request.frame.image, loaded)
     check_size(request, plan.max_message_bytes, argument="frame")

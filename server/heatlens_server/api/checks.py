@@ -3,14 +3,15 @@
 from dataclasses import dataclass
 
 from heatlens_server.api.query import Image
-from heatlens_server.core.arrays import UInt8Array
 from heatlens_server.core.errors import FieldViolation, InvalidArgument
 from heatlens_server.core.preprocess import FittedImage, PreprocessSpec
-from heatlens_server.imaging.decode import decode_image, pixels_from_tensor
-from heatlens_server.imaging.preprocess import fit
+from heatlens_server.imaging.decode import decode_image
+from heatlens_server.imaging.levels import SourcePixels
+from heatlens_server.imaging.preprocess import fit_source
+from heatlens_server.imaging.tensor import pixels_from_tensor
 
-SourceImage = bytes | UInt8Array
-"""An encoded file, or uint8 RGB pixels (H, W, 3)."""
+SourceImage = bytes | SourcePixels
+"""An encoded file, or pixels."""
 
 _SHOWN_CHARACTERS = 80
 
@@ -67,11 +68,14 @@ def quoted(text: str) -> str:
     return repr(text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "...")
 
 
-def check_image(image: Image | None, limits: Limits, wrong: Violations, *, field: str = "image") -> SourceImage:
+def check_image(
+    image: Image | None, preprocess: PreprocessSpec, limits: Limits, wrong: Violations, *, field: str = "image"
+) -> SourceImage:
     """Check an image as far as that is possible without decoding it. It may be used if `wrong` got nothing.
 
     Args:
         image: of a query.
+        preprocess: of the model that is asked.
         limits: what it is checked against.
         wrong: takes what is wrong with it.
         field: its name in the query.
@@ -84,6 +88,7 @@ def check_image(image: Image | None, limits: Limits, wrong: Violations, *, field
                 shape=pixels.shape,
                 data=pixels.data,
                 max_pixels=limits.max_image_pixels,
+                channels=preprocess.channels,
                 field=f"{field}.pixels",
             )
         except InvalidArgument as error:
@@ -99,8 +104,13 @@ def fit_image(image: SourceImage, preprocess: PreprocessSpec, limits: Limits, *,
     """Decode an image that `check_image` let pass, and make it the model's input. Takes milliseconds.
 
     Raises:
-        InvalidArgument: it cannot be decoded, or is too large.
+        InvalidArgument: it cannot be decoded, is too large, or its values or channels are not for this model.
     """
     if isinstance(image, bytes):
-        image = decode_image(image, max_pixels=limits.max_image_pixels, field=f"{field}.encoded")
-    return fit(image, preprocess)
+        image = decode_image(
+            image,
+            max_pixels=limits.max_image_pixels,
+            channels=preprocess.channels,
+            field=f"{field}.encoded",
+        )
+    return fit_source(image, preprocess)

@@ -55,7 +55,7 @@ def plan_query(query: Query, model: ServedModel, limits: Limits) -> tuple[Plan, 
     """
     wrong = Violations()
     plan = plan_options(query.options, model, limits, wrong)
-    image = check_image(query.image, limits, wrong)
+    image = check_image(query.image, model.preprocess, limits, wrong)
     wrong.raise_if_any()
     return plan, image
 

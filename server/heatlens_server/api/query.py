@@ -42,7 +42,7 @@ class Tensor:
     """Raw elements, row-major and little-endian.
 
     Attributes:
-        data_type: the element type in capitals: "UINT8", "FLOAT32".
+        data_type: the element type in capitals: "UINT8", "UINT16", "FLOAT32".
         shape: one length per dimension.
         data: the elements.
     """
@@ -57,8 +57,8 @@ class Image:
     """An image in one of two forms.
 
     Attributes:
-        encoded: a JPEG, PNG or WebP file.
-        pixels: uint8 RGB (height, width, 3).
+        encoded: an image file.
+        pixels: uint8, uint16 or float32 (height, width, channels), or (height, width).
     """
 
     encoded: bytes | None = None

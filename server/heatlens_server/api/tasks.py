@@ -115,7 +115,7 @@ def _embedding(
             "an embedding model explains the similarity to a reference: set reference_embedding or reference_image",
         )
         return _NO_REFERENCE, None
-    image = check_image(options.reference_image, limits, wrong, field=field)
+    image = check_image(options.reference_image, model.preprocess, limits, wrong, field=field)
     return _NO_REFERENCE, lambda _image: Similarity(fit_image(image, model.preprocess, limits, field=field).pixels)
 
 

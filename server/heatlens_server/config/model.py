@@ -1,5 +1,6 @@
 """One served model: where it comes from, what runs it, how images become its input."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from heatlens_server.config.section import Section
 from heatlens_server.core.graph_spec import MANIFEST_FILE
 from heatlens_server.core.grid import Grid, Layout
 from heatlens_server.core.methods import Method
-from heatlens_server.core.preprocess import Interpolation
+from heatlens_server.core.preprocess import MAX_CHANNELS, Interpolation
 from heatlens_server.core.tasks import Task
 
 EMBEDDED_MODEL = "efficientnet_lite0"
@@ -77,6 +78,21 @@ Fraction = Annotated[float, Field(allow_inf_nan=False)]
 PositiveFraction = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+def _parse_window(value: object) -> object:
+    """Accept [low, high] or "auto". By hand: a union would report every alternative's error."""
+    is_pair = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
+    if value != "auto" and not (
+        is_pair
+        and all(isinstance(end, int | float) and math.isfinite(end) for end in cast("Sequence[object]", value))
+        and cast("Sequence[float]", value)[0] < cast("Sequence[float]", value)[1]
+    ):
+        raise ValueError('must be [low, high] with low < high, or "auto"')
+    return value
+
+
+Window = Annotated[tuple[float, float] | Literal["auto"], BeforeValidator(_parse_window)]
+
+
 class PreprocessConfig(Section):
     """How images become the model's input, where it differs from what the model's source says."""
 
@@ -88,12 +104,18 @@ class PreprocessConfig(Section):
     segmentation and detection take images of any size, and crop none unless this is set."""
     max_side_px: int | None = Field(default=None, ge=1, le=_MAX_SIDE_PX)
     """The longest side of an input, where there is no crop: larger images are shrunk. Unset: 1333."""
-    mean: tuple[Fraction, Fraction, Fraction] | None = None
-    """Subtracted from each RGB channel, for values in [0, 1]."""
-    std: tuple[PositiveFraction, PositiveFraction, PositiveFraction] | None = None
-    """What each RGB channel is then divided by."""
+    channels: int | None = Field(default=None, ge=1, le=MAX_CHANNELS)
+    """How many channels the model's input has: 1 is gray, 3 is RGB, 4 is RGBA. Unset: as many as the network's first
+    convolution takes."""
+    mean: Annotated[tuple[Fraction, ...], Field(min_length=1, max_length=MAX_CHANNELS)] | None = None
+    """Subtracted from each channel, for values in [0, 1]: one value per channel, or one for all."""
+    std: Annotated[tuple[PositiveFraction, ...], Field(min_length=1, max_length=MAX_CHANNELS)] | None = None
+    """What each channel is then divided by: one value per channel, or one for all."""
     interpolation: Interpolation | None = None
     """How images are resampled."""
+    window: Window | None = None
+    """The values of an image's own that become 0 and 1, [low, high]: of 12 bits [0, 4095], or Hounsfield units. "auto":
+    each image's smallest and largest value. Unset: the range of the image's type, or what the file says."""
 
 
 class GridConfig(Section):

@@ -1,10 +1,10 @@
-"""What an engine is: uint8 images and targets in, scores and float maps out."""
+"""What an engine is: images and targets in, scores and float maps out."""
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from heatlens_server.core.arrays import UInt8Array
+from heatlens_server.core.arrays import ImageArray
 from heatlens_server.core.methods import PRESETS, Aggregation, Method, Metric, Score, name_of
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import Target
@@ -64,6 +64,7 @@ class Capabilities:
         methods: the supported methods, in the order of `Method`; no presets.
         layers: the layers that can be explained, the default first.
         task: what the model does.
+        input_channels: channels of the images it takes.
         fallback_methods: those of `methods` that a second engine, torch, runs.
         scores: the supported scores.
         fallback_scores: those of `scores` that the second engine runs.
@@ -85,6 +86,7 @@ class Capabilities:
     methods: tuple[Method, ...]
     layers: tuple[str, ...]
     task: Task = Task.CLASSIFICATION
+    input_channels: int = 3
     fallback_methods: frozenset[Method] = field(default_factory=frozenset)
     scores: tuple[Score, ...] = (Score.LOGIT,)
     has_options: bool = False
@@ -122,11 +124,11 @@ class Engine(Protocol):
         """What this engine can do."""
         ...
 
-    def explain(self, images: UInt8Array, targets: Sequence[Target], spec: MapSpec) -> list[ImageResult]:
+    def explain(self, images: ImageArray, targets: Sequence[Target], spec: MapSpec) -> list[ImageResult]:
         """Explain a batch.
 
         Args:
-            images: uint8 (N, H, W, 3), RGB, at the model's input size, N >= 1.
+            images: uint8, or float32 in 0 to 255, (N, H, W, C), of the model's size and channels, N >= 1.
             targets: N targets.
             spec: how; must be supported (see `info`), and not `in_steps`.
 
@@ -146,13 +148,13 @@ class Engine(Protocol):
 class SteppingEngine(Engine, Protocol):
     """An engine that also explains in steps, and may load what it needs when it needs it: what a server runs."""
 
-    def steps(self, image: UInt8Array, target: Target, spec: MapSpec, *, rows: int) -> Steps:
+    def steps(self, image: ImageArray, target: Target, spec: MapSpec, *, rows: int) -> Steps:
         """Explain one image in steps, so that others can have the device in between.
 
         Nothing runs before the first `next`. Steps of several images may be interleaved, and mixed with `explain`.
 
         Args:
-            image: uint8 (H, W, 3), as for `explain`.
+            image: (H, W, C), as for `explain`.
             target: what is wanted.
             spec: how; must be supported, and `in_steps`.
             rows: the most rows that a step runs the model on, >= 1.

@@ -9,7 +9,7 @@ MANIFEST_FILE = "manifest.json"
 """In the folder of every export: says what the other files are."""
 
 IMAGE = "image"
-"""Input (N, 3, H, W)."""
+"""Input (N, C, H, W)."""
 
 CLASS_INDEX = "class_index"
 """Input int64 (N, K): a class id, or -1 at position k for the k-th most probable class."""
@@ -29,7 +29,7 @@ class InputKind(StrEnum):
     FLOAT = "float"
     """float32, normalised: (value / 255 - mean) / std."""
     UINT8 = "uint8"
-    """uint8, RGB; the graph normalises."""
+    """uint8; the graph normalises."""
 
 
 class Output(StrEnum):

@@ -1,14 +1,17 @@
 """How an image becomes a model's input, and what came of it, as values. `imaging.preprocess` does it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 
-from heatlens_server.core.arrays import UInt8Array
+from heatlens_server.core.arrays import ImageArray
 from heatlens_server.core.geometry import PixelBox
 
 MAX_PIXELS_LIMIT = 89_478_485
 """Pillow's own limit on what it opens without complaint (PIL.Image.MAX_IMAGE_PIXELS); ours is never above it."""
+
+MAX_CHANNELS = 16
+"""The most channels of a model's input."""
 
 # A side of an input that is made up, for models that take any: a multiple of what networks shrink images by.
 _SAMPLE_PX = 256
@@ -32,10 +35,12 @@ class PreprocessSpec:
             keep their size, which takes a model of inputs of any size.
         crop_px: (height, width) of the centre crop, in pixels: the model's input size. None: the model takes inputs of
             any size, and the image is not cropped.
-        mean: one per RGB channel, for values in [0, 1].
-        std: one per RGB channel, for values in [0, 1], each > 0.
+        mean: one per channel of the model's input, for values in [0, 1].
+        std: as many, for values in [0, 1], each > 0.
         interpolation: how pixels are resampled.
         max_side_px: of inputs of any size, the longest side: what would be longer is shrunk as a whole. None: no limit.
+        window: the values (low, high) of images that become 0 and 1, low < high. None: the range of the image's type.
+        window_auto: whether the window is each image's own smallest and largest value; not with `window`.
 
     Raises:
         ValueError: a value is out of range, does not go with another, or the resized image would be smaller than the
@@ -44,18 +49,26 @@ class PreprocessSpec:
 
     resize_px: int | tuple[int, int] | None
     crop_px: tuple[int, int] | None
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     interpolation: Interpolation
     max_side_px: int | None = None
+    window: tuple[float, float] | None = None
+    window_auto: bool = False
 
     def __post_init__(self) -> None:
         if self.crop_px is None:
             self._check_any_size()
         else:
             self._check_crop(self.crop_px)
+        if len(self.mean) != len(self.std) or not 1 <= self.channels <= MAX_CHANNELS:
+            raise ValueError(f"mean and std must be of one length, from 1 to {MAX_CHANNELS}")
         if not all(math.isfinite(value) for value in (*self.mean, *self.std)) or min(self.std) <= 0:
             raise ValueError("mean and std must be finite, and std positive")
+        if self.window is not None:
+            low, high = self.window
+            if not (math.isfinite(low) and math.isfinite(high) and low < high) or self.window_auto:
+                raise ValueError("window must be two finite values, the smaller first, or each image's own")
 
     def _check_any_size(self) -> None:
         if isinstance(self.resize_px, tuple):
@@ -75,6 +88,21 @@ class PreprocessSpec:
             raise ValueError(f"resize_px ({_size_text(self.resize_px)}) is smaller than crop_px ({crop_px})")
 
     @property
+    def channels(self) -> int:
+        """How many channels the model's input has: 1 is gray, 3 is RGB, 4 is RGBA."""
+        return len(self.mean)
+
+    @property
+    def gains(self) -> tuple[float, ...]:
+        """What each channel of a pixel of 0 to 255 is multiplied by, before `biases` are added."""
+        return tuple(1.0 / (255.0 * std) for std in self.std)
+
+    @property
+    def biases(self) -> tuple[float, ...]:
+        """What is then added to each channel."""
+        return tuple(-mean / std for mean, std in zip(self.mean, self.std, strict=True))
+
+    @property
     def input_px(self) -> tuple[int, int]:
         """(height, width) of the model's input, for models of one size.
 
@@ -90,6 +118,13 @@ class PreprocessSpec:
         """(height, width) of an input to try the model with: its input size, or else a small one."""
         side_px = min(_SAMPLE_PX, self.max_side_px or _SAMPLE_PX)
         return self.crop_px or (side_px, side_px)
+
+    def in_words(self) -> str:
+        """The values in the words of the configuration's `[models.preprocess]`; what is not set is left out."""
+        values: dict[str, object] = {item.name: getattr(self, item.name) for item in fields(self)}
+        if values.pop("window_auto"):
+            values["window"] = "auto"
+        return ", ".join(f"{name} = {_in_toml(value)}" for name, value in values.items() if value is not None)
 
     def resized_size(self, height_px: int, width_px: int) -> tuple[int, int]:
         """Return the (height, width) that an image of (height_px, width_px) is resized to, as torchvision does."""
@@ -109,16 +144,26 @@ class FittedImage:
     """A model's input pixels and where they came from.
 
     Attributes:
-        pixels: uint8 (H, W, 3), RGB, at the model's input size, C-contiguous.
+        pixels: uint8 or float32 (H, W, C), at the model's input size, of its channels, C-contiguous.
         region: the part of the upright source image that `pixels` show, in source pixels.
         source_width_px: width of the upright source image.
         source_height_px: height of the upright source image.
+        warnings: what may be wrong with the image, for people.
     """
 
-    pixels: UInt8Array
+    pixels: ImageArray
     region: PixelBox
     source_width_px: int
     source_height_px: int
+    warnings: tuple[str, ...] = ()
+
+
+def _in_toml(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(_in_toml(item) for item in value)}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else f"{value}"
 
 
 def _size_text(size_px: int | tuple[int, int]) -> str:

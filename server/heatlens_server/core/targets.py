@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from heatlens_server.core.arrays import BoolArray, Float32Array, UInt8Array
+from heatlens_server.core.arrays import BoolArray, Float32Array, ImageArray
 
 
 class Direction(StrEnum):
@@ -103,10 +103,10 @@ class Similarity:
     """Embedding models: explain the cosine similarity to a reference.
 
     Attributes:
-        reference: float32 (D,), not zero; or uint8 (H, W, 3), an image at the model's input size.
+        reference: float32 (D,), not zero; or (H, W, C), an image as engines take it.
     """
 
-    reference: Float32Array | UInt8Array
+    reference: Float32Array | ImageArray
 
     @property
     def count(self) -> int:

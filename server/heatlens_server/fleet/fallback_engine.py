@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Protocol
 
 from heatlens_server.config import EXPORT_PREFIX, ModelConfig
-from heatlens_server.core.arrays import UInt8Array
+from heatlens_server.core.arrays import ImageArray
 from heatlens_server.core.engine import Capabilities, Engine, MapSpec, SteppingEngine, Steps
 from heatlens_server.core.errors import InvalidArgument, ModelLoadError
 from heatlens_server.core.methods import Method, Score
@@ -71,7 +71,7 @@ class FallbackEngine:
         """What the two can do together; the rest is the primary engine's."""
         return self._info
 
-    def explain(self, images: UInt8Array, targets: Sequence[Target], spec: MapSpec) -> list[ImageResult]:
+    def explain(self, images: ImageArray, targets: Sequence[Target], spec: MapSpec) -> list[ImageResult]:
         """Explain a batch; see `core.engine.Engine.explain`.
 
         Raises:
@@ -82,7 +82,7 @@ class FallbackEngine:
         engine = self.primary if self._is_for_primary(spec) else self._loaded(spec)
         return engine.explain(images, targets, spec)
 
-    def steps(self, image: UInt8Array, target: Target, spec: MapSpec, *, rows: int) -> Steps:
+    def steps(self, image: ImageArray, target: Target, spec: MapSpec, *, rows: int) -> Steps:
         """Explain one image in steps; see `core.engine.SteppingEngine.steps`."""
         return self._loaded(spec).steps(image, target, spec, rows=rows)
 

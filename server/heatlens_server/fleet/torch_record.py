@@ -86,7 +86,7 @@ def record_of(engine: Engine, classes: npt.NDArray[np.int64] | None = None) -> T
         classes: (N, K), to make the maps of; None for the most probable ones.
     """
     info = engine.info
-    shape = (_IMAGES, info.input_height_px, info.input_width_px, 3)
+    shape = (_IMAGES, info.input_height_px, info.input_width_px, info.input_channels)
     noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     targets = (
         [TopK(min(_CLASSES, info.class_count))] * _IMAGES

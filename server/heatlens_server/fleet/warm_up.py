@@ -3,7 +3,7 @@
 import numpy as np
 
 from heatlens_server.config import ModelConfig
-from heatlens_server.core.arrays import UInt8Array
+from heatlens_server.core.arrays import ImageArray
 from heatlens_server.core.engine import Capabilities, Engine, MapSpec, SteppingEngine
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import PRESETS, Method
@@ -35,7 +35,7 @@ def warm_up(engine: SteppingEngine, config: ModelConfig, method: Method) -> None
     sizes = {1} if info.device == "cpu" else {1, config.batching.max_batch_size}
     for size in sorted(sizes):
         try:
-            results = run_trial(engine, np.zeros((size, *trial_size_px(info), 3), dtype=np.uint8), method)
+            results = run_trial(engine, np.zeros((size, *trial_shape(info)), dtype=np.uint8), method)
         except MemoryError:
             raise ModelLoadError(
                 f"out of memory on {info.device} with a batch of {size}: lower batching.max_batch_size"
@@ -45,13 +45,13 @@ def warm_up(engine: SteppingEngine, config: ModelConfig, method: Method) -> None
 
 
 def run_trial(
-    engine: SteppingEngine, images: UInt8Array, method: Method, *, layer: str | None = None
+    engine: SteppingEngine, images: ImageArray, method: Method, *, layer: str | None = None
 ) -> list[ImageResult]:
     """Explain images with a method and default options; if that takes steps, run the first few for the first image.
 
     Args:
         engine: has the method.
-        images: uint8 (N, H, W, 3), of `trial_size_px`; a step runs the model on as many rows as there are images.
+        images: uint8 (N, H, W, C), of `trial_shape`; a step runs the model on as many rows as there are images.
         method: one of `engine.info.requestable_methods`.
         layer: one that the method explains; None for its default.
 
@@ -82,9 +82,9 @@ def run_trial(
     return []
 
 
-def trial_size_px(info: Capabilities) -> tuple[int, int]:
-    """(height, width) of an image that a model takes."""
-    return info.input_height_px or _ANY_SIZE_PX, info.input_width_px or _ANY_SIZE_PX
+def trial_shape(info: Capabilities) -> tuple[int, int, int]:
+    """(height, width, channels) of an image that a model takes."""
+    return info.input_height_px or _ANY_SIZE_PX, info.input_width_px or _ANY_SIZE_PX, info.input_channels
 
 
 def is_finite(result: ImageResult) -> bool:
@@ -113,7 +113,7 @@ def check_answers(engine: Engine, method: Method) -> None:
         ModelLoadError: they are not.
     """
     info = engine.info
-    images = np.zeros((1, info.input_height_px, info.input_width_px, 3), dtype=np.uint8)
+    images = np.zeros((1, *trial_shape(info)), dtype=np.uint8)
     base = method.as_preset.method
     spec = MapSpec(method=base, layers=info.layers[:1], upsample=False, score=info.scores[0])
     for count in sorted({1, min(2, info.class_count)}):

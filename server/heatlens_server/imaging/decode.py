@@ -1,58 +1,133 @@
-"""From the bytes of a request to uint8 RGB pixels. Everything here reads untrusted input."""
+"""From the bytes of a request to pixels. Everything here reads untrusted input."""
 
 import io
-import math
 import warnings
-from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from heatlens_server.core.arrays import UInt8Array
 from heatlens_server.core.errors import InvalidArgument
+from heatlens_server.imaging.levels import SourcePixels
+from heatlens_server.imaging.limits import check_size, undecodable
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
-# OpenCV refuses longer sides (CV_IO_MAX_IMAGE_WIDTH, CV_IO_MAX_IMAGE_HEIGHT).
-_MAX_SIDE_PX = 1 << 20
-_CHANNELS = 3
+_RGB, _RGBA = 3, 4
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# In a PNG's header: signature, length and type of the chunk, width and height come first.
+_PNG_BIT_DEPTH_AT = 24
 
 # Beyond its limit Pillow warns first and raises only at twice the limit. As an error the warning becomes a refusal.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
-def decode_image(encoded: bytes, *, max_pixels: int, field: str = "image.encoded") -> UInt8Array:
-    """Decode a JPEG, PNG or WebP file to upright RGB.
+def decode_image(
+    encoded: bytes, *, max_pixels: int, channels: int = _RGB, field: str = "image.encoded"
+) -> SourcePixels:
+    """Decode a JPEG, PNG or WebP file, upright.
 
-    The EXIF orientation is applied, an alpha channel is dropped (colours are not blended with a background), gray,
-    palette and CMYK become RGB, and 16-bit samples keep their upper 8 bits. Of an animation the first frame is
-    read. The size is taken from the header and checked before any pixel is decoded. A truncated file is refused,
-    never padded: OpenCV refuses JPEG and WebP itself; a PNG's chunks and their checksums are read first, which
-    costs about 2 % of decoding it and keeps libpng from printing to stderr.
+    The EXIF orientation is applied; gray, palette and CMYK become RGB; an alpha channel is dropped (colours are not
+    blended with a background) unless the model takes four channels. 16-bit PNG files keep their 16 bits. Of an
+    animation the first frame is read. The size is taken from the header and checked before any pixel is decoded. A
+    truncated file is refused, never padded: OpenCV refuses JPEG and WebP itself; a PNG's chunks and their checksums
+    are read first, which costs about 2 % of decoding it and keeps libpng from printing to stderr.
 
     Args:
         encoded: the file's bytes.
         max_pixels: largest accepted width times height.
+        channels: of the model's input.
         field: the name of `encoded` in errors.
 
     Returns:
-        uint8 (height, width, 3).
+        The image; RGB, or RGBA if the model takes four channels and the file has an alpha channel.
 
     Raises:
         InvalidArgument: IMAGE_UNDECODABLE or IMAGE_TOO_LARGE, at `field`.
     """
     if not encoded:
-        raise _undecodable(field, "the image is empty")
+        raise undecodable(field, "the image is empty")
     size = _checked_size(encoded, max_pixels, field)
-    try:
-        pixels = cv2.imdecode(np.frombuffer(_without_png_profile(encoded), np.uint8), cv2.IMREAD_COLOR_RGB)
-    except cv2.error as error:
-        raise _undecodable(field, "the image is corrupt") from error
+    deep = encoded.startswith(_PNG_SIGNATURE) and encoded[_PNG_BIT_DEPTH_AT] == 16
+    values = _with_alpha(encoded, deep=deep) if channels == _RGBA else None
+    if values is None:
+        values = _colors(encoded, deep=deep)
     # A file that two decoders read differently is a trick; the limit was checked on one reading only.
-    if pixels is None or sorted(pixels.shape[:2]) != sorted(size):
-        raise _undecodable(field, "the image is truncated or corrupt")
-    return pixels.astype(np.uint8, copy=False)
+    if values is None or sorted(values.shape[:2]) != sorted(size):
+        raise undecodable(field, "the image is truncated or corrupt")
+    if values.dtype == np.uint8:
+        return SourcePixels(values, field=field, highest=255.0)
+    highest, notes = _range_of_png(encoded, values)
+    return SourcePixels(values, field=field, highest=highest, warnings=notes)
+
+
+def _colors(encoded: bytes, *, deep: bool) -> npt.NDArray[Any] | None:
+    """A file as uint8 or, if it is deep, uint16 RGB; None if it cannot be decoded."""
+    flags = cv2.IMREAD_COLOR_RGB | (cv2.IMREAD_ANYDEPTH if deep else 0)
+    try:
+        return cv2.imdecode(np.frombuffer(_without_png_profile(encoded), np.uint8), flags)
+    except cv2.error:
+        return None
+
+
+def _with_alpha(encoded: bytes, *, deep: bool) -> npt.NDArray[Any] | None:
+    """A file as RGBA; None if it has no alpha channel, or cannot be decoded."""
+    try:
+        with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+            if not image.has_transparency_data:
+                return None
+            orientation = image.getexif().get(_ORIENTATION, 1)
+            values = None if deep else np.asarray(ImageOps.exif_transpose(image).convert("RGBA"))
+        if values is None:
+            # Pillow has no colours of 16 bits.
+            read = cv2.imdecode(np.frombuffer(_without_png_profile(encoded), np.uint8), cv2.IMREAD_UNCHANGED)
+            values = None if read is None else upright(cv2.cvtColor(read, cv2.COLOR_BGRA2RGBA), orientation)
+    # Pillow's parsers raise whatever their struct, zlib and index operations raise on garbage.
+    except Exception:
+        return None
+    return values
+
+
+_ORIENTATION = 0x0112
+"""The tag of EXIF and TIFF that says how a camera was held."""
+
+
+def upright(values: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:
+    """Turn pixels (H, W, S) as their orientation says: 1 to 8 as in TIFF and EXIF, anything else means 1."""
+    if orientation in {5, 6, 7, 8}:
+        values = values.transpose(1, 0, 2)
+    if orientation in {3, 4, 7, 8}:
+        values = values[::-1]
+    if orientation in {2, 3, 6, 7}:
+        values = values[:, ::-1]
+    return np.ascontiguousarray(values)
+
+
+def _range_of_png(encoded: bytes, values: npt.NDArray[Any]) -> tuple[float, tuple[str, ...]]:
+    """The value that is white in a PNG of 16 bits.
+
+    A PNG whose pixels had fewer bits says so in its sBIT chunk, and should have them stretched to 16 (PNG
+    specification, 11.3.2.4). Many programs write the numbers as they are.
+    """
+    bits = next((max(data) for kind, data in _png_chunks(encoded) if kind == b"sBIT" and data), 16)
+    if not 1 <= bits < 16 or int(values.max()) >= 1 << bits:
+        return 65_535.0, ()
+    highest = (1 << bits) - 1
+    return float(highest), (f"the file says that its pixels have {bits} bits: read as 0 to {highest}",)
+
+
+def _png_chunks(encoded: bytes) -> list[tuple[bytes, bytes]]:
+    """The chunks of a PNG before its pixels, by type."""
+    chunks, start = [], len(_PNG_SIGNATURE)
+    while start + 8 <= len(encoded):
+        end = start + 12 + int.from_bytes(encoded[start : start + 4], "big")
+        kind = encoded[start + 4 : start + 8]
+        if kind == b"IDAT":
+            break
+        chunks.append((kind, encoded[start + 8 : end - 4]))
+        start = end
+    return chunks
 
 
 def _without_png_profile(encoded: bytes) -> bytes:
@@ -74,57 +149,12 @@ def _without_png_profile(encoded: bytes) -> bytes:
     return encoded
 
 
-def pixels_from_tensor(
-    *, data_type: str, shape: Sequence[int], data: bytes, max_pixels: int, field: str = "image.pixels"
-) -> UInt8Array:
-    """View a request's raw pixels as an image, without copying.
-
-    Args:
-        data_type: the element type's name without its prefix: "UINT8" is the only one accepted.
-        shape: (height, width, 3), each side >= 1.
-        data: exactly height * width * 3 bytes, row-major.
-        max_pixels: largest accepted width times height.
-        field: the tensor's name in errors.
-
-    Returns:
-        uint8 (height, width, 3), read-only.
-
-    Raises:
-        InvalidArgument: TENSOR_TYPE_UNSUPPORTED, TENSOR_SIZE_MISMATCH or IMAGE_TOO_LARGE, at the wrong field.
-    """
-    if data_type != "UINT8":
-        raise InvalidArgument.of(
-            f"{field}.data_type", f"must be UINT8, got {data_type}", reason="TENSOR_TYPE_UNSUPPORTED"
-        )
-    sides = [int(side) for side in shape]
-    if len(sides) != 3 or sides[2] != _CHANNELS or min(sides) < 1:
-        # A hostile shape can be long; the message need not be.
-        shown = f"{sides}" if len(sides) <= 8 else f"{len(sides)} dimensions"
-        raise InvalidArgument.of(
-            f"{field}.shape",
-            f"must be (height, width, 3) with sides >= 1, got {shown}",
-            reason="TENSOR_SIZE_MISMATCH",
-        )
-    _check_pixels(sides[1], sides[0], max_pixels, field=f"{field}.shape")
-    # Python's integers do not overflow.
-    expected_bytes = math.prod(sides)
-    if len(data) != expected_bytes:
-        raise InvalidArgument.of(
-            f"{field}.data",
-            f"shape {sides} needs {expected_bytes} bytes, got {len(data)}",
-            reason="TENSOR_SIZE_MISMATCH",
-            expected_bytes=expected_bytes,
-            actual_bytes=len(data),
-        )
-    return np.frombuffer(data, np.uint8).reshape(sides)
-
-
 def _checked_size(encoded: bytes, max_pixels: int, field: str) -> tuple[int, int]:
     """Return (width, height) from the header, once it is acceptable. Checks a PNG's chunks."""
     try:
         with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
             width_px, height_px = image.size
-            _check_pixels(width_px, height_px, max_pixels, field=field)
+            check_size(width_px, height_px, max_pixels, field=field)
             if image.format == "PNG":
                 image.verify()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -137,24 +167,8 @@ def _checked_size(encoded: bytes, max_pixels: int, field: str) -> tuple[int, int
     except InvalidArgument:
         raise
     except UnidentifiedImageError as error:
-        raise _undecodable(field, "not a JPEG, PNG or WebP image") from error
+        raise undecodable(field, "not a JPEG, PNG or WebP image") from error
     # Pillow's parsers raise whatever their struct, zlib and index operations raise on garbage.
     except Exception as error:
-        raise _undecodable(field, "the image is truncated or corrupt") from error
+        raise undecodable(field, "the image is truncated or corrupt") from error
     return width_px, height_px
-
-
-def _check_pixels(width_px: int, height_px: int, max_pixels: int, *, field: str) -> None:
-    if width_px * height_px > max_pixels or max(width_px, height_px) > _MAX_SIDE_PX:
-        raise InvalidArgument.of(
-            field,
-            f"{width_px}x{height_px} pixels; at most {max_pixels} are accepted, and {_MAX_SIDE_PX} per side",
-            reason="IMAGE_TOO_LARGE",
-            max_pixels=max_pixels,
-            width_px=width_px,
-            height_px=height_px,
-        )
-
-
-def _undecodable(field: str, description: str) -> InvalidArgument:
-    return InvalidArgument.of(field, description, reason="IMAGE_UNDECODABLE")

@@ -4,16 +4,20 @@ Resizing and cropping follow torchvision's `Resize` and `CenterCrop` on PIL imag
 with, but only the crop is ever computed: an image of 20000x10 pixels costs no more than a normal one.
 """
 
+import dataclasses
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from heatlens_server.core.arrays import UInt8Array
+from heatlens_server.core.arrays import Float32Array, ImageArray
 from heatlens_server.core.geometry import PixelBox
 from heatlens_server.core.preprocess import FittedImage, Interpolation, PreprocessSpec
+from heatlens_server.imaging.levels import SourcePixels, levels_of
+
+_RGB_CHANNELS = 3
+_HIGHEST = 255.0
 
 # Pillow's filter, and the radius of its kernel in pixels at scale 1.
 _FILTERS = {
@@ -23,7 +27,17 @@ _FILTERS = {
 }
 
 
-def fit(image: UInt8Array, spec: PreprocessSpec) -> FittedImage:
+def fit_source(source: SourcePixels, spec: PreprocessSpec) -> FittedImage:
+    """Make an image in its own values the model's input.
+
+    Raises:
+        InvalidArgument: its values or channels are not for this model; see `levels_of`.
+    """
+    pixels, warnings = levels_of(source, spec)
+    return dataclasses.replace(fit(pixels, spec), warnings=warnings)
+
+
+def fit(image: ImageArray, spec: PreprocessSpec) -> FittedImage:
     """Resize and centre-crop an image to the model's input.
 
     The result equals torchvision's `Resize` followed by `CenterCrop` on a PIL image, to within one level (two on
@@ -32,11 +46,11 @@ def fit(image: UInt8Array, spec: PreprocessSpec) -> FittedImage:
     a few levels. NEAREST reads the same source pixels, up to rounding at exact ties.
 
     Args:
-        image: uint8 (height, width, 3), RGB, upright, each side >= 1.
+        image: (height, width, C), upright, each side >= 1, of the model's channels.
         spec: sizes and interpolation; mean and std are applied later, on the device.
 
     Returns:
-        Pixels of shape (*spec.crop_px, 3); without a crop, of the whole resized image.
+        Pixels of shape (*spec.crop_px, C) and the image's type; without a crop, of the whole resized image.
     """
     height_px, width_px = image.shape[:2]
     resized_height_px, resized_width_px = spec.resized_size(height_px, width_px)
@@ -65,17 +79,17 @@ def fit(image: UInt8Array, spec: PreprocessSpec) -> FittedImage:
     )
 
 
-def normalise(pixels: UInt8Array, mean: Sequence[float], std: Sequence[float]) -> npt.NDArray[np.float32]:
-    """Return (value / 255 - mean) / std as float32 (3, H, W): the reference for what engines do on the device."""
+def normalise(pixels: ImageArray, spec: PreprocessSpec) -> Float32Array:
+    """Return (value / 255 - mean) / std as float32 (C, H, W): the reference for what engines do on the device."""
     values = pixels.astype(np.float32) / np.float32(255)
     return np.ascontiguousarray(
-        ((values - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)).transpose(2, 0, 1)
+        ((values - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)).transpose(2, 0, 1)
     )
 
 
 def _resample(
-    image: UInt8Array, region: PixelBox, crop_px: tuple[int, int], interpolation: Interpolation
-) -> UInt8Array:
+    image: ImageArray, region: PixelBox, crop_px: tuple[int, int], interpolation: Interpolation
+) -> ImageArray:
     """Resize `region` of `image` to the crop: along rows first, then along columns, uint8 in between, as in Pillow."""
     resampling, radius = _FILTERS[interpolation]
     height_px, width_px = image.shape[:2]
@@ -83,18 +97,28 @@ def _resample(
     # Only the pixels under the crop and its kernels are handed to Pillow, which copies what it is given.
     top, bottom = _window(region.top, region.bottom, crop_height_px, radius, height_px)
     left, right = _window(region.left, region.right, crop_width_px, radius, width_px)
-    window = Image.fromarray(image[top:bottom, left:right])
+    window = image[top:bottom, left:right]
+    box = (region.left - left, region.top - top, region.right - left, region.bottom - top)
+    if image.dtype == np.uint8 and image.shape[2] == _RGB_CHANNELS:
+        # A writable copy: torch.from_numpy objects to Pillow's read-only view.
+        return np.array(_resized(window, crop_px, resampling, box))
+    # Pillow has no other images of several channels that are no colours, and none of float32.
+    bands = (np.ascontiguousarray(window[:, :, channel]) for channel in range(image.shape[2]))
+    fitted = np.stack([np.asarray(_resized(band, crop_px, resampling, box)) for band in bands], axis=2)
+    # Kernels with negative lobes overshoot; of uint8, Pillow cuts that off itself.
+    return fitted if image.dtype == np.uint8 else fitted.clip(0.0, _HIGHEST)
+
+
+def _resized(
+    window: ImageArray, size_px: tuple[int, int], resampling: Image.Resampling, box: tuple[float, float, float, float]
+) -> Image.Image:
+    """Resize a part of an image: uint8 RGB, or one channel of uint8 or float32."""
+    left, top, right, bottom = box
+    height_px, width_px = size_px
+    image = Image.fromarray(window)
     # Two calls, as Pillow's choice of the first axis depends on the sizes it sees, and it sees the crop only.
-    wide = window.resize(
-        (crop_width_px, window.height),
-        resampling,
-        box=(region.left - left, 0, min(region.right - left, window.width), window.height),
-    )
-    fitted = wide.resize(
-        crop_px[::-1], resampling, box=(0, region.top - top, wide.width, min(region.bottom - top, wide.height))
-    )
-    # A writable copy: torch.from_numpy objects to Pillow's read-only view.
-    return np.array(fitted)
+    wide = image.resize((width_px, image.height), resampling, box=(left, 0, min(right, image.width), image.height))
+    return wide.resize((width_px, height_px), resampling, box=(0, top, width_px, min(bottom, image.height)))
 
 
 def _window(start: float, stop: float, count: int, radius: float, length_px: int) -> tuple[int, int]:

@@ -19,8 +19,8 @@ from heatlens_server.scheduling.entry import Entry
 from heatlens_server.scheduling.fair_queue import FairQueue
 from heatlens_server.scheduling.step_turns import StepTurns
 
-Bucket = tuple[MapSpec, tuple[int, ...]]
-"""What entries of a batch have in common: the spec and the shape of their images."""
+Bucket = tuple[MapSpec, tuple[int, ...], str]
+"""What entries of a batch have in common: the spec, and the shape and element type of their images."""
 
 STEPS: None = None
 """The bucket of entries that take steps."""
@@ -112,4 +112,4 @@ def _bucket_of(entry: Entry) -> Bucket | None:
     if entry.spec.in_steps:
         return STEPS
     assert entry.image is not None
-    return entry.spec, entry.image.pixels.shape
+    return entry.spec, entry.image.pixels.shape, entry.image.pixels.dtype.str

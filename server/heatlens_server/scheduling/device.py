@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heatlens_server.core.arrays import UInt8Array
+from heatlens_server.core.arrays import ImageArray
 from heatlens_server.core.engine import SteppingEngine
 from heatlens_server.core.errors import DeviceOutOfMemory, HeatlensError, InternalError
 from heatlens_server.core.events import Observer
@@ -24,10 +24,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Entries of one bucket, and their images stacked: uint8 (N, H, W, 3)."""
+    """Entries of one bucket, and their images stacked: (N, H, W, C)."""
 
     entries: list[Entry]
-    images: UInt8Array
+    images: ImageArray
 
 
 class Device:
@@ -134,7 +134,7 @@ class Device:
             outcomes.append((entry, QueueResult(result, entry.image, timing)))
         return outcomes
 
-    def _explain(self, entries: Sequence[Entry], images: UInt8Array) -> list[ImageResult | Exception]:
+    def _explain(self, entries: Sequence[Entry], images: ImageArray) -> list[ImageResult | Exception]:
         """Run a batch; if it fails, run its halves, so that one bad image fails alone and memory may suffice."""
         try:
             results = self._engine.explain(images, [entry.target for entry in entries], entries[0].spec)

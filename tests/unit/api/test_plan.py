@@ -32,7 +32,7 @@ def test_nothing_set_is_the_top_class_with_the_defaults():
     assert plan.target == TopK(1)
     assert plan.spec == MapSpec(Method.GRAD_CAM, ("body",), upsample=False)
     assert (plan.place_on_source, plan.map_type, plan.top_predictions) == (False, MapType.FLOAT32, 0)
-    np.testing.assert_array_equal(image, np.arange(18, dtype=np.uint8).reshape(2, 3, 3))
+    np.testing.assert_array_equal(image.values, np.arange(18, dtype=np.uint8).reshape(2, 3, 3))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Fitting images to a model's input, against torchvision's and timm's own transforms."""
 
+import dataclasses
 import time
 
 import numpy as np
@@ -81,7 +82,8 @@ def test_input_tensor_equals_timm_create_transform(photos):
             (3, 224, 224), is_training=False, interpolation=interpolation, mean=MEAN, std=STD, crop_pct=0.875
         )
         for image in photos.values():
-            ours = normalise(fit(image, spec(interpolation=Interpolation(interpolation))).pixels, MEAN, STD)
+            own = spec(interpolation=Interpolation(interpolation))
+            ours = normalise(fit(image, own).pixels, own)
             theirs = transform(Image.fromarray(image)).numpy()
             assert np.abs(ours - theirs).max() <= 1 / 255 / min(STD) + 1e-5
 
@@ -91,14 +93,15 @@ def test_squashing_equals_timm(photos):
         (3, 128, 128), is_training=False, interpolation="bicubic", mean=MEAN, std=STD, crop_pct=1.0, crop_mode="squash"
     )
     for image in photos.values():
-        ours = normalise(fit(image, spec((128, 128), (128, 128), Interpolation.BICUBIC)).pixels, MEAN, STD)
+        squashed = spec((128, 128), (128, 128), Interpolation.BICUBIC)
+        ours = normalise(fit(image, squashed).pixels, squashed)
         assert np.abs(ours - transform(Image.fromarray(image)).numpy()).max() <= 1 / 255 / min(STD) + 1e-5
 
 
 def test_normalise_equals_torchvision(photos):
     pixels = fit(photos["chelsea"], spec()).pixels
     theirs = T.Normalize(MEAN, STD)(torch.from_numpy(pixels).permute(2, 0, 1).float() / 255).numpy()
-    np.testing.assert_allclose(normalise(pixels, MEAN, STD), theirs, atol=1e-6)
+    np.testing.assert_allclose(normalise(pixels, spec()), theirs, atol=1e-6)
 
 
 def test_region_is_the_crop_in_source_pixels():
@@ -194,3 +197,18 @@ def test_read_only_and_strided_images_are_accepted():
 def test_impossible_specs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         spec(**changes)
+
+
+@pytest.mark.parametrize("interpolation", list(Interpolation))
+@pytest.mark.parametrize("channels", [1, 2, 4, 6])
+def test_any_number_of_channels_is_resized_channel_by_channel(photos, interpolation, channels):
+    photo = photos["chelsea"]
+    image = np.ascontiguousarray(photo[:, :, np.arange(channels) % 3])
+    own = dataclasses.replace(spec(256, (224, 224), interpolation), mean=(0.5,) * channels, std=(0.5,) * channels)
+    expected = fit(photo, spec(256, (224, 224), interpolation)).pixels[:, :, np.arange(channels) % 3]
+    np.testing.assert_array_equal(fit(image, own).pixels, expected)
+    # float32 differs by the rounding of uint8 in between.
+    floats = fit(image.astype(np.float32), own).pixels
+    assert floats.dtype == np.float32
+    assert np.abs(floats - expected).max() <= 2.0
+    assert 0.0 <= floats.min() <= floats.max() <= 255.0

@@ -269,7 +269,7 @@ class StreamSession(Generic[T]):
         if not opened.sampler.allows(FrameTime(read_s, frame.captured_s)):
             return PendingFrame(frame.frame_id)
         try:
-            return PendingFrame(frame.frame_id, await self._submit(self._image(frame), opened, read_s))
+            return PendingFrame(frame.frame_id, await self._submit(self._image(frame, opened), opened, read_s))
         except Exception as error:
             return PendingFrame(frame.frame_id, error=error)
 
@@ -285,9 +285,9 @@ class StreamSession(Generic[T]):
             image, opened.plan.explain, opened.model, timeout_s=timeout_s, source=opened.source
         )
 
-    def _image(self, frame: Frame) -> SourceImage:
+    def _image(self, frame: Frame, opened: _Opened) -> SourceImage:
         wrong = Violations()
-        image = check_image(frame.image, self._explainer.limits, wrong)
+        image = check_image(frame.image, opened.model.preprocess, self._explainer.limits, wrong)
         wrong.raise_if_any()
         return image
 

@@ -44,7 +44,7 @@ def check_tensors(manifest: Manifest, shapes: Mapping[str, Sequence[object]], im
     if image_dtype != dtype:
         raise ModelLoadError(f"the graph takes {image_dtype} images, and its manifest's input is {manifest.input}")
     fields = (
-        ("preprocess.crop_px", IMAGE, (None, 3, *manifest.preprocess.input_px)),
+        ("preprocess.crop_px", IMAGE, (None, manifest.preprocess.channels, *manifest.preprocess.input_px)),
         ("classes", CLASS_INDEX, (None, manifest.classes)),
         ("class_count", Output.LOGITS, (None, manifest.class_count)),
     )
@@ -84,6 +84,7 @@ def served_info(manifest: Manifest, *, engine_name: str, device: str) -> Capabil
         methods=tuple(method for method in Method if method in of_default),
         layers=offered,
         task=manifest.task or Task.CLASSIFICATION,
+        input_channels=manifest.preprocess.channels,
         scores=(manifest.graphs[0].score,),
         layers_by_method={method: fewer for method, fewer in held.items() if fewer != offered},
     )

@@ -41,7 +41,7 @@ class _Captured:
 
 def open_graphed(
     runtime: Runtime,
-    graph: Path,
+    graph: Path | bytes,
     options: SessionOptions,
     choice: Choice,
     *,
@@ -52,7 +52,7 @@ def open_graphed(
 
     Args:
         runtime: the onnxruntime module.
-        graph: the ONNX file.
+        graph: the ONNX file, or what is in one.
         options: from `providers.session_options`.
         choice: on the CUDA provider.
         outputs: names of the outputs to return.

@@ -34,7 +34,7 @@ from heatlens_server.backends.onnx.providers import (
     open_session,
     session_options,
 )
-from heatlens_server.core.arrays import UInt8Array
+from heatlens_server.core.arrays import ImageArray
 from heatlens_server.core.engine import Capabilities, MapSpec
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.graph_spec import CLASS_INDEX, IMAGE, SERVED_OUTPUTS, Format, InputKind
@@ -50,6 +50,12 @@ _Runner = Callable[[Mapping[str, npt.NDArray[Any]]], list[npt.NDArray[Any]]]
 _SESSIONS_BYTES = 1 << 30
 _FEWEST_SESSIONS = 2
 _MOST_SESSIONS = 16
+
+# Of a layer and method, the pixels' type: what the graph takes, or float32 in its place.
+_RunnerKey = tuple[str, Method, str]
+_UINT8 = "uint8"
+
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 # What images may be, as onnxruntime and as numpy call it.
 _DTYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}
@@ -90,13 +96,15 @@ class OnnxRuntimeEngine:
         self._graphs = {(graph.layer, graph.method): graph.file for graph in manifest.graphs}
         self._table = normalisation_table(manifest.preprocess) if manifest.input is InputKind.FLOAT else None
         self._options = session_options(self._runtime, threads=threads)
+        # Where graphs that are opened from memory find their weights.
+        self._options.add_session_config_entry(_WEIGHTS_FOLDER, os.fspath(folder))
         self._choice = self._choose(device, provider)
-        self._runners: OrderedDict[tuple[str, Method], _Runner] = OrderedDict()
+        self._runners: OrderedDict[_RunnerKey, _Runner] = OrderedDict()
         self._most_runners = _session_count(folder, manifest)
         self._lock = Lock()
         default = manifest.graphs[0]
         try:
-            self._runner(default.layer, default.method)
+            self._runner(default.layer, default.method, _UINT8)
         except ModelLoadError:
             raise
         # onnxruntime has an exception class for each of its status codes, and paths in their messages.
@@ -116,7 +124,7 @@ class OnnxRuntimeEngine:
         """Whether the export has what a request needs: `explain` takes no other."""
         return can_serve(self._manifest, spec)
 
-    def explain(self, images: UInt8Array, targets: Sequence[Target], spec: MapSpec) -> list[ImageResult]:
+    def explain(self, images: ImageArray, targets: Sequence[Target], spec: MapSpec) -> list[ImageResult]:
         """Explain a batch; see `core.engine.Engine.explain`.
 
         Raises:
@@ -124,7 +132,9 @@ class OnnxRuntimeEngine:
             ValueError: the export has no graph for the method and layer.
         """
         try:
-            runs = [partial(self._run, self._runner(layer, spec.method)) for layer in spec.layers]
+            # Of graphs that normalise, there is another one for float32 pixels.
+            dtype = _UINT8 if self._table is not None else images.dtype.name
+            runs = [partial(self._run, self._runner(layer, spec.method, dtype)) for layer in spec.layers]
             size = (images.shape[1], images.shape[2]) if spec.upsample else None
             return explain_batch(
                 runs,
@@ -145,42 +155,47 @@ class OnnxRuntimeEngine:
             self._graphs.clear()
             self._runners.clear()
 
-    def _run(self, runner: _Runner, images: UInt8Array, class_index: Int64Array) -> GraphRows:
-        image = planes(images) if self._table is None else normalised_planes(images, self._table)
+    def _run(self, runner: _Runner, images: ImageArray, class_index: Int64Array) -> GraphRows:
+        if self._table is None:
+            image = planes(images)
+        else:
+            image = normalised_planes(images, self._manifest.preprocess, self._table)
         logits, class_ids, values, scales, offsets = runner({IMAGE: image, CLASS_INDEX: class_index})
         return GraphRows(logits, class_ids, Maps(values, scales, offsets))
 
-    def _runner(self, layer: str, method: Method) -> _Runner:
-        """What runs the graph of a layer and method: made now, or kept from before."""
-        key = (layer, method)
+    def _runner(self, layer: str, method: Method, dtype: str) -> _Runner:
+        """What runs the graph of a layer and method on pixels of a type: made now, or kept from before."""
+        key = (layer, method, dtype)
         with self._lock:
             runner = self._runners.get(key)
             if runner is None:
-                if key not in self._graphs:
+                if (layer, method) not in self._graphs:
                     raise ValueError(f"the export has no graph for layer {layer!r} and method {method}")
-                runner = self._runners[key] = self._open(self._folder / self._graphs[key])
+                runner = self._runners[key] = self._open(self._folder / self._graphs[layer, method], dtype)
                 if len(self._runners) > self._most_runners:
                     self._runners.popitem(last=False)
             self._runners.move_to_end(key)
             return runner
 
-    def _open(self, graph: Path) -> _Runner:
+    def _open(self, file: Path, dtype: str) -> _Runner:
+        graph = file if dtype == _UINT8 else _taking_floats(file)
         outputs = list(SERVED_OUTPUTS)
         if self._choice.name == CUDA:
-            probe = self._probe()
+            probe = self._probe(dtype)
             graphed = open_graphed(self._runtime, graph, self._options, self._choice, outputs=outputs, probe=probe)
             if graphed is not None:
                 return graphed.run
         session, self._choice = open_session(self._runtime, graph, self._options, self._choice)
         tensors = {tensor.name: tensor for tensor in (*session.get_inputs(), *session.get_outputs())}
         image_dtype = _DTYPES.get(tensors[IMAGE].type, tensors[IMAGE].type) if IMAGE in tensors else "no"
-        check_tensors(self._manifest, {name: tensor.shape for name, tensor in tensors.items()}, image_dtype)
+        if dtype == _UINT8:
+            check_tensors(self._manifest, {name: tensor.shape for name, tensor in tensors.items()}, image_dtype)
         return partial(session.run, outputs)
 
-    def _probe(self) -> dict[str, npt.NDArray[Any]]:
+    def _probe(self, dtype: str) -> dict[str, npt.NDArray[Any]]:
         """Inputs of one row."""
-        shape = (1, 3, *self._manifest.preprocess.input_px)
-        image = np.zeros(shape, np.uint8 if self._table is None else np.float32)
+        shape = (1, self._manifest.preprocess.channels, *self._manifest.preprocess.input_px)
+        image = np.zeros(shape, dtype if self._table is None else np.float32)
         return {IMAGE: image, CLASS_INDEX: np.full((1, self._manifest.classes or 1), RANKED, np.int64)}
 
     def _choose(self, device: str, provider: str) -> Choice:
@@ -196,6 +211,17 @@ class OnnxRuntimeEngine:
             gpu_count=cuda_device_count(),
             cache=cache,
         )
+
+
+def _taking_floats(file: Path) -> bytes:
+    """A graph that normalises uint8 pixels, as one that takes them as float32: its first step is a cast."""
+    import onnx  # noqa: PLC0415 - takes half a second, and most servers never see an image of 16 bits
+
+    model = onnx.load(file, load_external_data=False)
+    for tensor in model.graph.input:
+        if tensor.name == IMAGE:
+            tensor.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    return model.SerializeToString()
 
 
 def _session_count(folder: Path, manifest: Manifest) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from heatlens_server.backends.onnx.map_finish import Maps, finish
-from heatlens_server.core.arrays import Float32Array, UInt8Array
+from heatlens_server.core.arrays import Float32Array, ImageArray
 from heatlens_server.core.methods import ABSENT, RANKED, Aggregation
 from heatlens_server.core.preprocess import PreprocessSpec
 from heatlens_server.core.results import ImageResult
@@ -41,13 +41,13 @@ class GraphRows:
     maps: Maps
 
 
-RunGraph = Callable[[UInt8Array, Int64Array], GraphRows]
-"""Runs one graph on images, uint8 (R, H, W, 3), and class_index, (R, K): class ids, RANKED or ABSENT."""
+RunGraph = Callable[[ImageArray, Int64Array], GraphRows]
+"""Runs one graph on images (R, H, W, C) and class_index, (R, K): class ids, RANKED or ABSENT."""
 
 
 def explain_batch(
     runs: Sequence[RunGraph],
-    images: UInt8Array,
+    images: ImageArray,
     targets: Sequence[ClassTarget],
     *,
     classes: int | None,
@@ -58,7 +58,7 @@ def explain_batch(
 
     Args:
         runs: one per target layer, at least one.
-        images: uint8 (N, H, W, 3), N >= 1.
+        images: (N, H, W, C), N >= 1.
         targets: N targets.
         classes: the graphs' K; None for any.
         size: (height, width) of the maps; None for the (largest) layer's own.
@@ -91,12 +91,12 @@ def class_index(targets: Sequence[ClassTarget]) -> Int64Array:
     return index
 
 
-def run_wanted(run: RunGraph, images: UInt8Array, wanted: Int64Array, classes: int | None) -> GraphRows:
+def run_wanted(run: RunGraph, images: ImageArray, wanted: Int64Array, classes: int | None) -> GraphRows:
     """RunGraph a graph for any number of classes per image.
 
     Args:
         run: the graph.
-        images: uint8 (N, H, W, 3).
+        images: (N, H, W, C).
         wanted: (N, K): class ids, RANKED or ABSENT.
         classes: the graph's own K; None for any.
 
@@ -143,26 +143,34 @@ def _padded(ids: Int64Array, classes: int) -> Int64Array:
     return np.pad(ids, ((0, 0), (0, -ids.shape[1] % classes)), constant_values=ABSENT)
 
 
-def planes(images: UInt8Array) -> UInt8Array:
-    """Lay out uint8 (N, H, W, 3) as (N, 3, H, W), contiguous. OpenCV's split is 5 times as fast as numpy's copy."""
-    count, height_px, width_px, _ = images.shape
-    separated = np.empty((count, 3, height_px, width_px), np.uint8)
-    for image, channels in zip(images, separated, strict=True):
-        cv2.split(image, list(channels))
+def planes(images: ImageArray) -> ImageArray:
+    """Lay out (N, H, W, C) as (N, C, H, W), contiguous. OpenCV's split is 5 times as fast as numpy's copy."""
+    count, height_px, width_px, channels = images.shape
+    separated = np.empty((count, channels, height_px, width_px), images.dtype)
+    for image, of_image in zip(images, separated, strict=True):
+        cv2.split(image, list(of_image))
     return separated
 
 
 def normalisation_table(spec: PreprocessSpec) -> Float32Array:
-    """What `imaging.preprocess.normalise` makes of each of the 256 levels: float32 (3, 256)."""
-    levels = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, axis=2)
-    return normalise(levels, spec.mean, spec.std)[:, :, 0]
+    """What `imaging.preprocess.normalise` makes of each of the 256 levels: float32 (C, 256)."""
+    levels = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], spec.channels, axis=2)
+    return normalise(levels, spec)[:, :, 0]
 
 
-def normalised_planes(images: UInt8Array, table: Float32Array) -> Float32Array:
-    """Normalise uint8 (N, H, W, 3) to float32 (N, 3, H, W), exactly as `normalise` does, by looking levels up."""
-    count, height_px, width_px, _ = images.shape
-    normalised = np.empty((count, 3, height_px, width_px), np.float32)
-    for image, channels in zip(images, normalised, strict=True):
-        for plane, levels, target in zip(cv2.split(image), table, channels, strict=True):
+def normalised_planes(images: ImageArray, spec: PreprocessSpec, table: Float32Array) -> Float32Array:
+    """Normalise (N, H, W, C) to float32 (N, C, H, W), exactly as `normalise` does.
+
+    Args:
+        images: uint8, whose levels are looked up, or float32.
+        spec: what `table` was made of.
+        table: from `normalisation_table`.
+    """
+    if images.dtype != np.uint8:
+        return np.stack([normalise(image, spec) for image in images])
+    count, height_px, width_px, channels = images.shape
+    normalised = np.empty((count, channels, height_px, width_px), np.float32)
+    for image, of_image in zip(images, normalised, strict=True):
+        for plane, levels, target in zip(cv2.split(image), table, of_image, strict=True):
             cv2.LUT(plane, levels, target)
     return normalised

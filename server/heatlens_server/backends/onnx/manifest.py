@@ -198,8 +198,11 @@ def _check(manifest: Manifest) -> None:
     for tensor in manifest.inputs:
         if tensor.name == IMAGE and tensor.dtype != dtype:
             raise ValueError(f"input: {manifest.input}, and the graphs take {tensor.dtype}")
-        if tensor.name == IMAGE and tensor.shape[1:] != (3, *crop_px):
-            raise ValueError(f"preprocess.crop_px: {crop_px}, and the graphs take {tensor.shape}")
+        if tensor.name == IMAGE and tensor.shape[1:] != (manifest.preprocess.channels, *crop_px):
+            channels = manifest.preprocess.channels
+            raise ValueError(
+                f"preprocess.crop_px: {crop_px}, of {channels} channels, and the graphs take {tensor.shape}"
+            )
 
 
 _PACKAGES = ("heatlens", "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")

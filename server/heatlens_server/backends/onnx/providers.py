@@ -192,12 +192,14 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def open_session(runtime: Runtime, graph: Path, options: SessionOptions, choice: Choice) -> tuple[Session, Choice]:
+def open_session(
+    runtime: Runtime, graph: Path | bytes, options: SessionOptions, choice: Choice
+) -> tuple[Session, Choice]:
     """Open a session and make sure that it runs where it should.
 
     Args:
         runtime: the onnxruntime module.
-        graph: the ONNX file.
+        graph: the ONNX file, or what is in one.
         options: from `session_options`.
         choice: from `choose`.
 
@@ -212,7 +214,9 @@ def open_session(runtime: Runtime, graph: Path, options: SessionOptions, choice:
             runtime.preload_dlls()
         providers = list(choice.providers)
         # onnxruntime's own fallback prints to the terminal and goes on.
-        session = runtime.InferenceSession(os.fspath(graph), options, providers=providers, enable_fallback=0)
+        session = runtime.InferenceSession(
+            graph if isinstance(graph, bytes) else os.fspath(graph), options, providers=providers, enable_fallback=0
+        )
     if choice.name in session.get_providers():
         return session, choice
     reason = f"{choice.name} does not work here: {missing_library(runtime, choice.name) or 'see the log for its error'}"

@@ -13,7 +13,7 @@ from heatlens_server.backends.torch.passes.one_pass import results
 from heatlens_server.backends.torch.passes.table import PASSES, explain
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.backends.torch.steps.drive import STEPPERS, explain_in_steps
-from heatlens_server.core.arrays import UInt8Array
+from heatlens_server.core.arrays import ImageArray
 from heatlens_server.core.engine import Capabilities, MapSpec, Steps
 from heatlens_server.core.errors import InvalidArgument, ModelLoadError
 from heatlens_server.core.grid import Layout
@@ -62,6 +62,7 @@ class TorchEngine:
             methods=tuple(method for method in Method if method in offered),
             layers=model.layers,
             task=model.task,
+            input_channels=model.preprocess.channels,
             scores=model.task.traits.scores,
             has_options=True,
             multi_map_layers=multi_map_layers,
@@ -73,7 +74,7 @@ class TorchEngine:
         """What this engine can do."""
         return self._info
 
-    def explain(self, images: UInt8Array, targets: Sequence[Target], spec: MapSpec) -> list[ImageResult]:
+    def explain(self, images: ImageArray, targets: Sequence[Target], spec: MapSpec) -> list[ImageResult]:
         """Explain a batch; see `core.engine.Engine.explain`.
 
         The forward pass runs once, whatever the number of classes; each class costs one backward pass over the tail.
@@ -88,7 +89,7 @@ class TorchEngine:
             found = results(explained.goals, explained.maps(spec, (images.shape[1], images.shape[2])))
         return [_as_asked(result, spec) for result in found]
 
-    def steps(self, image: UInt8Array, target: Target, spec: MapSpec, *, rows: int) -> Steps:
+    def steps(self, image: ImageArray, target: Target, spec: MapSpec, *, rows: int) -> Steps:
         """Explain one image in steps; see `core.engine.SteppingEngine.steps`."""
         self._check_layers(spec)
         steps = explain_in_steps(self._model, image, target, spec, rows=rows)

@@ -25,7 +25,7 @@ from heatlens_server.backends.onnx.map_finish import Maps
 from heatlens_server.backends.torch.cam.methods import raw_map
 from heatlens_server.backends.torch.cam.saliency import saliency
 from heatlens_server.backends.torch.network.device import memory_errors, resolve_device
-from heatlens_server.core.arrays import Float32Array, UInt8Array
+from heatlens_server.core.arrays import Float32Array, ImageArray
 from heatlens_server.core.engine import Capabilities, MapSpec
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.graph_spec import Format, InputKind, Output
@@ -88,7 +88,7 @@ class TorchScriptEngine:
         """Whether the export has what a request needs: `explain` takes no other."""
         return can_serve(self._manifest, spec)
 
-    def explain(self, images: UInt8Array, targets: Sequence[Target], spec: MapSpec) -> list[ImageResult]:
+    def explain(self, images: ImageArray, targets: Sequence[Target], spec: MapSpec) -> list[ImageResult]:
         """Explain a batch; see `core.engine.Engine.explain`.
 
         Raises:
@@ -114,7 +114,7 @@ class TorchScriptEngine:
             self._modules.clear()
 
     @torch.inference_mode()
-    def _run(self, graph: GraphFile, images: UInt8Array, class_index: Int64Array) -> GraphRows:
+    def _run(self, graph: GraphFile, images: ImageArray, class_index: Int64Array) -> GraphRows:
         index = torch.from_numpy(class_index).to(self._device)
         loaded = self._loaded(graph.file)
         returned = loaded.module(self._image(images).contiguous(memory_format=loaded.layout), index)
@@ -133,11 +133,11 @@ class TorchScriptEngine:
             maps=Maps(_array(maps.values), _array(maps.scale), _array(maps.offset)),
         )
 
-    def _image(self, images: UInt8Array) -> Tensor:
-        """(N, 3, H, W) on the device; uint8 comes in channels_last."""
+    def _image(self, images: ImageArray) -> Tensor:
+        """(N, C, H, W) on the device; where the graph normalises, it comes in channels_last."""
         if self._table is None:
             return torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2)
-        return torch.from_numpy(normalised_planes(images, self._table)).to(self._device)
+        return torch.from_numpy(normalised_planes(images, self._manifest.preprocess, self._table)).to(self._device)
 
     def _graph(self, layer: str, method: Method) -> GraphFile:
         graph = self._graphs.get((layer, method))
@@ -160,7 +160,7 @@ class TorchScriptEngine:
         A view that was recorded on contiguous tensors may be impossible on others.
         """
         # Tensors of one row are in both layouts at once.
-        images = np.zeros((2, *self._manifest.preprocess.input_px, 3), np.uint8)
+        images = np.zeros((2, *self._manifest.preprocess.input_px, self._manifest.preprocess.channels), np.uint8)
         index = torch.full((2, self._manifest.classes or 1), RANKED, device=self._device)
         image = self._image(images)
         try:

@@ -146,5 +146,5 @@ def test_looking_levels_up_is_normalising_to_the_bit():
     spec = PreprocessSpec(resize_px=8, crop_px=(8, 8), mean=MEAN, std=STD, interpolation=Interpolation.BILINEAR)
     every_level = np.repeat(np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1), 3, axis=3)
     for pixels in (every_level, images(3)):
-        expected = np.stack([normalise(image, MEAN, STD) for image in pixels])
-        np.testing.assert_array_equal(normalised_planes(pixels, normalisation_table(spec)), expected)
+        expected = np.stack([normalise(image, spec) for image in pixels])
+        np.testing.assert_array_equal(normalised_planes(pixels, spec, normalisation_table(spec)), expected)

@@ -11,6 +11,8 @@ from PIL import Image
 
 from heatlens import Heatmap, InvalidArgumentError, PixelBox
 from heatlens._results.images import decode_image, encode_jpeg, load_image, write_image
+from heatlens._wire.requests import explain_request
+from heatlens.v1 import explain_pb2
 
 
 def png(pixels):
@@ -114,9 +116,10 @@ def test_pillow_is_not_loaded_unless_it_is_used():
 @pytest.mark.parametrize(
     "image",
     [
-        np.zeros((4, 4, 3), np.float32),
-        np.zeros((4, 4), np.uint8),
-        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((4, 4, 3), np.int64),
+        np.zeros((4, 4, 3), bool),
+        np.zeros(4, np.uint8),
+        np.zeros((1, 4, 4, 3), np.uint8),
         np.zeros((0, 4, 3), np.uint8),
         b"",
         12,
@@ -127,6 +130,46 @@ def test_what_is_no_image_is_refused(image):
     with pytest.raises(InvalidArgumentError) as caught:
         load_image(image)
     assert caught.value.field_violations[0].field == "image"
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 1), (4, 6, 3), (4, 6, 7)])
+def test_pixels_of_every_kind_are_sent_as_they_are(dtype, shape):
+    values = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+    assert load_image(values) is values
+    request = explain_request(values)
+    assert tuple(request.image.pixels.shape) == shape
+    assert explain_pb2.DataType.Name(request.image.pixels.data_type) == f"DATA_TYPE_{np.dtype(dtype).name.upper()}"
+    assert request.image.pixels.data == values.tobytes()
+
+
+def test_doubles_are_sent_as_floats():
+    loaded = load_image(np.full((2, 2), 0.25))
+    assert loaded.dtype == np.float32
+    assert (loaded == 0.25).all()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "drawn"),
+    [
+        (np.array([[0, 255]], np.uint8), [0, 255]),
+        (np.array([[[0, 9], [255, 9]]], np.uint8), [0, 255]),
+        (np.array([[0, 65_535]], np.uint16), [0, 255]),
+        (np.array([[0, 257 * 100]], np.uint16), [0, 100]),
+        (np.array([[0, 2048, 4095]], np.uint16), [0, 128, 255]),
+        (np.array([[0.0, 0.5, 1.0]], np.float32), [0, 128, 255]),
+        (np.array([[-1000.0, 0.0, 1000.0]], np.float32), [0, 128, 255]),
+    ],
+)
+def test_pixels_of_every_kind_can_be_drawn_on(pixels, drawn):
+    result = decode_image(pixels)
+    assert result.dtype == np.uint8
+    np.testing.assert_array_equal(result, np.repeat(np.array(drawn)[None, :, None], 3, axis=2))
+
+
+def test_the_first_three_of_many_channels_are_drawn_on(pixels):
+    with_more = np.dstack([pixels, pixels[:, :, :2]])
+    np.testing.assert_array_equal(decode_image(with_more), pixels)
 
 
 def test_empty_file_is_refused(tmp_path):

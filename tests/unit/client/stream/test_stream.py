@@ -158,7 +158,7 @@ async def test_frames_that_fail_are_values_in_their_turn(connect, peer, tmp_path
     frames = [
         b"good",
         BAD,
-        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4, 3), np.int64),
         tmp_path / "missing.jpg",
         b"",
         b"x" * 2000,
@@ -203,7 +203,7 @@ async def test_pixels_that_no_jpeg_can_hold_fail_alone(connect):
 async def test_send_raises_for_a_frame_that_cannot_be_sent_and_the_stream_lives(connect, peer, tmp_path):
     async with connect(max_message_bytes=1000).stream() as stream:
         for frame, error in [
-            (np.zeros((4, 4)), InvalidArgumentError),
+            (np.zeros(4), InvalidArgumentError),
             (b"x" * 2000, InvalidArgumentError),
             (tmp_path / "missing.jpg", FileNotFoundError),
         ]:

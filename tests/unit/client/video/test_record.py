@@ -90,6 +90,7 @@ def test_every_answer_is_a_line(make_record, lines):
         "error": None,
         "latency_ms": 12.346,
         "timing": {"queue_ms": 1, "preprocess_ms": 2, "compute_ms": 3, "batch_size": 4},
+        "warnings": [],
     }
     assert written[3]["error"] == {"code": "INTERNAL", "reason": "OOPS", "message": "oh"}
     assert written[2]["error"]["reason"] == "FRAME_DROPPED"

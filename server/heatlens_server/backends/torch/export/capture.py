@@ -69,8 +69,8 @@ class Captured:
 class _Wrapped(nn.Module):
     """The network behind its input's normalisation."""
 
-    scale: Tensor
-    bias: Tensor
+    gains: Tensor
+    biases: Tensor
 
     def __init__(self, model: LoadedModel, module: nn.Module, input_kind: InputKind, dtype: torch.dtype) -> None:
         super().__init__()
@@ -78,14 +78,12 @@ class _Wrapped(nn.Module):
         self._dtype = dtype
         self._uint8 = input_kind is InputKind.UINT8
         if self._uint8:
-            mean = torch.tensor(model.preprocess.mean, dtype=torch.float64).view(1, 3, 1, 1)
-            std = torch.tensor(model.preprocess.std, dtype=torch.float64).view(1, 3, 1, 1)
-            self.register_buffer("scale", (1.0 / (255.0 * std)).float())
-            self.register_buffer("bias", (-mean / std).float())
+            self.register_buffer("gains", torch.tensor(model.preprocess.gains).view(1, -1, 1, 1))
+            self.register_buffer("biases", torch.tensor(model.preprocess.biases).view(1, -1, 1, 1))
 
     def forward(self, image: Tensor, class_index: Tensor) -> tuple[Tensor, Tensor]:
         if self._uint8:
-            image = image.to(torch.float32) * self.scale + self.bias
+            image = image.to(torch.float32) * self.gains + self.biases
         if image.dtype is not self._dtype:
             image = image.to(self._dtype)
         return logits_of(self.module(image)), class_index
@@ -137,7 +135,7 @@ def traced_inputs(model: LoadedModel, input_kind: InputKind, classes: int | None
     """Example inputs to trace with."""
     dtype = torch.uint8 if input_kind is InputKind.UINT8 else torch.float32
     return (
-        torch.zeros(_TRACED_BATCH, 3, *model.preprocess.input_px, dtype=dtype),
+        torch.zeros(_TRACED_BATCH, model.preprocess.channels, *model.preprocess.input_px, dtype=dtype),
         torch.zeros(_TRACED_BATCH, classes or min(_TRACED_CLASSES, model.class_count), dtype=torch.int64),
     )
 

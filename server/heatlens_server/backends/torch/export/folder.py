@@ -30,6 +30,8 @@ from heatlens_server.core.methods import Method, Score
 
 SUFFIXES = {Format.ONNX: ".onnx", Format.TORCHSCRIPT: ".ts", Format.PT2: ".pt2"}
 
+_COLORS = {1: "gray", 3: "RGB", 4: "RGBA"}
+
 _MEANINGS = {
     Output.LOGITS: "the score of every class",
     Output.CLASS_ID: "the classes explained",
@@ -222,7 +224,8 @@ def _tensors(graph_module: GraphModule, spec: GraphSpec) -> tuple[tuple[TensorIn
         shape = tuple(size if isinstance(size, int) else names.get(str(size), str(size)) for size in value.shape)
         return TensorInfo(name, str(value.dtype).removeprefix("torch."), shape, meaning)
 
-    pixels = "RGB pixels" if spec.input is InputKind.UINT8 else "RGB, (value / 255 - mean) / std"
+    colors = _COLORS.get(image.shape[1], f"{image.shape[1]} channels")
+    pixels = f"{colors} pixels" if spec.input is InputKind.UINT8 else f"{colors}, (value / 255 - mean) / std"
     wanted = "class ids; -1 at position k is the k-th most probable class, -2 none"
     (output,) = graph_module.graph.find_nodes(op="output")
     outputs = zip(spec.outputs, output.args[0], strict=False)

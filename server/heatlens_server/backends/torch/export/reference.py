@@ -75,7 +75,7 @@ class Network:
         """Run the network on images and differentiate the scores of K classes each by some layers' outputs.
 
         Args:
-            pixels: uint8 (N, H, W, 3), RGB.
+            pixels: uint8 (N, H, W, C).
             layers: the target layers' module names.
             class_ids: int64 (N, K), or K for the K most probable classes of every image.
             score: what is differentiated.
@@ -101,7 +101,7 @@ class Network:
         """Check that logits and activations of an image are the same in every run and every batch.
 
         Args:
-            pixels: uint8 (N, H, W, 3), RGB.
+            pixels: uint8 (N, H, W, C).
             layers: whose activations are compared.
 
         Raises:
@@ -201,11 +201,11 @@ class Network:
         return to_map(values, self._grids.get(layer, MAP))
 
     def _normalised(self, pixels: npt.NDArray[np.uint8]) -> Tensor:
-        """(N, 3, H, W) in the network's precision, computed in no less than float32."""
+        """(N, C, H, W) in the network's precision, computed in no less than float32."""
         dtype = torch.promote_types(self._dtype, torch.float32)
         values = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(dtype)
-        mean = torch.tensor(self._preprocess.mean, dtype=dtype).view(1, 3, 1, 1)
-        std = torch.tensor(self._preprocess.std, dtype=dtype).view(1, 3, 1, 1)
+        mean = torch.tensor(self._preprocess.mean, dtype=dtype).view(1, -1, 1, 1)
+        std = torch.tensor(self._preprocess.std, dtype=dtype).view(1, -1, 1, 1)
         return ((values / 255.0 - mean) / std).to(self._dtype)
 
 

@@ -69,7 +69,7 @@ class _Plan:
     Attributes:
         manifest: of the export.
         folder: of the export.
-        pixels: uint8 (N, H, W, 3): photos, and mirrored.
+        pixels: uint8 (N, H, W, C): photos, and mirrored.
         depth: classes per image that are compared.
         batches: by run, which of the images and how many of the classes; together all of the images.
     """
@@ -98,7 +98,7 @@ class _Plan:
         pixels, spec = self.pixels[rows], self.manifest.preprocess
         if self.manifest.input is InputKind.UINT8:
             return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
-        return np.stack([normalise(image, spec.mean, spec.std) for image in pixels])
+        return np.stack([normalise(image, spec) for image in pixels])
 
 
 def verify(model: LoadedModel, folder: Path, manifest: Manifest, *, report: Callable[[str], None]) -> dict[str, Any]:
@@ -134,10 +134,12 @@ def verify(model: LoadedModel, folder: Path, manifest: Manifest, *, report: Call
 
 
 def load_photos(preprocess: PreprocessSpec) -> npt.NDArray[np.uint8]:
-    """Return four real photos at a model's input size: uint8 (4, H, W, 3), RGB, C-contiguous."""
+    """Return four real photos at a model's input size: uint8 (4, H, W, C), of its channels, C-contiguous."""
     folder = files("heatlens_server.backends.torch.export") / "photos"
     images = [decode_image((folder / name).read_bytes(), max_pixels=_MAX_PHOTO_PIXELS) for name in PHOTOS]
-    return np.stack([fit(image, preprocess).pixels for image in images])
+    fitted = np.stack([fit(image.values, preprocess).pixels for image in images])
+    # Networks of other channels get those of colours, in turn.
+    return np.ascontiguousarray(fitted[..., np.arange(preprocess.channels) % fitted.shape[-1]])
 
 
 def _plan(model: LoadedModel, folder: Path, manifest: Manifest) -> _Plan:

@@ -15,7 +15,7 @@ from heatlens_server.core.targets import Target
 from heatlens_server.core.tasks import Task
 
 RunImages = Callable[[UInt8Array], Any]
-"""Runs the network, without gradients, on further images, uint8 (R, H, W, 3); returns what `TaskModel.run` does."""
+"""Runs the network, without gradients, on further images (R, H, W, C); returns what `TaskModel.run` does."""
 
 
 class Goals(ABC):
@@ -80,7 +80,7 @@ class TaskModel(ABC):
 
     @abstractmethod
     def run(self, module: nn.Module, inputs: Tensor) -> Any:  # noqa: ANN401 - what a network returns
-        """Run a network on (R, 3, H, W), normalised; return the output that the other methods take."""
+        """Run a network on (R, C, H, W), normalised; return the output that the other methods take."""
 
     def part_on_image(self, module: nn.Module, shape: tuple[int, int, int]) -> Part:  # noqa: ARG002
         """The part of a layer's map that lies on the image: all of it, unless the network pads images.

@@ -91,7 +91,7 @@ class Classification(TaskModel):
         self.task = Task.MULTI_LABEL if multi_label else Task.CLASSIFICATION
 
     def run(self, module: nn.Module, inputs: Tensor) -> Tensor:
-        """Logits (R, C) of inputs (R, 3, H, W)."""
+        """Logits (R, C) of inputs (R, C, H, W)."""
         return logits_of(module(inputs))
 
     def goals(self, output: Tensor, targets: Sequence[Target], *, score: Score, run: RunImages) -> ClassGoals:  # noqa: ARG002

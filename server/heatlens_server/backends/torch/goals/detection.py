@@ -205,7 +205,7 @@ class Detection(TaskModel):
         self._parts: dict[tuple[int, int, int], Part] = {}
 
     def run(self, module: nn.Module, inputs: Tensor) -> list[Found]:
-        """What was found in each of the inputs (R, 3, H, W), which are in [0, 1]: detectors normalise themselves."""
+        """What was found in each of the inputs (R, C, H, W), which are in [0, 1]: detectors normalise themselves."""
         found: list[Found] = module(list(inputs))
         return found
 

@@ -112,7 +112,7 @@ class Embedding(TaskModel):
     task = Task.EMBEDDING
 
     def run(self, module: nn.Module, inputs: Tensor) -> Tensor:
-        """Embeddings (R, D) of inputs (R, 3, H, W)."""
+        """Embeddings (R, D) of inputs (R, C, H, W)."""
         return logits_of(module(inputs))
 
     def goals(self, output: Tensor, targets: Sequence[Target], *, score: Score, run: RunImages) -> SimilarityGoals:
@@ -124,13 +124,13 @@ class Embedding(TaskModel):
         chosen = [target.reference for target in targets if isinstance(target, Similarity)]
         if len(chosen) < len(targets):
             raise TypeError("an embedding model explains similarities")
-        images = [n for n, reference in enumerate(chosen) if reference.dtype == np.uint8]
+        images = [n for n, reference in enumerate(chosen) if reference.ndim == 3]
         references = torch.zeros_like(output, dtype=at_least_float32(output.detach()).dtype, requires_grad=False)
         for n, reference in enumerate(chosen):
             if n not in images:
                 references[n] = torch.from_numpy(_of_ordinary_scale(reference)).to(references.device)
         if images:
-            references[images] = at_least_float32(run(np.stack([np.asarray(chosen[n], np.uint8) for n in images])))
+            references[images] = at_least_float32(run(np.stack([chosen[n] for n in images])))
         return SimilarityGoals(output, references, score=score)
 
     def total(self, output: Tensor, class_count: int) -> Tensor:

@@ -194,7 +194,7 @@ class Segmentation(TaskModel):
         self._threshold = threshold
 
     def run(self, module: nn.Module, inputs: Tensor) -> Tensor:
-        """Logits (R, C, H, W) of inputs (R, 3, H, W); those of a smaller output are resized bilinearly."""
+        """Logits (R, C, H, W) of inputs (R, C, H, W); those of a smaller output are resized bilinearly."""
         logits = class_maps(module(inputs))
         size = inputs.shape[2:]
         if logits.shape[2:] == size:

@@ -100,7 +100,7 @@ def find_attention(
     Args:
         module: the network.
         run: runs it on inputs.
-        inputs: (2, 3, H, W): two different images, so that rows that do not belong together do not go unnoticed.
+        inputs: (2, C, H, W): two different images, so that rows that do not belong together do not go unnoticed.
         grid: how the tokens of its default layer lie on the image.
 
     Returns:

@@ -19,7 +19,7 @@ from heatlens_server.backends.torch.network.device import recording_allowed, res
 from heatlens_server.backends.torch.network.hooks import Change, LayerHooks, Recording
 from heatlens_server.backends.torch.network.replay import first_row, laid_out_like, same, two_rows
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
-from heatlens_server.core.arrays import UInt8Array
+from heatlens_server.core.arrays import ImageArray
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import Method
 
@@ -57,14 +57,12 @@ class TorchModel:
         self.dtype = _DTYPES[precision]
         self.gradient_scale = FP16_GRADIENT_SCALE if self.dtype is torch.float16 else 1.0
         self.module: nn.Module = model.module.eval().requires_grad_(requires_grad=False)
-        # channels_last is what the uint8 images arrive in, and what convolutions are fastest in: on CUDA with half
+        # channels_last is what images arrive in, and what convolutions are fastest in: on CUDA with half
         # precision, and on CPUs too (1.2x to 3x here for depthwise networks).
         self._layout = torch.channels_last
         self.module.to(self.device, self.dtype).to(memory_format=self._layout)
-        std = torch.tensor(model.preprocess.std, dtype=torch.float64)
-        mean = torch.tensor(model.preprocess.mean, dtype=torch.float64)
-        self._scale = self._channel_vector(1.0 / (255.0 * std))
-        self._bias = self._channel_vector(-mean / std)
+        self._gains = self._channel_vector(model.preprocess.gains)
+        self._biases = self._channel_vector(model.preprocess.biases)
         self._hooks = LayerHooks(self.module, model.layers)
         self._one_row: dict[str, bool] = {}
         self.head_weight: Tensor | None = None
@@ -88,18 +86,18 @@ class TorchModel:
             self.module.to(memory_format=self._layout)
             self._check()
 
-    def inputs(self, images: UInt8Array) -> Tensor:
-        """uint8 (N, H, W, 3) to normalised (N, 3, H, W) on the device; channels_last takes no copy."""
+    def inputs(self, images: ImageArray) -> Tensor:
+        """Images (N, H, W, C) to normalised (N, C, H, W) on the device; channels_last takes no copy."""
         pixels = torch.from_numpy(images).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-        normalised = torch.addcmul(self._bias, pixels.to(torch.float32), self._scale).to(self.dtype)
+        normalised = torch.addcmul(self._biases, pixels.to(torch.float32), self._gains).to(self.dtype)
         return normalised.contiguous(memory_format=self._layout)
 
     def run(self, inputs: Tensor) -> Any:  # noqa: ANN401 - what a network returns
-        """Run the network on (R, 3, H, W) in any floating dtype; return the task's output."""
+        """Run the network on (R, C, H, W) in any floating dtype; return the task's output."""
         return self.task.run(self.module, inputs.to(self.dtype).contiguous(memory_format=self._layout))
 
-    def run_images(self, images: UInt8Array) -> Any:  # noqa: ANN401 - what a network returns
-        """Run the network on uint8 (N, H, W, 3), without gradients."""
+    def run_images(self, images: ImageArray) -> Any:  # noqa: ANN401 - what a network returns
+        """Run the network on images (N, H, W, C), without gradients."""
         with torch.no_grad():
             return self.run(self.inputs(images))
 
@@ -109,7 +107,7 @@ class TorchModel:
         """Run the network and keep what layers return.
 
         Args:
-            inputs: (N, 3, H, W).
+            inputs: (N, C, H, W).
             layers: of the model's.
             differentiate: whether the outputs are to be leaves that the scores can be differentiated by.
 
@@ -157,7 +155,7 @@ class TorchModel:
         broadcast. Whether it does is tried once per layer.
 
         Args:
-            inputs: (1, 3, H, W).
+            inputs: (1, C, H, W).
             layer: of the model's.
             change: from the layer's output for the image to one of `rows` rows.
             rows: how many.
@@ -233,9 +231,9 @@ class TorchModel:
 
     def _check(self) -> None:
         layers = self.model.layers
-        height_px, width_px = self.model.preprocess.sample_px
+        preprocess = self.model.preprocess
         with recording_allowed():
-            inputs = self.inputs(_noise(height_px, width_px))
+            inputs = self.inputs(_noise(*preprocess.sample_px, preprocess.channels))
             output, outputs = self.record(inputs, layers, differentiate=True)
             total = self.task.total(output, self.model.class_count)
             for layer in layers:
@@ -278,10 +276,10 @@ class TorchModel:
         matches = float((predicted.float() - logits.float()).abs().amax()) <= tolerance * max(spread, 1e-12)
         return head.weight.detach() if matches else None
 
-    def _channel_vector(self, values: Tensor) -> Tensor:
-        return values.to(device=self.device, dtype=torch.float32).view(1, 3, 1, 1)
+    def _channel_vector(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self.device).view(1, -1, 1, 1)
 
 
-def _noise(height_px: int, width_px: int) -> UInt8Array:
-    """One image of noise, uint8 (1, H, W, 3), to try a network with."""
-    return np.random.default_rng(0).integers(0, 256, (1, height_px, width_px, 3), dtype=np.uint8)
+def _noise(height_px: int, width_px: int, channels: int) -> ImageArray:
+    """One image of noise, uint8 (1, H, W, C), to try a network with."""
+    return np.random.default_rng(0).integers(0, 256, (1, height_px, width_px, channels), dtype=np.uint8)

@@ -21,7 +21,7 @@ def closed_form(model: TorchModel, inputs: Tensor, targets: Sequence[Target], sp
 
     Args:
         model: the network.
-        inputs: (N, 3, H, W).
+        inputs: (N, C, H, W).
         targets: N targets.
         spec: how.
 

@@ -53,7 +53,7 @@ class _Found:
         """Start with nothing.
 
         Args:
-            inputs: (N, 3, H, W).
+            inputs: (N, C, H, W).
             grid: how the network's tokens lie on the image, if it has any.
         """
         n, _, height, width = inputs.shape

@@ -49,7 +49,7 @@ class RawMaps:
 
 
 OnePass = Callable[[TorchModel, Tensor, Sequence[Target], MapSpec], RawMaps]
-"""Explains inputs (N, 3, H, W). Called with gradients enabled."""
+"""Explains inputs (N, C, H, W). Called with gradients enabled."""
 
 
 def leaf_of(output: object) -> Tensor:
@@ -79,12 +79,12 @@ def input_gradient(
     Args:
         model: the network.
         score: a scalar.
-        leaf: (N, 3, H, W).
+        leaf: (N, C, H, W).
         retain_graph: whether the graph is needed again.
         start: called before each time.
 
     Returns:
-        (N, 3, H, W), float32 or bfloat16.
+        (N, C, H, W), float32 or bfloat16.
 
     Raises:
         InvalidArgument: the score does not depend on the input by a gradient: the network detaches what it computes.

@@ -28,7 +28,7 @@ PASSES: Mapping[Method, OnePass] = MappingProxyType(
 
 
 def explain(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> RawMaps:
-    """Explain inputs (N, 3, H, W) with any method that takes no steps. Call it with gradients enabled."""
+    """Explain inputs (N, C, H, W) with any method that takes no steps. Call it with gradients enabled."""
     explained = PASSES.get(spec.method, closed_form)(model, inputs, targets, spec)
     if spec.method.traits.always_at_input_size:
         return explained

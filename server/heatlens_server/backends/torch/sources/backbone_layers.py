@@ -36,7 +36,12 @@ _BODY = "body"
 
 
 def discover_for_segmentation(
-    module: nn.Module, input_size: tuple[int, int], wanted: Sequence[str], *, grids: Mapping[str, Grid]
+    module: nn.Module,
+    input_size: tuple[int, int],
+    wanted: Sequence[str],
+    *,
+    grids: Mapping[str, Grid],
+    channels: int = 3,
 ) -> Discovery:
     """Find the classes and the layers of a network for segmentation.
 
@@ -45,17 +50,18 @@ def discover_for_segmentation(
     After it come the ends of the earlier stages, deepest first.
 
     Args:
-        module: in eval mode; takes float32 (1, 3, H, W). Left as it was.
+        module: in eval mode; takes float32 (1, C, H, W). Left as it was.
         input_size: (H, W).
         wanted: layers named by the operator; checked, and returned as they are.
         grids: how to read some of these, if the operator says so.
+        channels: C of the input.
 
     Raises:
         ModelLoadError: the network fails or is of another kind, no layer is fit, or a wanted layer is not.
     """
     if wanted:
-        return discover(module, input_size, wanted, grids=grids, scores=class_maps)
-    traces, output = run(module, input_size)
+        return discover(module, input_size, wanted, grids=grids, scores=class_maps, channels=channels)
+    traces, output = run(module, input_size, channels=channels)
     class_count = int(class_maps(output).shape[1])
     prefix = next((f"{name}." for name in _BACKBONES if isinstance(getattr(module, name, None), nn.Module)), "")
     candidates = [
@@ -87,7 +93,9 @@ def class_maps(output: object) -> Tensor:
     )
 
 
-def discover_for_detection(module: nn.Module, input_size: tuple[int, int], wanted: Sequence[str]) -> Discovery:
+def discover_for_detection(
+    module: nn.Module, input_size: tuple[int, int], wanted: Sequence[str], *, channels: int = 3
+) -> Discovery:
     """Find the labels and the layers of a detector with torchvision's interface.
 
     The default layer is the last one of the backbone on which all its levels depend, so that every detection does:
@@ -95,9 +103,10 @@ def discover_for_detection(module: nn.Module, input_size: tuple[int, int], wante
     earlier stages, deepest first, and "backbone" itself: all levels at once, without gradients.
 
     Args:
-        module: in eval mode; takes float32 (1, 3, H, W). Left as it was.
+        module: in eval mode; takes float32 (1, C, H, W). Left as it was.
         input_size: (H, W).
         wanted: layers named by the operator; checked, and returned as they are.
+        channels: C of the input.
 
     Raises:
         ModelLoadError: the network fails or is of another kind, no layer is fit, or a wanted layer is not.
@@ -106,13 +115,13 @@ def discover_for_detection(module: nn.Module, input_size: tuple[int, int], wante
     backbone = getattr(module, "backbone", None)
     if not isinstance(backbone, nn.Module):
         backbone = nn.Identity()
-    levels = _levels(backbone)
+    levels = _levels(backbone, channels)
     if wanted:
-        grids = _checked(module, input_size, wanted, has_levels=bool(levels))
+        grids = _checked(module, input_size, wanted, has_levels=bool(levels), channels=channels)
         return Discovery(tuple(wanted), grids, class_count)
     if not levels:
         raise ModelLoadError('the detector has no submodule "backbone" that returns maps by name: name its `layers`')
-    grids = dict.fromkeys([f"backbone.{name}" for name in _backbone_layers(backbone)], MAP)
+    grids = dict.fromkeys([f"backbone.{name}" for name in _backbone_layers(backbone, channels)], MAP)
     return Discovery((*grids, "backbone"), {**grids, "backbone": Grid(Layout.PYRAMID)}, class_count)
 
 
@@ -127,20 +136,24 @@ def _label_count(module: nn.Module) -> int:
     raise ModelLoadError(f"the detector does not tell how many labels it has: it has none of {', '.join(_COUNTS)}")
 
 
-def _levels(backbone: nn.Module) -> Mapping[str, Tensor]:
+def _levels(backbone: nn.Module, channels: int) -> Mapping[str, Tensor]:
     """The maps that a backbone returns by name; nothing if it is of another kind."""
     with torch.no_grad():
-        output: Any = backbone(torch.zeros(1, 3, _DETECTOR_PX, _DETECTOR_PX))
+        output: Any = backbone(torch.zeros(1, channels, _DETECTOR_PX, _DETECTOR_PX))
     is_pyramid = isinstance(output, Mapping) and all(isinstance(level, Tensor) for level in output.values())
     return output if is_pyramid else {}
 
 
-def _backbone_layers(backbone: nn.Module) -> list[str]:
+def _backbone_layers(backbone: nn.Module, channels: int) -> list[str]:
     size = (_DETECTOR_PX, _DETECTOR_PX)
-    traces, _ = run(backbone, size)
+    traces, _ = run(backbone, size, channels=channels)
     prefix = f"{_BODY}." if isinstance(getattr(backbone, _BODY, None), nn.Module) else ""
     candidates = [c for c in map_candidates(traces, size, 0) if c.name.startswith(prefix)]
-    default = _last(candidates, lambda candidate: depends(backbone, size, [(candidate.trace.module, MAP)], _in_common))
+
+    def is_common(candidate: Candidate) -> bool:
+        return depends(backbone, size, [(candidate.trace.module, MAP)], _in_common, channels=channels)
+
+    default = _last(candidates, is_common)
     if default is None:
         raise ModelLoadError("no layer of the backbone has all its levels depend on it: name one in `layers`")
     return _with_stages(outermost(candidates, default.trace.place), candidates)
@@ -177,9 +190,9 @@ def _with_stages(default: Candidate, candidates: Sequence[Candidate]) -> list[st
 
 
 def _checked(
-    module: nn.Module, input_size: tuple[int, int], wanted: Sequence[str], *, has_levels: bool
+    module: nn.Module, input_size: tuple[int, int], wanted: Sequence[str], *, has_levels: bool, channels: int
 ) -> dict[str, Grid]:
-    traces, _ = run(module, input_size)
+    traces, _ = run(module, input_size, channels=channels)
     known = {name for name, _ in module.named_modules() if name}
     found = {}
     for name in wanted:

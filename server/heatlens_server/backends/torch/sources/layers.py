@@ -67,6 +67,7 @@ def discover(
     grids: Mapping[str, Grid] | None = None,
     scores: Scores = logits,
     scored: bool = True,
+    channels: int = 3,
 ) -> Discovery:
     """Run a network on a black image and find its classes and the layers that can be explained.
 
@@ -81,20 +82,21 @@ def discover(
     1/4 of the depth follow, if the network has one resolution.
 
     Args:
-        module: in eval mode; takes float32 (1, 3, H, W). Left as it was.
+        module: in eval mode; takes float32 (1, C, H, W). Left as it was.
         input_size: (H, W).
         wanted: layers named by the operator; checked, and returned as they are.
         grids: how to read some of these, if the operator says so.
         scores: finds the class scores in what the network returns.
         scored: whether its last maps may be class scores already, which are not explained; False for embeddings, whose
             last features have as many channels as the embedding has elements.
+        channels: C of the input.
 
     Raises:
         ModelLoadError: the network fails or returns no scores, no layer is fit, or a wanted layer is not.
     """
-    traces, output = run(module, input_size)
+    traces, output = run(module, input_size, channels=channels)
     class_count = int(scores(output).shape[1])
-    search = _Search(module, input_size, traces, class_count if scored else 0, scores)
+    search = _Search(module, input_size, traces, class_count if scored else 0, scores, channels)
     if wanted:
         found = {name: _checked(name, (grids or {}).get(name), search) for name in wanted}
     else:
@@ -111,11 +113,12 @@ class _Search:
     traces: Sequence[Trace]
     class_count: int
     scores: Scores
+    channels: int
 
     def depends(self, candidates: Sequence[Candidate]) -> bool:
         """Whether the scores depend on places of the image in any of these outputs."""
         places = [(candidate.trace.module, candidate.grid) for candidate in candidates]
-        return depends(self.module, self.input_size, places, self.scores)
+        return depends(self.module, self.input_size, places, self.scores, channels=self.channels)
 
 
 def _choose(search: _Search) -> list[Candidate]:

@@ -16,6 +16,7 @@ from timm.data.imagenet_info import ImageNetInfo
 from torch import nn
 
 from heatlens_server.backends.torch.sources.checkpoints import Checkpoint, read_checkpoint
+from heatlens_server.backends.torch.sources.preprocessing import IMAGENET_PREPROCESS
 from heatlens_server.backends.torch.sources.python_factory import call_factory
 from heatlens_server.backends.torch.sources.source import (
     SourcedModel,
@@ -36,15 +37,7 @@ from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
 from heatlens_server.core.tasks import Task
 
-# For Python factories: what most networks that start from ImageNet weights use (torchvision's documentation).
-IMAGENET_PREPROCESS = PreprocessSpec(
-    resize_px=256,
-    crop_px=(224, 224),
-    mean=(0.485, 0.456, 0.406),
-    std=(0.229, 0.224, 0.225),
-    interpolation=Interpolation.BILINEAR,
-)
-
+# For Python factories.
 _SEGMENTATION_PREPROCESS = dataclasses.replace(
     IMAGENET_PREPROCESS, resize_px=None, crop_px=None, max_side_px=MAX_SIDE_PX
 )

@@ -35,12 +35,13 @@ class Trace:
         return self.name.count(".")
 
 
-def run(module: nn.Module, input_size: tuple[int, int]) -> tuple[list[Trace], object]:
+def run(module: nn.Module, input_size: tuple[int, int], *, channels: int = 3) -> tuple[list[Trace], object]:
     """Run a network on one black image.
 
     Args:
-        module: in eval mode; takes float32 (1, 3, H, W). Left as it was.
+        module: in eval mode; takes float32 (1, C, H, W). Left as it was.
         input_size: (H, W).
+        channels: C.
 
     Returns:
         Every run of every module in it, in the order in which they returned, and what the network returned.
@@ -66,7 +67,7 @@ def run(module: nn.Module, input_size: tuple[int, int]) -> tuple[list[Trace], ob
         return hook
 
     hooks = [(child, hook_for(name)) for name, child in module.named_modules() if name]
-    return traces, _called(module, input_size, hooks)
+    return traces, _called(module, (channels, *input_size), hooks)
 
 
 def depends(
@@ -74,6 +75,8 @@ def depends(
     input_size: tuple[int, int],
     places: Sequence[tuple[nn.Module, Grid]],
     scores: Callable[[object], Tensor],
+    *,
+    channels: int = 3,
 ) -> bool:
     """Whether the scores depend on the image's places in what any of some modules return.
 
@@ -86,6 +89,7 @@ def depends(
         input_size: (H, W).
         places: modules that run once, and how to read what they return; prefix tokens are left as they are.
         scores: finds the scores in what the network returns.
+        channels: of the input.
 
     Raises:
         ModelLoadError: the network fails.
@@ -103,24 +107,24 @@ def depends(
         return hook
 
     hooks = [(child, hook_for(grid)) for child, grid in places]
-    return bool(scores(_called(module, input_size, hooks)).isnan().any())
+    return bool(scores(_called(module, (channels, *input_size), hooks)).isnan().any())
 
 
 def _called(
     module: nn.Module,
-    input_size: tuple[int, int],
+    input_shape: tuple[int, int, int],
     hooks: Sequence[tuple[nn.Module, Callable[..., Tensor | None]]],
 ) -> object:
     handles = [child.register_forward_hook(hook) for child, hook in hooks]
-    height_px, width_px = input_size
+    shape = (1, *input_shape)
     try:
         with torch.no_grad():
-            output: object = module(torch.zeros(1, 3, height_px, width_px))
+            output: object = module(torch.zeros(shape))
     # A network is foreign code and may raise anything.
     except Exception as error:
         raise ModelLoadError(
-            f"the network fails on an input of (1, 3, {height_px}, {width_px}) ({type(error).__name__}); "
-            "preprocess.crop_px sets its height and width"
+            f"the network fails on an input of {shape} ({type(error).__name__}); "
+            "preprocess.crop_px sets its height and width, preprocess.channels its channels"
         ) from error
     finally:
         for handle in handles:

@@ -17,7 +17,7 @@ from heatlens_server.backends.torch.steps.masked_layer import ablation_cam, reci
 from heatlens_server.backends.torch.steps.measure_maps import Measures, measure_maps
 from heatlens_server.backends.torch.steps.score_cam import is_cam, score_cam, ss_cam
 from heatlens_server.backends.torch.steps.smooth_grad_cam import smooth_grad_cam_plus_plus_in_steps
-from heatlens_server.core.arrays import UInt8Array
+from heatlens_server.core.arrays import ImageArray
 from heatlens_server.core.engine import MapSpec, Steps
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import Target
@@ -39,7 +39,7 @@ _FACTORS = (0.9, 1.0, 1.1)
 """What the normalised input is multiplied by: test-time augmentation as in the `grad-cam` package 1.5.7."""
 
 
-def explain_in_steps(model: TorchModel, image: UInt8Array, target: Target, spec: MapSpec, *, rows: int) -> Steps:
+def explain_in_steps(model: TorchModel, image: ImageArray, target: Target, spec: MapSpec, *, rows: int) -> Steps:
     """Explain one image with a spec that is `in_steps`; see `core.engine.SteppingEngine.steps`.
 
     Resume it with gradients enabled.
@@ -94,7 +94,7 @@ def _smoothed(
 
     Args:
         model: the network.
-        inputs: (1, 3, H, W).
+        inputs: (1, C, H, W).
         target: names its goals.
         spec: how.
         plain: the maps of the image as it is, one of the six.

@@ -20,7 +20,7 @@ class Job:
 
     Attributes:
         model: the network.
-        inputs: (1, 3, H, W), the image.
+        inputs: (1, C, H, W), the image.
         goals: of the image alone.
         layer: the target layer's name.
         output: what it returned for the image, detached.
@@ -58,7 +58,7 @@ class Job:
         return (indices[start : start + self.rows] for start in range(0, len(indices), self.rows))
 
     def scores_of_inputs(self, inputs: Tensor) -> Tensor:
-        """The scores, float32 (R, K), of R changed images (R, 3, H, W); one step."""
+        """The scores, float32 (R, K), of R changed images (R, C, H, W); one step."""
         with torch.no_grad():
             return self.goals.scores_of(0, self.model.run(inputs)).float()
 

@@ -34,7 +34,7 @@ def measure_maps(
 
     Args:
         model: the network.
-        inputs: (1, 3, H, W), the image.
+        inputs: (1, C, H, W), the image.
         target: names the goals of the maps.
         spec: how they were made, and the metrics wanted.
         maps: (1, K, h, w).

@@ -35,7 +35,7 @@ def run(engine, image, target, spec):
 def test_similarity_and_gradient_by_hand(engine, score):
     model, image = embedder(), photos()[0]
     reference = np.random.default_rng(0).normal(size=model.class_count).astype(np.float32)
-    inputs = torch.from_numpy(normalise(image, model.preprocess.mean, model.preprocess.std))[None]
+    inputs = torch.from_numpy(normalise(image, model.preprocess))[None]
     activations, embedding = recorded(model.module, model.layers[0], inputs)
     wanted = torch.from_numpy(reference)
     similarity = (embedding[0] @ wanted) / (embedding[0].norm() * wanted.norm())

@@ -40,7 +40,7 @@ def run(engine, image, target, spec):
 
 
 def inputs_of(model, image):
-    return torch.from_numpy(normalise(image, model.preprocess.mean, model.preprocess.std))[None]
+    return torch.from_numpy(normalise(image, model.preprocess))[None]
 
 
 class _Out(nn.Module):

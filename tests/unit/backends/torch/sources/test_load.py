@@ -14,7 +14,8 @@ import torchvision
 from skimage import data
 from torch import nn
 
-from heatlens_server.backends.torch.sources.load import load_model, resolve_preprocess
+from heatlens_server.backends.torch.sources.load import load_model
+from heatlens_server.backends.torch.sources.preprocessing import resolve_preprocess
 from heatlens_server.config import Config, ModelConfig, PreprocessConfig
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.grid import Grid, Layout
@@ -51,7 +52,7 @@ def model(source, **options):
 
 def predict(loaded, image):
     pixels = fit(image, loaded.preprocess).pixels
-    inputs = torch.from_numpy(normalise(pixels, loaded.preprocess.mean, loaded.preprocess.std))[None]
+    inputs = torch.from_numpy(normalise(pixels, loaded.preprocess))[None]
     with torch.no_grad():
         return loaded.labels[int(loaded.module(inputs).argmax())]
 
@@ -318,16 +319,16 @@ class TestPreprocess:
         ],
     )
     def test_sizes(self, changes, resize_px, crop_px):
-        spec = resolve_preprocess(self.BASE, PreprocessConfig(**changes))
+        spec = resolve_preprocess(self.BASE, PreprocessConfig(**changes)).spec
         assert (spec.resize_px, spec.crop_px) == (resize_px, crop_px)
         assert spec.interpolation is Interpolation.BICUBIC
 
     def test_squashing_base_keeps_squashing(self):
         base = PreprocessSpec((128, 128), (128, 128), (0.5,) * 3, (0.5,) * 3, Interpolation.BICUBIC)
-        assert resolve_preprocess(base, PreprocessConfig(crop_px=[64, 96])).resize_px == (64, 96)
+        assert resolve_preprocess(base, PreprocessConfig(crop_px=[64, 96])).spec.resize_px == (64, 96)
 
     def test_zero_mean_is_a_value(self):
-        assert resolve_preprocess(self.BASE, PreprocessConfig(mean=(0, 0, 0))).mean == (0, 0, 0)
+        assert resolve_preprocess(self.BASE, PreprocessConfig(mean=(0, 0, 0))).spec.mean == (0, 0, 0)
 
     def test_resize_smaller_than_crop(self):
         with pytest.raises(ModelLoadError, match=r"preprocess: resize_px .* is smaller than crop_px"):
@@ -337,7 +338,7 @@ class TestPreprocess:
         with pytest.raises(ModelLoadError, match="set resize_px, crop_px, mean and std"):
             resolve_preprocess(None, PreprocessConfig(crop_px=224))
         full = PreprocessConfig(resize_px=224, crop_px=224, mean=(0, 0, 0), std=(1, 1, 1))
-        assert resolve_preprocess(None, full).crop_px == (224, 224)
+        assert resolve_preprocess(None, full).spec.crop_px == (224, 224)
 
 
 def test_random_weights_are_the_same_whatever_is_loaded_beside_them():

@@ -8,7 +8,8 @@ from skimage import data
 from torchvision.models import get_model, get_model_weights
 
 from heatlens_server.backends.torch.engine import TorchEngine
-from heatlens_server.backends.torch.sources.load import load_model, resolve_preprocess
+from heatlens_server.backends.torch.sources.load import load_model
+from heatlens_server.backends.torch.sources.preprocessing import resolve_preprocess
 from heatlens_server.backends.torch.sources.torchvision_models import DETECTION_PREPROCESS
 from heatlens_server.config import ModelConfig, PreprocessConfig
 from heatlens_server.core.engine import MapSpec
@@ -158,7 +159,7 @@ class TestPreprocess:
         ],
     )
     def test_sizes(self, changes, resize_px, crop_px, max_side_px):
-        spec = resolve_preprocess(self.ANY, PreprocessConfig(**changes))
+        spec = resolve_preprocess(self.ANY, PreprocessConfig(**changes)).spec
         assert (spec.resize_px, spec.crop_px, spec.max_side_px) == (resize_px, crop_px, max_side_px)
 
     @pytest.mark.parametrize(

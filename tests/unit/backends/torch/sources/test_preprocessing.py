@@ -1,0 +1,124 @@
+"""How images become a network's input: what is found, what is assumed and said, and what overrides it."""
+
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from heatlens_server.backends.torch.sources.load import load_model
+from heatlens_server.backends.torch.sources.preprocessing import (
+    IMAGENET_PREPROCESS,
+    find_channels,
+    resolve_preprocess,
+)
+from heatlens_server.config import ModelConfig, PreprocessConfig
+from heatlens_server.core.errors import ModelLoadError
+
+
+def gray():
+    net = torchvision.models.resnet18(weights=None, num_classes=2)
+    net.conv1 = nn.Conv2d(1, 64, 7, 2, 3, bias=False)
+    return net
+
+
+def four():
+    return timm.create_model("resnet18", pretrained=False, in_chans=4, num_classes=2)
+
+
+class HeadFirst(nn.Module):
+    """Registers a convolution of 8 channels before the one of 2 that runs first."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Conv2d(8, 5, 1)
+        self.body = nn.Conv2d(2, 8, 3, 2, 1)
+
+    def forward(self, x):
+        return self.head(self.body(x)).mean((2, 3))
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    monkeypatch.setitem(sys.modules, "zoo", sys.modules[__name__])
+
+
+def load(factory, **preprocess):
+    return load_model(ModelConfig(name="m", source=f"python:zoo:{factory}", preprocess=preprocess))
+
+
+@pytest.mark.parametrize(("factory", "channels", "words"), [("gray", 1, "images become gray"), ("four", 4, "alpha")])
+def test_channels_are_found_from_the_first_convolution_and_said(factory, channels, words):
+    model = load(factory)
+    assert model.preprocess.channels == channels
+    (found,) = [one for one in model.assumptions if f"takes {channels} channel" in one]
+    assert words in found
+    assert "[models.preprocess] channels" in found
+    assert model.layers[0] == "layer4"
+    with torch.no_grad():
+        assert model.module(torch.zeros(1, channels, 224, 224)).shape == (1, 2)
+
+
+def test_channels_of_a_convolution_that_is_registered_late():
+    assert find_channels(HeadFirst().eval(), (32, 32), 3) == 2
+
+
+def test_three_channels_are_not_worth_a_word():
+    assert not any("channels" in one for one in load("usual").assumptions)
+
+
+def usual():
+    return torchvision.models.resnet18(weights=None, num_classes=2)
+
+
+def test_mean_and_std_of_gray_are_those_of_luma_and_said():
+    model = load("gray")
+    assert model.preprocess.mean == (0.459,)
+    assert model.preprocess.std == (0.226,)
+    (said,) = [one for one in model.assumptions if "mean and std" in one]
+    assert "mean = [0.459]" in said
+    luma = np.array([0.299, 0.587, 0.114])
+    assert np.dot(luma, IMAGENET_PREPROCESS.mean) == pytest.approx(0.459, abs=5e-4)
+
+
+def test_mean_and_std_that_are_configured_are_not_assumed():
+    model = load("gray", mean=[0.5], std=[0.25])
+    assert (model.preprocess.mean, model.preprocess.std) == ((0.5,), (0.25,))
+    assert not any("mean and std" in one for one in model.assumptions)
+
+
+@pytest.mark.parametrize(
+    ("changes", "channels", "mean"),
+    [
+        ({"mean": [0.5], "std": [0.5]}, 3, (0.5, 0.5, 0.5)),
+        ({"channels": 2, "mean": [0.1, 0.2], "std": [0.5]}, 2, (0.1, 0.2)),
+        ({"mean": [0.1] * 5, "std": [0.5] * 5}, 5, (0.1,) * 5),
+        ({"channels": 4}, 4, (*IMAGENET_PREPROCESS.mean, 0.449)),
+        ({"channels": 2}, 2, (0.449, 0.449)),
+    ],
+)
+def test_channels_and_values_by_configuration(changes, channels, mean):
+    spec = resolve_preprocess(IMAGENET_PREPROCESS, PreprocessConfig(**changes)).spec
+    assert (spec.channels, spec.mean) == (channels, mean)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"channels": 1, "mean": [0.1, 0.2, 0.3]}, "mean has 3 values, for 1 channels"),
+        ({"mean": [0.1, 0.2], "std": [0.1, 0.2, 0.3]}, "mean has 2 values, for 3 channels"),
+    ],
+)
+def test_values_that_do_not_fit_the_channels(changes, message):
+    with pytest.raises(ModelLoadError, match=f"preprocess: {message}"):
+        resolve_preprocess(IMAGENET_PREPROCESS, PreprocessConfig(**changes))
+
+
+def test_a_window_of_the_configuration():
+    by_values = resolve_preprocess(IMAGENET_PREPROCESS, PreprocessConfig(window=[-160, 240])).spec
+    assert (by_values.window, by_values.window_auto) == ((-160.0, 240.0), False)
+    by_image = resolve_preprocess(IMAGENET_PREPROCESS, PreprocessConfig(window="auto")).spec
+    assert (by_image.window, by_image.window_auto) == (None, True)
