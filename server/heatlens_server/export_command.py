@@ -15,7 +15,7 @@ from heatlens_server.config import EXPORT_PREFIX, ModelConfig, load_config
 from heatlens_server.core.errors import ConfigError, ExportError, ModelLoadError
 from heatlens_server.core.graph_spec import MANIFEST_FILE, Format, GraphSpec, InputKind, Output
 from heatlens_server.core.methods import CLOSED_FORMS, PRESETS, Method, Score
-from heatlens_server.core.tasks import Task
+from heatlens_server.core.tasks import Activation
 
 if TYPE_CHECKING:
     from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
@@ -186,7 +186,7 @@ def run_export(config: ModelConfig, options: ExportOptions, *, tell: Callable[[s
             input=options.input,
             outputs=tuple(output for output in options.outputs if output is not Output.GRADIENTS or gradients),
             score=score,
-            multi_label=model.task is Task.MULTI_LABEL,
+            sigmoid=model.task.traits.activation is Activation.SIGMOID,
         )
         return export_model(
             model,

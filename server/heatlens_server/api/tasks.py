@@ -194,6 +194,7 @@ _CHECKS: Mapping[Task, _CheckTarget] = MappingProxyType(
     {
         Task.CLASSIFICATION: _classification,
         Task.MULTI_LABEL: _classification,
+        Task.BINARY: _classification,
         Task.SEGMENTATION: _segmentation,
         Task.DETECTION: _detection,
         Task.EMBEDDING: _embedding,

@@ -171,19 +171,32 @@ class ModelConfig(Section):
     """Where in a weights file the state_dict is, as "model_ema". Empty: found under the usual names."""
     labels: FilePath | None = None
     """Class names: one per line, a JSON list, or a JSON object {"0": "name"}. Unset: the source's, if it has any."""
-    task: Literal["auto", "classification", "multi-label-classification", "segmentation", "detection", "embedding"] = (
-        "auto"
-    )
+    task: Literal[
+        "auto",
+        "classification",
+        "multi-label-classification",
+        "binary-classification",
+        "segmentation",
+        "detection",
+        "embedding",
+    ] = "auto"
     """What the model does. "auto": segmentation or detection for torchvision's builders of such models, else
     classification. "segmentation": any network that returns (N, classes, h, w), or a mapping with that as "out".
     "detection": networks with torchvision's interface. "embedding": any network that returns (N, length); of timm's and
     of the embedded model the classifier is left out. "multi-label-classification": a class's probability is the sigmoid
-    of its logit."""
+    of its logit. "binary-classification": a network of one output, the logit of class 1; class 0 has its negative."""
     activation: Literal["auto", "softmax", "sigmoid"] = "auto"
     """Segmentation: "softmax" where the classes of a pixel exclude each other, "sigmoid" where they may overlap.
     "auto": "sigmoid" for a network of one output channel, else "softmax". Other tasks have one of their own."""
     threshold: float | None = Field(default=None, gt=0, lt=1)
     """Segmentation by sigmoid: the probability above which a pixel is predicted as a class. Unset: 0.5."""
+    output: Annotated[int, Field(ge=0)] | Annotated[str, Field(min_length=1)] | None = None
+    """Which part of what the network returns holds the scores, if that is no tensor: a key of a mapping or an attribute
+    ("logits"), or a place in a tuple or list (0). Unset: "logits" or "out" if there is one, or the one part that
+    fits."""
+    outputs: Literal["auto", "logits", "probabilities", "log-probabilities"] = "auto"
+    """What these scores are: "logits", "probabilities" (the network ends in softmax or sigmoid) or "log-probabilities".
+    "auto": found by running the network on a few images."""
     layers: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Module names that can be explained, the default first. Empty: found by running the model once."""
     grids: Mapping[str, GridConfig] = {}
@@ -248,6 +261,13 @@ class ModelConfig(Section):
         if source_folder is not None and not str(info.data.get("source", "python:")).startswith("python:"):
             raise ValueError('is for "python:" sources')
         return source_folder
+
+    @field_validator("output", "outputs")
+    @classmethod
+    def _output_of_export(cls, value: object, info: ValidationInfo) -> object:
+        if _is_export(info):
+            raise ValueError("cannot be set for an export: its graphs return logits")
+        return value
 
     @field_validator("weights")
     @classmethod

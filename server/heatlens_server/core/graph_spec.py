@@ -61,7 +61,7 @@ class GraphSpec:
         input: what `image` holds.
         outputs: at least one, in the order of `Output`.
         score: what is differentiated; not the logit for methods that differentiate it only.
-        multi_label: whether a class's probability is the sigmoid of its logit.
+        sigmoid: whether a class's probability is the sigmoid of its logit.
 
     Raises:
         ValueError: a value is out of range.
@@ -74,7 +74,7 @@ class GraphSpec:
     input: InputKind = InputKind.FLOAT
     outputs: tuple[Output, ...] = tuple(Output)
     score: Score = Score.LOGIT
-    multi_label: bool = False
+    sigmoid: bool = False
 
     def __post_init__(self) -> None:
         if not self.method.traits.exportable:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum, StrEnum, auto
+from enum import StrEnum
 from types import MappingProxyType
 
 import numpy as np
@@ -16,6 +16,7 @@ class Task(StrEnum):
 
     CLASSIFICATION = "classification"
     MULTI_LABEL = "multi-label-classification"
+    BINARY = "binary-classification"
     SEGMENTATION = "segmentation"
     DETECTION = "detection"
     EMBEDDING = "embedding"
@@ -26,15 +27,23 @@ class Task(StrEnum):
         return _TRAITS[self]
 
 
-class Probabilities(Enum):
-    """How the logits of an image become the probabilities of its classes."""
+class Activation(StrEnum):
+    """How logits become probabilities. The value is its name in configuration files and on the wire."""
 
-    SOFTMAX = auto()
+    SOFTMAX = "softmax"
     """Classes exclude each other."""
-    SIGMOID = auto()
+    SIGMOID = "sigmoid"
     """Each class on its own."""
-    NONE = auto()
-    """The image as a whole has no classes: its pixels or boxes have them, or nothing has."""
+    NONE = "none"
+    """There are no logits of classes, or what the network returns are probabilities."""
+
+
+class OutputKind(StrEnum):
+    """What a network itself returns. The value is its name in configuration files and on the wire."""
+
+    LOGITS = "logits"
+    PROBABILITIES = "probabilities"
+    LOG_PROBABILITIES = "log-probabilities"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +51,9 @@ class TaskTraits:
     """Everything that is known about the models of a task.
 
     Attributes:
-        probabilities: how the logits of an image become the probabilities of its classes.
+        activation: how logits become probabilities.
+        has_image_classes: whether the image as a whole has predicted classes; elsewhere its pixels or boxes have them,
+            or nothing has.
         unsupported_methods: the methods that make no sense for it, whatever a network has.
         scores: what can be explained about a target.
         metrics: the measures of faithfulness that are defined.
@@ -54,7 +65,8 @@ class TaskTraits:
         gradients_can_overflow: whether scores are sums over places, whose gradients may be too large for float16.
     """
 
-    probabilities: Probabilities = Probabilities.NONE
+    activation: Activation = Activation.NONE
+    has_image_classes: bool = False
     unsupported_methods: frozenset[Method] = frozenset({Method.CAM})
     scores: tuple[Score, ...] = tuple(Score)
     metrics: frozenset[Metric] = frozenset(Metric) - {Metric.CLASS_SENSITIVITY}
@@ -65,11 +77,6 @@ class TaskTraits:
     runs_in_half_precision: bool = True
     gradients_can_overflow: bool = False
 
-    @property
-    def has_image_classes(self) -> bool:
-        """Whether the image as a whole has predicted classes."""
-        return self.probabilities is not Probabilities.NONE
-
     def class_probabilities(self, logits: Float32Array) -> Float32Array:
         """The probability of every class for the image as a whole.
 
@@ -79,24 +86,24 @@ class TaskTraits:
         Returns:
             float32 (C,), computed in float64; (0,) if images have no classes.
         """
+        if not self.has_image_classes:
+            return np.empty(0, np.float32)
         precise = logits.astype(np.float64)
-        match self.probabilities:
-            case Probabilities.SOFTMAX:
-                exponentials = np.exp(precise - precise.max())
-                found = exponentials / exponentials.sum()
-            case Probabilities.SIGMOID:
-                # Of -|x|, which cannot overflow.
-                small = np.exp(-np.abs(precise))
-                found = np.where(precise >= 0, 1.0, small) / (1.0 + small)
-            case Probabilities.NONE:
-                found = np.empty(0)
+        if self.activation is Activation.SOFTMAX:
+            exponentials = np.exp(precise - precise.max())
+            found = exponentials / exponentials.sum()
+        else:
+            # Of -|x|, which cannot overflow.
+            small = np.exp(-np.abs(precise))
+            found = np.where(precise >= 0, 1.0, small) / (1.0 + small)
         probabilities: Float32Array = found.astype(np.float32)
         return probabilities
 
 
-def _classifier(probabilities: Probabilities) -> TaskTraits:
+def _classifier(activation: Activation) -> TaskTraits:
     return TaskTraits(
-        probabilities,
+        activation,
+        has_image_classes=True,
         unsupported_methods=frozenset(),
         metrics=frozenset(Metric),
         can_flip=True,
@@ -106,10 +113,14 @@ def _classifier(probabilities: Probabilities) -> TaskTraits:
 
 _TRAITS: Mapping[Task, TaskTraits] = MappingProxyType(
     {
-        Task.CLASSIFICATION: _classifier(Probabilities.SOFTMAX),
-        Task.MULTI_LABEL: _classifier(Probabilities.SIGMOID),
+        Task.CLASSIFICATION: _classifier(Activation.SOFTMAX),
+        Task.MULTI_LABEL: _classifier(Activation.SIGMOID),
+        # Two classes, of the logits -z and z of one output z: the one's sigmoid is what the other's lacks to 1.
+        Task.BINARY: _classifier(Activation.SIGMOID),
         # Neither masks nor boxes are flipped with the image: `can_flip` is False.
-        Task.SEGMENTATION: TaskTraits(options=frozenset({"mask", "return_mask"}), gradients_can_overflow=True),
+        Task.SEGMENTATION: TaskTraits(
+            Activation.SOFTMAX, options=frozenset({"mask", "return_mask"}), gradients_can_overflow=True
+        ),
         Task.DETECTION: TaskTraits(
             unsupported_methods=frozenset({Method.CAM, Method.SHAPLEY_CAM, Method.FULL_GRAD, Method.LE_GRAD}),
             scores=(Score.LOGIT, Score.PROBABILITY),

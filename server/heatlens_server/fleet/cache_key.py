@@ -55,6 +55,8 @@ def export_key(config: ModelConfig, file_format: Format, model: "LoadedModel | N
         "format": file_format,
         "source": config.source,
         "task": config.task,
+        "output": config.output,
+        "outputs": config.outputs,
         "weights": _weights(config),
         "weights_key": config.weights_key,
         "layers": config.layers,

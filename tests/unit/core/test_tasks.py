@@ -50,7 +50,7 @@ def test_images_of_other_tasks_have_no_classes(task):
 
 
 def test_classifiers_alone_are_exported():
-    assert EXPORTABLE_TASKS == (Task.CLASSIFICATION, Task.MULTI_LABEL)
+    assert EXPORTABLE_TASKS == (Task.CLASSIFICATION, Task.MULTI_LABEL, Task.BINARY)
 
 
 def test_an_option_belongs_to_one_task():

@@ -1,11 +1,14 @@
 """What is particular to the torch engine: hooks, frozen parameters, modes, precision."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 import tiny_models
 from heatlens_server.backends.torch.engine import TorchEngine
+from heatlens_server.backends.torch.sources.output_reading import OutputReading
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import Method
@@ -117,7 +120,7 @@ class Strings(tiny_models.Tiny):
 
 @pytest.mark.parametrize(
     ("module", "message"),
-    [(HeadUnderNoGrad(), "gradient"), (ThreeDimensions(), "shape"), (Strings(), "not a tensor of logits")],
+    [(HeadUnderNoGrad(), "gradient"), (ThreeDimensions(), "shape"), (Strings(), "must return a tensor, not str")],
 )
 def test_model_that_cannot_be_explained_fails_at_load_and_keeps_no_hook(module, message):
     with pytest.raises(ModelLoadError, match=message):
@@ -145,7 +148,7 @@ def test_output_with_logits_is_understood():
         def forward(self, x):
             return {"logits": super().forward(x)}
 
-    engine = TorchEngine(loaded(Wrapped()))
+    engine = TorchEngine(dataclasses.replace(loaded(Wrapped()), reading=OutputReading("logits")))
     (result,) = engine.explain(noise(1), [TopK(1)], SPEC)
     assert result.logits.shape == (10,)
 

@@ -18,7 +18,6 @@ from torch.fx import Node
 
 from heatlens_server.backends.torch.cam.grid import Grid, from_map, to_map
 from heatlens_server.backends.torch.export.functional import functional
-from heatlens_server.backends.torch.goals.base import logits_of
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.core.errors import ExportError, ModelLoadError
 from heatlens_server.core.graph_spec import CLASS_INDEX, IMAGE, InputKind
@@ -75,6 +74,7 @@ class _Wrapped(nn.Module):
     def __init__(self, model: LoadedModel, module: nn.Module, input_kind: InputKind, dtype: torch.dtype) -> None:
         super().__init__()
         self.module = module
+        self._reading = model.reading
         self._dtype = dtype
         self._uint8 = input_kind is InputKind.UINT8
         if self._uint8:
@@ -86,7 +86,7 @@ class _Wrapped(nn.Module):
             image = image.to(torch.float32) * self.gains + self.biases
         if image.dtype is not self._dtype:
             image = image.to(self._dtype)
-        return logits_of(self.module(image)), class_index
+        return self._reading(self.module, image), class_index
 
 
 def capture(

@@ -46,7 +46,7 @@ def differentiate_layer(captured: Captured, spec: GraphSpec) -> GraphModule:
     if spec.method.traits.class_free and Output.GRADIENTS not in spec.outputs:
         return _without_backward(captured, spec)
     assembly = Assembly(captured)
-    goal = Goal(spec.score, spec.multi_label)
+    goal = Goal(spec.score, spec.sigmoid)
     if spec.classes is None:
         logits, class_id = _resolved(assembly, captured)
         activations, gradients, fakes = _rows(assembly, captured, spec.layer, class_id, goal)

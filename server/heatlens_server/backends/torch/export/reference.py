@@ -13,12 +13,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from heatlens_server.backends.torch.cam.grid import MAP, Grid, to_map
+from heatlens_server.backends.torch.cam.grid import MAP, to_map
 from heatlens_server.backends.torch.cam.precision import FP16_GRADIENT_SCALE
 from heatlens_server.backends.torch.cam.targets import class_scores
+from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.methods import Score
-from heatlens_server.core.preprocess import PreprocessSpec
 
 _CHUNK = 4
 """Images that are run together."""
@@ -55,12 +55,12 @@ class Reference:
 class Network:
     """A network in a precision of its own: the model's module itself in float32, a copy in any other."""
 
-    def __init__(
-        self, module: nn.Module, preprocess: PreprocessSpec, dtype: torch.dtype, grids: Mapping[str, Grid] | None = None
-    ) -> None:
+    def __init__(self, model: LoadedModel, dtype: torch.dtype) -> None:
+        module = model.module
         self._module = module if dtype is torch.float32 else copy.deepcopy(module).to(dtype)
-        self._preprocess = preprocess
-        self._grids = grids or {}
+        self._preprocess = model.preprocess
+        self._grids = model.grids
+        self._reading = model.reading
         self._dtype = dtype
 
     def explain(
@@ -70,7 +70,7 @@ class Network:
         class_ids: Tensor | int,
         *,
         score: Score = Score.LOGIT,
-        multi_label: bool = False,
+        sigmoid: bool = False,
     ) -> dict[str, Reference]:
         """Run the network on images and differentiate the scores of K classes each by some layers' outputs.
 
@@ -79,7 +79,7 @@ class Network:
             layers: the target layers' module names.
             class_ids: int64 (N, K), or K for the K most probable classes of every image.
             score: what is differentiated.
-            multi_label: whether a class's probability is the sigmoid of its logit.
+            sigmoid: whether a class's probability is the sigmoid of its logit.
 
         Returns:
             By layer; in float64 for a float64 network, in float32 for others.
@@ -87,7 +87,7 @@ class Network:
         Raises:
             ExportError: the network fails in this precision, or its logits do not depend on a layer.
         """
-        scores = partial(class_scores, kind=score, sigmoid=multi_label)
+        scores = partial(class_scores, kind=score, sigmoid=sigmoid)
 
         def run(start: int) -> dict[str, Reference]:
             chunk = slice(start, start + _CHUNK)
@@ -166,7 +166,7 @@ class Network:
             for layer in layers
         ]
         try:
-            return _logits_of(self._module(self._normalised(pixels))), kept
+            return self._reading(self._module, self._normalised(pixels)), kept
         finally:
             for handle in handles:
                 handle.remove()
@@ -252,12 +252,3 @@ def _agree(first: Sequence[Tensor], second: Sequence[Tensor], tolerance: float) 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _logits_of(output: object) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{type(output).__name__} instead of logits")
-    return logits

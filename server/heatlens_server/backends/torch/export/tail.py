@@ -35,11 +35,11 @@ class Goal:
 
     Attributes:
         score: of each class.
-        multi_label: whether its probability is the sigmoid of its logit.
+        sigmoid: whether its probability is the sigmoid of its logit alone.
     """
 
     score: Score = Score.LOGIT
-    multi_label: bool = False
+    sigmoid: bool = False
 
 
 LOGIT = Goal()
@@ -251,7 +251,7 @@ def _gradient(logits: Tensor, leaf: Tensor, class_id: Tensor, goal: Goal, *, ret
     scale = FP16_GRADIENT_SCALE if logits.dtype is torch.float16 else 1.0
     if goal.score is not Score.LOGIT:
         # Probabilities of confident networks have tiny derivatives. The pass is linear: they may be put in afterwards.
-        own = seeds(logits.detach(), class_id, goal.score, sigmoid=goal.multi_label).squeeze(1)
+        own = seeds(logits.detach(), class_id, goal.score, sigmoid=goal.sigmoid).squeeze(1)
         size = own.abs().amax(dim=1, keepdim=True)
         seed = (own / torch.where(size == 0, 1.0, size) * scale).to(logits.dtype)
         (gradient,) = torch.autograd.grad(logits, [leaf], seed, retain_graph=retain)

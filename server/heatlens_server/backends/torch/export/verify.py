@@ -33,7 +33,7 @@ from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import InputKind, Output
 from heatlens_server.core.methods import ABSENT, RANKED, Method
 from heatlens_server.core.preprocess import PreprocessSpec
-from heatlens_server.core.tasks import Task
+from heatlens_server.core.tasks import Activation
 from heatlens_server.imaging.decode import decode_image
 from heatlens_server.imaging.preprocess import fit, normalise
 
@@ -208,18 +208,16 @@ def _references(model: LoadedModel, plan: _Plan) -> tuple[dict[str, Reference], 
     """What the network says, by layer: in float64, and in the graphs' precision (nothing if it cannot)."""
     layers = plan.manifest.layers
     # Before anything is compared with it.
-    Network(model.module, model.preprocess, torch.float32).check_steady(plan.pixels, layers)
-    score, multi_label = plan.manifest.graphs[0].score, model.task is Task.MULTI_LABEL
-    references = Network(model.module, model.preprocess, torch.float64, model.grids).explain(
-        plan.pixels, layers, plan.depth, score=score, multi_label=multi_label
-    )
+    Network(model, torch.float32).check_steady(plan.pixels, layers)
+    score, sigmoid = plan.manifest.graphs[0].score, model.task.traits.activation is Activation.SIGMOID
+    references = Network(model, torch.float64).explain(plan.pixels, layers, plan.depth, score=score, sigmoid=sigmoid)
     for reference in references.values():
         if not all(bool(tensor.isfinite().all()) for tensor in (reference.logits, reference.gradients)):
             raise ExportError("the network gives scores or gradients that are not finite: are its weights right?")
-    own = Network(model.module, model.preprocess, _DTYPES[plan.manifest.precision], model.grids)
+    own = Network(model, _DTYPES[plan.manifest.precision])
     class_ids = references[layers[0]].class_ids
     try:
-        return references, own.explain(plan.pixels, layers, class_ids, score=score, multi_label=multi_label)
+        return references, own.explain(plan.pixels, layers, class_ids, score=score, sigmoid=sigmoid)
     except ExportError:
         # Not every operator has a half precision kernel on CPUs.
         if plan.manifest.precision == "fp32":

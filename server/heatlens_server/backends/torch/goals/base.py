@@ -12,7 +12,6 @@ from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import ABSENT, Score
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import Target
-from heatlens_server.core.tasks import Task
 
 RunImages = Callable[[UInt8Array], Any]
 """Runs the network, without gradients, on further images (R, H, W, C); returns what `TaskModel.run` does."""
@@ -70,13 +69,7 @@ class Goals(ABC):
 
 
 class TaskModel(ABC):
-    """How networks of one task are run and what can be explained about them.
-
-    Attributes:
-        task: which task.
-    """
-
-    task: Task
+    """How a network of one task is run and what can be explained about it."""
 
     @abstractmethod
     def run(self, module: nn.Module, inputs: Tensor) -> Any:  # noqa: ANN401 - what a network returns
@@ -128,20 +121,6 @@ def sum_of(output: Tensor, class_count: int) -> Tensor:
     if output.ndim != 2 or output.shape[1] != class_count:
         raise ModelLoadError(f"the model gives an output of shape {tuple(output.shape)}, not (1, {class_count})")
     return output.sum()
-
-
-def logits_of(output: Any) -> Tensor:  # noqa: ANN401 - what a network returns
-    """The logits in a network's output: the tensor itself, or its `logits`.
-
-    Raises:
-        ModelLoadError: there are none.
-    """
-    if isinstance(output, Tensor):
-        return output
-    logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    raise ModelLoadError(f"the model gives a {type(output).__name__}, not a tensor of logits")
 
 
 def has_goals(goals: Goals) -> bool:

@@ -1,4 +1,4 @@
-"""Classification, single- and multi-label: the goals are classes, their scores functions of the logits."""
+"""Classification, single-label, multi-label and binary: the goals are classes, their scores functions of the logits."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from heatlens_server.backends.torch.cam.targets import class_scores, probabilities, resolve
-from heatlens_server.backends.torch.goals.base import Goals, RunImages, TaskModel, logits_of, sum_of
+from heatlens_server.backends.torch.goals.base import Goals, RunImages, TaskModel, sum_of
+from heatlens_server.backends.torch.sources.output_reading import OutputReading
 from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.methods import ABSENT, RANKED, Score
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import ClassIds, ClassTarget, Target, TopK, class_targets
-from heatlens_server.core.tasks import Task
+from heatlens_server.core.tasks import Activation
 
 
 class ClassGoals(Goals):
@@ -81,22 +82,23 @@ class ClassGoals(Goals):
 class Classification(TaskModel):
     """Runs classifiers."""
 
-    def __init__(self, *, multi_label: bool = False) -> None:
-        """Describe the classifiers.
+    def __init__(self, reading: OutputReading, activation: Activation) -> None:
+        """Describe the classifier.
 
         Args:
-            multi_label: whether classes do not exclude each other: a class's probability is the sigmoid of its logit.
+            reading: how what it returns becomes logits.
+            activation: how these become probabilities.
         """
-        self._multi_label = multi_label
-        self.task = Task.MULTI_LABEL if multi_label else Task.CLASSIFICATION
+        self._reading = reading
+        self._sigmoid = activation is Activation.SIGMOID
 
     def run(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """Logits (R, C) of inputs (R, C, H, W)."""
-        return logits_of(module(inputs))
+        return self._reading(module, inputs)
 
     def goals(self, output: Tensor, targets: Sequence[Target], *, score: Score, run: RunImages) -> ClassGoals:  # noqa: ARG002
         """Find the classes that are asked for."""
-        return ClassGoals(output, class_targets(targets), score=score, sigmoid=self._multi_label)
+        return ClassGoals(output, class_targets(targets), score=score, sigmoid=self._sigmoid)
 
     def total(self, output: Tensor, class_count: int) -> Tensor:
         """The sum of the logits."""

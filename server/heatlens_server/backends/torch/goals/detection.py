@@ -21,7 +21,6 @@ from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import ABSENT, Score
 from heatlens_server.core.results import Finding, ImageResult
 from heatlens_server.core.targets import Boxes, Detections, Target
-from heatlens_server.core.tasks import Task
 
 Found = Mapping[str, Tensor]
 """What a detector says about one image: "boxes" (M, 4) in pixels of its input, "labels" (M,) and "scores" (M,)."""
@@ -197,8 +196,6 @@ def _part_of_transform(transform: GeneralizedRCNNTransform, size_px: tuple[int, 
 
 class Detection(TaskModel):
     """Runs networks that take images and return what they found in each."""
-
-    task = Task.DETECTION
 
     def __init__(self) -> None:
         """Know nothing yet about where images lie in what the network's layers get."""

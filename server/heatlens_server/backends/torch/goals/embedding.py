@@ -9,12 +9,12 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
 
 from heatlens_server.backends.torch.cam.precision import at_least_float32
-from heatlens_server.backends.torch.goals.base import Goals, RunImages, TaskModel, logits_of, sum_of
+from heatlens_server.backends.torch.goals.base import Goals, RunImages, TaskModel, sum_of
+from heatlens_server.backends.torch.sources.output_reading import OutputReading
 from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.methods import Score
 from heatlens_server.core.results import Finding, ImageResult
 from heatlens_server.core.targets import Similarity, Target
-from heatlens_server.core.tasks import Task
 
 _SAME = 16 * torch.finfo(torch.float32).eps
 """How far apart two directions may be that are the same, in a network of float32."""
@@ -109,11 +109,13 @@ def _of_ordinary_scale(reference: npt.ArrayLike) -> Float32Array:
 class Embedding(TaskModel):
     """Runs networks that return (N, D)."""
 
-    task = Task.EMBEDDING
+    def __init__(self, reading: OutputReading) -> None:
+        """Say how what the network returns becomes embeddings."""
+        self._reading = reading
 
     def run(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """Embeddings (R, D) of inputs (R, C, H, W)."""
-        return logits_of(module(inputs))
+        return self._reading(module, inputs)
 
     def goals(self, output: Tensor, targets: Sequence[Target], *, score: Score, run: RunImages) -> SimilarityGoals:
         """Take the references, or run the network on those that are images.

@@ -19,7 +19,6 @@ from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import ABSENT, Score
 from heatlens_server.core.results import Finding, ImageResult
 from heatlens_server.core.targets import ClassIds, Pixels, Target, TopK
-from heatlens_server.core.tasks import Task
 
 _MOST_CLASSES = 255
 """In a mask of uint8: the last value means that the model did not look."""
@@ -182,8 +181,6 @@ def _logit(probability: float) -> float:
 
 class Segmentation(TaskModel):
     """Runs networks that return (N, C, h, w), or a mapping with that as "out"."""
-
-    task = Task.SEGMENTATION
 
     def __init__(self, *, threshold: float | None = None) -> None:
         """Describe the networks.

@@ -11,13 +11,19 @@ from heatlens_server.backends.torch.goals.segmentation import Segmentation
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.core.tasks import Task
 
+
+def _classification(model: LoadedModel) -> TaskModel:
+    return Classification(model.reading, model.task.traits.activation)
+
+
 _MAKERS: Mapping[Task, Callable[[LoadedModel], TaskModel]] = MappingProxyType(
     {
-        Task.CLASSIFICATION: lambda _: Classification(),
-        Task.MULTI_LABEL: lambda _: Classification(multi_label=True),
+        Task.CLASSIFICATION: _classification,
+        Task.MULTI_LABEL: _classification,
+        Task.BINARY: _classification,
         Task.SEGMENTATION: lambda model: Segmentation(threshold=model.threshold),
         Task.DETECTION: lambda _: Detection(),
-        Task.EMBEDDING: lambda _: Embedding(),
+        Task.EMBEDDING: lambda model: Embedding(model.reading),
     }
 )
 

@@ -262,19 +262,21 @@ class TorchModel:
 
     def _find_head(self, features: Tensor, logits: Tensor) -> Tensor | None:
         """The last linear layer's weight, if it alone stands between the pooled features and the logits."""
+        sides = self.model.reading.sides
         linears = [
-            module
+            (module, weight)
             for module in self.module.modules()
-            if isinstance(module, nn.Linear) and module.weight.shape == (logits.shape[1], features.shape[1])
+            if isinstance(module, nn.Linear)
+            and (weight := sides(module.weight.detach().T).T).shape == (logits.shape[1], features.shape[1])
         ]
         if not linears:
             return None
-        head = linears[-1]
-        predicted = head(features.mean((-2, -1)))
+        head, weight = linears[-1]
+        predicted = sides(head(features.mean((-2, -1))))
         tolerance = 1e-4 if self.dtype is torch.float32 else 2e-2
         spread = float(logits.float().abs().amax())
         matches = float((predicted.float() - logits.float()).abs().amax()) <= tolerance * max(spread, 1e-12)
-        return head.weight.detach() if matches else None
+        return weight if matches else None
 
     def _channel_vector(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self.device).view(1, -1, 1, 1)

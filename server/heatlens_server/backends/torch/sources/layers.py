@@ -18,6 +18,7 @@ from heatlens_server.backends.torch.sources.feature_maps import (
     token_candidates,
     unread_tokens,
 )
+from heatlens_server.backends.torch.sources.output_reading import OutputReading
 from heatlens_server.backends.torch.sources.trace import Trace, depends, run
 from heatlens_server.core.errors import ModelLoadError
 
@@ -30,6 +31,9 @@ _NUMBERED = re.compile(r"(\D*_)?(\d+)")
 
 Scores = Callable[[object], Tensor]
 """Finds the class scores (1, classes, ...) in what a network returns; raises ModelLoadError if there are none."""
+
+
+_SCORES: Scores = OutputReading().scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,25 +51,13 @@ class Discovery:
     class_count: int
 
 
-def logits(output: object) -> Tensor:
-    """A classifier's scores: its output itself, (1, classes).
-
-    Raises:
-        ModelLoadError: it is anything else.
-    """
-    if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[0] != 1 or output.shape[1] < 1:
-        found = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise ModelLoadError(f"the network must return logits of shape (N, classes), not {found}")
-    return output
-
-
 def discover(
     module: nn.Module,
     input_size: tuple[int, int],
     wanted: Sequence[str] = (),
     *,
     grids: Mapping[str, Grid] | None = None,
-    scores: Scores = logits,
+    scores: Scores = _SCORES,
     scored: bool = True,
     channels: int = 3,
 ) -> Discovery:

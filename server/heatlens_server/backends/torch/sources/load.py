@@ -6,20 +6,24 @@ from torch import nn
 from heatlens_server.backends.torch.sources.backbone_layers import discover_for_detection, discover_for_segmentation
 from heatlens_server.backends.torch.sources.layers import Discovery, discover
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
+from heatlens_server.backends.torch.sources.output_reading import OutputReading
+from heatlens_server.backends.torch.sources.outputs import FoundOutput, find_output
 from heatlens_server.backends.torch.sources.pixel_classes import find_threshold
 from heatlens_server.backends.torch.sources.preprocessing import resolve_preprocess
+from heatlens_server.backends.torch.sources.source import SourcedModel
 from heatlens_server.backends.torch.sources.sources import load_source
 from heatlens_server.backends.torch.sources.weights import weights_version
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.labels import read_labels
 from heatlens_server.core.preprocess import PreprocessSpec
-from heatlens_server.core.tasks import Task
+from heatlens_server.core.tasks import OutputKind, Task
 
 
 def load_model(config: ModelConfig) -> LoadedModel:
-    """Load a model on the CPU in fp32 and find out what can be explained about it. Runs it once.
+    """Load a model on the CPU in fp32 and find out what can be explained about it.
 
+    What the network returns is found by running it on a few images; see `outputs.find_output`.
     Labels come from the configured file, else from the source if it has as many as the model has classes.
 
     Raises:
@@ -29,27 +33,50 @@ def load_model(config: ModelConfig) -> LoadedModel:
     module = source.module.to("cpu", torch.float32).eval().requires_grad_(False)
     resolved = resolve_preprocess(source.preprocess, config.preprocess, module=module)
     preprocess = resolved.spec
-    discovery = _discover(config, source.task, module, preprocess)
-    threshold, assumptions = find_threshold(config, source.task, discovery.class_count)
-    labels = source.labels if len(source.labels) == discovery.class_count else ()
+    found = _find_output(config, source, module, preprocess)
+    discovery = _discover(config, found, module, preprocess)
+    threshold, assumptions = find_threshold(config, found.task, discovery.class_count)
+    class_count = 2 if found.reading.two_sided else discovery.class_count
+    labels = source.labels if len(source.labels) == class_count else ()
     if config.labels is not None:
-        labels = read_labels(config.labels, discovery.class_count)
+        labels = read_labels(config.labels, class_count)
     return LoadedModel(
         name=config.name,
         version=config.version or weights_version(module),
         module=module,
         preprocess=preprocess,
         labels=labels,
-        class_count=discovery.class_count,
+        class_count=class_count,
         layers=discovery.layers,
-        task=source.task,
+        task=found.task,
         grids=discovery.grids,
+        reading=found.reading,
         threshold=threshold,
-        assumptions=(*assumptions, *resolved.assumptions),
+        assumptions=(*found.assumptions, *assumptions, *resolved.assumptions),
     )
 
 
-def _discover(config: ModelConfig, task: Task, module: nn.Module, preprocess: PreprocessSpec) -> Discovery:
+def _find_output(
+    config: ModelConfig, source: SourcedModel, module: nn.Module, preprocess: PreprocessSpec
+) -> FoundOutput:
+    """What the network returns, and the task that this makes."""
+    if source.task in {Task.SEGMENTATION, Task.DETECTION}:
+        for key in ("output", "outputs"):
+            if key in config.model_fields_set:
+                raise ModelLoadError(f"{key}: is not for models of {source.task}")
+        return FoundOutput(OutputReading(), source.task, ())
+    return find_output(
+        module,
+        preprocess,
+        task=source.task,
+        is_task_open=config.task == "auto",
+        part=config.output,
+        kind=None if config.outputs == "auto" else OutputKind(config.outputs),
+    )
+
+
+def _discover(config: ModelConfig, found: FoundOutput, module: nn.Module, preprocess: PreprocessSpec) -> Discovery:
+    task = found.task
     grids = {layer: grid.grid for layer, grid in config.grids.items()}
     size, channels = preprocess.sample_px, preprocess.channels
     if task is Task.SEGMENTATION:
@@ -58,4 +85,12 @@ def _discover(config: ModelConfig, task: Task, module: nn.Module, preprocess: Pr
         if grids:
             raise ModelLoadError("grids: the layers of a detector return feature maps, or several by name")
         return discover_for_detection(module, size, config.layers, channels=channels)
-    return discover(module, size, config.layers, grids=grids, scored=task is not Task.EMBEDDING, channels=channels)
+    return discover(
+        module,
+        size,
+        config.layers,
+        grids=grids,
+        scores=found.reading.scores,
+        scored=task is not Task.EMBEDDING,
+        channels=channels,
+    )

@@ -67,7 +67,7 @@ def run(module: nn.Module, input_size: tuple[int, int], *, channels: int = 3) ->
         return hook
 
     hooks = [(child, hook_for(name)) for name, child in module.named_modules() if name]
-    return traces, _called(module, (channels, *input_size), hooks)
+    return traces, call(module, torch.zeros(1, channels, *input_size), hooks)
 
 
 def depends(
@@ -107,23 +107,26 @@ def depends(
         return hook
 
     hooks = [(child, hook_for(grid)) for child, grid in places]
-    return bool(scores(_called(module, (channels, *input_size), hooks)).isnan().any())
+    inputs = torch.zeros(1, channels, *input_size)
+    return bool(scores(call(module, inputs, hooks)).isnan().any())
 
 
-def _called(
-    module: nn.Module,
-    input_shape: tuple[int, int, int],
-    hooks: Sequence[tuple[nn.Module, Callable[..., Tensor | None]]],
+def call(
+    module: nn.Module, inputs: Tensor, hooks: Sequence[tuple[nn.Module, Callable[..., Tensor | None]]] = ()
 ) -> object:
+    """Run a network without gradients, with hooks on some of its modules, and return what it returns.
+
+    Raises:
+        ModelLoadError: the network fails.
+    """
     handles = [child.register_forward_hook(hook) for child, hook in hooks]
-    shape = (1, *input_shape)
     try:
         with torch.no_grad():
-            output: object = module(torch.zeros(shape))
+            output: object = module(inputs)
     # A network is foreign code and may raise anything.
     except Exception as error:
         raise ModelLoadError(
-            f"the network fails on an input of {shape} ({type(error).__name__}); "
+            f"the network fails on an input of {tuple(inputs.shape)} ({type(error).__name__}); "
             "preprocess.crop_px sets its height and width, preprocess.channels its channels"
         ) from error
     finally:

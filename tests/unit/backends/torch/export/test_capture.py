@@ -1,5 +1,7 @@
 """Recording a forward pass: what is found in it, and which networks are refused."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from torch._ops import OpOverload
 import export_networks
 from export_networks import make
 from heatlens_server.backends.torch.export.capture import MARK, capture
+from heatlens_server.backends.torch.sources.output_reading import OutputReading
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import InputKind
 from loaded_models import hook_count
@@ -83,13 +86,15 @@ def test_what_cannot_be_recorded_is_refused_with_the_reason(kind, layer, message
 
 
 class InTuple(export_networks.Staged):
-    """Returns more than is understood."""
+    """Returns its logits among other things."""
 
     def forward(self, x):
-        return (super().forward(x),)
+        return x, super().forward(x)
 
 
-def test_logits_are_found_in_what_other_libraries_return():
-    assert record(make(export_networks.InDictionary)).logits.meta["val"].shape[1] == export_networks.CLASSES
-    with pytest.raises(ExportError, match="the model gives a tuple, not a tensor of logits"):
-        record(make(InTuple))
+@pytest.mark.parametrize(("kind", "part"), [(export_networks.InDictionary, "logits"), (InTuple, 1)])
+def test_logits_are_found_in_what_other_libraries_return(kind, part):
+    model = dataclasses.replace(make(kind), reading=OutputReading(part))
+    assert record(model).logits.meta["val"].shape[1] == export_networks.CLASSES
+    with pytest.raises(ExportError, match="the network must return a tensor, not"):
+        record(make(kind))

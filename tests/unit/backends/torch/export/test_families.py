@@ -112,10 +112,8 @@ def test_family(name):
     model = model_of(name)
     graph = differentiate(model, GraphSpec(layer))
     images = noise(3, px, seed=2)
-    reference = Network(model.module, model.preprocess, torch.float64).explain(
-        images, [layer], torch.tensor([[0], [3], [7]])
-    )[layer]
-    own = Network(model.module, model.preprocess, torch.float32).explain(images, [layer], reference.class_ids)[layer]
+    reference = Network(model, torch.float64).explain(images, [layer], torch.tensor([[0], [3], [7]]))[layer]
+    own = Network(model, torch.float32).explain(images, [layer], reference.class_ids)[layer]
     judged = expected(reference, own, Method.GRAD_CAM, unknown=TOLERANCES["fp32"].unknown)
     found = run_torch(graph, [str(output) for output in Output], normalised(images), judged.class_ids)
     outputs = {Output(output): values for output, values in found.items()}

@@ -6,6 +6,7 @@ import torch
 
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.goals.embedding import Embedding
+from heatlens_server.backends.torch.sources.output_reading import OutputReading
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Method, Metric, Score
 from heatlens_server.core.targets import Similarity, TopK
@@ -102,4 +103,4 @@ def test_every_method_gives_finite_maps_and_measures(engine):
 
 def test_targets_of_other_tasks_are_refused():
     with pytest.raises(TypeError, match="explains similarities"):
-        Embedding().goals(torch.zeros(1, 4), [TopK(1)], score=Score.LOGIT, run=lambda _: None)
+        Embedding(OutputReading()).goals(torch.zeros(1, 4), [TopK(1)], score=Score.LOGIT, run=lambda _: None)

@@ -1,0 +1,294 @@
+"""What a network that scores whole images returns, found by running it on a few; and what that says of its task."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from heatlens_server.backends.torch.sources.output_reading import (
+    OutputName,
+    OutputReading,
+    SeenActivations,
+    part_of,
+    parts_of,
+    rows_of,
+)
+from heatlens_server.backends.torch.sources.trace import call
+from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.core.preprocess import PreprocessSpec
+from heatlens_server.core.tasks import Activation, OutputKind, Task
+
+_CONVENTIONAL = ("logits", "out")
+"""What transformers and torchvision call the scores, if a network returns more than them."""
+
+_ROUNDING = 1e-4
+"""How far from 1 float32 may bring the sum of the probabilities of thousands of classes."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundOutput:
+    """What a network returns.
+
+    Attributes:
+        reading: how it becomes scores.
+        task: what the network does.
+        assumptions: what was found or assumed, one sentence each, with the key that overrides it.
+    """
+
+    reading: OutputReading
+    task: Task
+    assumptions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """What the network says about one image.
+
+    Attributes:
+        rows: (1, C), as it returns them.
+        activation: what was seen to make them; None if nothing was.
+        before: (1, C), what that was given.
+    """
+
+    rows: Tensor
+    activation: Activation | None = None
+    before: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What the scores are: of which kind, and by which activation."""
+
+    kind: OutputKind
+    activation: Activation
+
+
+_SOFTMAX = _Form(OutputKind.PROBABILITIES, Activation.SOFTMAX)
+_LOG_SOFTMAX = _Form(OutputKind.LOG_PROBABILITIES, Activation.SOFTMAX)
+_SIGMOIDS = _Form(OutputKind.PROBABILITIES, Activation.SIGMOID)
+
+
+def find_output(
+    module: nn.Module,
+    preprocess: PreprocessSpec,
+    *,
+    task: Task,
+    is_task_open: bool,
+    part: OutputName | None = None,
+    kind: OutputKind | None = None,
+) -> FoundOutput:
+    """Run a network on a few images and find which part of what it returns are its scores, and what they are.
+
+    Probabilities are what lies in [0, 1] and sums to 1 on every image, or what a sigmoid is seen to make on each.
+    Log-probabilities are what is never positive and whose exponentials sum to 1 on every image.
+
+    Args:
+        module: in eval mode. Left as it was.
+        preprocess: how images become its input.
+        task: what the network does, as far as its source says: a task with scores for the image as a whole.
+        is_task_open: whether that is a guess: then one output makes a binary classifier, sigmoids a multi-label one.
+        part: which part of what it returns holds the scores; None to find it.
+        kind: what that holds; None to find it.
+
+    Raises:
+        ModelLoadError: the network fails, no part or several parts may be the scores, or they are not of the task. The
+            message names the key to set.
+    """
+    notes: list[str] = []
+    said = (_say(module, probe) for probe in _probes(preprocess))
+    output, seen = next(said)
+    if part is None:
+        part, found = _find_part(output)
+        notes += found
+    scores = [_scores(output, seen, part)]
+    width = scores[0].rows.shape[1]
+    if is_task_open and task is Task.CLASSIFICATION and width == 1:
+        task = Task.BINARY
+        notes.append(
+            "The network has one output: it is taken as a binary classifier, whose class 1 has the output's sigmoid; "
+            "set task if it is another."
+        )
+    _check_width(task, width)
+    if not task.traits.has_image_classes:
+        if kind not in {None, OutputKind.LOGITS}:
+            raise ModelLoadError(f"outputs: is for classifiers, and this model is for {task}")
+        return FoundOutput(OutputReading(part), task, tuple(notes))
+    for output, seen in said:
+        # Most networks are known to return logits after one image.
+        if kind is OutputKind.LOGITS or not _possible(scores):
+            break
+        scores.append(_scores(output, seen, part))
+    form = _found(scores) if kind is None else _declared(kind, scores)
+    if form is None:
+        if kind is None and _possible(scores):
+            notes.append(
+                f"The network's outputs lie in [0, 1] on {len(scores)} images, but it shows no sigmoid: they are taken "
+                'as logits; set outputs = "probabilities" if they are probabilities.'
+            )
+        return FoundOutput(OutputReading(part, two_sided=task is Task.BINARY), task, tuple(notes))
+    if kind is None:
+        notes.append(
+            f"The network returns {form.kind}, and maps explain its logits; set outputs = "
+            f'"{OutputKind.LOGITS}" if what it returns are logits.'
+        )
+    if form.activation is not task.traits.activation:
+        task = _task_of(form, is_open=is_task_open)
+        notes.append(
+            f'Its {form.activation} makes the task "{task}"; set task if it is another.',
+        )
+    is_seen = all(_shows(one, form) for one in scores)
+    if not is_seen:
+        notes.append(
+            f"The function that makes the network's {form.kind} cannot be seen: logits are computed from them, and "
+            "maps are flat where float32 rounds a probability to 0 or 1; let the network return its logits."
+        )
+    reading = OutputReading(part, form.kind, form.activation, is_seen, two_sided=task is Task.BINARY)
+    return FoundOutput(reading, task, tuple(notes))
+
+
+def _probes(preprocess: PreprocessSpec) -> Iterator[Tensor]:
+    """Images that differ in kind, as a network gets them: noise, black, white, ramps, a chequerboard."""
+    height_px, width_px = preprocess.sample_px
+    down, across = torch.meshgrid(torch.linspace(0, 1, height_px), torch.linspace(0, 1, width_px), indexing="ij")
+    noise = torch.rand(height_px, width_px, generator=torch.Generator().manual_seed(0))
+    board = ((down * 8).floor() + (across * 8).floor()) % 2
+    gains, biases = torch.tensor(preprocess.gains), torch.tensor(preprocess.biases)
+    for gray in (noise, torch.zeros_like(down), torch.ones_like(down), down, across, board):
+        yield (255.0 * gray[..., None] * gains + biases).permute(2, 0, 1)[None].contiguous()
+
+
+def _say(module: nn.Module, image: Tensor) -> tuple[object, SeenActivations]:
+    with SeenActivations() as seen:
+        return call(module, image), seen
+
+
+def _scores(output: object, seen: SeenActivations, part: OutputName | None) -> _Scores:
+    values = part_of(output, part)
+    found = seen.before(values)
+    if found is None:
+        return _Scores(rows_of(values, 1))
+    return _Scores(rows_of(values, 1), found[0], rows_of(found[1], 1))
+
+
+def _find_part(output: object) -> tuple[OutputName | None, list[str]]:
+    """Which part of what a network returned are its scores, and what is to be said about that."""
+    if isinstance(output, Tensor):
+        return None, []
+    parts = dict(parts_of(output))
+    fit = [part for part, values in parts.items() if _is_row(values)]
+    for name in _CONVENTIONAL:
+        if name in fit:
+            return name, []
+    if len(fit) == 1:
+        others = "" if len(parts) == 1 else f" of {len(parts)}"
+        return fit[0], [f"The network's output {fit[0]!r}{others} is taken as its scores; set output to take another."]
+    forms = ", ".join(f"{part!r} {tuple(values.shape)}" for part, values in parts.items()) or "no tensor"
+    if fit:
+        raise ModelLoadError(
+            f"the network returns a {type(output).__name__} of {forms}: set output to the one that holds the scores, "
+            f"such as output = {_toml(fit[0])}"
+        )
+    raise ModelLoadError(
+        f"the network must return logits of shape (N, classes), not a {type(output).__name__} of {forms}; task says "
+        "what else it may be"
+    )
+
+
+def _is_row(values: Tensor) -> bool:
+    try:
+        rows_of(values, 1)
+    except ModelLoadError:
+        return False
+    return True
+
+
+def _toml(part: OutputName) -> str:
+    return f'"{part}"' if isinstance(part, str) else str(part)
+
+
+def _check_width(task: Task, width: int) -> None:
+    """Check that a network has as many outputs as its task takes."""
+    if task is Task.BINARY and width != 1:
+        raise ModelLoadError(
+            f'task: a binary classifier has one output, and this network has {width}: set "classification", or '
+            '"multi-label-classification" if classes do not exclude each other'
+        )
+    if task is Task.CLASSIFICATION and width == 1:
+        raise ModelLoadError(
+            'task: of one output the softmax is always 1: set "binary-classification", or "regression" if it is a value'
+        )
+
+
+def _possible(scores: Sequence[_Scores]) -> set[_Form]:
+    """What the scores of all images may be, beside logits."""
+    return set.intersection(*(_possible_of(one.rows) for one in scores))
+
+
+def _possible_of(rows: Tensor) -> set[_Form]:
+    found: set[_Form] = set()
+    if bool(((rows >= 0) & (rows <= 1)).all()):
+        found.add(_SIGMOIDS)
+        if _is_one(rows):
+            found.add(_SOFTMAX)
+    elif bool((rows <= 0).all()) and _is_one(rows.double().exp()):
+        found.add(_LOG_SOFTMAX)
+    return found
+
+
+def _is_one(rows: Tensor) -> bool:
+    return rows.shape[1] > 1 and abs(float(rows.double().sum()) - 1.0) <= _ROUNDING
+
+
+def _found(scores: Sequence[_Scores]) -> _Form | None:
+    """What the scores are; None for logits."""
+    possible = _possible(scores)
+    if _SIGMOIDS in possible and not all(_shows(one, _SIGMOIDS) for one in scores):
+        # Logits may well lie in [0, 1].
+        possible.remove(_SIGMOIDS)
+    return next((form for form in (_SOFTMAX, _LOG_SOFTMAX, _SIGMOIDS) if form in possible), None)
+
+
+def _declared(kind: OutputKind, scores: Sequence[_Scores]) -> _Form | None:
+    """The same, if the configuration says the kind.
+
+    Raises:
+        ModelLoadError: they are not of it.
+    """
+    if kind is OutputKind.LOGITS:
+        return None
+    largest = 1.0 if kind is OutputKind.PROBABILITIES else 0.0
+    smallest = 0.0 if kind is OutputKind.PROBABILITIES else -torch.inf
+    for one in scores:
+        if not bool(((one.rows >= smallest) & (one.rows <= largest)).all()):
+            raise ModelLoadError(
+                f"outputs: the network returns values from {float(one.rows.min()):g} to {float(one.rows.max()):g}, "
+                f'which are no {kind}: set "{OutputKind.LOGITS}"'
+            )
+    possible = _possible(scores)
+    softmax = _Form(kind, Activation.SOFTMAX)
+    return softmax if softmax in possible else _Form(kind, Activation.SIGMOID)
+
+
+def _shows(one: _Scores, form: _Form) -> bool:
+    """Whether the scores were seen to be made by an activation of the classes' logits."""
+    if one.before is None or one.activation is not form.activation:
+        return False
+    probabilities = one.before.softmax(1) if form.activation is Activation.SOFTMAX else one.before.sigmoid()
+    made = probabilities if form.kind is OutputKind.PROBABILITIES else probabilities.log()
+    return bool(torch.allclose(made, one.rows, atol=_ROUNDING))
+
+
+def _task_of(form: _Form, *, is_open: bool) -> Task:
+    """The task of a network whose probabilities are another function of logits than its task's.
+
+    Raises:
+        ModelLoadError: the configuration says the task.
+    """
+    fitting = Task.CLASSIFICATION if form.activation is Activation.SOFTMAX else Task.MULTI_LABEL
+    if is_open:
+        return fitting
+    raise ModelLoadError(
+        f'task: the network returns {form.kind} by {form.activation}, which are those of "{fitting}": set that, or '
+        f'outputs = "{OutputKind.LOGITS}" if they are none'
+    )
