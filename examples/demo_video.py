@@ -39,7 +39,7 @@ def main() -> None:
         command = [Path(sys.executable).with_name("heatlens"), "video", clip, "-o", OVERLAY, "--json", LINES]
         subprocess.run([*command, "--smooth", str(SMOOTH), "--server", address], check=True)
         plain, smoothed = (flicker(clip, address, smooth) for smooth in (0.0, SMOOTH))
-    tops = [json.loads(line)["classes"][0]["label"] for line in LINES.read_text().splitlines()]
+    tops = [json.loads(line)["explanations"][0]["label"] for line in LINES.read_text().splitlines()]
     Image.fromarray(sheet(clip, spread(len(tops), SHEET_FRAMES), SHEET_WIDTH_PX)).save(SHEET)
     picture = Image.fromarray(sheet(clip, spread(len(tops), PICTURE_FRAMES), PICTURE_WIDTH_PX))
     in_256_colors(picture).save(PICTURE, optimize=True)

@@ -75,7 +75,7 @@ def test_explain_goes_on_after_a_bad_file(run_on, chelsea_path, tmp_path):
     bad, missing = tmp_path / "bad.jpg", tmp_path / "missing.jpg"
     bad.write_bytes(b"garbage")
     done = run_on("explain", bad, missing, chelsea_path, "--json", exit_code=1)
-    assert json.loads(one_line(done.stdout))["image"] == str(chelsea_path)
+    assert json.loads(one_line(done.stdout))["path"] == str(chelsea_path)
     first, second = done.stderr.splitlines()
     assert str(bad) in first
     assert "IMAGE_UNDECODABLE" in first
@@ -87,7 +87,7 @@ def test_explain_keeps_the_order_of_many_files(run_on, chelsea_path, tmp_path):
     for path in paths:
         path.write_bytes(chelsea_path.read_bytes())
     done = run_on("explain", *paths, "--json")
-    assert [json.loads(line)["image"] for line in done.stdout.splitlines()] == [str(path) for path in paths]
+    assert [json.loads(line)["path"] for line in done.stdout.splitlines()] == [str(path) for path in paths]
 
 
 def test_explain_refuses_to_overwrite_its_own_files(run_on, chelsea_path, tmp_path):

@@ -56,8 +56,8 @@ def test_a_film_and_its_lines_in_silence(server, clip, tmp_path):
         assert answer["error"] is None
         assert answer["latency_ms"] > 0
         assert answer["timing"]["batch_size"] >= 1
-        (only,) = answer["classes"]
-        assert 0 <= only["id"] < 10
+        (only,) = answer["explanations"]
+        assert 0 <= only["class_id"] < 10
         assert 0 < only["probability"] <= 1
 
 
@@ -90,9 +90,9 @@ def test_options_reach_the_server(run_on, clip, tmp_path):
     what = ["--model", "tiny_mlp", "--method", "grad-cam", "--layer", "body", "--class", 3, "--class", 1]
     run_on(clip, "--json", lines, *what, "--max-frames", 3, "--max-in-flight", 1)
     answers = lines_of(lines.read_text())
-    assert [[item["id"] for item in answer["classes"]] for answer in answers] == [[3, 1]] * 3
+    assert [[item["class_id"] for item in answer["explanations"]] for answer in answers] == [[3, 1]] * 3
     run_on(clip, "--json", lines, "--top-k", 4, "--max-frames", 3)
-    assert [len(answer["classes"]) for answer in lines_of(lines.read_text())] == [4] * 3
+    assert [len(answer["explanations"]) for answer in lines_of(lines.read_text())] == [4] * 3
 
 
 def test_raw_pixels_are_exact(run_on, tmp_path, chelsea_path, chelsea):
@@ -100,7 +100,7 @@ def test_raw_pixels_are_exact(run_on, tmp_path, chelsea_path, chelsea):
     found = []
     for how in (["--raw"], ["--quality", 100], ["--quality", 5]):
         run_on(chelsea_path, "--json", lines, "--model", "tiny_mlp", *how)
-        found.append(lines_of(lines.read_text())[0]["classes"][0]["probability"])
+        found.append(lines_of(lines.read_text())[0]["explanations"][0]["probability"])
     raw, fine, coarse = found
     assert abs(fine - raw) < abs(coarse - raw)
 

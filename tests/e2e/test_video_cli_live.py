@@ -67,7 +67,7 @@ def test_a_bad_frame_fails_alone(run, launch, tmp_path):
     assert statuses(lines) == ["explained"] * 2 + ["failed"] + ["explained"] * 3
     failed = lines_of(lines.read_text())[2]
     assert failed["error"]["code"] == "INTERNAL"
-    assert failed["classes"] == []
+    assert failed["explanations"] == []
     assert "5 explained, 1 failed" in done.stdout
     _, frames = read_film(film)
     assert len(frames) == 6

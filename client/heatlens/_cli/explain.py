@@ -1,20 +1,18 @@
-"""`heatlens explain`: explain image files."""
+"""`heatlens explain`: explain images."""
 
+import errno
 import json
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
-import cv2
-import numpy as np
 import typer
 
 from heatlens._calls.client import Client
+from heatlens._cli.answer_files import AnswerFolder
 from heatlens._cli.connection import (
     DEFAULT_SERVER,
     CaOption,
@@ -28,22 +26,30 @@ from heatlens._cli.connection import (
     reporting,
     warn,
 )
-from heatlens._cli.explaining import MAP_OPTIONS, ModelOption, chosen, takes
+from heatlens._cli.explaining import IMAGE_OPTIONS, MAP_OPTIONS, ModelOption, chosen, takes
+from heatlens._cli.interrupt import INTERRUPTED
 from heatlens._exceptions import HeatlensError
-from heatlens._results.drawing import caption, draw_banner, flat_note
-from heatlens._results.images import write_image
-from heatlens._results.results import Result
+from heatlens._results.answer_json import NO_FILES, AnswerFiles, answer_json
+from heatlens._results.drawing import flat_note
+from heatlens._results.overlay import color_table
+from heatlens._results.results import ClassScore, Explanation, Result
+from heatlens._video.inputs import IMAGE_SUFFIXES, images_of
 
-# Files in flight: enough to give the server batches, few enough to keep memory and queues small.
+# Images in flight: enough to give the server batches, few enough to keep memory and queues small.
 _CONCURRENCY = 8
-# What shells say of a command that Ctrl-C ended: 128 + SIGINT.
-_INTERRUPTED = 130
+_STDIN = "-"
+# What the server reads, and a film's reader does not.
+_SUFFIXES = IMAGE_SUFFIXES | {".avif", ".dcm", ".gif", ".heic", ".heif"}
+# An image; an error in place of one that is not there.
+_Image = Path | bytes | OSError
 
 
-@takes(*MAP_OPTIONS, "faithfulness", "mask", "reference", "min_score", "return_mask", after="model")
+@takes(*MAP_OPTIONS, *IMAGE_OPTIONS, after="model")
 def explain(
     *,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.")],
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE", help="Image files, folders, quoted globs; - is standard input.")
+    ],
     server: ServerOption = DEFAULT_SERVER,
     model: ModelOption = None,
     output: Annotated[
@@ -52,10 +58,12 @@ def explain(
             "-o",
             "--output",
             metavar="DIR",
-            help="Write NAME-CLASS.png (overlay) and .npy (map) there; embeddings as NAME-embedding.npy.",
+            help="Write NAME-CLASS.png (overlay) and .npy (map) there, NAME-all.png (all detections), NAME-mask.png, "
+            "NAME-embedding.npy.",
         ),
     ] = None,
     colormap: Annotated[str, typer.Option(help="An OpenCV colour map, for the overlays.")] = "jet",
+    alpha: Annotated[float, typer.Option(min=0, max=1, help="Opacity of the map, in the overlays.")] = 0.5,
     as_json: JsonOption = False,
     timeout: TimeoutOption = 30.0,
     tls: TlsOption = False,
@@ -66,54 +74,71 @@ def explain(
 
     With --json, one object per image and line. Exits with 1 if an image failed; the others are still explained.
     """
-    if output is not None:
-        _check_names(images)
-    elif options["return_mask"]:
+    if output is None and options["return_mask"]:
         raise typer.BadParameter("give -o DIR, too", param_hint="--return-mask")
     failed = False
     with reporting():
+        named = [one for text in images for one in _named(text)]
+        folder = None if output is None else _folder(output, named, colormap, alpha)
         wanted = {"model": model, **chosen(options)}
-        if output is not None:
-            output.mkdir(parents=True, exist_ok=True)
         with (
             Client(**client_options(server, tls=tls, ca=ca, timeout=timeout)) as client,
             _thread_pool(client) as pool,
         ):
-            for path, answer in _answers(pool, client, images, wanted):
+            for name, image, answer in _answers(pool, client, named, wanted):
                 try:
                     result = answer.result()
-                    files = _NO_FILES if output is None else _write(result, path, output, colormap)
+                    assert not isinstance(image, OSError)
+                    files = NO_FILES if folder is None else folder.write(result, image, _stem(name))
                 except (HeatlensError, OSError) as error:
                     text = describe(error)
-                    warn(f"error: {text}" if str(path) in text else f"error: {path}: {text}")
+                    warn(f"error: {text}" if name in text else f"error: {name}: {text}")
                     failed = True
                     continue
                 for warning in result.warnings:
-                    warn(f"warning: {path}: {warning}")
-                lines = [json.dumps(_as_dict(result, path, files))] if as_json else _as_text(result, path, files)
+                    warn(f"warning: {name}: {warning}")
+                lines = (
+                    [json.dumps(answer_json(result, path=name, files=files))]
+                    if as_json
+                    else _as_text(result, name, files)
+                )
                 typer.echo("\n".join(lines))
     if failed:
         raise typer.Exit(1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Files:
-    """What was written for one image: an overlay and a map per explanation, and what else its task has."""
+def _named(text: str) -> list[tuple[str, _Image]]:
+    """Return the images that an argument stands for, each with the name that the user knows it by."""
+    if text == _STDIN:
+        return [(_STDIN, typer.get_binary_stream("stdin").read())]
+    try:
+        paths = images_of(text, suffixes=_SUFFIXES)
+    except OSError as error:
+        return [(text, error)]
+    if paths is None:
+        return [(text, Path(text))]
+    return [(str(path), path) for path in paths] or [(text, FileNotFoundError(errno.ENOENT, "no images there", text))]
 
-    overlays: tuple[Path, ...] = ()
-    maps: tuple[Path, ...] = ()
-    mask: Path | None = None
-    embedding: Path | None = None
+
+def _stem(name: str) -> str:
+    """Return what the names of an image's files begin with."""
+    return "stdin" if name == _STDIN else Path(name).stem
 
 
-_NO_FILES = _Files()
+def _folder(path: Path, named: list[tuple[str, _Image]], colormap: str, alpha: float) -> AnswerFolder:
+    """Return the folder to write to, made if need be, after a look at what would be wrong only after the calls.
 
-
-def _check_names(images: list[Path]) -> None:
-    seen: dict[str, Path] = {}
-    for image in images:
-        if seen.setdefault(image.stem, image) != image:
-            fail(f"{seen[image.stem]} and {image} would be written to the same files: give them different names")
+    Raises:
+        InvalidArgumentError: there is no such colour map.
+        OSError: the folder cannot be made.
+    """
+    seen: dict[str, str] = {}
+    for name, _ in named:
+        if seen.setdefault(_stem(name), name) != name:
+            fail(f"{seen[_stem(name)]} and {name} would be written to the same files: give them different names")
+    color_table(colormap)
+    path.mkdir(parents=True, exist_ok=True)
+    return AnswerFolder(path, colormap=colormap, alpha=alpha)
 
 
 @contextmanager
@@ -123,7 +148,7 @@ def _thread_pool(client: Client) -> Iterator[ThreadPoolExecutor]:
     try:
         yield pool
     except KeyboardInterrupt:
-        raise typer.Exit(_INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
     finally:
         # The client first: a thread whose call is still open would hold up this process until the call's timeout.
         client.close()
@@ -131,93 +156,46 @@ def _thread_pool(client: Client) -> Iterator[ThreadPoolExecutor]:
 
 
 def _answers(
-    pool: ThreadPoolExecutor, client: Client, images: list[Path], options: dict[str, Any]
-) -> Iterator[tuple[Path, Future[Result]]]:
-    """Yield every image's answer, in order, while the next ones are under way."""
-    rest = iter(images)
-    pending = [(path, pool.submit(client.explain, path, **options)) for path in islice(rest, _CONCURRENCY)]
+    pool: ThreadPoolExecutor, client: Client, named: list[tuple[str, _Image]], options: dict[str, Any]
+) -> Iterator[tuple[str, _Image, Future[Result]]]:
+    """Yield every image with its name and answer, in order, while the next ones are under way."""
+
+    def explain(image: _Image) -> Result:
+        if isinstance(image, OSError):
+            raise image
+        return client.explain(image, **options)
+
+    rest = ((name, image, pool.submit(explain, image)) for name, image in named)
+    pending = list(islice(rest, _CONCURRENCY))
     while pending:
-        path, answer = pending.pop(0)
-        yield path, answer
-        pending += [(path, pool.submit(client.explain, path, **options)) for path in islice(rest, 1)]
+        yield pending.pop(0)
+        pending += islice(rest, 1)
 
 
-def _write(result: Result, image: Path, folder: Path, colormap: str) -> _Files:
-    overlays, maps = [], []
-    seen: Counter[int] = Counter()
-    for explanation in result.explanations:
-        # Detections may be several of one class.
-        seen[explanation.class_id] += 1
-        number = seen[explanation.class_id]
-        name = f"{image.stem}-{explanation.class_id}" + (f"-{number}" if number > 1 else "")
-        overlays.append(folder / f"{name}.png")
-        maps.append(folder / f"{name}.npy")
-        picture = explanation.heatmap.overlay(image, colormap=colormap)
-        if explanation.heatmap.is_flat:
-            draw_banner(picture, [caption(explanation)])
-        write_image(overlays[-1], picture)
-        explanation.heatmap.save(maps[-1])
-    mask = embedding = None
-    if result.predicted_mask is not None:
-        mask = folder / f"{image.stem}-mask.png"
-        mask.write_bytes(cv2.imencode(".png", result.predicted_mask)[1].tobytes())
-    if result.embedding is not None:
-        embedding = folder / f"{image.stem}-embedding.npy"
-        np.save(embedding, result.embedding, allow_pickle=False)
-    return _Files(overlays=tuple(overlays), maps=tuple(maps), mask=mask, embedding=embedding)
-
-
-def _as_dict(result: Result, image: Path, files: _Files) -> dict[str, Any]:
-    explanations = []
+def _as_text(result: Result, name: str, files: AnswerFiles) -> list[str]:
+    lines = [f"{name}: {result.model}"]
     for index, item in enumerate(result.explanations):
-        height, width = item.heatmap.values.shape
-        explanation = {
-            "class_id": item.class_id,
-            "label": item.label,
-            "logit": item.logit,
-            "probability": item.probability,
-            "map_height": height,
-            "map_width": width,
-            "scale": item.heatmap.scale,
-            "offset": item.heatmap.offset,
-            "flat": item.heatmap.is_flat,
-        }
-        if item.area:
-            explanation["area"] = item.area
+        parts = [_score_text(item)]
         if item.box is not None:
-            explanation["box"] = asdict(item.box)
-        if item.faithfulness is not None:
-            explanation["faithfulness"] = item.faithfulness.by_metric()
-        if files.maps:
-            explanation |= {"overlay": str(files.overlays[index]), "map": str(files.maps[index])}
-        explanations.append(explanation)
-    whole = {"predicted_mask": files.mask, "embedding": files.embedding}
-    return {
-        "image": str(image),
-        "model": result.model,
-        "model_version": result.model_version,
-        "source_region": asdict(result.source_region),
-        "source_size": result.source_size,
-        "explanations": explanations,
-        "timing": asdict(result.timing),
-        "warnings": result.warnings,
-        **{name: str(path) for name, path in whole.items() if path is not None},
-    }
-
-
-def _as_text(result: Result, image: Path, files: _Files) -> list[str]:
-    lines = [f"{image}: {result.model}"]
-    for index, item in enumerate(result.explanations):
-        parts = [f"  {item.class_id:>5}  {item.probability:>6.1%}  {item.label or '-'}"]
-        if item.box is not None:
-            parts.append("at {left:.0f},{top:.0f} to {right:.0f},{bottom:.0f}".format(**asdict(item.box)))
-        if note := flat_note(item.heatmap):
+            parts.append(f"at {item.box.left:.0f},{item.box.top:.0f} to {item.box.right:.0f},{item.box.bottom:.0f}")
+        if note := flat_note(item):
             parts.append(note)
         if item.area:
             parts.append(f"on {item.area:.1%} of the image")
         if item.faithfulness is not None:
             parts += [f"{metric} {value:.3f}" for metric, value in item.faithfulness.by_metric().items()]
-        if files.overlays:
-            parts.append(str(files.overlays[index]))
+        if files.explanations:
+            written = files.explanations[index]
+            parts += [str(path) for path in (written.overlay, written.predicted_mask) if path is not None]
         lines.append("  ".join(parts))
-    return lines + [f"  {path}" for path in (files.mask, files.embedding) if path is not None]
+    if not result.explanations:
+        lines.append("  nothing found")
+    if result.predictions:
+        lines += ["  most probable:", *(_score_text(item) for item in result.predictions)]
+    whole = files.overlay, files.predicted_mask, files.embedding
+    return lines + [f"  {path}" for path in whole if path is not None]
+
+
+def _score_text(item: Explanation | ClassScore) -> str:
+    score = f"{item.probability:>6.1%}" if item.value is None else f"{item.value:>6.4g}"
+    return f"  {item.class_id:>5}  {score}  {item.label or '-'}"

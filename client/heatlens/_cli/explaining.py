@@ -32,6 +32,8 @@ _ANNOTATIONS = {
     "augment": _option("augment", bool, "--augment"),
     "principal_component": _option("principal_component", bool, "--principal-component"),
     "direction": _option("direction", str | None, metavar="increase|decrease", show_default="increase"),
+    "map_size": _option("map_size", str | None, metavar="SIZE", show_default="layer"),
+    "top_predictions": _option("top_predictions", int | None, metavar="N"),
     "faithfulness": _option("faithfulness", str | None, metavar="METRICS"),
     "mask": _option("mask", Path | None, metavar="FILE"),
     "reference": _option("reference", Path | None, metavar="FILE"),
@@ -39,7 +41,8 @@ _ANNOTATIONS = {
     "return_mask": _option("return_mask", bool, "--return-mask"),
 }
 SCORE_OPTIONS = ("target_score", "aggregation", "augment", "principal_component")
-MAP_OPTIONS = ("top_k", "class_ids", "method", "layers", *SCORE_OPTIONS, "direction")
+MAP_OPTIONS = ("top_k", "class_ids", "method", "layers", *SCORE_OPTIONS, "direction", "top_predictions")
+IMAGE_OPTIONS = ("map_size", "faithfulness", "mask", "reference", "min_score", "return_mask")
 
 
 def takes(*names: str, after: str) -> Callable[[Command], Command]:

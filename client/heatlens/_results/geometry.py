@@ -7,6 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 Float32Array = npt.NDArray[np.float32]
+UInt8Array = npt.NDArray[np.uint8]
+
+NOT_SEEN = 255
+"""In a mask of the source image: the model did not look here."""
 
 # Output rows interpolated by one matrix product: enough to amortise the call, few enough that the product
 # only touches the handful of source rows below them.
@@ -82,6 +86,32 @@ def place_map(values: npt.ArrayLike, region: PixelBox, size: tuple[int, int]) ->
         wide = _interpolate_rows(source.T, columns, left, right).T
         placed[rows, columns] = _interpolate_rows(wide, rows, top, bottom)
     return placed
+
+
+def place_mask(mask: UInt8Array, region: PixelBox, size: tuple[int, int]) -> UInt8Array:
+    """Place a mask of a model's input on the source image: the input pixel that holds each source pixel's centre.
+
+    Args:
+        mask: uint8 (h, w).
+        region: the part of the source image that the mask covers.
+        size: (width, height) of the source image, in pixels.
+
+    Returns:
+        uint8 (height, width), NOT_SEEN outside `region`.
+    """
+    placed = np.full((size[1], size[0]), NOT_SEEN, np.uint8)
+    rows, inputs_y = _held(region.top, region.bottom, mask.shape[0], size[1])
+    columns, inputs_x = _held(region.left, region.right, mask.shape[1], size[0])
+    placed[np.ix_(rows, columns)] = mask[np.ix_(inputs_y, inputs_x)]
+    return placed
+
+
+def _held(start: float, stop: float, count: int, length_px: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Return the pixels whose centres are in [start, stop), and which of its `count` equal parts holds each."""
+    centres = np.arange(length_px) + 0.5
+    inside = np.flatnonzero((centres >= start) & (centres < stop))
+    parts = np.floor((centres[inside] - start) * (count / (stop - start))).astype(np.intp)
+    return inside, np.minimum(parts, count - 1)
 
 
 def _covered(start: float, stop: float, length_px: int) -> slice:

@@ -211,6 +211,31 @@ def write_image(path: Path, pixels: UInt8Array) -> None:
     path.write_bytes(encoded.tobytes())
 
 
+def write_mask(path: Path, mask: UInt8Array) -> None:
+    """Write a mask, uint8 (height, width), as a PNG whose pixels are its numbers, each in a colour of its own.
+
+    The colours are those of PASCAL VOC, as segmentation's tools have them: 0 is black, 255 is cream.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from PIL import Image  # noqa: PLC0415 - OpenCV writes no palettes; who wants none need not wait for Pillow
+
+    image = Image.frombytes("P", (mask.shape[1], mask.shape[0]), mask.tobytes())
+    image.putpalette(_voc_palette().ravel().tolist())
+    image.save(path, format="PNG")
+
+
+def _voc_palette() -> UInt8Array:
+    """Return the colours of PASCAL VOC, uint8 (256, 3): red, green and blue take a number's bits in turn."""
+    numbers = np.arange(256)
+    palette = np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            palette[:, channel] |= ((numbers >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+    return palette
+
+
 def _drawable(pixels: npt.NDArray[Any]) -> UInt8Array:
     """Pixels of any kind as uint8 RGB (height, width, 3); uint8 RGB as it is."""
     if pixels.dtype != np.uint8:

@@ -23,12 +23,14 @@ class ClassScore:
         label: its name; empty if the model has no labels.
         logit: its score before softmax or sigmoid.
         probability: in [0, 1]: softmax of the logits, or sigmoid for multi-label models.
+        value: regression: the predicted value, and then `logit` and `probability` are 0; None otherwise.
     """
 
     class_id: int
     label: str
     logit: float
     probability: float
+    value: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ class Explanation:
         predicted_mask: segmentation whose classes may overlap, with `return_mask`: uint8 (height, width), read-only, 1
             where this class is predicted, of the size that `Result.predicted_mask` has elsewhere, and 255 where that
             has it; None otherwise.
+        value: regression: the predicted value, and then `logit` and `probability` are 0; None otherwise.
     """
 
     class_id: int
@@ -96,6 +99,7 @@ class Explanation:
     box: PixelBox | None = None
     faithfulness: Faithfulness | None = None
     predicted_mask: UInt8Array | None = None
+    value: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

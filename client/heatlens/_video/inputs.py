@@ -13,7 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 from heatlens._exceptions import InvalidArgumentError
 from heatlens._video.source import Images, Source
 
-_IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 # What FFmpeg reads over a network. It knows other schemes that read files (file:, concat:, cache:, ...), past every
 # check that an output is none of the inputs.
 _SCHEMES = frozenset(
@@ -135,13 +135,13 @@ def camera_of(text: str) -> int | None:
     return int(digits)
 
 
-def images_of(text: str) -> list[Path] | None:
+def images_of(text: str, *, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> list[Path] | None:
     """Return the image files that a folder, glob or file name stands for, sorted; None: it is no such thing."""
     path = Path(text)
     if path.is_dir():
-        return sorted((entry for entry in path.iterdir() if _is_image(entry)), key=natural_key)
+        return sorted((entry for entry in path.iterdir() if _is_image(entry, suffixes)), key=natural_key)
     if path.exists():
-        return [path] if _is_image(path) else None
+        return [path] if _is_image(path, suffixes) else None
     if not glob.has_magic(text):
         return None
     names = (Path(name) for name in glob.glob(text, recursive=True))  # noqa: PTH207 - absolute patterns too
@@ -178,5 +178,5 @@ def public_name(url: str) -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file()
+def _is_image(path: Path, suffixes: frozenset[str]) -> bool:
+    return path.suffix.lower() in suffixes and path.is_file()

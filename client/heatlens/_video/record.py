@@ -6,11 +6,11 @@ import os
 import sys
 from collections import Counter
 from contextlib import suppress
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from heatlens._results.answer_json import answer_json
 from heatlens._results.results import FrameResult
 from heatlens._video.draw import FAILED, Annotation, annotation_of, draw
 from heatlens._video.source import Source, VideoFrame
@@ -115,7 +115,15 @@ class Record:
         """Keep the answer of the next frame. Raises OSError if it cannot be written."""
         status = status_of(answer)
         if self._lines is not None:
-            self._lines.write(json.dumps(as_dict(frame, answer)) + "\n")
+            told = answer_json(
+                answer.result,
+                status=status.value,
+                frame_id=frame.frame_id,
+                time_s=frame.time_s,
+                error=answer.error,
+                latency_ms=answer.latency_ms,
+            )
+            self._lines.write(json.dumps(told) + "\n")
         if self._path is not None:
             self._draw(frame, answer)
         self.counts[status] += 1
@@ -147,21 +155,3 @@ def status_of(answer: FrameResult) -> Status:
     if answer.dropped:
         return Status.DROPPED
     return Status.EXPLAINED if answer.error is None else Status.FAILED
-
-
-def as_dict(frame: VideoFrame, answer: FrameResult) -> dict[str, Any]:
-    """Return a frame's answer as it is written in the lines of JSON."""
-    result, error = answer.result, answer.error
-    return {
-        "frame_id": frame.frame_id,
-        "time_s": round(frame.time_s, 6),
-        "status": status_of(answer).value,
-        "classes": [
-            {"id": item.class_id, "label": item.label, "probability": item.probability}
-            for item in (result.explanations if result is not None else ())
-        ],
-        "error": None if error is None else {"code": error.code, "reason": error.reason, "message": error.message},
-        "latency_ms": round(answer.latency_ms, 3),
-        "timing": None if result is None else asdict(result.timing),
-        "warnings": [] if result is None else result.warnings,
-    }

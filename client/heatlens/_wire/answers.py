@@ -63,11 +63,18 @@ def result_of(response: explain_pb2.ExplainResponse, *, placed: bool) -> Result:
                 box=_box_of(item.box) if item.HasField("box") else None,
                 faithfulness=_faithfulness_of(item.faithfulness) if item.HasField("faithfulness") else None,
                 predicted_mask=_mask_of(item.predicted_mask) if item.HasField("predicted_mask") else None,
+                value=item.value if item.HasField("value") else None,
             )
             for item in response.explanations
         ),
         predictions=tuple(
-            ClassScore(class_id=item.class_id, label=item.label, logit=item.logit, probability=item.probability)
+            ClassScore(
+                class_id=item.class_id,
+                label=item.label,
+                logit=item.logit,
+                probability=item.probability,
+                value=item.value if item.HasField("value") else None,
+            )
             for item in response.predictions
         ),
         source_region=region,

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from heatlens import PixelBox
+from heatlens._results import geometry
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
 from heatlens_server.imaging.mask import OUTSIDE, fit_mask, mask_from_tensor, place_mask, vector_from_tensor
@@ -109,3 +111,12 @@ def test_a_predicted_mask_is_placed_where_the_model_looked():
     assert (placed[:, :12] == OUTSIDE).all()
     assert (placed[:, 36:] == OUTSIDE).all()
     np.testing.assert_array_equal(placed[:, 12:36], np.repeat(np.repeat(mask, 3, 0), 3, 1))
+
+
+@pytest.mark.parametrize("shape", [(24, 48), (9, 17), (23, 30), (101, 8), (8, 101), (8, 8), (1, 90)])
+def test_client_and_server_place_masks_alike(shape):
+    fitted = fit(np.zeros((*shape, 3), np.uint8), SPEC)
+    mask = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    region = PixelBox(fitted.region.left, fitted.region.top, fitted.region.right, fitted.region.bottom)
+    np.testing.assert_array_equal(geometry.place_mask(mask, region, shape[::-1]), place_mask(mask, fitted))
+    assert geometry.NOT_SEEN == OUTSIDE

@@ -5,6 +5,7 @@ import json
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from heatlens._cli import app
@@ -60,7 +61,9 @@ def test_detections_of_one_class_are_files_of_their_own(run, peer, tmp_path):
         "photo-3-2.png",
         "photo-3.npy",
         "photo-3.png",
+        "photo-all.png",
     ]
+    assert json.loads(done.stdout)["overlay"] == str(tmp_path / "out" / "photo-all.png")
     assert "at 1,1 to 3,2" in run().stdout
 
 
@@ -75,14 +78,23 @@ def test_masks_embeddings_and_measures(run, peer, tmp_path):
     answer.embedding.CopyFrom(
         explain_pb2.Tensor(data_type=explain_pb2.DATA_TYPE_FLOAT32, shape=[2], data=np.float32([3, 4]).tobytes())
     )
+    answer.source_width_px = answer.source_height_px = 4
     peer.replies[0] = answer
     done = run("--json", "--return-mask", "-o", tmp_path / "out")
     told = json.loads(done.stdout)
     assert peer.requests[0].options.return_mask
     assert told["explanations"][0]["area"] == 0.25
     assert told["explanations"][0]["faithfulness"] == {"deletion": 0.125}
-    written = cv2.imread(told["predicted_mask"], cv2.IMREAD_UNCHANGED)
-    np.testing.assert_array_equal(written, mask)
+    # The mask of the model's input, placed on the image of 4x4 pixels.
+    with Image.open(told["predicted_mask"]) as written:
+        np.testing.assert_array_equal(np.asarray(written), np.kron(mask, np.ones((2, 2), np.uint8)))
+        colors = np.asarray(written.convert("RGB"))
+    # Its colours are seen, and 0, which is black, is what does not count in a mask.
+    assert len(np.unique(colors[::2, ::2].reshape(-1, 3), axis=0)) == 4
+    assert colors[0, 0].tolist() == [0, 0, 0]
+    assert run("--mask", told["predicted_mask"]).exit_code == 0
+    sent = peer.requests[-1].options.mask
+    np.testing.assert_array_equal(np.frombuffer(sent.data, np.uint8).reshape(sent.shape) != 0, colors.any(2))
     assert np.load(told["embedding"]).tolist() == [3, 4]
     text = run("-o", tmp_path / "out").stdout
     for part in ("on 25.0% of the image", "deletion 0.125", "photo-mask.png", "photo-embedding.npy"):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from heatlens import Explanation, Heatmap, InternalError, PixelBox, ResourceExhaustedError, Result, Timing
+from heatlens._results.answer_json import answer_json
 from heatlens._results.results import FRAME_DROPPED, FrameResult
 from heatlens._video.record import JsonLines, Record, Status
 from heatlens._video.source import VideoFrame
@@ -82,19 +83,15 @@ def test_every_answer_is_a_line(make_record, lines):
     assert [line["status"] for line in written] == kinds
     assert [line["frame_id"] for line in written] == [0, 1, 2, 3]
     assert [line["time_s"] for line in written] == [0.0, 0.1, 0.2, 0.3]
-    assert written[0] == {
-        "frame_id": 0,
-        "time_s": 0.0,
-        "status": "explained",
-        "classes": [{"id": 3, "label": "cat", "probability": 0.5}],
-        "error": None,
-        "latency_ms": 12.346,
-        "timing": {"queue_ms": 1, "preprocess_ms": 2, "compute_ms": 3, "batch_size": 4},
-        "warnings": [],
-    }
+    expected = answer_json(result(), frame_id=0, time_s=0.0, latency_ms=12.34567)
+    assert written[0] == json.loads(json.dumps(expected))
+    assert written[0]["latency_ms"] == 12.346
+    assert written[0]["explanations"][0]["label"] == "cat"
+    assert written[0]["timing"] == {"queue_ms": 1, "preprocess_ms": 2, "compute_ms": 3, "batch_size": 4}
+    assert [set(line) for line in written] == [set(written[0])] * 4
     assert written[3]["error"] == {"code": "INTERNAL", "reason": "OOPS", "message": "oh"}
     assert written[2]["error"]["reason"] == "FRAME_DROPPED"
-    assert written[1]["classes"] == []
+    assert written[1]["explanations"] == []
     assert (record.frames, record.has_film) == (4, False)
     assert record.counts == dict.fromkeys(Status, 1)
 
