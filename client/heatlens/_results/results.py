@@ -172,7 +172,8 @@ class ModelInfo:
         task: "classification", "multi-label-classification", "segmentation", "detection" or "embedding".
         input_height_px: height of the model's input; 0 if it takes images of any size.
         input_width_px: width of the model's input; 0 if it takes images of any size.
-        class_count: number of classes; of an embedding model, the embedding's length.
+        class_count: number of classes; of an embedding model, the embedding's length; 0 if nothing tells, of a detector
+            without labels.
         methods: what `explain(method=...)` takes.
         default_method: the method used when a call names none.
         layers: what `explain(layers=...)` takes, the default first.

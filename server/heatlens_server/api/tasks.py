@@ -138,7 +138,7 @@ def _classes(
         default: what is wanted if the query names nothing.
         largest_k: the largest `top_k`; None: the model's classes and `max_targets` bound it.
     """
-    class_count = model.capabilities.class_count
+    class_count = model.class_count
     if options.top_k is not None:
         largest = min(class_count, limits.max_targets) if largest_k is None else largest_k
         if not 1 <= options.top_k <= largest:
@@ -161,8 +161,9 @@ def _check_class_ids(ids: Sequence[int], class_count: int, wrong: Violations, *,
     if required and not ids:
         wrong.add(field, "must name at least one class")
     for i, class_id in enumerate(ids):
-        if not 0 <= class_id < class_count:
-            wrong.add(f"{field}[{i}]", f"class id {class_id} is not in [0, {class_count})")
+        if class_id < 0 or (class_count and class_id >= class_count):
+            known = f"in [0, {class_count})" if class_count else "0 or more"
+            wrong.add(f"{field}[{i}]", f"class id {class_id} is not {known}")
         elif class_id in ids[:i]:
             wrong.add(f"{field}[{i}]", f"duplicate class id {class_id}")
 

@@ -60,7 +60,8 @@ class Capabilities:
         precision: "fp32", "fp16", "bf16".
         input_height_px: height of the images it takes; 0 for any.
         input_width_px: width of the images it takes; 0 for any.
-        class_count: number of classes; of an embedding model, the embedding's length.
+        class_count: number of classes; of an embedding model, the embedding's length; 0 for a detector that does not
+            tell.
         methods: the supported methods, in the order of `Method`; no presets.
         layers: the layers that can be explained, the default first.
         task: what the model does.

@@ -11,10 +11,10 @@ def read_labels(path: Path, class_count: int) -> tuple[str, ...]:
 
     Args:
         path: UTF-8; one name per line, a JSON list of names, or a JSON object from class id to name.
-        class_count: how many names there must be.
+        class_count: how many names there must be; 0 for any number, where nothing else tells how many classes there are.
 
     Returns:
-        class_count names, by class id.
+        The names, by class id.
 
     Raises:
         ModelLoadError: the file is unreadable, or its names are not one per class.
@@ -27,7 +27,7 @@ def read_labels(path: Path, class_count: int) -> tuple[str, ...]:
     # JSON's and UTF-8's decoding errors are ValueErrors.
     except ValueError as error:
         raise ModelLoadError(f"labels file {path.name!r}: {error}") from error
-    if len(labels) != class_count:
+    if class_count and len(labels) != class_count:
         raise ModelLoadError(
             f"labels file {path.name!r} has {len(labels)} names, but the model has {class_count} classes"
         )

@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_UNKNOWN_CLASSES = (
+    "Nothing tells how many classes the detector has: any class id may be asked for, and boxes have no names; labels "
+    "overrides that."
+)
+
 _ENGINES = {Format.ONNX: "onnxruntime", Format.TORCHSCRIPT: "torchscript"}
 _FORMATS = {engine: file_format for file_format, engine in _ENGINES.items()}
 
@@ -243,6 +248,8 @@ def _finish(
     """Check an engine and warm it up; lay the configuration over what is known about its model."""
     try:
         labels = labels_of(config, labels, engine.info.class_count)
+        if not (engine.info.class_count or labels):
+            assumptions = (*assumptions, _UNKNOWN_CLASSES)
         check_method(engine, method)
         if config.source.startswith(EXPORT_PREFIX):
             check_answers(engine, method)

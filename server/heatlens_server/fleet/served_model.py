@@ -38,6 +38,11 @@ class ServedModel:
     assumptions: tuple[str, ...] = ()
     generation: int = 1
 
+    @property
+    def class_count(self) -> int:
+        """How many classes there are; of an embedding model, the embedding's length. 0 if nothing tells."""
+        return self.capabilities.class_count or len(self.labels)
+
     def label(self, class_id: int) -> str:
-        """The class's name; empty if the model has no labels."""
-        return self.labels[class_id] if self.labels else ""
+        """The class's name; empty if the model has none for it. A detector may find labels that its file lacks."""
+        return self.labels[class_id] if 0 <= class_id < len(self.labels) else ""

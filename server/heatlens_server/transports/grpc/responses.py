@@ -64,7 +64,7 @@ def model_of(status: ModelStatus) -> model_pb2.Model:
         task=capabilities.task.value,
         input_height_px=capabilities.input_height_px,
         input_width_px=capabilities.input_width_px,
-        class_count=capabilities.class_count,
+        class_count=served.class_count,
         methods=[METHOD_TO_PROTO[one.method] for one in support],
         method_support=[
             model_pb2.MethodSupport(method=METHOD_TO_PROTO[one.method], engine=one.engine, in_steps=one.in_steps)

@@ -126,14 +126,16 @@ def discover_for_detection(
 
 
 def _label_count(module: nn.Module) -> int:
-    """How many labels a detector knows, the background included."""
-    for path in _COUNTS:
-        found: Any = module
-        for name in path.split("."):
-            found = getattr(found, name, None)
-        if isinstance(found, int):
-            return found
-    raise ModelLoadError(f"the detector does not tell how many labels it has: it has none of {', '.join(_COUNTS)}")
+    """How many labels a detector knows, the background included; 0 if it, or what it wraps, is none of torchvision's."""
+    counts = {count for child in module.modules() for path in _COUNTS if isinstance(count := _at(child, path), int)}
+    return counts.pop() if len(counts) == 1 else 0
+
+
+def _at(module: nn.Module, path: str) -> object:
+    found: object = module
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
 
 
 def _levels(backbone: nn.Module, channels: int) -> Mapping[str, Tensor]:
