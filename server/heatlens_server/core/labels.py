@@ -11,7 +11,7 @@ def read_labels(path: Path, class_count: int) -> tuple[str, ...]:
 
     Args:
         path: UTF-8; one name per line, a JSON list of names, or a JSON object from class id to name.
-        class_count: how many names there must be; 0 for any number, where nothing else tells how many classes there are.
+        class_count: how many names there must be; 0 for any number.
 
     Returns:
         The names, by class id.

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,11 @@ from heatlens_server.backends.torch.cam.precision import at_least_float32
 from heatlens_server.backends.torch.cam.saliency import Part
 from heatlens_server.backends.torch.goals.base import Goals, RunImages, TaskModel
 from heatlens_server.backends.torch.goals.image_part import find_part
+from heatlens_server.backends.torch.sources.found_boxes import Found, check_found
 from heatlens_server.core.arrays import Float32Array
-from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import ABSENT, Score
 from heatlens_server.core.results import Finding, ImageResult
 from heatlens_server.core.targets import Boxes, Detections, Target
-
-Found = Mapping[str, Tensor]
-"""What a detector says about one image: "boxes" (M, 4) in pixels of its input, "labels" (M,) and "scores" (M,)."""
 
 _LEAST_OVERLAP = 0.5
 """The intersection over union from which on a box of a changed image is the same detection, as in `grad-cam`."""
@@ -233,7 +230,4 @@ class Detection(TaskModel):
 
     def total(self, output: Any, class_count: int) -> Tensor:  # noqa: ANN401, ARG002 - what a network returns
         """The sum of all scores."""
-        names = {"boxes", "labels", "scores"}
-        if not isinstance(output, list) or not all(isinstance(o, Mapping) and names <= o.keys() for o in output):
-            raise ModelLoadError("a detector must return one mapping with boxes, labels and scores for each image")
-        return torch.cat([found["scores"] for found in output]).sum()
+        return torch.cat([found["scores"] for found in check_found(output)]).sum()

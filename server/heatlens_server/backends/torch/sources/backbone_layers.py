@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from heatlens_server.backends.torch.cam.grid import Grid, Layout
 from heatlens_server.backends.torch.sources.feature_maps import Candidate, map_candidates, outermost, repeated
+from heatlens_server.backends.torch.sources.found_boxes import BoxSearch, detect
 from heatlens_server.backends.torch.sources.layers import Discovery, discover
-from heatlens_server.backends.torch.sources.trace import depends, run
+from heatlens_server.backends.torch.sources.trace import Trace, depends, run
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.grid import MAP
 
@@ -63,7 +64,7 @@ def discover_for_segmentation(
         return discover(module, input_size, wanted, grids=grids, scores=class_maps, channels=channels)
     traces, output = run(module, input_size, channels=channels)
     class_count = int(class_maps(output).shape[1])
-    prefix = next((f"{name}." for name in _BACKBONES if isinstance(getattr(module, name, None), nn.Module)), "")
+    prefix = _prefix(module)
     candidates = [
         candidate
         for candidate in map_candidates(traces, input_size, class_count)
@@ -102,6 +103,9 @@ def discover_for_detection(
     "backbone.body.layer4" of a ResNet with a feature pyramid, "backbone.features" of SSD. After it come the ends of the
     earlier stages, deepest first, and "backbone" itself: all levels at once, without gradients.
 
+    Where no submodule "backbone" returns maps by name, the default layer is the last one on which all boxes in a photo
+    and in noise depend.
+
     Args:
         module: in eval mode; takes float32 (1, C, H, W). Left as it was.
         input_size: (H, W).
@@ -112,21 +116,23 @@ def discover_for_detection(
         ModelLoadError: the network fails or is of another kind, no layer is fit, or a wanted layer is not.
     """
     class_count = _label_count(module)
-    backbone = getattr(module, "backbone", None)
-    if not isinstance(backbone, nn.Module):
-        backbone = nn.Identity()
-    levels = _levels(backbone, channels)
+    pyramid = _pyramid(module, channels)
+    if pyramid is None:
+        # Said here what a detector is, before something fails that takes it for one.
+        detect(module, torch.zeros(channels, *input_size))
     if wanted:
-        grids = _checked(module, input_size, wanted, has_levels=bool(levels), channels=channels)
-        return Discovery(tuple(wanted), grids, class_count)
-    if not levels:
-        raise ModelLoadError('the detector has no submodule "backbone" that returns maps by name: name its `layers`')
-    grids = dict.fromkeys([f"backbone.{name}" for name in _backbone_layers(backbone, channels)], MAP)
-    return Discovery((*grids, "backbone"), {**grids, "backbone": Grid(Layout.PYRAMID)}, class_count)
+        traces, _ = run(module, input_size, channels=channels, as_list=True)
+        return Discovery(tuple(wanted), _checked(module, traces, wanted, pyramid=pyramid), class_count)
+    if pyramid is None:
+        layers = _common_layers(module, input_size, channels)
+        return Discovery(tuple(layers), dict.fromkeys(layers, MAP), class_count, (_found_by_boxes(layers[0]),))
+    inner = _backbone_layers(module.get_submodule(pyramid), channels)
+    grids = dict.fromkeys([f"{pyramid}.{name}" for name in inner], MAP)
+    return Discovery((*grids, pyramid), {**grids, pyramid: Grid(Layout.PYRAMID)}, class_count)
 
 
 def _label_count(module: nn.Module) -> int:
-    """How many labels a detector knows, the background included; 0 if it, or what it wraps, is none of torchvision's."""
+    """How many labels a detector of torchvision's knows, the background included; 0 for others, which do not tell."""
     counts = {count for child in module.modules() for path in _COUNTS if isinstance(count := _at(child, path), int)}
     return counts.pop() if len(counts) == 1 else 0
 
@@ -138,12 +144,45 @@ def _at(module: nn.Module, path: str) -> object:
     return found
 
 
-def _levels(backbone: nn.Module, channels: int) -> Mapping[str, Tensor]:
-    """The maps that a backbone returns by name; nothing if it is of another kind."""
-    with torch.no_grad():
-        output: Any = backbone(torch.zeros(1, channels, _DETECTOR_PX, _DETECTOR_PX))
-    is_pyramid = isinstance(output, Mapping) and all(isinstance(level, Tensor) for level in output.values())
-    return output if is_pyramid else {}
+def _pyramid(module: nn.Module, channels: int) -> str | None:
+    """The name of the submodule "backbone" that returns maps by name, of the network or of one inside it."""
+    named = [name for name, _ in module.named_modules() if name.rpartition(".")[2] == _BACKBONES[0]]
+    return next((name for name in named if _returns_levels(module.get_submodule(name), channels)), None)
+
+
+def _returns_levels(backbone: nn.Module, channels: int) -> bool:
+    try:
+        with torch.no_grad():
+            output: Any = backbone(torch.zeros(1, channels, _DETECTOR_PX, _DETECTOR_PX))
+    # One that takes something else may raise anything.
+    except Exception:
+        return False
+    levels = list(output.values()) if isinstance(output, Mapping) else []
+    return bool(levels) and all(isinstance(level, Tensor) and level.ndim == 4 for level in levels)
+
+
+def _common_layers(module: nn.Module, input_size: tuple[int, int], channels: int) -> list[str]:
+    """The last layer that every box depends on, and the ends of the stages before it."""
+    traces, _ = run(module, input_size, channels=channels, as_list=True)
+    prefix = _prefix(module)
+    candidates = [c for c in map_candidates(traces, input_size, 0) if f"{c.name}.".startswith(prefix)]
+    search = BoxSearch(module, (channels, *input_size))
+    default = _last(candidates, search.is_common)
+    if default is None:
+        raise ModelLoadError("the detector's boxes have no feature map (1, C, h, w) in common: name one in `layers`")
+    return _with_stages(outermost(candidates, default.trace.place), candidates)
+
+
+def _found_by_boxes(layer: str) -> str:
+    return (
+        f"Layer {layer!r} is explained: the last feature map on which all boxes depend that were found in a photo and "
+        f"in noise; layers overrides that."
+    )
+
+
+def _prefix(module: nn.Module) -> str:
+    """What the names of the layers of a network's backbone begin with; empty if it has none."""
+    return next((f"{name}." for name in _BACKBONES if isinstance(getattr(module, name, None), nn.Module)), "")
 
 
 def _backbone_layers(backbone: nn.Module, channels: int) -> list[str]:
@@ -192,9 +231,8 @@ def _with_stages(default: Candidate, candidates: Sequence[Candidate]) -> list[st
 
 
 def _checked(
-    module: nn.Module, input_size: tuple[int, int], wanted: Sequence[str], *, has_levels: bool, channels: int
+    module: nn.Module, traces: Sequence[Trace], wanted: Sequence[str], *, pyramid: str | None
 ) -> dict[str, Grid]:
-    traces, _ = run(module, input_size, channels=channels)
     known = {name for name, _ in module.named_modules() if name}
     found = {}
     for name in wanted:
@@ -203,7 +241,7 @@ def _checked(
             raise ModelLoadError(f"layers: there is no module {name!r}")
         if len(runs) != 1 or name in repeated(traces):
             raise ModelLoadError(f"layers: module {name!r} must run once in a forward pass, and runs {len(runs)} times")
-        if name == "backbone" and has_levels:
+        if name == pyramid:
             found[name] = Grid(Layout.PYRAMID)
         elif runs[0].shape is not None and len(runs[0].shape) == 4 and min(runs[0].shape[2:]) > 1:
             found[name] = MAP

@@ -44,11 +44,13 @@ class Discovery:
         layers: names of the layers that can be explained, the default first.
         grids: how each of them is read as a map.
         class_count: number of classes.
+        assumptions: what was found or assumed, one sentence each, with the key that overrides it.
     """
 
     layers: tuple[str, ...]
     grids: Mapping[str, Grid]
     class_count: int
+    assumptions: tuple[str, ...] = ()
 
 
 def discover(

@@ -52,7 +52,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
         grids=discovery.grids,
         reading=found.reading,
         threshold=threshold,
-        assumptions=(*found.assumptions, *assumptions, *resolved.assumptions),
+        assumptions=(*found.assumptions, *discovery.assumptions, *assumptions, *resolved.assumptions),
     )
 
 

@@ -35,13 +35,16 @@ class Trace:
         return self.name.count(".")
 
 
-def run(module: nn.Module, input_size: tuple[int, int], *, channels: int = 3) -> tuple[list[Trace], object]:
+def run(
+    module: nn.Module, input_size: tuple[int, int], *, channels: int = 3, as_list: bool = False
+) -> tuple[list[Trace], object]:
     """Run a network on one black image.
 
     Args:
         module: in eval mode; takes float32 (1, C, H, W). Left as it was.
         input_size: (H, W).
         channels: C.
+        as_list: whether it takes a list of images (C, H, W) in place of that.
 
     Returns:
         Every run of every module in it, in the order in which they returned, and what the network returned.
@@ -67,7 +70,8 @@ def run(module: nn.Module, input_size: tuple[int, int], *, channels: int = 3) ->
         return hook
 
     hooks = [(child, hook_for(name)) for name, child in module.named_modules() if name]
-    return traces, call(module, torch.zeros(1, channels, *input_size), hooks)
+    inputs = torch.zeros(1, channels, *input_size)
+    return traces, call(module, list(inputs) if as_list else inputs, hooks)
 
 
 def depends(
@@ -112,7 +116,9 @@ def depends(
 
 
 def call(
-    module: nn.Module, inputs: Tensor, hooks: Sequence[tuple[nn.Module, Callable[..., Tensor | None]]] = ()
+    module: nn.Module,
+    inputs: Tensor | list[Tensor],
+    hooks: Sequence[tuple[nn.Module, Callable[..., Tensor | None]]] = (),
 ) -> object:
     """Run a network without gradients, with hooks on some of its modules, and return what it returns.
 
@@ -126,7 +132,7 @@ def call(
     # A network is foreign code and may raise anything.
     except Exception as error:
         raise ModelLoadError(
-            f"the network fails on an input of {tuple(inputs.shape)} ({type(error).__name__}); "
+            f"the network fails on an input of {(len(inputs), *inputs[0].shape)} ({type(error).__name__}); "
             "preprocess.crop_px sets its height and width, preprocess.channels its channels"
         ) from error
     finally:

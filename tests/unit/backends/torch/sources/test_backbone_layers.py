@@ -91,7 +91,7 @@ def test_layers_may_be_named():
         (discover_for_detection, DETECTORS["faster-rcnn"], ("backbone.x",), "layers: there is no module 'backbone.x'"),
         (discover_for_detection, DETECTORS["retinanet"], ("head.classification_head.conv",), "must run once"),
         (discover_for_detection, DETECTORS["faster-rcnn"], ("roi_heads.box_head",), "not a feature map"),
-        (discover_for_detection, Classifier, (), "does not tell how many labels it has"),
+        (discover_for_detection, Classifier, (), "fails on a list of one image .*: a detector takes a list"),
         (segmentation, Classifier, (), "must return scores of shape"),
         (segmentation, partial(nn.Conv2d, 3, 5, 1), (), "no layer of the backbone returns a feature map"),
         (segmentation, Segmenter, ("nowhere",), "layers: there is no module 'nowhere'"),

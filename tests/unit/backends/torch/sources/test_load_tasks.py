@@ -132,7 +132,7 @@ def test_factories(factory, task, classes, layer):
         ("torchvision:resnet18", "embedding", "is for classification, not for embedding"),
         ("timm:resnet18", "segmentation", "timm has no models for segmentation"),
         ("embedded:efficientnet_lite0", "detection", "no models for detection"),
-        ("python:zoo:make_embedder", "detection", "does not tell how many labels"),
+        ("python:zoo:make_embedder", "detection", "a detector takes a list of images"),
         ("python:zoo:make_embedder", "segmentation", "must return scores of shape"),
     ],
 )
