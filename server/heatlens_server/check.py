@@ -63,7 +63,7 @@ def _report(model: BuiltModel, photo: Path | None, overlay: Path) -> Iterator[st
     size = f"{info.input_width_px}x{info.input_height_px} px" if info.input_width_px else "any size"
     yield (
         f"ok: {info.engine_name} on {info.device} in {info.precision}, "
-        f"{info.task}, {size}, {info.class_count} classes, "
+        f"{info.task}, {size}, {info.class_count or len(model.labels) or 'an unknown number of'} classes, "
         f"layers {', '.join(info.layers)}; methods {', '.join(info.requestable_methods)}"
     )
 

@@ -90,6 +90,35 @@ def test_options_of_other_tasks_are_refused(task, option):
         assert refused(task, **needed, **{option: value}) == [f"options.{option}"]
 
 
+def detector(count, labels=()):
+    model = model_of(Task.DETECTION)
+    capabilities = dataclasses.replace(model.capabilities, class_count=count)
+    return dataclasses.replace(model, capabilities=capabilities, labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("count", "labels", "wrong"),
+    [
+        (3, (), {0: "class id 3 is not in [0, 3)", 2: "class id -1 is not in [0, 3)"}),
+        (0, ("-", "cat", "dog"), {0: "class id 3 is not in [0, 3)", 2: "class id -1 is not in [0, 3)"}),
+        # Nothing tells how many there are.
+        (0, (), {2: "class id -1 is not 0 or more"}),
+    ],
+)
+def test_class_ids_are_as_many_as_is_known(count, labels, wrong):
+    sent = pb.ExplainRequest(image=IMAGE, options=pb.ExplainOptions(class_ids=pb.ClassIds(values=[3, 1, -1])))
+    with pytest.raises(InvalidArgument) as raised:
+        explain_requests.plan_of(sent, detector(count, labels))
+    told = {violation.field: violation.description for violation in raised.value.violations}
+    assert told == {f"options.class_ids.values[{place}]": text for place, text in wrong.items()}
+
+
+def test_a_label_that_the_file_lacks_is_empty():
+    model = detector(0, ("-", "cat"))
+    assert (model.class_count, detector(5).class_count, detector(0).class_count) == (2, 5, 0)
+    assert [model.label(class_id) for class_id in (1, 2, -1)] == ["cat", "", ""]
+
+
 def test_segmentation_wants_classes_and_maybe_a_mask():
     plan = plan_of(Task.SEGMENTATION)
     assert (plan.target.classes, plan.target.mask, plan.finish_target) == (TopK(1), None, None)

@@ -124,7 +124,7 @@ class TorchModel:
 
     def on_image(self, maps: Tensor, size_px: tuple[int, int]) -> Tensor:
         """The part of a layer's maps (N, C, h, w) that lies on images of a size: all, unless the network pads them."""
-        return cut(maps, self.task.part_on_image(self.module, (len(self.model.preprocess.mean), *size_px)))
+        return cut(maps, self.task.part_on_image(self.module, (self.model.preprocess.channels, *size_px)))
 
     def gradients(self, score: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool = False) -> list[Tensor]:
         """Differentiate a scalar. In float16 it is scaled on the way, so that small gradients do not vanish.
