@@ -104,7 +104,8 @@ def _method(options: Options, model: ServedModel, wrong: Violations) -> Method:
     if not isinstance(method, Method):
         wrong.add("method", f"unknown method {method}; this model supports: {supported}")
     elif method not in offered:
-        wrong.add("method", f"model {model.name!r} does not support {method}; it supports: {supported}")
+        why = model.capabilities.why_not(method)
+        wrong.add("method", f"model {model.name!r} does not support {method}{why}; it supports: {supported}")
     else:
         return method
     return model.default_method
@@ -126,7 +127,7 @@ def _layers(options: Options, model: ServedModel, preset: Preset, wrong: Violati
             wrong.add(f"layers[{i}]", f"unknown layer {quoted(layer)}; this model offers: {', '.join(offered)}")
         elif layer not in offered and preset.method is not Method.CAM:
             wrong.add(
-                f"layers[{i}]", f"this export has no {preset.method} by {quoted(layer)}, only by {', '.join(offered)}"
+                f"layers[{i}]", f"this model has no {preset.method} by {quoted(layer)}, only by {', '.join(offered)}"
             )
         elif layer in layers[:i]:
             wrong.add(f"layers[{i}]", f"duplicate layer {quoted(layer)}")

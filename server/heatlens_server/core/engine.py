@@ -76,6 +76,7 @@ class Capabilities:
             `multi_map_layers` aside.
         threshold: segmentation whose classes may overlap: the sigmoid above which a pixel is predicted as a class; None
             where classes exclude each other.
+        refusals: why this model does not have methods that most models of its task have.
     """
 
     engine_name: str
@@ -95,6 +96,7 @@ class Capabilities:
     fallback_scores: frozenset[Score] = field(default_factory=frozenset)
     layers_by_method: Mapping[Method, tuple[str, ...]] = field(default_factory=dict, hash=False)
     threshold: float | None = None
+    refusals: Mapping[Method, str] = field(default_factory=dict, hash=False)
 
     def layers_of(self, method: Method) -> tuple[str, ...]:
         """The layers that a method can explain, the default first."""
@@ -102,6 +104,11 @@ class Capabilities:
         if method.traits.takes_multi_map_layers:
             return layers
         return tuple(layer for layer in layers if layer not in self.multi_map_layers)
+
+    def why_not(self, method: Method) -> str:
+        """Why a method is not supported, after a colon; empty if that is usual for the task or the engine."""
+        reason = self.refusals.get(method.as_preset.method)
+        return f": {reason}" if reason else ""
 
     @property
     def requestable_methods(self) -> tuple[Method, ...]:

@@ -23,7 +23,7 @@ from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.export import Export, Report, importing_torch, labels_of, load_network
 from heatlens_server.fleet.export_process import Make, get_or_export
 from heatlens_server.fleet.fallback_engine import ExportEngine, with_torch_fallback
-from heatlens_server.fleet.warm_up import check_answers, check_method, warm_up
+from heatlens_server.fleet.warm_up import check_answers, check_method, default_method, warm_up
 
 if TYPE_CHECKING:
     from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
@@ -157,14 +157,15 @@ def _build_torch(config: ModelConfig, model: "LoadedModel") -> BuiltModel:
         from heatlens_server.backends.torch.engine import TorchEngine  # noqa: PLC0415 - imports torch
 
     engine = TorchEngine(model, device=config.device, precision=config.precision)
+    method, assumptions = default_method(config, engine.info)
     return _finish(
         config,
         engine,
         preprocess=model.preprocess,
         version=model.version,
         labels=model.labels,
-        method=config.method,
-        assumptions=model.assumptions,
+        method=method,
+        assumptions=(*model.assumptions, *assumptions),
     )
 
 

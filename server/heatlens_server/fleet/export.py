@@ -158,6 +158,7 @@ def _record(config: ModelConfig, model: "LoadedModel") -> TorchRecord:
     """What the torch engine has for a model. A model that it cannot explain is not exported either.
 
     Raises:
+        ExportError: the network has no gradients.
         ModelLoadError: it cannot explain the model, or not with the configured method.
     """
     import torch  # noqa: PLC0415
@@ -166,6 +167,8 @@ def _record(config: ModelConfig, model: "LoadedModel") -> TorchRecord:
 
     reference = TorchEngine(model, device="cpu")
     try:
+        if reference.info.refusals:
+            raise ExportError(f"exports hold gradients, and {next(iter(reference.info.refusals.values()))}")
         check_method(reference, config.method)
         warm_up(reference, config, config.method)
         return record_of(reference)

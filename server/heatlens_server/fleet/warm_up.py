@@ -22,7 +22,21 @@ def check_method(engine: Engine, method: Method) -> None:
     """Raise ModelLoadError if an engine does not have a method."""
     methods = engine.info.requestable_methods
     if method not in methods:
-        raise ModelLoadError(f"method {method} is not supported; this model supports: {', '.join(methods)}")
+        why = engine.info.why_not(method)
+        raise ModelLoadError(f"method {method} is not supported{why}; this model supports: {', '.join(methods)}")
+
+
+def default_method(config: ModelConfig, info: Capabilities) -> tuple[Method, tuple[str, ...]]:
+    """The method for requests that name none, and what is to be said about the choice.
+
+    It is the configured one. Where none is configured and the network has no gradients, one that needs none: CAM, which
+    equals Grad-CAM where it is defined, or else Eigen-CAM.
+    """
+    why = info.refusals.get(config.method)
+    if why is None or "method" in config.model_fields_set:
+        return config.method, ()
+    method = next(method for method in (Method.CAM, Method.EIGEN_CAM) if method in info.methods)
+    return method, (f"method: {method} in place of {config.method}, as {why}",)
 
 
 def warm_up(engine: SteppingEngine, config: ModelConfig, method: Method) -> None:

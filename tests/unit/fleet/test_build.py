@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import tiny_models
 from heatlens_server.backends.onnx.manifest import read_manifest
@@ -225,6 +226,38 @@ def test_what_torch_cannot_explain_is_not_exported(tmp_path, monkeypatch, change
     monkeypatch.setattr("heatlens_server.backends.torch.export.folder.export_bundle", fails_if_called)
     with pytest.raises(ModelLoadError, match=message):
         build(config(**changes), cache_dir=tmp_path, make=make_export)
+
+
+class TinyUnderNoGrad(tiny_models.Tiny):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.fixture
+def without_gradients(monkeypatch):
+    """Of a network without gradients, by the engine "auto"."""
+    monkeypatch.setitem(sys.modules, "zoo", types.ModuleType("zoo"))
+    sys.modules["zoo"].make = TinyUnderNoGrad
+    return config("zoo:make")
+
+
+def test_a_network_without_gradients_is_run_by_torch_with_a_method_that_needs_none(
+    make, tmp_path, caplog, without_gradients
+):
+    built, _ = make(without_gradients, tmp_path)
+    why = "the network computes no gradient behind layer 'body': it runs under torch.no_grad"
+    assert (built.engine.info.engine_name, built.method) == ("torch", Method.CAM)
+    (said,) = [line for line in built.assumptions if line.startswith("method: cam in place of grad-cam")]
+    assert why in said
+    assert f"is run by torch, not by onnxruntime: exports hold gradients, and {why}" in caplog.text
+
+
+def test_a_method_that_needs_gradients_where_there_are_none_is_refused_with_the_reason(tmp_path, without_gradients):
+    wanted = without_gradients.model_copy(update={"method": Method.LAYER_CAM})
+    wanted = ModelConfig(**wanted.model_dump(exclude_unset=True))
+    with pytest.raises(ModelLoadError, match="method layer-cam is not supported: the network computes no gradient"):
+        build(wanted, cache_dir=tmp_path, make=make_export)
 
 
 def test_labels_that_do_not_fit_are_told_before_an_export(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ It is the reference that every other engine is compared with, and the one that h
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from heatlens_server.backends.torch.goals.table import task_model
 from heatlens_server.backends.torch.network.device import memory_errors, recording_allowed
@@ -45,6 +45,8 @@ class TorchEngine:
             raise
         height_px, width_px = model.preprocess.crop_px or (0, 0)
         offered = {*CLOSED_FORMS, *PASSES, *STEPPERS} - model.task.traits.unsupported_methods
+        refusals, layers_by_method = self._lack_of_gradients(offered)
+        offered -= refusals.keys()
         if self._model.head_weight is None:
             offered -= {Method.CAM}
         if self._model.attention is None:
@@ -66,6 +68,8 @@ class TorchEngine:
             scores=model.task.traits.scores,
             has_options=True,
             multi_map_layers=multi_map_layers,
+            layers_by_method=layers_by_method,
+            refusals=refusals,
             threshold=model.threshold,
         )
 
@@ -113,13 +117,34 @@ class TorchEngine:
         """Take every hook off the model and let go of it. Idempotent."""
         self._model.close()
 
+    def _lack_of_gradients(
+        self, offered: Collection[Method]
+    ) -> tuple[dict[Method, str], dict[Method, tuple[str, ...]]]:
+        """What layers without a gradient take away: methods, with the reason, and layers of others."""
+        without, layers = self._model.without_gradient, self._model.model.layers
+        refusals: dict[Method, str] = {}
+        layers_by_method: dict[Method, tuple[str, ...]] = {}
+        with_gradient = tuple(layer for layer in layers if layer not in without)
+        for method in offered if without else ():
+            if not method.traits.needs_gradient:
+                continue
+            # Methods of the whole network go past the default layer.
+            if layers[0] in without and (not with_gradient or method.traits.always_at_input_size):
+                refusals[method] = without[layers[0]]
+            else:
+                layers_by_method[method] = with_gradient
+        return refusals, layers_by_method
+
     def _check_layers(self, spec: MapSpec) -> None:
         fit = self._info.layers_of(spec.method)
         for place, layer in enumerate(spec.layers):
-            if layer in self._info.multi_map_layers and layer not in fit:
+            why = self._model.without_gradient.get(layer)
+            if layer in self._info.multi_map_layers:
+                why = "it is several maps at once"
+            if layer not in fit and why:
                 raise InvalidArgument.of(
                     f"layers[{place}]",
-                    f"{spec.method} does not explain {layer!r}, which is several maps at once; it explains: "
+                    f"{spec.method} does not explain {layer!r}: {why}; it explains: "
                     f"{', '.join(fit) or 'no layer of this model'}",
                     reason="INVALID_OPTION",
                 )

@@ -19,6 +19,7 @@ from heatlens_server.backends.torch.network.device import recording_allowed, res
 from heatlens_server.backends.torch.network.hooks import Change, LayerHooks, Recording
 from heatlens_server.backends.torch.network.replay import first_row, laid_out_like, same, two_rows
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
+from heatlens_server.backends.torch.sources.trace import is_quantised
 from heatlens_server.core.arrays import ImageArray
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import Method
@@ -42,6 +43,7 @@ class TorchModel:
         dtype: what it runs in.
         head_weight: (C, A), if the logits are a linear head over the pooled first layer; None until `check` finds it.
         attention: the blocks of a transformer; None until `check` finds them.
+        without_gradient: the layers behind which the network computes no gradient, and why; found by `check`.
         gradient_scale: what scores are multiplied by before they are differentiated; see `gradients`.
     """
 
@@ -61,12 +63,15 @@ class TorchModel:
         # precision, and on CPUs too (1.2x to 3x here for depthwise networks).
         self._layout = torch.channels_last
         self.module.to(self.device, self.dtype).to(memory_format=self._layout)
+        if self.device.type == "cuda":
+            _keep_for_backward(self.module)
         self._gains = self._channel_vector(model.preprocess.gains)
         self._biases = self._channel_vector(model.preprocess.biases)
         self._hooks = LayerHooks(self.module, model.layers)
         self._one_row: dict[str, bool] = {}
         self.head_weight: Tensor | None = None
         self.attention: AttentionRecorder | None = None
+        self.without_gradient: Mapping[str, str] = {}
         self._twin: TorchModel | None = None
 
     def check(self) -> None:
@@ -242,9 +247,11 @@ class TorchModel:
             gradients: Sequence[Tensor | None] = [None] * len(leaves)
             if total.requires_grad:
                 gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-            for layer, gradient in zip(leaves, gradients, strict=True):
-                if gradient is None:
-                    raise ModelLoadError(f"the model's output does not depend on layer {layer!r} by a gradient")
+            missing = [layer for layer, gradient in zip(leaves, gradients, strict=True) if gradient is None]
+            for layer in missing:
+                if not self._depends(layer, inputs, output):
+                    raise ModelLoadError(f"layers: the model's output does not depend on layer {layer!r}")
+            self.without_gradient = {layer: self._why_no_gradient(layer, output) for layer in missing}
             if Method.CAM not in self.model.task.traits.unsupported_methods:
                 self.head_weight = self._find_head(
                     self.features(layers[0], outputs[layers[0]]).detach(), output.detach()
@@ -259,6 +266,20 @@ class TorchModel:
             self.features(layer, outputs[layer])
         except ValueError as error:
             raise ModelLoadError(f"layer {layer!r}: {error}") from error
+
+    def _depends(self, layer: str, inputs: Tensor, output: Any) -> bool:  # noqa: ANN401 - what a network returns
+        """Whether the output is another if a layer's is."""
+        changed = self._changed(inputs, layer, lambda own: 1 - own if isinstance(own, Tensor) else own)
+        return not same(changed, output, self.dtype)
+
+    def _why_no_gradient(self, layer: str, output: Any) -> str:  # noqa: ANN401 - what a network returns
+        if isinstance(output, Tensor) and output.is_inference():
+            why = "it runs under torch.inference_mode"
+        elif is_quantised(self.module):
+            why = "layers are quantised"
+        else:
+            why = "it runs under torch.no_grad, detaches what it computes, or computes it outside PyTorch"
+        return f"the network computes no gradient behind layer {layer!r}: {why}"
 
     def _find_head(self, features: Tensor, logits: Tensor) -> Tensor | None:
         """The last linear layer's weight, if it alone stands between the pooled features and the logits."""
@@ -280,6 +301,17 @@ class TorchModel:
 
     def _channel_vector(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self.device).view(1, -1, 1, 1)
+
+
+def _keep_for_backward(module: nn.Module) -> None:
+    """Let recurrent layers be differentiated on a GPU: cuDNN keeps what that takes in training mode only.
+
+    Without dropout they compute the same in both modes. Turning cuDNN off instead would concern all threads.
+    """
+    for child in module.modules():
+        if isinstance(child, nn.RNNBase):
+            child.dropout = 0.0
+            child.train()
 
 
 def _noise(height_px: int, width_px: int, channels: int) -> ImageArray:

@@ -62,7 +62,7 @@ def _close(one: object, other: object, tolerance: float) -> bool:
         return False
     if not one.is_floating_point() or not one.numel():
         return torch.equal(one, other)
-    one, other = one.double(), other.double()
+    one, other = one.detach().double(), other.detach().double()
     largest = float(torch.where(other.isfinite(), other, 0.0).abs().amax())
     return torch.allclose(one, other, rtol=0.0, atol=tolerance * largest, equal_nan=True)
 

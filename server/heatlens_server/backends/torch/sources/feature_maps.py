@@ -60,9 +60,9 @@ class Candidate:
 def map_candidates(traces: Sequence[Trace], input_size: tuple[int, int], class_count: int) -> list[Candidate]:
     """The feature maps (1, C, h, w), in order of execution.
 
-    Left out are adaptive pooling (the layer before it is finer or the same), maps that already are class scores (as
-    many channels as classes, and nothing with parameters after them: SqueezeNet's classifier), whatever lies inside
-    an attention module, and modules that run more than once.
+    Left out are adaptive pooling and pooling to a line (the layer before it is finer or the same), maps that already
+    are class scores (as many channels as classes, and nothing with parameters after them: SqueezeNet's classifier),
+    whatever lies inside an attention module, and modules that run more than once.
     """
     attention = tuple(f"{trace.name}." for trace in traces if _is_attention(trace.module))
     found = [
@@ -110,6 +110,11 @@ def unread_tokens(traces: Sequence[Trace], input_size: tuple[int, int]) -> list[
     ]
 
 
+def is_line(shape: tuple[int, ...] | None) -> bool:
+    """Whether a shape is that of a map one pixel high or wide, whatever the input's proportions: (1, C, 1, w)."""
+    return shape is not None and len(shape) == 4 and shape[0] == 1 and min(shape[2:]) == 1 < max(shape[2:])
+
+
 def grid_of(
     shape: tuple[int, ...] | None, input_size: tuple[int, int], grids: Collection[tuple[int, int]]
 ) -> Grid | None:
@@ -152,8 +157,8 @@ def seen_grids(traces: Sequence[Trace], input_size: tuple[int, int]) -> set[tupl
 
 
 def is_feature_map(shape: tuple[int, ...] | None, input_size: tuple[int, int]) -> bool:
-    """Whether a shape is (1, C, h, w) with h and w > 1, in the input's proportions as channels-last maps are not."""
-    if shape is None or len(shape) != 4 or shape[0] != 1 or min(shape[2:]) < 2:
+    """Whether a shape is (1, C, h, w) with h or w > 1, in the input's proportions as channels-last maps are not."""
+    if shape is None or len(shape) != 4 or shape[0] != 1 or max(shape[2:]) < 2:
         return False
     height_px, width_px = input_size
     # Unpadded convolutions shift the proportions of an oblong input a little.
@@ -181,7 +186,7 @@ def _fit(found: Sequence[Candidate], traces: Sequence[Trace], class_count: int) 
         for candidate in found
         if candidate.name not in more_than_once
         and not isinstance(candidate.trace.module, _TRANSPARENT)
-        and not _is_adaptive_pool(candidate.trace.module)
+        and not _is_pool(candidate.trace.module, is_line=min(candidate.size) == 1)
         and not (candidate.channels == class_count and candidate.trace.order >= last_parametrised)
     ]
 
@@ -221,5 +226,7 @@ def _inside_attention(traces: Sequence[Trace]) -> set[int]:
     return {trace.order for trace in traces if trace.name in inner or trace.name.startswith(prefixes)}
 
 
-def _is_adaptive_pool(module: nn.Module) -> bool:
-    return "adaptive" in type(module).__name__.lower() and "pool" in type(module).__name__.lower()
+def _is_pool(module: nn.Module, *, is_line: bool) -> bool:
+    """Whether a module pools adaptively, or to a line of pixels: the layer before it is finer or the same."""
+    kind = type(module).__name__.lower()
+    return "pool" in kind and (is_line or "adaptive" in kind)

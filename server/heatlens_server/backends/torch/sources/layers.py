@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from heatlens_server.backends.torch.cam.grid import Grid, Layout
+from heatlens_server.backends.torch.cam.grid import MAP, Grid, Layout
 from heatlens_server.backends.torch.sources.feature_maps import (
     Candidate,
     grid_of,
+    is_line,
     map_candidates,
     outermost,
     repeated,
@@ -66,7 +67,7 @@ def discover(
     """Run a network on a black image and find its classes and the layers that can be explained.
 
     The default layer is what people choose for Grad-CAM by hand: the last module, in order of execution, whose output
-    is a feature map (1, C, h, w) with h > 1 and w > 1, named by the outermost module that returns that very tensor.
+    is a feature map (1, C, h, w) with h > 1 or w > 1, named by the outermost module that returns that very tensor.
     That is "layer4" of a ResNet, "features" of a VGG, DenseNet, MobileNetV2 or ConvNeXt, "Mixed_7c" of Inception v3.
     After it come the ends of the earlier stages, deepest first: per resolution, the last of the outermost modules.
 
@@ -248,10 +249,12 @@ def _checked(name: str, given: Grid | None, search: _Search) -> Grid:
     if given is not None:
         _check_form(name, given, shape)
     grid = given or grid_of(shape, search.input_size, seen_grids(search.traces, search.input_size))
+    if grid is None and is_line(shape):
+        grid = MAP
     if grid is None:
         raise ModelLoadError(
             f"layers: module {name!r} returns {shape or 'no single tensor'}, not a feature map (1, C, h, w) with "
-            f"h, w > 1, a channels-last map or tokens that fit the image; `grids` can say how it is read"
+            f"h or w > 1, a channels-last map or tokens that fit the image; `grids` can say how it is read"
         )
     if grid.layout is not Layout.MAP and not search.depends([Candidate(runs[0], grid)]):
         raise ModelLoadError(

@@ -1,7 +1,8 @@
 """Running a network to see what its modules return, and again to see which places of that the result depends on."""
 
+import contextlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,7 +113,37 @@ def depends(
 
     hooks = [(child, hook_for(grid)) for child, grid in places]
     inputs = torch.zeros(1, channels, *input_size)
-    return bool(scores(call(module, inputs, hooks)).isnan().any())
+    with _nan_passing(module):
+        return bool(scores(call(module, inputs, hooks)).isnan().any())
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a module is one of torch's quantised ones, or a network that holds such."""
+    return any(".quantized." in f"{type(child).__module__}." for child in module.modules())
+
+
+@contextlib.contextmanager
+def _nan_passing(module: nn.Module) -> Iterator[None]:
+    """Let quantised linear layers return NaN wherever they are given NaN: their integers have none, and fail."""
+    handles = []
+    for child in module.modules():
+        if not (is_quantised(child) and type(child).__name__ == "Linear"):
+            continue
+        rows: list[Tensor] = []
+
+        def take(_child: nn.Module, inputs: tuple[Tensor, ...], rows: list[Tensor] = rows) -> tuple[Tensor, ...]:
+            rows.append(inputs[0].isnan().any(-1, keepdim=True))
+            return inputs[0].nan_to_num(0.0), *inputs[1:]
+
+        def put(_child: nn.Module, _inputs: object, output: Tensor, rows: list[Tensor] = rows) -> Tensor:
+            return output.masked_fill(rows.pop(), float("nan"))
+
+        handles += [child.register_forward_pre_hook(take), child.register_forward_hook(put)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def call(

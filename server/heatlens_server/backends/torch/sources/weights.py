@@ -179,9 +179,15 @@ def weights_version(module: nn.Module) -> str:
     Two servers with the same weights say the same, wherever the weights came from.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for name, value in sorted(module.state_dict().items()):
+        # Quantised modules have entries of several values.
+        for part in value if isinstance(value, tuple) else [value]:
+            if isinstance(part, Tensor):
+                tensor = part.dequantize() if part.is_quantized else part
+                digest.update(f"{name} {part.dtype} {tuple(tensor.shape)}\n".encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            else:
+                digest.update(f"{name} {part}\n".encode())
     return digest.hexdigest()[:12]
 
 

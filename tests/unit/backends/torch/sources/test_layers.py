@@ -8,7 +8,7 @@ from torch import nn
 
 from heatlens_server.backends.torch.sources.layers import discover
 from heatlens_server.core.errors import ModelLoadError
-from heatlens_server.core.grid import Layout
+from heatlens_server.core.grid import Grid, Layout
 from loaded_models import hook_count
 
 
@@ -171,3 +171,32 @@ def test_discovery_leaves_the_module_as_it_was():
     assert not module.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
     assert all(parameter.grad is None for parameter in module.parameters())
+
+
+class Lines(nn.Module):
+    """Reads lines of text: the rows of the image become one, and a recurrent layer reads the columns."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, (8, 4), 1), nn.ReLU())
+        self.columns = nn.GRU(16, 8, batch_first=True)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        columns = self.body(x).squeeze(2).permute(0, 2, 1)
+        return self.head(self.columns(columns)[0].mean(1))
+
+
+def test_a_map_of_one_row_is_a_map():
+    # 32x128 px become 1x8.
+    assert discover(Lines().eval(), (32, 128)).layers == ("body", "body.1")
+
+
+def test_a_map_of_one_row_in_other_proportions_can_be_named():
+    found = discover(Lines().eval(), (32, 256), ("body",))
+    assert found.grids == {"body": Grid(Layout.MAP)}
+
+
+def test_pooling_to_one_row_is_no_layer_of_its_own():
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.ReLU(), nn.AvgPool2d(8), nn.Flatten(), nn.Linear(16, 5))
+    assert discover(network.eval(), (32, 64)).layers[0] == "1"
