@@ -21,8 +21,10 @@ from heatlens._calls.settings import Retry
 from heatlens._cli.connection import (
     DEFAULT_SERVER,
     CaOption,
+    CertOption,
     ClientOptions,
     JsonOption,
+    KeyOption,
     Overflow,
     ServerOption,
     TimeoutOption,
@@ -112,6 +114,8 @@ def bench(
     timeout: TimeoutOption = 30.0,
     tls: TlsOption = False,
     ca: CaOption = None,
+    cert: CertOption = None,
+    key: KeyOption = None,
     **options: Any,  # noqa: ANN401 - the options of `takes`
 ) -> None:
     """Measure throughput and latency. Calls are not retried: a refusal counts as what it is.
@@ -133,7 +137,7 @@ def bench(
     columns = MofNCompleteColumn(), TimeElapsedColumn()
     mode: dict[str, Any]
     with reporting():
-        connection = client_options(server, tls=tls, ca=ca, timeout=timeout)
+        connection = client_options(server, tls=tls, ca=ca, cert=cert, key=key, timeout=timeout)
         payloads = [load_image(path) for path in images or ()] or [synthetic_jpeg()]
         if stream:
             sources = _sources(payloads, fps, duration_s or _DEFAULT_DURATION_S, overflow)

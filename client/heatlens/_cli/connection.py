@@ -19,10 +19,16 @@ ServerOption: TypeAlias = Annotated[
     str, typer.Option("--server", "-s", envvar="HEATLENS_ADDRESS", metavar="HOST:PORT", help="The server.")
 ]
 TlsOption: TypeAlias = Annotated[
-    bool, typer.Option("--tls", help="Encrypt. Implied by --ca, and by a token for another machine.")
+    bool, typer.Option("--tls", help="Encrypt. Implied by --ca, --cert, and a token for another machine.")
 ]
 CaOption: TypeAlias = Annotated[
     Path | None, typer.Option("--ca", metavar="FILE", help="PEM file with the certificate authorities to trust.")
+]
+CertOption: TypeAlias = Annotated[
+    Path | None, typer.Option("--cert", metavar="FILE", help="PEM file with this client's certificate; with --key.")
+]
+KeyOption: TypeAlias = Annotated[
+    Path | None, typer.Option("--key", metavar="FILE", help="PEM file with the certificate's private key.")
 ]
 TimeoutOption: TypeAlias = Annotated[
     float, typer.Option("--timeout", metavar="SECONDS", help="Time for one call, all retries included.")
@@ -48,13 +54,22 @@ class ClientOptions(TypedDict):
     tls: TLS | bool | None
 
 
-def client_options(server: str, *, tls: bool, ca: Path | None, timeout: float) -> ClientOptions:
-    """Return the client's arguments. The token comes from the environment: an argument would show in `ps`."""
+def client_options(
+    server: str, *, tls: bool, ca: Path | None, cert: Path | None, key: Path | None, timeout: float
+) -> ClientOptions:
+    """Return the client's arguments. The token comes from the environment: an argument would show in `ps`.
+
+    Raises:
+        typer.BadParameter: of `cert` and `key` one is missing.
+    """
+    if (cert is None) != (key is None):
+        raise typer.BadParameter("give --cert and --key, or neither")
+    files = ca is not None or cert is not None
     return ClientOptions(
         address=server,
         timeout=timeout,
         token=os.environ.get("HEATLENS_TOKEN") or None,
-        tls=TLS(ca_file=ca) if ca is not None else (True if tls else None),
+        tls=TLS(ca_file=ca, cert_file=cert, key_file=key) if files else (True if tls else None),
     )
 
 

@@ -13,7 +13,9 @@ from heatlens._calls.client import Client
 from heatlens._cli.connection import (
     DEFAULT_SERVER,
     CaOption,
+    CertOption,
     JsonOption,
+    KeyOption,
     ServerOption,
     TlsOption,
     client_options,
@@ -58,6 +60,8 @@ def evaluate(
     ] = 600.0,
     tls: TlsOption = False,
     ca: CaOption = None,
+    cert: CertOption = None,
+    key: KeyOption = None,
     **options: Any,  # noqa: ANN401 - the options of `takes`
 ) -> None:
     """Measure how faithful methods are: every method explains every image, and every map is tested on the model.
@@ -73,7 +77,10 @@ def evaluate(
             if output is not None:
                 output.mkdir(parents=True, exist_ok=True)
             bar = progress("measuring", MofNCompleteColumn(), "maps", TimeElapsedColumn(), TimeRemainingColumn())
-            with Client(**client_options(server, tls=tls, ca=ca, timeout=timeout)) as client, bar as update:
+            with (
+                Client(**client_options(server, tls=tls, ca=ca, cert=cert, key=key, timeout=timeout)) as client,
+                bar as update,
+            ):
                 evaluation = run(
                     client,
                     images,

@@ -16,7 +16,9 @@ from heatlens._cli.answer_files import AnswerFolder
 from heatlens._cli.connection import (
     DEFAULT_SERVER,
     CaOption,
+    CertOption,
     JsonOption,
+    KeyOption,
     ServerOption,
     TimeoutOption,
     TlsOption,
@@ -68,6 +70,8 @@ def explain(
     timeout: TimeoutOption = 30.0,
     tls: TlsOption = False,
     ca: CaOption = None,
+    cert: CertOption = None,
+    key: KeyOption = None,
     **options: Any,  # noqa: ANN401 - the options of `takes`
 ) -> None:
     """Explain images: which pixels made the model say what it said.
@@ -82,7 +86,7 @@ def explain(
         folder = None if output is None else _folder(output, named, colormap, alpha)
         wanted = {"model": model, **chosen(options)}
         with (
-            Client(**client_options(server, tls=tls, ca=ca, timeout=timeout)) as client,
+            Client(**client_options(server, tls=tls, ca=ca, cert=cert, key=key, timeout=timeout)) as client,
             _thread_pool(client) as pool,
         ):
             for name, image, answer in _answers(pool, client, named, wanted):

@@ -8,6 +8,8 @@ from heatlens._calls.client import Client
 from heatlens._cli.connection import (
     DEFAULT_SERVER,
     CaOption,
+    CertOption,
+    KeyOption,
     ServerOption,
     TimeoutOption,
     TlsOption,
@@ -26,9 +28,13 @@ def health(
     timeout: TimeoutOption = 5.0,
     tls: TlsOption = False,
     ca: CaOption = None,
+    cert: CertOption = None,
+    key: KeyOption = None,
 ) -> None:
     """Print "serving" or "not-serving". Exits with 0 if serving, 1 if not, 2 if unreachable or unknown."""
-    with reporting(exit_code=2), Client(**client_options(server, tls=tls, ca=ca, timeout=timeout)) as client:
-        state = client.health(model)
+    with reporting(exit_code=2):
+        connection = client_options(server, tls=tls, ca=ca, cert=cert, key=key, timeout=timeout)
+        with Client(**connection) as client:
+            state = client.health(model)
     typer.echo(state.value)
     raise typer.Exit(_EXIT_CODES[state])

@@ -9,7 +9,9 @@ from heatlens._calls.client import Client
 from heatlens._cli.connection import (
     DEFAULT_SERVER,
     CaOption,
+    CertOption,
     JsonOption,
+    KeyOption,
     ServerOption,
     TimeoutOption,
     TlsOption,
@@ -26,13 +28,15 @@ def models(
     timeout: TimeoutOption = 30.0,
     tls: TlsOption = False,
     ca: CaOption = None,
+    cert: CertOption = None,
+    key: KeyOption = None,
 ) -> None:
     """List the served models and their methods: first those that the model's engine runs in one pass.
 
     After "torch:" come those for which torch is loaded when they are first asked for; after "in steps:" those that take
     many runs of the model. Below the table is what the server assumed about models. With --json, a list of objects.
     """
-    with reporting(), Client(**client_options(server, tls=tls, ca=ca, timeout=timeout)) as client:
+    with reporting(), Client(**client_options(server, tls=tls, ca=ca, cert=cert, key=key, timeout=timeout)) as client:
         found = client.models()
     typer.echo(json.dumps([asdict(model) for model in found], indent=2) if as_json else _as_table(found))
 

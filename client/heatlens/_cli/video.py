@@ -16,6 +16,8 @@ from heatlens._calls.client import Client
 from heatlens._cli.connection import (
     DEFAULT_SERVER,
     CaOption,
+    CertOption,
+    KeyOption,
     Overflow,
     ServerOption,
     TlsOption,
@@ -110,6 +112,8 @@ def video(
     ] = 60.0,
     tls: TlsOption = False,
     ca: CaOption = None,
+    cert: CertOption = None,
+    key: KeyOption = None,
     **options: Any,  # noqa: ANN401 - the options of `takes`
 ) -> None:
     """Explain a film while it plays: every frame with its map over it, and which class it is for.
@@ -146,7 +150,8 @@ def video(
             with _usage():
                 _check_files(source, output, json_file)
                 color_table(colormap)
-                client = stack.enter_context(Client(**client_options(server, tls=tls, ca=ca, timeout=timeout)))
+                connection = client_options(server, tls=tls, ca=ca, cert=cert, key=key, timeout=timeout)
+                client = stack.enter_context(Client(**connection))
                 opened = open_source(
                     source,
                     fps=fps,

@@ -5,9 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 import trustme
+import typer
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from typer.testing import CliRunner
 
 from heatlens import TLS, AsyncClient, Client, Health, Retry, UnavailableError
+from heatlens._cli import app
 
 ONCE = Retry(max_attempts=1)
 
@@ -89,3 +92,26 @@ def test_server_name_is_checked(tls_peer, tls):
         assert client.health() is Health.SERVING
     with Client(tls_peer.address, tls=wrong) as client, pytest.raises(UnavailableError):
         client.health()
+
+
+def test_the_command_line_shows_its_certificate(tls_peer, tls):
+    files = ["--ca", tls.ca_file]
+    if tls_peer.mutual:
+        done = CliRunner().invoke(app, ["health", "--server", tls_peer.address, *map(str, files)])
+        assert done.exit_code == 2, "the server wants a certificate"
+        files += ["--cert", tls.cert_file, "--key", tls.key_file]
+    done = CliRunner().invoke(app, ["health", "--server", tls_peer.address, *map(str, files)])
+    assert (done.exit_code, done.stdout) == (0, "serving\n"), done.output
+
+
+@pytest.mark.parametrize("option", ["--cert", "--key"])
+def test_a_certificate_without_its_key_is_a_wrong_option(ca_file, option):
+    done = CliRunner().invoke(app, ["models", "--server", "127.0.0.1:1", option, str(ca_file)])
+    assert done.exit_code == 2
+    assert "give --cert and --key, or neither" in done.stderr
+
+
+def test_every_command_takes_certificates():
+    for command in typer.main.get_command(app).commands.values():
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {"--server", "--tls", "--ca", "--cert", "--key"} <= options, command.name
