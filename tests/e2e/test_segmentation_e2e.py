@@ -1,7 +1,11 @@
 """Segmentation by sigmoid through a real server: one mask per class, and what ListModels says was assumed."""
 
+import json
+
+import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from heatlens import Client
 from server_process import start_server_process, wait_settled
@@ -27,13 +31,18 @@ activation = "sigmoid"
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
+def address(tmp_path_factory):
     server = start_server_process(tmp_path_factory.mktemp("segmentation"), TOML)
     wait_settled(server.address)
-    with Client(server.address, timeout=60) as made:
-        yield made
+    yield server.address
     server.process.kill()
     server.process.wait()
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    with Client(address, timeout=60) as made:
+        yield made
 
 
 def test_one_mask_is_the_object_and_not_the_background(client):
@@ -66,3 +75,30 @@ def test_what_was_assumed_is_told(client):
     assert "one output channel" in " ".join(by_name["one"].assumptions)
     assert "exclude each other" in " ".join(by_name["sides"].assumptions)
     assert (by_name["three"].class_count, by_name["three"].assumptions) == (3, ())
+
+
+@pytest.mark.parametrize("model", ["sides", "three"])
+def test_a_mask_that_the_command_line_writes_is_one_that_it_takes(run, address, client, tmp_path, model):
+    photo = tmp_path / "photo.png"
+    cv2.imwrite(str(photo), photos(96, 128)[1])
+
+    def explain(*options):
+        done = run("explain", photo, "--server", address, "--model", model, "--class", 1, "--json", *options)
+        return json.loads(done.stdout)
+
+    told = explain("--return-mask", "-o", tmp_path)
+    (item,) = told["explanations"]
+    overlapping = model == "three"
+    path, other = told["predicted_mask"], item["predicted_mask"]
+    if overlapping:
+        path, other = other, path
+    assert other is None
+    with Image.open(path) as written:
+        mask = np.asarray(written)
+    assert mask.shape == (96, 128)
+    assert (mask == 1).mean() == pytest.approx(item["area"])
+    # Over the pixels of the class it is explained in any case.
+    (again,) = explain("--mask", path)["explanations"]
+    assert again["logit"] == pytest.approx(item["logit"], abs=1e-4)
+    everywhere = client.explain(photo, model=model, class_ids=1, mask=np.ones((96, 128), bool)).explanations[0]
+    assert everywhere.logit != pytest.approx(item["logit"], abs=1e-2)

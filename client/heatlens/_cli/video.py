@@ -255,12 +255,20 @@ def _explain(
     interrupts: Interrupts,
     on_answer: Callable[[Record], None],
 ) -> None:
-    """Stream the frames and keep the answers. If the stream breaks, say how far it came, and exit."""
+    """Stream the frames and keep the answers. If the stream breaks, say how far it came, and exit.
+
+    What the server warns of is said once, not at every frame.
+    """
+    told: set[str] = set()
     try:
         with answering as stream, closing(answers(stream, frames)) as answered:
             for frame, answer in answered:
                 with interrupts.held_back():
                     record.add(frame, answer)
+                warnings = set() if answer.result is None else set(answer.result.warnings) - told
+                for warning in sorted(warnings):
+                    warn(f"warning: frame {frame.frame_id}: {warning}")
+                told |= warnings
                 on_answer(record)
     except HeatlensError as error:
         if error.last_frame_id is None:

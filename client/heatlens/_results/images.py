@@ -109,7 +109,9 @@ def pil_pixels(image: Any, modes: frozenset[str], *, otherwise: str) -> npt.NDAr
     from PIL import ImageOps  # noqa: PLC0415 - who has an image has Pillow
 
     upright = ImageOps.exif_transpose(image)
-    return np.asarray(upright if upright.mode in modes else upright.convert(otherwise))
+    pixels = np.asarray(upright if upright.mode in modes else upright.convert(otherwise))
+    # TIFF files may be big-endian.
+    return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
 
 
 def _rest_of(file: BinaryFile, argument: str) -> bytes:

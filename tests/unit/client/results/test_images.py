@@ -92,7 +92,18 @@ def test_images_of_pillow_are_upright_as_their_files_are(pixels):
     assert np.abs(loaded.astype(int) - expected).mean() < 2
 
 
-def test_deep_images_of_pillow_are_not_cut_off_at_255():
+@pytest.mark.parametrize("deep", [np.full((2, 3), 3000, np.uint16), np.full((2, 3), 0.25, np.float32)])
+def test_deep_images_of_pillow_keep_their_values(deep):
+    np.testing.assert_array_equal(load_image(Image.fromarray(deep)), deep)
+
+
+def test_big_endian_images_of_pillow():
+    loaded = load_image(Image.frombytes("I;16B", (3, 2), np.full((2, 3), 3000, ">u2").tobytes()))
+    assert loaded.dtype == np.uint16
+    assert (loaded == 3000).all()
+
+
+def test_images_of_pillow_with_whole_numbers_of_32_bits_are_refused():
     with pytest.raises(InvalidArgumentError, match="int32"):
         load_image(Image.fromarray(np.full((4, 4), 3000, np.int32)))
 

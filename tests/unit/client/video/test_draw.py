@@ -1,5 +1,7 @@
 """How explained frames look."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -16,10 +18,10 @@ def frame():
     return np.random.default_rng(0).integers(100, 200, (SIZE[1], SIZE[0], 3), np.uint8)
 
 
-def explanation(label="cat", probability=0.75, class_id=3, region=EVERYWHERE, scale=1, offset=0):
+def explanation(label="cat", probability=0.75, class_id=3, region=EVERYWHERE, scale=1, offset=0, **fields):
     values = np.array([[0, 0.5], [0.25, 1]], np.float32) * bool(scale)
     heatmap = Heatmap(values=values, scale=scale, offset=offset, region=region, placed=False)
-    return Explanation(class_id=class_id, label=label, logit=1.0, probability=probability, heatmap=heatmap)
+    return Explanation(class_id=class_id, label=label, logit=1.0, probability=probability, heatmap=heatmap, **fields)
 
 
 def result(*explanations):
@@ -65,6 +67,41 @@ def test_a_frame_in_which_nothing_was_found(frame):
     assert look.lines == ("nothing found",)
     height = banner_height(drawn := draw(frame, look, **STYLE), frame)
     np.testing.assert_array_equal(drawn[height:], frame[height:])
+
+
+def test_a_regression_shows_its_value():
+    items = explanation("age", 0.0, value=41.53), explanation("", 0.0, 2, scale=0, value=-0.25)
+    assert annotation_of(result(*items), SIZE).lines == ("41.53  age", "-0.25  class 2: nothing moves it this way")
+
+
+def test_every_detection_is_drawn_with_its_box_and_all_their_maps(frame):
+    left, right = PixelBox(20, 60, 120, 160), PixelBox(180, 50, 300, 170)
+    items = explanation(box=left), explanation("dog", 0.5, 5, box=right), explanation("dog", 0.4, 5, scale=0, box=left)
+    turned = replace(items[1].heatmap, values=np.array([[1, 0], [0, 0]], np.float32))
+    items = items[0], replace(items[1], heatmap=turned), items[2]
+    look = annotation_of(result(*items), SIZE)
+    assert look.lines == ()
+    np.testing.assert_array_equal(look.values, np.maximum(items[0].heatmap.on(SIZE), turned.on(SIZE)))
+    drawn = draw(frame, look, colormap="jet", alpha=0)
+    changed = (drawn != frame).any(2)
+    for box in (left, right):
+        assert changed[int(box.top) : int(box.bottom), int(box.left)].all()
+        assert changed[int(box.bottom) - 1, int(box.left) : int(box.right)].all()
+        # Label and score, above it.
+        assert changed[int(box.top) - 10 : int(box.top), int(box.left) : int(box.left) + 30].any()
+    assert not changed[65:155, 25:115].any()
+    # No banner.
+    assert not changed[:20].any()
+
+
+@pytest.mark.parametrize(
+    "box",
+    [PixelBox(0, 0, 320, 180), PixelBox(-50, -50, 20, 20), PixelBox(310, 0, 400, 5), PixelBox(5, 5, 5.2, 5.2)],
+)
+@pytest.mark.parametrize("label", ["cat", "long " * 50, "", "猫"])
+def test_boxes_and_their_labels_stay_within_the_frame(frame, box, label):
+    drawn = draw(frame, annotation_of(result(explanation(label, box=box)), SIZE), **STYLE)
+    assert drawn.shape == frame.shape
 
 
 def test_the_map_is_drawn_below_the_banner_as_the_sdk_draws_it(frame):
