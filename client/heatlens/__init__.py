@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         Health,
         ModelInfo,
         ModelState,
+        Preprocess,
         Result,
         ServerInfo,
         Timing,
@@ -81,6 +82,7 @@ __all__ = [
     "NotFoundError",
     "PermissionDeniedError",
     "PixelBox",
+    "Preprocess",
     "ResourceExhaustedError",
     "Result",
     "Retry",
@@ -111,7 +113,8 @@ _MODULES = {
     "_results.geometry": "PixelBox place_map",
     "_results.heatmap": "Heatmap",
     "_results.results": (
-        "ClassScore Explanation Faithfulness FrameResult Health ModelInfo ModelState Result ServerInfo Timing"
+        "ClassScore Explanation Faithfulness FrameResult Health ModelInfo ModelState Preprocess Result ServerInfo "
+        "Timing"
     ),
     "_stream.async_stream": "AsyncStream",
     "_stream.stream": "Stream",

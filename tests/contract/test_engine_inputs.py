@@ -65,6 +65,20 @@ def test_maps_agree_with_float64(name, channels, dtype):
     engine.close()
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("name", ENGINES)
+def test_values_up_to_255(name, dtype):
+    engine, judge = engine_of(name, 3, scale=255.0)
+    (image,) = images_of(3, dtype)[:1]
+    (result,) = engine.explain(image[None], [ClassIds((3,))], SPEC)
+    expected, _ = judge.maps(image, [3], Method.GRAD_CAM, ["body"], upsample=False)
+    np.testing.assert_allclose(result.maps, expected, atol=TOLERANCE)
+    unscaled = Judge(tiny_models.of_channels(3), preprocess_of(3)).logits(image)
+    assert np.abs(judge.logits(image)).max() > 20 * np.abs(unscaled).max()
+    np.testing.assert_allclose(result.logits, judge.logits(image), rtol=1e-5, atol=1e-3)
+    engine.close()
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_float32_is_not_rounded_to_levels(name):
     engine, _ = engine_of(name, 1)

@@ -159,5 +159,7 @@ class Judge:
 
     def _input(self, image: np.ndarray) -> torch.Tensor:
         preprocess = self._preprocess
-        values = (image.astype(np.float64) / 255.0 - np.array(preprocess.mean)) / np.array(preprocess.std)
+        values = (image.astype(np.float64) / 255.0 * preprocess.scale - np.array(preprocess.mean)) / np.array(
+            preprocess.std
+        )
         return torch.from_numpy(values).permute(2, 0, 1)[None]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from heatlens._exceptions import HeatlensError
 from heatlens._results.geometry import Float32Array, PixelBox
@@ -160,6 +160,38 @@ class ModelState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Preprocess:
+    """How an image becomes a model's input. The names are those of the configuration's `[models.preprocess]`.
+
+    Attributes:
+        window: the values (low, high) of an image that become 0 and 1, or "auto" for each image's smallest and largest;
+            None: the range of the image's type.
+        resize_px: one value: the shorter side after resizing; two: height and width; empty: images keep their size.
+        crop_px: height and width of the centre crop; empty: images are not cropped.
+        max_side_px: the longest side of an input of any size; 0: no limit.
+        interpolation: how pixels are resampled.
+        letterbox: whether images keep their proportions and are padded to `crop_px`.
+        pad_to_multiple: what sides are padded to a multiple of, in pixels; 1: they are not.
+        channel_order: "rgb" or "bgr"; empty where channels are no colours.
+        scale: what values in [0, 1] are multiplied by before mean and std.
+        mean: subtracted from each channel.
+        std: what each channel is divided by.
+    """
+
+    window: tuple[float, float] | Literal["auto"] | None
+    resize_px: tuple[int, ...]
+    crop_px: tuple[int, ...]
+    max_side_px: int
+    interpolation: str
+    letterbox: bool
+    pad_to_multiple: int
+    channel_order: str
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """One served model. What is only known once it is loaded is zero or empty before.
 
@@ -187,6 +219,8 @@ class ModelInfo:
         methods_in_steps: the methods that take many runs of the model per image.
         assumptions: what the server found or assumed when it loaded the model, one sentence each, with the key of its
             configuration that overrides it.
+        input_channels: of the model's input: 1 is gray, 3 is RGB, 4 is RGBA; 0 if the server is too old to say.
+        preprocess: how images become its input; None if the server is too old to say.
     """
 
     name: str
@@ -209,6 +243,8 @@ class ModelInfo:
     method_engines: Mapping[str, str] = field(default_factory=dict, hash=False)
     methods_in_steps: tuple[str, ...] = ()
     assumptions: tuple[str, ...] = ()
+    input_channels: int = 0
+    preprocess: Preprocess | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """From protobuf to values: pure functions that read answers. `status` reads errors; `requests` writes."""
 
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from heatlens._results.results import (
     Health,
     ModelInfo,
     ModelState,
+    Preprocess,
     Result,
     ServerInfo,
     Timing,
@@ -175,9 +177,37 @@ def models_of(response: model_pb2.ListModelsResponse) -> tuple[ModelInfo, ...]:
             method_engines={_method_name(item.method): item.engine for item in model.method_support},
             methods_in_steps=tuple(_method_name(item.method) for item in model.method_support if item.in_steps),
             assumptions=tuple(model.assumptions),
+            input_channels=model.input_channels,
+            preprocess=_preprocess_of(model.preprocess) if model.HasField("preprocess") else None,
         )
         for model in response.models
     )
+
+
+def _preprocess_of(preprocess: model_pb2.Preprocess) -> Preprocess:
+    window: tuple[float, float] | Literal["auto"] | None = None
+    if preprocess.window_auto:
+        window = "auto"
+    elif len(preprocess.window) == 2:
+        window = (preprocess.window[0], preprocess.window[1])
+    return Preprocess(
+        window=window,
+        resize_px=tuple(preprocess.resize_px),
+        crop_px=tuple(preprocess.crop_px),
+        max_side_px=preprocess.max_side_px,
+        interpolation=preprocess.interpolation,
+        letterbox=preprocess.letterbox,
+        pad_to_multiple=preprocess.pad_to_multiple,
+        channel_order=preprocess.channel_order,
+        scale=preprocess.scale,
+        mean=_decimals(preprocess.mean),
+        std=_decimals(preprocess.std),
+    )
+
+
+def _decimals(values: Iterable[float]) -> tuple[float, ...]:
+    """Values that travelled as float32, as they were written: 0.485, not 0.48500001430511475."""
+    return tuple(float(str(np.float32(value))) for value in values)
 
 
 def server_info_of(response: model_pb2.GetServerInfoResponse) -> ServerInfo:

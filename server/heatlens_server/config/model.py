@@ -21,7 +21,7 @@ from heatlens_server.config.section import Section
 from heatlens_server.core.graph_spec import MANIFEST_FILE
 from heatlens_server.core.grid import Grid, Layout
 from heatlens_server.core.methods import Method
-from heatlens_server.core.preprocess import MAX_CHANNELS, Interpolation
+from heatlens_server.core.preprocess import MAX_CHANNELS, ChannelOrder, Interpolation
 from heatlens_server.core.tasks import Task
 
 EMBEDDED_MODEL = "efficientnet_lite0"
@@ -108,7 +108,7 @@ class PreprocessConfig(Section):
     """How many channels the model's input has: 1 is gray, 3 is RGB, 4 is RGBA. Unset: as many as the network's first
     convolution takes."""
     mean: Annotated[tuple[Fraction, ...], Field(min_length=1, max_length=MAX_CHANNELS)] | None = None
-    """Subtracted from each channel, for values in [0, 1]: one value per channel, or one for all."""
+    """Subtracted from each channel, for values in [0, scale]: one value per channel, or one for all."""
     std: Annotated[tuple[PositiveFraction, ...], Field(min_length=1, max_length=MAX_CHANNELS)] | None = None
     """What each channel is then divided by: one value per channel, or one for all."""
     interpolation: Interpolation | None = None
@@ -116,6 +116,15 @@ class PreprocessConfig(Section):
     window: Window | None = None
     """The values of an image's own that become 0 and 1, [low, high]: of 12 bits [0, 4095], or Hounsfield units. "auto":
     each image's smallest and largest value. Unset: the range of the image's type, or what the file says."""
+    channel_order: ChannelOrder | None = None
+    """The order of the model's colours: "rgb" or "bgr". `mean` and `std` are in this order. Unset: "rgb"."""
+    scale: PositiveFraction | None = None
+    """What values in [0, 1] are multiplied by before `mean` and `std`: 255 for networks of Caffe's kind. Unset: 1."""
+    letterbox: bool | None = None
+    """Whether images keep their proportions and are padded to `crop_px` with gray. Unset: they are cropped."""
+    pad_to_multiple: int | None = Field(default=None, ge=1, le=1024)
+    """What the sides of inputs of any size are padded to a multiple of, at the right and bottom. Unset: found for
+    segmentation by running the network on sizes; 1 for others."""
 
 
 class GridConfig(Section):

@@ -13,6 +13,9 @@ MAX_PIXELS_LIMIT = 89_478_485
 MAX_CHANNELS = 16
 """The most channels of a model's input."""
 
+# RGB and RGBA.
+_COLORED = frozenset({3, 4})
+
 # A side of an input that is made up, for models that take any: a multiple of what networks shrink images by.
 _SAMPLE_PX = 256
 
@@ -26,21 +29,32 @@ class Interpolation(StrEnum):
     LANCZOS = "lanczos"
 
 
+class ChannelOrder(StrEnum):
+    """The order of a model's colours."""
+
+    RGB = "rgb"
+    BGR = "bgr"
+
+
 @dataclass(frozen=True, slots=True)
 class PreprocessSpec:
-    """How an image becomes a model's input: resize, crop the centre, then (value / 255 - mean) / std.
+    """How an image becomes a model's input: resize, crop the centre, then (value / 255 * scale - mean) / std.
 
     Attributes:
         resize_px: the length of the shorter side after resizing, in pixels, or the exact (height, width). None: images
             keep their size, which takes a model of inputs of any size.
         crop_px: (height, width) of the centre crop, in pixels: the model's input size. None: the model takes inputs of
             any size, and the image is not cropped.
-        mean: one per channel of the model's input, for values in [0, 1].
-        std: as many, for values in [0, 1], each > 0.
+        mean: one per channel of the model's input, in the order of its channels, for values in [0, scale].
+        std: as many, for values in [0, scale], each > 0.
         interpolation: how pixels are resampled.
         max_side_px: of inputs of any size, the longest side: what would be longer is shrunk as a whole. None: no limit.
         window: the values (low, high) of images that become 0 and 1, low < high. None: the range of the image's type.
         window_auto: whether the window is each image's own smallest and largest value; not with `window`.
+        channel_order: of the model's colours; those of images are RGB.
+        scale: what values in [0, 1] are multiplied by before mean and std, > 0: 255 for networks of Caffe's kind.
+        letterbox: whether images keep their proportions and are padded to `crop_px`, which is `resize_px` then.
+        pad_to_multiple: what sides of inputs of any size are padded to a multiple of, at the right and bottom.
 
     Raises:
         ValueError: a value is out of range, does not go with another, or the resized image would be smaller than the
@@ -55,6 +69,10 @@ class PreprocessSpec:
     max_side_px: int | None = None
     window: tuple[float, float] | None = None
     window_auto: bool = False
+    channel_order: ChannelOrder = ChannelOrder.RGB
+    scale: float = 1.0
+    letterbox: bool = False
+    pad_to_multiple: int = 1
 
     def __post_init__(self) -> None:
         if self.crop_px is None:
@@ -65,6 +83,14 @@ class PreprocessSpec:
             raise ValueError(f"mean and std must be of one length, from 1 to {MAX_CHANNELS}")
         if not all(math.isfinite(value) for value in (*self.mean, *self.std)) or min(self.std) <= 0:
             raise ValueError("mean and std must be finite, and std positive")
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise ValueError("scale must be finite and positive")
+        if self.channel_order is ChannelOrder.BGR and not self.has_colors:
+            raise ValueError(f'channel_order = "bgr" is for colours, and the input has {self.channels} channels')
+        if self.letterbox and (self.crop_px is None or self.resize_px != self.crop_px):
+            raise ValueError("letterbox pads images to one size: set crop_px, and resize_px to the same or not at all")
+        if self.pad_to_multiple != 1 and (self.crop_px is not None or self.pad_to_multiple < 1):
+            raise ValueError("pad_to_multiple is at least 1, and for inputs of any size: without crop_px")
         if self.window is not None:
             low, high = self.window
             if not (math.isfinite(low) and math.isfinite(high) and low < high) or self.window_auto:
@@ -93,9 +119,14 @@ class PreprocessSpec:
         return len(self.mean)
 
     @property
+    def has_colors(self) -> bool:
+        """Whether the channels are colours: RGB or RGBA, in the order that `channel_order` says."""
+        return self.channels in _COLORED
+
+    @property
     def gains(self) -> tuple[float, ...]:
         """What each channel of a pixel of 0 to 255 is multiplied by, before `biases` are added."""
-        return tuple(1.0 / (255.0 * std) for std in self.std)
+        return tuple(self.scale / (255.0 * std) for std in self.std)
 
     @property
     def biases(self) -> tuple[float, ...]:
@@ -116,8 +147,12 @@ class PreprocessSpec:
     @property
     def sample_px(self) -> tuple[int, int]:
         """(height, width) of an input to try the model with: its input size, or else a small one."""
-        side_px = min(_SAMPLE_PX, self.max_side_px or _SAMPLE_PX)
+        side_px = self.padded_px(min(_SAMPLE_PX, self.max_side_px or _SAMPLE_PX))
         return self.crop_px or (side_px, side_px)
+
+    def padded_px(self, side_px: int) -> int:
+        """The length of a side of an input of any size, padded as the network needs it."""
+        return side_px + -side_px % self.pad_to_multiple
 
     def in_words(self) -> str:
         """The values in the words of the configuration's `[models.preprocess]`; what is not set is left out."""

@@ -146,16 +146,22 @@ def _fit_rows(mask: BoolArray, start: float, stop: float, count: int) -> BoolArr
     """What `count` equal parts of the rows [start, stop) hold of a mask, as `fit_mask` has it."""
     step = (stop - start) / count
     length_px = len(mask)
+    middles = start + (np.arange(count, dtype=np.float64) + 0.5) * step
+    # Beyond the image, as where it is in a letterbox, there is nothing.
+    beyond = (middles < 0) | (middles >= length_px)
     if step <= 1.0:
-        centres = start + (np.arange(count, dtype=np.float64) + 0.5) * step
-        return mask[np.clip(np.floor(centres), 0, length_px - 1).astype(np.intp)]
+        found = mask[np.clip(np.floor(middles), 0, length_px - 1).astype(np.intp)]
+        found[beyond] = False
+        return found
     # The first row whose centre each part holds, and the first one after the last part. A part is wider than a row, so
     # that none is empty; should rounding say otherwise, it has the row at its edge.
     edges = np.clip(np.ceil(start + np.arange(count + 1) * step - 0.5), 0, length_px).astype(np.intp)
     firsts = np.minimum(edges[:-1], length_px - 1)
     ends = np.maximum(edges[1:], firsts + 1)
     # 30 times as fast as `np.logical_or.reduceat`.
-    return np.stack([mask[first:end].any(axis=0) for first, end in zip(firsts, ends, strict=True)])
+    found = np.stack([mask[first:end].any(axis=0) for first, end in zip(firsts, ends, strict=True)])
+    found[beyond & (edges[:-1] == edges[1:])] = False
+    return found
 
 
 def _check(

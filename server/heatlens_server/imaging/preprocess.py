@@ -13,10 +13,13 @@ from PIL import Image
 
 from heatlens_server.core.arrays import Float32Array, ImageArray
 from heatlens_server.core.geometry import PixelBox
-from heatlens_server.core.preprocess import FittedImage, Interpolation, PreprocessSpec
+from heatlens_server.core.preprocess import ChannelOrder, FittedImage, Interpolation, PreprocessSpec
 from heatlens_server.imaging.levels import SourcePixels, levels_of
 
 _RGB_CHANNELS = 3
+_BGR = [2, 1, 0, 3]
+# The gray around images in a letterbox, as in Darknet's and Ultralytics' YOLO.
+_LETTERBOX_LEVEL = 114
 _HIGHEST = 255.0
 
 # Pillow's filter, and the radius of its kernel in pixels at scale 1.
@@ -38,20 +41,25 @@ def fit_source(source: SourcePixels, spec: PreprocessSpec) -> FittedImage:
 
 
 def fit(image: ImageArray, spec: PreprocessSpec) -> FittedImage:
-    """Resize and centre-crop an image to the model's input.
+    """Resize and centre-crop an image to the model's input, colours in the model's order.
 
     The result equals torchvision's `Resize` followed by `CenterCrop` on a PIL image, to within one level (two on
     one value in 100,000). One exception: where an image shrinks much more in height than in width, Pillow 13
     resamples columns before rows; here rows always come first, as in earlier versions, which moves strong edges by
     a few levels. NEAREST reads the same source pixels, up to rounding at exact ties.
 
+    With a letterbox, all of the image is resized, and lies in the middle of gray; the region reaches beyond the image
+    then. Padding to a multiple is not done here: engines do that, so that maps and masks are of the image alone.
+
     Args:
-        image: (height, width, C), upright, each side >= 1, of the model's channels.
+        image: (height, width, C), upright, each side >= 1, of the model's channels, colours as RGB.
         spec: sizes and interpolation; mean and std are applied later, on the device.
 
     Returns:
         Pixels of shape (*spec.crop_px, C) and the image's type; without a crop, of the whole resized image.
     """
+    if spec.letterbox:
+        return _letterboxed(image, spec)
     height_px, width_px = image.shape[:2]
     resized_height_px, resized_width_px = spec.resized_size(height_px, width_px)
     crop_height_px, crop_width_px = spec.crop_px or (resized_height_px, resized_width_px)
@@ -74,14 +82,36 @@ def fit(image: ImageArray, spec: PreprocessSpec) -> FittedImage:
         pixels = image[rows[:, None], columns]
     else:
         pixels = _resample(image, region, (crop_height_px, crop_width_px), spec.interpolation)
+    if spec.channel_order is ChannelOrder.BGR:
+        pixels = pixels[:, :, _BGR[: image.shape[2]]]
     return FittedImage(
         pixels=np.ascontiguousarray(pixels), region=region, source_width_px=width_px, source_height_px=height_px
     )
 
 
+def _letterboxed(image: ImageArray, spec: PreprocessSpec) -> FittedImage:
+    height_px, width_px = image.shape[:2]
+    whole_height_px, whole_width_px = spec.input_px
+    scale = min(whole_height_px / height_px, whole_width_px / width_px)
+    inner_height_px, inner_width_px = max(1, round(height_px * scale)), max(1, round(width_px * scale))
+    inner_px = (inner_height_px, inner_width_px)
+    inner = fit(image, dataclasses.replace(spec, letterbox=False, resize_px=inner_px, crop_px=inner_px))
+    top_px, left_px = (whole_height_px - inner_height_px) // 2, (whole_width_px - inner_width_px) // 2
+    pixels = np.full((whole_height_px, whole_width_px, image.shape[2]), _LETTERBOX_LEVEL, image.dtype)
+    pixels[top_px : top_px + inner_height_px, left_px : left_px + inner_width_px] = inner.pixels
+    scale_y, scale_x = height_px / inner_height_px, width_px / inner_width_px
+    region = PixelBox(
+        left=-left_px * scale_x,
+        top=-top_px * scale_y,
+        right=(whole_width_px - left_px) * scale_x,
+        bottom=(whole_height_px - top_px) * scale_y,
+    )
+    return dataclasses.replace(inner, pixels=pixels, region=region)
+
+
 def normalise(pixels: ImageArray, spec: PreprocessSpec) -> Float32Array:
-    """Return (value / 255 - mean) / std as float32 (C, H, W): the reference for what engines do on the device."""
-    values = pixels.astype(np.float32) / np.float32(255)
+    """Return (value / 255 * scale - mean) / std as float32 (C, H, W): the reference for engines on their devices."""
+    values = pixels.astype(np.float32) / np.float32(255) * np.float32(spec.scale)
     return np.ascontiguousarray(
         ((values - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)).transpose(2, 0, 1)
     )

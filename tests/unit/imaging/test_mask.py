@@ -1,5 +1,7 @@
 """Masks and vectors of requests: what is read, what is refused, and which pixels a mask means after the crop."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -120,3 +122,15 @@ def test_client_and_server_place_masks_alike(shape):
     region = PixelBox(fitted.region.left, fitted.region.top, fitted.region.right, fitted.region.bottom)
     np.testing.assert_array_equal(geometry.place_mask(mask, region, shape[::-1]), place_mask(mask, fitted))
     assert geometry.NOT_SEEN == OUTSIDE
+
+
+@pytest.mark.parametrize("interpolation", [Interpolation.NEAREST, Interpolation.BILINEAR])
+@pytest.mark.parametrize(("height_px", "width_px"), [(4, 8), (40, 80), (8, 4), (60, 30)])
+def test_a_mask_in_a_letterbox_is_on_the_image_alone(interpolation, height_px, width_px):
+    boxed = dataclasses.replace(SPEC, resize_px=(8, 8), letterbox=True, interpolation=interpolation)
+    image = fit(np.full((height_px, width_px, 3), 255, np.uint8), boxed)
+    on_image = image.pixels[..., 0] == 255
+    assert 0.4 < on_image.mean() < 0.6
+    np.testing.assert_array_equal(fit_mask(np.ones((height_px, width_px), bool), image), on_image)
+    placed = place_mask(on_image.astype(np.uint8), image)
+    assert (placed == 1).all()

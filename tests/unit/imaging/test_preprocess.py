@@ -12,7 +12,8 @@ from PIL import Image
 from skimage import data
 from sklearn.datasets import load_sample_images
 
-from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
+from heatlens_server.core.geometry import place_map
+from heatlens_server.core.preprocess import ChannelOrder, Interpolation, PreprocessSpec
 from heatlens_server.imaging.preprocess import fit, normalise
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -212,3 +213,75 @@ def test_any_number_of_channels_is_resized_channel_by_channel(photos, interpolat
     assert floats.dtype == np.float32
     assert np.abs(floats - expected).max() <= 2.0
     assert 0.0 <= floats.min() <= floats.max() <= 255.0
+
+
+LETTERBOX = dataclasses.replace(spec((64, 64), (64, 64)), letterbox=True)
+
+
+@pytest.mark.parametrize(("height_px", "width_px"), [(300, 451), (451, 300), (64, 64), (100, 640), (50, 30)])
+def test_an_object_in_a_letterbox_is_where_the_region_says(height_px, width_px):
+    image = np.zeros((height_px, width_px, 3), np.uint8)
+    # A white rectangle: x from 20 % to 40 %, y from 50 % to 80 % of the image.
+    top, bottom, left, right = (
+        round(part) for part in np.multiply((0.5, 0.8, 0.2, 0.4), (height_px, height_px, width_px, width_px))
+    )
+    image[top:bottom, left:right] = 255
+    fitted = fit(image, LETTERBOX)
+    assert fitted.pixels.shape == (64, 64, 3)
+    region = fitted.region
+    assert min(region.left, region.top) <= 0
+    assert region.right >= width_px
+    assert region.bottom >= height_px
+    # Pixels are square still: the proportions are kept, up to whole pixels.
+    assert (region.right - region.left) / (region.bottom - region.top) == pytest.approx(1.0, rel=0.2)
+    weights = np.where(fitted.pixels[..., 0] == 114, 0, fitted.pixels[..., 0]).astype(float)
+    rows, columns = weights.sum(1), weights.sum(0)
+    centre_y = (rows * (np.arange(64) + 0.5)).sum() / rows.sum()
+    centre_x = (columns * (np.arange(64) + 0.5)).sum() / columns.sum()
+    scale_y, scale_x = (region.bottom - region.top) / 64, (region.right - region.left) / 64
+    assert region.top + centre_y * scale_y == pytest.approx((top + bottom) / 2, abs=0.6 * scale_y)
+    assert region.left + centre_x * scale_x == pytest.approx((left + right) / 2, abs=0.6 * scale_x)
+    placed = place_map(fitted.pixels[..., 0] / 255.0, region, (width_px, height_px))
+    assert np.corrcoef(placed.ravel(), image[..., 0].ravel())[0, 1] > 0.85
+
+
+def test_the_gray_of_a_letterbox():
+    pixels = fit(np.zeros((20, 40, 3), np.uint8), LETTERBOX).pixels
+    assert (pixels[:16] == 114).all()
+    assert (pixels[48:] == 114).all()
+    assert (pixels[16:48] == 0).all()
+    assert fit(np.zeros((20, 40, 1), np.float32), LETTERBOX).pixels.dtype == np.float32
+
+
+@pytest.mark.parametrize("letterbox", [False, True])
+def test_bgr_is_rgb_in_reverse(photos, letterbox):
+    image = photos["chelsea"]
+    rgb = dataclasses.replace(spec((64, 64), (64, 64)), letterbox=letterbox)
+    bgr = dataclasses.replace(rgb, channel_order=ChannelOrder.BGR)
+    np.testing.assert_array_equal(fit(image, bgr).pixels, fit(image, rgb).pixels[:, :, ::-1])
+    rgba = np.dstack([image, image[:, :, 0]])
+    four = dataclasses.replace(bgr, mean=(0.0,) * 4, std=(1.0,) * 4)
+    np.testing.assert_array_equal(fit(rgba, four).pixels[:, :, 3], fit(image, rgb).pixels[:, :, 0])
+
+
+def test_values_of_caffe():
+    # Mean of ImageNet in BGR, 0 to 255, as Caffe's reference models have it.
+    caffe = dataclasses.replace(
+        spec(), mean=(103.939, 116.779, 123.68), std=(1.0,) * 3, scale=255.0, channel_order=ChannelOrder.BGR
+    )
+    values = normalise(np.array([[[0, 128, 255]]], np.uint8), caffe)
+    np.testing.assert_allclose(values[:, 0, 0], [-103.939, 11.221, 131.32], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"letterbox": True, "resize_px": 256},
+        {"scale": 0.0},
+        {"pad_to_multiple": 4},
+        {"channel_order": ChannelOrder.BGR, "mean": (0.5,), "std": (0.5,)},
+    ],
+)
+def test_what_does_not_go_together_is_refused(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        dataclasses.replace(spec(), **changes)

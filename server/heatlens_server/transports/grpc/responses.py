@@ -11,6 +11,7 @@ from heatlens_server.api.answer import Answer, ClassScore, Explanation
 from heatlens_server.api.models import ServerInfo, supported_methods
 from heatlens_server.api.query import MapType
 from heatlens_server.core.geometry import PixelBox
+from heatlens_server.core.preprocess import PreprocessSpec
 from heatlens_server.fleet.fleet import ModelState, ModelStatus
 from heatlens_server.transports.grpc.requests import METHOD_TO_PROTO
 
@@ -78,6 +79,25 @@ def model_of(status: ModelStatus) -> model_pb2.Model:
         max_batch_size=served.max_batch_size,
         max_queue_delay=timedelta(seconds=served.max_delay_s),
         assumptions=served.assumptions,
+        input_channels=capabilities.input_channels,
+        preprocess=_preprocess(served.preprocess),
+    )
+
+
+def _preprocess(spec: PreprocessSpec) -> model_pb2.Preprocess:
+    return model_pb2.Preprocess(
+        window=spec.window,
+        window_auto=spec.window_auto,
+        resize_px=[spec.resize_px] if isinstance(spec.resize_px, int) else spec.resize_px,
+        crop_px=spec.crop_px,
+        max_side_px=spec.max_side_px or 0,
+        interpolation=spec.interpolation.value,
+        letterbox=spec.letterbox,
+        pad_to_multiple=spec.pad_to_multiple,
+        channel_order=spec.channel_order.value if spec.has_colors else "",
+        scale=spec.scale,
+        mean=spec.mean,
+        std=spec.std,
     )
 
 

@@ -1,16 +1,24 @@
 """From answers to responses: every field, and the element type of every map."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from heatlens._wire.answers import models_of
 from heatlens.v1 import explain_pb2 as pb
+from heatlens.v1 import model_pb2
 from heatlens_server.api.answer import Answer, ClassScore, Explanation
 from heatlens_server.api.query import MapType
+from heatlens_server.config import ModelConfig
+from heatlens_server.core.engine import Capabilities
 from heatlens_server.core.geometry import PixelBox
-from heatlens_server.core.methods import Metric
-from heatlens_server.core.preprocess import FittedImage
+from heatlens_server.core.methods import Method, Metric
+from heatlens_server.core.preprocess import ChannelOrder, FittedImage, Interpolation, PreprocessSpec
+from heatlens_server.fleet.fleet import ModelState, ModelStatus
+from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.scheduling.entry import Timing
-from heatlens_server.transports.grpc.responses import response_of
+from heatlens_server.transports.grpc.responses import model_of, response_of
 
 IMAGE = FittedImage(np.zeros((4, 4, 3), np.uint8), PixelBox(2, 0, 10, 8), source_width_px=12, source_height_px=8)
 VALUES = np.array([[0.0, 0.25], [0.5, 1.0]], np.float32)
@@ -71,3 +79,31 @@ def test_element_types(map_type, data_type):
     values = VALUES.astype(map_type.value)
     (one,) = response_of(answer(Explanation(SCORE, values, 1.0, 0.0))).explanations
     assert (one.map.data_type, one.map.data) == (data_type, values.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("changes", "sent"),
+    [
+        ({}, {"resize_px": (256,), "crop_px": (224, 192), "channel_order": "rgb", "window": None}),
+        ({"resize_px": (256, 200)}, {"resize_px": (256, 200)}),
+        ({"resize_px": None, "crop_px": None, "max_side_px": 800, "pad_to_multiple": 32},
+         {"resize_px": (), "crop_px": (), "max_side_px": 800, "pad_to_multiple": 32}),
+        ({"mean": (0.485,), "std": (0.229,)}, {"channel_order": "", "mean": (0.485,), "std": (0.229,)}),
+        ({"scale": 255.0, "channel_order": ChannelOrder.BGR}, {"scale": 255.0, "channel_order": "bgr"}),
+        ({"window": (0.0, 4095.0)}, {"window": (0.0, 4095.0)}),
+        ({"window_auto": True}, {"window": "auto"}),
+        ({"resize_px": (224, 192), "letterbox": True}, {"letterbox": True}),
+    ],
+)  # fmt: skip
+def test_the_sdk_reads_what_a_models_preprocessing_is(changes, sent):
+    spec = PreprocessSpec(256, (224, 192), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), Interpolation.BICUBIC)
+    spec = dataclasses.replace(spec, **changes)
+    info = Capabilities(
+        "torch", "cpu", "fp32", 224, 192, 4, (Method.GRAD_CAM,), ("body",), input_channels=spec.channels
+    )
+    served = ServedModel("m", "7", (), spec, info, Method.GRAD_CAM, 1, 0.0, queue=None)
+    status = ModelStatus(ModelConfig(name="m", source="timm:x"), ModelState.READY, served)
+    (model,) = models_of(model_pb2.ListModelsResponse(models=[model_of(status)]))
+    assert model.input_channels == spec.channels
+    assert model.preprocess.interpolation == "bicubic"
+    assert {name: getattr(model.preprocess, name) for name in sent} == sent

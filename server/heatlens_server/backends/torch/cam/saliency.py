@@ -38,6 +38,11 @@ class Part:
     bottom: float = 1.0
     right: float = 1.0
 
+    def corner(self, down: float, across: float) -> "Part":
+        """The part of this part at its top left, of so much of its height and width."""
+        bottom, right = self.top + (self.bottom - self.top) * down, self.left + (self.right - self.left) * across
+        return Part(self.top, self.left, bottom, right)
+
 
 WHOLE = Part()
 """All of a map."""

@@ -27,6 +27,7 @@ from heatlens_server.core.graph_spec import (
     Output,
 )
 from heatlens_server.core.methods import Method, Score
+from heatlens_server.core.preprocess import ChannelOrder, PreprocessSpec
 
 SUFFIXES = {Format.ONNX: ".onnx", Format.TORCHSCRIPT: ".ts", Format.PT2: ".pt2"}
 
@@ -83,7 +84,7 @@ def export_graph(
         source=source,
         folder=folder,
         graphs=graphs,
-        tensors=_tensors(graph_module, spec),
+        tensors=_tensors(graph_module, spec, model.preprocess),
     )
 
 
@@ -153,7 +154,7 @@ def export_bundle(
         source=source,
         folder=folder,
         graphs=graphs,
-        tensors=_tensors(graph_module, spec),
+        tensors=_tensors(graph_module, spec, model.preprocess),
     )
 
 
@@ -213,7 +214,9 @@ def _cut_onnx(
     return graphs
 
 
-def _tensors(graph_module: GraphModule, spec: GraphSpec) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
+def _tensors(
+    graph_module: GraphModule, spec: GraphSpec, preprocess: PreprocessSpec
+) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
     """What goes in and comes out of a graph."""
     image, class_index = (node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder"))
     names = {str(image.shape[0]): "batch"}
@@ -224,8 +227,11 @@ def _tensors(graph_module: GraphModule, spec: GraphSpec) -> tuple[tuple[TensorIn
         shape = tuple(size if isinstance(size, int) else names.get(str(size), str(size)) for size in value.shape)
         return TensorInfo(name, str(value.dtype).removeprefix("torch."), shape, meaning)
 
-    colors = _COLORS.get(image.shape[1], f"{image.shape[1]} channels")
-    pixels = f"{colors} pixels" if spec.input is InputKind.UINT8 else f"{colors}, (value / 255 - mean) / std"
+    colors = _COLORS.get(preprocess.channels, f"{preprocess.channels} channels")
+    if preprocess.channel_order is ChannelOrder.BGR:
+        colors = colors.replace("RGB", "BGR")
+    scaled = "value / 255" if preprocess.scale == 1.0 else f"value / 255 * {preprocess.scale:g}"
+    pixels = f"{colors} pixels" if spec.input is InputKind.UINT8 else f"{colors}, ({scaled} - mean) / std"
     wanted = "class ids; -1 at position k is the k-th most probable class, -2 none"
     (output,) = graph_module.graph.find_nodes(op="output")
     outputs = zip(spec.outputs, output.args[0], strict=False)

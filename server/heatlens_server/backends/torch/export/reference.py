@@ -206,7 +206,7 @@ class Network:
         values = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(dtype)
         mean = torch.tensor(self._preprocess.mean, dtype=dtype).view(1, -1, 1, 1)
         std = torch.tensor(self._preprocess.std, dtype=dtype).view(1, -1, 1, 1)
-        return ((values / 255.0 - mean) / std).to(self._dtype)
+        return ((values / 255.0 * self._preprocess.scale - mean) / std).to(self._dtype)
 
 
 @contextmanager

@@ -75,6 +75,15 @@ class TaskModel(ABC):
     def run(self, module: nn.Module, inputs: Tensor) -> Any:  # noqa: ANN401 - what a network returns
         """Run a network on (R, C, H, W), normalised; return the output that the other methods take."""
 
+    def unpadded(self, output: Any, size_px: tuple[int, int]) -> Any:  # noqa: ANN401, ARG002 - what a network returns
+        """The output for images of a size that were padded at the right and bottom: what is not of pixels is the same.
+
+        Args:
+            output: what `run` returned for the padded images.
+            size_px: (height, width) of the images.
+        """
+        return output
+
     def part_on_image(self, module: nn.Module, shape: tuple[int, int, int]) -> Part:  # noqa: ARG002
         """The part of a layer's map that lies on the image: all of it, unless the network pads images.
 

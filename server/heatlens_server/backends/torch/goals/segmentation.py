@@ -198,6 +198,11 @@ class Segmentation(TaskModel):
             return logits
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
+    def unpadded(self, output: Tensor, size_px: tuple[int, int]) -> Tensor:
+        """The logits (R, C, H, W) of the images alone."""
+        height_px, width_px = size_px
+        return output[..., :height_px, :width_px]
+
     def goals(self, output: Tensor, targets: Sequence[Target], *, score: Score, run: RunImages) -> PixelGoals:  # noqa: ARG002
         """Find the classes that are asked for, and their pixels.
 

@@ -99,7 +99,20 @@ class TorchModel:
 
     def run(self, inputs: Tensor) -> Any:  # noqa: ANN401 - what a network returns
         """Run the network on (R, C, H, W) in any floating dtype; return the task's output."""
-        return self.task.run(self.module, inputs.to(self.dtype).contiguous(memory_format=self._layout))
+        padded = self.padded(inputs)
+        output = self.task.run(self.module, padded.to(self.dtype).contiguous(memory_format=self._layout))
+        return output if padded is inputs else self.task.unpadded(output, (inputs.shape[2], inputs.shape[3]))
+
+    def padded(self, inputs: Tensor) -> Tensor:
+        """Inputs (R, C, H, W) with their last row and column repeated, up to sizes that the network takes."""
+        preprocess, (height_px, width_px) = self.model.preprocess, inputs.shape[2:]
+        rows, columns = (
+            torch.arange(preprocess.padded_px(side_px), device=inputs.device).clamp(max=side_px - 1)
+            for side_px in (height_px, width_px)
+        )
+        if (len(rows), len(columns)) == (height_px, width_px):
+            return inputs
+        return inputs.index_select(2, rows).index_select(3, columns)
 
     def run_images(self, images: ImageArray) -> Any:  # noqa: ANN401 - what a network returns
         """Run the network on images (N, H, W, C), without gradients."""
@@ -128,8 +141,13 @@ class TorchModel:
         return to_map(output, self.model.grid(layer))
 
     def on_image(self, maps: Tensor, size_px: tuple[int, int]) -> Tensor:
-        """The part of a layer's maps (N, C, h, w) that lies on images of a size: all, unless the network pads them."""
-        return cut(maps, self.task.part_on_image(self.module, (self.model.preprocess.channels, *size_px)))
+        """The part of a layer's maps (N, C, h, w) that lies on images of a size: all, unless they are padded."""
+        preprocess, (height_px, width_px) = self.model.preprocess, size_px
+        padded_px = (preprocess.padded_px(height_px), preprocess.padded_px(width_px))
+        part = self.task.part_on_image(self.module, (preprocess.channels, *padded_px))
+        if padded_px != size_px:
+            part = part.corner(height_px / padded_px[0], width_px / padded_px[1])
+        return cut(maps, part)
 
     def gradients(self, score: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool = False) -> list[Tensor]:
         """Differentiate a scalar. In float16 it is scaled on the way, so that small gradients do not vanish.

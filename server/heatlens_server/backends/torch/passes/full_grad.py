@@ -27,17 +27,19 @@ def full_grad(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec
     The raw map is (N, K, H, W).
     """
     leaf = inputs.detach().requires_grad_()
-    found = _Found(inputs, model.model.grid(model.model.layers[0]))
+    found = _Found(model.padded(inputs), model.model.grid(model.model.layers[0]))
     with Substitution(bias_gradients(found.take)):
         # A copy: the network may change its input in place.
         output = model.run(leaf.clone())
     goals = model.task.goals(output, targets, score=spec.score, run=model.run_images)
+    size_px = (inputs.shape[2], inputs.shape[3])
     maps = []
     for k in range(goals.width):
         more = k + 1 < goals.width
         gradient = input_gradient(model, goals.score(k), leaf, retain_graph=more, start=found.start)
         with torch.no_grad():
-            maps.append(found.map + spread(at_least_float32(leaf) * gradient, found.size_px))
+            of_pixels = spread(at_least_float32(leaf) * gradient, size_px)
+            maps.append(model.on_image(found.map, size_px) + of_pixels)
     return RawMaps(goals, [torch.cat(maps, dim=1)])
 
 
@@ -53,7 +55,7 @@ class _Found:
         """Start with nothing.
 
         Args:
-            inputs: (N, C, H, W).
+            inputs: (N, C, H, W), as the network gets them.
             grid: how the network's tokens lie on the image, if it has any.
         """
         n, _, height, width = inputs.shape

@@ -10,6 +10,7 @@ from heatlens_server.backends.torch.sources.trace import run
 from heatlens_server.config import PreprocessConfig
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.preprocess import MAX_CHANNELS, Interpolation, PreprocessSpec
+from heatlens_server.core.tasks import Task
 
 IMAGENET_PREPROCESS = PreprocessSpec(
     resize_px=256,
@@ -26,6 +27,9 @@ _LUMA = (0.299, 0.587, 0.114)
 
 _DIGITS = 3
 
+_MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
+_TRIED_PX = 64
+
 
 @dataclass(frozen=True, slots=True)
 class ResolvedPreprocess:
@@ -41,14 +45,20 @@ class ResolvedPreprocess:
 
 
 def resolve_preprocess(
-    base: PreprocessSpec | None, changes: PreprocessConfig, *, module: nn.Module | None = None
+    base: PreprocessSpec | None,
+    changes: PreprocessConfig,
+    *,
+    module: nn.Module | None = None,
+    task: Task = Task.CLASSIFICATION,
 ) -> ResolvedPreprocess:
     """Lay the configured values over the source's. With only crop_px set, resize_px keeps its ratio to it.
 
     Args:
         base: the source's own; None if it cannot be expressed, and then both sizes must be configured.
         changes: the configuration's.
-        module: the network, in eval mode, of which the number of channels is found; None for as many as `base` has.
+        module: the network, in eval mode, of which the number of channels is found, and what sides it takes; None for
+            as many as `base` has, and for any.
+        task: what it does.
 
     Raises:
         ModelLoadError: the result is impossible.
@@ -59,11 +69,12 @@ def resolve_preprocess(
                 "preprocess: this model's own preprocessing is not supported; set resize_px, crop_px, mean and std"
             )
         base = IMAGENET_PREPROCESS
-    crop_px = base.crop_px
-    if changes.crop_px is not None:
-        crop_px = (changes.crop_px, changes.crop_px) if isinstance(changes.crop_px, int) else changes.crop_px
+    crop_px = base.crop_px if changes.crop_px is None else _sides(changes.crop_px)
     resize_px = changes.resize_px
-    if resize_px is None:
+    if changes.letterbox:
+        crop_px = crop_px if changes.resize_px is None or changes.crop_px is not None else _sides(changes.resize_px)
+        resize_px = crop_px if changes.resize_px is None else _sides(changes.resize_px)
+    elif resize_px is None:
         resize_px = base.resize_px if crop_px is None else _scaled_resize(base, crop_px)
     max_side_px = changes.max_side_px
     if max_side_px is None and crop_px is None:
@@ -79,6 +90,9 @@ def resolve_preprocess(
             max_side_px=max_side_px,
             window=None if changes.window == "auto" else changes.window,
             window_auto=changes.window == "auto",
+            scale=changes.scale or base.scale,
+            letterbox=bool(changes.letterbox),
+            pad_to_multiple=changes.pad_to_multiple or base.pad_to_multiple,
         )
         channels = changes.channels or _given_channels(changes)
         if not channels:
@@ -95,7 +109,16 @@ def resolve_preprocess(
             spec,
             mean=_per_channel("mean", changes.mean or base.mean, channels),
             std=_per_channel("std", changes.std or base.std, channels),
+            channel_order=changes.channel_order or base.channel_order,
         )
+        if task is Task.SEGMENTATION and module is not None and crop_px is None and changes.pad_to_multiple is None:
+            multiple = find_multiple(module, spec.sample_px, channels)
+            if multiple > 1:
+                spec = dataclasses.replace(spec, pad_to_multiple=multiple)
+                assumptions.append(
+                    f"the network takes sides of multiples of {multiple} px: images are padded right and below; "
+                    "[models.preprocess] pad_to_multiple overrides it"
+                )
     except ValueError as error:
         raise ModelLoadError(f"preprocess: {error}") from error
     return ResolvedPreprocess(spec, tuple(assumptions))
@@ -118,6 +141,32 @@ def find_channels(module: nn.Module, size_px: tuple[int, int], usual: int) -> in
         if channels <= MAX_CHANNELS and _runs(module, size_px, channels):
             return channels
     return usual
+
+
+def find_multiple(module: nn.Module, size_px: tuple[int, int], channels: int) -> int:
+    """The least power of 2 that sides of images must be multiples of, for the network to run.
+
+    Args:
+        module: of any size of images, in eval mode. Left as it was.
+        size_px: (height, width) of an input that it takes, if it takes any.
+        channels: of its input.
+
+    Raises:
+        ModelLoadError: it takes one size only.
+    """
+    for multiple in _MULTIPLES:
+        # Of each remainder that halving again and again may leave.
+        steps = [step for step in _MULTIPLES if step >= multiple]
+        sizes = [(_TRIED_PX + step, _TRIED_PX + _TRIED_PX + multiple) for step in steps]
+        if all(_runs(module, size, channels) for size in sizes):
+            return multiple
+    if not _runs(module, size_px, channels):
+        # It fails for another reason, which is told when it is run next.
+        return 1
+    raise ModelLoadError(
+        "preprocess: the network runs on few sizes of images only: set crop_px, and resize_px, to one that it takes, "
+        f"such as {list(size_px)}"
+    )
 
 
 def _runs(module: nn.Module, size_px: tuple[int, int], channels: int) -> bool:
@@ -157,6 +206,10 @@ def _of_channels(base: PreprocessSpec, channels: int) -> PreprocessSpec:
         return (*values, average) if channels == _RGB_CHANNELS + 1 else (average,) * channels
 
     return dataclasses.replace(base, mean=converted(base.mean), std=converted(base.std))
+
+
+def _sides(size_px: int | tuple[int, int]) -> tuple[int, int]:
+    return (size_px, size_px) if isinstance(size_px, int) else size_px
 
 
 def _scaled_resize(base: PreprocessSpec, crop_px: tuple[int, int]) -> int | tuple[int, int]:

@@ -10,6 +10,7 @@ import mask_models
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.goals.segmentation import PixelGoals
 from heatlens_server.backends.torch.sources.load import load_model
+from heatlens_server.backends.torch.sources.preprocessing import IMAGENET_PREPROCESS
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Method, Metric, Score
@@ -124,7 +125,7 @@ def test_measures_take_the_mean_sigmoid_over_the_same_pixels(one):
 def test_threshold(one):
     engine = engine_of(mask_models.one, threshold=0.6)
     result = run(engine, Pixels(TopK(1)), return_mask=True)
-    inputs = torch.from_numpy(normalise(photos(96, 128)[0], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))[None]
+    inputs = torch.from_numpy(normalise(photos(96, 128)[0], IMAGENET_PREPROCESS))[None]
     expected = torch.sigmoid(mask_models.one()(inputs)[0, 0].double()) > 0.6
     assert 0 < expected.sum() < run(one, Pixels(TopK(1)), return_mask=True).masks.sum()
     np.testing.assert_array_equal(result.masks[0], expected.numpy())
