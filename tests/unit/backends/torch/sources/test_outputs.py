@@ -137,7 +137,7 @@ class TestOneOutput:
     def test_the_other_side_has_the_negative_gradient(self):
         model = load("one_logit")
         network, image = without_hooks(model.module), noise(1, PX)
-        inputs = torch.from_numpy(normalise(image[0], model.preprocess.mean, model.preprocess.std))[None]
+        inputs = torch.from_numpy(normalise(image[0], model.preprocess))[None]
         activations, output = recorded(network, "net.body", inputs)
         (gradient,) = torch.autograd.grad(-output.sum(), activations)
         engine = TorchEngine(model, device="cpu")
