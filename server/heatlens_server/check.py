@@ -11,7 +11,7 @@ from heatlens_server.config import ModelConfig
 from heatlens_server.core.causes import with_causes
 from heatlens_server.core.errors import HeatlensError, ModelLoadError
 from heatlens_server.fleet.build import BuiltModel, build
-from heatlens_server.fleet.warm_up import is_finite, run_trial, trial_shape
+from heatlens_server.fleet.warm_up import run_trial, trial_shape
 
 
 def check_model(
@@ -54,7 +54,7 @@ def _report(model: BuiltModel, photo: Path | None, overlay: Path) -> Iterator[st
     info = model.engine.info
     image = np.random.default_rng(0).integers(0, 256, (1, *trial_shape(info)), dtype=np.uint8)
     for method in info.requestable_methods:
-        if not all(is_finite(result) for result in run_trial(model.engine, image, method)):
+        if not all(result.is_finite for result in run_trial(model.engine, image, method)):
             raise ModelLoadError(f"{method} gave values that are not finite")
     yield from model.assumptions
     yield f"preprocess: {model.preprocess.in_words()}"

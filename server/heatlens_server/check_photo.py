@@ -97,7 +97,8 @@ def said(model: BuiltModel, sight: Sight) -> str:
     result, class_id = sight.result, sight.result.class_ids[0]
     label = f" ({model.labels[class_id]})" if model.labels else ""
     if result.findings is not None:
-        sure = f", {result.findings[0].probability:.1%}"
+        finding = result.findings[0]
+        sure = f", {finding.probability:.1%}" if finding.value is None else f", value {finding.value:.6g}"
     else:
         probabilities = model.engine.info.task.traits.class_probabilities(result.logits)
         sure = f", {probabilities[class_id]:.1%}" if len(probabilities) else f", {result.logits[class_id]:.4g}"

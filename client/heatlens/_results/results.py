@@ -21,9 +21,9 @@ class ClassScore:
     Attributes:
         class_id: the class.
         label: its name; empty if the model has no labels.
-        logit: its score before softmax or sigmoid.
-        probability: in [0, 1]: softmax of the logits, or sigmoid for multi-label models.
-        value: regression: the predicted value, and then `logit` and `probability` are 0; None otherwise.
+        logit: its score before softmax or sigmoid; NaN for regression.
+        probability: in [0, 1]: softmax of the logits, or sigmoid for multi-label and binary models; NaN for regression.
+        value: regression: the value of this output; None otherwise.
     """
 
     class_id: int
@@ -77,9 +77,10 @@ class Explanation:
         class_id: the explained class.
         label: its name; empty if the model has no labels.
         logit: its score before softmax or sigmoid. Segmentation: its mean over the explained pixels. Detection: the
-            logit of `probability`. Embedding: the cosine similarity to the reference.
-        probability: in [0, 1]: softmax of the logits, or sigmoid for multi-label models. Segmentation: its mean over
-            the explained pixels. Detection: the detection's score. Embedding: (1 + similarity) / 2.
+            logit of `probability`. Embedding: the cosine similarity to the reference. Regression: NaN.
+        probability: in [0, 1]: softmax of the logits, or sigmoid for multi-label and binary models. Segmentation: its
+            mean over the explained pixels. Detection: the detection's score. Embedding: (1 + similarity) / 2.
+            Regression: NaN.
         heatmap: where on the image the score comes from.
         area: segmentation: the part of the model's input that is predicted as this class, in [0, 1]; 0 otherwise.
         box: detection: the detection's box in pixels of the upright source image; None otherwise.
@@ -87,7 +88,7 @@ class Explanation:
         predicted_mask: segmentation whose classes may overlap, with `return_mask`: uint8 (height, width), read-only, 1
             where this class is predicted, of the size that `Result.predicted_mask` has elsewhere, and 255 where that
             has it; None otherwise.
-        value: regression: the predicted value, and then `logit` and `probability` are 0; None otherwise.
+        value: regression: the predicted value; None otherwise.
     """
 
     class_id: int
@@ -125,7 +126,7 @@ class Result:
 
     Attributes:
         explanations: one per explained class, in the order asked for.
-        predictions: the most probable classes, as many as `top_predictions`.
+        predictions: the most probable classes, as many as `top_predictions`; regression: the first values.
         source_region: the part of the source image that the model saw, in pixels of the upright source image.
         source_size: (width, height) of the upright source image, in pixels; None if the server is too old to say.
         model: name of the model that answered.
@@ -201,7 +202,8 @@ class ModelInfo:
         is_default: whether it answers calls that name no model.
         state: whether it can answer.
         state_message: why it cannot; empty if it can.
-        task: "classification", "multi-label-classification", "segmentation", "detection" or "embedding".
+        task: "classification", "multi-label-classification", "binary-classification", "regression", "segmentation",
+            "detection" or "embedding".
         input_height_px: height of the model's input; 0 if it takes images of any size.
         input_width_px: width of the model's input; 0 if it takes images of any size.
         class_count: number of classes; of an embedding model, the embedding's length; 0 if nothing tells, of a detector

@@ -51,8 +51,7 @@ def result_of(response: explain_pb2.ExplainResponse, *, placed: bool) -> Result:
             Explanation(
                 class_id=item.class_id,
                 label=item.label,
-                logit=item.logit,
-                probability=item.probability,
+                **_scores_of(item),
                 heatmap=Heatmap(
                     values=map_values(item.map),
                     scale=item.map_scale,
@@ -65,19 +64,11 @@ def result_of(response: explain_pb2.ExplainResponse, *, placed: bool) -> Result:
                 box=_box_of(item.box) if item.HasField("box") else None,
                 faithfulness=_faithfulness_of(item.faithfulness) if item.HasField("faithfulness") else None,
                 predicted_mask=_mask_of(item.predicted_mask) if item.HasField("predicted_mask") else None,
-                value=item.value if item.HasField("value") else None,
             )
             for item in response.explanations
         ),
         predictions=tuple(
-            ClassScore(
-                class_id=item.class_id,
-                label=item.label,
-                logit=item.logit,
-                probability=item.probability,
-                value=item.value if item.HasField("value") else None,
-            )
-            for item in response.predictions
+            ClassScore(class_id=item.class_id, label=item.label, **_scores_of(item)) for item in response.predictions
         ),
         source_region=region,
         source_size=source_size,
@@ -93,6 +84,13 @@ def result_of(response: explain_pb2.ExplainResponse, *, placed: bool) -> Result:
         embedding=_embedding_of(response.embedding) if response.HasField("embedding") else None,
         warnings=tuple(response.warnings),
     )
+
+
+def _scores_of(item: explain_pb2.Explanation | explain_pb2.ClassScore) -> dict[str, float]:
+    """The scores of a class; of a value, the value alone."""
+    if item.HasField("value"):
+        return {"logit": math.nan, "probability": math.nan, "value": item.value}
+    return {"logit": item.logit, "probability": item.probability}
 
 
 def map_values(tensor: explain_pb2.Tensor) -> Float32Array:

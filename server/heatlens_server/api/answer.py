@@ -32,12 +32,13 @@ _PREDICTION_BYTES = 256
 
 @dataclass(frozen=True, slots=True)
 class ClassScore:
-    """One class and how probable it is. The label is empty if it is not known."""
+    """One class and how probable it is, or a value. The label is empty if it is not known."""
 
     class_id: int
     label: str
     logit: float
     probability: float
+    value: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class Answer:
 
     Attributes:
         explanations: one per class, box or similarity, in the order asked for.
-        predictions: the most probable classes, as many as were asked for.
+        predictions: the most probable classes, or the first values, as many as were asked for.
         image: how the source image was fitted: the region that the maps cover, and the source image's size.
         model: the model's name.
         model_version: of its weights.
@@ -152,7 +153,7 @@ def _explanation(k: int, finding: Finding, done: QueueResult, plan: Plan, model:
     if plan.place_on_source:
         values = place_map(values, image.region, (image.source_width_px, image.source_height_px))
     return Explanation(
-        ClassScore(finding.class_id, model.label(finding.class_id), finding.logit, finding.probability),
+        ClassScore(finding.class_id, model.label(finding.class_id), finding.logit, finding.probability, finding.value),
         map_values=_stored(values, plan.map_type),
         map_scale=float(result.scales[k]),
         map_offset=float(result.offsets[k]),
@@ -192,6 +193,12 @@ def _predictions(
 ) -> tuple[ClassScore, ...]:
     if not count:
         return ()
+    if result.values is not None:
+        # Values have no order: they come in that of the outputs.
+        return tuple(
+            ClassScore(output, model.label(output), 0.0, 0.0, value)
+            for output, value in enumerate(result.values[:count].tolist())
+        )
     # A stable sort, so that classes of equal score come in order of their ids.
     order = np.argsort(-result.logits, kind="stable")[:count].tolist()
     return tuple(

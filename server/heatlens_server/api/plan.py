@@ -139,7 +139,7 @@ def _layers(options: Options, model: ServedModel, preset: Preset, wrong: Violati
 def _check_predictions(options: Options, model: ServedModel, wrong: Violations) -> None:
     count, class_count = options.top_predictions, model.capabilities.class_count
     task = model.capabilities.task
-    if count and not task.traits.has_image_classes:
+    if count and not (task.traits.has_image_classes or task.traits.has_values):
         wrong.add("top_predictions", f"a model of {task} predicts no classes for the whole image")
     elif not 0 <= count <= class_count:
         wrong.add("top_predictions", f"must be in [0, {class_count}], the model's class count; got {count}")
@@ -211,4 +211,4 @@ def _metrics(options: Options, model: ServedModel, wrong: Violations) -> tuple[M
             wrong.add(f"metrics[{i}]", f"{metric} is not defined for a model of {task}")
         else:
             chosen.add(metric)
-    return tuple(metric for metric in Metric if metric in (chosen or {Metric.DELETION, Metric.INSERTION}))
+    return tuple(metric for metric in Metric if metric in (chosen or task.traits.default_metrics))

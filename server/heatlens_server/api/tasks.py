@@ -10,7 +10,17 @@ from heatlens_server.api.checks import Limits, Violations, check_image, fit_imag
 from heatlens_server.api.query import Options
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.preprocess import FittedImage
-from heatlens_server.core.targets import ClassIds, ClassTarget, Detections, Pixels, Similarity, Target, TopK
+from heatlens_server.core.targets import (
+    ClassIds,
+    ClassTarget,
+    Detections,
+    Direction,
+    Pixels,
+    Similarity,
+    Target,
+    TopK,
+    Values,
+)
 from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.imaging.mask import fit_mask, mask_from_tensor, vector_from_tensor
@@ -47,8 +57,6 @@ def check_target(
         value = getattr(options, name)
         if owner is not task and value is not None and value is not False:
             wrong.add(name, f"is for models of {owner}, and this one is of {task}")
-    if options.direction is not None:
-        wrong.add("direction", f"is for models of regression, and this one is of {task}")
     return _CHECKS[task](options, model, limits, wrong)
 
 
@@ -117,6 +125,20 @@ def _embedding(
         return _NO_REFERENCE, None
     image = check_image(options.reference_image, model.preprocess, limits, wrong, field=field)
     return _NO_REFERENCE, lambda _image: Similarity(fit_image(image, model.preprocess, limits, field=field).pixels)
+
+
+def _regression(
+    options: Options, model: ServedModel, limits: Limits, wrong: Violations
+) -> tuple[Target, FinishTarget | None]:
+    """The values of the outputs named, of the first one if none is; what makes them larger unless the other is said."""
+    if options.top_k is not None:
+        wrong.add("top_k", "values have no order: name outputs by class_ids")
+    direction = Direction.INCREASE if options.direction is None else options.direction
+    if not isinstance(direction, Direction):
+        wrong.add("direction", f"unknown direction {direction}")
+        direction = Direction.INCREASE
+    chosen = _classes(options, model, limits, wrong, default=ClassIds((0,)))
+    return Values(chosen.ids if isinstance(chosen, ClassIds) else (0,), direction), None
 
 
 def _classes(
@@ -196,6 +218,7 @@ _CHECKS: Mapping[Task, _CheckTarget] = MappingProxyType(
         Task.CLASSIFICATION: _classification,
         Task.MULTI_LABEL: _classification,
         Task.BINARY: _classification,
+        Task.REGRESSION: _regression,
         Task.SEGMENTATION: _segmentation,
         Task.DETECTION: _detection,
         Task.EMBEDDING: _embedding,

@@ -185,6 +185,7 @@ class ModelConfig(Section):
         "classification",
         "multi-label-classification",
         "binary-classification",
+        "regression",
         "segmentation",
         "detection",
         "embedding",
@@ -193,7 +194,9 @@ class ModelConfig(Section):
     classification. "segmentation": any network that returns (N, classes, h, w), or a mapping with that as "out".
     "detection": networks with torchvision's interface. "embedding": any network that returns (N, length); of timm's and
     of the embedded model the classifier is left out. "multi-label-classification": a class's probability is the sigmoid
-    of its logit. "binary-classification": a network of one output, the logit of class 1; class 0 has its negative."""
+    of its logit. "binary-classification": a network of one output, the logit of class 1; class 0 has its negative.
+    "regression": a network of values, (N, values), without probabilities. Of a network that is not declared, one output
+    is a binary classifier, sigmoids are multi-label and one without a classifier is an embedding."""
     activation: Literal["auto", "softmax", "sigmoid"] = "auto"
     """Segmentation: "softmax" where the classes of a pixel exclude each other, "sigmoid" where they may overlap.
     "auto": "sigmoid" for a network of one output channel, else "softmax". Other tasks have one of their own."""

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from heatlens_server.core.arrays import Float32Array, UInt8Array
 from heatlens_server.core.methods import Metric
 
@@ -17,6 +19,7 @@ class Finding:
         probability: in [0, 1].
         box: left, top, right, bottom in pixels of the engine's input image, half open; None but for detections.
         area: the part of the input that is predicted as the class, in [0, 1]; segmentation only.
+        value: regression: the predicted value, which has no logit and no probability; None elsewhere.
     """
 
     class_id: int
@@ -24,6 +27,7 @@ class Finding:
     probability: float
     box: tuple[float, float, float, float] | None = None
     area: float = 0.0
+    value: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ class ImageResult:
         masks: segmentation with classes that may overlap, if asked for, in place of `mask`: uint8 (K, H, W), one per
             explanation, 1 where its class is predicted.
         embedding: embedding models: float32 (D,).
+        values: regression: float32 (C,), all outputs.
     """
 
     logits: Float32Array
@@ -54,3 +59,10 @@ class ImageResult:
     mask: UInt8Array | None = None
     masks: UInt8Array | None = None
     embedding: Float32Array | None = None
+    values: Float32Array | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all scores, values and maps are numbers."""
+        arrays = (self.logits, self.maps, *(() if self.values is None else (self.values,)))
+        return all(bool(np.isfinite(array).all()) for array in arrays)

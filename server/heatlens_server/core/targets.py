@@ -114,7 +114,25 @@ class Similarity:
         return 1
 
 
-Target = TopK | ClassIds | Pixels | Detections | Boxes | Similarity
+@dataclass(frozen=True, slots=True)
+class Values:
+    """Regression: explain what changes some of the values.
+
+    Attributes:
+        ids: which outputs of the network, in this order; at least one, no duplicates, each in [0, class_count).
+        direction: whether what makes them larger or what makes them smaller.
+    """
+
+    ids: tuple[int, ...]
+    direction: Direction = Direction.INCREASE
+
+    @property
+    def count(self) -> int:
+        """How many values."""
+        return len(self.ids)
+
+
+Target = TopK | ClassIds | Pixels | Detections | Boxes | Similarity | Values
 """What is wanted of one image; which of them a model takes is its task's business."""
 
 

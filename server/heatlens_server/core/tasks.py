@@ -17,6 +17,7 @@ class Task(StrEnum):
     CLASSIFICATION = "classification"
     MULTI_LABEL = "multi-label-classification"
     BINARY = "binary-classification"
+    REGRESSION = "regression"
     SEGMENTATION = "segmentation"
     DETECTION = "detection"
     EMBEDDING = "embedding"
@@ -54,9 +55,11 @@ class TaskTraits:
         activation: how logits become probabilities.
         has_image_classes: whether the image as a whole has predicted classes; elsewhere its pixels or boxes have them,
             or nothing has.
+        has_values: whether the outputs are values, which have no probabilities.
         unsupported_methods: the methods that make no sense for it, whatever a network has.
         scores: what can be explained about a target.
         metrics: the measures of faithfulness that are defined.
+        default_metrics: those that are computed if a request names none.
         options: the options of requests that no other task has.
         can_flip: whether a target means the same in a mirrored image, so that maps can be averaged over mirror images.
         can_smooth_over_frames: whether a class id tells which explanation of the next frame is of the same thing.
@@ -67,9 +70,11 @@ class TaskTraits:
 
     activation: Activation = Activation.NONE
     has_image_classes: bool = False
+    has_values: bool = False
     unsupported_methods: frozenset[Method] = frozenset({Method.CAM})
     scores: tuple[Score, ...] = tuple(Score)
     metrics: frozenset[Metric] = frozenset(Metric) - {Metric.CLASS_SENSITIVITY}
+    default_metrics: frozenset[Metric] = frozenset({Metric.DELETION, Metric.INSERTION})
     options: frozenset[str] = frozenset()
     can_flip: bool = False
     can_smooth_over_frames: bool = True
@@ -100,6 +105,9 @@ class TaskTraits:
         return probabilities
 
 
+_CHANGES = frozenset({Metric.ROAD_MORF, Metric.ROAD_LERF, Metric.ROAD_COMBINED})
+
+
 def _classifier(activation: Activation) -> TaskTraits:
     return TaskTraits(
         activation,
@@ -117,6 +125,15 @@ _TRAITS: Mapping[Task, TaskTraits] = MappingProxyType(
         Task.MULTI_LABEL: _classifier(Activation.SIGMOID),
         # Two classes, of the logits -z and z of one output z: the one's sigmoid is what the other's lacks to 1.
         Task.BINARY: _classifier(Activation.SIGMOID),
+        Task.REGRESSION: TaskTraits(
+            has_values=True,
+            scores=(Score.LOGIT,),
+            # Means of changes, and what looks at maps alone: the others are areas or shares of a probability.
+            metrics=_CHANGES | {Metric.SPARSENESS, Metric.MODEL_RANDOMISATION},
+            default_metrics=_CHANGES,
+            options=frozenset({"direction"}),
+            can_flip=True,
+        ),
         # Neither masks nor boxes are flipped with the image: `can_flip` is False.
         Task.SEGMENTATION: TaskTraits(
             Activation.SOFTMAX, options=frozenset({"mask", "return_mask"}), gradients_can_overflow=True

@@ -8,7 +8,7 @@ from heatlens_server.core.engine import Capabilities, Engine, MapSpec, SteppingE
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import PRESETS, Method
 from heatlens_server.core.results import ImageResult
-from heatlens_server.core.targets import Detections, Pixels, Similarity, Target, TopK
+from heatlens_server.core.targets import Detections, Pixels, Similarity, Target, TopK, Values
 from heatlens_server.core.tasks import Task
 
 _ANY_SIZE_PX = 256
@@ -54,7 +54,7 @@ def warm_up(engine: SteppingEngine, config: ModelConfig, method: Method) -> None
             raise ModelLoadError(
                 f"out of memory on {info.device} with a batch of {size}: lower batching.max_batch_size"
             ) from None
-        if not all(is_finite(result) for result in results):
+        if not all(result.is_finite for result in results):
             raise ModelLoadError("the model gives scores or maps that are not finite: are its weights right?")
 
 
@@ -101,17 +101,14 @@ def trial_shape(info: Capabilities) -> tuple[int, int, int]:
     return info.input_height_px or _ANY_SIZE_PX, info.input_width_px or _ANY_SIZE_PX, info.input_channels
 
 
-def is_finite(result: ImageResult) -> bool:
-    """Whether all scores and maps are numbers."""
-    return bool(np.isfinite(result.logits).all() and np.isfinite(result.maps).all())
-
-
 def _target(info: Capabilities) -> Target:
     match info.task:
         case Task.SEGMENTATION:
             return Pixels(TopK(1))
         case Task.DETECTION:
             return Detections(min_score=0.0, max_count=1)
+        case Task.REGRESSION:
+            return Values((0,))
         case Task.EMBEDDING:
             return Similarity(np.ones(info.class_count, np.float32))
         case _:

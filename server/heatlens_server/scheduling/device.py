@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from heatlens_server.core.arrays import ImageArray
 from heatlens_server.core.engine import SteppingEngine
 from heatlens_server.core.errors import DeviceOutOfMemory, HeatlensError, InternalError
@@ -219,6 +217,6 @@ def as_domain_error(error: BaseException) -> HeatlensError:
 
 def _finite(result: ImageResult) -> ImageResult | Exception:
     """The result; an error in its place if a score or map is not finite."""
-    if not (np.isfinite(result.logits).all() and np.isfinite(result.maps).all()):
+    if not result.is_finite:
         return InternalError("the model gave a score or map that is not finite")
     return result

@@ -7,7 +7,7 @@ import pytest
 
 import explain_requests
 from heatlens.v1 import explain_pb2 as pb
-from heatlens.v1 import faithfulness_pb2
+from heatlens.v1 import faithfulness_pb2, method_pb2
 from heatlens_server.api.checks import Violations
 from heatlens_server.api.plan import plan_options
 from heatlens_server.api.query import Options
@@ -15,7 +15,7 @@ from heatlens_server.core.engine import Capabilities
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.methods import Method, Metric, Score
 from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
-from heatlens_server.core.targets import ClassIds, Detections, Pixels, Similarity, TopK
+from heatlens_server.core.targets import ClassIds, Detections, Direction, Pixels, Similarity, TopK, Values
 from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.imaging.preprocess import fit
@@ -76,6 +76,7 @@ OF_ONE_TASK = {
     "reference_embedding": (Task.EMBEDDING, VECTOR),
     "reference_image": (Task.EMBEDDING, IMAGE),
     "min_score": (Task.DETECTION, 0.0),
+    "direction": (Task.REGRESSION, pb.DIRECTION_DECREASE),
 }
 
 
@@ -117,6 +118,24 @@ def test_a_label_that_the_file_lacks_is_empty():
     model = detector(0, ("-", "cat"))
     assert (model.class_count, detector(5).class_count, detector(0).class_count) == (2, 5, 0)
     assert [model.label(class_id) for class_id in (1, 2, -1)] == ["cat", "", ""]
+
+
+def test_regression_wants_values_and_a_direction():
+    assert plan_of(Task.REGRESSION).target == Values((0,), Direction.INCREASE)
+    chosen = plan_of(Task.REGRESSION, class_ids=pb.ClassIds(values=[2, 0]), direction=pb.DIRECTION_DECREASE).target
+    assert chosen == Values((2, 0), Direction.DECREASE)
+    assert refused(Task.REGRESSION, top_k=1) == ["options.top_k"]
+    assert refused(Task.REGRESSION, direction=7) == ["options.direction"]
+    assert refused(Task.REGRESSION, target_score=method_pb2.TARGET_SCORE_PROBABILITY) == ["options.target_score"]
+
+
+def test_regression_measures_what_needs_no_probability():
+    asked = plan_of(Task.REGRESSION, faithfulness=faithfulness_pb2.FaithfulnessOptions())
+    assert asked.spec.metrics == (Metric.ROAD_MORF, Metric.ROAD_LERF, Metric.ROAD_COMBINED)
+    metrics = [faithfulness_pb2.FAITHFULNESS_METRIC_DELETION, faithfulness_pb2.FAITHFULNESS_METRIC_SPARSENESS]
+    named = refused(Task.REGRESSION, faithfulness=faithfulness_pb2.FaithfulnessOptions(metrics=metrics))
+    assert named == ["options.faithfulness.metrics[0]"]
+    assert plan_of(Task.REGRESSION, top_predictions=2).top_predictions == 2
 
 
 def test_segmentation_wants_classes_and_maybe_a_mask():

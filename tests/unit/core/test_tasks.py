@@ -41,7 +41,7 @@ def test_sigmoids_of_a_multi_label_model_do_not_exclude_each_other():
     assert probabilities.dtype == np.float32
 
 
-@pytest.mark.parametrize("task", [Task.SEGMENTATION, Task.DETECTION, Task.EMBEDDING])
+@pytest.mark.parametrize("task", [Task.REGRESSION, Task.SEGMENTATION, Task.DETECTION, Task.EMBEDDING])
 def test_images_of_other_tasks_have_no_classes(task):
     assert not task.traits.has_image_classes
     assert task.traits.class_probabilities(np.ones(2, np.float32)).size == 0
@@ -55,4 +55,4 @@ def test_classifiers_alone_are_exported():
 
 def test_an_option_belongs_to_one_task():
     options = [option for task in Task for option in task.traits.options]
-    assert len(options) == len(set(options)) == 5
+    assert len(options) == len(set(options)) == 6

@@ -124,6 +124,7 @@ def _explanation(explanation: Explanation) -> pb.Explanation:
         label=score.label,
         logit=score.logit,
         probability=score.probability,
+        value=score.value,
         map=_tensor(explanation.map_values),
         map_scale=explanation.map_scale,
         map_offset=explanation.map_offset,
@@ -137,7 +138,13 @@ def _explanation(explanation: Explanation) -> pb.Explanation:
 
 
 def _class_score(score: ClassScore) -> pb.ClassScore:
-    return pb.ClassScore(class_id=score.class_id, label=score.label, logit=score.logit, probability=score.probability)
+    return pb.ClassScore(
+        class_id=score.class_id,
+        label=score.label,
+        logit=score.logit,
+        probability=score.probability,
+        value=score.value,
+    )
 
 
 def _tensor(values: npt.NDArray[np.generic]) -> pb.Tensor:

@@ -54,6 +54,20 @@ def test_results_of_tasks():
     assert not result.embedding.flags.writeable
 
 
+def test_values_have_no_probability():
+    map_ = tensor(np.ones((1, 1), "<f4"))
+    response = explain_pb2.ExplainResponse(
+        explanations=[explain_pb2.Explanation(class_id=1, map=map_, value=0.0)],
+        predictions=[explain_pb2.ClassScore(class_id=0, value=-2.5), explain_pb2.ClassScore(logit=1, probability=0.5)],
+    )
+    result = result_of(response, placed=False)
+    (explanation,) = result.explanations
+    value, classes = result.predictions
+    assert (explanation.value, value.value, classes.value) == (0.0, -2.5, None)
+    assert np.isnan([explanation.logit, explanation.probability, value.logit, value.probability]).all()
+    assert (classes.logit, classes.probability) == (1, 0.5)
+
+
 def test_every_metric_has_a_field():
     assert [field.name for field in fields(Faithfulness)] == [name.replace("-", "_") for name in METRICS]
     measured = faithfulness_pb2.Faithfulness(**{field.name: 0.5 for field in fields(Faithfulness)})

@@ -7,6 +7,7 @@ from heatlens_server.backends.torch.goals.base import TaskModel
 from heatlens_server.backends.torch.goals.classification import Classification
 from heatlens_server.backends.torch.goals.detection import Detection
 from heatlens_server.backends.torch.goals.embedding import Embedding
+from heatlens_server.backends.torch.goals.regression import Regression
 from heatlens_server.backends.torch.goals.segmentation import Segmentation
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.core.tasks import Task
@@ -21,6 +22,7 @@ _MAKERS: Mapping[Task, Callable[[LoadedModel], TaskModel]] = MappingProxyType(
         Task.CLASSIFICATION: _classification,
         Task.MULTI_LABEL: _classification,
         Task.BINARY: _classification,
+        Task.REGRESSION: lambda model: Regression(model.reading),
         Task.SEGMENTATION: lambda model: Segmentation(threshold=model.threshold),
         Task.DETECTION: lambda _: Detection(),
         Task.EMBEDDING: lambda model: Embedding(model.reading),

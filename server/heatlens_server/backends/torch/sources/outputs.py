@@ -107,7 +107,7 @@ def find_output(
         task = Task.BINARY
         notes.append(
             "The network has one output: it is taken as a binary classifier, whose class 1 has the output's sigmoid; "
-            "set task if it is another."
+            'set task = "regression" if the output is a value.'
         )
     _check_width(task, width)
     if not task.traits.has_image_classes:

@@ -47,6 +47,9 @@ _MODULES: Mapping[Task, Any] = MappingProxyType(
 # network (transform_input), for every user.
 _WITH_AUXILIARY_HEADS = frozenset({"googlenet", "inception_v3"})
 
+# What a classifier may be trained for instead.
+_OF_CLASSIFIERS = (Task.MULTI_LABEL, Task.BINARY, Task.REGRESSION)
+
 # torchvision sets their batch norms' epsilon to 0 when it loads COCO_V1 (`overwrite_eps`).
 _WITHOUT_EPSILON = frozenset(
     {"fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn", "retinanet_resnet50_fpn"}
@@ -67,7 +70,7 @@ def load_torchvision(name: str, weights: str, checkpoint: Checkpoint | None, tas
             fit.
     """
     own_task = _task_of(name)
-    if task not in {None, own_task} and (task, own_task) != (Task.MULTI_LABEL, Task.CLASSIFICATION):
+    if task not in {None, own_task, *(_OF_CLASSIFIERS if own_task is Task.CLASSIFICATION else ())}:
         raise ModelLoadError(f"task: torchvision's {name} is for {own_task}, not for {task}")
     entry = _entry(name, weights)
     if weights == "none":
