@@ -13,7 +13,7 @@ from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import InvalidArgument, ModelLoadError
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import ClassIds
-from heatlens_server.fleet.warm_up import check_method, is_finite, run_trial
+from heatlens_server.fleet.warm_up import check_method, run_trial
 from loaded_models import hook_count, loaded, noise
 
 pytestmark = pytest.mark.filterwarnings(
@@ -106,7 +106,7 @@ def test_what_needs_no_gradient_is_offered_and_works(name):
     reason = f"the network computes no gradient behind layer 'body': {why}"
     assert engine.info.refusals[Method.GRAD_CAM] == reason
     for method in engine.info.requestable_methods:
-        assert all(is_finite(result) for result in run_trial(engine, noise(1), method))
+        assert all(result.is_finite for result in run_trial(engine, noise(1), method))
     with pytest.raises(ModelLoadError, match="method grad-cam is not supported: the network computes no gradient"):
         check_method(engine, Method.GRAD_CAM)
     engine.close()
