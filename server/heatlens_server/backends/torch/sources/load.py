@@ -52,7 +52,13 @@ def load_model(config: ModelConfig) -> LoadedModel:
         grids=discovery.grids,
         reading=found.reading,
         threshold=threshold,
-        assumptions=(*found.assumptions, *discovery.assumptions, *assumptions, *resolved.assumptions),
+        assumptions=(
+            *source.assumptions,
+            *found.assumptions,
+            *discovery.assumptions,
+            *assumptions,
+            *resolved.assumptions,
+        ),
     )
 
 

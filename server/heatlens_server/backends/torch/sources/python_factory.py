@@ -19,6 +19,8 @@ from heatlens_server.core.errors import ModelLoadError
 def call_factory(name: str, folder: Path | None) -> nn.Module:
     """Return the network that "package.module:factory" makes, without what compiles or spreads it.
 
+    Torch's generator is seeded before the factory is called.
+
     Args:
         name: of the factory, a function without arguments.
         folder: where its module, and those that it imports, are looked for first; None for `sys.path` alone.
@@ -37,6 +39,8 @@ def call_factory(name: str, folder: Path | None) -> nn.Module:
                 f"source: {name!r} cannot be imported ({type(error).__name__}); modules are looked for beside the "
                 "configuration file (source_folder) and in PYTHONPATH"
             ) from error
+        # What the import drew depends on which model of the module was loaded first.
+        torch.manual_seed(0)
         try:
             module = factory()
         except Exception as error:

@@ -1,5 +1,6 @@
 """Where networks come from: torchvision, timm, a Python factory, or the package with the embedded weights."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -16,6 +17,7 @@ from timm.data.imagenet_info import ImageNetInfo
 from torch import nn
 
 from heatlens_server.backends.torch.sources.checkpoints import Checkpoint, read_checkpoint
+from heatlens_server.backends.torch.sources.own_generator import OwnGenerator
 from heatlens_server.backends.torch.sources.preprocessing import IMAGENET_PREPROCESS
 from heatlens_server.backends.torch.sources.python_factory import call_factory
 from heatlens_server.backends.torch.sources.source import (
@@ -47,7 +49,7 @@ _IMAGENET_CLASSES = 1000
 _Load = Callable[[str, str, Checkpoint | None, Task | None], SourcedModel]
 """Loads a source's network of a name, with the weights of a name or what was read from a file, for a task."""
 
-# All threads draw from one generator. Re-entrant, as a factory may load other models.
+# All threads share torch's generator and sys.path. Re-entrant, as a factory may load other models.
 _drawing = threading.RLock()
 
 
@@ -66,12 +68,13 @@ def load_source(config: ModelConfig) -> SourcedModel:
         "embedded": _load_embedded,
     }
     task = None if config.task == "auto" else Task(config.task)
-    # Initialising a network draws from torch's global generator: seeded, so that "none" is always the same. Networks
-    # that get weights draw from it too before they do, and torchvision and timm download in between: one at a time.
     checkpoint = read_checkpoint(Path(config.weights), config.weights_key) if is_file(config.weights) else None
+    # Factories of the operator's draw from torch's generator, and may seed it: one at a time, each from the same state.
     with _drawing, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        sourced = load[kind](name, config.weights, checkpoint, task)
+        # What is drawn must be the same at every start even if another model draws in its forward pass meanwhile.
+        with OwnGenerator() if config.weights == "none" else contextlib.nullcontext():
+            sourced = load[kind](name, config.weights, checkpoint, task)
     if checkpoint is not None and checkpoint.assumption:
         sourced = dataclasses.replace(sourced, assumptions=(*sourced.assumptions, checkpoint.assumption))
     return sourced

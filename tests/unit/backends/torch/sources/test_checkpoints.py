@@ -140,9 +140,12 @@ class TestTheSameWeights:
         module = load_source(python_model(tmp_path / "w.pth", factory="Wrapper")).module
         assert torch.equal(module.state_dict()["net.0.weight"], state["net.0.weight"])
 
-    def test_a_whole_model_loads(self, tmp_path):
-        torch.save({"state_dict": prefixed("model.", make_network().state_dict())}, tmp_path / "w.ckpt")
-        assert load_model(python_model(tmp_path / "w.ckpt")).class_count == 3
+    def test_a_whole_model_loads_and_tells_which_weights(self, tmp_path):
+        state = prefixed("model.", make_network().state_dict())
+        torch.save({"state_dict": state, "state_dict_ema": state}, tmp_path / "w.ckpt")
+        loaded = load_model(python_model(tmp_path / "w.ckpt"))
+        assert loaded.class_count == 3
+        assert loaded.assumptions[0].startswith("the averaged weights (EMA) under 'state_dict_ema' of 'w.ckpt'")
 
 
 class TestRefusals:
