@@ -1,6 +1,10 @@
 """U-Nets whose output channels are masks by sigmoid, and the same networks written for softmax."""
 
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -23,6 +27,18 @@ class UNet(nn.Module):
         b = self.b(self.pool(a))
         y = self.d2(torch.cat([self.up2(self.bottom(self.pool(b))), b], 1))
         return self.head(self.d1(torch.cat([self.up1(y), a], 1)))
+
+
+class Changed(nn.Module):
+    """A network whose output is changed by a function."""
+
+    def __init__(self, inner: nn.Module, change: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.change = change
+
+    def forward(self, x: Tensor) -> object:
+        return self.change(self.inner(x))
 
 
 class Sides(nn.Module):
@@ -63,3 +79,39 @@ def three() -> nn.Module:
 def sides_of_one() -> nn.Module:
     """The network of `one`, for softmax: class 1 is its mask."""
     return Sides(one(), 0)
+
+
+def three_sigmoid() -> nn.Module:
+    return Changed(three(), torch.sigmoid).eval()
+
+
+def three_softmax() -> nn.Module:
+    return Changed(three(), lambda z: F.softmax(z, 1)).eval()
+
+
+def three_log_softmax() -> nn.Module:
+    return Changed(three(), lambda z: F.log_softmax(z, 1)).eval()
+
+
+def three_hidden_sigmoid() -> nn.Module:
+    """Whose sigmoid is written in a way that nobody sees."""
+    return Changed(three(), lambda z: 1 / (1 + torch.exp(-z))).eval()
+
+
+def three_in_object() -> nn.Module:
+    """Beside other maps, as in transformers."""
+    return Changed(three(), lambda z: SimpleNamespace(logits=z, features=torch.cat([z, z], 1))).eval()
+
+
+def three_in_tuple() -> nn.Module:
+    """With the scores of a head for training alone."""
+    return Changed(three(), lambda z: (z, z.flip(1))).eval()
+
+
+def one_squeezed() -> nn.Module:
+    return Changed(one(), lambda z: z.squeeze(1)).eval()
+
+
+def three_ids() -> nn.Module:
+    """Class ids, whose scores are lost."""
+    return Changed(three(), lambda z: z.argmax(1)).eval()

@@ -21,6 +21,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from heatlens_server.backends.torch.sources.backbone_layers import discover_for_detection, discover_for_segmentation
 from heatlens_server.backends.torch.sources.layers import discover
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
+from heatlens_server.backends.torch.sources.output_reading import OutputReading
 from heatlens_server.backends.torch.sources.sources import IMAGENET_PREPROCESS
 from heatlens_server.backends.torch.sources.torchvision_models import DETECTION_PREPROCESS
 from heatlens_server.core.arrays import Float32Array
@@ -142,7 +143,8 @@ def lraspp() -> nn.Module:
 def segmenter(make: Callable[[], nn.Module] = Segmenter) -> LoadedModel:
     """A network for segmentation, as `load_model` returns it; a module of its own."""
     module = copy.deepcopy(_made(make))
-    found = discover_for_segmentation(module, (PX, PX), (), grids={})
+    reading = OutputReading("out" if make is lraspp else None, of_pixels=True)
+    found = discover_for_segmentation(module, (PX, PX), (), scores=reading.scores, grids={})
     return LoadedModel(
         name="segmenter",
         version="0",
@@ -153,6 +155,7 @@ def segmenter(make: Callable[[], nn.Module] = Segmenter) -> LoadedModel:
         layers=found.layers,
         task=Task.SEGMENTATION,
         grids=found.grids,
+        reading=reading,
     )
 
 

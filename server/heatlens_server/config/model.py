@@ -263,7 +263,8 @@ class ModelConfig(Section):
     @classmethod
     def _of_segmentation(cls, value: str | float | None, info: ValidationInfo) -> str | float | None:
         task = info.data.get("task", "auto")
-        if value not in {"auto", None} and (_is_export(info) or task not in {"auto", "segmentation"}):
+        own = () if task == "auto" else (Task(task).traits.activation,)
+        if value not in {"auto", None, *own} and (_is_export(info) or task not in {"auto", "segmentation"}):
             raise ValueError(f"is for segmentation{'' if task == 'auto' else f', and task is {task!r}'}")
         return value
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from heatlens_server.backends.torch.cam.precision import at_least_float32
 from heatlens_server.backends.torch.cam.targets import class_scores
 from heatlens_server.backends.torch.goals.base import Goals, RunImages, TaskModel
-from heatlens_server.backends.torch.sources.backbone_layers import class_maps
+from heatlens_server.backends.torch.sources.output_reading import OutputReading
 from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import ABSENT, Score
@@ -180,19 +179,21 @@ def _logit(probability: float) -> float:
 
 
 class Segmentation(TaskModel):
-    """Runs networks that return (N, C, h, w), or a mapping with that as "out"."""
+    """Runs networks that return scores of each pixel, (N, C, h, w)."""
 
-    def __init__(self, *, threshold: float | None = None) -> None:
+    def __init__(self, reading: OutputReading, *, threshold: float | None = None) -> None:
         """Describe the networks.
 
         Args:
+            reading: how what they return becomes logits.
             threshold: as for `PixelGoals`.
         """
+        self._reading = reading
         self._threshold = threshold
 
     def run(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """Logits (R, C, H, W) of inputs (R, C, H, W); those of a smaller output are resized bilinearly."""
-        logits = class_maps(module(inputs))
+        logits = self._reading(module, inputs)
         size = inputs.shape[2:]
         if logits.shape[2:] == size:
             return logits
@@ -214,9 +215,8 @@ class Segmentation(TaskModel):
             raise TypeError("a model for segmentation explains pixels")
         return PixelGoals(output, chosen, score=score, threshold=self._threshold)
 
-    def total(self, output: Any, class_count: int) -> Tensor:  # noqa: ANN401 - what a network returns
+    def total(self, output: Tensor, class_count: int) -> Tensor:
         """The sum of all logits."""
-        scores = class_maps(output)
-        if scores.shape[1] != class_count:
-            raise ModelLoadError(f"the model gives scores of shape {tuple(scores.shape)}, not (1, {class_count}, h, w)")
-        return scores.sum()
+        if output.shape[1] != class_count:
+            raise ModelLoadError(f"the model gives scores of shape {tuple(output.shape)}, not (1, {class_count}, h, w)")
+        return output.sum()

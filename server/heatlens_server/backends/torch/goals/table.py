@@ -23,7 +23,7 @@ _MAKERS: Mapping[Task, Callable[[LoadedModel], TaskModel]] = MappingProxyType(
         Task.MULTI_LABEL: _classification,
         Task.BINARY: _classification,
         Task.REGRESSION: lambda model: Regression(model.reading),
-        Task.SEGMENTATION: lambda model: Segmentation(threshold=model.threshold),
+        Task.SEGMENTATION: lambda model: Segmentation(model.reading, threshold=model.threshold),
         Task.DETECTION: lambda _: Detection(),
         Task.EMBEDDING: lambda model: Embedding(model.reading),
     }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from heatlens_server.backends.torch.cam.grid import Grid, Layout
 from heatlens_server.backends.torch.sources.feature_maps import Candidate, map_candidates, outermost, repeated
 from heatlens_server.backends.torch.sources.found_boxes import BoxSearch, detect
-from heatlens_server.backends.torch.sources.layers import Discovery, discover
+from heatlens_server.backends.torch.sources.layers import Discovery, Scores, discover
 from heatlens_server.backends.torch.sources.trace import Trace, depends, run
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.grid import MAP
@@ -41,6 +41,7 @@ def discover_for_segmentation(
     input_size: tuple[int, int],
     wanted: Sequence[str],
     *,
+    scores: Scores,
     grids: Mapping[str, Grid],
     channels: int = 3,
 ) -> Discovery:
@@ -54,6 +55,7 @@ def discover_for_segmentation(
         module: in eval mode; takes float32 (1, C, H, W). Left as it was.
         input_size: (H, W).
         wanted: layers named by the operator; checked, and returned as they are.
+        scores: finds the scores (1, classes, h, w) in what the network returns.
         grids: how to read some of these, if the operator says so.
         channels: C of the input.
 
@@ -61,9 +63,9 @@ def discover_for_segmentation(
         ModelLoadError: the network fails or is of another kind, no layer is fit, or a wanted layer is not.
     """
     if wanted:
-        return discover(module, input_size, wanted, grids=grids, scores=class_maps, channels=channels)
+        return discover(module, input_size, wanted, grids=grids, scores=scores, channels=channels)
     traces, output = run(module, input_size, channels=channels)
-    class_count = int(class_maps(output).shape[1])
+    class_count = int(scores(output).shape[1])
     prefix = _prefix(module)
     candidates = [
         candidate
@@ -76,22 +78,6 @@ def discover_for_segmentation(
     last = [candidate for candidate in candidates if candidate.height == coarsest][-1]
     chosen = _with_stages(outermost(candidates, last.trace.place), candidates)
     return Discovery(tuple(chosen), dict.fromkeys(chosen, MAP), class_count)
-
-
-def class_maps(output: object) -> Tensor:
-    """The class scores (N, classes, h, w) in what a network for segmentation returns: the tensor, or its "out".
-
-    Raises:
-        ModelLoadError: there are none.
-    """
-    scores = output.get("out") if isinstance(output, Mapping) else output
-    if isinstance(scores, Tensor) and scores.ndim == 4:
-        return scores
-    found = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-    raise ModelLoadError(
-        f'a network for segmentation must return scores of shape (N, classes, h, w), or a mapping with them as "out", '
-        f"not {found}"
-    )
 
 
 def discover_for_detection(

@@ -35,7 +35,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
     preprocess = resolved.spec
     found = _find_output(config, source, module, preprocess)
     discovery = _discover(config, found, module, preprocess)
-    threshold, assumptions = find_threshold(config, found.task, discovery.class_count)
+    threshold, assumptions = find_threshold(config, found, discovery.class_count)
     class_count = 2 if found.reading.two_sided else discovery.class_count
     labels = source.labels if len(source.labels) == class_count else ()
     if config.labels is not None:
@@ -66,7 +66,7 @@ def _find_output(
     config: ModelConfig, source: SourcedModel, module: nn.Module, preprocess: PreprocessSpec
 ) -> FoundOutput:
     """What the network returns, and the task that this makes."""
-    if source.task in {Task.SEGMENTATION, Task.DETECTION}:
+    if source.task is Task.DETECTION:
         for key in ("output", "outputs"):
             if key in config.model_fields_set:
                 raise ModelLoadError(f"{key}: is not for models of {source.task}")
@@ -86,7 +86,9 @@ def _discover(config: ModelConfig, found: FoundOutput, module: nn.Module, prepro
     grids = {layer: grid.grid for layer, grid in config.grids.items()}
     size, channels = preprocess.sample_px, preprocess.channels
     if task is Task.SEGMENTATION:
-        return discover_for_segmentation(module, size, config.layers, grids=grids, channels=channels)
+        return discover_for_segmentation(
+            module, size, config.layers, scores=found.reading.scores, grids=grids, channels=channels
+        )
     if task is Task.DETECTION:
         if grids:
             raise ModelLoadError("grids: the layers of a detector return feature maps, or several by name")

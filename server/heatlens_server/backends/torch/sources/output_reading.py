@@ -40,7 +40,8 @@ _RESHAPING = frozenset(
 class OutputReading:
     """How what a network returns becomes scores (N, C): logits of classes, or the elements of an embedding.
 
-    Used wherever a network of one score per class and image is run, so that all see the same scores.
+    Used wherever a network is run, so that all see the same scores; detectors return boxes instead. Of segmentation the
+    scores are (N, C, h, w).
 
     Attributes:
         part: which part of what the network returns; None: that is a tensor.
@@ -49,6 +50,7 @@ class OutputReading:
         before_activation: whether the network's activation can be seen as it runs. Then logits are its input; otherwise
             they are computed from its result, which has lost the gradient of what float32 rounds to 0 or 1.
         two_sided: whether its one logit z stands for two classes, of the logits -z and z.
+        of_pixels: whether there are scores for each pixel.
     """
 
     part: OutputName | None = None
@@ -56,6 +58,7 @@ class OutputReading:
     activation: Activation = Activation.SOFTMAX
     before_activation: bool = False
     two_sided: bool = False
+    of_pixels: bool = False
 
     def __call__(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """Run a network on (N, channels, H, W).
@@ -72,11 +75,11 @@ class OutputReading:
         else:
             found = part_of(module(inputs), self.part)
             logits = found if self.kind is OutputKind.LOGITS else self._logits(found)
-        return self.sides(rows_of(logits, inputs.shape[0]))
+        return self.sides(shaped(logits, inputs.shape[0], of_pixels=self.of_pixels))
 
     def scores(self, output: object) -> Tensor:
         """What a network returned for one image, (1, C): as many as it has outputs, and not yet made logits."""
-        return rows_of(part_of(output, self.part), 1)
+        return shaped(part_of(output, self.part), 1, of_pixels=self.of_pixels)
 
     def sides(self, logits: Tensor) -> Tensor:
         """Logits (N, C) of the classes; of both sides (N, 2), if the network has one logit for two."""
@@ -172,6 +175,32 @@ def parts_of(output: object) -> Iterator[tuple[OutputName, Tensor]]:
     for name, value in named:
         if isinstance(name, str | int) and isinstance(value, Tensor):
             yield name, value
+
+
+def shaped(values: Tensor, count: int, *, of_pixels: bool) -> Tensor:
+    """Scores of `count` images as (count, C), or, of pixels, as (count, C, h, w).
+
+    Raises:
+        ModelLoadError: they are of another form.
+    """
+    return _maps_of(values, count) if of_pixels else rows_of(values, count)
+
+
+def _maps_of(values: Tensor, count: int) -> Tensor:
+    """Scores of the pixels of `count` images as (count, C, h, w), with the one channel that may be squeezed out."""
+    found = tuple(values.shape)
+    if not values.is_floating_point():
+        raise ModelLoadError(
+            f"a network for segmentation must return the scores that class ids are made of, not {values.dtype} {found}"
+        )
+    if values.ndim == 3:
+        values = values[:, None]
+    if values.ndim == 4 and len(values) == count:
+        return values
+    raise ModelLoadError(
+        f"a network for segmentation must return scores of shape (N, classes, h, w), not a tensor of shape {found}; "
+        "output says which part of a mapping, an object or a tuple they are"
+    )
 
 
 def rows_of(values: Tensor, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a network that scores whole images returns, found by running it on a few; and what that says of its task."""
+"""What a network that scores images or pixels returns, found by running it; and what that says of its task."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from heatlens_server.backends.torch.sources.output_reading import (
     SeenActivations,
     part_of,
     parts_of,
-    rows_of,
+    shaped,
 )
 from heatlens_server.backends.torch.sources.trace import call
 from heatlens_server.core.errors import ModelLoadError
@@ -46,9 +46,9 @@ class _Scores:
     """What the network says about one image.
 
     Attributes:
-        rows: (1, C), as it returns them.
+        rows: (1, C), as it returns them; of segmentation (pixels, C).
         activation: what was seen to make them; None if nothing was.
-        before: (1, C), what that was given.
+        before: of the same shape, what that was given.
     """
 
     rows: Tensor
@@ -86,7 +86,7 @@ def find_output(
     Args:
         module: in eval mode. Left as it was.
         preprocess: how images become its input.
-        task: what the network does, as far as its source says: a task with scores for the image as a whole.
+        task: what the network does, as far as its source says; not detection.
         is_task_open: whether that is a guess: then one output makes a binary classifier, sigmoids a multi-label one.
         part: which part of what it returns holds the scores; None to find it.
         kind: what that holds; None to find it.
@@ -98,10 +98,11 @@ def find_output(
     notes: list[str] = []
     said = (_say(module, probe) for probe in _probes(preprocess))
     output, seen = next(said)
+    of_pixels = task is Task.SEGMENTATION
     if part is None:
-        part, found = _find_part(output)
+        part, found = _find_part(output, of_pixels=of_pixels)
         notes += found
-    scores = [_scores(output, seen, part)]
+    scores = [_scores(output, seen, part, of_pixels=of_pixels)]
     width = scores[0].rows.shape[1]
     if is_task_open and task is Task.CLASSIFICATION and width == 1:
         task = Task.BINARY
@@ -110,7 +111,7 @@ def find_output(
             'set task = "regression" if the output is a value.'
         )
     _check_width(task, width)
-    if not task.traits.has_image_classes:
+    if not (task.traits.has_image_classes or of_pixels):
         if kind not in {None, OutputKind.LOGITS}:
             raise ModelLoadError(f"outputs: is for classifiers, and this model is for {task}")
         return FoundOutput(OutputReading(part), task, tuple(notes))
@@ -118,7 +119,7 @@ def find_output(
         # Most networks are known to return logits after one image.
         if kind is OutputKind.LOGITS or not _possible(scores):
             break
-        scores.append(_scores(output, seen, part))
+        scores.append(_scores(output, seen, part, of_pixels=of_pixels))
     form = _found(scores) if kind is None else _declared(kind, scores)
     if form is None:
         if kind is None and _possible(scores):
@@ -126,13 +127,14 @@ def find_output(
                 f"The network's outputs lie in [0, 1] on {len(scores)} images, but it shows no sigmoid: they are taken "
                 'as logits; set outputs = "probabilities" if they are probabilities.'
             )
-        return FoundOutput(OutputReading(part, two_sided=task is Task.BINARY), task, tuple(notes))
+        reading = OutputReading(part, two_sided=task is Task.BINARY, of_pixels=of_pixels)
+        return FoundOutput(reading, task, tuple(notes))
     if kind is None:
         notes.append(
             f"The network returns {form.kind}, and maps explain its logits; set outputs = "
             f'"{OutputKind.LOGITS}" if what it returns are logits.'
         )
-    if form.activation is not task.traits.activation:
+    if form.activation is not task.traits.activation and not of_pixels:
         task = _task_of(form, is_open=is_task_open)
         notes.append(
             f'Its {form.activation} makes the task "{task}"; set task if it is another.',
@@ -143,7 +145,9 @@ def find_output(
             f"The function that makes the network's {form.kind} cannot be seen: logits are computed from them, and "
             "maps are flat where float32 rounds a probability to 0 or 1; let the network return its logits."
         )
-    reading = OutputReading(part, form.kind, form.activation, is_seen, two_sided=task is Task.BINARY)
+    reading = OutputReading(
+        part, form.kind, form.activation, is_seen, two_sided=task is Task.BINARY, of_pixels=of_pixels
+    )
     return FoundOutput(reading, task, tuple(notes))
 
 
@@ -163,20 +167,25 @@ def _say(module: nn.Module, image: Tensor) -> tuple[object, SeenActivations]:
         return call(module, image), seen
 
 
-def _scores(output: object, seen: SeenActivations, part: OutputName | None) -> _Scores:
+def _scores(output: object, seen: SeenActivations, part: OutputName | None, *, of_pixels: bool) -> _Scores:
     values = part_of(output, part)
     found = seen.before(values)
-    if found is None:
-        return _Scores(rows_of(values, 1))
-    return _Scores(rows_of(values, 1), found[0], rows_of(found[1], 1))
+    rows = _rows(values, of_pixels=of_pixels)
+    return _Scores(rows) if found is None else _Scores(rows, found[0], _rows(found[1], of_pixels=of_pixels))
 
 
-def _find_part(output: object) -> tuple[OutputName | None, list[str]]:
+def _rows(values: Tensor, *, of_pixels: bool) -> Tensor:
+    """One row of scores for the image, or for each of its pixels."""
+    scores = shaped(values, 1, of_pixels=of_pixels)
+    return scores[0].flatten(1).T if of_pixels else scores
+
+
+def _find_part(output: object, *, of_pixels: bool) -> tuple[OutputName | None, list[str]]:
     """Which part of what a network returned are its scores, and what is to be said about that."""
     if isinstance(output, Tensor):
         return None, []
     parts = dict(parts_of(output))
-    fit = [part for part, values in parts.items() if _is_row(values)]
+    fit = [part for part, values in parts.items() if _fits(values, of_pixels=of_pixels)]
     for name in _CONVENTIONAL:
         if name in fit:
             return name, []
@@ -189,15 +198,16 @@ def _find_part(output: object) -> tuple[OutputName | None, list[str]]:
             f"the network returns a {type(output).__name__} of {forms}: set output to the one that holds the scores, "
             f"such as output = {_toml(fit[0])}"
         )
+    wanted = "(N, classes, h, w)" if of_pixels else "(N, classes)"
     raise ModelLoadError(
-        f"the network must return logits of shape (N, classes), not a {type(output).__name__} of {forms}; task says "
+        f"the network must return logits of shape {wanted}, not a {type(output).__name__} of {forms}; task says "
         "what else it may be"
     )
 
 
-def _is_row(values: Tensor) -> bool:
+def _fits(values: Tensor, *, of_pixels: bool) -> bool:
     try:
-        rows_of(values, 1)
+        shaped(values, 1, of_pixels=of_pixels)
     except ModelLoadError:
         return False
     return True
@@ -237,7 +247,7 @@ def _possible_of(rows: Tensor) -> set[_Form]:
 
 
 def _is_one(rows: Tensor) -> bool:
-    return rows.shape[1] > 1 and abs(float(rows.double().sum()) - 1.0) <= _ROUNDING
+    return rows.shape[1] > 1 and bool(((rows.double().sum(1) - 1.0).abs() <= _ROUNDING).all())
 
 
 def _found(scores: Sequence[_Scores]) -> _Form | None:

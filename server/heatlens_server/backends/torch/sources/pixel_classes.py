@@ -1,21 +1,22 @@
 """Whether the classes of a pixel exclude each other, as the configuration of a network says or as its output tells."""
 
+from heatlens_server.backends.torch.sources.outputs import FoundOutput
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.errors import ModelLoadError
-from heatlens_server.core.tasks import Task
+from heatlens_server.core.tasks import Activation, OutputKind, Task
 
 _DEFAULT_THRESHOLD = 0.5
 
 
-def find_threshold(config: ModelConfig, task: Task, class_count: int) -> tuple[float | None, tuple[str, ...]]:
+def find_threshold(config: ModelConfig, found: FoundOutput, class_count: int) -> tuple[float | None, tuple[str, ...]]:
     """Decide between softmax and sigmoid.
 
-    One output channel is one class, by sigmoid: softmax would make it certain everywhere. Several exclude each other
-    unless the configuration says otherwise: logits do not tell.
+    Probabilities tell which made them. One output channel of logits is one class, by sigmoid: softmax would make it
+    certain everywhere. Several exclude each other unless the configuration says otherwise: logits do not tell.
 
     Args:
         config: the model's.
-        task: what it does.
+        found: what the network returns.
         class_count: how many channels its output has.
 
     Returns:
@@ -25,36 +26,55 @@ def find_threshold(config: ModelConfig, task: Task, class_count: int) -> tuple[f
     Raises:
         ModelLoadError: the configuration does not fit the network; names the key.
     """
-    if task is not Task.SEGMENTATION:
-        for key, is_set in (("activation", config.activation != "auto"), ("threshold", config.threshold is not None)):
-            if is_set:
-                raise ModelLoadError(f"{key}: is for segmentation, and this model is of {task}")
+    if found.task is not Task.SEGMENTATION:
+        _check_other_task(config, found.task)
         return None, ()
-    is_single = class_count == 1
-    if is_single and config.activation == "softmax":
+    activation, assumptions = _activation(config, found, class_count)
+    if activation is Activation.SIGMOID:
+        return _DEFAULT_THRESHOLD if config.threshold is None else config.threshold, assumptions
+    if config.threshold is not None:
+        raise ModelLoadError('threshold: is for activation = "sigmoid"')
+    return None, assumptions
+
+
+def _check_other_task(config: ModelConfig, task: Task) -> None:
+    own = task.traits.activation
+    if config.activation not in {"auto", own}:
+        raise ModelLoadError(f"activation: is {own} for {task}; another can be set for segmentation only")
+    if config.threshold is not None:
+        raise ModelLoadError(f"threshold: is for segmentation, and this model is for {task}")
+
+
+def _activation(config: ModelConfig, found: FoundOutput, class_count: int) -> tuple[Activation, tuple[str, ...]]:
+    """What makes the probabilities of a pixel, and what was assumed."""
+    reading = found.reading
+    shown = None if reading.kind is OutputKind.LOGITS else reading.activation
+    configured = None if config.activation == "auto" else Activation(config.activation)
+    if shown is not None and configured not in {None, shown}:
+        raise ModelLoadError(
+            f'activation: the network returns {reading.kind} by {shown}: set "{shown}", or outputs = '
+            f'"{OutputKind.LOGITS}" if what it returns are logits'
+        )
+    if class_count == 1 and configured is Activation.SOFTMAX:
         raise ModelLoadError(
             'activation: the network has one output channel, and the softmax of one is 1 everywhere: set "sigmoid"'
         )
-    if config.activation == "softmax" or (config.activation == "auto" and not is_single):
-        if config.threshold is not None:
-            raise ModelLoadError('threshold: is for activation = "sigmoid"')
-        return None, _assumed_exclusive(config, class_count)
-    threshold = _DEFAULT_THRESHOLD if config.threshold is None else config.threshold
-    if config.activation == "sigmoid":
-        return threshold, ()
-    assumption = (
-        f"The network has one output channel: its sigmoid is the probability of class 0, the only one, and a pixel is "
-        f"predicted as it above {threshold:g}; threshold overrides that."
-    )
-    return threshold, (assumption,)
-
-
-def _assumed_exclusive(config: ModelConfig, class_count: int) -> tuple[str, ...]:
-    # Those of torchvision are known to.
-    if config.activation != "auto" or not config.source.startswith("python:"):
-        return ()
-    assumption = (
+    if configured is not None:
+        return configured, ()
+    if class_count == 1 or shown is Activation.SIGMOID:
+        threshold = _DEFAULT_THRESHOLD if config.threshold is None else config.threshold
+        said = (
+            "has one output channel: its sigmoid is the probability of class 0, the only one, and a pixel is predicted "
+            f"as it above {threshold:g}"
+            if class_count == 1
+            else f"ends in a sigmoid: classes may overlap, and a pixel is predicted as each that is above {threshold:g}"
+        )
+        return Activation.SIGMOID, (f"The network {said}; set threshold for another value.",)
+    # Those of torchvision are known to exclude each other.
+    if shown is Activation.SOFTMAX or not config.source.startswith("python:"):
+        return Activation.SOFTMAX, ()
+    exclusive = (
         f"The classes of the network's {class_count} output channels are taken to exclude each other (softmax); if "
-        f'they may overlap, set activation = "sigmoid".'
+        'they may overlap, set activation = "sigmoid".'
     )
-    return (assumption,)
+    return Activation.SOFTMAX, (exclusive,)

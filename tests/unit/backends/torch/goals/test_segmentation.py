@@ -12,6 +12,7 @@ from torch import nn
 
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.goals.segmentation import PixelGoals, Segmentation
+from heatlens_server.backends.torch.sources.output_reading import OutputReading
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import Method, Metric, Score
@@ -222,6 +223,8 @@ class TestGoals:
 
     def test_other_outputs_and_targets_are_refused(self):
         with pytest.raises(TypeError, match="explains pixels"):
-            Segmentation().goals(self.LOGITS, [Detections(0.5, 1)], score=Score.LOGIT, run=lambda _: None)
-        with pytest.raises(ModelLoadError, match="must return scores of shape"):
-            Segmentation().total(torch.zeros(1, 5), 5)
+            Segmentation(OutputReading(of_pixels=True)).goals(
+                self.LOGITS, [Detections(0.5, 1)], score=Score.LOGIT, run=lambda _: None
+            )
+        with pytest.raises(ModelLoadError, match=r"scores of shape \(1, 5, 2, 2\), not \(1, 4, h, w\)"):
+            Segmentation(OutputReading(of_pixels=True)).total(torch.zeros(1, 5, 2, 2), 4)

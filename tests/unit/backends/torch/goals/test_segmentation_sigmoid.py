@@ -132,6 +132,38 @@ def test_threshold(one):
     engine.close()
 
 
+@pytest.mark.parametrize(
+    ("same", "changed", "options"),
+    [
+        ("three", "three_sigmoid", {"activation": "sigmoid"}),
+        ("three", "three_hidden_sigmoid", {"activation": "sigmoid", "outputs": "probabilities"}),
+        ("three", "three_softmax", {"activation": "softmax"}),
+        ("three", "three_log_softmax", {"activation": "softmax"}),
+        ("three", "three_in_object", {"activation": "sigmoid"}),
+        ("three", "three_in_tuple", {"activation": "sigmoid", "output": 0}),
+        ("one", "one_squeezed", {}),
+    ],
+)
+def test_what_a_network_returns_is_read_as_logits(same, changed, options):
+    plain = {key: value for key, value in options.items() if key not in {"outputs", "output"}}
+    classes = Pixels(ClassIds((0,) if same == "one" else (2, 0)))
+    results = []
+    for engine in (
+        engine_of(getattr(mask_models, same), **plain),
+        engine_of(getattr(mask_models, changed), **options),
+    ):
+        results.append(run(engine, classes, score=Score.PROBABILITY, metrics=(Metric.DELETION,), return_mask=True))
+        engine.close()
+    expected, found = results
+    np.testing.assert_allclose(found.maps, expected.maps, atol=1e-4)
+    np.testing.assert_allclose(found.scales, expected.scales, rtol=1e-3)
+    for one, other in zip(found.findings, expected.findings, strict=True):
+        assert (one.probability, one.area) == pytest.approx((other.probability, other.area), abs=1e-5)
+    for one, other in zip(found.faithfulness, expected.faithfulness, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+    np.testing.assert_array_equal(*[one.mask if one.masks is None else one.masks for one in results])
+
+
 class TestGoals:
     """An image of three pixels by one."""
 

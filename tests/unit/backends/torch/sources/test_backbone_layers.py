@@ -1,5 +1,6 @@
 """Layers of networks for segmentation and detection: those of torchvision's, of a U-Net, and those named by hand."""
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -8,11 +9,19 @@ from torch import Tensor, nn
 from torchvision.models import get_model
 
 from heatlens_server.backends.torch.sources.backbone_layers import discover_for_detection, discover_for_segmentation
+from heatlens_server.backends.torch.sources.outputs import find_output
+from heatlens_server.backends.torch.sources.preprocessing import IMAGENET_PREPROCESS
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.grid import MAP, Grid, Layout
+from heatlens_server.core.tasks import Task
 from task_models import DETECTORS, LABELS, PX, Segmenter, lraspp
 
-segmentation = partial(discover_for_segmentation, grids={})
+INPUT = dataclasses.replace(IMAGENET_PREPROCESS, resize_px=PX, crop_px=(PX, PX))
+
+
+def segmentation(module, size, wanted):
+    reading = find_output(module, INPUT, task=Task.SEGMENTATION, is_task_open=False).reading
+    return discover_for_segmentation(module, size, wanted, scores=reading.scores, grids={})
 
 
 class UNet(nn.Module):

@@ -15,7 +15,7 @@ def load(factory, task="segmentation", **options):
     ("factory", "options", "threshold", "assumed"),
     [
         ("one", {}, 0.5, "one output channel: its sigmoid is the probability of class 0"),
-        ("one", {"threshold": 0.25}, 0.25, "predicted as it above 0.25; threshold overrides that"),
+        ("one", {"threshold": 0.25}, 0.25, "predicted as it above 0.25; set threshold"),
         ("one", {"activation": "sigmoid"}, 0.5, None),
         (
             "three",
@@ -25,13 +25,18 @@ def load(factory, task="segmentation", **options):
         ),
         ("three", {"activation": "softmax"}, None, None),
         ("three", {"activation": "sigmoid", "threshold": 0.75}, 0.75, None),
+        ("three_sigmoid", {}, 0.5, "ends in a sigmoid: classes may overlap, and a pixel is predicted as each"),
+        ("three_softmax", {}, None, None),
+        ("three_log_softmax", {}, None, None),
+        ("three_in_object", {"activation": "sigmoid"}, 0.5, None),
+        ("one_squeezed", {"activation": "sigmoid"}, 0.5, None),
     ],
 )
 def test_classes_of_pixels(factory, options, threshold, assumed):
     model = load(f"mask_models:{factory}", **options)
     assert model.threshold == threshold
     assert assumed is None or any(assumed in sentence for sentence in model.assumptions)
-    assert any("exclude" in sentence or "channel:" in sentence for sentence in model.assumptions) == bool(assumed)
+    assert any("exclude" in sentence or "threshold" in sentence for sentence in model.assumptions) == bool(assumed)
 
 
 def test_networks_of_torchvision_are_known():
@@ -43,17 +48,29 @@ def test_networks_of_torchvision_are_known():
     ("factory", "options", "message"),
     [
         ("mask_models:one", {"activation": "softmax"}, 'activation: .* one output channel, .* set "sigmoid"'),
+        (
+            "mask_models:three_sigmoid",
+            {"activation": "softmax"},
+            'activation: .* probabilities by sigmoid: set "sigmoid"',
+        ),
+        (
+            "mask_models:three_in_tuple",
+            {},
+            r"of 0 \(1, 3, 256, 256\), 1 .*: set output to the one .* such as output = 0",
+        ),
+        ("mask_models:three_ids", {}, r"the scores that class ids are made of, not torch.int64 \(1, 256, 256\)"),
+        ("mask_models:three_in_object", {"output": "out"}, "output: .* has no tensor 'out', only 'logits', 'features'"),
         ("mask_models:three", {"threshold": 0.5}, 'threshold: is for activation = "sigmoid"'),
         ("mask_models:three", {"activation": "softmax", "threshold": 0.5}, "threshold: is for activation"),
         (
             "tiny_models:tiny",
             {"task": "auto", "activation": "sigmoid"},
-            "activation: is for segmentation, .* of classif",
+            "activation: is softmax for classif",
         ),
         (
             "tiny_models:tiny",
             {"task": "auto", "threshold": 0.5},
-            "threshold: is for segmentation, .* of classification",
+            "threshold: is for segmentation, .* for classification",
         ),
     ],
 )
