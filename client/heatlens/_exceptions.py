@@ -64,7 +64,7 @@ class FieldViolation:
     """One wrong argument or field.
 
     Attributes:
-        field: an argument of the SDK ("top_k") or, from the server, a path in the proto ("options.top_k").
+        field: an argument of the SDK ("top_k", "layers[1]"), or a path in the proto that is none.
         description: what is wrong with it.
     """
 

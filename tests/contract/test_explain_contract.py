@@ -139,7 +139,7 @@ async def test_undecodable_image(caller, garbage):
     with pytest.raises(Refused) as caught:
         await caller.explain(garbage)
     assert (caught.value.code, caught.value.reason) == ("INVALID_ARGUMENT", "IMAGE_UNDECODABLE")
-    assert caught.value.fields == ["image.encoded"]
+    assert caught.value.fields == [caller.field_name("image.encoded")]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ async def test_wrong_options_are_named(caller, photo, options, path):
     with pytest.raises(Refused) as caught:
         await caller.explain(photo, **options)
     assert caught.value.code == "INVALID_ARGUMENT"
-    assert path in caught.value.fields
+    assert caller.field_name(path) in caught.value.fields
 
 
 async def test_wrong_calls_do_not_harm_the_next(caller, photo):

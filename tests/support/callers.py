@@ -10,6 +10,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from heatlens import HeatlensError
+from heatlens._wire.field_names import argument_of
 from heatlens.v1 import explain_pb2, explain_pb2_grpc, method_pb2
 
 
@@ -52,6 +53,9 @@ class Refused(Exception):
 
 class AsyncCaller:
     """The SDK: an AsyncClient, or a client for threads with its methods."""
+
+    # What it calls a field of the protocol.
+    field_name = staticmethod(argument_of)
 
     def __init__(self, client):
         self.client = client
@@ -104,6 +108,8 @@ def answer_of_sdk(result):
 
 class RawCaller:
     """Generated stubs and messages written by hand: what a client in another language would do."""
+
+    field_name = staticmethod(str)
 
     def __init__(self, channel):
         self.stub = explain_pb2_grpc.ExplainServiceStub(channel)

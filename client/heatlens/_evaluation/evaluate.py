@@ -30,7 +30,7 @@ from heatlens._results.images import ImageSource, is_file, load_image
 from heatlens._results.results import ModelInfo, ModelState, Result
 from heatlens._wire.arguments import checked_int
 from heatlens._wire.names import METRICS
-from heatlens._wire.requests import ALL, ReferenceSource, metrics_of
+from heatlens._wire.requests import ALL, OPTIONS, ReferenceSource, metrics_of
 
 _Scores = dict[str, float]
 
@@ -276,9 +276,10 @@ def _scores(result: Result, metrics: Sequence[str]) -> _Scores:
 
 def _is_refusal(error: HeatlensError | OSError) -> TypeGuard[InvalidArgumentError]:
     """Return whether the server refuses the options, and not the image. It may refuse them with one method only."""
-    if not isinstance(error, InvalidArgumentError) or not error.field_violations:
+    # What was never sent has no request id.
+    if not isinstance(error, InvalidArgumentError) or not error.field_violations or error.request_id is None:
         return False
-    return all(violation.field.startswith("options.") for violation in error.field_violations)
+    return all(violation.field.partition("[")[0] in OPTIONS for violation in error.field_violations)
 
 
 def _check_refusals(refusals: Mapping[str, InvalidArgumentError], chosen: Sequence[str], *, named: bool) -> None:
@@ -304,8 +305,7 @@ def _check_refusals(refusals: Mapping[str, InvalidArgumentError], chosen: Sequen
 def _is_fatal(error: HeatlensError | OSError) -> bool:
     """Return whether every other call would fail in the same way: the error is not about this image."""
     if isinstance(error, InvalidArgumentError):
-        fields = [violation.field for violation in error.field_violations]
-        return not any(field == "image" or field.startswith("image.") for field in fields)
+        return all(violation.field != "image" for violation in error.field_violations)
     return isinstance(error, _FATAL) and error.reason != _NOTHING_FOUND
 
 

@@ -16,6 +16,7 @@ from heatlens._exceptions import (
     StatusCode,
     error_class,
 )
+from heatlens._wire.field_names import argument_of
 
 REQUEST_ID_KEY = "x-request-id"
 _PUSHBACK_KEY = "grpc-retry-pushback-ms"
@@ -71,7 +72,7 @@ def _error(
     request_id: str,
     retry_after_s: float | None,
 ) -> HeatlensError:
-    """Make the exception of a code, with what the status' details add or know better."""
+    """Make the exception of a code, with what the status' details add or know better, in the words of the SDK."""
     reason: str | None = None
     metadata: dict[str, str] = {}
     violations: list[FieldViolation] = []
@@ -79,7 +80,10 @@ def _error(
         if isinstance(detail, error_details_pb2.ErrorInfo):
             reason, metadata = detail.reason, dict(detail.metadata)
         elif isinstance(detail, error_details_pb2.BadRequest):
-            violations += [FieldViolation(item.field, item.description) for item in detail.field_violations]
+            for item in detail.field_violations:
+                argument = argument_of(item.field)
+                violations.append(FieldViolation(argument, item.description))
+                message = message.replace(f"{item.field}: ", f"{argument}: ", 1)
         elif isinstance(detail, error_details_pb2.RetryInfo):
             retry_after_s = detail.retry_delay.seconds + detail.retry_delay.nanos / 1e9
         elif isinstance(detail, error_details_pb2.RequestInfo):

@@ -120,7 +120,7 @@ def _embedding(
     if options.reference_image is None:
         wrong.add(
             "reference_embedding",
-            "an embedding model explains the similarity to a reference: set reference_embedding or reference_image",
+            "required: an embedding model explains the similarity to a reference, an embedding or an image",
         )
         return _NO_REFERENCE, None
     image = check_image(options.reference_image, model.preprocess, limits, wrong, field=field)

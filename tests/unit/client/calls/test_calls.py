@@ -147,12 +147,13 @@ async def test_error_carries_the_details(connect, peer, pixels):
     with pytest.raises(heatlens.InvalidArgumentError) as caught:
         await connect().explain(pixels)
     error = caught.value
-    assert str(error) == error.message == "options.top_k: 9 is more than 5"
+    # In the words of the SDK.
+    assert str(error) == error.message == "top_k: 9 is more than 5"
     assert error.code is heatlens.StatusCode.INVALID_ARGUMENT
     assert error.reason == "INVALID_OPTION"
     assert error.metadata == {"limit": "5"}
     assert error.request_id == "abc"
-    assert error.field_violations == (heatlens.FieldViolation("options.top_k", "9 is more than 5"),)
+    assert error.field_violations == (heatlens.FieldViolation("top_k", "9 is more than 5"),)
     assert error.__cause__ is None
     assert error.__suppress_context__
 

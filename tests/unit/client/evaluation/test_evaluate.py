@@ -205,7 +205,7 @@ def test_a_refusal_of_a_named_method_or_of_all_is_an_error(served, client, asked
     with pytest.raises(heatlens.InvalidArgumentError, match=f"^{named}: not with {named}$") as refusal:
         evaluate(client, [image_of(1)], methods=asked, metrics="deletion")
     assert refusal.value.reason == "INVALID_OPTION"
-    assert refusal.value.field_violations[0].field == "options.layers[0]"
+    assert refusal.value.field_violations[0].field == "layers[0]"
 
 
 def test_the_floor_takes_what_it_can(served, client):
