@@ -1,0 +1,105 @@
+"""The backward pass of a part of a graph, from the gradients of some values to those of others."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from heatlens_server.backends.onnx.gradient.rules import elementwise, layout, products, windows
+from heatlens_server.backends.onnx.gradient.tape import Gradients, Known, NotDifferentiable, Rule, Tape
+
+RULES: Mapping[str, Rule] = {**elementwise.RULES, **layout.RULES, **products.RULES, **windows.RULES}
+"""By operator of ONNX's own domain."""
+
+_WITHOUT_GRADIENT = frozenset(
+    {
+        *("And", "ArgMax", "ArgMin", "BitShift", "Ceil", "ConstantOfShape", "Equal", "EyeLike", "Floor", "Greater"),
+        *("GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "NonZero", "Not", "OneHot", "Or", "Range"),
+        *("Round", "Shape", "Sign", "Size", "Xor"),
+    }
+)
+"""Operators whose outputs do not change where their inputs change a little, or hold no elements of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """A backward pass.
+
+    Attributes:
+        nodes: in the order in which they run.
+        initializers: the constants that they read.
+        gradients: by value that was asked for; None where nothing depends on it.
+    """
+
+    nodes: tuple[ir.Node, ...]
+    initializers: tuple[ir.Value, ...]
+    gradients: Mapping[ir.Value, ir.Value | None]
+
+
+def differentiate(
+    nodes: Sequence[ir.Node],
+    seeds: Mapping[ir.Value, ir.Value],
+    by: Sequence[ir.Value],
+    known: Known,
+    *,
+    prefix: str = "gradient",
+) -> Backward:
+    """Write the backward pass of a forward pass.
+
+    Args:
+        nodes: the forward pass, or any part of it that holds all ways from `by` to the seeds, in the order in which
+            it runs; its attributes have their defaults filled in.
+        seeds: by value, the gradient of what is differentiated by it.
+        by: what to differentiate by.
+        known: about the forward pass.
+        prefix: of new names.
+
+    Raises:
+        NotDifferentiable: an operator on the way has no rule; names it and the node.
+    """
+    moving = _depending(nodes, by)
+    tape = Tape(known, moving.__contains__, prefix=prefix)
+    parts: dict[ir.Value, list[ir.Value]] = defaultdict(list)
+    for value, seed in seeds.items():
+        parts[value].append(seed)
+    for node in reversed(nodes):
+        if not moving.intersection(node.outputs):
+            continue
+        gradients = [_sum(parts[output], tape) for output in node.outputs]
+        if any(gradient is not None for gradient in gradients):
+            for source, part in zip(node.inputs, _by_rule(node, gradients, tape), strict=False):
+                if source is not None and part is not None and source in moving:
+                    parts[source].append(part)
+    found = {value: _sum(parts[value], tape) for value in by}
+    return Backward(tuple(tape.nodes), tuple(tape.initializers), found)
+
+
+def _by_rule(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
+    rule = RULES.get(node.op_type) if node.domain in {"", "ai.onnx"} else None
+    if rule is None:
+        domain = "" if node.domain in {"", "ai.onnx"} else f"{node.domain}."
+        raise NotDifferentiable(f"operator {domain}{node.op_type} of node {node.name!r} cannot be differentiated")
+    try:
+        return rule(node, gradients, tape)
+    except NotDifferentiable as error:
+        raise NotDifferentiable(f"node {node.name!r} cannot be differentiated: {error}") from error
+
+
+def _depending(nodes: Sequence[ir.Node], by: Sequence[ir.Value]) -> set[ir.Value]:
+    """The values that change where those of `by` change a little, and these."""
+    moving = set(by)
+    for node in nodes:
+        if node.op_type in _WITHOUT_GRADIENT or not any(value in moving for value in node.inputs):
+            continue
+        if node.op_type == "Cast" and not ir.DataType(node.attributes["to"].as_int()).is_floating_point():
+            continue
+        moving.update(node.outputs)
+    return moving
+
+
+def _sum(parts: list[ir.Value], tape: Tape) -> ir.Value | None:
+    """The sum of the gradients that reached a value, kept as one; None if there is none."""
+    if len(parts) > 1:
+        parts[:] = [tape.op("Sum", *parts)]
+    return parts[0] if parts else None

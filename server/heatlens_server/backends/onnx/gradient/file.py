@@ -1,0 +1,179 @@
+"""From an ONNX file of anybody's to a graph in one form: a recent opset, no functions, no operators that do nothing."""
+
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from onnx import inliner, version_converter
+from onnx_ir.passes import common
+
+from heatlens_server.core.errors import ModelLoadError
+
+OLDEST_OPSET = 20
+"""Files of older versions are converted to this one; the rules know it and everything newer."""
+
+_INLINED = ("AffineGrid", "Attention", "CastLike", "CenterCropPad", "GroupNormalization", "RMSNormalization")
+_INLINED_TOO = ("MeanVarianceNormalization", "RotaryEmbedding", "SwiGLU")
+"""Operators that ONNX defines by others: these are differentiated in their place."""
+
+_SMALL_BYTES = 1024
+"""Constants up to this size are looked at, such as axes and sizes; larger ones are weights."""
+
+_CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
+_OWN_DOMAINS = frozenset({"", "ai.onnx"})
+
+
+def read_file(path: Path) -> ir.Model:
+    """Read a file, check it, and bring its graph into the form that rules know.
+
+    Weights stay where they are until they are read: in the file's bytes, or mapped from files beside it.
+
+    Args:
+        path: of the file. Weights outside of it must lie in its folder.
+
+    Returns:
+        A model whose nodes are sorted and have all attributes; opset >= OLDEST_OPSET; no control flow, no operators of
+        other domains, no functions.
+
+    Raises:
+        ModelLoadError: it is no such file; names the operator or value, and no path.
+    """
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except OSError as error:
+        raise ModelLoadError(f"{path.name!r} cannot be read ({type(error).__name__})") from error
+    # protobuf's error of decoding, which is in protobuf's own package.
+    except Exception as error:
+        raise ModelLoadError(f"{path.name!r} is no ONNX file") from error
+    _check_tensors(proto, path)
+    try:
+        model = ir.from_proto(proto)
+        common.InlinePass()(model)
+        _check_operators(model)
+    except ModelLoadError:
+        raise
+    # The parser raises whatever it meets in a file that is wrong.
+    except Exception as error:
+        raise ModelLoadError(f"{path.name!r} is no valid ONNX file ({type(error).__name__})") from error
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value.base_dir = str(path.parent)
+    return _in_one_form(model, path.name)
+
+
+def skeleton_of(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
+    """A model without its weights, which become inputs, and the weights by name. The model stays as it is.
+
+    Kilobytes instead of the file's size: what reads graphs only, such as the inference of shapes, takes this.
+    """
+    copy = model.clone()
+    weights: dict[str, ir.TensorProtocol] = {}
+    for name, value in list(copy.graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes <= _SMALL_BYTES:
+            continue
+        weights[name] = tensor
+        del copy.graph.initializers[name]
+        value.const_value = None
+        value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
+        if value not in copy.graph.inputs:
+            copy.graph.inputs.append(value)
+    return ir.to_proto(copy), weights
+
+
+def with_weights(skeleton: onnx.ModelProto, weights: dict[str, ir.TensorProtocol]) -> ir.Model:
+    """The inverse of `skeleton_of`."""
+    model = ir.from_proto(skeleton)
+    for value in list(model.graph.inputs):
+        if value.name in weights:
+            model.graph.inputs.remove(value)
+            value.const_value = weights[value.name]
+            model.graph.register_initializer(value)
+    return model
+
+
+def _check_tensors(proto: onnx.ModelProto, path: Path) -> None:
+    """Check that every tensor is as long as it says, before anything is made of it.
+
+    Raises:
+        ModelLoadError: one is not, or lies outside of the file's folder.
+    """
+    folder = path.parent.resolve()
+    attributes = (attribute.t for node in proto.graph.node for attribute in node.attribute if attribute.HasField("t"))
+    for tensor in (*proto.graph.initializer, *attributes):
+        count = 1
+        for length in tensor.dims:
+            if length < 0:
+                raise ModelLoadError(f"{path.name!r}: tensor {tensor.name!r} has a negative length")
+            count *= length
+        size_bytes = (count * ir.DataType(tensor.data_type).bitwidth + 7) // 8 if tensor.data_type else 0
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            _check_external(tensor, folder, size_bytes, path.name)
+        elif tensor.HasField("raw_data") and len(tensor.raw_data) != size_bytes:
+            raise ModelLoadError(
+                f"{path.name!r}: tensor {tensor.name!r} says {size_bytes} bytes and has {len(tensor.raw_data)}"
+            )
+
+
+def _check_external(tensor: onnx.TensorProto, folder: Path, size_bytes: int, file_name: str) -> None:
+    stored = {entry.key: entry.value for entry in tensor.external_data}
+    place = (folder / stored.get("location", "")).resolve()
+    if not place.is_relative_to(folder):
+        raise ModelLoadError(f"{file_name!r}: tensor {tensor.name!r} lies outside of the file's folder")
+    try:
+        available = place.stat().st_size - int(stored.get("offset", 0))
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"{file_name!r}: the data of tensor {tensor.name!r} cannot be read") from error
+    if not place.is_file() or int(stored.get("offset", 0)) < 0 or available < size_bytes:
+        raise ModelLoadError(f"{file_name!r}: the file that holds tensor {tensor.name!r} is too short")
+
+
+def _check_operators(model: ir.Model) -> None:
+    for node in model.graph:
+        if node.op_type in _CONTROL_FLOW:
+            raise ModelLoadError(
+                f"operator {node.op_type} of node {node.name!r}: control flow cannot be differentiated"
+            )
+        if node.domain not in _OWN_DOMAINS:
+            raise ModelLoadError(
+                f"operator {node.domain}.{node.op_type} of node {node.name!r} is not ONNX's own: "
+                "give the file before a runtime optimised it"
+            )
+
+
+def _in_one_form(model: ir.Model, file_name: str) -> ir.Model:
+    common.RemoveInitializersFromInputsPass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    if len(model.graph) == 0:
+        raise ModelLoadError(f"{file_name!r} has no operators")
+    try:
+        skeleton, weights = skeleton_of(model)
+        if model.graph.opset_imports.get("", 0) < OLDEST_OPSET:
+            skeleton = version_converter.convert_version(skeleton, OLDEST_OPSET)
+        inlined = [("", name) for name in (*_INLINED, *_INLINED_TOO)]
+        skeleton = inliner.inline_selected_functions(skeleton, inlined, inline_schema_functions=True)
+        model = with_weights(skeleton, weights)
+        common.TopologicalSortPass()(model)
+    # In C++, of an error class that is not public.
+    except Exception as error:
+        raise ModelLoadError(f"{file_name!r} cannot be converted to opset {OLDEST_OPSET}: {error}") from error
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.AddDefaultAttributesPass()(model)
+    _pass_by(model)
+    common.RemoveUnusedNodesPass()(model)
+    return model
+
+
+def _pass_by(model: ir.Model) -> None:
+    """Leave out operators that do nothing when a model is run."""
+    outputs = set(model.graph.outputs)
+    for node in list(model.graph):
+        if node.op_type not in {"Dropout", "Identity"} or node.outputs[0] in outputs:
+            continue
+        if len(node.outputs) > 1 and node.outputs[1].uses():
+            continue
+        source = node.inputs[0]
+        if source is None:
+            continue
+        node.outputs[0].replace_all_uses_with(source)
+        model.graph.remove(node, safe=True)

@@ -1,0 +1,1 @@
+"""One rule per operator: from the gradients of its outputs to those of its inputs."""
