@@ -13,7 +13,7 @@ Shape = tuple[int, ...]
 Gradients = Sequence[ir.Value | None]
 
 BATCH = -1
-"""Stands in shapes for a dimension that follows the number of images. A Reshape takes it as it is."""
+"""Stands in shapes for the number of images; -k for k times as many. All other lengths are known numbers."""
 
 
 class NotDifferentiable(Exception):
@@ -25,7 +25,7 @@ class Known:
     """What is known about the values of a forward pass.
 
     Attributes:
-        shapes: by value; a dimension that follows the number of images is BATCH.
+        shapes: by value; a dimension that is the number of images is BATCH, and -k one of k times as many.
         constants: the values that are the same for every image.
         dtype: the element type of the pass's floating point values.
         opset: the version of ONNX's operators.
@@ -140,8 +140,12 @@ class Tape:
     def reshape(self, value: ir.Value, like: ir.Value) -> ir.Value:
         """Give a gradient the shape of a value of the forward pass."""
         shape = self.shape(like)
-        target = self.ints(*shape) if shape.count(BATCH) <= 1 else self.op("Shape", like)
-        return self.op("Reshape", value, target)
+        return self.op("Reshape", value, self.target(shape) or self.op("Shape", like))
+
+    def target(self, shape: Sequence[int]) -> ir.Value | None:
+        """What a Reshape takes for a shape; None if several of its dimensions follow the number of images."""
+        lengths = [max(length, -1) for length in shape]
+        return self.ints(*lengths) if lengths.count(-1) <= 1 else None
 
     def sum(self, value: ir.Value, axes: Sequence[int], *, keepdims: bool) -> ir.Value:
         """Sum over axes; the value itself if there are none."""
@@ -154,7 +158,7 @@ class Tape:
     def expand(self, value: ir.Value, like: ir.Value) -> ir.Value:
         """Repeat a gradient, whose dimensions are those of `like` or 1, to the shape of `like`."""
         # Expand broadcasts both ways: a dimension that the gradient has itself may be 1 in the target.
-        return self.op("Expand", value, self.ints(*(1 if length == BATCH else length for length in self.shape(like))))
+        return self.op("Expand", value, self.ints(*(max(length, 1) for length in self.shape(like))))
 
     def unbroadcast(self, gradient: ir.Value, source: Shape, like: ir.Value) -> ir.Value:
         """Sum a gradient over what an operator repeated.
@@ -174,14 +178,14 @@ class Tape:
     def zeros_like(self, value: ir.Value) -> ir.Value:
         """Zeros of the shape of a value of the forward pass."""
         shape = self.shape(value)
-        if BATCH not in shape:
+        if min(shape, default=1) >= 0:
             return self.constant(np.zeros(shape, self.known.dtype.numpy()))
         zero = ir.tensor(np.zeros(1, self.known.dtype.numpy()))
         return self.op("ConstantOfShape", self.op("Shape", value), value=zero)
 
 
 def broadcast(*shapes: Shape) -> Shape:
-    """The shape that operators broadcast some shapes to; BATCH wins over 1."""
+    """The shape that operators broadcast some shapes to."""
     rank = max(len(shape) for shape in shapes)
     padded = [(1,) * (rank - len(shape)) + shape for shape in shapes]
     return tuple(next((length for length in lengths if length != 1), 1) for lengths in zip(*padded, strict=True))

@@ -7,18 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx.shape_inference
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from heatlens_server.backends.onnx.gradient.file import skeleton_of
-from heatlens_server.backends.onnx.gradient.tape import BATCH, Known, Shape
+from heatlens_server.backends.onnx.gradient.tape import BATCH, Array, Known, Shape
 from heatlens_server.backends.onnx.providers import load_runtime
 from heatlens_server.core.errors import ModelLoadError
-
-Array = npt.NDArray[Any]
 
 _MOST_CONSTANT_ELEMENTS = 1 << 16
 _BATCH_NAME = "batch of images"
@@ -82,7 +79,8 @@ def know(model: ir.Model, image: ir.Value, shape: Sequence[int]) -> Known:
         for value, lengths in one[0].items():
             if value in two[0] and len(two[0][value]) == len(lengths):
                 pairs = zip(lengths, two[0][value], strict=True)
-                shapes[value] = tuple(length if length == other else BATCH for length, other in pairs)
+                # Of one image and of two: what is not the same is a multiple of their number.
+                shapes[value] = tuple(length if length == other else -length for length, other in pairs)
         for value, elements in one[1].items():
             if np.array_equal(elements, two[1].get(value, np.empty(0))):
                 folded = _fold(model, value, elements)
@@ -159,7 +157,7 @@ def _probe(
     integers = [one.name for one in session.get_outputs() if one.name in values and one.type in _INTEGERS]
     asked = [str(value.name) for value in lengths.values()]
     try:
-        found = session.run([*asked, *integers], {str(image.name): _noise(image, shape)})
+        found = session.run([*asked, *integers], {str(image.name): noise_for(image, shape)})
     # onnxruntime has an exception class for each of its status codes, and paths in their messages.
     except Exception as error:
         raise ModelLoadError(f"the file does not run on an input of {tuple(shape)} ({type(error).__name__})") from error
@@ -175,7 +173,8 @@ def _probe(
     return {**shapes, image: tuple(shape)}, elements
 
 
-def _noise(image: ir.Value, shape: Sequence[int]) -> Array:
+def noise_for(image: ir.Value, shape: Sequence[int]) -> Array:
+    """Noise for an input, in [0, 1] or, for one of bytes, in 0 to 255."""
     rng = np.random.default_rng(0)
     if image.dtype is ir.DataType.UINT8:
         return rng.integers(0, 256, shape, dtype=np.uint8)

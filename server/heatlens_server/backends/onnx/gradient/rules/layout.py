@@ -6,7 +6,6 @@ import numpy as np
 import onnx_ir as ir
 
 from heatlens_server.backends.onnx.gradient.tape import (
-    BATCH,
     Array,
     Gradients,
     NotDifferentiable,
@@ -41,7 +40,9 @@ def _expand(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
 def _tile(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
     repeats, shape = tape.integers(node.inputs[1]), tape.shape(input_of(node))
     split = [length for pair in zip(repeats, shape, strict=True) for length in pair]
-    parts = tape.op("Reshape", only(gradients), tape.ints(*split))
+    if (target := tape.target(split)) is None:
+        raise NotDifferentiable("Tile of images")
+    parts = tape.op("Reshape", only(gradients), target)
     return _only_first(node, tape.sum(parts, range(0, len(split), 2), keepdims=False))
 
 
@@ -53,7 +54,7 @@ def _concat(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
         if value is None:
             raise NotDifferentiable("Concat of an absent input")
         length = tape.shape(value)[axis]
-        if length == BATCH:
+        if length < 0:
             raise NotDifferentiable("Concat of images")
         part = tape.op("Slice", gradient, tape.ints(first), tape.ints(first + length), tape.ints(axis))
         found.append(part if tape.wanted(value) else None)
@@ -131,7 +132,7 @@ def _slice(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
     for start, end, given, step in zip(starts, ends, axes, steps, strict=True):
         axis = given % len(shape)
         length = shape[axis]
-        if length == BATCH:
+        if length < 0:
             if (start, step) == (0, 1) and end >= np.iinfo(np.int32).max:
                 continue
             raise NotDifferentiable("Slice of images")
@@ -144,12 +145,14 @@ def _slice(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
 def _gather(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
     shape, index = tape.shape(input_of(node)), tape.array(node.inputs[1])
     axis = node.attributes["axis"].as_int() % len(shape)
-    if index is None or shape[axis] == BATCH:
+    if index is None or shape[axis] < 0:
         raise NotDifferentiable("Gather by computed indices")
     gradient = only(gradients)
     if index.ndim != 1:
-        flat = [*shape[:axis], index.size, *shape[axis + 1 :]]
-        gradient = tape.op("Reshape", gradient, tape.ints(*flat))
+        target = tape.target([*shape[:axis], index.size, *shape[axis + 1 :]])
+        if target is None:
+            raise NotDifferentiable("Gather of images")
+        gradient = tape.op("Reshape", gradient, target)
     places = index.ravel().astype(np.int64) % shape[axis]
     return _only_first(node, put(gradient, axis, places, shape, tape))
 
@@ -207,7 +210,7 @@ def _pad(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
         if not (before or after):
             continue
         length = shape[axis]
-        if length == BATCH:
+        if length < 0:
             raise NotDifferentiable("Pad of images")
         if mode == "constant":
             gradient = _unpad(gradient, axis, (before, after), length, tape)
@@ -235,7 +238,7 @@ def _depth_to_space(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradient
     if node.attributes["mode"].as_string() == "DCR":
         return [tape.op("SpaceToDepth", gradient, blocksize=block)]
     kept = channels // block**2
-    parts = tape.op("Reshape", gradient, tape.ints(BATCH, kept, height, block, width, block))
+    parts = tape.op("Reshape", gradient, tape.ints(-1, kept, height, block, width, block))
     return [tape.reshape(tape.op("Transpose", parts, perm=[0, 1, 3, 5, 2, 4]), input_of(node))]
 
 
@@ -287,7 +290,7 @@ def _spread(node: ir.Node, gradient: ir.Value, tape: Tape) -> ir.Value:
     """The gradient of a sum: repeated over what was summed."""
     x, axes = input_of(node), _axes(node, tape)
     kept = _kept(gradient, axes, node, tape)
-    if any(tape.shape(x)[axis] == BATCH for axis in axes):
+    if any(tape.shape(x)[axis] < 0 for axis in axes):
         return tape.op("Expand", kept, tape.op("Shape", x))
     return tape.expand(kept, x)
 
@@ -299,7 +302,7 @@ def _reduce_sum(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
 def _reduce_mean(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
     shape = tape.shape(input_of(node))
     counted = [shape[axis] for axis in _axes(node, tape)]
-    if BATCH in counted:
+    if min(counted, default=1) < 0:
         raise NotDifferentiable("ReduceMean over images")
     share = tape.op("Div", only(gradients), tape.number(float(np.prod(counted))))
     return _only_first(node, _spread(node, share, tape))

@@ -10,7 +10,6 @@ from onnx.reference import ReferenceEvaluator
 
 from heatlens_server.backends.onnx.gradient.rules.layout import along, put
 from heatlens_server.backends.onnx.gradient.tape import (
-    BATCH,
     Array,
     Gradients,
     NotDifferentiable,
@@ -80,7 +79,7 @@ def _conv(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
     """The transposed convolution, as a convolution where that is possible: onnxruntime has faster kernels for it."""
     gradient, x, weights = only(gradients), input_of(node, 0), input_of(node, 1)
     sizes, kernel = tape.shape(x)[2:], tape.shape(weights)[2:]
-    if BATCH in sizes or BATCH in kernel:
+    if min(*sizes, *kernel) < 0:
         raise NotDifferentiable("Conv of images of unknown size")
     window, group = _window(node, kernel, sizes), node.attributes["group"].as_int()
     reach = [(size - 1) * dilation + 1 for size, dilation in zip(kernel, window.dilations, strict=True)]
@@ -241,7 +240,7 @@ def _separable(node: ir.Node, gradient: ir.Value, source: Shape, output: Shape, 
     The matrices are found by running the operator on unit vectors, so no form of it needs a case of its own.
     """
     for axis, (length, count) in enumerate(zip(source, output, strict=True)):
-        if BATCH in {length, count}:
+        if length < 0 or count < 0:
             continue
         if axis < 2 or node.op_type == "AveragePool" or length != count:
             matrix = np.eye(length) if axis < 2 else _matrix(node, axis, source, output, tape)

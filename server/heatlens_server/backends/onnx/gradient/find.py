@@ -1,0 +1,354 @@
+"""What a file's tensors are: its image, its scores, and the values that lie on the image like a map."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from heatlens_server.backends.onnx.gradient.differentiate import differentiate
+from heatlens_server.backends.onnx.gradient.tape import BATCH, Array, Known, Shape
+from heatlens_server.backends.onnx.gradient.values import noise_for, open_graph
+from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.core.grid import Grid, Layout
+from heatlens_server.core.preprocess import MAX_CHANNELS
+
+_MOST_PREFIX_TOKENS = 8
+"""Tokens before the grid: class, distillation, registers."""
+
+_LAST_CANDIDATES = 12
+_LEAST_SHARE = 0.5
+"""The share of a map's places on which scores must depend."""
+
+_MOST_LAYERS = 5
+
+_PASSED_ON_BACK = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze"})
+_ACTIVATIONS = {"Softmax": "softmax", "LogSoftmax": "softmax", "Sigmoid": "sigmoid"}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInput:
+    """The input that takes images.
+
+    Attributes:
+        value: of the graph.
+        channels: how many.
+        height_px: 0 if the file leaves it open.
+        width_px: 0 if the file leaves it open.
+        channels_last: whether it is (N, H, W, C).
+    """
+
+    value: ir.Value
+    channels: int
+    height_px: int
+    width_px: int
+    channels_last: bool
+
+    def shape(self, height_px: int, width_px: int) -> Shape:
+        """Of one image, without the batch."""
+        if self.channels_last:
+            return height_px, width_px, self.channels
+        return self.channels, height_px, width_px
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The logits of a classifier.
+
+    Attributes:
+        value: of the graph, (N, C) or (N, C, 1, 1).
+        output: the graph's output that is made of them.
+        class_count: C.
+        activation: what the file makes of logits: "softmax", "sigmoid", or "" if it returns them.
+    """
+
+    value: ir.Value
+    output: ir.Value
+    class_count: int
+    activation: str
+
+
+@dataclass(frozen=True, slots=True)
+class FoundLayer:
+    """A value whose places are those of the image.
+
+    Attributes:
+        value: of the graph.
+        grid: how it is read as a map.
+        channels: of each place.
+        height: rows of the map.
+        width: columns of the map.
+    """
+
+    value: ir.Value
+    grid: Grid
+    channels: int
+    height: int
+    width: int
+
+
+def find_image(model: ir.Model) -> ImageInput:
+    """The one input of four dimensions with 1 to 16 channels.
+
+    Raises:
+        ModelLoadError: there is none, or several; names all inputs with their shapes.
+    """
+    found = [image for value in model.graph.inputs if (image := _as_image(value)) is not None]
+    if len(found) != 1:
+        inputs = ", ".join(f"{value.name} {_shape_text(value)}" for value in model.graph.inputs)
+        raise ModelLoadError(f"{len(found)} inputs of the file look like images, not one: {inputs}")
+    return found[0]
+
+
+def _as_image(value: ir.Value) -> ImageInput | None:
+    if value.shape is None or len(value.shape) != 4:
+        return None
+    lengths = [length if isinstance(length, int) and length > 0 else 0 for length in value.shape]
+    _n, first, second, last = lengths
+    if 1 <= first <= MAX_CHANNELS and not 1 <= last <= min(first, 4):
+        return ImageInput(value, first, second, last, channels_last=False)
+    if 1 <= last <= MAX_CHANNELS:
+        return ImageInput(value, last, first, second, channels_last=True)
+    return None
+
+
+def _shape_text(value: ir.Value) -> str:
+    return "of unknown shape" if value.shape is None else f"({', '.join(str(length) for length in value.shape)})"
+
+
+def find_scores(model: ir.Model, known: Known, output: str = "") -> Scores:
+    """The logits: a last Softmax or Sigmoid is left behind.
+
+    Args:
+        model: from `read_file`.
+        known: its shapes.
+        output: the name of the output that has the scores; empty to find it.
+
+    Raises:
+        ModelLoadError: there are none, or it is not clear which; names all outputs with their shapes.
+    """
+    named = [value for value in model.graph.outputs if output in {"", value.name}]
+    found = [scores for value in named if (scores := _as_scores(value, known)) is not None]
+    if len(found) > 1:
+        found = [scores for scores in found if scores.activation == "softmax"] or found
+    if len(found) != 1:
+        outputs = ", ".join(f"{value.name} {known.shapes.get(value, '')}" for value in model.graph.outputs)
+        asked = f"output {output!r} has no" if output else f"{len(found)} outputs look like"
+        raise ModelLoadError(f"{asked} scores (N, classes); the file's outputs: {outputs}")
+    return found[0]
+
+
+def _as_scores(value: ir.Value, known: Known) -> Scores | None:
+    shape = known.shapes.get(value, ())
+    if (
+        shape[:1] != (BATCH,)
+        or len(shape) < 2
+        or any(length != 1 for length in shape[2:])
+        or min(shape[1:], default=1) < 0
+    ):
+        return None
+    at = value
+    while (node := at.producer()) is not None and node.op_type in {*_PASSED_ON_BACK, *_ACTIVATIONS}:
+        source = node.inputs[0]
+        if source is None:
+            break
+        if node.op_type in _ACTIVATIONS:
+            return Scores(source, value, shape[1], _ACTIVATIONS[node.op_type])
+        at = source
+    return Scores(value, value, shape[1], "")
+
+
+def find_layers(model: ir.Model, known: Known, image: ImageInput, scores: Scores) -> tuple[FoundLayer, ...]:
+    """The values that can be explained, the default first: the last on whose places the scores depend.
+
+    The others are the last ones of every finer resolution, from the coarsest on.
+
+    Args:
+        model: from `read_file`.
+        known: its shapes, with the image's size.
+        image: the input.
+        scores: the logits.
+
+    Raises:
+        ModelLoadError: no value lies on the image like a map.
+        NotDifferentiable: an operator behind the last ones has no rule.
+    """
+    candidates = list(_candidates(model, known, image))
+    if not candidates:
+        raise ModelLoadError("no tensor of the file lies on the image like a map")
+    last = candidates[-_LAST_CANDIDATES:]
+    shares = _shares(model, known, image, scores, last)
+    telling = [layer for layer, share in zip(last, shares, strict=True) if share > _LEAST_SHARE]
+    if not telling:
+        raise ModelLoadError("the scores depend on no tensor of the file that lies on the image like a map")
+    default = telling[-1]
+    before = candidates[: candidates.index(default)]
+    ends = {(layer.height, layer.width): layer for layer in before}
+    ends.pop((default.height, default.width), None)
+    finer = sorted(ends.values(), key=lambda layer: layer.height * layer.width)
+    return (default, *(layer for layer in finer if layer.height > default.height))[:_MOST_LAYERS]
+
+
+def _shares(
+    model: ir.Model, known: Known, image: ImageInput, scores: Scores, layers: Sequence[FoundLayer]
+) -> list[float]:
+    """For each layer, the share of its places on which the scores depend, by gradients for noise."""
+    copy, values = _copied(model)
+    height_px, width_px = _size_of(known, image)
+    kind = known.dtype
+    features = _before_head(scores.value)
+    shape = known.shapes[features]
+    seed = ir.Value(name="seed", type=ir.TensorType(kind), shape=ir.Shape(["n", *shape[1:]]))
+    copied = Known(
+        {values[value.name]: lengths for value, lengths in known.shapes.items() if value.name in values},
+        {values[value.name]: array for value, array in known.constants.items() if value.name in values},
+        kind,
+        known.opset,
+    )
+    targets = [values[layer.value.name] for layer in layers]
+    backward = differentiate(list(copy.graph), {values[features.name]: seed}, targets, copied)
+    copy.graph.inputs.append(seed)
+    copy.graph.extend(backward.nodes)
+    for value in backward.initializers:
+        copy.graph.register_initializer(value)
+    gradients = [backward.gradients[value] for value in targets]
+    copy.graph.outputs[:] = [value for value in gradients if value is not None]
+    rng = np.random.default_rng(0)
+    feeds = {
+        str(image.value.name): noise_for(image.value, (1, *image.shape(height_px, width_px))),
+        str(seed.name): rng.normal(size=(1, *shape[1:])).astype(kind.numpy()),
+    }
+    found = iter(open_graph(copy).run(None, feeds) if copy.graph.outputs else ())
+    return [
+        0.0 if gradient is None else _share(next(found)[0], layer)
+        for layer, gradient in zip(layers, gradients, strict=True)
+    ]
+
+
+def _before_head(scores: ir.Value) -> ir.Value:
+    """What the last linear layer reads: the weights of a head that is yet to be trained may be zero."""
+    at = scores
+    while (node := at.producer()) is not None and node.op_type in {"Add", "Gemm", "MatMul", *_PASSED_ON_BACK}:
+        computed = [value for value in node.inputs if value is not None and value.const_value is None]
+        if len(computed) != 1:
+            break
+        at = computed[0]
+        if node.op_type in {"Gemm", "MatMul"}:
+            return at
+    return scores
+
+
+def _share(gradient: Array, layer: FoundLayer) -> float:
+    """The share of a map's places where its gradient, of one image, is not zero."""
+    if layer.grid.layout is Layout.TOKENS:
+        places = np.abs(gradient[layer.grid.prefix :]).sum(1)
+    else:
+        places = np.abs(gradient).sum(-1 if layer.grid.layout is Layout.CHANNELS_LAST else 0)
+    return float((places > 0).mean())
+
+
+def _copied(model: ir.Model) -> tuple[ir.Model, dict[str | None, ir.Value]]:
+    """A copy of a model to add to, and its values by name."""
+    copy = model.clone()
+    values = {value.name: value for value in (*copy.graph.inputs, *copy.graph.initializers.values())}
+    return copy, values | {value.name: value for node in copy.graph for value in node.outputs}
+
+
+def _size_of(known: Known, image: ImageInput) -> tuple[int, int]:
+    _n, *lengths = known.shapes[image.value]
+    return (lengths[0], lengths[1]) if image.channels_last else (lengths[1], lengths[2])
+
+
+def _candidates(model: ir.Model, known: Known, image: ImageInput) -> Iterator[FoundLayer]:
+    """The values that lie on the image, in the order in which they are computed."""
+    height_px, width_px = _size_of(known, image)
+    grids: set[tuple[int, int]] = set()
+    excluded = _attention_scores(model, known) | _linear_outputs(model, known)
+    for node in model.graph:
+        value = node.outputs[0]
+        shape = known.shapes.get(value, ())
+        if node.op_type in {"Conv", "MaxPool", "AveragePool"} and len(shape) == 4:
+            grids.add((shape[2], shape[3]))
+        if value in excluded or shape[:1] != (BATCH,) or min(shape[1:], default=1) < 0:
+            continue
+        layer = _as_layer(value, shape, grids, (height_px, width_px))
+        if layer is not None and layer.height * layer.width > 1:
+            grids.add((layer.height, layer.width))
+            yield layer
+
+
+def _as_layer(
+    value: ir.Value, shape: Shape, grids: set[tuple[int, int]], image_px: tuple[int, int]
+) -> FoundLayer | None:
+    def lies_on_image(height: int, width: int) -> bool:
+        return (height, width) in grids or _in_proportion((height, width), image_px)
+
+    if len(shape) == 4:
+        _n, one, two, three = shape
+        if lies_on_image(two, three):
+            return FoundLayer(value, Grid(), one, two, three)
+        if lies_on_image(one, two):
+            return FoundLayer(value, Grid(Layout.CHANNELS_LAST), three, one, two)
+    if len(shape) == 3:
+        _n, tokens, channels = shape
+        for height, width in sorted(grids, key=lambda grid: -grid[0] * grid[1]):
+            prefix = tokens - height * width
+            if 0 <= prefix <= _MOST_PREFIX_TOKENS and height * width > 1:
+                return FoundLayer(value, Grid(Layout.TOKENS, prefix, height, width), channels, height, width)
+    return None
+
+
+def _in_proportion(size: tuple[int, int], image_px: tuple[int, int]) -> bool:
+    """Whether both sides are the image's, divided by one power of two and rounded."""
+    factors = (2**power for power in range(1, 7))
+    return any(size == tuple(-(-side // factor) for side in image_px) for factor in factors)
+
+
+def _is_computed(value: ir.Value | None) -> bool:
+    return value is not None and value.const_value is None
+
+
+def _attention_scores(model: ir.Model, known: Known) -> set[ir.Value]:
+    """Products of two computed tensors, up to the Softmax that they end in: their places are pairs of places."""
+    marked: set[ir.Value] = set()
+    for node in model.graph:
+        computed = [value for value in node.inputs if _is_computed(value)]
+        is_product = node.op_type in {"MatMul", "Einsum"}
+        if is_product:
+            starts = len(computed) > 1 and not marked.intersection(computed) and _ends_in_softmax(node.outputs[0])
+        else:
+            starts = bool(marked.intersection(computed)) and len(known.shapes.get(node.outputs[0], ())) >= 3
+        if starts:
+            marked.update(node.outputs)
+    return marked
+
+
+def _ends_in_softmax(value: ir.Value) -> bool:
+    """Whether a Softmax follows, with nothing but operators on elements and shapes in between."""
+    waiting, seen = [value], {value}
+    while waiting:
+        for node, _place in waiting.pop().uses():
+            if node.op_type == "Softmax":
+                return True
+            if node.op_type in {"Add", "Mul", "Div", "Where", "Reshape", "Transpose", "Cast", "Sub", "Conv", "Clip"}:
+                waiting += [output for output in node.outputs if output not in seen]
+                seen.update(node.outputs)
+    return False
+
+
+_TOKENWISE = frozenset({"MatMul", "Gemm", "MatMulInteger"})
+_NOT_ELEMENTWISE = _TOKENWISE | {"Conv", "LayerNormalization", "ReduceMean"}
+
+
+def _linear_outputs(model: ir.Model, known: Known) -> set[ir.Value]:
+    """Queries, keys, values and inner activations of linear layers over tokens: the sum behind them is the layer."""
+    marked: set[ir.Value] = set()
+    for node in model.graph:
+        computed = [value for value in node.inputs if _is_computed(value)]
+        rank = len(known.shapes.get(node.outputs[0], ()))
+        is_linear = node.op_type in _TOKENWISE and len(computed) == 1 and rank >= 3
+        is_sum = node.op_type == "Add" and len(computed) > 1
+        follows = bool(computed) and node.op_type not in _NOT_ELEMENTWISE and marked.issuperset(computed)
+        if is_linear or (follows and not is_sum):
+            marked.update(node.outputs)
+    return marked
