@@ -1,0 +1,131 @@
+"""What is found in files: image, scores, and the tensors that lie on the image."""
+
+import numpy as np
+import onnx.parser
+import pytest
+
+from heatlens_server.backends.onnx.gradient.file import read_file
+from heatlens_server.backends.onnx.gradient.find import find_image, find_layers, find_scores
+from heatlens_server.backends.onnx.gradient.values import know
+from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.core.grid import Grid, Layout
+
+RNG = np.random.default_rng(0)
+
+
+def found_in(tmp_path, text, size_px=(32, 32), **weights):
+    """Parse a graph, give it random weights of these shapes, and find everything in it."""
+    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 20]> {text}')
+    for name, shape in weights.items():
+        array = (RNG.normal(size=shape) * 0.3).astype(np.float32) if isinstance(shape, tuple) else shape
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    path = tmp_path / "model.onnx"
+    onnx.save(proto, path)
+    model = read_file(path)
+    image = find_image(model)
+    known = know(model, image.value, image.shape(*size_px))
+    scores = find_scores(model, known)
+    return image, scores, find_layers(model, known, image, scores)
+
+
+CONVOLUTIONS = """
+    a = Conv <pads: ints = [1, 1, 1, 1], strides: ints = [2, 2]> (x, w1)
+    b = Relu(a)
+    c = Conv <pads: ints = [1, 1, 1, 1], strides: ints = [2, 2]> (b, w2)
+    d = Relu(c)
+    p = GlobalAveragePool(d)
+    f = Flatten(p)
+"""
+WEIGHTS = {"w1": (8, 3, 3, 3), "w2": (16, 8, 3, 3), "w3": (16, 5)}
+
+
+def names(layers):
+    return [layer.value.name for layer in layers]
+
+
+def test_a_convolutional_network_with_a_softmax(tmp_path):
+    text = f"net (float[N, 3, 32, 32] x) => (float[N, 5] y) {{ {CONVOLUTIONS} z = MatMul(f, w3) y = Softmax(z) }}"
+    image, scores, layers = found_in(tmp_path, text, **WEIGHTS)
+    assert (image.channels, image.height_px, image.width_px, image.channels_last) == (3, 32, 32, False)
+    assert (scores.value.name, scores.class_count, scores.activation) == ("z", 5, "softmax")
+    assert names(layers) == ["d", "b"]
+    assert [(layer.channels, layer.height, layer.width, layer.grid) for layer in layers] == [
+        (16, 8, 8, Grid()),
+        (8, 16, 16, Grid()),
+    ]
+
+
+def test_a_head_without_training_hides_nothing(tmp_path):
+    text = f"net (float[N, 3, 32, 32] x) => (float[N, 5] y) {{ {CONVOLUTIONS} y = MatMul(f, w3) }}"
+    _image, scores, layers = found_in(tmp_path, text, **{**WEIGHTS, "w3": np.zeros((16, 5), np.float32)})
+    assert (scores.activation, names(layers)) == ("", ["d", "b"])
+
+
+def test_channels_last_of_gray_images_of_any_size(tmp_path):
+    text = f"""net (float[N, H, W, 1] image) => (float[N, 5] y) {{
+        x = Transpose <perm: ints = [0, 3, 1, 2]> (image) {CONVOLUTIONS} z = MatMul(f, w3) y = Sigmoid(z) }}"""
+    image, scores, layers = found_in(tmp_path, text, (24, 48), **{**WEIGHTS, "w1": (8, 1, 3, 3)})
+    assert (image.channels, image.height_px, image.width_px, image.channels_last) == (1, 0, 0, True)
+    assert scores.activation == "sigmoid"
+    assert (layers[0].height, layers[0].width) == (6, 12)
+
+
+def test_what_a_class_token_reads_alone_is_no_layer(tmp_path):
+    """A transformer block behind a patch embedding: behind the attention, scores read the class token alone."""
+    text = """net (float[N, 3, 32, 32] x) => (float[N, 5] y) {
+        e = Conv <strides: ints = [8, 8]> (x, w1)
+        shape = Constant <value_ints: ints = [0, 16, -1]> ()
+        r = Reshape(e, shape)
+        t = Transpose <perm: ints = [0, 2, 1]> (r)
+        size = Shape <start: int = 0, end: int = 1> (x)
+        rest = Constant <value_ints: ints = [1, 16]> ()
+        whole = Concat <axis: int = 0> (size, rest)
+        token = Expand(cls, whole)
+        s = Concat <axis: int = 1> (token, t)
+        n = LayerNormalization <axis: int = -1> (s, scale)
+        q = MatMul(n, wq)
+        k = MatMul(n, wk)
+        v = MatMul(n, wv)
+        kt = Transpose <perm: ints = [0, 2, 1]> (k)
+        qk = MatMul(q, kt)
+        attention = Softmax(qk)
+        o = MatMul(attention, v)
+        last = Add(s, o)
+        zero = Constant <value_int: int = 0> ()
+        head = Gather <axis: int = 1> (last, zero)
+        y = MatMul(head, w3)
+    }"""
+    weights = {"w1": (16, 3, 8, 8), "cls": (1, 1, 16), "scale": (16,), "w3": (16, 5)}
+    square = dict.fromkeys(("wq", "wk", "wv"), (16, 16))
+    _image, scores, layers = found_in(tmp_path, text, **weights, **square)
+    assert scores.class_count == 5
+    # Not "last", of which the class token alone is read; not q, k, v or the attention, 17 by 17.
+    assert names(layers) == ["n"]
+    assert layers[0].grid == Grid(Layout.TOKENS, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (f"net (float[N, 3, 32, 32] x) => (float[N, 16, h, w] d) {{ {CONVOLUTIONS} }}", "0 outputs look like scores"),
+        (
+            f"""net (float[N, 3, 32, 32] x) => (float[N, 5] y, float[N, 16] f)
+            {{ {CONVOLUTIONS} y = MatMul(f, w3) }}""",
+            "2 outputs look like scores (N, classes); the file's outputs: y (-1, 5), f (-1, 16)",
+        ),
+        (
+            "net (float[N, 3, 32, 32] x, float[N, 3, 32, 32] z) => (float[N, 5] y) { y = Add(x, z) }",
+            "2 inputs of the file look like images, not one: x (N, 3, 32, 32), z (N, 3, 32, 32)",
+        ),
+        ("net (float[N, 40] x) => (float[N, 5] y) { y = Relu(x) }", "0 inputs of the file look like images"),
+        (
+            "net (float[N, 3, 32, 32] x) => (float[N, 3072] y) { y = Flatten(x) }",
+            "no tensor of the file lies on the image like a map",
+        ),
+    ],
+)
+def test_what_cannot_be_found_is_told_with_what_there_is(tmp_path, text, words):
+    weights = {name: shape for name, shape in WEIGHTS.items() if name in text}
+    with pytest.raises(ModelLoadError) as caught:
+        found_in(tmp_path, text, **weights)
+    assert words in str(caught.value)
