@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from bench.coverage.models import inputs, make
-from bench.coverage.table import MAX_MAP_DIFFERENCE, MOVES, compared
+from bench.coverage.table import MAX_MAP_DIFFERENCE, compared
 from heatlens_server.backends.torch.cam.grid import Grid, to_map
 from heatlens_server.backends.torch.cam.methods import raw_map
 from heatlens_server.backends.torch.cam.saliency import saliency
@@ -26,6 +26,7 @@ from heatlens_server.backends.torch.export import onnx_file
 from heatlens_server.backends.torch.export.capture import capture
 from heatlens_server.backends.torch.export.differentiate import differentiate_all
 from heatlens_server.backends.torch.export.program import to_program
+from heatlens_server.backends.torch.export.reference import moved_copies
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import CLASS_INDEX, IMAGE, MAP_OUTPUTS, InputKind, Output
@@ -103,7 +104,9 @@ def _judge(model: LoadedModel, layers: Sequence[str], path: Path) -> list[dict[s
     rows = _rows(layers, values, logits, float64, [float32])
     if any(max(compared(row), default=0.0) > MAX_MAP_DIFFERENCE for row in rows):
         # Right by luck, or determined? A unit of a ReLU whose sum is zero but for rounding moves the whole map.
-        again = [_maps(moved, grids, torch.from_numpy(images).float(), class_ids)[2] for moved in _moved(model.module)]
+        again = [
+            _maps(moved, grids, torch.from_numpy(images).float(), class_ids)[2] for moved in moved_copies(model.module)
+        ]
         rows = _rows(layers, values, logits, float64, [float32, *again])
     return rows
 
@@ -137,18 +140,6 @@ def _rows(
 def _distance(maps: np.ndarray, expected: np.ndarray) -> np.ndarray:
     distance: np.ndarray = np.abs(maps - expected).max((-2, -1)).ravel()
     return distance
-
-
-def _moved(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the network with every weight moved by at most two units in the last place, a few times."""
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(MOVES):
-        moved = copy.deepcopy(module)
-        with torch.no_grad():
-            for parameter in moved.parameters():
-                relative = torch.rand(parameter.shape, generator=generator, dtype=torch.float64) * 2 - 1
-                parameter.copy_((parameter.double() * (1 + relative * 2.0**-22)).float())
-        yield moved
 
 
 def _is_large(model: LoadedModel) -> bool:

@@ -5,9 +5,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from heatlens_server.backends.torch.export.reference import MOVES
+
 MAX_MAP_DIFFERENCE = 1e-4
-MOVES = 8
-"""How often PyTorch is asked again, with its weights moved, about a network with a map that differs by more."""
 KNOWN = MAX_MAP_DIFFERENCE / 4
 """Maps that PyTorch misses by more, in float32, are not compared."""
 

@@ -89,16 +89,38 @@ def build(
     get = functools.partial(get_or_export, config, load=load, cache=cache, report=tell, make=make)
     if config.engine != "auto":
         try:
-            export = get(_FORMATS[config.engine], retry=True)
+            export = _checked(config, get(_FORMATS[config.engine], retry=True))
         except ExportError as error:
             raise ModelLoadError(f"the model cannot be exported for {config.engine}: {error}") from error
         return _build_exported(config, export, device=config.device, method=config.method)
     try:
         device = _device_for_onnxruntime(config)
-        return _try_onnxruntime(config, get(Format.ONNX, retry=False), device)
+        return _try_onnxruntime(config, _checked(config, get(Format.ONNX, retry=False)), device)
     except (_Unfit, ExportError) as error:
         _log.warning("model %s is run by torch, not by onnxruntime: %s", config.name, error)
     return _build_torch(config, load())
+
+
+def _checked(config: ModelConfig, export: Export) -> Export:
+    """Say what verification left out of a model's export.
+
+    Raises:
+        ExportError: the default method by the default layer.
+    """
+    default = (export.manifest.layers[0], config.method.as_preset.method)
+    for entry in export.manifest.left_out:
+        if (entry.layer, entry.method) == default:
+            raise ExportError(entry.reason)
+    for entry in export.manifest.left_out:
+        _log.warning(
+            "model %s: the export lacks %s by %s, which %s: %s",
+            config.name,
+            entry.method,
+            entry.layer,
+            "torch runs beside it" if config.companion else "is not offered",
+            entry.reason,
+        )
+    return export
 
 
 def _takes_torch(config: ModelConfig) -> bool:

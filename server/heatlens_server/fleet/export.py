@@ -120,7 +120,10 @@ def check_failure(cache: ExportCache, key: str) -> None:
 def _export(
     config: ModelConfig, file_format: Format, key: str, model: "LoadedModel", *, cache: ExportCache, report: Report
 ) -> None:
-    from heatlens_server.backends.torch.export.folder import export_bundle  # noqa: PLC0415 - imports torch
+    from heatlens_server.backends.torch.export.folder import (  # noqa: PLC0415 - imports torch
+        export_bundle,
+        without_left_out,
+    )
     from heatlens_server.backends.torch.export.verify import verify  # noqa: PLC0415 - imports torch
 
     if not model.task.traits.exportable:
@@ -139,8 +142,8 @@ def _export(
                 report=report,
             )
             parity = verify(model, unfinished.folder, manifest, report=report)
-            files = {**manifest.files, **record.write(unfinished.folder)}
-            unfinished.keep(replace(manifest, parity=parity, files=files))
+            manifest = without_left_out(manifest, parity, unfinished.folder)
+            unfinished.keep(replace(manifest, files={**manifest.files, **record.write(unfinished.folder)}))
     except ExportError as error:
         if isinstance(error.__cause__, (MemoryError, OSError)):
             raise TransientError(str(error)) from error

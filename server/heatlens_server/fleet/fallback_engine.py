@@ -46,6 +46,7 @@ class FallbackEngine:
         make_fallback: Callable[[], SteppingEngine] | None = None,
         *,
         methods: Sequence[Method] = (),
+        layers: Sequence[str] = (),
     ) -> None:
         """Load nothing yet.
 
@@ -54,6 +55,7 @@ class FallbackEngine:
             make_fallback: makes an engine of the same model, on the same device, that has every score and option;
                 raises ModelLoadError. None if there is none.
             methods: what the fallback will have.
+            layers: the layers that it alone will have.
         """
         self.primary = primary
         self._make = make_fallback
@@ -64,7 +66,7 @@ class FallbackEngine:
         self._closed = False
         # Asked for every request, and few are unlike the others.
         self._is_for_primary = lru_cache(maxsize=_KNOWN_SPECS)(primary.can)
-        self._info = primary.info if make_fallback is None else _joined(primary.info, methods)
+        self._info = primary.info if make_fallback is None else _joined(primary.info, methods, layers)
 
     @property
     def info(self) -> Capabilities:
@@ -146,12 +148,13 @@ class FallbackEngine:
             self._fallback = fallback
 
 
-def _joined(info: Capabilities, methods: Sequence[Method]) -> Capabilities:
+def _joined(info: Capabilities, methods: Sequence[Method], layers: Sequence[str]) -> Capabilities:
     further = frozenset(methods) - frozenset(info.methods)
     return replace(
         info,
         methods=tuple(method for method in Method if method in info.methods or method in further),
         fallback_methods=further,
+        layers=(*info.layers, *(layer for layer in layers if layer not in info.layers)),
         scores=tuple(Score),
         fallback_scores=frozenset(Score) - frozenset(info.scores),
         layers_by_method={},
@@ -188,7 +191,8 @@ def with_torch_fallback(config: ModelConfig, primary: ExportEngine, export: Expo
     def make() -> SteppingEngine:
         return _load(config, export.manifest.weights_version, device=primary.info.device)
 
-    return FallbackEngine(primary, make, methods=record.methods)
+    layers = dict.fromkeys(entry.layer for entry in export.manifest.left_out)
+    return FallbackEngine(primary, make, methods=record.methods, layers=tuple(layers))
 
 
 def _load(config: ModelConfig, weights_version: str, *, device: str) -> SteppingEngine:

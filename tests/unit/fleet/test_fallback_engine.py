@@ -118,6 +118,18 @@ def test_all_else_is_for_the_companion_which_is_loaded_once(spec):
     assert (pair.companion.ran, pair.primary.ran, pair.made) == ([spec], [PLAIN], 1)
 
 
+def test_layers_that_the_export_lacks_are_offered_and_run_by_the_second_engine():
+    ran = Engine(dataclasses.replace(TORCH_INFO, layers=("body", "stem", "neck")))
+    engine = FallbackEngine(Engine(INFO), lambda: ran, methods=TORCH, layers=("stem", "neck"))
+    assert engine.info.layers == ("body", "stem", "neck")
+    spec = dataclasses.replace(PLAIN, layers=("neck",))
+    assert not engine.is_loaded_for(spec)
+    engine.explain(IMAGES, [TopK(1)], spec)
+    assert ran.ran == [spec]
+    # Without a second engine nothing could run them.
+    assert FallbackEngine(Engine(INFO), layers=("neck",)).info.layers == INFO.layers
+
+
 def test_what_both_have_is_told_without_loading_anything():
     pair = Pair()
     info = pair.engine.info

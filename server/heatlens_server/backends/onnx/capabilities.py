@@ -65,11 +65,13 @@ def check_tensors(manifest: Manifest, shapes: Mapping[str, Sequence[object]], im
 def served_info(manifest: Manifest, *, engine_name: str, device: str) -> Capabilities:
     """Describe an engine that serves an export.
 
-    Its methods are those of the default layer. A layer is offered if it has all of them, but for those that exports
-    hold for the default layer alone: these have `layers_by_method`.
+    Its methods are those of the default layer, and its layers those that have one of them. What only some layers have,
+    as exports hold it for the default layer alone or verification left it out by others, has `layers_by_method`.
     """
     layers = {layer: {graph.method for graph in manifest.graphs if graph.layer == layer} for layer in manifest.layers}
     of_default = layers[manifest.graphs[0].layer]
+    offered = tuple(layer for layer, methods in layers.items() if methods & of_default)
+    held = {method: tuple(layer for layer in offered if method in layers[layer]) for method in of_default}
     height_px, width_px = manifest.preprocess.input_px
     everywhere = {method for method in of_default if not method.traits.default_layer_only}
     offered = tuple(layer for layer, methods in layers.items() if everywhere <= methods)

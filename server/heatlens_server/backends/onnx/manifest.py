@@ -66,6 +66,21 @@ class GraphFile:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A graph that failed verification.
+
+    Attributes:
+        layer: the target layer's module name.
+        method: of its map.
+        reason: with the figure, its value and its bound.
+    """
+
+    layer: str
+    method: Method
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """Everything that is known about an export.
 
@@ -86,7 +101,7 @@ class Manifest:
         files: SHA-256 of every other file in the folder, by name.
         opset: of ONNX; None in other formats.
         versions: of the packages that made the export, by name.
-        parity: what `export.verify` measured; empty if it was switched off.
+        parity: what `export.verify` measured, and in "left_out" what failed it; empty if it was switched off.
         task: what the model does; None in exports of versions that did not write it.
         assumptions: what was found or assumed when the model was loaded, one sentence each.
     """
@@ -117,6 +132,14 @@ class Manifest:
     def layers(self) -> tuple[str, ...]:
         """The layers that can be explained, the default first."""
         return tuple(dict.fromkeys(graph.layer for graph in self.graphs))
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """What the network has and the export lacks, since it failed verification."""
+        return tuple(
+            LeftOut(entry["layer"], Method(entry["method"]), entry["reason"])
+            for entry in self.parity.get("left_out", ())
+        )
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`."""

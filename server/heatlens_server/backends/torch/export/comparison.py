@@ -4,7 +4,7 @@ Raw gradients are not compared, their channel means are: where two inputs of a m
 decides which of them the gradient goes to, and either is right.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +124,9 @@ class Expected:
         return errors
 
 
-def expected(reference: Reference, own: Reference | None, method: Method, *, unknown: float) -> Expected:
+def expected(
+    reference: Reference, own: Reference | None, method: Method, *, unknown: float, moved: Sequence[Reference] = ()
+) -> Expected:
     """Find out what a graph of a method should say, and how well that is known.
 
     Args:
@@ -132,6 +134,7 @@ def expected(reference: Reference, own: Reference | None, method: Method, *, unk
         own: of the network in the graph's precision; None if it cannot run there: then all is taken for known.
         method: which one.
         unknown: `Tolerance.unknown` of the graph's precision.
+        moved: of the network's `moved_copies`: what they miss by, the network itself may as well.
     """
     values = figures(outputs_of(reference, method))
     peak = _nonzero(_raw(reference, method).abs().amax((-2, -1)).numpy())
@@ -145,23 +148,28 @@ def expected(reference: Reference, own: Reference | None, method: Method, *, unk
     }
     units = {name: np.broadcast_to(unit, values[name].shape) for name, unit in units.items()}
     shaped = values[Output.CAM_SCALE] > _FLAT_SHARE * peak
-    known = {name: np.ones_like(shaped) for name in PER_CLASS}
-    own_error = {}
-    if own is not None:
-        for name, found in figures(outputs_of(own, method)).items():
+    differences: dict[str, Array] = {}
+    for run in [] if own is None else [own, *moved]:
+        for name, found in figures(outputs_of(run, method)).items():
             difference = np.abs(found - values[name]) / units[name]
             if name in PER_CLASS:
                 difference = difference.reshape(*shaped.shape, -1).max(-1)
                 if method is Method.FEM and name in MAP_OUTPUTS:
                     unit = _nonzero(values[Output.CAM_SCALE]) if name == Output.CAM else peak
-                    moved = _moved_by_steps(reference, own) / unit
-                    difference = np.maximum(difference, moved)
+                    steps = _moved_by_steps(reference, run) / unit
+                    difference = np.maximum(difference, steps)
                     # What rounding decides proves as little as a flat map does.
-                    shaped = shaped & (moved <= unknown)
-                known[name] = difference <= unknown
-                difference = difference[known[name] & (shaped | (name != Output.CAM))]
-            # What the network itself overflows in is no rounding to allow for.
-            own_error[name] = float(difference[np.isfinite(difference)].max(initial=0.0))
+                    shaped = shaped & (steps <= unknown)
+            differences[name] = np.maximum(differences.get(name, 0.0), difference)
+    known = {name: np.ones_like(shaped) for name in PER_CLASS}
+    own_error = {}
+    for name, difference in differences.items():
+        compared = difference
+        if name in PER_CLASS:
+            known[name] = difference <= unknown
+            compared = difference[known[name] & (shaped | (name != Output.CAM))]
+        # What the network itself overflows in is no rounding to allow for.
+        own_error[name] = float(compared[np.isfinite(compared)].max(initial=0.0))
     return Expected(reference.class_ids.numpy(), values, units, shaped, known, own_error)
 
 

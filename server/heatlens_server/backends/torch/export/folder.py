@@ -1,8 +1,9 @@
 """Writing an export: the graphs and the manifest of a folder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import SymInt, Tensor
@@ -156,6 +157,26 @@ def export_bundle(
         graphs=graphs,
         tensors=_tensors(graph_module, spec, model.preprocess),
     )
+
+
+def without_left_out(manifest: Manifest, parity: Mapping[str, Any], folder: Path) -> Manifest:
+    """Remove from an export the graphs that verification left out, and the files that no other graph is in.
+
+    Args:
+        manifest: of the export.
+        parity: what `verify` returned about it.
+        folder: it is in.
+
+    Returns:
+        The manifest of what is left, with the parity.
+    """
+    left_out = {(entry["layer"], entry["method"]) for entry in parity["left_out"]}
+    graphs = tuple(graph for graph in manifest.graphs if (graph.layer, graph.method) not in left_out)
+    unused = {graph.file for graph in manifest.graphs} - {graph.file for graph in graphs}
+    for name in unused:
+        (folder / name).unlink()
+    files = {name: digest for name, digest in manifest.files.items() if name not in unused}
+    return replace(manifest, graphs=graphs, files=files, parity=parity)
 
 
 def _write(

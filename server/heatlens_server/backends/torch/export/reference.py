@@ -32,6 +32,9 @@ _REPEATED = 1e-4
 _REBATCHED = 1e-3
 """The same in other batches, for which torch may choose other algorithms."""
 
+MOVES = 8
+"""How many copies with moved weights tell what float32 determines."""
+
 _T = TypeVar("_T")
 
 
@@ -232,6 +235,22 @@ def one_thread_for_grouped_convs(module: nn.Module) -> Iterator[None]:
 def _joined(parts: Sequence[Reference]) -> Reference:
     """One reference of all images."""
     return Reference(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Reference)))
+
+
+def moved_copies(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield `MOVES` copies of a float32 network, every weight moved by at most two units in the last place.
+
+    What such a move changes float32 does not determine: a ReLU whose input is zero but for rounding, say, switches a
+    part of the gradient on or off.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(MOVES):
+        moved = copy.deepcopy(module)
+        with torch.no_grad():
+            for parameter in moved.parameters():
+                relative = torch.rand(parameter.shape, generator=generator, dtype=torch.float64) * 2 - 1
+                parameter.copy_((parameter.double() * (1 + relative * 2.0**-22)).to(parameter.dtype))
+        yield moved
 
 
 def pooled(gradients: Tensor) -> Tensor:

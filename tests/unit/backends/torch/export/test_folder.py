@@ -1,11 +1,14 @@
 """What is written into an export's folder, and what its manifest says about it."""
 
+import shutil
+from dataclasses import replace
+
 import pytest
 
 import export_networks
 from export_networks import make
 from heatlens_server.backends.onnx.manifest import read_manifest, sha256_of
-from heatlens_server.backends.torch.export.folder import export_graph
+from heatlens_server.backends.torch.export.folder import export_graph, without_left_out
 from heatlens_server.backends.torch.sources.weights import weights_version
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import SERVED_OUTPUTS, Format, GraphSpec, InputKind, Output
@@ -65,6 +68,28 @@ def test_a_server_s_torchscript_export_has_a_file_for_each_layer():
     assert manifest.layers == ("last", "first")
     assert {graph.outputs for graph in manifest.graphs} == {tuple(Output)[:4]}
     assert {info.name: info.shape for info in manifest.outputs}["activations"] == ("batch", 12, 4, 4)
+
+
+@pytest.mark.parametrize("file_format", [Format.ONNX, Format.TORCHSCRIPT])
+def test_what_is_left_out_is_in_neither_folder_nor_manifest(tmp_path, file_format):
+    folder, manifest = bundle(make(export_networks.Staged, "last", "first"), file_format)
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    parity = {"left_out": [{"layer": "first", "method": "layer-cam", "reason": "cam differs by 0.5"}]}
+    left = without_left_out(manifest, parity, tmp_path)
+    gone = {graph.file for graph in manifest.graphs if (graph.layer, graph.method) == ("first", Method.LAYER_CAM)}
+    assert set(manifest.graphs) - set(left.graphs) == {
+        graph for graph in manifest.graphs if (graph.layer, graph.method) == ("first", Method.LAYER_CAM)
+    }
+    # A file of TorchScript has all the layer's methods.
+    expected = gone if file_format is Format.ONNX else set()
+    assert set(manifest.files) - set(left.files) == expected
+    assert {path.name for path in tmp_path.iterdir()} == set(left.files)
+    replace(left, parity=parity).write(tmp_path)
+    again = read_manifest(tmp_path)
+    assert [(entry.layer, entry.method, entry.reason) for entry in again.left_out] == [
+        ("first", Method.LAYER_CAM, "cam differs by 0.5")
+    ]
+    assert manifest.left_out == ()
 
 
 def test_a_model_that_cannot_be_exported_leaves_no_file(tmp_path):

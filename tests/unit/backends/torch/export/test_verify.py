@@ -239,8 +239,54 @@ def test_no_comparable_map_is_an_error_if_there_were_maps(monkeypatch):
     message = r"layer middle: no map could be compared: the network itself in fp32 misses all \d+ that are not flat"
     with pytest.raises(ExportError, match=message):
         check(model, user_export(make(export_networks.Staged), Format.TORCHSCRIPT, GraphSpec("middle")))
-    with pytest.raises(ExportError, match=r"layer-1.*, layer first: no map could be compared"):
-        check(model, bundle(model, Format.ONNX))
+    parity = check(model, bundle(model, Format.ONNX))
+    reasons = {entry["layer"]: entry["reason"] for entry in parity["left_out"]}
+    assert list(reasons) == ["first"]
+    assert "layer first: no map could be compared" in reasons["first"]
+    assert len(parity["left_out"]) == sum(graph.layer == "first" for graph in bundle(model, Format.ONNX)[1].graphs)
+
+
+@pytest.mark.parametrize("file_format", [Format.ONNX, Format.TORCHSCRIPT])
+def test_graphs_that_are_wrong_are_left_out_and_said_with_figures(file_format):
+    model, lines = make(export_networks.Edged, "last", "first"), []
+    parity = check(model, bundle(model, file_format), lines)
+    wrong = {(entry["layer"], entry["method"]) for entry in parity["left_out"]}
+    if file_format is Format.ONNX:
+        assert wrong == {("first", method) for method in ("grad-cam-plus-plus", "layer-cam", "element-wise-grad-cam")}
+        assert all("cam differs from float64 by 0.000" in entry["reason"] for entry in parity["left_out"])
+    else:
+        # Its graphs return the gradients themselves, which are wrong for every method.
+        assert wrong == {
+            ("first", graph.method) for graph in bundle(model, file_format)[1].graphs if graph.layer == "first"
+        }
+        assert all("weights differs from float64 by 0.00" in entry["reason"] for entry in parity["left_out"])
+    assert [line for line in lines if line.startswith("left out: ")] == [
+        f"left out: {entry['reason']}" for entry in parity["left_out"]
+    ]
+    # What is wrong stands for nothing that is served.
+    assert all(figure["error"] <= figure["bound"] for figure in parity["figures"].values())
+    assert parity["figures"]["cam"]["bound"] == TOLERANCES["fp32"].error
+    right = len(bundle(model, file_format)[1].graphs) - len(wrong)
+    assert parity["compared_maps"] == right * (2 + 3)
+
+
+def test_an_only_graph_is_compared_with_what_float32_determines():
+    """As much as a change of two units in the last place of its weights does to the network, rounding may do to it."""
+    model, lines = make(export_networks.Edged, "first"), []
+    parity = check(model, user_export(model, Format.ONNX, GraphSpec("first", method=Method.LAYER_CAM)), lines)
+    figure = parity["figures"]["cam"]
+    assert 1e-4 < figure["error"] <= 1.1 * figure["torch_error"]
+    assert figure["bound"] == TOLERANCES["fp32"].bound("cam", figure["torch_error"])
+    assert parity["left_out"] == []
+    assert [line for line in lines if "8 more times" in line]
+    # Where such a change does nothing, it excuses nothing.
+    with torch.no_grad():
+        model.module.edge[0] = 0.5
+    lines.clear()
+    spec = GraphSpec("first", method=Method.LAYER_CAM, outputs=(Output.CAM,))
+    with pytest.raises(ExportError, match=r"cam differs from float64 by 0\.0009\d, more than the 0\.0001 allowed"):
+        check(model, user_export(make(export_networks.Edged, "first"), Format.ONNX, spec), lines)
+    assert [line for line in lines if "8 more times" in line]
 
 
 def test_what_is_not_finite_is_named(tmp_path):
