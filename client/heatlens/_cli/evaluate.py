@@ -28,12 +28,13 @@ from heatlens._cli.connection import (
 from heatlens._cli.explaining import SCORE_OPTIONS, ModelOption, chosen, listed, takes
 from heatlens._cli.interrupt import INTERRUPTED
 from heatlens._evaluation.evaluate import evaluate as run
+from heatlens._video.inputs import SERVER_SUFFIXES, images_of
 
 
 @takes("layers", *SCORE_OPTIONS, "reference", "min_score", after="metrics")
 def evaluate(
     *,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Image files, folders, quoted globs.")],
     server: ServerOption = DEFAULT_SERVER,
     model: ModelOption = None,
     methods: Annotated[
@@ -83,7 +84,7 @@ def evaluate(
             ):
                 evaluation = run(
                     client,
-                    images,
+                    [path for text in images for path in images_of(text, suffixes=SERVER_SUFFIXES) or [Path(text)]],
                     model=model,
                     methods=listed(methods),
                     metrics=listed(metrics),

@@ -35,13 +35,11 @@ from heatlens._results.answer_json import NO_FILES, AnswerFiles, answer_json
 from heatlens._results.drawing import flat_note
 from heatlens._results.overlay import color_table
 from heatlens._results.results import ClassScore, Explanation, Result
-from heatlens._video.inputs import IMAGE_SUFFIXES, images_of
+from heatlens._video.inputs import SERVER_SUFFIXES, images_of
 
 # Images in flight: enough to give the server batches, few enough to keep memory and queues small.
 _CONCURRENCY = 8
 _STDIN = "-"
-# What the server reads, and a film's reader does not.
-_SUFFIXES = IMAGE_SUFFIXES | {".avif", ".dcm", ".gif", ".heic", ".heif"}
 # An image; an error in place of one that is not there.
 _Image = Path | bytes | OSError
 
@@ -116,7 +114,7 @@ def _named(text: str) -> list[tuple[str, _Image]]:
     if text == _STDIN:
         return [(_STDIN, typer.get_binary_stream("stdin").read())]
     try:
-        paths = images_of(text, suffixes=_SUFFIXES)
+        paths = images_of(text, suffixes=SERVER_SUFFIXES)
     except OSError as error:
         return [(text, error)]
     if paths is None:

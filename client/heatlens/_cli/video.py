@@ -118,9 +118,9 @@ def video(
 ) -> None:
     """Explain a film while it plays: every frame with its map over it, and which class it is for.
 
-    Of several classes, the first one's map is drawn. Frames left out or dropped show the map before them. Ctrl-C and
-    SIGTERM leave a playable film. A camera that drops out is opened again. Exits with 1 if a frame failed, the input
-    broke off or a camera did not come back.
+    Of several classes, the first one's map is drawn; of detections every box and map. Frames left out or dropped show
+    the map before them. Ctrl-C and SIGTERM leave a playable film. A camera that drops out is opened again. Exits with 1
+    if a frame failed, the input broke off or a camera did not come back.
     """
     if output is None and json_file is None:
         raise typer.BadParameter("give -o FILE, --json FILE or both")

@@ -14,6 +14,8 @@ from heatlens._exceptions import InvalidArgumentError
 from heatlens._video.source import Images, Source
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+# What the server reads besides, of images that are sent as files.
+SERVER_SUFFIXES = IMAGE_SUFFIXES | {".avif", ".dcm", ".gif", ".heic", ".heif"}
 # What FFmpeg reads over a network. It knows other schemes that read files (file:, concat:, cache:, ...), past every
 # check that an output is none of the inputs.
 _SCHEMES = frozenset(

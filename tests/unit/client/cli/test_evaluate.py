@@ -44,6 +44,16 @@ def test_command_prints_a_table_and_writes_files(run, tmp_path):
     assert cv2.imread(str(tmp_path / "out" / "evaluation.png")) is not None
 
 
+def test_command_takes_folders_and_globs(served, tmp_path):
+    for number in (1, 2, 3):
+        (tmp_path / f"{number}.jpg").write_bytes(image_of(number))
+    for images in (tmp_path, tmp_path / "*.jpg"):
+        command = ["evaluate", "--server", served.address, "--metrics", "deletion", "--json", str(images)]
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout)["images"] == [str(tmp_path / f"{number}.jpg") for number in (1, 2, 3)]
+
+
 def test_command_says_what_is_left_out(run, served):
     refusing(served, "layer-cam")
     done = run("--metrics", "deletion", "--layer", "a", "--json")
