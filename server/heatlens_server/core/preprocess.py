@@ -1,6 +1,7 @@
 """How an image becomes a model's input, and what came of it, as values. `imaging.preprocess` does it."""
 
 import math
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields
 from enum import StrEnum
 
@@ -154,11 +155,17 @@ class PreprocessSpec:
         """The length of a side of an input of any size, padded as the network needs it."""
         return side_px + -side_px % self.pad_to_multiple
 
-    def in_words(self) -> str:
-        """The values in the words of the configuration's `[models.preprocess]`; what is not set is left out."""
+    def in_words(self, names: AbstractSet[str] | None = None) -> str:
+        """The values in the words of the configuration's `[models.preprocess]`; what is not set is left out.
+
+        Args:
+            names: of the fields to tell; None for all.
+        """
         values: dict[str, object] = {item.name: getattr(self, item.name) for item in fields(self)}
         if values.pop("window_auto"):
             values["window"] = "auto"
+        if names is not None:
+            values = {name: value for name, value in values.items() if name in names}
         return ", ".join(f"{name} = {_in_toml(value)}" for name, value in values.items() if value is not None)
 
     def resized_size(self, height_px: int, width_px: int) -> tuple[int, int]:

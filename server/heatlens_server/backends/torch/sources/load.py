@@ -31,7 +31,14 @@ def load_model(config: ModelConfig) -> LoadedModel:
     """
     source = load_source(config)
     module = source.module.to("cpu", torch.float32).eval().requires_grad_(False)
-    resolved = resolve_preprocess(source.preprocess, config.preprocess, module=module, task=source.task)
+    resolved = resolve_preprocess(
+        source.preprocess,
+        config.preprocess,
+        module=module,
+        task=source.task,
+        guessed=source.guessed,
+        told_by=source.told_by,
+    )
     preprocess = resolved.spec
     found = _find_output(config, source, module, preprocess)
     discovery = _discover(config, found, module, preprocess)

@@ -1,7 +1,8 @@
 """How images become the input of a network: what its source says, what the configuration says, and what is assumed."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from torch import nn
@@ -27,6 +28,9 @@ _LUMA = (0.299, 0.587, 0.114)
 
 _DIGITS = 3
 
+_TOLD = ("resize_px", "crop_px", "max_side_px", "mean", "std", "interpolation")
+"""What networks and their sources tell."""
+
 _MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
 _TRIED_PX = 64
 
@@ -50,6 +54,8 @@ def resolve_preprocess(
     *,
     module: nn.Module | None = None,
     task: Task = Task.CLASSIFICATION,
+    guessed: frozenset[str] = frozenset(),
+    told_by: str = "",
 ) -> ResolvedPreprocess:
     """Lay the configured values over the source's. With only crop_px set, resize_px keeps its ratio to it.
 
@@ -59,6 +65,8 @@ def resolve_preprocess(
         module: the network, in eval mode, of which the number of channels is found, and what sides it takes; None for
             as many as `base` has, and for any.
         task: what it does.
+        guessed: names of those fields of `base` that are a guess.
+        told_by: what of the network tells the others; empty if its source does.
 
     Raises:
         ModelLoadError: the result is impossible.
@@ -69,17 +77,8 @@ def resolve_preprocess(
                 "preprocess: this model's own preprocessing is not supported; set resize_px, crop_px, mean and std"
             )
         base = IMAGENET_PREPROCESS
-    crop_px = base.crop_px if changes.crop_px is None else _sides(changes.crop_px)
-    resize_px = changes.resize_px
-    if changes.letterbox:
-        crop_px = crop_px if changes.resize_px is None or changes.crop_px is not None else _sides(changes.resize_px)
-        resize_px = crop_px if changes.resize_px is None else _sides(changes.resize_px)
-    elif resize_px is None:
-        resize_px = base.resize_px if crop_px is None else _scaled_resize(base, crop_px)
-    max_side_px = changes.max_side_px
-    if max_side_px is None and crop_px is None:
-        max_side_px = base.max_side_px
-    assumptions = []
+    resize_px, crop_px, max_side_px = _sizes(base, changes)
+    assumptions, converted = [], False
     try:
         spec = PreprocessSpec(
             resize_px=resize_px,
@@ -100,7 +99,7 @@ def resolve_preprocess(
             if channels != base.channels:
                 assumptions.append(_about_channels(channels))
         if channels != base.channels and (changes.mean is None or changes.std is None):
-            base = _of_channels(base, channels)
+            base, converted = _of_channels(base, channels), True
             assumptions.append(
                 f"mean and std of {channels} channels are assumed, from those of RGB: set mean = {list(base.mean)} and "
                 f"std = {list(base.std)} in [models.preprocess], or what the network was trained with"
@@ -121,7 +120,29 @@ def resolve_preprocess(
                 )
     except ValueError as error:
         raise ModelLoadError(f"preprocess: {error}") from error
-    return ResolvedPreprocess(spec, tuple(assumptions))
+    unset = {name for name in _TOLD if getattr(changes, name) is None}
+    if changes.crop_px is not None or changes.letterbox:
+        unset -= {"resize_px", "crop_px", "max_side_px"}
+    if converted:
+        unset -= {"mean", "std"}
+    return ResolvedPreprocess(spec, (*assumptions, *_about_values(spec, unset, guessed, told_by)))
+
+
+def _sizes(
+    base: PreprocessSpec, changes: PreprocessConfig
+) -> tuple[int | tuple[int, int] | None, tuple[int, int] | None, int | None]:
+    """The sizes `resize_px`, `crop_px` and `max_side_px`."""
+    crop_px = base.crop_px if changes.crop_px is None else _sides(changes.crop_px)
+    resize_px = changes.resize_px
+    if changes.letterbox:
+        crop_px = crop_px if resize_px is None or changes.crop_px is not None else _sides(resize_px)
+        resize_px = crop_px if resize_px is None else _sides(resize_px)
+    elif resize_px is None:
+        resize_px = base.resize_px if crop_px is None else _scaled_resize(base, crop_px)
+    max_side_px = changes.max_side_px
+    if max_side_px is None and crop_px is None:
+        max_side_px = base.max_side_px
+    return resize_px, crop_px, max_side_px
 
 
 def find_channels(module: nn.Module, size_px: tuple[int, int], usual: int) -> int:
@@ -175,6 +196,21 @@ def _runs(module: nn.Module, size_px: tuple[int, int], channels: int) -> bool:
     except ModelLoadError:
         return False
     return True
+
+
+def _about_values(
+    spec: PreprocessSpec, unset: AbstractSet[str], guessed: AbstractSet[str], told_by: str
+) -> Iterator[str]:
+    """What is said of values that are not configured: those that are a guess, and those that the network tells."""
+    if (unset & guessed) - {"interpolation", "max_side_px"}:
+        usual = "as of torchvision's detectors" if spec.mean == (0.0,) * spec.channels else "as for ImageNet"
+        yield (
+            f"nothing tells how images become the network's input, so {spec.in_words(unset & guessed)} are assumed, "
+            f"{usual}: set in [models.preprocess] what it was trained with"
+        )
+    if told_by and unset - guessed:
+        words = spec.in_words(unset - guessed)
+        yield f"{words} are taken from the network's {told_by}; [models.preprocess] overrides them"
 
 
 def _about_channels(channels: int) -> str:

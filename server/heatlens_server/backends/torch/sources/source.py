@@ -22,6 +22,8 @@ class SourcedModel:
         preprocess: what its source says about its input; None if that is beyond PreprocessSpec.
         labels: class names of the source's own classes, or empty. Only right if there are as many as classes.
         task: what it does.
+        guessed: names of the fields of `preprocess` that neither the source nor the network tells.
+        told_by: what of the network tells the other fields; empty if its source does.
         assumptions: what was assumed about it, in one sentence each that names the key that overrides it.
     """
 
@@ -29,6 +31,8 @@ class SourcedModel:
     preprocess: PreprocessSpec | None
     labels: tuple[str, ...]
     task: Task
+    guessed: frozenset[str] = frozenset()
+    told_by: str = ""
     assumptions: tuple[str, ...] = ()
 
 

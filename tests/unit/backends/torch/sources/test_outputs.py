@@ -14,13 +14,15 @@ from heatlens_server.core.targets import ClassIds
 from heatlens_server.core.tasks import Task
 from heatlens_server.imaging.preprocess import normalise
 from loaded_models import noise, without_hooks
+from server_toml import MEAN, STD
 from task_models import by_hand, raw, recorded
 
 PX = 64
 
 
 def load(name, **options):
-    preprocess = {"resize_px": PX, "crop_px": PX}
+    # All of it, so that nothing is assumed and said about it.
+    preprocess = {"resize_px": PX, "crop_px": PX, "mean": MEAN, "std": STD}
     source = f"python:output_networks:{name}"
     return load_model(ModelConfig(name="m", source=source, preprocess=preprocess, **options))
 

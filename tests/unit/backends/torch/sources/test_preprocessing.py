@@ -1,6 +1,7 @@
 """How images become a network's input: what is found, what is assumed and said, and what overrides it."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,3 +123,103 @@ def test_a_window_of_the_configuration():
     assert (by_values.window, by_values.window_auto) == ((-160.0, 240.0), False)
     by_image = resolve_preprocess(IMAGENET_PREPROCESS, PreprocessConfig(window="auto")).spec
     assert (by_image.window, by_image.window_auto) == (None, True)
+
+
+class Cifar(nn.Module):
+    """Trained on images of 32 pixels in [-1, 1]; its factory does not say so."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()
+        )
+        self.fc = nn.Linear(32, 10)
+
+    def forward(self, x):
+        return self.fc(self.features(x).mean((2, 3)))
+
+
+def cifar():
+    return Cifar()
+
+
+def of_timm():
+    return timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=4)
+
+
+def of_timm_at_another_size():
+    return timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=4, img_size=96)
+
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = timm.create_model("resnet18", pretrained=False, num_classes=4)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def of_timm_inside():
+    return Wrapped()
+
+
+def of_transformers():
+    """As a classifier of transformers tells its size."""
+    network = Cifar()
+    network.config = SimpleNamespace(image_size=48, num_channels=3)
+    return network
+
+
+VALUES = "mean = [0.485, 0.456, 0.406], std = [0.229, 0.224, 0.225]"
+
+
+def test_imagenets_values_are_said_where_nobody_tells():
+    (said,) = [one for one in load("cifar").assumptions if "nothing tells" in one]
+    for words in ("resize_px = 256, crop_px = [224, 224]", VALUES, 'interpolation = "bilinear"', "as for ImageNet"):
+        assert words in said
+    assert "set in [models.preprocess]" in said
+
+
+def test_only_what_is_not_configured_is_said():
+    model = load("cifar", resize_px=[32, 32], crop_px=[32, 32])
+    (said,) = [one for one in model.assumptions if "nothing tells" in one]
+    assert VALUES in said
+    assert "crop_px" not in said
+    right = load("cifar", resize_px=[32, 32], crop_px=[32, 32], mean=[0.5], std=[0.5])
+    assert not any("nothing tells" in one for one in right.assumptions)
+    assert right.preprocess.crop_px == (32, 32)
+    assert (right.preprocess.mean, right.preprocess.std) == ((0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("factory", "resize_px", "crop_px", "mean"),
+    [
+        ("of_timm", 248, (224, 224), (0.5, 0.5, 0.5)),
+        ("of_timm_at_another_size", 106, (96, 96), (0.5, 0.5, 0.5)),
+        ("of_timm_inside", 235, (224, 224), (0.485, 0.456, 0.406)),
+    ],
+)
+def test_timms_own_values_are_taken(factory, resize_px, crop_px, mean):
+    model = load(factory)
+    assert (model.preprocess.resize_px, model.preprocess.crop_px) == (resize_px, crop_px)
+    assert model.preprocess.mean == mean
+    assert model.preprocess.interpolation == "bicubic"
+    (said,) = [one for one in model.assumptions if "taken from the network's pretrained_cfg" in one]
+    assert f"crop_px = {list(crop_px)}" in said
+    assert not any("nothing tells" in one for one in model.assumptions)
+
+
+def test_the_size_that_a_configuration_of_transformers_tells_is_taken_and_the_rest_assumed():
+    model = load("of_transformers")
+    assert (model.preprocess.resize_px, model.preprocess.crop_px) == ((48, 48), (48, 48))
+    (taken,) = [one for one in model.assumptions if "taken from the network's config.image_size" in one]
+    assert "crop_px = [48, 48]" in taken
+    (assumed,) = [one for one in model.assumptions if "nothing tells" in one]
+    assert VALUES in assumed
+    assert "crop_px" not in assumed
+
+
+def test_what_a_source_tells_is_no_assumption():
+    config = ModelConfig(name="m", source="torchvision:resnet18", weights="none")
+    assert not any("preprocess" in one for one in load_model(config).assumptions)
