@@ -101,7 +101,9 @@ class BoxSearch:
             ModelLoadError: the network is no detector, or finds nothing in any of them.
         """
         self._module = module
-        self._images = [image for image in _trial_images(shape) if _sure(detect(module, image))]
+        tried = _trial_images(shape)
+        self._images = [image for image in tried if _sure(detect(module, image))]
+        self._fixed = _same_for_all(module, [torch.zeros(shape), *tried])
         if not self._images:
             raise ModelLoadError(
                 "the layer to explain is found by what boxes depend on, and the detector finds none in a photo and in "
@@ -112,9 +114,11 @@ class BoxSearch:
         """Whether every box depends on a layer's output, and a later layer with parameters reads it.
 
         The network runs with NaN in all of that output: no box with a score may be left. NaN passes weights that are
-        zero, as those of a new head often are. What no layer reads are the scores or boxes themselves.
+        zero, as those of a new head often are. What no layer reads are the scores or boxes themselves. What is the same
+        for all images, as an embedding of places is, explains none.
         """
-        return all(self._without(candidate.trace.module, image) for image in self._images)
+        layer = candidate.trace.module
+        return layer not in self._fixed and all(self._without(layer, image) for image in self._images)
 
     def _without(self, layer: nn.Module, image: Tensor) -> bool:
         is_read = False
@@ -137,6 +141,24 @@ class BoxSearch:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _same_for_all(module: nn.Module, images: Sequence[Tensor]) -> set[nn.Module]:
+    """The modules that return the same tensor for all images."""
+    sums: dict[nn.Module, set[float]] = {}
+
+    def hook(child: nn.Module, _inputs: object, output: object) -> None:
+        if isinstance(output, Tensor):
+            sums.setdefault(child, set()).add(float(output.double().sum()))
+
+    handles = [child.register_forward_hook(hook) for child in module.modules()]
+    try:
+        for image in images:
+            detect(module, image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {child for child, values in sums.items() if len(values) == 1}
 
 
 def _sure(found: Found) -> bool:

@@ -66,6 +66,26 @@ def test_the_backbone_of_a_wrapped_detector():
     assert named.grids == {"inner.backbone": Grid(Layout.PYRAMID)}
 
 
+class Placed(TwoHeads):
+    """Adds an embedding of places, the same for every image, after all feature maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Conv2d(2, 8, 1)
+        self.read = nn.Conv2d(8, 1, 1)
+
+    def forward(self, images):
+        features = self.trunk(self.early(torch.stack(images)))
+        places = self.places(torch.ones(1, 2, *features.shape[2:]))
+        scores = self.read(features + places).sigmoid().flatten(1)
+        boxes = torch.ones(scores.shape[1], 4)
+        return [{"boxes": boxes, "labels": torch.ones_like(one).long(), "scores": one} for one in scores]
+
+
+def test_what_is_the_same_for_all_images_is_not_explained():
+    assert discover(Placed()).layers[0] == "trunk"
+
+
 def test_a_detector_that_finds_nothing_must_be_told_its_layer():
     with pytest.raises(ModelLoadError, match="finds none in a photo and in noise: name it in `layers`"):
         discover(TwoHeads(bias=-20.0))
