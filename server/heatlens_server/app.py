@@ -19,7 +19,7 @@ from heatlens_server.core.engine import SteppingEngine
 from heatlens_server.core.errors import ServerDraining
 from heatlens_server.core.events import Observer, Observers
 from heatlens_server.fleet.build import build
-from heatlens_server.fleet.fleet import Fleet
+from heatlens_server.fleet.fleet import Fleet, batch_size_of
 from heatlens_server.scheduling.model_queue import ModelQueue
 from heatlens_server.telemetry.log_observer import LogObserver
 from heatlens_server.transports.grpc.server import Health, bind, enable_reflection, make_server
@@ -135,7 +135,7 @@ class Server:
             name=config.name,
             decoders=self._decoders,
             max_decoding=self._decoder_count,
-            max_batch_size=config.batching.max_batch_size,
+            max_batch_size=batch_size_of(config, engine.info),
             max_delay_s=config.batching.max_delay_ms / 1e3,
             max_queue_length=self._config.server.max_queue_length,
             observer=self._observer,

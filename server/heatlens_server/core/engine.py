@@ -76,6 +76,7 @@ class Capabilities:
             `multi_map_layers` aside.
         threshold: segmentation whose classes may overlap: the sigmoid above which a pixel is predicted as a class; None
             where classes exclude each other.
+        runs_one_by_one: whether the network mixes the images of a batch, so that each runs by itself.
         refusals: why this model does not have methods that most models of its task have.
     """
 
@@ -96,6 +97,7 @@ class Capabilities:
     fallback_scores: frozenset[Score] = field(default_factory=frozenset)
     layers_by_method: Mapping[Method, tuple[str, ...]] = field(default_factory=dict, hash=False)
     threshold: float | None = None
+    runs_one_by_one: bool = False
     refusals: Mapping[Method, str] = field(default_factory=dict, hash=False)
 
     def layers_of(self, method: Method) -> tuple[str, ...]:

@@ -35,6 +35,11 @@ _UNKNOWN_CLASSES = (
     "overrides that."
 )
 
+_ONE_BY_ONE = (
+    "the network mixes the images of a batch, so that they change each other's scores: images run one by one, as with "
+    "batching.max_batch_size = 1"
+)
+
 _ENGINES = {Format.ONNX: "onnxruntime", Format.TORCHSCRIPT: "torchscript"}
 _FORMATS = {engine: file_format for file_format, engine in _ENGINES.items()}
 
@@ -180,6 +185,8 @@ def _build_torch(config: ModelConfig, model: "LoadedModel") -> BuiltModel:
 
     engine = TorchEngine(model, device=config.device, precision=config.precision)
     method, assumptions = default_method(config, engine.info)
+    if engine.info.runs_one_by_one:
+        assumptions = (*assumptions, _ONE_BY_ONE)
     return _finish(
         config,
         engine,

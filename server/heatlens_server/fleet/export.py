@@ -161,7 +161,7 @@ def _record(config: ModelConfig, model: "LoadedModel") -> TorchRecord:
     """What the torch engine has for a model. A model that it cannot explain is not exported either.
 
     Raises:
-        ExportError: the network has no gradients.
+        ExportError: the network has no gradients, or mixes the images of a batch.
         ModelLoadError: it cannot explain the model, or not with the configured method.
     """
     import torch  # noqa: PLC0415
@@ -172,6 +172,8 @@ def _record(config: ModelConfig, model: "LoadedModel") -> TorchRecord:
     try:
         if reference.info.refusals:
             raise ExportError(f"exports hold gradients, and {next(iter(reference.info.refusals.values()))}")
+        if reference.info.runs_one_by_one:
+            raise ExportError("the network mixes the images of a batch, and exports run batches")
         check_method(reference, config.method)
         warm_up(reference, config, config.method)
         return record_of(reference)

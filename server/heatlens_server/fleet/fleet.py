@@ -20,7 +20,7 @@ from enum import Enum
 
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.causes import with_causes
-from heatlens_server.core.engine import SteppingEngine
+from heatlens_server.core.engine import Capabilities, SteppingEngine
 from heatlens_server.core.errors import (
     ConfigError,
     ModelFailed,
@@ -70,6 +70,11 @@ class ModelStatus:
     def name(self) -> str:
         """The model's unique name."""
         return self.config.name
+
+
+def batch_size_of(config: ModelConfig, info: Capabilities) -> int:
+    """How many images of a model run at once, at most."""
+    return 1 if info.runs_one_by_one else config.batching.max_batch_size
 
 
 async def _tell_nobody() -> None:
@@ -324,7 +329,7 @@ class Fleet:
             preprocess=built.preprocess,
             capabilities=built.engine.info,
             default_method=built.method,
-            max_batch_size=config.batching.max_batch_size,
+            max_batch_size=batch_size_of(config, built.engine.info),
             max_delay_s=config.batching.max_delay_ms / 1e3,
             queue=queue,
             assumptions=built.assumptions,

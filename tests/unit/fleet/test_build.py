@@ -23,6 +23,7 @@ from heatlens_server.core.tasks import Task
 from heatlens_server.fleet import build as building
 from heatlens_server.fleet.build import BuiltModel, build
 from heatlens_server.fleet.export import make_export
+from heatlens_server.fleet.fleet import batch_size_of
 from heatlens_server.fleet.warm_up import check_answers
 from loaded_models import noise
 
@@ -251,6 +252,24 @@ def test_a_network_without_gradients_is_run_by_torch_with_a_method_that_needs_no
     (said,) = [line for line in built.assumptions if line.startswith("method: cam in place of grad-cam")]
     assert why in said
     assert f"is run by torch, not by onnxruntime: exports hold gradients, and {why}" in caplog.text
+
+
+class TinyOverTheBatch(tiny_models.Tiny):
+    def forward(self, x):
+        features = self.body(self.stem(x)).mean((-2, -1))
+        return self.head(features + features.mean(0))
+
+
+def test_a_network_that_mixes_the_batch_is_run_by_torch_one_image_at_a_time(make, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "zoo", types.ModuleType("zoo"))
+    sys.modules["zoo"].make = TinyOverTheBatch
+    mixing = config("zoo:make")
+    built, _ = make(mixing, tmp_path)
+    assert built.engine.info.engine_name == "torch"
+    assert batch_size_of(mixing, built.engine.info) == 1
+    assert batch_size_of(mixing, replace(built.engine.info, runs_one_by_one=False)) == 16
+    (said,) = [line for line in built.assumptions if "mixes the images of a batch" in line]
+    assert f"model m: {said}" in caplog.text
 
 
 def test_a_method_that_needs_gradients_where_there_are_none_is_refused_with_the_reason(tmp_path, without_gradients):

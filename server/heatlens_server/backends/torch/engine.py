@@ -69,6 +69,7 @@ class TorchEngine:
             has_options=True,
             multi_map_layers=multi_map_layers,
             layers_by_method=layers_by_method,
+            runs_one_by_one=self._model.mixes_batch,
             refusals=refusals,
             threshold=model.threshold,
         )
@@ -88,6 +89,9 @@ class TorchEngine:
             MemoryError: the device is out of memory.
         """
         self._check_layers(spec)
+        if self._info.runs_one_by_one and len(images) > 1:
+            places = range(len(images))
+            return [self.explain(images[n : n + 1], [targets[n]], spec)[0] for n in places]
         with memory_errors(), recording_allowed():
             explained = explain(self._model, self._model.inputs(images), targets, spec)
             found = results(explained.goals, explained.maps(spec, (images.shape[1], images.shape[2])))
@@ -96,6 +100,7 @@ class TorchEngine:
     def steps(self, image: ImageArray, target: Target, spec: MapSpec, *, rows: int) -> Steps:
         """Explain one image in steps; see `core.engine.SteppingEngine.steps`."""
         self._check_layers(spec)
+        rows = 1 if self._info.runs_one_by_one else rows
         steps = explain_in_steps(self._model, image, target, spec, rows=rows)
         while True:
             # Never across a yield: other work is done on this thread meanwhile.

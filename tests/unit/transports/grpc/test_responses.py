@@ -107,3 +107,12 @@ def test_the_sdk_reads_what_a_models_preprocessing_is(changes, sent):
     assert model.input_channels == spec.channels
     assert model.preprocess.interpolation == "bicubic"
     assert {name: getattr(model.preprocess, name) for name in sent} == sent
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_whether_images_run_one_by_one(alone):
+    spec = PreprocessSpec(256, (224, 192), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), Interpolation.BICUBIC)
+    info = Capabilities("torch", "cpu", "fp32", 224, 192, 4, (Method.GRAD_CAM,), ("body",), runs_one_by_one=alone)
+    served = ServedModel("m", "7", (), spec, info, Method.GRAD_CAM, 1, 0.0, queue=None)
+    sent = model_of(ModelStatus(ModelConfig(name="m", source="timm:x"), ModelState.READY, served))
+    assert sent.runs_one_by_one is alone

@@ -43,6 +43,7 @@ class TorchModel:
         dtype: what it runs in.
         head_weight: (C, A), if the logits are a linear head over the pooled first layer; None until `check` finds it.
         attention: the blocks of a transformer; None until `check` finds them.
+        mixes_batch: whether images change each other's scores when they are run together; found by `check`.
         without_gradient: the layers behind which the network computes no gradient, and why; found by `check`.
         gradient_scale: what scores are multiplied by before they are differentiated; see `gradients`.
     """
@@ -71,6 +72,7 @@ class TorchModel:
         self._one_row: dict[str, bool] = {}
         self.head_weight: Tensor | None = None
         self.attention: AttentionRecorder | None = None
+        self.mixes_batch = False
         self.without_gradient: Mapping[str, str] = {}
         self._twin: TorchModel | None = None
 
@@ -275,7 +277,34 @@ class TorchModel:
                     self.features(layers[0], outputs[layers[0]]).detach(), output.detach()
                 )
             two = torch.cat([inputs, inputs.flip(-1)])
+            if isinstance(output, Tensor):
+                self.mixes_batch = self._mixes(two, output)
             self.attention = find_attention(self.module, self.run, two, self.model.grid(layers[0]))
+
+    def _mixes(self, two: Tensor, first: Tensor) -> bool:
+        """Whether the scores of two images are others when they are run together.
+
+        Args:
+            two: (2, C, H, W).
+            first: the output for the first of them alone.
+
+        Raises:
+            ModelLoadError: the scores of one image are others when it is run again.
+        """
+        with torch.no_grad():
+            if not same(self.run(two[:1]), first, self.dtype):
+                raise ModelLoadError(
+                    "the network gives other scores when it is run again on the same image: it draws at random, as "
+                    "F.dropout does without training=self.training"
+                )
+            try:
+                together = self.run(two)
+            except torch.OutOfMemoryError:
+                raise
+            # A network that is written for one image may raise anything.
+            except Exception:
+                return True
+            return not same(together, torch.cat([first.detach(), self.run(two[1:])]), self.dtype)
 
     def _check_layer(self, layer: str, outputs: Mapping[str, LayerOutput]) -> None:
         if layer not in outputs:
