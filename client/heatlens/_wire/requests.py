@@ -293,7 +293,7 @@ def _mask(name: str, mask: MaskSource) -> explain_pb2.Tensor:
 
 
 def _reference(name: str, reference: ReferenceSource) -> explain_pb2.ExplainOptions:
-    """Return options with an embedding (numbers, or an array of one dimension), or else an image."""
+    """Return options with an embedding (numbers, or an array of one dimension or one row), or else an image."""
     options = explain_pb2.ExplainOptions()
     is_numbers = isinstance(reference, Sequence) and not isinstance(reference, str | bytes | bytearray | memoryview)
     if isinstance(reference, np.ndarray):
@@ -310,6 +310,9 @@ def _reference(name: str, reference: ReferenceSource) -> explain_pb2.ExplainOpti
     # What float32 cannot hold becomes infinite, and is refused as such.
     with np.errstate(over="ignore"):
         embedding = numbers.astype(np.float32) if numbers.dtype.kind in "fiu" else np.empty(0, np.float32)
+    if embedding.ndim == 2 and len(embedding) == 1:
+        # As models return it for a batch of one.
+        embedding = embedding[0]
     if embedding.ndim != 1 or not embedding.any() or not np.isfinite(embedding).all():
         raise InvalidArgumentError.of(name, "expected an embedding of finite numbers, not all 0, or an image")
     options.reference_embedding.CopyFrom(_tensor(embedding, explain_pb2.DATA_TYPE_FLOAT32))

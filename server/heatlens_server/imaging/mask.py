@@ -48,7 +48,7 @@ def vector_from_tensor(*, data_type: str, shape: Sequence[int], data: bytes, len
 
     Args:
         data_type: the element type's name without its prefix: "FLOAT32" is the only one accepted.
-        shape: (length,).
+        shape: (length,), or (1, length), as a batch of one.
         data: exactly 4 * length bytes, little-endian, finite and not all zero.
         length: of the model's embeddings.
 
@@ -58,6 +58,8 @@ def vector_from_tensor(*, data_type: str, shape: Sequence[int], data: bytes, len
     Raises:
         InvalidArgument: TENSOR_TYPE_UNSUPPORTED, TENSOR_SIZE_MISMATCH or INVALID_OPTION, at the wrong field.
     """
+    if len(shape) == 2 and shape[0] == 1:
+        shape = shape[1:]
     _check(
         "reference_embedding",
         data_type=data_type,

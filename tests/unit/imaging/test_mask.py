@@ -59,6 +59,15 @@ def test_embeddings_that_cannot_be_compared_with(values, field):
     assert [violation.field for violation in raised.value.violations] == [field]
 
 
+def test_an_embedding_may_be_a_batch_of_one():
+    data = np.array([1, 2, 3], "<f4").tobytes()
+    for shape in ((3,), (1, 3)):
+        assert vector_from_tensor(data_type="FLOAT32", shape=shape, data=data, length=3).tolist() == [1, 2, 3]
+    for shape in ((3, 1), (1, 1, 3)):
+        with pytest.raises(InvalidArgument):
+            vector_from_tensor(data_type="FLOAT32", shape=shape, data=data, length=3)
+
+
 def painted(mask):
     """The mask as a picture."""
     return np.repeat(np.where(mask, 255, 0).astype(np.uint8)[..., None], 3, axis=2)

@@ -125,6 +125,12 @@ def test_options_of_tasks(tmp_path):
         assert sent == tensor(np.array([[0, 1, 0], [0, 0, 1]], np.uint8), explain_pb2.DATA_TYPE_UINT8)
 
 
+def test_a_reference_may_be_a_batch_of_one():
+    one = explain_request(b"x", reference=np.array([[1, 0.5]])).options.reference_embedding
+    assert one == explain_request(b"x", reference=[[1, 0.5]]).options.reference_embedding
+    assert one == tensor(np.array([1, 0.5], "<f4"))
+
+
 def test_references(pixels, tmp_path):
     for given in ([1, 0.5], (1.0, 0.5), np.array([1, 0.5], ">f8"), np.array([1, 0.5], np.float16)):
         options = explain_request(b"x", reference=given).options

@@ -15,6 +15,7 @@ from timm.data.imagenet_info import ImageNetInfo
 from torch import nn
 
 from heatlens_server.backends.torch.sources.checkpoints import Checkpoint, read_checkpoint
+from heatlens_server.backends.torch.sources.headless import features_of, projection_width
 from heatlens_server.backends.torch.sources.own_generator import OwnGenerator
 from heatlens_server.backends.torch.sources.own_preprocessing import OwnPreprocess, own_preprocess, timm_preprocess
 from heatlens_server.backends.torch.sources.preprocessing import IMAGENET_PREPROCESS
@@ -93,10 +94,11 @@ def _load_timm(name: str, weights: str, checkpoint: Checkpoint | None, task: Tas
 
     if checkpoint is not None:
         # A network that was trained to embed may have been saved without a classifier.
-        headless = task is Task.EMBEDDING and _is_of(checkpoint, build(0))
+        headless = task in {Task.EMBEDDING, None} and _is_of(checkpoint, build(0))
         module = build_with_weights((lambda _: build(0)) if headless else build, checkpoint)
     elif weights == "none":
-        module = build(None)
+        # Random weights are nobody's: of an architecture of CLIP's they may be those that project.
+        module = build(projection_width(name) if task is Task.EMBEDDING else None)
     else:
         with downloading(f"timm:{name}"):
             module = as_module(timm.create_model(name, pretrained=True))
@@ -112,12 +114,18 @@ def _load_python(
     module = call_factory(name, folder)
     if checkpoint is not None:
         load_weights(module, checkpoint)
-    task = task or Task.CLASSIFICATION
+    task, assumptions = _task_of(module, task)
     own = OwnPreprocess(DETECTION_PREPROCESS, frozenset({"mean", "std", "max_side_px"}))
     if task is not Task.DETECTION:
         own = own_preprocess(module, _SEGMENTATION_PREPROCESS if task is Task.SEGMENTATION else IMAGENET_PREPROCESS)
     return SourcedModel(
-        module=module, preprocess=own.spec, labels=(), task=task, guessed=own.guessed, told_by=own.told_by
+        module=module,
+        preprocess=own.spec,
+        labels=(),
+        task=task,
+        assumptions=assumptions,
+        guessed=own.guessed,
+        told_by=own.told_by,
     )
 
 
@@ -150,11 +158,38 @@ def _check_task(source: str, task: Task | None) -> None:
 def _of_timm(module: nn.Module, task: Task | None) -> SourcedModel:
     configuration: Any = module.pretrained_cfg
     labels = _timm_labels(module)
+    task, assumptions = _task_of(module, task)
     if task is Task.EMBEDDING:
-        # What is left is the pooled features that the classifier would read.
-        module.reset_classifier(0)  # type: ignore[operator] # of every timm network
         labels = ()
-    return SourcedModel(module, timm_preprocess(module, configuration), labels, task or Task.CLASSIFICATION)
+        if not features_of(module):
+            # What is left is the pooled features that the classifier would read.
+            module.reset_classifier(0)  # type: ignore[operator] # of every timm network
+            assumptions += _without_projection(module)
+    preprocess = timm_preprocess(module, configuration)
+    return SourcedModel(module, preprocess, labels, task, assumptions=assumptions)
+
+
+def _task_of(module: nn.Module, task: Task | None) -> tuple[Task, tuple[str, ...]]:
+    """The configured task, or what a network of one score per class is for; and what was assumed."""
+    if task is not None:
+        return task, ()
+    features = features_of(module)
+    if not features:
+        return Task.CLASSIFICATION, ()
+    assumption = f'The network returns {features}: it is taken as task = "embedding"; set task if it is another.'
+    return Task.EMBEDDING, (assumption,)
+
+
+def _without_projection(module: nn.Module) -> tuple[str, ...]:
+    """What is to be said of weights that are not those of the architecture which project, as CLIP's do."""
+    architecture = str((getattr(module, "pretrained_cfg", None) or {}).get("architecture"))
+    if projection_width(architecture) is None:
+        return ()
+    assumption = (
+        "The weights have a classifier and not CLIP's projection, so that the embedding cannot be compared with a "
+        "text's; source can name others of the architecture's weights."
+    )
+    return (assumption,)
 
 
 def _timm_labels(module: nn.Module) -> tuple[str, ...]:

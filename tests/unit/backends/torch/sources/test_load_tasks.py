@@ -3,11 +3,13 @@
 import sys
 
 import pytest
+import timm
 import torch
 from skimage import data
 from torchvision.models import get_model, get_model_weights
 
 from heatlens_server.backends.torch.engine import TorchEngine
+from heatlens_server.backends.torch.sources.headless import features_of
 from heatlens_server.backends.torch.sources.load import load_model
 from heatlens_server.backends.torch.sources.preprocessing import resolve_preprocess
 from heatlens_server.backends.torch.sources.torchvision_models import DETECTION_PREPROCESS
@@ -33,6 +35,17 @@ def make_detector():
 
 def make_embedder():
     return Embedder()
+
+
+def timm_features():
+    return timm.create_model("resnet10t", pretrained=False, num_classes=0)
+
+
+def cut_resnet():
+    """As people make a backbone of torchvision's classifier."""
+    network = get_model("resnet18", weights=None)
+    network.fc = torch.nn.Identity()
+    return network
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +152,49 @@ def test_factories(factory, task, classes, layer):
 def test_tasks_that_do_not_fit(source, task, message):
     weights = "default" if source.startswith(("python", "embedded")) else "none"
     assert message in refusal(source, task=task, weights=weights)
+
+
+class TestHeadless:
+    @pytest.mark.parametrize(
+        ("source", "length"),
+        [("timm:vit_tiny_patch16_dinov3_qkvb", 192), ("python:zoo:timm_features", 512), ("python:zoo:cut_resnet", 512)],
+    )
+    def test_a_network_without_a_classifier_is_an_embedding(self, source, length):
+        weights = "default" if source.startswith("python") else "none"
+        model = load(source, weights=weights)
+        assert (model.task, model.class_count, model.labels) == (Task.EMBEDDING, length, ())
+        assert [said for said in model.assumptions if 'task = "embedding"' in said and "features" in said]
+        declared = load(source, weights=weights, task="classification")
+        assert (declared.task, declared.class_count) == (Task.CLASSIFICATION, length)
+
+    def test_a_file_without_a_classifier_is_an_embedding(self, tmp_path):
+        file = tmp_path / "headless.pth"
+        torch.save(load("timm:resnet18", weights="none", task="embedding").module.state_dict(), file)
+        assert load("timm:resnet18", weights=str(file)).task is Task.EMBEDDING
+
+    def test_clip_keeps_its_projection(self, tmp_path):
+        """So that an image's embedding can be compared with a text's."""
+        name = "timm:vit_xsmall_patch16_clip_224"
+        found = load(f"{name}.tinyclip_yfcc15m", weights="none")
+        assert (found.task, found.class_count) == (Task.EMBEDDING, 512)
+        assert any("CLIP's projection" in said for said in found.assumptions)
+        assert found.module.head.weight.shape[0] == 512
+        # The weights of an architecture that projects may be called by its name alone, or come from a file.
+        file = tmp_path / "clip.pth"
+        torch.save(found.module.state_dict(), file)
+        for weights in ("none", str(file)):
+            declared = load(name, weights=weights, task="embedding")
+            assert (declared.class_count, declared.module.head.out_features) == (512, 512)
+
+    def test_an_architecture_of_clip_with_classes_is_a_classifier(self):
+        name = "timm:vit_base_patch32_clip_224.laion2b_ft_in1k"
+        assert not features_of(timm.create_model(name.removeprefix("timm:"), pretrained=False))
+        model = load(name, weights="none", task="embedding")
+        assert model.class_count == 768
+        assert any("not CLIP's projection" in said for said in model.assumptions)
+
+    def test_a_network_of_ones_own_is_taken_as_it_is_declared(self):
+        assert features_of(Embedder()) == ""
 
 
 def test_a_multi_label_model_is_loaded_as_a_classifier():
