@@ -193,7 +193,8 @@ def _as_text(result: Result, name: str, files: AnswerFiles) -> list[str]:
     if not result.explanations:
         lines.append("  nothing found")
     if result.predictions:
-        lines += ["  most probable:", *(_score_text(item) for item in result.predictions)]
+        title = "most probable" if result.predictions[0].value is None else "values"
+        lines += [f"  {title}:", *(_score_text(item) for item in result.predictions)]
     whole = files.overlay, files.predicted_mask, files.embedding
     return lines + [f"  {path}" for path in whole if path is not None]
 

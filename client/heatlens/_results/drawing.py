@@ -44,7 +44,8 @@ _BOX_COLORS = (
 
 def caption(item: Explanation) -> str:
     """Return what a picture says of an explanation: its probability or value, its class, whether its map is flat."""
-    name = _one_line(item.label) or f"class {item.class_id}"
+    kind = "class" if item.value is None else "output"
+    name = _one_line(item.label) or f"{kind} {item.class_id}"
     note = flat_note(item)
     score = f"{item.probability:>4.0%}" if item.value is None else f"{item.value:.4g}"
     return f"{score}  {name}{': ' if note else ''}{note}"

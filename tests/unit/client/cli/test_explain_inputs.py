@@ -105,11 +105,10 @@ def test_options_of_maps_and_overlays(run, folder, peer, tmp_path):
 def test_predictions_and_warnings_are_told(run, folder, peer):
     answer = peer.answer(warnings=["the upper bits are empty"])
     answer.predictions.add(class_id=7, label="dog", logit=1.0, probability=0.125)
-    answer.predictions.add(class_id=8, value=2.5)
     peer.replies[0] = answer
     image = folder / "photo1.png"
     done = run(image)
-    assert "      7   12.5%  dog\n      8     2.5  -\n" in done.stdout
+    assert "  most probable:\n      7   12.5%  dog\n" in done.stdout
     assert done.stderr == f"heatlens: warning: {image}: the upper bits are empty\n"
     assert json.loads(run(image, "--json").stdout)["warnings"] == ["the upper bits are empty"]
 
@@ -124,6 +123,8 @@ def test_a_regression_has_values_and_no_probabilities(run, folder, peer):
     done = run(folder / "photo1.png")
     assert "    41.5  age  nothing moves it this way\n" in done.stdout
     assert "%" not in done.stdout
+    answer.predictions.add(class_id=0, label="age", value=41.5)
+    assert "  values:\n      0    41.5  age\n" in run(folder / "photo1.png").stdout
 
 
 def test_an_image_that_cannot_be_drawn_here_loses_nothing(run, folder, tmp_path):

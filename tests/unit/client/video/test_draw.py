@@ -71,7 +71,7 @@ def test_a_frame_in_which_nothing_was_found(frame):
 
 def test_a_regression_shows_its_value():
     items = explanation("age", 0.0, value=41.53), explanation("", 0.0, 2, scale=0, value=-0.25)
-    assert annotation_of(result(*items), SIZE).lines == ("41.53  age", "-0.25  class 2: nothing moves it this way")
+    assert annotation_of(result(*items), SIZE).lines == ("41.53  age", "-0.25  output 2: nothing moves it this way")
 
 
 def test_every_detection_is_drawn_with_its_box_and_all_their_maps(frame):
