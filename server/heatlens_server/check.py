@@ -57,6 +57,7 @@ def _report(model: BuiltModel, photo: Path | None, overlay: Path) -> Iterator[st
         if not all(result.is_finite for result in run_trial(model.engine, image, method)):
             raise ModelLoadError(f"{method} gave values that are not finite")
     yield from model.assumptions
+    yield f"activation: {info.activation}"
     yield f"preprocess: {model.preprocess.in_words()}"
     if photo is not None:
         yield from explain_photo(model, photo, overlay)

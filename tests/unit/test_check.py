@@ -36,6 +36,7 @@ def test_the_size_of_a_models_input(monkeypatch, size_px, said):
     assert check.check_model(ModelConfig(name="m", source="torchvision:resnet18"), lines.append, cache_dir=None)
     assert lines == [
         "m: one output: taken as binary",
+        "m: activation: softmax",
         f"m: preprocess: {PREPROCESS.in_words()}",
         f"m: ok: torch on cpu in fp32, classification, {said}, 1 classes, layers body; methods grad-cam, refine-cam",
     ]

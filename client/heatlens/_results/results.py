@@ -219,6 +219,8 @@ class ModelInfo:
         method_engines: what runs each of `methods` with default options: "onnxruntime", "torchscript", "torch"; empty
             if the server is too old to say.
         methods_in_steps: the methods that take many runs of the model per image.
+        activation: how logits become probabilities: "softmax", "sigmoid" or "none"; empty if the server is too old to
+            say.
         assumptions: what the server found or assumed when it loaded the model, one sentence each, with the key of its
             configuration that overrides it.
         input_channels: of the model's input: 1 is gray, 3 is RGB, 4 is RGBA; 0 if the server is too old to say.
@@ -244,6 +246,7 @@ class ModelInfo:
     max_queue_delay_ms: float
     method_engines: Mapping[str, str] = field(default_factory=dict, hash=False)
     methods_in_steps: tuple[str, ...] = ()
+    activation: str = ""
     assumptions: tuple[str, ...] = ()
     input_channels: int = 0
     preprocess: Preprocess | None = None

@@ -174,6 +174,7 @@ def models_of(response: model_pb2.ListModelsResponse) -> tuple[ModelInfo, ...]:
             max_queue_delay_ms=_milliseconds(model.max_queue_delay),
             method_engines={_method_name(item.method): item.engine for item in model.method_support},
             methods_in_steps=tuple(_method_name(item.method) for item in model.method_support if item.in_steps),
+            activation=model.activation,
             assumptions=tuple(model.assumptions),
             input_channels=model.input_channels,
             preprocess=_preprocess_of(model.preprocess) if model.HasField("preprocess") else None,

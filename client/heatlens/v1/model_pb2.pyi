@@ -24,7 +24,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., default_model: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "state", "task", "input_height_px", "input_width_px", "class_count", "methods", "layers", "engine", "device", "precision", "state_message", "default_method", "max_batch_size", "max_queue_delay", "method_support", "activation", "outputs", "input_channels", "preprocess", "assumptions", "runs_one_by_one")
+    __slots__ = ("name", "version", "state", "task", "input_height_px", "input_width_px", "class_count", "methods", "layers", "engine", "device", "precision", "state_message", "default_method", "max_batch_size", "max_queue_delay", "method_support", "activation", "input_channels", "preprocess", "assumptions", "runs_one_by_one")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[Model.State]
@@ -53,7 +53,6 @@ class Model(_message.Message):
     MAX_QUEUE_DELAY_FIELD_NUMBER: _ClassVar[int]
     METHOD_SUPPORT_FIELD_NUMBER: _ClassVar[int]
     ACTIVATION_FIELD_NUMBER: _ClassVar[int]
-    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     INPUT_CHANNELS_FIELD_NUMBER: _ClassVar[int]
     PREPROCESS_FIELD_NUMBER: _ClassVar[int]
     ASSUMPTIONS_FIELD_NUMBER: _ClassVar[int]
@@ -76,12 +75,11 @@ class Model(_message.Message):
     max_queue_delay: _duration_pb2.Duration
     method_support: _containers.RepeatedCompositeFieldContainer[MethodSupport]
     activation: str
-    outputs: str
     input_channels: int
     preprocess: Preprocess
     assumptions: _containers.RepeatedScalarFieldContainer[str]
     runs_one_by_one: bool
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., state: _Optional[_Union[Model.State, str]] = ..., task: _Optional[str] = ..., input_height_px: _Optional[int] = ..., input_width_px: _Optional[int] = ..., class_count: _Optional[int] = ..., methods: _Optional[_Iterable[_Union[_method_pb2.Method, str]]] = ..., layers: _Optional[_Iterable[str]] = ..., engine: _Optional[str] = ..., device: _Optional[str] = ..., precision: _Optional[str] = ..., state_message: _Optional[str] = ..., default_method: _Optional[_Union[_method_pb2.Method, str]] = ..., max_batch_size: _Optional[int] = ..., max_queue_delay: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., method_support: _Optional[_Iterable[_Union[MethodSupport, _Mapping]]] = ..., activation: _Optional[str] = ..., outputs: _Optional[str] = ..., input_channels: _Optional[int] = ..., preprocess: _Optional[_Union[Preprocess, _Mapping]] = ..., assumptions: _Optional[_Iterable[str]] = ..., runs_one_by_one: bool = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., state: _Optional[_Union[Model.State, str]] = ..., task: _Optional[str] = ..., input_height_px: _Optional[int] = ..., input_width_px: _Optional[int] = ..., class_count: _Optional[int] = ..., methods: _Optional[_Iterable[_Union[_method_pb2.Method, str]]] = ..., layers: _Optional[_Iterable[str]] = ..., engine: _Optional[str] = ..., device: _Optional[str] = ..., precision: _Optional[str] = ..., state_message: _Optional[str] = ..., default_method: _Optional[_Union[_method_pb2.Method, str]] = ..., max_batch_size: _Optional[int] = ..., max_queue_delay: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., method_support: _Optional[_Iterable[_Union[MethodSupport, _Mapping]]] = ..., activation: _Optional[str] = ..., input_channels: _Optional[int] = ..., preprocess: _Optional[_Union[Preprocess, _Mapping]] = ..., assumptions: _Optional[_Iterable[str]] = ..., runs_one_by_one: bool = ...) -> None: ...
 
 class Preprocess(_message.Message):
     __slots__ = ("window", "window_auto", "resize_px", "crop_px", "max_side_px", "interpolation", "letterbox", "pad_to_multiple", "channel_order", "scale", "mean", "std")

@@ -8,7 +8,7 @@ from heatlens_server.core.arrays import ImageArray
 from heatlens_server.core.methods import PRESETS, Aggregation, Method, Metric, Score, name_of
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import Target
-from heatlens_server.core.tasks import Task
+from heatlens_server.core.tasks import Activation, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +99,13 @@ class Capabilities:
     threshold: float | None = None
     runs_one_by_one: bool = False
     refusals: Mapping[Method, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def activation(self) -> Activation:
+        """How logits become probabilities, of images or of pixels."""
+        if self.task is not Task.SEGMENTATION:
+            return self.task.traits.activation
+        return Activation.SOFTMAX if self.threshold is None else Activation.SIGMOID
 
     def layers_of(self, method: Method) -> tuple[str, ...]:
         """The layers that a method can explain, the default first."""
