@@ -63,8 +63,17 @@ def same(one, other):
 def test_other_forms_answer_as_logits_do(client, chelsea_path, name):
     options = {"top_k": 3, "method": "hi-res-cam"}
     same(client.explain(chelsea_path, model=name, **options), client.explain(chelsea_path, model="logits", **options))
-    told = {model.name: model.assumptions for model in client.models()}
-    assert (len(told["softmax"]), told["logits"]) == (1, ())
+    models = {model.name: model for model in client.models()}
+    said = [line for line in models["softmax"].assumptions if 'outputs = "logits"' in line]
+    assert (len(said), len(models["softmax"].assumptions) - len(models["logits"].assumptions)) == (1, 1)
+    assert {each.name: each.activation for each in models.values()} == {
+        "logits": "softmax",
+        "softmax": "softmax",
+        "entries": "softmax",
+        "one_logit": "sigmoid",
+        "exported": "sigmoid",
+        "values": "none",
+    }
 
 
 @pytest.mark.parametrize("engine", ["torch", "onnxruntime"])

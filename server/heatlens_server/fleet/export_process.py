@@ -25,6 +25,7 @@ from heatlens_server.core.graph_spec import Format
 from heatlens_server.fleet.cache_key import export_key, is_settled
 from heatlens_server.fleet.export import Export, Report, TransientError, check_failure, importing_torch, make_export
 from heatlens_server.fleet.torch_record import read_record
+from heatlens_server.telemetry.logs import configure_logging
 
 if TYPE_CHECKING:
     from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
@@ -181,6 +182,7 @@ def main() -> int:
     # What libraries print must not end up among the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    configure_logging(log_format="console", level="warning")
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with, args=(sys.stdin,), daemon=True).start()
     sys.path[:] = order["path"] or sys.path

@@ -9,6 +9,9 @@ from typing import Literal
 
 import structlog
 
+_VERBOSE = ("onnxscript", "onnx_ir")
+"""What writes thousands of lines about one export; an export says its phases itself."""
+
 
 def configure_logging(*, log_format: Literal["console", "json"], level: str) -> None:
     """Send every log of the process, ours and our libraries', to stderr.
@@ -18,7 +21,7 @@ def configure_logging(*, log_format: Literal["console", "json"], level: str) -> 
 
     Args:
         log_format: "json" for machines, "console" for people. In JSON a traceback is one field of its line.
-        level: "debug", "info", "warning" or "error".
+        level: "debug", "info", "warning" or "error". Exporters' own lines need "debug".
     """
     renderers: list[structlog.typing.Processor] = (
         [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
@@ -42,3 +45,5 @@ def configure_logging(*, log_format: Literal["console", "json"], level: str) -> 
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    for name in _VERBOSE:
+        logging.getLogger(name).setLevel(logging.NOTSET if level == "debug" else logging.WARNING)

@@ -93,6 +93,7 @@ def _add(take: Take, add: Callable[..., Tensor], *args: Any, **kwargs: Any) -> T
             if (
                 isinstance(constant, Tensor)
                 and isinstance(other, Tensor)
+                and output.ndim == 4
                 and not constant.requires_grad
                 and constant.shape == (1, output.shape[1], 1, 1)
                 and other.shape == output.shape
@@ -102,7 +103,8 @@ def _add(take: Take, add: Callable[..., Tensor], *args: Any, **kwargs: Any) -> T
 
 
 def _watch(take: Take, output: Tensor, bias: Tensor, channel_dim: int) -> None:
-    if not output.requires_grad:
+    # A single image without a batch, as networks may run parts on, lies on no image of this batch.
+    if not output.requires_grad or output.ndim < 2 or output.shape[channel_dim] != bias.numel():
         return
     shaped = at_least_float32(bias).view(-1, *[1] * (output.ndim - 2)) if channel_dim == 1 else at_least_float32(bias)
     # Registered before anything changes the output in place: the gradient is with respect to what it is now.

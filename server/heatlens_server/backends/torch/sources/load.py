@@ -1,7 +1,12 @@
 """From a model's configuration to a loaded model."""
 
+import contextlib
+from collections.abc import Callable, Iterator
+from itertools import chain
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from heatlens_server.backends.torch.sources.backbone_layers import discover_for_detection, discover_for_segmentation
 from heatlens_server.backends.torch.sources.layers import Discovery, discover
@@ -21,7 +26,7 @@ from heatlens_server.core.tasks import OutputKind, Task
 
 
 def load_model(config: ModelConfig) -> LoadedModel:
-    """Load a model on the CPU in fp32 and find out what can be explained about it.
+    """Load a model in fp32, on the CPU or where its factory put it, and find out what can be explained about it.
 
     What the network returns is found by running it on a few images; see `outputs.find_output`.
     Labels come from the configured file, else from the source if it has as many as the model has classes.
@@ -30,18 +35,19 @@ def load_model(config: ModelConfig) -> LoadedModel:
         ModelLoadError: it cannot be loaded; the message names no path.
     """
     source = load_source(config)
-    module = source.module.to("cpu", torch.float32).eval().requires_grad_(False)
-    resolved = resolve_preprocess(
-        source.preprocess,
-        config.preprocess,
-        module=module,
-        task=source.task,
-        guessed=source.guessed,
-        told_by=source.told_by,
-    )
-    preprocess = resolved.spec
-    found = _find_output(config, source, module, preprocess)
-    discovery = _discover(config, found, module, preprocess)
+    module = _placed(source.module, config.device).eval().requires_grad_(False)
+    with _inputs_moved(module):
+        resolved = resolve_preprocess(
+            source.preprocess,
+            config.preprocess,
+            module=module,
+            task=source.task,
+            guessed=source.guessed,
+            told_by=source.told_by,
+        )
+        preprocess = resolved.spec
+        found = _find_output(config, source, module, preprocess)
+        discovery = _discover(config, found, module, preprocess)
     threshold, assumptions = find_threshold(config, found, discovery.class_count)
     class_count = 2 if found.reading.two_sided else discovery.class_count
     labels = source.labels if len(source.labels) == class_count else ()
@@ -67,6 +73,35 @@ def load_model(config: ModelConfig) -> LoadedModel:
             *resolved.assumptions,
         ),
     )
+
+
+def _placed(module: nn.Module, device: str) -> nn.Module:
+    """A network in fp32 on the CPU; on a GPU if its factory put it there, as its code may need one.
+
+    Args:
+        module: the network.
+        device: the configured one: on "cpu" nothing stays on a GPU.
+    """
+    own = next((one.device for one in chain(module.parameters(), module.buffers()) if one.is_cuda), None)
+    return module.to(torch.device("cpu") if own is None or device == "cpu" else own, torch.float32)
+
+
+@contextlib.contextmanager
+def _inputs_moved(module: nn.Module) -> Iterator[None]:
+    """Move what a network on a GPU is run on to that GPU."""
+    device = next((one.device for one in module.parameters() if one.is_cuda), None)
+    if device is None:
+        yield
+        return
+    handle = module.register_forward_pre_hook(lambda _module, inputs: tree_map_only(Tensor, _to(device), inputs))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _to(device: torch.device) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.to(device)
 
 
 def _find_output(

@@ -13,7 +13,7 @@ from heatlens_server.core.tasks import Task
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A network on the CPU in fp32, ready for an engine to place.
+    """A network in fp32 on the CPU, or where its factory put it, ready for an engine to place.
 
     Attributes:
         name: its name in the configuration.

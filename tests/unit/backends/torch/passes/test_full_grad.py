@@ -122,6 +122,27 @@ def test_biases_of_channels_last_maps_and_tokens_lie_on_the_image(form):
     assert_parity(form, maps, expected, 1e-5)
 
 
+class Unbatched(Tiny):
+    """Adds to vectors and scalars, and runs parts without a batch, as the Swin of transformers does; it is Tiny."""
+
+    def forward(self, x):
+        features = self.body(self.stem(x))
+        pooled = features.mean((-2, -1))
+        rows = [self.head(row + torch.zeros(16)) for row in pooled]
+        unbatched = nn.functional.conv2d(features[0], torch.ones(2, 16, 1, 1), torch.ones(2))
+        nothing = (unbatched.sum() + torch.tensor(1.0)) * 0
+        return torch.stack(rows) + nothing
+
+
+def test_sums_of_vectors_and_parts_without_a_batch_are_no_maps():
+    net = Unbatched()
+    net.load_state_dict(tiny().state_dict())
+    maps, expected = (
+        raw(placed(n, ("body",)), noise(2), [ClassIds((1,))] * 2, Method.FULL_GRAD)[0] for n in (net, tiny())
+    )
+    torch.testing.assert_close(maps, expected)
+
+
 def test_a_network_that_detaches_its_input_is_said():
     class Detached(Tiny):
         def forward(self, x):
