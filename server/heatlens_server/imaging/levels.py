@@ -15,6 +15,9 @@ _GRAY, _RGB, _RGBA = 1, 3, 4
 _HIGHEST_LEVEL = np.float32(255)
 _HIGHEST_16_BIT = 65_535
 
+_LOOKS_SHALLOW = 4
+"""An image whose type ends below this part of a model's window is not of the kind that the window is for."""
+
 _LOOKS_EMPTY = 1 << 14
 """A 16-bit image with no value from here on uses less than a quarter of its range."""
 
@@ -29,6 +32,7 @@ class SourcePixels:
         highest: the value that is the upper end of the range: 255 of uint8, 65535 of uint16 or less if the file says
             that it has fewer bits, 1.0 of floats; None if its type has no range that means anything.
         window: the values (low, high) that the file says are to be black and white; None if it does not.
+        inverted: whether its low values are bright.
         warnings: what may be wrong with it, for people.
     """
 
@@ -36,6 +40,7 @@ class SourcePixels:
     field: str
     highest: float | None
     window: tuple[float, float] | None = None
+    inverted: bool = False
     warnings: tuple[str, ...] = ()
 
 
@@ -54,13 +59,18 @@ def levels_of(source: SourcePixels, spec: PreprocessSpec) -> tuple[ImageArray, t
         InvalidArgument: IMAGE_CHANNELS_MISMATCH if it has other channels than the model takes; IMAGE_RANGE_UNKNOWN if
             its values say nothing without a window, or are not finite.
     """
+    levels, warnings = _levels_of(source, spec)
+    return (_HIGHEST_LEVEL.astype(levels.dtype) - levels if source.inverted else levels), warnings
+
+
+def _levels_of(source: SourcePixels, spec: PreprocessSpec) -> tuple[ImageArray, tuple[str, ...]]:
     warnings = source.warnings
     values = _of_channels(source, spec.channels)
     window = spec.window or source.window
     if spec.window_auto:
         window = _extent(values, source.field)
     if window is not None:
-        return _in_window(values, window, source.field), warnings
+        return _in_window(values, window, source.field), (*warnings, *_about_window(source, spec, window))
     if values.dtype == np.uint8 and source.highest == _HIGHEST_LEVEL:
         return values, warnings
     if source.highest is None:
@@ -92,8 +102,13 @@ def _of_channels(source: SourcePixels, channels: int) -> npt.NDArray[Any]:
         return gray_of(values)
     if own == channels:
         return values
-    raise InvalidArgument.of(
-        source.field,
+    raise wrong_channels(source.field, channels, own)
+
+
+def wrong_channels(field: str, channels: int, own: int) -> InvalidArgument:
+    """The error of an image of other channels than the model takes."""
+    return InvalidArgument.of(
+        field,
         f"the model takes {channels} channels, and the image has {own}",
         reason="IMAGE_CHANNELS_MISMATCH",
         channels=channels,
@@ -117,6 +132,16 @@ def _extent(values: npt.NDArray[Any], field: str) -> tuple[float, float]:
     if not (np.isfinite(low) and np.isfinite(high)):
         raise InvalidArgument.of(field, "every value must be finite", reason="IMAGE_RANGE_UNKNOWN")
     return low, high
+
+
+def _about_window(source: SourcePixels, spec: PreprocessSpec, window: tuple[float, float]) -> tuple[str, ...]:
+    """What is to be said where a model's window is for images of more bits than this one has."""
+    low, high = window
+    highest = source.highest
+    if spec.window is None or highest is None or highest - low >= (high - low) / _LOOKS_SHALLOW:
+        return ()
+    reach = f"the image's values reach {highest:g} at most and the model's window is from {low:g} to {high:g}"
+    return (f"{reach}: the image is dark to the model",)
 
 
 def _in_window(values: npt.NDArray[Any], window: tuple[float, float], field: str) -> Float32Array:

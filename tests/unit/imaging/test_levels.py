@@ -144,3 +144,21 @@ def test_floats_without_a_range_are_refused(values, changes, words):
 def test_signed_values_without_a_window_are_refused():
     with pytest.raises(InvalidArgument, match=r'int16 values have no range of their own: set window .* "auto"'):
         levels_of(source(gray(np.array([[1]], np.int16)), highest=None), spec(1))
+
+
+@pytest.mark.parametrize(
+    ("values", "window", "count"),
+    [
+        (np.uint8([[200]]), (0.0, 4095.0), 1),
+        (np.uint8([[200]]), (0.0, 255.0), 0),
+        (np.uint8([[200]]), (0.0, 800.0), 0),
+        (np.uint16([[200]]), (0.0, 4095.0), 0),
+        (np.float32([[0.5]]), (-1000.0, 1000.0), 0),
+        (np.float32([[0.5]]), (0.0, 4095.0), 1),
+    ],
+)
+def test_an_image_of_fewer_bits_than_the_models_window_is_for_gets_a_warning(values, window, count):
+    highest = {"u": np.iinfo(values.dtype).max if values.dtype.kind == "u" else 0, "f": 1.0}[values.dtype.kind]
+    _levels, warnings = levels_of(source(gray(values), highest=float(highest)), spec(1, window=window))
+    assert len(warnings) == count
+    assert all("dark to the model" in warning for warning in warnings)
