@@ -23,7 +23,14 @@ from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.export import Export, Report, importing_torch, labels_of, load_network
 from heatlens_server.fleet.export_process import Make, get_or_export
 from heatlens_server.fleet.fallback_engine import ExportEngine, with_torch_fallback
-from heatlens_server.fleet.warm_up import check_answers, check_method, default_method, warm_up
+from heatlens_server.fleet.warm_up import (
+    about_family,
+    check_answers,
+    check_method,
+    default_method,
+    family_method,
+    warm_up,
+)
 
 if TYPE_CHECKING:
     from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
@@ -97,7 +104,7 @@ def build(
             export = _checked(config, get(_FORMATS[config.engine], retry=True))
         except ExportError as error:
             raise ModelLoadError(f"the model cannot be exported for {config.engine}: {error}") from error
-        return _build_exported(config, export, device=config.device, method=config.method)
+        return _build_cached(config, export, device=config.device)
     try:
         device = _device_for_onnxruntime(config)
         return _try_onnxruntime(config, _checked(config, get(Format.ONNX, retry=False)), device)
@@ -112,7 +119,8 @@ def _checked(config: ModelConfig, export: Export) -> Export:
     Raises:
         ExportError: the default method by the default layer.
     """
-    default = (export.manifest.layers[0], config.method.as_preset.method)
+    method = family_method(config, export.manifest.graphs[0].grid)
+    default = (export.manifest.layers[0], method.as_preset.method)
     for entry in export.manifest.left_out:
         if (entry.layer, entry.method) == default:
             raise ExportError(entry.reason)
@@ -166,7 +174,7 @@ def _torch_has_gpu() -> bool:
 def _try_onnxruntime(config: ModelConfig, export: Export, device: str) -> BuiltModel:
     """Raises _Unfit if onnxruntime cannot run an export after all."""
     try:
-        return _build_exported(config, export, device=device, method=config.method)
+        return _build_cached(config, export, device=device)
     except ModelLoadError as error:
         movable = config.device == "auto" and config.precision == "fp32"
         if movable and device != "cpu" and not _torch_has_gpu():
@@ -184,7 +192,7 @@ def _build_torch(config: ModelConfig, model: "LoadedModel") -> BuiltModel:
         from heatlens_server.backends.torch.engine import TorchEngine  # noqa: PLC0415 - imports torch
 
     engine = TorchEngine(model, device=config.device, precision=config.precision)
-    method, assumptions = default_method(config, engine.info)
+    method, assumptions = default_method(config, engine.info, model.grid(model.layers[0]))
     if engine.info.runs_one_by_one:
         assumptions = (*assumptions, _ONE_BY_ONE)
     return _finish(
@@ -237,6 +245,13 @@ def _build_from_folder(config: ModelConfig) -> BuiltModel:
         raise ModelLoadError(f"the export does not run as its manifest says ({type(error).__name__})") from error
 
 
+def _build_cached(config: ModelConfig, export: Export, *, device: str) -> BuiltModel:
+    """Serve an export that was made of the configured model."""
+    grid = export.manifest.graphs[0].grid
+    built = _build_exported(config, export, device=device, method=family_method(config, grid))
+    return replace(built, assumptions=(*built.assumptions, *about_family(config, grid)))
+
+
 def _build_exported(config: ModelConfig, export: Export, *, device: str, method: Method) -> BuiltModel:
     manifest = export.manifest
     if config.task != "auto":
@@ -287,6 +302,4 @@ def _finish(
     except BaseException:
         engine.close()
         raise
-    for assumption in assumptions:
-        _log.warning("model %s: %s", config.name, assumption)
     return BuiltModel(engine, preprocess, config.version or version, labels, method, assumptions)

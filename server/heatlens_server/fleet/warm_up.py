@@ -6,6 +6,7 @@ from heatlens_server.config import ModelConfig
 from heatlens_server.core.arrays import ImageArray
 from heatlens_server.core.engine import Capabilities, Engine, MapSpec, SteppingEngine
 from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.core.grid import Grid, Layout
 from heatlens_server.core.methods import PRESETS, Method
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import Detections, Pixels, Similarity, Target, TopK, Values
@@ -26,17 +27,38 @@ def check_method(engine: Engine, method: Method) -> None:
         raise ModelLoadError(f"method {method} is not supported{why}; this model supports: {', '.join(methods)}")
 
 
-def default_method(config: ModelConfig, info: Capabilities) -> tuple[Method, tuple[str, ...]]:
+def family_method(config: ModelConfig, grid: Grid) -> Method:
+    """The configured method, or else the one that finds objects best in networks whose default layer has this grid.
+
+    On tokens, Grad-CAM peaks on the object less often than chance, as the gradients of the tokens that the class token
+    attends to stand beside those of all others in their mean; element-wise Grad-CAM does best. `python -m
+    bench.defaults` measures it; docs/methods.md has the table.
+    """
+    if "method" in config.model_fields_set or grid.layout is not Layout.TOKENS:
+        return config.method
+    return Method.ELEMENT_WISE_GRAD_CAM
+
+
+def about_family(config: ModelConfig, grid: Grid) -> tuple[str, ...]:
+    """What is to be said about `family_method`."""
+    method = family_method(config, grid)
+    if method is config.method:
+        return ()
+    why = f"the network's layers are tokens, on which {config.method} often misses the object"
+    return (f"The default method is {method}, as {why}; method overrides that.",)
+
+
+def default_method(config: ModelConfig, info: Capabilities, grid: Grid) -> tuple[Method, tuple[str, ...]]:
     """The method for requests that name none, and what is to be said about the choice.
 
-    It is the configured one. Where none is configured and the network has no gradients, one that needs none: CAM, which
-    equals Grad-CAM where it is defined, or else Eigen-CAM.
+    It is that of the network's family. Where the network has no gradients, and none is configured, it is one that needs
+    none: CAM, which equals Grad-CAM where it is defined, or else Eigen-CAM.
     """
     why = info.refusals.get(config.method)
     if why is None or "method" in config.model_fields_set:
-        return config.method, ()
+        return family_method(config, grid), about_family(config, grid)
     method = next(method for method in (Method.CAM, Method.EIGEN_CAM) if method in info.methods)
-    return method, (f"method: {method} in place of {config.method}, as {why}",)
+    return method, (f"The default method is {method} in place of {config.method}, as {why}; method overrides that.",)
 
 
 def warm_up(engine: SteppingEngine, config: ModelConfig, method: Method) -> None:

@@ -249,7 +249,7 @@ def test_a_network_without_gradients_is_run_by_torch_with_a_method_that_needs_no
     built, _ = make(without_gradients, tmp_path)
     why = "the network computes no gradient behind layer 'body': it runs under torch.no_grad"
     assert (built.engine.info.engine_name, built.method) == ("torch", Method.CAM)
-    (said,) = [line for line in built.assumptions if line.startswith("method: cam in place of grad-cam")]
+    (said,) = [line for line in built.assumptions if "The default method is cam in place of grad-cam" in line]
     assert why in said
     assert f"is run by torch, not by onnxruntime: exports hold gradients, and {why}" in caplog.text
 
@@ -268,8 +268,7 @@ def test_a_network_that_mixes_the_batch_is_run_by_torch_one_image_at_a_time(make
     assert built.engine.info.engine_name == "torch"
     assert batch_size_of(mixing, built.engine.info) == 1
     assert batch_size_of(mixing, replace(built.engine.info, runs_one_by_one=False)) == 16
-    (said,) = [line for line in built.assumptions if "mixes the images of a batch" in line]
-    assert f"model m: {said}" in caplog.text
+    assert len([line for line in built.assumptions if "mixes the images of a batch" in line]) == 1
 
 
 def test_a_method_that_needs_gradients_where_there_are_none_is_refused_with_the_reason(tmp_path, without_gradients):

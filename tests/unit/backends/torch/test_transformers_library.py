@@ -27,6 +27,8 @@ from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import Pixels, TopK
 from heatlens_server.core.tasks import Task
+from heatlens_server.fleet.build import build
+from heatlens_server.fleet.export import make_export
 from loaded_models import noise
 
 PREPROCESS = {"resize_px": 64, "crop_px": 64, "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -127,3 +129,21 @@ def test_a_segmentation_network_of_coarse_logits(load):
 def test_a_detector_of_another_interface_is_refused_with_the_way_out(load):
     with pytest.raises(ModelLoadError, match="takes a list of images"):
         load(yolos, task="detection")
+
+
+@pytest.mark.parametrize(("make", "expected"), [(vit, Method.ELEMENT_WISE_GRAD_CAM), (convnext, Method.GRAD_CAM)])
+@pytest.mark.parametrize("engine", ["torch", "auto"])
+def test_the_default_method_is_the_familys_and_is_said(monkeypatch, tmp_path, make, expected, engine):
+    monkeypatch.setitem(sys.modules, "factories", sys.modules[__name__])
+    source = f"python:factories:{make.__name__}"
+    options = {"name": "m", "source": source, "preprocess": PREPROCESS, "engine": engine}
+    built = build(ModelConfig(**options), cache_dir=tmp_path, make=make_export)
+    built.engine.close()
+    assert built.engine.info.engine_name == {"torch": "torch", "auto": "onnxruntime"}[engine]
+    assert built.method is expected
+    said = [line for line in built.assumptions if line.startswith("The default method is element-wise-grad-cam")]
+    assert len(said) == (expected is not Method.GRAD_CAM)
+    chosen = build(ModelConfig(**options, method="grad-cam"), cache_dir=tmp_path, make=make_export)
+    chosen.engine.close()
+    assert chosen.method is Method.GRAD_CAM
+    assert not any("default method" in line for line in chosen.assumptions)

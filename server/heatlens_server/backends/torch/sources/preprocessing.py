@@ -101,8 +101,9 @@ def resolve_preprocess(
         if channels != base.channels and (changes.mean is None or changes.std is None):
             base, converted = _of_channels(base, channels), True
             assumptions.append(
-                f"mean and std of {channels} channels are assumed, from those of RGB: set mean = {list(base.mean)} and "
-                f"std = {list(base.std)} in [models.preprocess], or what the network was trained with"
+                f"The mean and std of {channels} channel{_s(channels)} are assumed, from those of RGB: set "
+                f"mean = {list(base.mean)} and std = {list(base.std)} in [models.preprocess], or what the network was "
+                "trained with."
             )
         spec = dataclasses.replace(
             spec,
@@ -115,8 +116,8 @@ def resolve_preprocess(
             if multiple > 1:
                 spec = dataclasses.replace(spec, pad_to_multiple=multiple)
                 assumptions.append(
-                    f"the network takes sides of multiples of {multiple} px: images are padded right and below; "
-                    "[models.preprocess] pad_to_multiple overrides it"
+                    f"The network takes sides of multiples of {multiple} px: images are padded right and below; "
+                    "[models.preprocess] pad_to_multiple overrides that."
                 )
     except ValueError as error:
         raise ModelLoadError(f"preprocess: {error}") from error
@@ -205,18 +206,22 @@ def _about_values(
     if (unset & guessed) - {"interpolation", "max_side_px"}:
         usual = "as of torchvision's detectors" if spec.mean == (0.0,) * spec.channels else "as for ImageNet"
         yield (
-            f"nothing tells how images become the network's input, so {spec.in_words(unset & guessed)} are assumed, "
-            f"{usual}: set in [models.preprocess] what it was trained with"
+            f"Nothing tells how images become the network's input, so {spec.in_words(unset & guessed)} are assumed, "
+            f"{usual}: set in [models.preprocess] what it was trained with."
         )
     if told_by and unset - guessed:
         words = spec.in_words(unset - guessed)
-        yield f"{words} are taken from the network's {told_by}; [models.preprocess] overrides them"
+        yield f"The network's {told_by} gives {words}; [models.preprocess] overrides that."
 
 
 def _about_channels(channels: int) -> str:
     what = {1: "images become gray", 4: "images must have an alpha channel or be tensors of 4 channels"}
     means = what.get(channels, f"images must be of {channels} channels")
-    return f"the network takes {channels} channels: {means}; [models.preprocess] channels overrides it"
+    return f"The network takes {channels} channel{_s(channels)}: {means}; [models.preprocess] channels overrides that."
+
+
+def _s(count: int) -> str:
+    return "" if count == 1 else "s"
 
 
 def _given_channels(changes: PreprocessConfig) -> int:

@@ -175,7 +175,7 @@ VALUES = "mean = [0.485, 0.456, 0.406], std = [0.229, 0.224, 0.225]"
 
 
 def test_imagenets_values_are_said_where_nobody_tells():
-    (said,) = [one for one in load("cifar").assumptions if "nothing tells" in one]
+    (said,) = [one for one in load("cifar").assumptions if "Nothing tells" in one]
     for words in ("resize_px = 256, crop_px = [224, 224]", VALUES, 'interpolation = "bilinear"', "as for ImageNet"):
         assert words in said
     assert "set in [models.preprocess]" in said
@@ -183,11 +183,11 @@ def test_imagenets_values_are_said_where_nobody_tells():
 
 def test_only_what_is_not_configured_is_said():
     model = load("cifar", resize_px=[32, 32], crop_px=[32, 32])
-    (said,) = [one for one in model.assumptions if "nothing tells" in one]
+    (said,) = [one for one in model.assumptions if "Nothing tells" in one]
     assert VALUES in said
     assert "crop_px" not in said
     right = load("cifar", resize_px=[32, 32], crop_px=[32, 32], mean=[0.5], std=[0.5])
-    assert not any("nothing tells" in one for one in right.assumptions)
+    assert not any("Nothing tells" in one for one in right.assumptions)
     assert right.preprocess.crop_px == (32, 32)
     assert (right.preprocess.mean, right.preprocess.std) == ((0.5,) * 3, (0.5,) * 3)
 
@@ -205,17 +205,17 @@ def test_timms_own_values_are_taken(factory, resize_px, crop_px, mean):
     assert (model.preprocess.resize_px, model.preprocess.crop_px) == (resize_px, crop_px)
     assert model.preprocess.mean == mean
     assert model.preprocess.interpolation == "bicubic"
-    (said,) = [one for one in model.assumptions if "taken from the network's pretrained_cfg" in one]
+    (said,) = [one for one in model.assumptions if "The network's pretrained_cfg gives" in one]
     assert f"crop_px = {list(crop_px)}" in said
-    assert not any("nothing tells" in one for one in model.assumptions)
+    assert not any("Nothing tells" in one for one in model.assumptions)
 
 
 def test_the_size_that_a_configuration_of_transformers_tells_is_taken_and_the_rest_assumed():
     model = load("of_transformers")
     assert (model.preprocess.resize_px, model.preprocess.crop_px) == ((48, 48), (48, 48))
-    (taken,) = [one for one in model.assumptions if "taken from the network's config.image_size" in one]
+    (taken,) = [one for one in model.assumptions if "The network's config.image_size gives" in one]
     assert "crop_px = [48, 48]" in taken
-    (assumed,) = [one for one in model.assumptions if "nothing tells" in one]
+    (assumed,) = [one for one in model.assumptions if "Nothing tells" in one]
     assert VALUES in assumed
     assert "crop_px" not in assumed
 
