@@ -84,13 +84,21 @@ def build(
     Args:
         config: the model.
         cache_dir: where exports are kept; None for nowhere.
-        report: told each phase of an export, which takes a while; None to log them.
+        report: told each phase of an export, which takes a while; None to log them, and what is assumed.
         make: makes exports; None for a process that does.
 
     Raises:
         ModelLoadError: with a message that may be shown to clients.
     """
     tell = report or (lambda line: _log.info("model %s: %s", config.name, line))
+    built = _build(config, cache_dir=cache_dir, tell=tell, make=make)
+    # Who takes the phases shows these too.
+    for assumption in built.assumptions if report is None else ():
+        _log.warning("model %s: %s", config.name, assumption)
+    return built
+
+
+def _build(config: ModelConfig, *, cache_dir: Path | None, tell: Report, make: Make | None) -> BuiltModel:
     if config.source.startswith(EXPORT_PREFIX):
         return _build_from_folder(config)
     load = functools.cache(functools.partial(load_network, config))

@@ -315,8 +315,6 @@ class Fleet:
             ModelUnloaded, ServerDraining: it was given up.
         """
         built = await self._built(config, build)
-        for assumption in built.assumptions:
-            _log.warning("model %s: %s", config.name, assumption)
         try:
             queue = self._make_queue(config, built.engine)
         except Exception as error:
