@@ -9,6 +9,8 @@ from torch import nn
 from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
+    Dinov2Config,
+    Dinov2Model,
     SegformerConfig,
     SegformerForSemanticSegmentation,
     SwinConfig,
@@ -25,7 +27,7 @@ from heatlens_server.config import ModelConfig
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import Method
-from heatlens_server.core.targets import Pixels, TopK
+from heatlens_server.core.targets import Pixels, Similarity, TopK
 from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.build import build
 from heatlens_server.fleet.export import make_export
@@ -46,6 +48,11 @@ def swin():
 
 def convnext():
     return ConvNextForImageClassification(ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1] * 4, num_labels=5))
+
+
+def dinov2():
+    options = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return Dinov2Model(Dinov2Config(image_size=64, patch_size=16, **options))
 
 
 def segformer():
@@ -115,6 +122,17 @@ def test_full_grad_of_a_network_with_biases_of_every_shape(load):
     for result in explained(engine, Method.FULL_GRAD):
         assert np.isfinite(result.maps).all()
         assert result.scales.min() > 0
+
+
+def test_a_network_without_a_classifier_is_an_embedding_model(load):
+    engine = load(dinov2)
+    assert (engine.info.task, engine.info.class_count) == (Task.EMBEDDING, 32)
+    assert engine.info.layers
+    spec = MapSpec(Method.GRAD_CAM, engine.info.layers[:1], upsample=False)
+    one, other = noise(2)
+    (result,) = engine.explain(one[None], [Similarity(other)], spec)
+    assert -1 <= result.findings[0].logit < 1
+    assert load(dinov2, task="classification").info.task is Task.CLASSIFICATION
 
 
 def test_a_segmentation_network_of_coarse_logits(load):

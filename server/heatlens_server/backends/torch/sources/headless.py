@@ -10,10 +10,9 @@ _LIBRARIES = ("timm.", "torchvision.")
 # What these libraries call the last part of a network.
 _HEADS = ("fc", "head", "heads", "classifier")
 
-# Of timm's sets of classes ImageNet's is the smallest and the others are of more than ten thousand; the projections of
-# its CLIP towers have 384 to 1280 elements.
+# The projections of timm's CLIP towers have 384 to 1280 elements; 1000 are the classes of those that were fine-tuned.
+_PROJECTIONS = range(256, 2049)
 _IMAGENET_CLASSES = 1000
-_LARGEST_PROJECTION = 10_000
 
 
 def features_of(module: nn.Module) -> str:
@@ -34,6 +33,9 @@ def has_projection(module: nn.Module) -> bool:
     if not width:
         return False
     own = configuration.get("num_classes")
+    if "clip" not in f"{configuration.get('architecture')}.{configuration.get('tag')}":
+        # A classifier of its own classes, of somebody's hub, says their number as a tower says its projection's width.
+        return False
     # A file may be of another of the architecture's weights than the network was made for.
     return width in {own, projection_width(str(configuration.get("architecture")))} and _is_projection(int(width))
 
@@ -48,7 +50,7 @@ def projection_width(architecture: str) -> int | None:
 
 
 def _is_projection(width: int) -> bool:
-    return 0 < width < _LARGEST_PROJECTION and width != _IMAGENET_CLASSES
+    return width in _PROJECTIONS and width != _IMAGENET_CLASSES
 
 
 def _has_weights(head: object) -> bool:

@@ -22,6 +22,9 @@ from heatlens_server.core.tasks import Activation, OutputKind, Task
 _CONVENTIONAL = ("logits", "out")
 """What transformers and torchvision call the scores, if a network returns more than them."""
 
+_FEATURES = frozenset({"pooler_output", "image_embeds"})
+"""What transformers' networks without a classifier call their embedding."""
+
 _ROUNDING = 1e-4
 """How far from 1 float32 may bring the sum of the probabilities of thousands of classes."""
 
@@ -102,6 +105,11 @@ def find_output(
     if part is None:
         part, found = _find_part(output, of_pixels=of_pixels)
         notes += found
+    if is_task_open and part in _FEATURES:
+        task = Task.EMBEDDING
+        notes.append(
+            f'The network returns features as {part!r}: it is taken as task = "{task}"; set task if it is another.'
+        )
     scores = [_scores(output, seen, part, of_pixels=of_pixels)]
     width = scores[0].rows.shape[1]
     if is_task_open and task is Task.CLASSIFICATION and width == 1:

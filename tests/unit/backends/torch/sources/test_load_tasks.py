@@ -196,6 +196,15 @@ class TestHeadless:
     def test_a_network_of_ones_own_is_taken_as_it_is_declared(self):
         assert features_of(Embedder()) == ""
 
+    def test_a_classifier_of_somebodys_hub_is_no_embedding(self):
+        """Its configuration says the number of its own classes, as a CLIP tower's says its projection's width."""
+        network = timm.create_model("resnet10t", pretrained=False, num_classes=300)
+        network.pretrained_cfg = {**network.pretrained_cfg, "num_classes": 300}
+        assert features_of(network) == ""
+        tower = timm.create_model("vit_base_patch32_clip_224", pretrained=False, num_classes=7)
+        tower.pretrained_cfg = {**tower.pretrained_cfg, "num_classes": 7}
+        assert features_of(tower) == ""
+
 
 def test_a_multi_label_model_is_loaded_as_a_classifier():
     model = load("timm:resnet18", weights="none", task="multi-label-classification")
