@@ -192,7 +192,9 @@ def _checked_size(encoded: bytes, max_pixels: int, field: str) -> tuple[str, tup
         raise
     except UnidentifiedImageError as error:
         if encoded[4:12] in _HEIC_BRANDS and "HEIF" not in _FORMATS:
-            raise undecodable(field, "a HEIC file, which this server does not read: install pillow-heif") from error
+            raise undecodable(
+                field, "a HEIC file, which this server does not read: install heatlens with the extra heic"
+            ) from error
         raise undecodable(field, "not a JPEG, PNG, WebP, TIFF, BMP, GIF, AVIF, HEIC or DICOM image") from error
     # Pillow's parsers raise whatever their struct, zlib and index operations raise on garbage.
     except Exception as error:

@@ -57,7 +57,7 @@ def test_lossless_files_of_8_bits_are_exact(file_format):
     assert (values.dtype, warnings) == (np.uint8, ())
 
 
-@pytest.mark.parametrize("file_format", ["AVIF", "GIF"])
+@pytest.mark.parametrize("file_format", ["AVIF", "GIF", "HEIF"])
 def test_files_of_few_colours_or_with_losses_are_the_photo(file_format):
     values, _warnings = levels(saved(Image.fromarray(CAT), file_format), 3)
     assert values.shape == CAT.shape
