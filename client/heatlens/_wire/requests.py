@@ -124,9 +124,19 @@ def write_options(
             OPTIONS[name].write(message, name, value)
 
 
+_OF_CLASSIFIERS = frozenset({"class-sensitivity"})
+_OF_PROBABILITIES = frozenset({"deletion", "insertion", "average-drop", "increase"})
+
+
 def metrics_of(task: str) -> tuple[str, ...]:
-    """Return the metrics that a task has: only classifiers say which class is the least probable."""
-    return tuple(metric for metric in METRICS if metric != "class-sensitivity" or "classification" in task)
+    """Return the metrics that a task has: only classifiers say which class is the least probable.
+
+    Values have no probabilities, whose areas and shares other metrics are.
+    """
+    lacking: frozenset[str] = frozenset()
+    if "classification" not in task:
+        lacking = _OF_CLASSIFIERS | (_OF_PROBABILITIES if task == "regression" else frozenset())
+    return tuple(metric for metric in METRICS if metric not in lacking)
 
 
 def keep_metrics_of(models: Iterable[ModelInfo], request: explain_pb2.ExplainRequest) -> None:

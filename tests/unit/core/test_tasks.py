@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from heatlens._wire.requests import metrics_of
 from heatlens_server.core.methods import Method, Metric
 from heatlens_server.core.tasks import EXPORTABLE_TASKS, Task
 
@@ -56,3 +57,8 @@ def test_classifiers_alone_are_exported():
 def test_an_option_belongs_to_one_task():
     options = [option for task in Task for option in task.traits.options]
     assert len(options) == len(set(options)) == 6
+
+
+@pytest.mark.parametrize("task", Task)
+def test_the_sdk_knows_the_metrics_of_each_task(task):
+    assert set(metrics_of(task)) == set(task.traits.metrics)

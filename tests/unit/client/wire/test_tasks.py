@@ -112,6 +112,7 @@ def test_what_runs_each_method():
         (None, "multi-label-classification", set()),
         (None, "segmentation", {"class-sensitivity"}),
         ("boxes", "detection", {"class-sensitivity"}),
+        ("boxes", "regression", {"class-sensitivity", "deletion", "insertion", "average-drop", "increase"}),
         ("gone", "segmentation", set()),
     ],
 )
