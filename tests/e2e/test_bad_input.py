@@ -67,7 +67,7 @@ JPEG, PNG, WEBP = (saved(PHOTO, file_format) for file_format in ("JPEG", "PNG", 
 # Of every kind of damage (tests/unit/imaging/test_decode.py has all) one, and those of whole files that lie.
 FILES = {
     "empty": b"",
-    "gif": saved(PHOTO, "GIF"),
+    "ico": saved(PHOTO, "ICO"),
     "jpeg cut in half": JPEG[: len(JPEG) // 2],
     "webp cut in half": WEBP[: len(WEBP) // 2],
     "png with a wrong checksum": PNG[:-20] + b"\xff" + PNG[-19:],

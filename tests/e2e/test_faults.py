@@ -142,7 +142,7 @@ async def test_poison_image_fails_alone_with_nothing_of_ours_in_the_text(live, s
 
 PLACES = {
     "decode_image": checks,
-    "fit": checks,
+    "fit_source": checks,
     "plan_query": explainer,
     "answer_of": explainer,
     "query_of": services,

@@ -83,6 +83,7 @@ def folder(tmp_path, monkeypatch, cat, clip):
     me = authority.issue_cert("me")
     me.private_key_pem.write_to_path(tmp_path / "me.key")
     me.cert_chain_pems[0].write_to_path(tmp_path / "me.pem")
+    (tmp_path / "code").mkdir()
     for name in ("token", "server.pem", "server.key", "clients.pem", "labels.txt", "parts.pth", "parts.txt"):
         (tmp_path / name).write_text("x")
     (tmp_path / "server.toml").write_text(TOML)

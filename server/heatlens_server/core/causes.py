@@ -22,7 +22,8 @@ def with_causes(error: BaseException) -> str:
     """
     causes = list(_causes(error))
     told = [str(error), *getattr(error, "__notes__", ())]
-    told += [f"{type(cause).__name__}: {str(cause)[:_SHOWN_CHARACTERS]}" for cause in causes]
+    # In one line, as a log's and a command's are.
+    told += [f"{type(cause).__name__}: {' '.join(str(cause).split())[:_SHOWN_CHARACTERS]}" for cause in causes]
     places = [place for cause in reversed(causes or [error]) if (place := _own_place(cause))]
     return "; ".join(told) + (f" ({places[0]})" if places else "")
 

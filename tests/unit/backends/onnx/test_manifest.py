@@ -105,7 +105,7 @@ def test_it_is_readable_without_us(folder):
         (lambda path: edit(path, graphs=[]), "graphs: "),
         (lambda path: edit_graph(path, layer=""), "graphs.0.layer: "),
         (lambda path: edit_graph(path, method="magic"), "graphs.0.method: "),
-        (lambda path: edit_preprocess(path, mean=[0.5]), "preprocess.mean"),
+        (lambda path: edit_preprocess(path, mean=[0.5]), "preprocess: .*mean and std must be of one length"),
         (lambda path: edit_preprocess(path, mean=["x", "y", "z"]), "preprocess.mean.0: "),
         (lambda path: edit_preprocess(path, std=[0, 0, 0]), "preprocess: .*std positive"),
         (lambda path: edit_preprocess(path, std=[float("nan")] * 3), "preprocess: .*must be finite"),

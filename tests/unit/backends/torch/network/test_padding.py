@@ -83,7 +83,7 @@ def test_the_multiple_is_found_and_said():
     model = load()
     assert model.preprocess.pad_to_multiple == 4
     (said,) = [one for one in model.assumptions if "multiples of 4 px" in one]
-    assert "[models.preprocess] pad_to_multiple overrides it" in said
+    assert "[models.preprocess] pad_to_multiple overrides that" in said
 
 
 @pytest.mark.parametrize("preprocess", [{"pad_to_multiple": 8}, {"resize_px": [64, 96], "crop_px": [64, 96]}])
