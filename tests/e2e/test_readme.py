@@ -83,7 +83,6 @@ def folder(tmp_path, monkeypatch, cat, clip):
     me = authority.issue_cert("me")
     me.private_key_pem.write_to_path(tmp_path / "me.key")
     me.cert_chain_pems[0].write_to_path(tmp_path / "me.pem")
-    (tmp_path / "code").mkdir()
     for name in ("token", "server.pem", "server.key", "clients.pem", "labels.txt", "parts.pth", "parts.txt"):
         (tmp_path / name).write_text("x")
     (tmp_path / "server.toml").write_text(TOML)
@@ -200,8 +199,9 @@ def test_every_choice_is_documented():
 
 def test_unset_keys_of_the_toml_block_are_valid(folder):
     lines = UNSET_LINE.sub("", TOML).splitlines()
-    # A token or its file, not both.
-    (folder / "full.toml").write_text("\n".join(line for line in lines if not line.startswith("token =")))
+    # A token or its file, not both; and a folder of modules is for Python factories.
+    kept = [line for line in lines if not line.startswith(("token =", "source_folder ="))]
+    (folder / "full.toml").write_text("\n".join(kept))
     config = load_config(folder / "full.toml")
     assert config.server.tls.client_ca == folder / "clients.pem"
     (model,) = config.models
