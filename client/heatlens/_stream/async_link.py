@@ -175,9 +175,11 @@ class AsyncLink:
                 await call.join()
         finally:
             request_id = "" if call is None else call.request_id
-            self._end(CallCancelledError("the stream was closed", reason="STREAM_CLOSED", request_id=request_id))
-            if call is not None:
-                call.cancel()
+            # In one: who sends must not see the end before the call is cancelled, and half-close it.
+            with self.lock:
+                self._end(CallCancelledError("the stream was closed", reason="STREAM_CLOSED", request_id=request_id))
+                if call is not None:
+                    call.cancel()
         if call is not None:
             await call.join()
 
