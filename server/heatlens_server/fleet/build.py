@@ -16,13 +16,14 @@ from heatlens_server.backends.onnx.providers import CUDA, cuda_device_count, loa
 from heatlens_server.config import EXPORT_PREFIX, ModelConfig
 from heatlens_server.core.engine import SteppingEngine
 from heatlens_server.core.errors import ExportError, ModelLoadError
+from heatlens_server.core.extras import is_installed
 from heatlens_server.core.graph_spec import Format
 from heatlens_server.core.methods import Method, name_of
 from heatlens_server.core.preprocess import PreprocessSpec
 from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.export import Export, Report, importing_torch, labels_of, load_network
 from heatlens_server.fleet.export_process import Make, get_or_export
-from heatlens_server.fleet.fallback_engine import ExportEngine, with_torch_fallback
+from heatlens_server.fleet.fallback_engine import ExportEngine, about_missing, with_torch_fallback
 from heatlens_server.fleet.warm_up import (
     about_family,
     check_answers,
@@ -173,7 +174,9 @@ def _device_for_onnxruntime(config: ModelConfig) -> str:
 
 
 def _torch_has_gpu() -> bool:
-    with importing_torch:
+    if not is_installed("torch"):
+        return False
+    with importing_torch():
         import torch  # noqa: PLC0415 - takes seconds, and matters only where onnxruntime cannot use a GPU that is there
 
     return torch.cuda.is_available()
@@ -196,7 +199,7 @@ def _try_onnxruntime(config: ModelConfig, export: Export, device: str) -> BuiltM
 
 
 def _build_torch(config: ModelConfig, model: "LoadedModel") -> BuiltModel:
-    with importing_torch:
+    with importing_torch():
         from heatlens_server.backends.torch.engine import TorchEngine  # noqa: PLC0415 - imports torch
 
     engine = TorchEngine(model, device=config.device, precision=config.precision)
@@ -268,21 +271,22 @@ def _build_exported(config: ModelConfig, export: Export, *, device: str, method:
     # The engine opens the first graph now, and the others when they are asked for.
     graphs = sorted(manifest.graphs, key=lambda graph: (graph.layer != default, graph.method is not base))
     primary = _open(export.folder, replace(manifest, graphs=tuple(graphs)), device=device, provider=config.provider)
+    engine = with_torch_fallback(config, primary, export)
     return _finish(
         config,
-        with_torch_fallback(config, primary, export),
+        engine,
         preprocess=manifest.preprocess,
         version=manifest.weights_version,
         labels=manifest.labels,
         method=method,
-        assumptions=manifest.assumptions,
+        assumptions=(*manifest.assumptions, *about_missing(engine.info)),
     )
 
 
 def _open(folder: Path, manifest: Manifest, *, device: str, provider: str) -> ExportEngine:
     if manifest.format is Format.ONNX:
         return OnnxRuntimeEngine(folder, manifest, device=device, provider=provider)
-    with importing_torch:
+    with importing_torch():
         from heatlens_server.backends.torch.torchscript_engine import TorchScriptEngine  # noqa: PLC0415 - imports torch
 
     return TorchScriptEngine(folder, manifest, device=device)

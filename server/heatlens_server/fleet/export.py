@@ -1,8 +1,9 @@
 """Making a model's export, once for all processes that share a cache. Torch is imported when a model is loaded."""
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from heatlens_server.backends.onnx.export_cache import ExportCache
 from heatlens_server.backends.onnx.manifest import Manifest
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.errors import ExportError
+from heatlens_server.core.extras import brought_by
 from heatlens_server.core.graph_spec import Format
 from heatlens_server.core.labels import read_labels
 from heatlens_server.core.methods import CLOSED_FORMS
@@ -26,12 +28,21 @@ _log = logging.getLogger(__name__)
 Report = Callable[[str], None]
 """Takes one line about the phase that begins."""
 
-importing_torch = threading.RLock()
-"""To be held around every import, in the code of a function, of something that imports torch.
+_importing = threading.RLock()
 
-Models are loaded side by side, and a model's torch engine when a request first needs it. Where two threads import
-packages whose modules import each other, as torchvision's do, Python may show one of them half a module.
-"""
+
+@contextlib.contextmanager
+def importing_torch() -> Iterator[None]:
+    """To be put around every import, in the code of a function, of something that imports torch.
+
+    Models are loaded side by side, and a model's torch engine when a request first needs it. Where two threads import
+    packages whose modules import each other, as torchvision's do, Python may show one of them half a module.
+
+    Raises:
+        ModelLoadError: torch, or what comes with it, is not installed.
+    """
+    with _importing, brought_by("torch"):
+        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +66,9 @@ def load_network(config: ModelConfig) -> "LoadedModel":
     """Load a model with the labels and the version of its source, whatever the configuration says.
 
     Raises:
-        ModelLoadError: it cannot be loaded, or the configured labels do not fit.
+        ModelLoadError: it cannot be loaded, torch is not installed, or the configured labels do not fit.
     """
-    with importing_torch:
+    with importing_torch():
         from heatlens_server.backends.torch.sources.load import load_model  # noqa: PLC0415 - imports torch
 
     model = load_model(config.model_copy(update={"labels": None, "version": ""}))

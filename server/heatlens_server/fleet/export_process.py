@@ -133,7 +133,7 @@ def _find(cache: ExportCache, key: str, model: "LoadedModel | None") -> Export |
 
 def _is_of(export: Export, model: "LoadedModel") -> bool:
     """Whether a network answers noise as it did when it was exported."""
-    with importing_torch:
+    with importing_torch():
         from heatlens_server.backends.torch.engine import TorchEngine  # noqa: PLC0415 - imports torch
 
     record = read_record(export.folder, export.manifest)

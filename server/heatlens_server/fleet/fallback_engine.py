@@ -15,6 +15,7 @@ from heatlens_server.config import EXPORT_PREFIX, ModelConfig
 from heatlens_server.core.arrays import ImageArray
 from heatlens_server.core.engine import Capabilities, Engine, MapSpec, SteppingEngine, Steps
 from heatlens_server.core.errors import InvalidArgument, ModelLoadError
+from heatlens_server.core.extras import is_installed
 from heatlens_server.core.methods import Method, Score
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import Target
@@ -54,7 +55,7 @@ class FallbackEngine:
             primary: runs what it can; owned from now on.
             make_fallback: makes an engine of the same model, on the same device, that has every score and option;
                 raises ModelLoadError. None if there is none.
-            methods: what the fallback will have.
+            methods: what the fallback will have, or would have if torch were installed.
             layers: the layers that it alone will have.
         """
         self.primary = primary
@@ -66,7 +67,9 @@ class FallbackEngine:
         self._closed = False
         # Asked for every request, and few are unlike the others.
         self._is_for_primary = lru_cache(maxsize=_KNOWN_SPECS)(primary.can)
-        self._info = primary.info if make_fallback is None else _joined(primary.info, methods, layers)
+        self._info = (
+            _lacking(primary.info, methods) if make_fallback is None else _joined(primary.info, methods, layers)
+        )
 
     @property
     def info(self) -> Capabilities:
@@ -148,6 +151,24 @@ class FallbackEngine:
             self._fallback = fallback
 
 
+def _lacking(info: Capabilities, methods: Sequence[Method]) -> Capabilities:
+    missing = (method for method in methods if method not in info.methods)
+    return replace(info, refusals={**info.refusals, **dict.fromkeys(missing, "the server has no PyTorch")})
+
+
+def about_missing(info: Capabilities) -> tuple[str, ...]:
+    """What is to be said where torch would run more than its server offers."""
+    missing = [method for method in info.refusals if method not in info.methods]
+    if not missing:
+        return ()
+    sentence = (
+        f"PyTorch is not installed, so that {', '.join(missing)}, target scores other than the logit, augment, "
+        "principal_component and faithfulness are not offered: pip install 'heatlens[torch]' adds them; companion = "
+        "false does without."
+    )
+    return (sentence,)
+
+
 def _joined(info: Capabilities, methods: Sequence[Method], layers: Sequence[str]) -> Capabilities:
     further = frozenset(methods) - frozenset(info.methods)
     return replace(
@@ -176,7 +197,7 @@ def _check(found: Capabilities, said: Capabilities) -> None:
 
 
 def with_torch_fallback(config: ModelConfig, primary: ExportEngine, export: Export) -> FallbackEngine:
-    """Let torch run what an export's engine cannot, unless the configuration forbids it.
+    """Let torch run what an export's engine cannot, unless the configuration forbids it or torch is not installed.
 
     Args:
         config: the model.
@@ -187,6 +208,8 @@ def with_torch_fallback(config: ModelConfig, primary: ExportEngine, export: Expo
     # An exported folder holds no network.
     if not config.companion or config.source.startswith(EXPORT_PREFIX) or record is None:
         return FallbackEngine(primary)
+    if not is_installed("torch"):
+        return FallbackEngine(primary, methods=record.methods)
 
     def make() -> SteppingEngine:
         return _load(config, export.manifest.weights_version, device=primary.info.device)
@@ -201,7 +224,7 @@ def _load(config: ModelConfig, weights_version: str, *, device: str) -> Stepping
     Raises:
         ModelLoadError: it cannot be loaded, or has other weights by now.
     """
-    with importing_torch:
+    with importing_torch():
         import torch  # noqa: PLC0415 - takes seconds
 
         from heatlens_server.backends.torch.engine import TorchEngine  # noqa: PLC0415 - imports torch

@@ -290,7 +290,7 @@ def test_labels_that_do_not_fit_are_told_before_an_export(tmp_path, monkeypatch)
 
 def test_without_onnxruntime_auto_is_torch_and_says_how_to_install_it(make, tmp_path, monkeypatch, caplog):
     def missing():
-        raise ModelLoadError("onnxruntime is not installed: pip install 'heatlens[cpu]'")
+        raise ModelLoadError("onnxruntime is not installed: pip install 'heatlens[server]'")
 
     monkeypatch.setattr(building, "load_runtime", missing)
     model, phases = make(config(), tmp_path)

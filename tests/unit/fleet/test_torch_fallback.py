@@ -76,6 +76,31 @@ def test_both_together_have_what_torch_has_and_say_so_without_loading_it(make, m
     assert not engine.is_loaded_for(dataclasses.replace(PLAIN, method=Method.SHAPLEY_CAM))
 
 
+def test_without_torch_its_methods_are_refused_and_the_model_says_so(cache_home, make, monkeypatch):
+    monkeypatch.setattr(fallback_engine, "is_installed", lambda package: package != "torch")
+    model = build(config(), cache_dir=cache_home / "heatlens", report=lambda line: None, make=make_export)
+    info = model.engine.info
+    model.engine.close()
+    assert set(info.methods) <= set(CLOSED_FORMS)
+    assert (info.scores, info.has_options, info.fallback_methods) == ((Score.LOGIT,), False, frozenset())
+    assert info.why_not(Method.SHAPLEY_CAM) == ": the server has no PyTorch"
+    (said,) = (line for line in model.assumptions if "PyTorch" in line)
+    assert "shapley-cam" in said
+    assert "le-grad" not in said  # torch would not have it either: there is no attention
+    assert "pip install 'heatlens[torch]'" in said
+    with pytest.raises(ModelLoadError, match=r"method shapley-cam is not supported: the server has no PyTorch; this"):
+        make(method="shapley-cam", engine="onnxruntime")
+
+
+def test_who_wants_no_companion_is_not_told_that_torch_is_missing(cache_home, monkeypatch):
+    monkeypatch.setattr(fallback_engine, "is_installed", lambda package: package != "torch")
+    alone = config(companion=False)
+    model = build(alone, cache_dir=cache_home / "heatlens", report=lambda line: None, make=make_export)
+    model.engine.close()
+    assert not model.engine.info.refusals
+    assert not any("PyTorch" in line for line in model.assumptions)
+
+
 @pytest.mark.parametrize(
     "spec",
     [

@@ -93,7 +93,7 @@ def load_runtime() -> Runtime:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
         _log.debug("onnxruntime cannot be imported", exc_info=error)
-        how = "pip install 'heatlens[cpu]', or 'heatlens[gpu]' for NVIDIA GPUs"
+        how = "pip install 'heatlens[server]', or 'heatlens[gpu]' for NVIDIA GPUs"
         state = f"{installed[0]} is damaged" if installed else "onnxruntime is not installed"
         raise ModelLoadError(f"{state}: {how}") from error
 

@@ -58,7 +58,7 @@ def _open_onnx(path: Path, outputs: Sequence[Output]) -> _RunInOrder:
         onnxruntime = importlib.import_module("onnxruntime")
     except ImportError as error:
         raise ExportError(
-            "an ONNX export is verified in onnxruntime, which is not installed: install heatlens[cpu] or "
+            "an ONNX export is verified in onnxruntime, which is not installed: install heatlens[server] or "
             "heatlens[gpu], or export without verifying"
         ) from error
     options = onnxruntime.SessionOptions()
