@@ -9,17 +9,29 @@ from heatlens_server.config.model import (
     ModelConfig,
     PreprocessConfig,
 )
+from heatlens_server.config.preprocess import (
+    IMAGENET_PREPROCESS,
+    ResolvedPreprocess,
+    given_channels,
+    lay_over,
+    resized,
+)
 from heatlens_server.config.server import ServerConfig, TlsConfig
 
 __all__ = [
     "EMBEDDED_MODEL",
     "EXPORT_PREFIX",
+    "IMAGENET_PREPROCESS",
     "WEIGHT_FILE_SUFFIXES",
     "BatchingConfig",
     "Config",
     "ModelConfig",
     "PreprocessConfig",
+    "ResolvedPreprocess",
     "ServerConfig",
     "TlsConfig",
+    "given_channels",
+    "lay_over",
     "load_config",
+    "resized",
 ]

@@ -18,7 +18,6 @@ from heatlens_server.backends.torch.sources.checkpoints import Checkpoint, read_
 from heatlens_server.backends.torch.sources.headless import features_of, projection_width
 from heatlens_server.backends.torch.sources.own_generator import OwnGenerator
 from heatlens_server.backends.torch.sources.own_preprocessing import OwnPreprocess, own_preprocess, timm_preprocess
-from heatlens_server.backends.torch.sources.preprocessing import IMAGENET_PREPROCESS
 from heatlens_server.backends.torch.sources.python_factory import call_factory
 from heatlens_server.backends.torch.sources.source import (
     SourcedModel,
@@ -33,7 +32,7 @@ from heatlens_server.backends.torch.sources.torchvision_models import (
     load_torchvision,
 )
 from heatlens_server.backends.torch.sources.weights import build_with_weights, fit_names, load_weights
-from heatlens_server.config import ModelConfig
+from heatlens_server.config import IMAGENET_PREPROCESS, ModelConfig
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.tasks import Task
 

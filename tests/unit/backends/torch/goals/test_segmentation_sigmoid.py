@@ -10,8 +10,7 @@ import mask_models
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.goals.segmentation import PixelGoals
 from heatlens_server.backends.torch.sources.load import load_model
-from heatlens_server.backends.torch.sources.preprocessing import IMAGENET_PREPROCESS
-from heatlens_server.config import ModelConfig
+from heatlens_server.config import IMAGENET_PREPROCESS, ModelConfig
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Method, Metric, Score
 from heatlens_server.core.targets import ClassIds, Pixels, TopK

@@ -10,7 +10,7 @@ from torchvision.models import get_model
 
 from heatlens_server.backends.torch.sources.backbone_layers import discover_for_detection, discover_for_segmentation
 from heatlens_server.backends.torch.sources.outputs import find_output
-from heatlens_server.backends.torch.sources.preprocessing import IMAGENET_PREPROCESS
+from heatlens_server.config import IMAGENET_PREPROCESS
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.grid import MAP, Grid, Layout
 from heatlens_server.core.tasks import Task

@@ -11,12 +11,8 @@ import torchvision
 from torch import nn
 
 from heatlens_server.backends.torch.sources.load import load_model
-from heatlens_server.backends.torch.sources.preprocessing import (
-    IMAGENET_PREPROCESS,
-    find_channels,
-    resolve_preprocess,
-)
-from heatlens_server.config import ModelConfig, PreprocessConfig
+from heatlens_server.backends.torch.sources.preprocessing import find_channels, resolve_preprocess
+from heatlens_server.config import IMAGENET_PREPROCESS, ModelConfig, PreprocessConfig
 from heatlens_server.core.errors import ModelLoadError
 
 
