@@ -6,20 +6,30 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from heatlens_server.backends.onnx.gradient.rules import elementwise, layout, products, windows
+from heatlens_server.backends.onnx.gradient.rules import elementwise, layout, products, sampling, windows
 from heatlens_server.backends.onnx.gradient.tape import Gradients, Known, NotDifferentiable, Rule, Tape
 
-RULES: Mapping[str, Rule] = {**elementwise.RULES, **layout.RULES, **products.RULES, **windows.RULES}
+RULES: Mapping[str, Rule] = {
+    **elementwise.RULES,
+    **layout.RULES,
+    **products.RULES,
+    **sampling.RULES,
+    **windows.RULES,
+}
 """By operator of ONNX's own domain."""
 
 _WITHOUT_GRADIENT = frozenset(
     {
-        *("And", "ArgMax", "ArgMin", "BitShift", "Ceil", "ConstantOfShape", "Equal", "EyeLike", "Floor", "Greater"),
-        *("GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "NonZero", "Not", "OneHot", "Or", "Range"),
-        *("Round", "Shape", "Sign", "Size", "Xor"),
+        *("And", "ArgMax", "ArgMin", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Ceil"),
+        *("ConstantOfShape", "Equal", "EyeLike", "Floor", "Greater", "GreaterOrEqual", "Hardmax", "IsInf", "IsNaN"),
+        *("Less", "LessOrEqual", "NonMaxSuppression", "NonZero", "Not", "OneHot", "Or", "RandomNormalLike"),
+        *("RandomUniformLike", "Range", "Round", "Shape", "Sign", "Size", "Xor"),
     }
 )
 """Operators whose outputs do not change where their inputs change a little, or hold no elements of them."""
+
+_ONE_MOVES = frozenset({"Dropout", "MaxPool", "TopK"})
+"""Operators of which the first output alone changes: the others are places, or masks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +74,7 @@ def differentiate(
     for value, seed in seeds.items():
         parts[value].append(seed)
     for node in reversed(nodes):
-        if not moving.intersection(node.outputs):
+        if not _is_on_the_way(node, moving):
             continue
         gradients = [_sum(parts[output], tape) for output in node.outputs]
         if any(gradient is not None for gradient in gradients):
@@ -75,11 +85,33 @@ def differentiate(
     return Backward(tuple(tape.nodes), tuple(tape.initializers), found)
 
 
+def operators_without_rule(nodes: Sequence[ir.Node], by: Sequence[ir.Value]) -> tuple[str, ...]:
+    """The operators, sorted, that `differentiate` would refuse on the ways from some values on.
+
+    Args:
+        nodes: a forward pass, as for `differentiate`.
+        by: what to differentiate by.
+    """
+    moving = _depending(nodes, by)
+    return tuple(sorted({_name_of(node) for node in nodes if _is_on_the_way(node, moving) and not _rule_of(node)}))
+
+
+def _is_on_the_way(node: ir.Node, moving: set[ir.Value]) -> bool:
+    return not moving.isdisjoint(node.outputs) and not moving.isdisjoint(node.inputs)
+
+
+def _rule_of(node: ir.Node) -> Rule | None:
+    return RULES.get(node.op_type) if node.domain in {"", "ai.onnx"} else None
+
+
+def _name_of(node: ir.Node) -> str:
+    return node.op_type if node.domain in {"", "ai.onnx"} else f"{node.domain}.{node.op_type}"
+
+
 def _by_rule(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
-    rule = RULES.get(node.op_type) if node.domain in {"", "ai.onnx"} else None
+    rule = _rule_of(node)
     if rule is None:
-        domain = "" if node.domain in {"", "ai.onnx"} else f"{node.domain}."
-        raise NotDifferentiable(f"operator {domain}{node.op_type} of node {node.name!r} cannot be differentiated")
+        raise NotDifferentiable(f"operator {_name_of(node)} of node {node.name!r} cannot be differentiated")
     try:
         return rule(node, gradients, tape)
     except NotDifferentiable as error:
@@ -94,7 +126,7 @@ def _depending(nodes: Sequence[ir.Node], by: Sequence[ir.Value]) -> set[ir.Value
             continue
         if node.op_type == "Cast" and not ir.DataType(node.attributes["to"].as_int()).is_floating_point():
             continue
-        moving.update(node.outputs)
+        moving.update(node.outputs[:1] if node.op_type in _ONE_MOVES else node.outputs)
     return moving
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import inliner, version_converter
@@ -12,12 +13,19 @@ from heatlens_server.core.errors import ModelLoadError
 OLDEST_OPSET = 20
 """Files of older versions are converted to this one; the rules know it and everything newer."""
 
-_INLINED = ("AffineGrid", "Attention", "CastLike", "CenterCropPad", "GroupNormalization", "RMSNormalization")
-_INLINED_TOO = ("MeanVarianceNormalization", "RotaryEmbedding", "SwiGLU")
+_INLINED = frozenset(
+    {
+        *("Attention", "CastLike", "CenterCropPad", "GroupNormalization", "MeanVarianceNormalization"),
+        *("RMSNormalization", "RotaryEmbedding", "SwiGLU"),
+    }
+)
 """Operators that ONNX defines by others: these are differentiated in their place."""
 
 _SMALL_BYTES = 1024
 """Constants up to this size are looked at, such as axes and sizes; larger ones are weights."""
+
+_FLOAT = ir.DataType.FLOAT
+_FLOATS = frozenset({_FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 _CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 _OWN_DOMAINS = frozenset({"", "ai.onnx"})
@@ -146,22 +154,75 @@ def _in_one_form(model: ir.Model, file_name: str) -> ir.Model:
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     if len(model.graph) == 0:
         raise ModelLoadError(f"{file_name!r} has no operators")
+    floored = _resized_from_corners(model)
     try:
         skeleton, weights = skeleton_of(model)
         if model.graph.opset_imports.get("", 0) < OLDEST_OPSET:
             skeleton = version_converter.convert_version(skeleton, OLDEST_OPSET)
-        inlined = [("", name) for name in (*_INLINED, *_INLINED_TOO)]
-        skeleton = inliner.inline_selected_functions(skeleton, inlined, inline_schema_functions=True)
-        model = with_weights(skeleton, weights)
+        model = with_weights(_inlined(skeleton), weights)
         common.TopologicalSortPass()(model)
     # In C++, of an error class that is not public.
     except Exception as error:
         raise ModelLoadError(f"{file_name!r} cannot be converted to opset {OLDEST_OPSET}: {error}") from error
+    _check_operators(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    for node in model.graph:
+        if node.outputs[0].name in floored:
+            node.attributes["coordinate_transformation_mode"] = ir.AttrString(
+                "coordinate_transformation_mode", "asymmetric"
+            )
+            node.attributes["nearest_mode"] = ir.AttrString("nearest_mode", "floor")
     common.AddDefaultAttributesPass()(model)
+    _in_one_type(model)
     _pass_by(model)
     common.RemoveUnusedNodesPass()(model)
     return model
+
+
+def _resized_from_corners(model: ir.Model) -> set[str | None]:
+    """The outputs of Upsample, and of Resize before opset 11, whose places onnx's converter changes to half pixels."""
+    if model.graph.opset_imports.get("", 0) >= 11:
+        return set()
+    return {node.outputs[0].name for node in model.graph if node.op_type in {"Resize", "Upsample"}}
+
+
+def _inlined(skeleton: onnx.ModelProto) -> onnx.ModelProto:
+    """Put what ONNX defines by other operators as these, and what is in these in turn."""
+    while found := {node.op_type for node in skeleton.graph.node if node.domain in _OWN_DOMAINS} & _INLINED:
+        copy = ir.from_proto(skeleton)
+        common.AddDefaultAttributesPass()(copy)
+        skeleton = ir.to_proto(copy)
+        # The definitions depend on types, which files need not say.
+        for tensor in skeleton.graph.initializer:
+            skeleton.graph.value_info.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            )
+        skeleton = onnx.shape_inference.infer_shapes(skeleton)
+        names = [("", name) for name in sorted(found)]
+        skeleton = inliner.inline_selected_functions(skeleton, names, inline_schema_functions=True)
+    return skeleton
+
+
+def _in_one_type(model: ir.Model) -> None:
+    """Compute everything in float32, or in float64 if an input has it: rules know one type of numbers."""
+    kind = ir.DataType.DOUBLE if any(value.dtype is ir.DataType.DOUBLE for value in model.graph.inputs) else _FLOAT
+    for value in (*model.graph.inputs, *(output for node in model.graph for output in node.outputs)):
+        if value.dtype in _FLOATS:
+            value.type = ir.TensorType(kind)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype in _FLOATS and tensor.dtype is not kind:
+            value.const_value = ir.tensor(tensor.numpy().astype(kind.numpy()), name=value.name)
+            value.type = ir.TensorType(kind)
+    for node in model.graph:
+        for name in ("to", "dtype", "output_dtype", "stash_type", "softmax_precision"):
+            if name in node.attributes and ir.DataType(node.attributes[name].as_int()) in _FLOATS:
+                node.attributes[name] = ir.AttrInt64(name, int(kind))
+        if node.op_type == "ConstantOfShape":
+            given = node.attributes.get("value")
+            filled = np.zeros(1, np.float32) if given is None else given.as_tensor().numpy()
+            if ir.DataType.from_numpy(filled.dtype) in _FLOATS:
+                node.attributes["value"] = ir.AttrTensor("value", ir.tensor(filled.astype(kind.numpy())))
 
 
 def _pass_by(model: ir.Model) -> None:

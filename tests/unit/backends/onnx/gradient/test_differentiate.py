@@ -7,7 +7,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import AddDefaultAttributesPass
 
-from heatlens_server.backends.onnx.gradient.differentiate import differentiate
+from heatlens_server.backends.onnx.gradient.differentiate import differentiate, operators_without_rule
 from heatlens_server.backends.onnx.gradient.tape import BATCH, Known, NotDifferentiable
 
 SHAPE = (2, 4)
@@ -76,10 +76,31 @@ def test_a_cast_to_integers_stops_gradients():
 
 
 def test_an_operator_without_a_rule_is_named_with_its_node():
-    with pytest.raises(NotDifferentiable, match="operator Hardmax of node 'node_y'"):
-        gradient_of([node("Hardmax", "x", "y")], {"x": X})
+    with pytest.raises(NotDifferentiable, match="operator Det of node 'node_y'"):
+        gradient_of([node("Det", "x", "y")], {"x": X})
     with pytest.raises(NotDifferentiable, match=r"operator com\.microsoft\.Gelu of node 'node_y'"):
         gradient_of([node("Gelu", "x", "y", domain="com.microsoft")], {"x": X})
+
+
+def test_operators_without_a_rule_are_told_beforehand():
+    """Those on the ways from a value on, with their domains."""
+    nodes = [node("Det", "x", "a"), node("Gelu", "a", "b", domain="com.microsoft"), node("Exp", "b", "y")]
+    parsed = list(ir.from_proto(helper.make_graph(nodes, "net", [], [])))
+    x, a, b = parsed[0].inputs[0], parsed[0].outputs[0], parsed[1].outputs[0]
+    assert operators_without_rule(parsed, [x]) == ("Det", "com.microsoft.Gelu")
+    assert operators_without_rule(parsed, [a]) == ("com.microsoft.Gelu",)
+    assert operators_without_rule(parsed, [b]) == ()
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([2, 3, 4], [12, 8, 6]), ([2, 0, 4], [0, 8, 0]), ([0, 0, 4], [0, 0, 0])],
+)
+def test_a_product_of_zeros(values, expected):
+    shapes = {"x": (1, 3), "y": (1, 1)}
+    product = helper.make_node("ReduceProd", ["x"], ["y"], keepdims=1)
+    found = gradient_of([product], {"x": np.array([values], np.float64)}, shapes=shapes)
+    np.testing.assert_array_equal(found, [expected])
 
 
 def test_a_form_without_a_rule_is_named_with_its_node():

@@ -1,9 +1,11 @@
 """ONNX files of anybody's: what is read of them, and what is refused by name."""
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from onnxruntime import InferenceSession
 
 from heatlens_server.backends.onnx.gradient.file import OLDEST_OPSET, read_file
 from heatlens_server.backends.onnx.gradient.tape import BATCH
@@ -56,6 +58,42 @@ def test_a_file_of_any_opset_gives_the_same_graph_and_scores(tmp_path, opset):
     (expected,) = ReferenceEvaluator(classifier(opset)).run(None, {"image": image})
     (found,) = open_graph(model).run(None, {"image": image})
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+@pytest.mark.parametrize("size", [(12, 12), (14, 11)])
+@pytest.mark.parametrize(("op", "opset"), [("Upsample", 7), ("Upsample", 9), ("Resize", 10)])
+def test_old_resizing_keeps_its_places(tmp_path, op, opset, size, mode):
+    scales = [1.0, 1.0, size[0] / 8, size[1] / 8]
+    attributes = {"mode": mode, **({"scales": scales} if opset == 7 else {})}
+    inputs = ["image"] if opset == 7 else ["image", "scales"]
+    initial = [] if opset == 7 else [numpy_helper.from_array(np.array(scales, np.float32), "scales")]
+    proto = model_of(helper.make_node(op, inputs, ["logits"], **attributes), initial=initial, opset=opset)
+    image = np.random.default_rng(0).random((1, 3, 8, 8), np.float32)
+    session = InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = open_graph(read_file(saved(tmp_path, proto))).run(None, {"image": image})
+    np.testing.assert_allclose(found, session.run(None, {"image": image})[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [(TensorProto.FLOAT16, 2e-2), (TensorProto.DOUBLE, 1e-5)])
+def test_all_is_computed_in_one_type_of_numbers(tmp_path, kind, tolerance):
+    """A network of single precision with an island of another."""
+    proto = classifier()
+    proto.graph.node[0].input[0] = "cast"
+    proto.graph.node.insert(0, helper.make_node("Cast", ["image"], ["other"], to=kind))
+    proto.graph.node.insert(1, helper.make_node("Add", ["other", "half"], ["sum"]))
+    proto.graph.node.insert(2, helper.make_node("Cast", ["sum"], ["cast"], to=TensorProto.FLOAT))
+    half = np.array(0.5, helper.tensor_dtype_to_np_dtype(kind))
+    proto.graph.initializer.append(numpy_helper.from_array(half, "half"))
+    model = read_file(saved(tmp_path, proto))
+    known = know(model, model.graph.inputs[0], (3, 8, 8))
+    kinds = {value.dtype for value in model.graph.initializers.values()}
+    assert kinds == {ir.DataType.FLOAT, ir.DataType.INT64}
+    assert known.dtype is ir.DataType.FLOAT
+    image = np.random.default_rng(1).random((2, 3, 8, 8), np.float32)
+    (expected,) = ReferenceEvaluator(proto).run(None, {"image": image})
+    (found,) = open_graph(model).run(None, {"image": image})
+    np.testing.assert_allclose(found, expected, atol=tolerance)
 
 
 def test_shapes_are_known_for_any_batch(tmp_path):

@@ -50,7 +50,7 @@ class Mean(OpRun):
 
 
 # What onnx's reference implementation gets wrong or refuses, onnxruntime does in float64.
-BY_ONNXRUNTIME = {"GatherElements", "MaxPool", "Pad", "ScatterElements", "LpNormalization"}
+BY_ONNXRUNTIME = {"AffineGrid", "GatherElements", "GridSample", "MaxPool", "Pad", "ScatterElements", "LpNormalization"}
 
 
 def runner(one: "Case", model: onnx.ModelProto):
@@ -67,7 +67,7 @@ class Case:
 
     Attributes:
         op: its name.
-        inputs: floating point ones are random numbers of these shapes; integers and bools are constants.
+        inputs: random numbers of a shape; an array that is a constant; Computed; None for an absent one.
         attributes: of the operator.
         by: the places of the inputs to differentiate by.
         low, high: the random numbers' range.
@@ -81,6 +81,17 @@ class Case:
     low: float = -2.0
     high: float = 2.0
     outputs: int = 1
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Integers that are no constant of the graph."""
+
+    array: np.ndarray
+
+
+def computed(*values):
+    return Computed(np.array(values))
 
 
 def shape(*lengths):
@@ -153,7 +164,15 @@ CASES = [
     case("Gather", shape(4, 3, 5), np.array([[0, 1], [1, 2]]), axis=1),
     case("Gather", shape(4, 6), np.array(2), axis=1),
     case("GatherElements", shape(2, 4), np.array([[0, 0, 3], [1, -1, 2]]), axis=1),
+    case("Gather", shape(4, 6), computed(3, 3, 0, -1), axis=0),
+    case("Gather", shape(4, 3, 6), computed([5, -2], [5, 0]), axis=2),
     case("GatherND", shape(3, 4, 2), np.array([[0, 1], [0, 1], [2, 3]])),
+    case("GatherND", shape(3, 4, 2), np.array([[[0], [3]], [[1], [1]], [[-1], [2]]]), batch_dims=1),
+    case("GatherND", shape(2, 3, 4, 2), np.array([[[1], [2], [3]], [[0], [0], [1]]]), batch_dims=2),
+    case("Compress", shape(4, 6), np.array([True, False, True]), axis=0),
+    case("Compress", shape(3, 4), np.array([False, True, True, False, True])),
+    case("Trilu", shape(2, 3, 4)),
+    case("Trilu", shape(2, 3, 4), np.array(-1), upper=0),
     *(
         case("ScatterElements", shape(3, 4), np.array([[0, 2], [1, 3]]), shape(2, 2), by=(0, 2), axis=1, **more)
         for more in ({}, {"reduction": "add"})
@@ -178,6 +197,7 @@ CASES = [
         for keepdims in (0, 1)
     ),
     case("ReduceSum", shape(2, 3), noop_with_empty_axes=1),
+    case("ReduceProd", shape(2, 3), noop_with_empty_axes=1),
     # Products.
     *(
         case("MatMul", one, other, by=(0, 1))
@@ -206,6 +226,9 @@ CASES = [
             ("ijk,j->k", (shape(2, 3, 4), shape(3))),
             ("ij->ji", (shape(2, 3),)),
             ("ij,k,kl->il", (shape(2, 3), shape(4), shape(4, 5))),
+            ("...ij,jk->...ik", (shape(2, 2, 3, 4), shape(4, 5))),
+            ("...ij,...jk->...ik", (shape(2, 2, 3, 4), shape(2, 4, 5))),
+            ("bi,ij", (shape(2, 3), shape(3, 4))),
         )
     ),
     # Convolutions.
@@ -242,8 +265,19 @@ CASES = [
             (2, {"pads": [1, 1, 1, 1], "output_padding": [1, 1]}),
             (2, {}),
             (3, {"dilations": [2, 1]}),
+            (2, {"auto_pad": "SAME_UPPER"}),
+            (3, {"auto_pad": "SAME_LOWER", "output_padding": [1, 0]}),
+            (2, {"auto_pad": "SAME_LOWER", "output_shape": [8, 10]}),
         )
     ),
+    # Places that are computed. Beyond [-1, 1] they lie outside of the image.
+    *(
+        case("GridSample", shape(2, 3, 4, 5), shape(2, 3, 4, 2), by=(0, 1), mode=mode, padding_mode=padding,
+             align_corners=aligned)
+        for mode in ("linear", "nearest") for padding in ("zeros", "border", "reflection") for aligned in (0, 1)
+    ),
+    *(case("AffineGrid", shape(2, 2, 3), ints(2, 1, *size), align_corners=aligned)
+      for size in ((4, 5), (3, 3)) for aligned in (0, 1)),
     # Windows.
     *(
         case("MaxPool", IMAGE, kernel_shape=list(kernel), strides=list(strides), pads=list(pads), ceil_mode=ceil)
@@ -288,16 +322,23 @@ def name_of(one: Case) -> str:
 
 
 def arrays_of(one: Case, rng) -> list:
-    return [rng.uniform(one.low, one.high, given) if isinstance(given, tuple) else given for given in one.inputs]
+    return [
+        rng.uniform(one.low, one.high, given)
+        if isinstance(given, tuple)
+        else given.array
+        if isinstance(given, Computed)
+        else given
+        for given in one.inputs
+    ]
 
 
 def forward_of(one: Case, arrays) -> onnx.ModelProto:
     """A model of the operator alone, whose variable inputs are the model's."""
     names = ["" if array is None else f"x{place}" for place, array in enumerate(arrays)]
     outputs = [f"y{place}" for place in range(one.outputs)]
-    variable = {place for place, given in enumerate(one.inputs) if isinstance(given, tuple)}
+    variable = {place for place, given in enumerate(one.inputs) if isinstance(given, tuple | Computed)}
     values = [
-        helper.make_tensor_value_info(name, DOUBLE, array.shape)
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
         for place, (name, array) in enumerate(zip(names, arrays, strict=True))
         if place in variable
     ]
@@ -347,7 +388,8 @@ def test_the_rule_is_the_slope_of_its_operator(one):
     rng = np.random.default_rng(0)
     arrays = arrays_of(one, rng)
     run = runner(one, forward_of(one, arrays))
-    variable = {f"x{place}": array for place, array in enumerate(arrays) if isinstance(one.inputs[place], tuple)}
+    fed = [place for place, given in enumerate(one.inputs) if isinstance(given, tuple | Computed)]
+    variable = {f"x{place}": arrays[place] for place in fed}
     outputs = run(variable)
     seeds = [rng.normal(size=output.shape) for output in outputs[: 1 if one.op == "TopK" else None]]
     feeds = variable | {f"g{place}": seed for place, seed in enumerate(seeds)}

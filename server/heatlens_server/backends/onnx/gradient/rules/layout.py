@@ -145,16 +145,40 @@ def _slice(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
 def _gather(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
     shape, index = tape.shape(input_of(node)), tape.array(node.inputs[1])
     axis = node.attributes["axis"].as_int() % len(shape)
-    if index is None or shape[axis] < 0:
-        raise NotDifferentiable("Gather by computed indices")
-    gradient = only(gradients)
-    if index.ndim != 1:
-        target = tape.target([*shape[:axis], index.size, *shape[axis + 1 :]])
+    gradient, count = only(gradients), int(np.prod(tape.shape(input_of(node, 1))))
+    if tape.rank(input_of(node, 1)) != 1:
+        target = tape.target([*shape[:axis], count, *shape[axis + 1 :]])
         if target is None:
             raise NotDifferentiable("Gather of images")
         gradient = tape.op("Reshape", gradient, target)
+    if index is None or shape[axis] < 0:
+        return _only_first(node, _put_computed(gradient, axis, input_of(node, 1), input_of(node), tape))
     places = index.ravel().astype(np.int64) % shape[axis]
     return _only_first(node, put(gradient, axis, places, shape, tape))
+
+
+def _put_computed(gradient: ir.Value, axis: int, index: ir.Value, like: ir.Value, tape: Tape) -> ir.Value:
+    """As `put`, for indices that are computed: any integers, which count from the end if they are negative."""
+    lengths = [-1 if place == axis else 1 for place in range(tape.rank(like))]
+    every = tape.op("Expand", tape.op("Reshape", index, tape.ints(*lengths)), tape.op("Shape", gradient))
+    return tape.op("ScatterElements", tape.zeros_like(like), every, gradient, axis=axis, reduction="add")
+
+
+def _compress(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
+    x, gradient = input_of(node), only(gradients)
+    taken = tape.op("NonZero", input_of(node, 1))
+    if "axis" in node.attributes:
+        axis = node.attributes["axis"].as_int() % tape.rank(x)
+        return _only_first(node, _put_computed(gradient, axis, taken, x, tape))
+    flat = tape.op("Reshape", tape.zeros_like(x), tape.ints(-1))
+    places = tape.op("Reshape", taken, tape.ints(-1))
+    return _only_first(node, tape.reshape(tape.op("ScatterElements", flat, places, gradient, axis=0), x))
+
+
+def _trilu(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
+    diagonal = node.inputs[1] if len(node.inputs) > 1 else None
+    upper = node.attributes["upper"].as_int()
+    return _only_first(node, tape.op("Trilu", only(gradients), diagonal, upper=upper))
 
 
 def _gather_elements(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
@@ -164,10 +188,17 @@ def _gather_elements(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradien
 
 
 def _gather_nd(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
-    if node.attributes["batch_dims"].as_int():
-        raise NotDifferentiable("GatherND with batch_dims")
-    zeros = tape.zeros_like(input_of(node))
-    return _only_first(node, tape.op("ScatterND", zeros, node.inputs[1], only(gradients), reduction="add"))
+    x, index = input_of(node), input_of(node, 1)
+    zeros, rank = tape.zeros_like(x), tape.rank(index)
+    places = index
+    for axis in reversed(range(node.attributes["batch_dims"].as_int())):
+        # ScatterND has no batch_dims: the number of the stack becomes an index in front of the others.
+        length = tape.op("Squeeze", tape.op("Shape", index, start=axis, end=axis + 1))
+        numbers = tape.op("Range", tape.constant(0, np.int64), length, tape.constant(1, np.int64))
+        column = tape.op("Reshape", numbers, tape.ints(*(-1 if place == axis else 1 for place in range(rank))))
+        size = tape.op("Concat", tape.op("Shape", index, end=rank - 1), tape.ints(1), axis=0)
+        places = tape.op("Concat", tape.op("Expand", column, size), places, axis=rank - 1)
+    return _only_first(node, tape.op("ScatterND", zeros, places, only(gradients), reduction="add"))
 
 
 def _reduction(node: ir.Node) -> str:
@@ -347,13 +378,20 @@ def _reduce_log_sum_exp(node: ir.Node, gradients: Gradients, tape: Tape) -> Grad
 
 
 def _reduce_prod(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
-    """Y / x. An element that is 0 has no such gradient: the quotient is not finite there."""
-    kept = _kept(node.outputs[0], _axes(node, tape), node, tape)
-    return _by_slope(node, gradients, tape, tape.op("Div", kept, input_of(node)))
+    """The product of the other elements: that of those which are not 0, over x; 0 if another one is 0."""
+    x, axes = input_of(node), _axes(node, tape)
+    is_zero = tape.cast(tape.op("Equal", x, tape.number(0.0)))
+    filled = tape.op("Add", x, is_zero)
+    others_zero = tape.op("Sub", tape.sum(is_zero, axes, keepdims=True), is_zero)
+    product = tape.op("ReduceProd", filled, tape.ints(*axes), keepdims=1) if axes else filled
+    quotient = tape.op("Div", product, filled)
+    none_zero = tape.cast(tape.op("Equal", others_zero, tape.number(0.0)))
+    return _by_slope(node, gradients, tape, tape.op("Mul", quotient, none_zero))
 
 
 RULES: Mapping[str, Rule] = {
     "Cast": _pass_on,
+    "Compress": _compress,
     "Concat": _concat,
     "CumSum": _cum_sum,
     "DepthToSpace": _depth_to_space,
@@ -385,6 +423,7 @@ RULES: Mapping[str, Rule] = {
     "Tile": _tile,
     "TopK": _top_k,
     "Transpose": _transpose,
+    "Trilu": _trilu,
     "Unsqueeze": _reshape,
 }
 """By operator."""

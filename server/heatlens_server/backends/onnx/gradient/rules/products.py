@@ -1,5 +1,6 @@
 """Rules of products of matrices, and of normalisations."""
 
+import string
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -81,11 +82,7 @@ def _gemm(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
 def _einsum(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
     """An operand's gradient is an Einsum too: of the output's gradient and the other operands, to its own letters."""
     gradient = only(gradients)
-    equation = node.attributes["equation"].as_string().replace(" ", "")
-    terms, arrow, result = equation.partition("->")
-    operands = terms.split(",")
-    if not arrow or "." in equation or any(len(set(term)) < len(term) for term in (*operands, result)):
-        raise NotDifferentiable(f"Einsum {equation!r}")
+    operands, result = _einsum_letters(node, tape)
     found: list[ir.Value | None] = []
     for place, term in enumerate(operands):
         value = input_of(node, place)
@@ -101,6 +98,40 @@ def _einsum(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
         lost = [axis for axis, letter in enumerate(term) if letter not in available]
         found.append(tape.expand(tape.op("Unsqueeze", part, tape.ints(*lost)), value) if lost else part)
     return found
+
+
+def _einsum_letters(node: ir.Node, tape: Tape) -> tuple[list[str], str]:
+    """The letters of each operand and of the result, one per axis.
+
+    Raises:
+        NotDifferentiable: a letter stands twice in one operand, or for several lengths.
+    """
+    equation = node.attributes["equation"].as_string().replace(" ", "")
+    terms, arrow, result = equation.partition("->")
+    operands = terms.split(",")
+    shapes = [tape.shape(input_of(node, place)) for place in range(len(operands))]
+    if not arrow:
+        result = "..." * ("." in terms) + "".join(
+            sorted(one for one in set(terms) - {",", "."} if terms.count(one) == 1)
+        )
+    if "." in equation:
+        spare = [letter for letter in string.ascii_letters if letter not in equation]
+        # Aligned at their ends, as operands are broadcast.
+        counts = [len(shape) - len(term.replace("...", "")) for term, shape in zip(operands, shapes, strict=True)]
+        most = max(counts)
+        operands = [
+            term.replace("...", "".join(spare[most - count : most]))
+            for term, count in zip(operands, counts, strict=True)
+        ]
+        result = result.replace("...", "".join(spare[:most]))
+    lengths = {
+        (letter, length)
+        for term, shape in zip(operands, shapes, strict=True)
+        for letter, length in zip(term, shape, strict=True)
+    }
+    if any(len(set(term)) < len(term) for term in operands) or len(lengths) > len(set("".join(operands))):
+        raise NotDifferentiable(f"Einsum {equation!r}")
+    return operands, result
 
 
 # Normalisations.

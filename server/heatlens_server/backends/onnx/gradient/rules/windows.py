@@ -179,10 +179,7 @@ def _conv_transpose(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradient
     """A convolution by the same weights."""
     gradient, x, weights = only(gradients), input_of(node, 0), input_of(node, 1)
     kernel, sizes = tape.shape(weights)[2:], tape.shape(x)[2:]
-    window = _window(node, kernel, sizes)
-    automatic = node.attributes["auto_pad"].as_string() if "auto_pad" in node.attributes else "NOTSET"
-    if automatic not in {"NOTSET", "VALID"} or "output_shape" in node.attributes:
-        raise NotDifferentiable("ConvTranspose with auto_pad or output_shape")
+    window = _cropped(node, kernel, sizes, tape.shape(node.outputs[0])[2:])
     found = tape.op(
         "Conv",
         gradient,
@@ -200,6 +197,24 @@ def _conv_transpose(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradient
             # Padding of the output that is a whole step wide: no element reaches there.
             found = tape.op("Slice", found, tape.ints(0), tape.ints(size), tape.ints(axis + 2))
     return by_first(node, found, tape)
+
+
+def _cropped(node: ir.Node, kernel: Sequence[int], sizes: Sequence[int], output: Sequence[int]) -> _Window:
+    """The window of a transposed convolution, whose pads follow from the output's size where that is given."""
+    window = _window(node, kernel, sizes)
+    automatic = node.attributes["auto_pad"].as_string()
+    if "output_shape" not in node.attributes and automatic in {"NOTSET", "VALID"}:
+        return window
+    rest = _ints(node, "output_padding", [0] * len(kernel))
+    steps = zip(sizes, output, kernel, window.strides, window.dilations, rest, strict=True)
+    totals = [
+        max(0, stride * (size - 1) + more + (one - 1) * dilation + 1 - wanted)
+        for size, wanted, one, stride, dilation, more in steps
+    ]
+    halves = [total // 2 for total in totals]
+    others = [total - half for total, half in zip(totals, halves, strict=True)]
+    before, after = (halves, others) if automatic == "SAME_UPPER" else (others, halves)
+    return _Window(kernel, window.strides, window.dilations, before, after)
 
 
 # Pooling and resizing, which are linear along each axis or choose one element per window.
