@@ -15,6 +15,7 @@ from heatlens_server.config.preprocess import (
     given_channels,
     lay_over,
     resized,
+    scaled_resize,
 )
 from heatlens_server.config.server import ServerConfig, TlsConfig
 
@@ -34,4 +35,5 @@ __all__ = [
     "lay_over",
     "load_config",
     "resized",
+    "scaled_resize",
 ]

@@ -104,7 +104,7 @@ def resized(base: PreprocessSpec, changes: PreprocessConfig) -> PreprocessSpec:
         crop_px = crop_px if resize_px is None or changes.crop_px is not None else _sides(resize_px)
         resize_px = crop_px if resize_px is None else _sides(resize_px)
     elif resize_px is None:
-        resize_px = base.resize_px if crop_px is None else _scaled_resize(base, crop_px)
+        resize_px = base.resize_px if crop_px is None else scaled_resize(base, crop_px)
     max_side_px = changes.max_side_px
     if max_side_px is None and crop_px is None:
         max_side_px = base.max_side_px
@@ -126,15 +126,28 @@ def resized(base: PreprocessSpec, changes: PreprocessConfig) -> PreprocessSpec:
         raise ModelLoadError(f"preprocess: {error}") from error
 
 
+def scaled_resize(base: PreprocessSpec, crop_px: tuple[int, int]) -> int | tuple[int, int]:
+    """What images are resized to for another crop than the source's, (height, width): in the same ratio to it."""
+    if base.crop_px is None or base.resize_px is None:
+        return max(crop_px)
+    if isinstance(base.resize_px, int):
+        return round(base.resize_px * max(crop_px) / max(base.crop_px))
+    return (
+        round(base.resize_px[0] * crop_px[0] / base.crop_px[0]),
+        round(base.resize_px[1] * crop_px[1] / base.crop_px[1]),
+    )
+
+
 def _about_values(
     spec: PreprocessSpec, unset: AbstractSet[str], guessed: AbstractSet[str], told: Mapping[str, AbstractSet[str]]
 ) -> Iterator[str]:
     """What is said of values that are not configured: those that are a guess, and those that the network tells."""
     if (unset & guessed) - {"interpolation", "max_side_px"}:
         usual = "as of torchvision's detectors" if spec.mean == (0.0,) * spec.channels else "as for ImageNet"
+        verb = "is" if len(unset & guessed) == 1 else "are"
         yield (
-            f"Nothing tells how images become the network's input, so {spec.in_words(unset & guessed)} are assumed, "
-            f"{usual}: set in [models.preprocess] what it was trained with."
+            f"Nothing tells how images become the network's input, so {spec.in_words(unset & guessed)} "
+            f"{verb} assumed, {usual}: set in [models.preprocess] what it was trained with."
         )
     for teller, names in told.items():
         if unset & names:
@@ -163,14 +176,3 @@ def _of_channels(base: PreprocessSpec, channels: int) -> PreprocessSpec:
 
 def _sides(size_px: int | tuple[int, int]) -> tuple[int, int]:
     return (size_px, size_px) if isinstance(size_px, int) else size_px
-
-
-def _scaled_resize(base: PreprocessSpec, crop_px: tuple[int, int]) -> int | tuple[int, int]:
-    if base.crop_px is None or base.resize_px is None:
-        return max(crop_px)
-    if isinstance(base.resize_px, int):
-        return round(base.resize_px * max(crop_px) / max(base.crop_px))
-    return (
-        round(base.resize_px[0] * crop_px[0] / base.crop_px[0]),
-        round(base.resize_px[1] * crop_px[1] / base.crop_px[1]),
-    )

@@ -21,7 +21,7 @@ def read_labels(path: Path, class_count: int) -> tuple[str, ...]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-        labels = _parse_json(json.loads(text)) if text.lstrip()[:1] in {"[", "{"} else _parse_lines(text)
+        labels = labels_of(json.loads(text)) if text.lstrip()[:1] in {"[", "{"} else _parse_lines(text)
     except OSError as error:
         raise ModelLoadError(f"labels file {path.name!r} cannot be read") from error
     # JSON's and UTF-8's decoding errors are ValueErrors.
@@ -34,18 +34,16 @@ def read_labels(path: Path, class_count: int) -> tuple[str, ...]:
     return labels
 
 
-def _parse_lines(text: str) -> tuple[str, ...]:
-    labels = tuple(line.strip() for line in text.rstrip().splitlines())
-    if "" in labels:
-        raise ValueError(f"line {labels.index('') + 1} is empty")
-    return labels
+def labels_of(content: object) -> tuple[str, ...]:
+    """The names of a list, or of a mapping from class ids, as of JSON.
 
-
-def _parse_json(content: object) -> tuple[str, ...]:
+    Raises:
+        ValueError: they are no names, or a class id is missing.
+    """
     if isinstance(content, dict):
         try:
             by_id = {int(key): name for key, name in content.items()}
-        except ValueError as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise ValueError("the keys must be class ids") from error
         missing = next((class_id for class_id in range(len(by_id)) if class_id not in by_id), None)
         if missing is not None:
@@ -54,3 +52,10 @@ def _parse_json(content: object) -> tuple[str, ...]:
     if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
         raise ValueError("the names must be strings")
     return tuple(content)
+
+
+def _parse_lines(text: str) -> tuple[str, ...]:
+    labels = tuple(line.strip() for line in text.rstrip().splitlines())
+    if "" in labels:
+        raise ValueError(f"line {labels.index('') + 1} is empty")
+    return labels

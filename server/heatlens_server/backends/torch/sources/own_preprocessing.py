@@ -1,13 +1,13 @@
 """What networks themselves say about how images become their input: timm's, and those that tell their image's size."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from timm.data.config import resolve_data_config
 from torch import nn
 
+from heatlens_server.backends.onnx.source.hub import timm_resize
 from heatlens_server.backends.torch.sources.source import triple
 from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
 
@@ -75,10 +75,8 @@ def timm_preprocess(module: nn.Module, configuration: Mapping[str, Any]) -> Prep
     made_for = _size_of(getattr(getattr(module, "patch_embed", None), "img_size", None))
     if made_for is not None and made_for[0] == made_for[1]:
         height_px, width_px = made_for
-    # timm.data.transforms_factory.transforms_imagenet_eval
-    scaled_px = math.floor(height_px / data["crop_pct"])
     return PreprocessSpec(
-        resize_px=(scaled_px, scaled_px) if data["crop_mode"] == "squash" else scaled_px,
+        resize_px=timm_resize(height_px, data["crop_pct"], is_squashed=data["crop_mode"] == "squash"),
         crop_px=(height_px, width_px),
         mean=triple(data["mean"]),
         std=triple(data["std"]),

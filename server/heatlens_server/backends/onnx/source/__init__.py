@@ -1,0 +1,1 @@
+"""ONNX files of anybody's as a source of models."""
