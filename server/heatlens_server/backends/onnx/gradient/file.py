@@ -66,6 +66,9 @@ def read_file(path: Path) -> ir.Model:
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value.base_dir = str(path.parent)
+            if value.const_value.nbytes <= _SMALL_BYTES:
+                # Graphs without their weights keep these.
+                value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
     return _in_one_form(model, path.name)
 
 

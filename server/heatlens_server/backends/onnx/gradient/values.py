@@ -75,7 +75,7 @@ def know(model: ir.Model, image: ir.Value, shape: Sequence[int]) -> Known:
                 constants[value] = value.const_value.numpy()
     inferred = _inferred(model, image, shape)
     if inferred is None:
-        one, two = (_probe(model, image, (count, *shape)) for count in (1, 2))
+        one, two = (probe(model, image, (count, *shape)) for count in (1, 2))
         for value, lengths in one[0].items():
             if value in two[0] and len(two[0][value]) == len(lengths):
                 pairs = zip(lengths, two[0][value], strict=True)
@@ -137,7 +137,7 @@ def _dtype(image: ir.Value) -> ir.DataType:
     return image.dtype if image.dtype is not None and image.dtype.is_floating_point() else ir.DataType.FLOAT
 
 
-def _probe(
+def probe(
     model: ir.Model, image: ir.Value, shape: Sequence[int]
 ) -> tuple[Mapping[ir.Value, Shape], Mapping[ir.Value, Array]]:
     """Run a graph on noise.
