@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from heatlens_server.backends.onnx.capabilities import can_serve, check_served, check_tensors, served_info
 from heatlens_server.backends.onnx.cuda import open_graphed
+from heatlens_server.backends.onnx.graph_bytes import taking_floats
 from heatlens_server.backends.onnx.graph_rows import (
     GraphRows,
     Int64Array,
@@ -178,7 +179,8 @@ class OnnxRuntimeEngine:
             return runner
 
     def _open(self, file: Path, dtype: str) -> _Runner:
-        graph = file if dtype == _UINT8 else _taking_floats(file)
+        # A graph that normalises pixels first casts them, of whatever type they are.
+        graph = file if dtype == _UINT8 else taking_floats(file.read_bytes(), IMAGE)
         outputs = list(SERVED_OUTPUTS)
         if self._choice.name == CUDA:
             probe = self._probe(dtype)
@@ -211,17 +213,6 @@ class OnnxRuntimeEngine:
             gpu_count=cuda_device_count(),
             cache=cache,
         )
-
-
-def _taking_floats(file: Path) -> bytes:
-    """A graph that normalises uint8 pixels, as one that takes them as float32: its first step is a cast."""
-    import onnx  # noqa: PLC0415 - takes half a second, and most servers never see an image of 16 bits
-
-    model = onnx.load(file, load_external_data=False)
-    for tensor in model.graph.input:
-        if tensor.name == IMAGE:
-            tensor.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
-    return model.SerializeToString()
 
 
 def _session_count(folder: Path, manifest: Manifest) -> int:
