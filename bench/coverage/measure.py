@@ -20,7 +20,6 @@ from torch import nn
 from bench.coverage.models import inputs, make
 from bench.coverage.table import MAX_MAP_DIFFERENCE, compared
 from heatlens_server.backends.torch.cam.grid import Grid, to_map
-from heatlens_server.backends.torch.cam.methods import raw_map
 from heatlens_server.backends.torch.cam.saliency import saliency
 from heatlens_server.backends.torch.export import onnx_file
 from heatlens_server.backends.torch.export.capture import capture
@@ -31,6 +30,7 @@ from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import CLASS_INDEX, IMAGE, MAP_OUTPUTS, InputKind, Output
 from heatlens_server.core.methods import Method
+from heatlens_server.maps.methods import raw_map
 
 # Traced with 2 images and 5 classes.
 IMAGES = 3

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 
-from heatlens_server.backends.torch.cam.methods import raw_map
 from heatlens_server.backends.torch.cam.saliency import saliency
 from heatlens_server.backends.torch.cam.targets import class_scores
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.core.methods import ABSENT, Method, Score
+from heatlens_server.maps.methods import raw_map
 from loaded_models import MEAN, STD, loaded, noise
 
 PX = 32

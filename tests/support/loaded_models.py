@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from heatlens_server.backends.onnx.manifest import Manifest
-from heatlens_server.backends.torch.cam.methods import raw_map
 from heatlens_server.backends.torch.cam.saliency import saliency
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.export.folder import export_bundle, export_graph
@@ -24,6 +23,7 @@ from heatlens_server.backends.torch.sources.weights import weights_version
 from heatlens_server.core.graph_spec import Format, GraphSpec
 from heatlens_server.core.methods import Method
 from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
+from heatlens_server.maps.methods import raw_map
 from server_toml import MEAN, STD
 
 PREPROCESS = PreprocessSpec(resize_px=64, crop_px=(64, 64), mean=MEAN, std=STD, interpolation=Interpolation.BILINEAR)

@@ -17,6 +17,7 @@ ROOMS = (
     "core",
     "config",
     "imaging",
+    "maps",
     "backends.onnx",
     "backends.torch",
     "telemetry",

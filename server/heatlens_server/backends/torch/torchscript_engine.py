@@ -22,7 +22,6 @@ from heatlens_server.backends.onnx.graph_rows import (
 )
 from heatlens_server.backends.onnx.manifest import GraphFile, Manifest
 from heatlens_server.backends.onnx.map_finish import Maps
-from heatlens_server.backends.torch.cam.methods import raw_map
 from heatlens_server.backends.torch.cam.saliency import saliency
 from heatlens_server.backends.torch.network.device import memory_errors, resolve_device
 from heatlens_server.core.arrays import Float32Array, ImageArray
@@ -32,6 +31,7 @@ from heatlens_server.core.graph_spec import Format, InputKind, Output
 from heatlens_server.core.methods import RANKED, Method
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import Target, class_targets
+from heatlens_server.maps.methods import raw_map
 
 _log = logging.getLogger(__name__)
 

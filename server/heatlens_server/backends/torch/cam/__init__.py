@@ -1,1 +1,1 @@
-"""The methods as pure functions of tensors."""
+"""What follows and what precedes the methods, for tensors: upsampling and layers, masks, scores of classes, grids."""

@@ -5,8 +5,8 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
 from heatlens_server.backends.torch.cam.grid import Grid, LayerOutput, Layout, from_map, to_map
-from heatlens_server.backends.torch.cam.precision import at_least_float32
 from heatlens_server.backends.torch.cam.saliency import upsample
+from heatlens_server.maps.precision import at_least_float32
 
 _NEIGHBOURHOOD = ((0.0625, 0.125, 0.0625), (0.125, 0.25, 0.125), (0.0625, 0.125, 0.0625))
 """The 3x3 Gaussian of Recipro-CAM and ViT-Recipro-CAM. Beyond the edge is nothing, and nothing makes up for that."""

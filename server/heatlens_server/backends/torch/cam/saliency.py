@@ -1,6 +1,6 @@
 """From raw maps to the map that callers get, in the one order that every engine and exporter shares.
 
-ReLU, resizing, combining several layers, and min-max with what it takes to undo the min-max.
+ReLU, resizing, combining several layers, min-max.
 """
 
 from collections.abc import Sequence
@@ -10,23 +10,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.precision import at_least_float32
 from heatlens_server.core.methods import Aggregation
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class NormalizedMap:
-    """Maps stretched to [0, 1] and the numbers that were divided out: values * scale + offset is relu(raw).
-
-    Attributes:
-        values: (..., h, w), in [0, 1]: exactly 0 at the minimum and 1 at the maximum; all zeros if the map is flat.
-        scale: (...), the maximum minus the minimum of relu(raw); 0 if the map is flat.
-        offset: (...), the minimum of relu(raw).
-    """
-
-    values: Tensor
-    scale: Tensor
-    offset: Tensor
+from heatlens_server.maps.normalization import NormalizedMap, normalize
+from heatlens_server.maps.precision import at_least_float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,30 +32,6 @@ class Part:
 
 WHOLE = Part()
 """All of a map."""
-
-
-def normalize(raw: Tensor) -> NormalizedMap:
-    """ReLU, then min-max over the last two dimensions. Each map on its own, no epsilon.
-
-    Libraries add an epsilon (1e-7, 1e-8) to the denominator, which turns maps of tiny gradients into nothing and is
-    zero in float16. Here a flat map is found by its scale of exactly zero, and every other range is divided out in
-    full, denormals included. Non-finite input is not hidden: a map with a NaN or +inf has NaN in its values and a
-    non-finite scale, and the other maps of the batch are not touched. -inf is a negative value: the ReLU makes it 0.
-
-    Args:
-        raw: (..., h, w) floating point, not empty.
-
-    Returns:
-        The maps, in float32 if raw is float16 or bfloat16 and in raw's dtype otherwise. Half precision comes back as
-        float32 because the identity above would not survive rounding to it.
-    """
-    positive = torch.relu(at_least_float32(raw))
-    offset = positive.amin(dim=(-2, -1), keepdim=True)
-    scale = positive.amax(dim=(-2, -1), keepdim=True) - offset
-    # A true division: 1 / scale is infinite for denormal scales.
-    values = (positive - offset) / torch.where(scale == 0, 1.0, scale)
-    # One dimension at a time: exporters know that form.
-    return NormalizedMap(values=values, scale=scale.squeeze(-1).squeeze(-1), offset=offset.squeeze(-1).squeeze(-1))
 
 
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -170,14 +132,14 @@ def saliency(
     raw_maps: Sequence[Tensor],
     size: tuple[int, int] | None = None,
     aggregation: Aggregation = Aggregation.MEAN,
-) -> NormalizedMap:
+) -> NormalizedMap[Tensor]:
     """Finish a map: ReLU, combine the layers, upsample, min-max.
 
     The ReLU comes before the upsampling, as in Grad-CAM's definition of the map; negative pixels would otherwise
     eat into the edges of positive ones. Min-max comes last, so that the returned map spans [0, 1] at its own size.
 
     Args:
-        raw_maps: one (N, K, h_i, w_i) per target layer, from `heatlens_server.backends.torch.cam.methods.raw_map`.
+        raw_maps: one (N, K, h_i, w_i) per target layer, from `maps.methods.raw_map`.
         size: (height, width) of the result; None for the (largest) layer's own.
         aggregation: how several layers' maps become one.
 

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.precision import at_least_float32
 from heatlens_server.core.methods import ABSENT, RANKED, Score
+from heatlens_server.maps.precision import at_least_float32
 
 __all__ = ["ABSENT", "RANKED", "class_scores", "probabilities", "resolve", "seeds"]
 

@@ -13,12 +13,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.activation_maps import fem_distance
-from heatlens_server.backends.torch.cam.methods import raw_map
 from heatlens_server.backends.torch.cam.saliency import saliency
 from heatlens_server.backends.torch.export.reference import Reference, pooled
 from heatlens_server.core.graph_spec import MAP_OUTPUTS, Output
 from heatlens_server.core.methods import Method
+from heatlens_server.maps.activation_maps import fem_distance
+from heatlens_server.maps.methods import raw_map
 
 WEIGHTS = "weights"
 """The figure that stands for the gradients: their mean over each channel."""

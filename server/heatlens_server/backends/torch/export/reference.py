@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from heatlens_server.backends.torch.cam.grid import MAP, to_map
-from heatlens_server.backends.torch.cam.precision import FP16_GRADIENT_SCALE
 from heatlens_server.backends.torch.cam.targets import class_scores
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.methods import Score
+from heatlens_server.maps.precision import FP16_GRADIENT_SCALE
 
 _CHUNK = 4
 """Images that are run together."""

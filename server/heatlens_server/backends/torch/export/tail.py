@@ -19,14 +19,14 @@ from torch.fx.node import map_arg
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from heatlens_server.backends.torch.cam.methods import raw_map
-from heatlens_server.backends.torch.cam.precision import FP16_GRADIENT_SCALE, at_least_float32
 from heatlens_server.backends.torch.cam.saliency import saliency
 from heatlens_server.backends.torch.cam.targets import resolve, seeds
 from heatlens_server.backends.torch.export.capture import MARK, Captured
 from heatlens_server.backends.torch.export.gradients.table import SUBSTITUTES, TABLE
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.methods import ABSENT, Method, Score
+from heatlens_server.maps.methods import raw_map
+from heatlens_server.maps.precision import FP16_GRADIENT_SCALE, at_least_float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ def trace_rows(captured: Captured, tail: Tail, goal: Goal = LOGIT) -> GraphModul
 
 
 def trace_map(method: Method, activations: Tensor, gradients: Tensor) -> GraphModule:
-    """Trace a method's maths, the functions of `cam/` themselves.
+    """Trace a method's maths, the functions of `maps/` themselves.
 
     Args:
         method: not one of activations alone. CAM's class weights are the gradients summed over all pixels, which is

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import box_iou
 
-from heatlens_server.backends.torch.cam.precision import at_least_float32
 from heatlens_server.backends.torch.cam.saliency import Part
 from heatlens_server.backends.torch.goals.base import Goals, RunImages, TaskModel
 from heatlens_server.backends.torch.goals.image_part import find_part
@@ -21,6 +20,7 @@ from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.methods import ABSENT, Score
 from heatlens_server.core.results import Finding, ImageResult
 from heatlens_server.core.targets import Boxes, Detections, Target
+from heatlens_server.maps.precision import at_least_float32
 
 _LEAST_OVERLAP = 0.5
 """The intersection over union from which on a box of a changed image is the same detection, as in `grad-cam`."""

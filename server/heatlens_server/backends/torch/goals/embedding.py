@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
 
-from heatlens_server.backends.torch.cam.precision import at_least_float32
 from heatlens_server.backends.torch.goals.base import Goals, RunImages, TaskModel, sum_of
 from heatlens_server.backends.torch.sources.output_reading import OutputReading
 from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.methods import Score
 from heatlens_server.core.results import Finding, ImageResult
 from heatlens_server.core.targets import Similarity, Target
+from heatlens_server.maps.precision import at_least_float32
 
 _SAME = 16 * torch.finfo(torch.float32).eps
 """How far apart two directions may be that are the same, in a network of float32."""

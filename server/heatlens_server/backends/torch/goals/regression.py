@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from heatlens_server.backends.torch.cam.precision import at_least_float32
 from heatlens_server.backends.torch.goals.base import Goals, RunImages, TaskModel, sum_of
 from heatlens_server.backends.torch.sources.output_reading import OutputReading
 from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.methods import ABSENT, Score
 from heatlens_server.core.results import Finding, ImageResult
 from heatlens_server.core.targets import Direction, Target, Values
+from heatlens_server.maps.precision import at_least_float32
 
 
 class ValueGoals(Goals):

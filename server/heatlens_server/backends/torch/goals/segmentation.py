@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
 
-from heatlens_server.backends.torch.cam.precision import at_least_float32
 from heatlens_server.backends.torch.cam.targets import class_scores
 from heatlens_server.backends.torch.goals.base import Goals, RunImages, TaskModel
 from heatlens_server.backends.torch.sources.output_reading import OutputReading
@@ -18,6 +17,7 @@ from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import ABSENT, Score
 from heatlens_server.core.results import Finding, ImageResult
 from heatlens_server.core.targets import ClassIds, Pixels, Target, TopK
+from heatlens_server.maps.precision import at_least_float32
 
 _MOST_CLASSES = 255
 """In a mask of uint8: the last value means that the model did not look."""

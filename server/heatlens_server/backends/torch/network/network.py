@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from heatlens_server.backends.torch.cam.grid import LayerOutput, to_map
-from heatlens_server.backends.torch.cam.precision import FP16_GRADIENT_SCALE
 from heatlens_server.backends.torch.cam.saliency import cut
 from heatlens_server.backends.torch.goals.base import TaskModel
 from heatlens_server.backends.torch.network.attention_blocks import AttentionRecorder, find_attention
@@ -23,6 +22,7 @@ from heatlens_server.backends.torch.sources.trace import is_quantised
 from heatlens_server.core.arrays import ImageArray
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import Method
+from heatlens_server.maps.precision import FP16_GRADIENT_SCALE
 
 _log = logging.getLogger(__name__)
 

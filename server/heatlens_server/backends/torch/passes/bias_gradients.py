@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.precision import at_least_float32
 from heatlens_server.backends.torch.network.hooks import Substitutes
+from heatlens_server.maps.precision import at_least_float32
 
 Take = Callable[[Tensor, int], None]
 """Given the bias-gradient of one operation, in its output's shape, and that shape's channel dimension, 1 or -1.

@@ -1,19 +1,19 @@
-"""The closed forms: a forward pass, a backward pass over the tail for each class, the maths of `cam.methods`."""
+"""The closed forms: a forward pass, a backward pass over the tail for each class, the maths of `maps.methods`."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.methods import raw_map
-from heatlens_server.backends.torch.cam.principal import principal_projection
-from heatlens_server.backends.torch.cam.weights import weighted
 from heatlens_server.backends.torch.goals.base import Goals
 from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.backends.torch.passes.one_pass import RawMaps, leaf_of
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import Target
+from heatlens_server.maps.methods import raw_map
+from heatlens_server.maps.principal import principal_projection
+from heatlens_server.maps.weights import weighted
 
 
 def closed_form(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> RawMaps:
@@ -60,7 +60,7 @@ def _gradient_maps(
 
 
 def _map(spec: MapSpec, activations: Tensor, factors: Tensor) -> Tensor:
-    """The raw map (N, K, h, w) of activations and what they are weighted by; see `cam.methods.raw_map`."""
+    """The raw map (N, K, h, w) of activations and what they are weighted by; see `maps.methods.raw_map`."""
     if spec.principal:
         return principal_projection(weighted(spec.method, activations, factors))
     return raw_map(spec.method, activations, factors)

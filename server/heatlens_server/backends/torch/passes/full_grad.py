@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from heatlens_server.backends.torch.cam.grid import Grid, Layout, to_map
-from heatlens_server.backends.torch.cam.precision import at_least_float32
-from heatlens_server.backends.torch.cam.saliency import normalize, upsample
+from heatlens_server.backends.torch.cam.saliency import upsample
 from heatlens_server.backends.torch.network.hooks import Substitution
 from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.backends.torch.passes.bias_gradients import bias_gradients
 from heatlens_server.backends.torch.passes.one_pass import RawMaps, input_gradient
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.targets import Target
+from heatlens_server.maps.normalization import normalize
+from heatlens_server.maps.precision import at_least_float32
 
 
 def full_grad(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> RawMaps:

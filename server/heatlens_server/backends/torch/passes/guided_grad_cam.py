@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.precision import at_least_float32
 from heatlens_server.backends.torch.cam.saliency import upsample
 from heatlens_server.backends.torch.network.hooks import Substitutes, Substitution
 from heatlens_server.backends.torch.network.network import TorchModel
@@ -18,6 +17,7 @@ from heatlens_server.backends.torch.passes.one_pass import RawMaps, input_gradie
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import Target
+from heatlens_server.maps.precision import at_least_float32
 
 
 def guided_grad_cam(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> RawMaps:

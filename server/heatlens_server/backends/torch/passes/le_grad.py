@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from heatlens_server.backends.torch.cam.grid import to_map
-from heatlens_server.backends.torch.cam.precision import at_least_float32
 from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.backends.torch.passes.one_pass import RawMaps
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.targets import Target
+from heatlens_server.maps.precision import at_least_float32
 
 
 def le_grad(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> RawMaps:

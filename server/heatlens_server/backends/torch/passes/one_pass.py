@@ -6,13 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.saliency import NormalizedMap, saliency
+from heatlens_server.backends.torch.cam.saliency import saliency
 from heatlens_server.backends.torch.goals.base import Goals
 from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import Target
+from heatlens_server.maps.normalization import NormalizedMap
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +38,7 @@ class RawMaps:
         with torch.no_grad():
             return RawMaps(self.goals, [model.on_image(of_layer, size_px) for of_layer in self.raw])
 
-    def maps(self, spec: MapSpec, size_px: tuple[int, int]) -> NormalizedMap:
+    def maps(self, spec: MapSpec, size_px: tuple[int, int]) -> NormalizedMap[Tensor]:
         """Finish the maps.
 
         Args:
@@ -104,7 +105,7 @@ def input_gradient(
     return gradient / reduced
 
 
-def results(goals: Goals, maps: NormalizedMap) -> list[ImageResult]:
+def results(goals: Goals, maps: NormalizedMap[Tensor]) -> list[ImageResult]:
     """Take a batch's maps apart: one result per image."""
     values, scales, offsets = (t.float().cpu().numpy() for t in (maps.values, maps.scale, maps.offset))
     return [goals.result(n, values[n], scales[n], offsets[n]) for n in range(len(values))]

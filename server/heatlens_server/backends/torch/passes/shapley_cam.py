@@ -6,9 +6,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.methods import shapley_cam as shapley_cam_map
-from heatlens_server.backends.torch.cam.principal import principal_projection
-from heatlens_server.backends.torch.cam.weights import shapley_cam_weights, weigh
 from heatlens_server.backends.torch.network.attention import open_attention
 from heatlens_server.backends.torch.network.hooks import Substitutes, Substitution
 from heatlens_server.backends.torch.network.network import TorchModel
@@ -16,10 +13,13 @@ from heatlens_server.backends.torch.passes.one_pass import RawMaps, leaf_of
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.targets import Target
+from heatlens_server.maps.methods import shapley_cam as shapley_cam_map
+from heatlens_server.maps.principal import principal_projection
+from heatlens_server.maps.weights import shapley_cam_weights, weigh
 
 
 def shapley_cam(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> RawMaps:
-    """Explain with `cam.methods.shapley_cam`; see `passes.one_pass.OnePass`.
+    """Explain with `maps.methods.shapley_cam`; see `passes.one_pass.OnePass`.
 
     Images do not meet inside the network: the product of the whole batch's Hessian with the whole batch's activations
     is that of each image's. Piecewise linear tails have no curvature: there it is Grad-CAM.

@@ -7,7 +7,6 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.saliency import NormalizedMap, normalize
 from heatlens_server.backends.torch.goals.base import has_goals
 from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.backends.torch.passes.one_pass import RawMaps, results
@@ -21,6 +20,7 @@ from heatlens_server.core.arrays import ImageArray
 from heatlens_server.core.engine import MapSpec, Steps
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import Target
+from heatlens_server.maps.normalization import NormalizedMap, normalize
 
 STEPPERS: Mapping[Method, Stepper] = MappingProxyType(
     {
@@ -88,8 +88,8 @@ def raw_maps(
 
 
 def _smoothed(
-    model: TorchModel, inputs: Tensor, target: Target, spec: MapSpec, plain: NormalizedMap, *, rows: int
-) -> Generator[None, None, NormalizedMap]:
+    model: TorchModel, inputs: Tensor, target: Target, spec: MapSpec, plain: NormalizedMap[Tensor], *, rows: int
+) -> Generator[None, None, NormalizedMap[Tensor]]:
     """Average finished maps over the image and its mirror image, each in three strengths.
 
     Args:

@@ -6,8 +6,8 @@ import torch
 
 from heatlens_server.backends.torch.cam.grid import Layout
 from heatlens_server.backends.torch.cam.masks import empty_channels, place_masks, places_alone, without_channels
-from heatlens_server.backends.torch.cam.methods import cam
 from heatlens_server.backends.torch.steps.job import ROUNDING, Job, MapSteps
+from heatlens_server.maps.methods import cam
 
 _LEAST = 1e-12
 """What a score's magnitude is taken to be at least."""

@@ -6,13 +6,14 @@ from collections.abc import Callable, Generator
 import torch
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.saliency import NormalizedMap, upsample
+from heatlens_server.backends.torch.cam.saliency import upsample
 from heatlens_server.backends.torch.faithfulness.measure import measure
 from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.backends.torch.passes.one_pass import RawMaps
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Metric
 from heatlens_server.core.targets import Target
+from heatlens_server.maps.normalization import NormalizedMap
 
 Measures = tuple[dict[Metric, float], ...]
 
@@ -25,7 +26,7 @@ def measure_maps(
     inputs: Tensor,
     target: Target,
     spec: MapSpec,
-    maps: NormalizedMap,
+    maps: NormalizedMap[Tensor],
     *,
     rows: int,
     remake: Remake,

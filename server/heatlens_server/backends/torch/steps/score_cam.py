@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from heatlens_server.backends.torch.cam.masks import channel_masks, constant_channels
-from heatlens_server.backends.torch.cam.methods import cam
 from heatlens_server.backends.torch.steps.job import Job, MapSteps, Noise
+from heatlens_server.maps.methods import cam
 
 SS_CAM_SAMPLES = 35
 SS_CAM_DEVIATION = 2.0

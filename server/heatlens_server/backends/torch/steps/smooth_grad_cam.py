@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.methods import smooth_grad_cam_plus_plus
-from heatlens_server.backends.torch.cam.precision import at_least_float32
 from heatlens_server.backends.torch.steps.job import Job, MapSteps, Noise
+from heatlens_server.maps.methods import smooth_grad_cam_plus_plus
+from heatlens_server.maps.precision import at_least_float32
 
 SAMPLES = 4
 DEVIATION = 0.3
@@ -17,7 +17,7 @@ DEVIATION = 0.3
 def smooth_grad_cam_plus_plus_in_steps(job: Job) -> MapSteps:
     """Smooth Grad-CAM++ of 4 noisy copies of the normalised image, deviation 0.3, the same noise for every image.
 
-    See `cam.methods.smooth_grad_cam_plus_plus`.
+    See `maps.methods.smooth_grad_cam_plus_plus`.
 
     Costs 4 runs of the network, and as many backward passes through what is behind the layer for every goal.
 
@@ -25,7 +25,7 @@ def smooth_grad_cam_plus_plus_in_steps(job: Job) -> MapSteps:
         TypeError: the layer returns a pyramid, which has no gradient here.
     """
     features = at_least_float32(job.features)
-    first, second, third = torch.zeros(3, 1, job.goals.width, *features.shape[1:], device=features.device)
+    first, second, third = torch.zeros(3, 1, job.goals.width, *features.shape[1:], device=features.device).unbind()
     noise = Noise(DEVIATION, tuple(job.inputs.shape[1:]), features.device)
     for chunk in job.chunks(torch.arange(SAMPLES)):
         for k, gradients in enumerate(_gradients(job, job.inputs + noise.draw(len(chunk)))):

@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from heatlens_server.backends.torch.cam.activation_maps import fem_distance
 from heatlens_server.backends.torch.export.comparison import TOLERANCES, expected, outputs_of
 from heatlens_server.backends.torch.export.reference import Reference
 from heatlens_server.core.graph_spec import MAP_OUTPUTS, Output
 from heatlens_server.core.methods import Method
+from heatlens_server.maps.activation_maps import fem_distance
 
 
 def reference(seed=0, n=4, k=2, c=6):

@@ -7,10 +7,10 @@ import pytorch_grad_cam
 import torch
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-from heatlens_server.backends.torch.cam.methods import raw_map
-from heatlens_server.backends.torch.cam.weights import weighted
 from heatlens_server.core.methods import CLOSED_FORMS, Method
 from heatlens_server.core.targets import ClassIds
+from heatlens_server.maps.methods import raw_map
+from heatlens_server.maps.weights import weighted
 from loaded_models import noise
 from one_pass_models import assert_parity, calibrated, placed, raw, stretched, top
 from tiny_models import tiny, tiny_mlp

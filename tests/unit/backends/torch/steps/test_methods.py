@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 import tiny_models
 from heatlens_server.backends.torch.cam.grid import Grid, Layout, to_map
-from heatlens_server.backends.torch.cam.methods import smooth_grad_cam_plus_plus
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.steps.drive import STEPPERS
 from heatlens_server.backends.torch.steps.job import Noise
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Method, Score
 from heatlens_server.core.targets import ClassIds, TopK
+from heatlens_server.maps.methods import smooth_grad_cam_plus_plus
 from loaded_models import loaded, noise
 from step_jobs import drain, job, placed
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from heatlens_server.backends.torch.cam.methods import (
+from heatlens_server.core.methods import CLOSED_FORMS, Method
+from heatlens_server.maps.methods import (
     cam,
     grad_cam,
     grad_cam_plus_plus,
@@ -13,9 +14,8 @@ from heatlens_server.backends.torch.cam.methods import (
     smooth_grad_cam_plus_plus,
     x_grad_cam,
 )
-from heatlens_server.core.methods import CLOSED_FORMS, Method
 
-# Eigen-Grad-CAM is judged in test_cam_principal.py.
+# Eigen-Grad-CAM is judged in test_principal.py.
 GRADIENT_METHODS = [m for m in CLOSED_FORMS if m.traits.needs_gradient and m is not Method.EIGEN_GRAD_CAM]
 
 # One image, one class, two channels of 2x2. Channel sums of A: 10 and 1. Channel means of g: 0.5 and -0.5.

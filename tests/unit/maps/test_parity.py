@@ -18,10 +18,11 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from skimage import data
 from torch import nn
 
-from heatlens_server.backends.torch.cam.methods import grad_cam, raw_map
-from heatlens_server.backends.torch.cam.saliency import normalize, saliency, upsample
+from heatlens_server.backends.torch.cam.saliency import saliency, upsample
 from heatlens_server.backends.torch.cam.targets import class_scores
 from heatlens_server.core.methods import Aggregation, Method, Score
+from heatlens_server.maps.methods import grad_cam, raw_map
+from heatlens_server.maps.normalization import normalize
 
 TOLERANCE = 1e-4  # measured: 1.3e-5 at most (XGrad-CAM on DenseNet), 6e-6 without it
 SIZE = (96, 128)  # not square: height and width must not be mixed up

@@ -1,16 +1,16 @@
 """Maps of activations and no model: FEM, and the control that every evaluation needs, Random-CAM.
 
-Arguments, results, errors and rules on dtypes and tracing are those of `cam.methods`, where not told otherwise.
+Arguments, results, errors and rules on dtypes and tracing are those of `maps.methods`, where not told otherwise.
 """
 
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
+from array_api_compat import device
 
-from heatlens_server.backends.torch.cam.precision import at_least_float32
+from heatlens_server.maps.arrays import A, mean_places, namespace, places_flat
+from heatlens_server.maps.precision import at_least_float32
 
 FEM_DEVIATIONS = 2.0
 """How many standard deviations above its channel's mean an activation is strong: k in the paper."""
@@ -19,7 +19,7 @@ _BITS = 24
 """Random weights are multiples of 2^-23: exact in float32."""
 
 
-def fem(activations: Tensor) -> Tensor:
+def fem(activations: A) -> A:
     """FEM: at every pixel the means of the channels that are strong there, `sum_c mean(A[c]) [A[c] > mean + 2 std]`.
 
     Fuad et al. 2020, https://hal.science/hal-02963298: the channels' binary maps by the k-sigma rule, weighted by the
@@ -28,10 +28,11 @@ def fem(activations: Tensor) -> Tensor:
     share of strong pixels. The rule is a step: an activation within rounding of it may fall on either side.
     """
     means, distance = fem_distance(activations)
-    return torch.where(distance <= 0, 0.0, means).sum(dim=1, keepdim=True)
+    xp = namespace(means)
+    return xp.sum(xp.where(distance <= 0, 0.0, means), axis=1, keepdims=True)
 
 
-def fem_distance(activations: Tensor) -> tuple[Tensor, Tensor]:
+def fem_distance(activations: A) -> tuple[A, A]:
     """The two things that FEM is made of.
 
     Args:
@@ -45,13 +46,13 @@ def fem_distance(activations: Tensor) -> tuple[Tensor, Tensor]:
     """
     _check(activations)
     activations = at_least_float32(activations)
-    means = activations.mean(dim=(-2, -1), keepdim=True)
+    means = mean_places(activations, keepdims=True)
     centred = activations - means
-    deviations = (centred * centred).mean(dim=(-2, -1), keepdim=True).sqrt()
+    deviations = namespace(centred).sqrt(mean_places(centred * centred, keepdims=True))
     return means, centred - FEM_DEVIATIONS * deviations
 
 
-def random_cam(activations: Tensor, count: int) -> Tensor:
+def random_cam(activations: A, count: int) -> A:
     """Random-CAM: channels weighted by chance, uniformly in [-1, 1). What a method must beat to say anything.
 
     As `RandomCAM` of the `grad-cam` package, which draws anew for every image and call. Here the weights depend on the
@@ -65,13 +66,14 @@ def random_cam(activations: Tensor, count: int) -> Tensor:
     """
     _check(activations)
     activations = at_least_float32(activations)
-    n, channels, height, width = activations.shape
-    start, step = torch.from_numpy(_draws(int(channels))).to(activations.device)
-    positions = torch.arange(count, device=activations.device).unsqueeze(1)
-    drawn = torch.remainder(start + positions * step, 1 << _BITS).to(activations.dtype)
-    weights = drawn / float(1 << (_BITS - 1)) - 1.0
-    summed = torch.bmm(weights.expand(n, -1, -1), activations.flatten(2))
-    return torch.unflatten(summed, 2, (height, width))
+    xp = namespace(activations)
+    images, channels, height, width = activations.shape
+    start, step = (xp.asarray(drawn, device=device(activations)) for drawn in _draws(int(channels)))
+    positions = xp.expand_dims(xp.arange(count, device=device(activations)), axis=1)
+    mixed = xp.astype((start + positions * step) % (1 << _BITS), activations.dtype)
+    weights = mixed / float(1 << (_BITS - 1)) - 1.0
+    summed: A = xp.matmul(weights, places_flat(activations))
+    return xp.reshape(summed, (images, count, height, width))
 
 
 @lru_cache(maxsize=64)
@@ -90,6 +92,6 @@ def _draws(channels: int) -> npt.NDArray[np.int64]:
     return np.ascontiguousarray(drawn.reshape(channels, 2).T)
 
 
-def _check(activations: Tensor) -> None:
+def _check(activations: A) -> None:
     if activations.ndim != 4:
         raise ValueError(f"activations: must be (N, C, h, w), not {tuple(activations.shape)}")

@@ -3,9 +3,9 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from heatlens_server.backends.torch.cam.activation_maps import fem, random_cam
-from heatlens_server.backends.torch.cam.methods import raw_map, shapley_cam
 from heatlens_server.core.methods import Method
+from heatlens_server.maps.activation_maps import fem, random_cam
+from heatlens_server.maps.methods import raw_map, shapley_cam
 
 
 def activations_of(n=3, c=16, h=7, w=7, dtype=torch.float64):

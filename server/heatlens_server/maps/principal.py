@@ -10,15 +10,26 @@ the eigenvector. Two power steps with X itself take away what rounding did meanw
 to a component that rounding decides anyway: float32 knows eigenvectors to its epsilon divided by the gap.
 
 A component has no sign of its own. Here it is fixed: see each method. Activations that do not vary give a map of zeros.
-Arguments, results, errors and rules on dtypes and tracing are those of `cam.methods`, where not told otherwise.
+Arguments, results, errors and rules on dtypes and tracing are those of `maps.methods`, where not told otherwise.
 """
 
 import math
 
-import torch
-from torch import Tensor
+from array_api_compat import device
 
-from heatlens_server.backends.torch.cam.precision import at_least_float32
+from heatlens_server.maps.arrays import (
+    A,
+    namespace,
+    nonzero,
+    places_flat,
+    product,
+    relu,
+    silently,
+    sum_channels,
+    sum_places,
+)
+from heatlens_server.maps.precision import at_least_float32
+from heatlens_server.maps.weights import gradient_times_activation
 
 _SQUARINGS = 12
 
@@ -37,7 +48,7 @@ _KERNEL_OFFSET = 1.0
 """The sigmoid kernel's coef0, as in scikit-learn."""
 
 
-def eigen_cam(activations: Tensor) -> Tensor:
+def eigen_cam(activations: A) -> A:
     """Eigen-CAM: the first principal component of the activations, the same for every class.
 
     Muhammad and Yeasin 2020, https://arxiv.org/abs/2008.00299, with activations centred over the pixels as in the
@@ -46,10 +57,10 @@ def eigen_cam(activations: Tensor) -> Tensor:
     """
     _check(activations)
     activations = at_least_float32(activations)
-    return _component(_points(activations), _energy(activations)).reshape(-1, 1, *activations.shape[-2:])
+    return _map(_component(_points(activations), _energy(activations)), activations)
 
 
-def eigen_grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
+def eigen_grad_cam(activations: A, gradients: A) -> A:
     """Eigen-Grad-CAM: the first principal component of gradient times activation.
 
     As `EigenGradCAM` of the `grad-cam` package 1.5.7; it has no paper. Sign: see `principal_projection`.
@@ -60,10 +71,10 @@ def eigen_grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
             f"gradients: must be (N, K, C, h, w) for activations {tuple(activations.shape)}, "
             f"not {tuple(gradients.shape)}"
         )
-    return principal_projection(at_least_float32(gradients) * at_least_float32(activations).unsqueeze(1))
+    return principal_projection(gradient_times_activation(activations, gradients))
 
 
-def principal_projection(weighted: Tensor) -> Tensor:
+def principal_projection(weighted: A) -> A:
     """The first principal component of weighted activations, in place of their sum over channels.
 
     The smoothing that the `grad-cam` package calls `eigen_smooth`, with a sign: the map correlates positively with the
@@ -74,12 +85,15 @@ def principal_projection(weighted: Tensor) -> Tensor:
     """
     if weighted.ndim != 5:
         raise ValueError(f"weighted: must be (N, K, C, h, w), not {tuple(weighted.shape)}")
-    n, k, _, height, width = weighted.shape
-    flat = at_least_float32(weighted).flatten(0, 1)
-    return _component(_points(flat), flat.sum(dim=1).flatten(1)).reshape(n, k, height, width)
+    xp = namespace(weighted)
+    images, classes, *each = weighted.shape
+    rows = xp.reshape(at_least_float32(weighted), (-1, *each))
+    with silently():
+        component = _component(_points(rows), places_flat(sum_channels(rows)))
+    return xp.reshape(component, (images, classes, *each[1:]))
 
 
-def kpca_cam(activations: Tensor) -> Tensor:
+def kpca_cam(activations: A) -> A:
     """KPCA-CAM: the first kernel principal component of the activations, the same for every class.
 
     Karmani et al. 2024, https://arxiv.org/abs/2410.00267, with the sigmoid kernel `tanh(x . y / C + 1)` of centred
@@ -90,88 +104,100 @@ def kpca_cam(activations: Tensor) -> Tensor:
     _check(activations)
     activations = at_least_float32(activations)
     points = _points(activations)
-    products = torch.tanh(torch.bmm(points, points.mT) / points.shape[2])
+    xp = namespace(points)
+    products = xp.tanh(product(points, xp.matrix_transpose(points)) / points.shape[2])
     # tanh(1 + z) less tanh(1), which centring takes away anyway: of small z nothing is lost beside the 1.
     at_zero = math.tanh(_KERNEL_OFFSET)
     kernel = products * (1.0 - at_zero * at_zero) / (1.0 + at_zero * products)
-    rows = kernel.mean(dim=2, keepdim=True)
-    kernel = kernel - rows - rows.mT + rows.mean(dim=1, keepdim=True)
+    rows = xp.mean(kernel, axis=2, keepdims=True)
+    kernel = kernel - rows - xp.matrix_transpose(rows) + xp.mean(rows, axis=1, keepdims=True)
     # No eigenvalue is further from zero than this: with it on the diagonal the largest one is the largest in magnitude.
-    most = (kernel * kernel).sum(dim=(-2, -1), keepdim=True).sqrt()
+    most = xp.sqrt(sum_places(kernel * kernel, keepdims=True))
     pixels = points.shape[1]
-    # Not torch.eye, of which torch's ONNX exporter makes slow work.
-    places = torch.arange(pixels, device=kernel.device)
-    shifted = torch.where(places == places.unsqueeze(1), kernel + most, kernel)
+    # Not the library's identity, of which torch's ONNX exporter makes slow work.
+    places = xp.arange(pixels, device=device(kernel))
+    shifted = xp.where(xp.equal(places, xp.expand_dims(places, axis=1)), kernel + most, kernel)
     # The diagonal halves the distance between eigenvalues: once more makes up for it.
     squarings, steps = (_SQUARINGS + 1, _POWER_STEPS) if pixels <= _LARGEST_SQUARED else (0, _LARGE_POWER_STEPS)
     vector = _leading(shifted, squarings)
     for _ in range(steps):
-        vector = _unit(torch.bmm(shifted, vector))
-    eigenvalue = (vector * torch.bmm(kernel, vector)).sum(dim=1, keepdim=True)
-    component = (vector * torch.relu(eigenvalue).sqrt()).squeeze(2)
-    component = _signed(component, _energy(activations))
-    return component.reshape(-1, 1, *activations.shape[-2:])
+        vector = _unit(product(shifted, vector))
+    eigenvalue = xp.sum(vector * product(kernel, vector), axis=1, keepdims=True)
+    component = xp.squeeze(vector * xp.sqrt(relu(eigenvalue)), axis=2)
+    return _map(_signed(component, _energy(activations)), activations)
 
 
-def _points(features: Tensor) -> Tensor:
+def _points(features: A) -> A:
     """Pixels as points, centred: (B, C, h, w) to (B, P, C). All zero where the features only vary by rounding."""
-    points = features.flatten(2).mT
-    centred = points - points.mean(dim=1, keepdim=True)
-    rounding = _FLAT * torch.finfo(points.dtype).eps * points.abs().amax(dim=(-2, -1), keepdim=True)
-    flat = centred.abs().amax(dim=(-2, -1), keepdim=True) <= rounding
-    return torch.where(flat, 0.0, centred)
+    xp = namespace(features)
+    points = xp.matrix_transpose(places_flat(features))
+    centred = points - xp.mean(points, axis=1, keepdims=True)
+    rounding = _FLAT * float(xp.finfo(points.dtype).eps) * _largest(points)
+    return xp.where(_largest(centred) <= rounding, 0.0, centred)
 
 
-def _component(points: Tensor, like: Tensor) -> Tensor:
+def _component(points: A, like: A) -> A:
     """The first principal component of centred points (B, P, C), (B, P), signed to correlate with `like` (B, P)."""
-    size = _nonzero(points.abs().amax(dim=(-2, -1), keepdim=True))
+    xp = namespace(points)
+    size = nonzero(_largest(points))
     # Squares of tiny gradients would not be floats any more.
     scaled = points / size
+    turned = xp.matrix_transpose(scaled)
     if points.shape[1] <= points.shape[2]:
-        projected = _leading(torch.bmm(scaled, scaled.mT), _SQUARINGS)
+        projected = _leading(product(scaled, turned), _SQUARINGS)
     else:
-        projected = torch.bmm(scaled, _leading(torch.bmm(scaled.mT, scaled), _SQUARINGS))
+        projected = product(scaled, _leading(product(turned, scaled), _SQUARINGS))
     for _ in range(_POWER_STEPS):
-        projected = torch.bmm(scaled, _unit(torch.bmm(scaled.mT, _unit(projected))))
-    return _signed((projected * size).squeeze(2), like)
+        projected = product(scaled, _unit(product(turned, _unit(projected))))
+    return _signed(xp.squeeze(projected * size, axis=2), like)
 
 
-def _leading(matrix: Tensor, squarings: int) -> Tensor:
+def _leading(matrix: A, squarings: int) -> A:
     """The first eigenvector (B, S, 1) of positive semidefinite matrices (B, S, S), of any length and sign."""
+    xp = namespace(matrix)
     for step in range(squarings):
         if step % 2 == 0:
             # Of such a matrix the largest entry is on the diagonal, and no eigenvalue is more than S times it: two
             # squarings make at most S^3 of it, and no less than 1.
-            matrix = matrix / _nonzero(matrix.amax(dim=(-2, -1), keepdim=True))
-        matrix = torch.bmm(matrix, matrix)
+            matrix = matrix / nonzero(xp.max(matrix, axis=(-2, -1), keepdims=True))
+        matrix = product(matrix, matrix)
     # Every column is the eigenvector times one of its entries: the longest column has the largest.
-    longest = (matrix * matrix).sum(dim=1).argmax(dim=1, keepdim=True)
-    chosen = longest == torch.arange(matrix.shape[2], device=matrix.device)
-    return torch.where(chosen.unsqueeze(1), matrix, 0.0).sum(dim=2, keepdim=True)
+    longest = xp.argmax(xp.sum(matrix * matrix, axis=1), axis=1, keepdims=True)
+    chosen = xp.equal(longest, xp.arange(matrix.shape[2], device=device(matrix)))
+    return xp.sum(xp.where(xp.expand_dims(chosen, axis=1), matrix, 0.0), axis=2, keepdims=True)
 
 
-def _unit(vectors: Tensor) -> Tensor:
+def _unit(vectors: A) -> A:
     """Vectors (B, S, 1) at length 1; zero stays zero."""
     # Scaled first: of small entries the squares would not be floats any more.
-    scaled = vectors / _nonzero(vectors.abs().amax(dim=1, keepdim=True))
-    return scaled / _nonzero((scaled * scaled).sum(dim=1, keepdim=True).sqrt())
+    xp = namespace(vectors)
+    scaled = vectors / nonzero(_largest(vectors))
+    return scaled / nonzero(xp.sqrt(xp.sum(scaled * scaled, axis=1, keepdims=True)))
 
 
-def _signed(component: Tensor, like: Tensor) -> Tensor:
+def _signed(component: A, like: A) -> A:
     """A component (B, P) with the sign that makes it correlate with `like` (B, P)."""
-    correlation = (component * (like - like.mean(dim=1, keepdim=True))).sum(dim=1, keepdim=True)
-    return torch.where(correlation < 0, -component, component)
+    xp = namespace(component)
+    correlation = xp.sum(component * (like - xp.mean(like, axis=1, keepdims=True)), axis=1, keepdims=True)
+    return xp.where(correlation < 0, -component, component)
 
 
-def _energy(activations: Tensor) -> Tensor:
+def _energy(activations: A) -> A:
     """How strongly the network responds at each pixel, (N, P)."""
-    return (activations * activations).sum(dim=1).sqrt().flatten(1)
+    return places_flat(namespace(activations).sqrt(sum_channels(activations * activations)))
 
 
-def _nonzero(sizes: Tensor) -> Tensor:
-    return torch.where(sizes == 0, 1.0, sizes)
+def _largest(matrices: A) -> A:
+    """The largest magnitude in each of (B, R, S), as (B, 1, 1)."""
+    xp = namespace(matrices)
+    return xp.max(xp.abs(matrices), axis=(-2, -1), keepdims=True)
 
 
-def _check(activations: Tensor) -> None:
+def _map(component: A, activations: A) -> A:
+    """A component (N, P) as the map (N, 1, h, w) of activations."""
+    return namespace(component).reshape(component, (-1, 1, *activations.shape[2:]))
+
+
+def _check(activations: A) -> None:
     if activations.ndim != 4:
         raise ValueError(f"activations: must be (N, C, h, w), not {tuple(activations.shape)}")

@@ -4,9 +4,11 @@ Arguments, results and errors are the same everywhere, and told here alone:
 
 - activations `A`: (N, C, h, w), N images and C channels of the target layer;
 - gradients `g`: (N, K, C, h, w), the derivative of K class scores per image with respect to the activations;
-- returned: the raw map (N, K, h, w), float32 or wider, before the final ReLU (see `cam.saliency` for what follows);
+- returned: the raw map (N, K, h, w), float32 or wider, before the final ReLU;
   methods that know no class return (N, 1, h, w);
 - raised: ValueError where a shape does not fit.
+
+The arrays are torch's, numpy's, or those of another library of `maps.arrays`; what is returned is of the same one.
 
 Half precision (float16, bfloat16) in gives float32 out and all sums run in float32: 49 products of small gradients
 underflow in float16, and a sum over 2048 channels loses most of bfloat16's 8 bits. float32 stays float32; float64 stays
@@ -22,25 +24,24 @@ intermediate is no larger than the gradients themselves.
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from heatlens_server.backends.torch.cam.activation_maps import fem, random_cam
-from heatlens_server.backends.torch.cam.precision import at_least_float32
-from heatlens_server.backends.torch.cam.principal import eigen_cam, eigen_grad_cam, kpca_cam
-from heatlens_server.backends.torch.cam.weights import (
-    GRAD_CAM_PLUS_PLUS_EPSILON,
+from heatlens_server.core.methods import Method
+from heatlens_server.maps.activation_maps import fem, random_cam
+from heatlens_server.maps.arrays import A, Array, namespace, places_flat, product, relu, silently, sum_channels
+from heatlens_server.maps.precision import at_least_float32
+from heatlens_server.maps.principal import eigen_cam, eigen_grad_cam, kpca_cam
+from heatlens_server.maps.weights import (
     grad_cam_plus_plus_weights,
     grad_cam_weights,
     gradient_times_activation,
     shapley_cam_weights,
+    smooth_grad_cam_plus_plus_weights,
     x_grad_cam_weights,
 )
-from heatlens_server.core.methods import Method
 
 
-def cam(activations: Tensor, class_weights: Tensor) -> Tensor:
+def cam(activations: A, class_weights: A) -> A:
     """CAM: channels weighted by a linear head's weights, `sum_c W[k, c] A[c]`.
 
     Zhou et al. 2016, https://arxiv.org/abs/1512.04150, equation 2. For a network that ends in global average pooling
@@ -60,7 +61,7 @@ def cam(activations: Tensor, class_weights: Tensor) -> Tensor:
     return _weighted_sum(class_weights, activations)
 
 
-def grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
+def grad_cam(activations: A, gradients: A) -> A:
     """Grad-CAM: channels weighted by their mean gradient, `sum_c mean_ij(g[c]) A[c]`.
 
     Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391, equations 1 and 2.
@@ -69,7 +70,7 @@ def grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
     return _weighted_sum(grad_cam_weights(gradients), activations)
 
 
-def grad_cam_plus_plus(activations: Tensor, gradients: Tensor) -> Tensor:
+def grad_cam_plus_plus(activations: A, gradients: A) -> A:
     """Grad-CAM++: channels weighted by `sum_ij alpha[c] relu(g[c])`, `alpha = g^2 / (2 g^2 + (sum_ij A[c]) g^3 + eps)`.
 
     Chattopadhyay et al. 2018, https://arxiv.org/abs/1710.11063, equations 7 and 19. Implementations disagree. This is
@@ -81,16 +82,16 @@ def grad_cam_plus_plus(activations: Tensor, gradients: Tensor) -> Tensor:
     return _weighted_sum(grad_cam_plus_plus_weights(activations, gradients), activations)
 
 
-def hi_res_cam(activations: Tensor, gradients: Tensor) -> Tensor:
+def hi_res_cam(activations: A, gradients: A) -> A:
     """HiResCAM: gradient times activation at every pixel, `sum_c g[c] A[c]`.
 
     Draelos and Carin 2020, https://arxiv.org/abs/2011.08891.
     """
     _check(activations, gradients)
-    return gradient_times_activation(activations, gradients).sum(dim=2)
+    return sum_channels(gradient_times_activation(activations, gradients))
 
 
-def x_grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
+def x_grad_cam(activations: A, gradients: A) -> A:
     """XGrad-CAM: channels weighted by their gradient at the mean activation, `sum_ij(g[c] A[c]) / (sum_ij A[c] + eps)`.
 
     Fu et al. 2020, https://arxiv.org/abs/2008.02312, equation 8. eps is 1e-7 on the sum of the channel, as in the
@@ -101,26 +102,26 @@ def x_grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
     return _weighted_sum(x_grad_cam_weights(activations, gradients), activations)
 
 
-def layer_cam(activations: Tensor, gradients: Tensor) -> Tensor:
+def layer_cam(activations: A, gradients: A) -> A:
     """LayerCAM: positive gradient times activation at every pixel, `sum_c relu(g[c]) A[c]`.
 
     Jiang et al. 2021, https://doi.org/10.1109/TIP.2021.3089943, equations 6 and 7.
     """
     _check(activations, gradients)
-    return gradient_times_activation(activations, torch.relu(gradients)).sum(dim=2)
+    return sum_channels(gradient_times_activation(activations, relu(gradients)))
 
 
-def element_wise_grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
+def element_wise_grad_cam(activations: A, gradients: A) -> A:
     """Element-wise Grad-CAM: the positive part of gradient times activation, `sum_c relu(g[c] A[c])`.
 
     As `GradCAMElementWise` of the `grad-cam` package 1.5.7; it has no paper. Equals LayerCAM where activations
     are not negative.
     """
     _check(activations, gradients)
-    return torch.relu(gradient_times_activation(activations, gradients)).sum(dim=2)
+    return sum_channels(relu(gradient_times_activation(activations, gradients)))
 
 
-def shapley_cam(activations: Tensor, gradients: Tensor, curvature: Tensor) -> Tensor:
+def shapley_cam(activations: A, gradients: A, curvature: A) -> A:
     """Shapley-CAM: channels weighted by the mean of `g - H A / 2`, the gradient less half its change along A.
 
     Cai 2025, https://arxiv.org/abs/2501.06261, as `ShapleyCAM` of the `grad-cam` package 1.5.7. No closed form: H A is
@@ -137,80 +138,7 @@ def shapley_cam(activations: Tensor, gradients: Tensor, curvature: Tensor) -> Te
     return _weighted_sum(shapley_cam_weights(gradients, curvature), activations)
 
 
-def _same_for_all(make: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """The function of a method whose map is the same for every class."""
-
-    def repeated(activations: Tensor, factors: Tensor) -> Tensor:
-        return make(activations).expand(-1, factors.shape[1], -1, -1)
-
-    return repeated
-
-
-RAW_MAPS: Mapping[Method, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType(
-    {
-        Method.CAM: cam,
-        Method.GRAD_CAM: grad_cam,
-        Method.GRAD_CAM_PLUS_PLUS: grad_cam_plus_plus,
-        Method.HI_RES_CAM: hi_res_cam,
-        Method.X_GRAD_CAM: x_grad_cam,
-        Method.LAYER_CAM: layer_cam,
-        Method.ELEMENT_WISE_GRAD_CAM: element_wise_grad_cam,
-        Method.EIGEN_CAM: _same_for_all(eigen_cam),
-        Method.EIGEN_GRAD_CAM: eigen_grad_cam,
-        Method.KPCA_CAM: _same_for_all(kpca_cam),
-        Method.FEM: _same_for_all(fem),
-        Method.RANDOM_CAM: lambda activations, factors: random_cam(activations, factors.shape[1]),
-    }
-)
-"""The function of every closed form."""
-
-
-def raw_map(method: Method, activations: Tensor, factors: Tensor) -> Tensor:
-    """Make the raw map of a method.
-
-    Args:
-        method: which one.
-        activations: (N, C, h, w).
-        factors: the gradients (N, K, C, h, w); for `Method.CAM`, which differentiates nothing, the class weights
-            (N, K, C); for methods of activations alone anything of (N, K, ...), of which only K is read.
-
-    Returns:
-        Raw map (N, K, h, w), before the final ReLU, float32 or wider.
-
-    Raises:
-        ValueError: a shape does not fit.
-    """
-    return RAW_MAPS[method](activations, factors)
-
-
-def _weighted_sum(weights: Tensor, activations: Tensor) -> Tensor:
-    """Sum channels, (N, K, C) times (N, C, h, w) to (N, K, h, w)."""
-    height, width = activations.shape[-2:]
-    summed = torch.bmm(at_least_float32(weights), at_least_float32(activations).flatten(2))
-    return torch.unflatten(summed, 2, (height, width))
-
-
-def _check_activations(activations: Tensor) -> None:
-    if activations.ndim != 4:
-        raise ValueError(f"activations: must be (N, C, h, w), not {tuple(activations.shape)}")
-
-
-def _check(activations: Tensor, gradients: Tensor) -> None:
-    # Wrong shapes often broadcast: (N, C, h, w) gradients would give a map, and a wrong one.
-    _check_activations(activations)
-    if (
-        gradients.ndim != 5
-        or gradients.shape[2:] != activations.shape[1:]
-        or gradients.shape[0] != activations.shape[0]
-    ):
-        n, c, h, w = activations.shape
-        raise ValueError(
-            f"gradients: must be ({n}, K, {c}, {h}, {w}) for activations {tuple(activations.shape)}, "
-            f"not {tuple(gradients.shape)}"
-        )
-
-
-def smooth_grad_cam_plus_plus(activations: Tensor, first: Tensor, second: Tensor, third: Tensor) -> Tensor:
+def smooth_grad_cam_plus_plus(activations: A, first: A, second: A, third: A) -> A:
     """Smooth Grad-CAM++: Grad-CAM++ with the means of g, g^2 and g^3 over noisy inputs in the place of each.
 
     Channels are weighted by `sum_ij alpha[c] relu(E g[c])`, `alpha = E g^2 / (2 E g^2 + (sum_ij A[c]) E g^3 + eps)`.
@@ -229,10 +157,80 @@ def smooth_grad_cam_plus_plus(activations: Tensor, first: Tensor, second: Tensor
             f"first, second, third: must all be (N, K, {', '.join(map(str, activations.shape[1:]))}), "
             f"not {[tuple(power.shape) for power in (first, second, third)]}"
         )
-    second = at_least_float32(second)
-    channel_sums = at_least_float32(activations).sum(dim=(-2, -1), keepdim=True).unsqueeze(1)
-    denominator = 2.0 * second + channel_sums * at_least_float32(third) + GRAD_CAM_PLUS_PLUS_EPSILON
-    # As in Grad-CAM++: takes negative activations.
-    denominator = torch.where(denominator == 0, 1.0, denominator)
-    weights = (second / denominator * torch.relu(at_least_float32(first))).sum(dim=(-2, -1))
-    return cam(activations, weights)
+    return _weighted_sum(smooth_grad_cam_plus_plus_weights(activations, first, second, third), activations)
+
+
+def _same_for_all(make: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    """The function of a method whose map is the same for every class."""
+
+    def repeated(activations: A, factors: A) -> A:
+        of_all: A = make(activations)
+        images, _, height, width = of_all.shape
+        return namespace(of_all).broadcast_to(of_all, (images, factors.shape[1], height, width))
+
+    return repeated
+
+
+RAW_MAPS: Mapping[Method, Callable[[Any, Any], Any]] = MappingProxyType(
+    {
+        Method.CAM: cam,
+        Method.GRAD_CAM: grad_cam,
+        Method.GRAD_CAM_PLUS_PLUS: grad_cam_plus_plus,
+        Method.HI_RES_CAM: hi_res_cam,
+        Method.X_GRAD_CAM: x_grad_cam,
+        Method.LAYER_CAM: layer_cam,
+        Method.ELEMENT_WISE_GRAD_CAM: element_wise_grad_cam,
+        Method.EIGEN_CAM: _same_for_all(eigen_cam),
+        Method.EIGEN_GRAD_CAM: eigen_grad_cam,
+        Method.KPCA_CAM: _same_for_all(kpca_cam),
+        Method.FEM: _same_for_all(fem),
+        Method.RANDOM_CAM: lambda activations, factors: random_cam(activations, factors.shape[1]),
+    }
+)
+"""The function of every closed form."""
+
+
+def raw_map(method: Method, activations: A, factors: A) -> A:
+    """Make the raw map of a method.
+
+    Args:
+        method: which one.
+        activations: (N, C, h, w).
+        factors: the gradients (N, K, C, h, w); for `Method.CAM`, which differentiates nothing, the class weights
+            (N, K, C); for methods of activations alone anything of (N, K, ...), of which only K is read.
+
+    Returns:
+        Raw map (N, K, h, w), before the final ReLU, float32 or wider.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    with silently():
+        made: A = RAW_MAPS[method](activations, factors)
+    return made
+
+
+def _weighted_sum(weights: A, activations: A) -> A:
+    """Sum channels, (N, K, C) times (N, C, h, w) to (N, K, h, w)."""
+    summed = product(at_least_float32(weights), places_flat(at_least_float32(activations)))
+    return namespace(summed).reshape(summed, (*summed.shape[:2], *activations.shape[2:]))
+
+
+def _check_activations(activations: Array) -> None:
+    if activations.ndim != 4:
+        raise ValueError(f"activations: must be (N, C, h, w), not {tuple(activations.shape)}")
+
+
+def _check(activations: Array, gradients: Array) -> None:
+    # Wrong shapes often broadcast: (N, C, h, w) gradients would give a map, and a wrong one.
+    _check_activations(activations)
+    if (
+        gradients.ndim != 5
+        or gradients.shape[2:] != activations.shape[1:]
+        or gradients.shape[0] != activations.shape[0]
+    ):
+        n, c, h, w = activations.shape
+        raise ValueError(
+            f"gradients: must be ({n}, K, {c}, {h}, {w}) for activations {tuple(activations.shape)}, "
+            f"not {tuple(gradients.shape)}"
+        )

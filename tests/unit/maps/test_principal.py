@@ -3,9 +3,9 @@ import torch
 from sklearn.decomposition import KernelPCA
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from heatlens_server.backends.torch.cam.methods import raw_map
-from heatlens_server.backends.torch.cam.principal import eigen_cam, eigen_grad_cam, kpca_cam, principal_projection
 from heatlens_server.core.methods import Method
+from heatlens_server.maps.methods import raw_map
+from heatlens_server.maps.principal import eigen_cam, eigen_grad_cam, kpca_cam, principal_projection
 
 METHODS = [Method.EIGEN_CAM, Method.EIGEN_GRAD_CAM, Method.KPCA_CAM]
 
