@@ -52,6 +52,12 @@ _creation = threading.Lock()
 # either while both cores are free, 23 ms instead of 36 ms while another process wants one.
 _SPIN_US = 50
 
+SIGNED_STAYS = ("session.qdqisint8allowed", "1")
+"""A session's entry without which onnxruntime 1.32 makes signed quantisers unsigned on x86.
+
+It forgets those that it has put in itself behind a Transpose, as backward passes have them, and then refuses the graph.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -184,6 +190,7 @@ def session_options(runtime: Runtime, *, threads: int | None) -> SessionOptions:
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry(*SIGNED_STAYS)
     return options
 
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from heatlens_server.backends.onnx.gradient.rules import elementwise, layout, products, sampling, windows
+from heatlens_server.backends.onnx.gradient.rules import elementwise, layout, products, quantised, sampling, windows
 from heatlens_server.backends.onnx.gradient.tape import Gradients, Known, NotDifferentiable, Rule, Tape
 
 RULES: Mapping[str, Rule] = {
     **elementwise.RULES,
     **layout.RULES,
     **products.RULES,
+    **quantised.RULES,
     **sampling.RULES,
     **windows.RULES,
 }
@@ -28,8 +29,8 @@ _WITHOUT_GRADIENT = frozenset(
 )
 """Operators whose outputs do not change where their inputs change a little, or hold no elements of them."""
 
-_ONE_MOVES = frozenset({"Dropout", "MaxPool", "TopK"})
-"""Operators of which the first output alone changes: the others are places, or masks."""
+_ONE_MOVES = frozenset({"Dropout", "DynamicQuantizeLinear", "MaxPool", "TopK"})
+"""Operators of which the first output alone changes: the others are places, or masks, or count as constants."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from onnx import inliner, version_converter
 from onnx_ir.passes import common
 
+from heatlens_server.backends.onnx.gradient.runtime_operators import is_rewritten, rewrite_runtime_operators
 from heatlens_server.core.errors import ModelLoadError
 
 OLDEST_OPSET = 20
@@ -145,7 +146,7 @@ def _check_operators(model: ir.Model) -> None:
             raise ModelLoadError(
                 f"operator {node.op_type} of node {node.name!r}: control flow cannot be differentiated"
             )
-        if node.domain not in _OWN_DOMAINS:
+        if node.domain not in _OWN_DOMAINS and not is_rewritten(node):
             raise ModelLoadError(
                 f"operator {node.domain}.{node.op_type} of node {node.name!r} is not ONNX's own: "
                 "give the file before a runtime optimised it"
@@ -164,6 +165,9 @@ def _in_one_form(model: ir.Model, file_name: str) -> ir.Model:
             skeleton = version_converter.convert_version(skeleton, OLDEST_OPSET)
         model = with_weights(_inlined(skeleton), weights)
         common.TopologicalSortPass()(model)
+        rewrite_runtime_operators(model)
+    except ModelLoadError:
+        raise
     # In C++, of an error class that is not public.
     except Exception as error:
         raise ModelLoadError(f"{file_name!r} cannot be converted to opset {OLDEST_OPSET}: {error}") from error

@@ -22,6 +22,9 @@ _LEAST_SHARE = 0.5
 
 _MOST_LAYERS = 5
 
+_QUANTISERS = frozenset({"ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QuantizeLinear"})
+"""Their outputs are integers, whose scales are elsewhere."""
+
 _PASSED_ON_BACK = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze"})
 _ACTIVATIONS = {"Softmax": "softmax", "LogSoftmax": "softmax", "Sigmoid": "sigmoid"}
 
@@ -229,7 +232,7 @@ def _before_head(scores: ir.Value) -> ir.Value:
     """What the last linear layer reads: the weights of a head that is yet to be trained may be zero."""
     at = scores
     while (node := at.producer()) is not None and node.op_type in {"Add", "Gemm", "MatMul", *_PASSED_ON_BACK}:
-        computed = [value for value in node.inputs if value is not None and value.const_value is None]
+        computed = [value for value in node.inputs if value is not None and _is_computed(value)]
         if len(computed) != 1:
             break
         at = computed[0]
@@ -267,9 +270,9 @@ def _candidates(model: ir.Model, known: Known, image: ImageInput) -> Iterator[Fo
     for node in model.graph:
         value = node.outputs[0]
         shape = known.shapes.get(value, ())
-        if node.op_type in {"Conv", "MaxPool", "AveragePool"} and len(shape) == 4:
+        if node.op_type in {"Conv", "ConvInteger", "MaxPool", "AveragePool"} and len(shape) == 4:
             grids.add((shape[2], shape[3]))
-        if value in excluded or shape[:1] != (BATCH,) or min(shape[1:], default=1) < 0:
+        if value in excluded or node.op_type in _QUANTISERS or shape[:1] != (BATCH,) or min(shape[1:], default=1) < 0:
             continue
         layer = _as_layer(value, shape, grids, (height_px, width_px))
         if layer is not None and layer.height * layer.width > 1:
@@ -305,6 +308,9 @@ def _in_proportion(size: tuple[int, int], image_px: tuple[int, int]) -> bool:
 
 
 def _is_computed(value: ir.Value | None) -> bool:
+    """Whether a value depends on the image: not a weight, nor one that is stored as integers."""
+    while value is not None and (node := value.producer()) is not None and node.op_type == "DequantizeLinear":
+        value = node.inputs[0]
     return value is not None and value.const_value is None
 
 
@@ -344,7 +350,10 @@ def _linear_outputs(model: ir.Model, known: Known) -> set[ir.Value]:
     """Queries, keys, values and inner activations of linear layers over tokens: the sum behind them is the layer."""
     marked: set[ir.Value] = set()
     for node in model.graph:
-        computed = [value for value in node.inputs if _is_computed(value)]
+        # Not the scales and zero points that are computed where a network is quantised dynamically.
+        computed = [
+            value for value in node.inputs if value is not None and _is_computed(value) and known.shapes.get(value)
+        ]
         rank = len(known.shapes.get(node.outputs[0], ()))
         is_linear = node.op_type in _TOKENWISE and len(computed) == 1 and rank >= 3
         is_sum = node.op_type == "Add" and len(computed) > 1

@@ -14,7 +14,7 @@ from onnx_ir.passes import common
 
 from heatlens_server.backends.onnx.gradient.file import skeleton_of
 from heatlens_server.backends.onnx.gradient.tape import BATCH, Array, Known, Shape
-from heatlens_server.backends.onnx.providers import load_runtime
+from heatlens_server.backends.onnx.providers import SIGNED_STAYS, load_runtime
 from heatlens_server.core.errors import ModelLoadError
 
 _MOST_CONSTANT_ELEMENTS = 1 << 16
@@ -37,6 +37,7 @@ def open_graph(model: ir.Model) -> Any:  # noqa: ANN401 - onnxruntime has no typ
     runtime = load_runtime()
     options = runtime.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry(*SIGNED_STAYS)
     held = {name: tensor.numpy() for name, tensor in weights.items() if name in read}
     for name, array in held.items():
         # It takes external initialisers where the graph says that there are some.

@@ -18,6 +18,7 @@ from onnx_ir.passes.common import AddDefaultAttributesPass
 from onnxruntime import InferenceSession
 
 from heatlens_server.backends.onnx.gradient.differentiate import RULES, differentiate
+from heatlens_server.backends.onnx.gradient.rules import quantised
 from heatlens_server.backends.onnx.gradient.tape import Known
 
 OPSET = 24
@@ -408,4 +409,5 @@ def test_the_rule_is_the_slope_of_its_operator(one):
 
 
 def test_every_rule_has_a_case():
-    assert set(RULES) - {one.op for one in CASES} == {"LRN", "Cast"}
+    # Those are in test_differentiate.py and test_quantised.py.
+    assert set(RULES) - {one.op for one in CASES} == {"LRN", "Cast", *quantised.RULES}

@@ -28,7 +28,22 @@ def _swapped(value: ir.Value, rank: int, tape: Tape) -> ir.Value:
 
 
 def _mat_mul(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
-    gradient, (a, b) = only(gradients), (input_of(node, 0), input_of(node, 1))
+    operands = input_of(node, 0), input_of(node, 1)
+    return product_gradients(only(gradients), operands, operands, tape)
+
+
+def product_gradients(
+    gradient: ir.Value, operands: tuple[ir.Value, ir.Value], numbers: tuple[ir.Value, ir.Value], tape: Tape
+) -> list[ir.Value | None]:
+    """The gradients of a product's operands.
+
+    Args:
+        gradient: of the product.
+        operands: of the forward pass.
+        numbers: what is multiplied: the operands, or, if these are integers, the numbers that they stand for.
+        tape: to write on.
+    """
+    (a, b), (a_number, b_number) = operands, numbers
     a_shape, b_shape = tape.shape(a), tape.shape(b)
     # Vectors become matrices, as numpy's matmul makes them.
     if len(a_shape) == 1:
@@ -39,11 +54,11 @@ def _mat_mul(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
     stacks = broadcast(rows[:-2], columns[:-2]) if len(rows) > 2 or len(columns) > 2 else ()
     found: list[ir.Value | None] = [None, None]
     if tape.wanted(a):
-        other = tape.op("Unsqueeze", b, tape.ints(-1)) if len(b_shape) == 1 else b
+        other = tape.op("Unsqueeze", b_number, tape.ints(-1)) if len(b_shape) == 1 else b_number
         product = tape.op("MatMul", gradient, _swapped(other, len(columns), tape))
         found[0] = _summed(product, (*stacks, *rows[-2:]), rows, a, tape)
     if tape.wanted(b):
-        other = tape.op("Unsqueeze", a, tape.ints(0)) if len(a_shape) == 1 else a
+        other = tape.op("Unsqueeze", a_number, tape.ints(0)) if len(a_shape) == 1 else a_number
         product = tape.op("MatMul", _swapped(other, len(rows), tape), gradient)
         found[1] = _summed(product, (*stacks, *columns[-2:]), columns, b, tape)
     return found

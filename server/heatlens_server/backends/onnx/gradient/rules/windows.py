@@ -76,22 +76,33 @@ def _window(node: ir.Node, kernel: Sequence[int], sizes: Sequence[int]) -> _Wind
 
 
 def _conv(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
-    """The transposed convolution, as a convolution where that is possible: onnxruntime has faster kernels for it."""
-    gradient, x, weights = only(gradients), input_of(node, 0), input_of(node, 1)
-    sizes, kernel = tape.shape(x)[2:], tape.shape(weights)[2:]
+    return by_first(node, conv_gradient(node, only(gradients), input_of(node, 1), tape), tape)
+
+
+def conv_gradient(node: ir.Node, gradient: ir.Value, weights: ir.Value, tape: Tape) -> ir.Value:
+    """The transposed convolution, as a convolution where that is possible: onnxruntime has faster kernels for it.
+
+    Args:
+        node: the convolution.
+        gradient: of its output.
+        weights: its second input, or, if that is of integers, the numbers that they stand for.
+        tape: to write on.
+    """
+    x, shape = input_of(node, 0), tape.shape(input_of(node, 1))
+    sizes, kernel = tape.shape(x)[2:], shape[2:]
     if min(*sizes, *kernel) < 0:
         raise NotDifferentiable("Conv of images of unknown size")
     window, group = _window(node, kernel, sizes), node.attributes["group"].as_int()
     reach = [(size - 1) * dilation + 1 for size, dilation in zip(kernel, window.dilations, strict=True)]
     pads = [one - 1 - before for one, before in zip(reach, window.before, strict=True)]
     if min(pads) < 0 or (group == 1 and max(window.strides) > 1 and max(kernel) > 1):
-        return by_first(node, _conv_transpose_of(node, gradient, window, tape), tape)
-    turned = _turned(weights, kernel, group, tape)
+        return _conv_transpose_of(node, gradient, weights, window, tape)
+    turned = _turned(weights, shape, group, tape)
     spread = list(tape.shape(node.outputs[0])[2:])
     if max(kernel) == 1 and not any((*window.before, *window.after)):
         # Of one tap: convolve the few places, then put zeros between them.
         found = tape.op("Conv", gradient, turned, group=group)
-        return by_first(node, _between(found, x, window.strides, tape), tape)
+        return _between(found, x, window.strides, tape)
     for axis, (count, stride) in enumerate(zip(spread, window.strides, strict=True)):
         if stride > 1:
             spread[axis] = (count - 1) * stride + 1
@@ -101,17 +112,16 @@ def _conv(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
         for size, one, length, pad in zip(sizes, reach, spread, pads, strict=True)
     ]
     if min(ends) < 0:
-        return by_first(node, _conv_transpose_of(node, gradient, window, tape), tape)
-    found = tape.op("Conv", apart, turned, pads=[*pads, *ends], dilations=list(window.dilations), group=group)
-    return by_first(node, found, tape)
+        return _conv_transpose_of(node, gradient, weights, window, tape)
+    return tape.op("Conv", apart, turned, pads=[*pads, *ends], dilations=list(window.dilations), group=group)
 
 
-def _turned(weights: ir.Value, kernel: Sequence[int], group: int, tape: Tape) -> ir.Value:
+def _turned(weights: ir.Value, shape: Shape, group: int, tape: Tape) -> ir.Value:
     """Weights (M, C / group, ...) as those of the reverse convolution: (C, M / group, ...), each kernel turned round.
 
     In the graph, so that the file does not hold them twice: onnxruntime folds it when it loads the file.
     """
-    out_channels, in_channels = tape.shape(weights)[:2]
+    out_channels, in_channels, *kernel = shape
     axes, rank = list(range(2, 2 + len(kernel))), len(kernel)
     if max(kernel) > 1:
         least, back = [np.iinfo(np.int64).min + 1] * rank, [-1] * rank
@@ -147,8 +157,8 @@ def _between(
     return values
 
 
-def _conv_transpose_of(node: ir.Node, gradient: ir.Value, window: _Window, tape: Tape) -> ir.Value:
-    sizes, weights = tape.shape(input_of(node))[2:], input_of(node, 1)
+def _conv_transpose_of(node: ir.Node, gradient: ir.Value, weights: ir.Value, window: _Window, tape: Tape) -> ir.Value:
+    sizes = tape.shape(input_of(node))[2:]
     reach = [(size - 1) * dilation + 1 for size, dilation in zip(window.kernel, window.dilations, strict=True)]
     counts = [
         (size + before + after - one) // stride + 1
