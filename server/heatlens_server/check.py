@@ -56,6 +56,7 @@ def _report(model: BuiltModel, photo: Path | None, overlay: Path) -> Iterator[st
     for method in info.requestable_methods:
         if not all(result.is_finite for result in run_trial(model.engine, image, method)):
             raise ModelLoadError(f"{method} gave values that are not finite")
+    yield from model.layer_choices
     yield from model.assumptions
     yield f"activation: {info.activation}"
     yield f"preprocess: {model.preprocess.in_words()}"

@@ -17,11 +17,13 @@ from heatlens_server.core.graph_spec import Format
 from heatlens_server.core.methods import CLOSED_FORMS, Method
 from heatlens_server.core.targets import ClassIds, TopK
 from loaded_models import Judge, bundle, loaded, noise
+from onnx_files import engine_of_file
 
 ENGINES: dict[str, Callable[[LoadedModel], Engine]] = {
     "torch": lambda model: TorchEngine(model, device="cpu"),
     "onnxruntime": lambda model: OnnxRuntimeEngine(*bundle(model, Format.ONNX), device="cpu", threads=1),
     "torchscript": lambda model: TorchScriptEngine(*bundle(model, Format.TORCHSCRIPT), device="cpu"),
+    "onnx file": engine_of_file,
 }
 
 TOLERANCE = 1e-4

@@ -15,6 +15,7 @@ from heatlens_server.core.graph_spec import Format, GraphSpec
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import ClassIds
 from loaded_models import PREPROCESS, Judge, bundle, loaded, noise, user_export
+from onnx_files import engine_of_file
 
 TOLERANCE = 1e-4
 SPEC = MapSpec(Method.GRAD_CAM, ("body",), upsample=False)
@@ -27,6 +28,7 @@ ENGINES = {
         *user_export(model, Format.ONNX, GraphSpec("body", classes=None)), device="cpu", threads=1
     ),
     "torchscript": lambda model: TorchScriptEngine(*bundle(model, Format.TORCHSCRIPT), device="cpu"),
+    "onnx file": engine_of_file,
 }
 
 

@@ -4,6 +4,7 @@ from heatlens_server.config.load import Config, load_config
 from heatlens_server.config.model import (
     EMBEDDED_MODEL,
     EXPORT_PREFIX,
+    ONNX_PREFIX,
     WEIGHT_FILE_SUFFIXES,
     BatchingConfig,
     ModelConfig,
@@ -23,6 +24,7 @@ __all__ = [
     "EMBEDDED_MODEL",
     "EXPORT_PREFIX",
     "IMAGENET_PREPROCESS",
+    "ONNX_PREFIX",
     "WEIGHT_FILE_SUFFIXES",
     "BatchingConfig",
     "Config",

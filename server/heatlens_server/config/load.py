@@ -12,7 +12,7 @@ from typing import Self, cast
 from pydantic import ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
-from heatlens_server.config.model import EMBEDDED_MODEL, EXPORT_PREFIX, WEIGHT_FILE_SUFFIXES, ModelConfig
+from heatlens_server.config.model import EMBEDDED_MODEL, EXPORT_PREFIX, ONNX_PREFIX, WEIGHT_FILE_SUFFIXES, ModelConfig
 from heatlens_server.config.section import Section
 from heatlens_server.config.server import ServerConfig
 from heatlens_server.core.errors import ConfigError
@@ -137,8 +137,9 @@ def _anchor(value: object, folder: Path) -> object:
 def _anchor_text(key: str, text: str, folder: Path) -> str:
     if (key in _PATH_KEYS and text) or (key == "weights" and text.endswith(WEIGHT_FILE_SUFFIXES)):
         return str(folder / Path(text).expanduser())
-    if key == "source" and text.startswith(EXPORT_PREFIX) and text != EXPORT_PREFIX:
-        return f"{EXPORT_PREFIX}{folder / Path(text.removeprefix(EXPORT_PREFIX)).expanduser()}"
+    for prefix in (EXPORT_PREFIX, ONNX_PREFIX):
+        if key == "source" and text.startswith(prefix) and text != prefix:
+            return f"{prefix}{folder / Path(text.removeprefix(prefix)).expanduser()}"
     return text
 
 

@@ -27,6 +27,7 @@ from heatlens_server.core.tasks import Task
 EMBEDDED_MODEL = "efficientnet_lite0"
 WEIGHT_FILE_SUFFIXES = (".pth", ".pt", ".safetensors", ".pth.tar", ".ckpt", ".bin")
 EXPORT_PREFIX = "export:"
+ONNX_PREFIX = "onnx:"
 
 _MAX_SIDE_PX = 8192
 
@@ -44,9 +45,15 @@ def _check_source(source: str) -> str:
         if not (folder / MANIFEST_FILE).is_file():
             raise ValueError(f"the folder is no export: it holds no {MANIFEST_FILE}")
         return f"{EXPORT_PREFIX}{folder}"
+    if kind == "onnx":
+        file = Path(rest).expanduser()
+        if not rest or not file.is_file():
+            raise ValueError("the file does not exist")
+        return f"{ONNX_PREFIX}{file}"
     if kind not in {"torchvision", "timm", "embedded"} or not re.fullmatch(r"[\w./-]+", rest):
         raise ValueError(
-            'must be "torchvision:NAME", "timm:NAME", "python:package.module:factory", "embedded:NAME" or "export:DIR"'
+            'must be "onnx:FILE", "torchvision:NAME", "timm:NAME", "python:package.module:factory", "embedded:NAME" or '
+            '"export:DIR"'
         )
     if kind == "embedded" and rest != EMBEDDED_MODEL:
         raise ValueError(f'the only embedded model is "embedded:{EMBEDDED_MODEL}"')
@@ -168,9 +175,9 @@ class ModelConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
     """Unique name; what clients ask for."""
     source: Annotated[str, AfterValidator(_check_source)]
-    """Where the architecture comes from: "torchvision:NAME", "timm:NAME", "python:package.module:factory" (a function
-    without arguments that returns a torch.nn.Module), "embedded:efficientnet_lite0" or "export:DIR" (a folder that
-    `heatlens-server export` wrote)."""
+    """Where the architecture comes from: "onnx:FILE" (an ONNX file of anybody's), "torchvision:NAME", "timm:NAME",
+    "python:package.module:factory" (a function without arguments that returns a torch.nn.Module),
+    "embedded:efficientnet_lite0" or "export:DIR" (a folder that `heatlens-server export` wrote)."""
     source_folder: DirectoryPath | None = None
     """Where a Python factory's module is looked for, before PYTHONPATH. Unset: the configuration file's folder."""
     weights: Annotated[str, AfterValidator(_check_weights)] = "default"
@@ -285,8 +292,9 @@ class ModelConfig(Section):
     @field_validator("weights")
     @classmethod
     def _weights_of_export(cls, weights: str, info: ValidationInfo) -> str:
-        if _is_export(info) and weights != "default":
-            raise ValueError('must be "default" for an export: its weights are inside')
+        if (_is_export(info) or _is_file(info)) and weights != "default":
+            kind = "an export" if _is_export(info) else "an ONNX file"
+            raise ValueError(f'must be "default" for {kind}: its weights are inside')
         return weights
 
     @field_validator("weights_key")
@@ -301,6 +309,8 @@ class ModelConfig(Section):
     def _engine_fits(cls, engine: str, info: ValidationInfo) -> str:
         if _is_export(info) and engine == "torch":
             raise ValueError('an export is run by "onnxruntime" or "torchscript", or "auto" for whichever it is for')
+        if _is_file(info) and engine in {"torch", "torchscript"}:
+            raise ValueError('an ONNX file is run by "onnxruntime"')
         task = info.data.get("task", "auto")
         if engine in {"onnxruntime", "torchscript"} and not _is_exportable(task):
             raise ValueError(f'"{engine}" runs exports, which are of classifiers; {task} is for "torch"')
@@ -312,7 +322,9 @@ class ModelConfig(Section):
     @classmethod
     def _provider_is_used(cls, provider: str, info: ValidationInfo) -> str:
         engine = info.data.get("engine")
-        if provider != "auto" and not (engine == "onnxruntime" or (engine == "auto" and _is_export(info))):
+        if provider != "auto" and not (
+            engine == "onnxruntime" or (engine == "auto" and (_is_export(info) or _is_file(info)))
+        ):
             raise ValueError('is for engine = "onnxruntime" only')
         return provider
 
@@ -330,3 +342,7 @@ def _is_exportable(task: str) -> bool:
 
 def _is_export(info: ValidationInfo) -> bool:
     return str(info.data.get("source", "")).startswith(EXPORT_PREFIX)
+
+
+def _is_file(info: ValidationInfo) -> bool:
+    return str(info.data.get("source", "")).startswith(ONNX_PREFIX)

@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING
 from heatlens_server.backends.onnx.engine import OnnxRuntimeEngine
 from heatlens_server.backends.onnx.export_cache import ExportCache
 from heatlens_server.backends.onnx.manifest import Manifest, read_manifest
+from heatlens_server.backends.onnx.network_engine import NetworkEngine
 from heatlens_server.backends.onnx.providers import CUDA, cuda_device_count, load_runtime
-from heatlens_server.config import EXPORT_PREFIX, ModelConfig
+from heatlens_server.config import EXPORT_PREFIX, ONNX_PREFIX, ModelConfig
 from heatlens_server.core.engine import SteppingEngine
 from heatlens_server.core.errors import ExportError, ModelLoadError
-from heatlens_server.core.extras import is_installed
+from heatlens_server.core.extras import brought_by, is_installed
 from heatlens_server.core.graph_spec import Format
 from heatlens_server.core.methods import Method, name_of
 from heatlens_server.core.preprocess import PreprocessSpec
 from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.export import Export, Report, importing_torch, labels_of, load_network
 from heatlens_server.fleet.export_process import Make, get_or_export
-from heatlens_server.fleet.fallback_engine import ExportEngine, about_missing, with_torch_fallback
+from heatlens_server.fleet.fallback_engine import ExportEngine, FallbackEngine, about_missing, with_torch_fallback
 from heatlens_server.fleet.warm_up import (
     about_family,
     check_answers,
@@ -48,6 +49,11 @@ _ONE_BY_ONE = (
     "batching.max_batch_size = 1"
 )
 
+_ONE_BY_ONE_FILE = (
+    "The file takes one image at a time, or mixes the images of a batch: images run one by one, as with "
+    "batching.max_batch_size = 1."
+)
+
 _ENGINES = {Format.ONNX: "onnxruntime", Format.TORCHSCRIPT: "torchscript"}
 _FORMATS = {engine: file_format for file_format, engine in _ENGINES.items()}
 
@@ -63,6 +69,7 @@ class BuiltModel:
         labels: one per class; empty if unknown.
         method: for requests that name none.
         assumptions: what was found or assumed when it was loaded, one sentence each, with the key that overrides it.
+        layer_choices: one line for each tensor of a file that may be a layer.
     """
 
     engine: SteppingEngine
@@ -71,6 +78,7 @@ class BuiltModel:
     labels: tuple[str, ...]
     method: Method
     assumptions: tuple[str, ...] = ()
+    layer_choices: tuple[str, ...] = ()
 
 
 class _Unfit(Exception):
@@ -102,6 +110,8 @@ def build(
 def _build(config: ModelConfig, *, cache_dir: Path | None, tell: Report, make: Make | None) -> BuiltModel:
     if config.source.startswith(EXPORT_PREFIX):
         return _build_from_folder(config)
+    if config.source.startswith(ONNX_PREFIX):
+        return _build_from_file(config)
     load = functools.cache(functools.partial(load_network, config))
     if _takes_torch(config):
         return _build_torch(config, load())
@@ -256,6 +266,29 @@ def _build_from_folder(config: ModelConfig) -> BuiltModel:
         raise ModelLoadError(f"the export does not run as its manifest says ({type(error).__name__})") from error
 
 
+def _build_from_file(config: ModelConfig) -> BuiltModel:
+    """Serve an ONNX file of anybody's."""
+    with brought_by("onnx"):
+        from heatlens_server.backends.onnx.source.load import load_file  # noqa: PLC0415 - imports onnx
+
+    loaded = load_file(Path(config.source.removeprefix(ONNX_PREFIX)), config)
+    device = config.device if config.provider != "cpu" else "cpu"
+    engine = NetworkEngine(loaded, device=device, provider=config.provider)
+    grid = loaded.info.layers[0].grid
+    method, about = default_method(config, engine.info, grid)
+    about_batches = () if loaded.info.takes_batches else (_ONE_BY_ONE_FILE,)
+    return _finish(
+        config,
+        FallbackEngine(engine),
+        preprocess=loaded.info.preprocess,
+        version=loaded.version,
+        labels=loaded.labels,
+        method=method,
+        assumptions=(*loaded.assumptions, *about_batches, *about),
+        layer_choices=loaded.layer_choices,
+    )
+
+
 def _build_cached(config: ModelConfig, export: Export, *, device: str) -> BuiltModel:
     """Serve an export that was made of the configured model."""
     grid = export.manifest.graphs[0].grid
@@ -301,6 +334,7 @@ def _finish(
     labels: tuple[str, ...],
     method: Method,
     assumptions: tuple[str, ...],
+    layer_choices: tuple[str, ...] = (),
 ) -> BuiltModel:
     """Check an engine and warm it up; lay the configuration over what is known about its model."""
     try:
@@ -314,4 +348,4 @@ def _finish(
     except BaseException:
         engine.close()
         raise
-    return BuiltModel(engine, preprocess, config.version or version, labels, method, assumptions)
+    return BuiltModel(engine, preprocess, config.version or version, labels, method, assumptions, layer_choices)

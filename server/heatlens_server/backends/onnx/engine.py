@@ -27,10 +27,8 @@ from heatlens_server.backends.onnx.manifest import Manifest
 from heatlens_server.backends.onnx.map_finish import Maps
 from heatlens_server.backends.onnx.providers import (
     CUDA,
-    ON_CPU,
-    Choice,
-    choose,
-    cuda_device_count,
+    choose_for,
+    is_out_of_memory,
     load_runtime,
     open_session,
     session_options,
@@ -60,9 +58,6 @@ _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 # What images may be, as onnxruntime and as numpy call it.
 _DTYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}
-
-# In the messages of onnxruntime's allocators, CUDA, cuBLAS and cuDNN.
-_OUT_OF_MEMORY = ("failed to allocate memory", "bad_alloc", "bad allocation", "out of memory", "alloc_failed")
 
 
 class OnnxRuntimeEngine:
@@ -99,7 +94,10 @@ class OnnxRuntimeEngine:
         self._options = session_options(self._runtime, threads=threads)
         # Where graphs that are opened from memory find their weights.
         self._options.add_session_config_entry(_WEIGHTS_FOLDER, os.fspath(folder))
-        self._choice = self._choose(device, provider)
+        cache = folder / "tensorrt" if os.access(folder, os.W_OK) else None
+        self._choice = choose_for(
+            self._runtime, device=device, provider=provider, precision=manifest.precision, cache=cache
+        )
         self._runners: OrderedDict[_RunnerKey, _Runner] = OrderedDict()
         self._most_runners = _session_count(folder, manifest)
         self._lock = Lock()
@@ -146,7 +144,7 @@ class OnnxRuntimeEngine:
                 aggregation=spec.aggregation,
             )
         except Exception as error:
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise MemoryError(str(error)) from None
             raise
 
@@ -200,26 +198,7 @@ class OnnxRuntimeEngine:
         image = np.zeros(shape, dtype if self._table is None else np.float32)
         return {IMAGE: image, CLASS_INDEX: np.full((1, self._manifest.classes or 1), RANKED, np.int64)}
 
-    def _choose(self, device: str, provider: str) -> Choice:
-        if "cpu" in {device, provider} and {device, provider} <= {"cpu", "auto"}:
-            # Not even asking the driver: that alone takes memory on a GPU.
-            return ON_CPU
-        cache = self._folder / "tensorrt" if os.access(self._folder, os.W_OK) else None
-        return choose(
-            device=device,
-            provider=provider,
-            precision=self._manifest.precision,
-            available=self._runtime.get_available_providers(),
-            gpu_count=cuda_device_count(),
-            cache=cache,
-        )
-
 
 def _session_count(folder: Path, manifest: Manifest) -> int:
     weights_bytes = sum((folder / name).stat().st_size for name in manifest.files)
     return max(_FEWEST_SESSIONS, min(_MOST_SESSIONS, _SESSIONS_BYTES // max(weights_bytes, 1)))
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    text = str(error).lower()
-    return any(words in text for words in _OUT_OF_MEMORY)

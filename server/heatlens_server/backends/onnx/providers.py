@@ -59,6 +59,10 @@ It forgets those that it has put in itself behind a Transpose, as backward passe
 """
 
 
+# In the messages of onnxruntime's allocators, CUDA, cuBLAS and cuDNN.
+_OUT_OF_MEMORY = ("failed to allocate memory", "bad_alloc", "bad allocation", "out of memory", "alloc_failed")
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """Where sessions run.
@@ -175,6 +179,25 @@ def choose(
     return Choice(name=name, device=f"cuda:{device_id}", required=required, providers=tuple(providers))
 
 
+def choose_for(runtime: Runtime, *, device: str, provider: str, precision: str, cache: Path | None = None) -> Choice:
+    """Choose a provider on this machine; see `choose`.
+
+    Raises:
+        ModelLoadError: device and provider contradict each other, or are missing.
+    """
+    if "cpu" in {device, provider} and {device, provider} <= {"cpu", "auto"}:
+        # Not even asking the driver: that alone takes memory on a GPU.
+        return ON_CPU
+    return choose(
+        device=device,
+        provider=provider,
+        precision=precision,
+        available=runtime.get_available_providers(),
+        gpu_count=cuda_device_count(),
+        cache=cache,
+    )
+
+
 def session_options(runtime: Runtime, *, threads: int | None) -> SessionOptions:
     """Options for every session.
 
@@ -231,6 +254,12 @@ def open_session(
         raise ModelLoadError(reason)
     _log.warning("onnxruntime runs on the CPU although there is a GPU: %s", reason)
     return session, ON_CPU
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of onnxruntime's says that a device has no memory left."""
+    text = str(error).lower()
+    return any(words in text for words in _OUT_OF_MEMORY)
 
 
 def missing_library(runtime: Runtime, provider: str) -> str:

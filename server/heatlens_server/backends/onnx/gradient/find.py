@@ -176,7 +176,7 @@ def find_layers(model: ir.Model, known: Known, image: ImageInput, scores: Scores
         ModelLoadError: no value lies on the image like a map.
         NotDifferentiable: an operator behind the last ones has no rule.
     """
-    candidates = list(_candidates(model, known, image))
+    candidates = list(find_candidates(model, known, image))
     if not candidates:
         raise ModelLoadError("no tensor of the file lies on the image like a map")
     last = candidates[-_LAST_CANDIDATES:]
@@ -262,7 +262,55 @@ def _size_of(known: Known, image: ImageInput) -> tuple[int, int]:
     return (lengths[0], lengths[1]) if image.channels_last else (lengths[1], lengths[2])
 
 
-def _candidates(model: ir.Model, known: Known, image: ImageInput) -> Iterator[FoundLayer]:
+def layer_of(
+    model: ir.Model, known: Known, image: ImageInput, value: ir.Value, grid: Grid | None = None
+) -> FoundLayer | None:
+    """How a value lies on the image.
+
+    Args:
+        model: from `read_file`.
+        known: its shapes.
+        image: its input.
+        value: which one.
+        grid: how it is read as a map; None to find it.
+
+    Returns:
+        The layer; None if the value's shape is not that of a map.
+    """
+    shape = known.shapes.get(value, ())
+    if shape[:1] != (BATCH,) or min(shape[1:], default=1) < 0:
+        return None
+    if grid is None:
+        found = [layer for layer in find_candidates(model, known, image) if layer.value is value]
+        sizes = {(layer.height, layer.width) for layer in find_candidates(model, known, image)}
+        return found[0] if found else _as_layer(value, shape, sizes, _size_of(known, image))
+    if grid.layout is Layout.TOKENS:
+        fits = len(shape) == 3 and shape[1] == grid.prefix + grid.height * grid.width
+        return FoundLayer(value, grid, shape[2], grid.height, grid.width) if fits else None
+    if len(shape) != 4:
+        return None
+    channels, height, width = (shape[3], *shape[1:3]) if grid.layout is Layout.CHANNELS_LAST else shape[1:]
+    return FoundLayer(value, grid, channels, height, width)
+
+
+_LINEAR = frozenset({"Flatten", "Gemm", "GlobalAveragePool", "MatMul", "ReduceMean", "Reshape", "Squeeze"})
+
+
+def has_linear_head(known: Known, layer: FoundLayer, scores: Scores) -> bool:
+    """Whether scores are linear in the means over places of a layer: what CAM takes."""
+    at, pooled = scores.value, False
+    while at is not layer.value:
+        node = at.producer()
+        computed = [] if node is None else [value for value in node.inputs if _is_computed(value)]
+        if node is None or len(computed) != 1 or node.op_type not in {*_LINEAR, "Add"} or computed[0] is None:
+            return False
+        at = computed[0]
+        if node.op_type in {"GlobalAveragePool", "ReduceMean"}:
+            pooled = len(known.shapes.get(at, ())) == 4 and at is layer.value
+    return pooled
+
+
+def find_candidates(model: ir.Model, known: Known, image: ImageInput) -> Iterator[FoundLayer]:
     """The values that lie on the image, in the order in which they are computed."""
     height_px, width_px = _size_of(known, image)
     grids: set[tuple[int, int]] = set()

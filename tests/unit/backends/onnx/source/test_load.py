@@ -1,0 +1,191 @@
+"""What is found in a file, what is said of it, and what is refused."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import tiny_models
+from heatlens_server.backends.onnx.network_engine import NetworkEngine
+from heatlens_server.backends.onnx.source.load import load_file
+from heatlens_server.config import ModelConfig
+from heatlens_server.core.engine import MapSpec
+from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.core.methods import CLOSED_FORMS, Method
+from heatlens_server.core.targets import ClassIds, Similarity, TopK, Values
+from heatlens_server.core.tasks import Task
+from loaded_models import noise
+from onnx_files import write_onnx
+
+
+def load(path, **changes):
+    preprocess = {"mean": [0.5], "std": [0.25], **changes.pop("preprocess", {})}
+    return load_file(path, ModelConfig(name="m", source=f"onnx:{path}", preprocess=preprocess, **changes))
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return write_onnx(tiny_models.tiny(), tmp_path / "tiny.onnx")
+
+
+class Ended(nn.Module):
+    """A network and what it ends in."""
+
+    def __init__(self, end, outputs=10):
+        super().__init__()
+        self.body, self.end = tiny_models.tiny(), end
+        self.body.head = nn.Linear(16, outputs)
+
+    def forward(self, x):
+        return self.end(self.body(x))
+
+
+def test_everything_of_a_classifier_is_found_and_said(tiny):
+    loaded = load(tiny)
+    assert loaded.info.task is Task.CLASSIFICATION
+    assert (loaded.info.class_count, loaded.info.preprocess.crop_px) == (10, (64, 64))
+    default, finer = loaded.info.layers
+    assert (finer.height, finer.width) == (16, 16)
+    assert (default.channels, default.height, default.width) == (16, 8, 8)
+    assert loaded.info.has_linear_head
+    assert any("layers overrides that" in sentence for sentence in loaded.assumptions)
+    assert len(loaded.version) == 12
+    served = [line for line in loaded.layer_choices if line.endswith(", served")]
+    assert served[-1] == f"layer {default.name!r}: 16 x 8 x 8, stage 2, served"
+    assert len(served) == 2
+
+
+@pytest.mark.parametrize(
+    ("end", "outputs", "task", "class_count"),
+    [
+        (nn.Softmax(1), 10, Task.CLASSIFICATION, 10),
+        (nn.Sigmoid(), 10, Task.MULTI_LABEL, 10),
+        (nn.Sigmoid(), 1, Task.BINARY, 2),
+        (nn.Identity(), 1, Task.BINARY, 2),
+    ],
+)
+def test_what_a_file_ends_in_is_left_behind_and_tells_the_task(tmp_path, end, outputs, task, class_count):
+    module = Ended(end, outputs)
+    loaded = load(write_onnx(module, tmp_path / "m.onnx"))
+    assert (loaded.info.task, loaded.info.class_count) == (task, class_count)
+    (image,) = noise(1)
+    engine = NetworkEngine(loaded, device="cpu", threads=1)
+    (result,) = engine.explain(image[None], [TopK(1)], MapSpec(Method.GRAD_CAM, engine.info.layers, upsample=False))
+    inputs = torch.from_numpy((image / 255.0 - 0.5) / 0.25).permute(2, 0, 1)[None].float()
+    logits = module.body(inputs)[0].detach().numpy()
+    expected = [-logits[0], logits[0]] if task is Task.BINARY else logits
+    np.testing.assert_allclose(result.logits, expected, atol=1e-5)
+    if not isinstance(end, nn.Identity):
+        assert any("maps explain that tensor's logits" in sentence for sentence in loaded.assumptions)
+
+
+def test_both_sides_of_a_binary_classifier_have_opposite_raw_maps(tmp_path):
+    loaded = load(write_onnx(Ended(nn.Identity(), 1), tmp_path / "m.onnx"))
+    engine = NetworkEngine(loaded, device="cpu", threads=1)
+    spec = MapSpec(Method.LAYER_CAM, engine.info.layers, upsample=False)
+    (result,) = engine.explain(noise(1), [ClassIds((0, 1))], spec)
+    raised = [result.maps[k].any() for k in (0, 1)]
+    assert any(raised)
+    assert result.logits[0] == -result.logits[1]
+
+
+def test_values_and_embeddings_have_goals_of_their_own(tmp_path):
+    path = write_onnx(Ended(nn.Identity(), 6), tmp_path / "m.onnx")
+    images = noise(2)
+    values = NetworkEngine(load(path, task="regression"), device="cpu", threads=1)
+    spec = MapSpec(Method.HI_RES_CAM, values.info.layers, upsample=False)
+    results = values.explain(images, [Values((2,)), Values((0, 5))], spec)
+    assert [result.class_ids for result in results] == [(2,), (0, 5)]
+    assert results[1].findings[1].value == results[1].values[5]
+    vectors = NetworkEngine(load(path, task="embedding"), device="cpu", threads=1)
+    reference = vectors.explain(images[:1], [Similarity(images[1])], spec)[0]
+    other = vectors.explain(images[1:], [Similarity(images[0])], spec)[0]
+    by_vector = vectors.explain(images[:1], [Similarity(other.embedding)], spec)[0]
+    np.testing.assert_allclose(reference.findings[0].logit, by_vector.findings[0].logit, atol=1e-6)
+    np.testing.assert_allclose(reference.maps, by_vector.maps, atol=1e-5)
+    itself = vectors.explain(images[:1], [Similarity(images[0])], spec)[0]
+    assert not itself.maps.any()
+
+
+def test_cam_is_offered_where_the_head_is_linear(tmp_path, tiny):
+    assert Method.CAM in NetworkEngine(load(tiny), device="cpu").info.methods
+    mlp = write_onnx(tiny_models.tiny_mlp(), tmp_path / "mlp.onnx")
+    assert Method.CAM not in NetworkEngine(load(mlp), device="cpu").info.methods
+
+
+def test_any_tensor_that_lies_on_the_image_can_be_a_layer(tiny):
+    candidates = [layer.name for layer in load(tiny).candidates]
+    assert len(candidates) == 4
+    loaded = load(tiny, layers=(candidates[0], candidates[2]))
+    assert [layer.name for layer in loaded.info.layers] == [candidates[0], candidates[2]]
+    with pytest.raises(ModelLoadError, match="layers: the file has no tensor 'nonsense'"):
+        load(tiny, layers=("nonsense",))
+    flat = next(v.name for v in onnx.load(tiny).graph.output)
+    with pytest.raises(ModelLoadError, match="does not lie on the image"):
+        load(tiny, layers=(flat,))
+
+
+def test_a_size_that_the_file_leaves_open_is_assumed_or_given(tmp_path):
+    path = write_onnx(tiny_models.tiny(), tmp_path / "any.onnx")
+    model = onnx.load(path)
+    for place, name in ((2, "height"), (3, "width")):
+        model.graph.input[0].type.tensor_type.shape.dim[place].dim_param = name
+    onnx.save(model, path)
+    assert any("crop_px = [224, 224]" in sentence for sentence in load(path).assumptions)
+    loaded = load(path, preprocess={"crop_px": [96, 32]})
+    assert loaded.info.preprocess.crop_px == (96, 32)
+    assert (loaded.info.layers[0].height, loaded.info.layers[0].width) == (12, 4)
+
+
+def test_a_size_that_the_file_contradicts_is_refused(tiny):
+    with pytest.raises(ModelLoadError, match="input is of"):
+        load(tiny, preprocess={"crop_px": 32})
+
+
+class Untaught(nn.Module):
+    """An operator without a derivative rule behind the features."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = tiny_models.tiny()
+
+    def forward(self, x):
+        features = self.body.body(self.body.stem(x))
+        return torch.linalg.det(features[:, :10, :, :, None, None]).mean((2, 3))
+
+
+def test_a_file_without_a_gradient_has_the_methods_that_need_none(tmp_path):
+    loaded = load(write_onnx(Untaught(), tmp_path / "m.onnx"))
+    engine = NetworkEngine(loaded, device="cpu", threads=1)
+    assert set(engine.info.methods) == {m for m in CLOSED_FORMS if not m.traits.needs_gradient and m is not Method.CAM}
+    assert "Det" in engine.info.why_not(Method.GRAD_CAM)
+    (result,) = engine.explain(noise(1), [TopK(2)], MapSpec(Method.EIGEN_CAM, engine.info.layers, upsample=True))
+    assert result.maps.shape == (2, 64, 64)
+    assert result.maps.max() == 1.0
+
+
+class Mixing(nn.Module):
+    """Takes the mean image off."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = tiny_models.tiny()
+
+    def forward(self, x):
+        return self.body(x - x.mean(0, keepdim=True) * 0.5)
+
+
+@pytest.mark.parametrize(("factory", "takes_batches"), [(tiny_models.tiny_mlp, True), (Mixing, False)])
+@pytest.mark.parametrize("batch", [None, 1])
+def test_images_are_batched_where_that_changes_nothing(tmp_path, factory, takes_batches, batch):
+    loaded = load(write_onnx(factory(), tmp_path / "m.onnx", batch=batch))
+    assert loaded.info.takes_batches == takes_batches
+    engine = NetworkEngine(loaded, device="cpu", threads=1)
+    assert engine.info.runs_one_by_one != takes_batches
+    images = noise(3)
+    spec = MapSpec(Method.GRAD_CAM, engine.info.layers[:1], upsample=False)
+    together = engine.explain(images, [TopK(1)] * 3, spec)
+    for image, result in zip(images, together, strict=True):
+        (alone,) = engine.explain(image[None], [TopK(1)], spec)
+        np.testing.assert_allclose(result.maps, alone.maps, atol=1e-5)
