@@ -40,10 +40,11 @@ gallery: setup ## Draw one photo explained by every method: out/gallery/methods.
 test: setup ## Run the tests
 	$(BIN)/python tests/run.py
 
-lint: setup $(PROTO_VENV)/.ready ## Check style: ruff, and buf on the protos
+lint: setup $(PROTO_VENV)/.ready ## Check style: ruff, hadolint, and buf on the protos
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python client/unasync.py --check
+	$(BIN)/hadolint deploy/Containerfile
 	$(PROTO_BIN)/buf lint
 	$(PROTO_BIN)/buf format --diff --exit-code
 
