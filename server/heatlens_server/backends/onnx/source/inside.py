@@ -1,5 +1,6 @@
 """What a graph itself does to its input before the first layer: normalisation that is inside must not be done twice."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,12 +13,12 @@ from heatlens_server.backends.onnx.gradient.values import open_graph
 from heatlens_server.config import IMAGENET_PREPROCESS
 from heatlens_server.core.errors import ModelLoadError
 
-_PREPARING = frozenset({
+PREPARING = frozenset({
     "Add", "Cast", "Clip", "Concat", "ConstantOfShape", "DequantizeLinear", "Div", "Expand", "Flatten", "Gather",
     "Identity", "Mul", "Pad", "QuantizeLinear", "Range", "Reshape", "Resize", "Shape", "Slice", "SpaceToDepth", "Split",
     "Squeeze", "Sub", "Transpose", "Unsqueeze",
 })  # fmt: skip
-"""Operators that prepare an image; the first other one is a layer."""
+"""Operators that prepare an image, or shape it; the first other one is a layer."""
 
 _TOLERANCE = 0.02
 """Of a factor of 1 and an offset of 0: a file that quantises its input rounds it."""
@@ -84,30 +85,14 @@ def find_inside(model: ir.Model, image: ImageInput, size_px: tuple[int, int]) ->
         return None
     if first is image.value:
         return Inside((1.0,) * image.channels, (0.0,) * image.channels)
-    copy = model.clone()
-    copy.graph.outputs[:] = [value for node in copy.graph for value in node.outputs if value.name == first.name]
-    common.RemoveUnusedNodesPass()(copy)
-    session = open_graph(copy)
-    dtype = (image.value.dtype or ir.DataType.FLOAT).numpy()
-    axis = 3 if image.channels_last else 1
-
-    def run(channel: int | None) -> Array:
-        pixels = np.zeros((1, *image.shape(*size_px)), dtype)
-        if channel is not None:
-            np.moveaxis(pixels, axis, 0)[channel] = 1
-        try:
-            (found,) = session.run(None, {str(image.value.name): pixels})
-        # onnxruntime has an exception class for each of its status codes, and paths in their messages.
-        except Exception as error:
-            raise ModelLoadError(
-                f"the file does not run on an input of {pixels.shape[1:]} ({type(error).__name__})"
-            ) from error
-        return np.asarray(found, np.float64).ravel()
-
-    black = run(None)
+    run = part_before(model, first, image)
+    black_pixels = np.zeros((1, *image.shape(*size_px)), (image.value.dtype or ir.DataType.FLOAT).numpy())
+    black = run(black_pixels).ravel()
     factors, offsets = [], []
     for channel in range(image.channels):
-        change = run(channel) - black
+        pixels = black_pixels.copy()
+        np.moveaxis(pixels, 3 if image.channels_last else 1, 0)[channel] = 1
+        change = run(pixels).ravel() - black
         # Wherever the layout puts it: where the channel has most effect. Padding has none.
         place = int(np.abs(change).argmax())
         factors.append(float(change[place]))
@@ -115,11 +100,39 @@ def find_inside(model: ir.Model, image: ImageInput, size_px: tuple[int, int]) ->
     return Inside(tuple(factors), tuple(offsets)) if all(factors) else None
 
 
+def part_before(model: ir.Model, value: ir.Value, image: ImageInput) -> Callable[[Array], Array]:
+    """Open the part of a graph that computes a value.
+
+    Returns:
+        A function from the input of one image, (1, ...), to the value, as float64.
+
+    Raises:
+        ModelLoadError: the part does not open, or, from the function, does not run.
+    """
+    copy = model.clone()
+    values = (one for node in copy.graph for one in node.outputs)
+    copy.graph.outputs[:] = [one for one in (*copy.graph.inputs, *values) if one.name == value.name]
+    common.RemoveUnusedNodesPass()(copy)
+    session = open_graph(copy)
+
+    def run(pixels: Array) -> Array:
+        try:
+            (found,) = session.run(None, {str(image.value.name): pixels})
+        # onnxruntime has an exception class for each of its status codes, and paths in their messages.
+        except Exception as error:
+            raise ModelLoadError(
+                f"the file does not run on an input of {pixels.shape[1:]} ({type(error).__name__})"
+            ) from error
+        return np.asarray(found, np.float64)
+
+    return run
+
+
 def _first_layers_input(model: ir.Model, image: ir.Value) -> ir.Value | None:
     prepared = {image}
     for node in model.graph:
         read = [value for value in node.inputs if value in prepared]
-        if read and node.op_type not in _PREPARING:
+        if read and node.op_type not in PREPARING:
             return read[0]
         if read:
             prepared.update(node.outputs)

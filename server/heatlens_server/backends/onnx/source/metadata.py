@@ -12,6 +12,7 @@ from heatlens_server.backends.onnx.gradient.find import ImageInput
 from heatlens_server.backends.onnx.source.conventions import CONVENTIONS
 from heatlens_server.backends.onnx.source.documents import MAX_BYTES, Section, Told, can_read_yaml, read_beside
 from heatlens_server.backends.onnx.source.inside import find_inside
+from heatlens_server.backends.onnx.source.statistics import contradiction
 from heatlens_server.config import (
     IMAGENET_PREPROCESS,
     ModelConfig,
@@ -103,10 +104,13 @@ def read_settings(
     )
     _check_input(resolved.spec, image)
     labels, about_labels = _labels(path, told, class_count, config)
+    contradicted = (
+        "" if config.preprocess.mean and config.preprocess.std else contradiction(model, image, resolved.spec)
+    )
     return FileSettings(
         preprocess=resolved.spec,
         labels=labels,
-        assumptions=(*resolved.assumptions, *about_labels, *_left_out(path)),
+        assumptions=(*resolved.assumptions, *filter(None, [contradicted]), *about_labels, *_left_out(path)),
         task=next((one.task for _origin, one in told if one.task is not None), None),
     )
 
