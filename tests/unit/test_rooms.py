@@ -71,6 +71,7 @@ def test_only_the_top_and_the_client_stand_outside_of_the_rooms():
 LIBRARIES = {
     ("torch", "torchvision", "timm", "safetensors"): {"backends.torch", "fleet"},
     ("onnxruntime",): {"backends.onnx"},
+    ("array_api_compat",): {"maps"},
     ("grpc", "grpc_health", "grpc_reflection", "grpc_status", "google", "heatlens"): {"transports"},
 }
 """Who may import what from outside."""

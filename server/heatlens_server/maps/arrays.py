@@ -64,12 +64,10 @@ class Namespace(Protocol):
     def matmul(self, x: A, y: A, /) -> A: ...
     def matrix_transpose(self, x: A, /) -> A: ...
     def max(self, x: A, /, *, axis: Axis, keepdims: bool) -> A: ...
-    def maximum(self, x: A, y: float, /) -> A: ...
     def mean(self, x: A, /, *, axis: Axis, keepdims: bool = False, dtype: Any = None) -> A:
         """The standard lacks dtype, which the libraries have."""
 
     def min(self, x: A, /, *, axis: Axis, keepdims: bool) -> A: ...
-    def ones(self, shape: int, *, dtype: Any) -> Any: ...
     def reshape(self, x: A, /, shape: tuple[int, ...]) -> A: ...
     def sqrt(self, x: A, /) -> A: ...
     def squeeze(self, x: A, /, *, axis: Axis) -> A: ...
@@ -97,10 +95,9 @@ def silently() -> np.errstate:
 
 def relu(x: A) -> A:
     """The larger of each element and 0. A NaN stays; -inf is 0."""
-    xp = namespace(x)
-    # Where a library has an operator for it, so have the formats that its graphs are exported to.
-    own = getattr(xp, "relu", None)
-    result: A = xp.maximum(x, 0.0) if own is None else own(x)
+    # Where a library has an operator for it, so have the formats that its graphs are written in.
+    own: Any = getattr(namespace(x), "relu", None) or _numpy_relu
+    result: A = own(x)
     return result
 
 
@@ -128,33 +125,38 @@ def places_flat(x: A) -> A:
 def sum_places(x: A, *, keepdims: bool = False) -> A:
     """Sum maps over their places, (..., h, w) to (...), or to (..., 1, 1)."""
     xp = namespace(x)
-    if not _is_numpy(x):
+    if not _in_numpy(x):
         return xp.sum(x, axis=(-2, -1), keepdims=keepdims)
     # numpy sums such short rows one after the other; a product with ones takes a fifth of the time.
-    flat = places_flat(x)
-    summed: A = xp.matmul(flat, xp.ones(flat.shape[-1], dtype=x.dtype))
+    flat: Any = places_flat(x)
+    summed: A = flat @ np.ones(flat.shape[-1], flat.dtype)
     return xp.expand_dims(summed, axis=(-2, -1)) if keepdims else summed
 
 
 def mean_places(x: A, *, dtype: Any = None, keepdims: bool = False) -> A:
     """The mean of maps over their places, (..., h, w) to (...) or (..., 1, 1), summed in a dtype or in their own."""
     xp = namespace(x)
-    if not _is_numpy(x):
+    if not _in_numpy(x):
         return xp.mean(x, axis=(-2, -1), keepdims=keepdims, dtype=dtype)
-    wide = x if dtype is None or dtype == x.dtype else xp.astype(x, dtype)
+    wide = x if dtype in {None, x.dtype} else xp.astype(x, dtype)
     return sum_places(wide, keepdims=keepdims) / (x.shape[-2] * x.shape[-1])
 
 
 def sum_channels(x: A) -> A:
     """Sum (..., C, h, w) over the channels to (..., h, w)."""
     xp = namespace(x)
-    if not _is_numpy(x):
+    if not _in_numpy(x):
         return xp.sum(x, axis=-3)
     # As above.
     *leading, channels, height, width = x.shape
-    summed: A = xp.matmul(xp.ones(channels, dtype=x.dtype), places_flat(x))
+    flat: Any = places_flat(x)
+    summed: A = np.ones(channels, flat.dtype) @ flat
     return xp.reshape(summed, (*leading, height, width))
 
 
-def _is_numpy(x: object) -> bool:
+def _in_numpy(x: Array) -> bool:
     return isinstance(x, np.ndarray)
+
+
+def _numpy_relu(x: Any) -> Any:
+    return np.maximum(x, 0.0)
