@@ -22,7 +22,9 @@ _MAX_YAML_BYTES = 256 << 10
 """PyYAML takes seconds for more."""
 
 _MAX_DEPTH = 32
-_LONGEST_PX = 8192
+LONGEST_PX = 8192
+"""Of the sides of inputs, as in the configuration."""
+
 _LARGEST = 1e9
 
 _PIL_FILTERS = (Interpolation.NEAREST, Interpolation.LANCZOS, Interpolation.BILINEAR, Interpolation.BICUBIC)
@@ -121,8 +123,8 @@ class Section:
     def as_size_px(self, key: str, sides: tuple[float, ...]) -> tuple[int, int]:
         """Numbers as (height, width): one of them is both."""
         height_px, width_px = (sides * 2)[:2]
-        if len(sides) > 2 or not all(side == int(side) and 1 <= side <= _LONGEST_PX for side in sides):
-            raise self.wrong(key, f"must be a size, each side from 1 to {_LONGEST_PX} px")
+        if len(sides) > 2 or not all(side == int(side) and 1 <= side <= LONGEST_PX for side in sides):
+            raise self.wrong(key, f"must be a size, each side from 1 to {LONGEST_PX} px")
         return int(height_px), int(width_px)
 
     def shorter_or_exact_px(self, key: str) -> int | tuple[int, int] | None:

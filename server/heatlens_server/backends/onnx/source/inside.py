@@ -23,6 +23,8 @@ PREPARING = frozenset({
 _TOLERANCE = 0.02
 """Of a factor of 1 and an offset of 0: a file that quantises its input rounds it."""
 
+_LARGEST_BATCH = 1024
+
 _LARGEST_UNIT_STD = 10.0
 _LARGEST_UNIT_MEAN = 2.0
 _HIGHEST = 255.0
@@ -114,16 +116,20 @@ def part_before(model: ir.Model, value: ir.Value, image: ImageInput) -> Callable
     copy.graph.outputs[:] = [one for one in (*copy.graph.inputs, *values) if one.name == value.name]
     common.RemoveUnusedNodesPass()(copy)
     session = open_graph(copy)
+    batch = image.value.shape[0] if image.value.shape is not None else 1
+    count = batch if isinstance(batch, int) and batch > 0 else 1
+    if count > _LARGEST_BATCH:
+        raise ModelLoadError(f"the file's input {image.value.name!r} is of {count} images, more than {_LARGEST_BATCH}")
 
     def run(pixels: Array) -> Array:
         try:
-            (found,) = session.run(None, {str(image.value.name): pixels})
+            (found,) = session.run(None, {str(image.value.name): pixels.repeat(count, axis=0)})
         # onnxruntime has an exception class for each of its status codes, and paths in their messages.
         except Exception as error:
             raise ModelLoadError(
                 f"the file does not run on an input of {pixels.shape[1:]} ({type(error).__name__})"
             ) from error
-        return np.asarray(found, np.float64)
+        return np.asarray(found[: len(found) // count], np.float64)
 
     return run
 

@@ -101,8 +101,8 @@ def load_file(path: Path, config: ModelConfig) -> LoadedFile:
     """
     model = read_file(path)
     image = find_image(model)
-    # How many labels there must be is known later.
-    height_px, width_px = read_settings(path, model, image, 0, config).preprocess.input_px
+    settings = read_settings(path, model, image, config)
+    height_px, width_px = settings.preprocess.input_px
     shape = image.shape(height_px, width_px)
     takes_batches = free_batch(model, image.value, shape)
     known = know(model, image.value, shape)
@@ -117,13 +117,12 @@ def load_file(path: Path, config: ModelConfig) -> LoadedFile:
         layers = tuple(find_candidates(model, known, image))[-1:]
     if config.layers:
         layers = tuple(_named_layer(model, known, image, name, config) for name in config.layers)
-    settings = read_settings(path, model, image, scores.class_count, config)
     task, told = _task_of(config, scores, settings.task)
-    if task is Task.BINARY:
-        settings = read_settings(path, model, image, _SIDES, config)
+    class_count = _SIDES if task is Task.BINARY else scores.class_count
+    labels, about_labels = settings.labels_for(class_count, config)
     info = NetworkInfo(
         task=task,
-        class_count=_SIDES if task is Task.BINARY else scores.class_count,
+        class_count=class_count,
         layers=tuple(_network_layer(layer) for layer in layers),
         preprocess=settings.preprocess,
         channels_last=image.channels_last,
@@ -134,9 +133,9 @@ def load_file(path: Path, config: ModelConfig) -> LoadedFile:
     )
     return LoadedFile(
         info=info,
-        labels=settings.labels,
+        labels=labels,
         version=_version(path, model),
-        assumptions=(*told, *_about_layers(layers, config), *settings.assumptions),
+        assumptions=(*told, *_about_layers(layers, config), *settings.assumptions, *about_labels),
         candidates=tuple(_network_layer(layer) for layer in find_candidates(model, known, image)),
         model=model,
         known=known,

@@ -10,7 +10,14 @@ import onnx_ir as ir
 
 from heatlens_server.backends.onnx.gradient.find import ImageInput
 from heatlens_server.backends.onnx.source.conventions import CONVENTIONS
-from heatlens_server.backends.onnx.source.documents import MAX_BYTES, Section, Told, can_read_yaml, read_beside
+from heatlens_server.backends.onnx.source.documents import (
+    LONGEST_PX,
+    MAX_BYTES,
+    Section,
+    Told,
+    can_read_yaml,
+    read_beside,
+)
 from heatlens_server.backends.onnx.source.inside import find_inside
 from heatlens_server.backends.onnx.source.statistics import contradiction
 from heatlens_server.config import (
@@ -35,7 +42,7 @@ _BESIDE = (
 )
 """Files that tools write beside a model: Custom Vision, transformers and timm, MMDeploy, Paddle."""
 
-_LABELS_BESIDE = "labels.txt"
+_NAMES_BESIDE = "labels.txt"
 """As Custom Vision writes it."""
 
 _TOGETHER = (
@@ -55,20 +62,34 @@ class FileSettings:
 
     Attributes:
         preprocess: how images become its input.
-        labels: class names by id; empty if there are none.
-        assumptions: what was found or assumed, one sentence each, with the key that overrides it.
+        assumptions: what was found or assumed about that, one sentence each, with the key that overrides it.
         task: what the model does; None if nothing tells.
+        names: of classes, with what tells them, the strongest first.
     """
 
     preprocess: PreprocessSpec
-    labels: tuple[str, ...]
     assumptions: tuple[str, ...]
     task: Task | None
+    names: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def labels_for(self, class_count: int, config: ModelConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The names of so many classes, and what is to be said of them; empty if nothing tells so many.
+
+        Raises:
+            ModelLoadError: the configured file has another number.
+        """
+        if config.labels is not None:
+            return read_labels(config.labels, class_count), ()
+        for origin, names in self.names:
+            if len(names) == class_count:
+                return names, (f"The classes' names are those of {origin}; labels overrides that.",)
+        return (), tuple(
+            f"The file has {class_count} classes, and {origin} names {len(names)}: they are left out; set labels."
+            for origin, names in self.names
+        )
 
 
-def read_settings(
-    path: Path, model: ir.Model, image: ImageInput, class_count: int, config: ModelConfig
-) -> FileSettings:
+def read_settings(path: Path, model: ir.Model, image: ImageInput, config: ModelConfig) -> FileSettings:
     """Gather what is told about a file's preprocessing, labels and task, the strongest first.
 
     The configuration; normalisation in the graph; the file's metadata; files beside it; ImageNet's usual values, which
@@ -78,14 +99,13 @@ def read_settings(
         path: of the file.
         model: from `read_file`.
         image: its input.
-        class_count: how many labels there must be; those of another number are left out, and that is said.
         config: the model's configuration.
 
     Raises:
         ModelLoadError: a document is broken, or what it tells or the configuration says is impossible; names the
             document and the key, and no path.
     """
-    _check_channels(image, config.preprocess)
+    _check_image(image, config.preprocess)
     told = [(document.origin, read(document)) for document in _documents(path, model) for read in CONVENTIONS]
     base, tellers = _merged(told, image)
     base, tellers = _with_inside(base, tellers, model, image)
@@ -103,15 +123,14 @@ def read_settings(
         },
     )
     _check_input(resolved.spec, image)
-    labels, about_labels = _labels(path, told, class_count, config)
     contradicted = (
         "" if config.preprocess.mean and config.preprocess.std else contradiction(model, image, resolved.spec)
     )
     return FileSettings(
         preprocess=resolved.spec,
-        labels=labels,
-        assumptions=(*resolved.assumptions, *filter(None, [contradicted]), *about_labels, *_left_out(path)),
+        assumptions=(*resolved.assumptions, *filter(None, [contradicted]), *_left_out(path)),
         task=next((one.task for _origin, one in told if one.task is not None), None),
+        names=tuple((origin, one.labels) for origin, one in told if one.labels) or tuple(_names_beside(path)),
     )
 
 
@@ -175,7 +194,12 @@ def _with_inside(
     return base, {**tellers, **found}
 
 
-def _check_channels(image: ImageInput, changes: PreprocessConfig) -> None:
+def _check_image(image: ImageInput, changes: PreprocessConfig) -> None:
+    if max(image.height_px, image.width_px) > LONGEST_PX:
+        raise ModelLoadError(
+            f"the file's input {image.value.name!r} is of {image.height_px} x {image.width_px} px: "
+            f"sides are limited to {LONGEST_PX}"
+        )
     if given_channels(changes) not in {0, image.channels}:
         raise ModelLoadError(
             f"preprocess: values are for {given_channels(changes)} channels, and the file's input has {image.channels}"
@@ -196,23 +220,10 @@ def _check_input(spec: PreprocessSpec, image: ImageInput) -> None:
         raise ModelLoadError("preprocess: the file's input is of bytes: mean, std and scale must be 0, 1 and 255")
 
 
-def _labels(
-    path: Path, told: Sequence[tuple[str, Told]], class_count: int, config: ModelConfig
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The class names, and what is to be said of them."""
-    if config.labels is not None:
-        return read_labels(config.labels, class_count), ()
-    found = [(origin, one.labels) for origin, one in told if one.labels]
-    beside = path.with_name(_LABELS_BESIDE)
-    if not found and beside.is_file() and beside.stat().st_size <= MAX_BYTES:
-        found = [(f"{beside.name!r} beside it", read_labels(beside, 0))]
-    for origin, labels in found:
-        if len(labels) == class_count:
-            return labels, (f"The classes' names are those of {origin}; labels overrides that.",)
-    return (), tuple(
-        f"The file has {class_count} classes, and {origin} names {len(labels)}: they are left out; set labels."
-        for origin, labels in found
-    )
+def _names_beside(path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
+    beside = path.with_name(_NAMES_BESIDE)
+    if beside.is_file() and beside.stat().st_size <= MAX_BYTES:
+        yield f"{beside.name!r} beside it", read_labels(beside, 0)
 
 
 def _left_out(path: Path) -> Iterator[str]:

@@ -70,6 +70,11 @@ def test_normalisation_inside(tmp_path, body, constants, factors, offsets, highe
     assert (found.highest, found.is_bgr, found.is_nothing) == (highest, is_bgr, False)
 
 
+def test_a_file_of_a_fixed_batch(tmp_path):
+    found = inside_of(tmp_path, f"v = Mul(x, s) {TAIL}", "float[4, 3, 8, 8]", s=TINY)
+    np.testing.assert_allclose(found.factors, (1 / 255,) * 3, rtol=1e-6)
+
+
 def test_bytes_with_channels_last(tmp_path):
     body = f"a = Cast <to: int = 1> (x) b = Transpose <perm: ints = [0, 3, 1, 2]> (a) v = Mul(b, s) {TAIL}"
     found = inside_of(tmp_path, body, "uint8[N, 8, 8, 3]", s=TINY)

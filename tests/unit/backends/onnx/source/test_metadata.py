@@ -1,6 +1,7 @@
 """What is told of a file's preprocessing, labels and task: by whom, in which order, and what is assumed and said."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -49,7 +50,7 @@ def network(shape=RGB, *, scaled_by=None, dtype=TensorProto.FLOAT, channels_last
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
 
 
-def settings(folder, proto=None, *, metadata=None, beside=None, class_count=5, **config):
+def settings(folder, proto=None, *, metadata=None, beside=None, **config):
     proto = proto or network()
     for key, value in (metadata or {}).items():
         proto.metadata_props.add(key=key, value=value)
@@ -58,7 +59,11 @@ def settings(folder, proto=None, *, metadata=None, beside=None, class_count=5, *
         (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
     model = read_file(folder / "net.onnx")
     config = ModelConfig(name="m", source="timm:resnet18", **config)
-    return read_settings(folder / "net.onnx", model, find_image(model), class_count, config)
+    found = read_settings(folder / "net.onnx", model, find_image(model), config)
+    labels, about_labels = found.labels_for(5, config)
+    return SimpleNamespace(
+        preprocess=found.preprocess, labels=labels, assumptions=(*found.assumptions, *about_labels), task=found.task
+    )
 
 
 NAMES = ["a", "b", "c", "d", "e"]
@@ -164,7 +169,7 @@ def test_the_files_own_size_wins_and_the_ratio_stays(tmp_path):
 
 
 def test_a_letterbox_is_of_the_files_size(tmp_path):
-    found = settings(tmp_path, metadata={**YOLO, "task": "detect", "imgsz": "[64, 64]"}, class_count=5)
+    found = settings(tmp_path, metadata={**YOLO, "task": "detect", "imgsz": "[64, 64]"})
     assert found.preprocess.letterbox
     assert (found.preprocess.resize_px, found.preprocess.crop_px) == ((32, 32), (32, 32))
 
@@ -220,6 +225,18 @@ def test_yaml_that_cannot_be_read_here_is_said(tmp_path, monkeypatch):
 def test_what_the_configuration_says_must_fit_the_file(tmp_path, changes, what):
     with pytest.raises(ModelLoadError, match=what):
         settings(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "what"),
+    [((None, 3, 9000, 32), "'image' is of 9000 x 32 px"), ((1 << 30, 3, 32, 32), "'image' is of 1073741824 images")],
+)
+def test_inputs_that_are_too_large_are_refused_before_anything_is_run(tmp_path, shape, what):
+    proto = network(scaled_by=0.5, shape=(None, *shape[1:]))
+    if shape[0]:
+        proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = shape[0]
+    with pytest.raises(ModelLoadError, match=what):
+        settings(tmp_path, proto)
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_it_is_among_the_assumptions_unless_the_configuration_tells(tmp_path):
 
     def assumptions(**preprocess):
         config = ModelConfig(name="m", source="timm:resnet18", preprocess=preprocess)
-        return read_settings(tmp_path / "n.onnx", model, image, 32, config).assumptions
+        return read_settings(tmp_path / "n.onnx", model, image, config).assumptions
 
     (said,) = [one for one in assumptions() if "BatchNormalization" in one]
     assert "mean = [0.5, 0.5, 0.5], std = [0.5, 0.5, 0.5], scale = 1.0 fit better" in said
