@@ -137,7 +137,7 @@ class NetworkEngine:
     def _run(self, sessions: _Sessions, names: Sequence[str], images: ImageArray) -> dict[str, Array]:
         """By name, what the forward pass returns for images (N, H, W, C)."""
         passes, unique = sessions.passes, list(dict.fromkeys(names))
-        given = self._input(images)
+        given = self.inputs(images)
         computed = [name for name in unique if name != passes.image]
         found = dict(zip(computed, sessions.forward.run(computed, {passes.image: given}), strict=True))
         return {**found, passes.image: given}
@@ -205,7 +205,7 @@ class NetworkEngine:
         backward, _ = open_packed(self._runtime, passes.backward, self._choice, threads=self._threads)
         return _Sessions(passes, forward, backward)
 
-    def _input(self, images: ImageArray) -> Array:
+    def inputs(self, images: ImageArray) -> Array:
         """Images (N, H, W, C) as the network takes them."""
         about = self._about
         values = normalised_planes(images, about.preprocess, self._table)
