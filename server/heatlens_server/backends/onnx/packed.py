@@ -58,7 +58,12 @@ class OpenGraph:
 
 
 def open_packed(
-    runtime: Runtime, packed: PackedGraph, choice: Choice = ON_CPU, *, threads: int | None = None
+    runtime: Runtime,
+    packed: PackedGraph,
+    choice: Choice = ON_CPU,
+    *,
+    threads: int | None = None,
+    runs_once: bool = False,
 ) -> tuple[OpenGraph, Choice]:
     """Open a session on a packed graph.
 
@@ -67,6 +72,8 @@ def open_packed(
         packed: the graph.
         choice: where it runs.
         threads: for one run on a CPU; None for as many as there are cores for this process.
+        runs_once: whether it runs a few times only: then weights are not laid out anew, which takes longer than a run
+            and as much memory as they.
 
     Returns:
         The session, and where it runs.
@@ -75,6 +82,10 @@ def open_packed(
         ModelLoadError: the provider asked for does not work.
     """
     options = session_options(runtime, threads=threads)
+    if runs_once:
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False
     weights = {name: np.ascontiguousarray(array) for name, array in packed.weights.items()}
     values = [runtime.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
     options.add_external_initializers(list(weights), values)

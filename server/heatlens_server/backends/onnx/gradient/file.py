@@ -161,6 +161,8 @@ def _in_one_form(model: ir.Model, file_name: str) -> ir.Model:
     floored = _resized_from_corners(model)
     try:
         skeleton, weights = skeleton_of(model)
+        # protobuf copies a tensor's bytes whenever they are asked for, and keeps all of a file for any part of it.
+        weights = {name: _read(tensor) for name, tensor in weights.items()}
         if model.graph.opset_imports.get("", 0) < OLDEST_OPSET:
             skeleton = version_converter.convert_version(skeleton, OLDEST_OPSET)
         model = with_weights(_inlined(skeleton), weights)
@@ -230,6 +232,10 @@ def _in_one_type(model: ir.Model) -> None:
             filled = np.zeros(1, np.float32) if given is None else given.as_tensor().numpy()
             if ir.DataType.from_numpy(filled.dtype) in _FLOATS:
                 node.attributes["value"] = ir.AttrTensor("value", ir.tensor(filled.astype(kind.numpy())))
+
+
+def _read(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    return tensor if isinstance(tensor, ir.ExternalTensor) else ir.Tensor(tensor.numpy(), name=tensor.name)
 
 
 def _pass_by(model: ir.Model) -> None:

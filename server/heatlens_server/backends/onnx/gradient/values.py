@@ -41,13 +41,13 @@ def pack(model: ir.Model) -> PackedGraph:
 
 
 def open_graph(model: ir.Model) -> OpenGraph:
-    """Open a model on the CPU.
+    """Open a model on the CPU, to run it once or a few times.
 
     Raises:
         ModelLoadError: onnxruntime does not take it.
     """
     try:
-        return open_packed(load_runtime(), pack(model))[0]
+        return open_packed(load_runtime(), pack(model), runs_once=True)[0]
     except ModelLoadError:
         raise
     # onnxruntime has an exception class for each of its status codes, and paths in their messages.

@@ -1,5 +1,6 @@
 """From an ONNX file to a network that can be explained: what its tensors are, and how sure that is."""
 
+import gc
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from heatlens_server.backends.onnx.network import NetworkInfo, NetworkLayer
 from heatlens_server.backends.onnx.passes import Passes
 from heatlens_server.backends.onnx.source.batch import free_batch, runs_in_batches
 from heatlens_server.backends.onnx.source.metadata import read_settings
+from heatlens_server.backends.onnx.source.rows import keeps_images_apart
 from heatlens_server.backends.onnx.source.split import split
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.errors import ModelLoadError
@@ -100,6 +102,8 @@ def load_file(path: Path, config: ModelConfig) -> LoadedFile:
         ModelLoadError: it is no such file, or something cannot be found in it; the message names the tensor or the key.
     """
     model = read_file(path)
+    # Graphs refer to themselves: what the file was parsed into would stay for a while.
+    gc.collect()
     image = find_image(model)
     settings = read_settings(path, model, image, config)
     height_px, width_px = settings.preprocess.input_px
@@ -107,7 +111,8 @@ def load_file(path: Path, config: ModelConfig) -> LoadedFile:
     takes_batches = free_batch(model, image.value, shape)
     known = know(model, image.value, shape)
     scores = find_scores(model, known, config.output if isinstance(config.output, str) else "")
-    takes_batches = takes_batches and runs_in_batches(model, image.value, shape, [scores.value])
+    if takes_batches and not keeps_images_apart(model, known):
+        takes_batches = runs_in_batches(model, image.value, shape, [scores.value])
     refusals: dict[Method, str] = {}
     try:
         layers = find_layers(model, known, image, scores)
@@ -115,6 +120,7 @@ def load_file(path: Path, config: ModelConfig) -> LoadedFile:
         reason = str(error)
         refusals = {method: reason for method in Method if method.traits.needs_gradient}
         layers = tuple(find_candidates(model, known, image))[-1:]
+    gc.collect()
     if config.layers:
         layers = tuple(_named_layer(model, known, image, name, config) for name in config.layers)
     task, told = _task_of(config, scores, settings.task)
