@@ -1,24 +1,26 @@
 """What is known about the values of a graph: shapes in which the batch is any, and constants.
 
-Inference knows them all for most convolutional networks. Where it does not, the file is run on one image and on two.
+They follow from the graph for most networks. Where they do not, the file is run on noise.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 import numpy as np
 import onnx
-import onnx.shape_inference
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from heatlens_server.backends.onnx.gradient.file import skeleton_of
+from heatlens_server.backends.onnx.gradient.inference import MOST_CONSTANT_ELEMENTS, Facts, infer
 from heatlens_server.backends.onnx.gradient.tape import BATCH, Array, Known, Shape
 from heatlens_server.backends.onnx.packed import OpenGraph, PackedGraph, open_packed
 from heatlens_server.backends.onnx.providers import load_runtime
 from heatlens_server.core.errors import ModelLoadError
 
-_MOST_CONSTANT_ELEMENTS = 1 << 16
-_BATCH_NAME = "batch of images"
+_COUNTS = 2, 3
+"""Numbers of images for which shapes are found: what is not the same for both is a multiple of them."""
+
 _INTEGERS = frozenset({"tensor(int64)", "tensor(int32)", "tensor(bool)"})
 
 
@@ -56,97 +58,101 @@ def open_graph(model: ir.Model) -> OpenGraph:
 
 
 def know(model: ir.Model, image: ir.Value, shape: Sequence[int]) -> Known:
-    """Find the shape of every value, and which integers are the same for every image.
+    """Find the shape of every value, and what is the same for every image.
 
     Args:
-        model: from `read_file`. Computed integers that turn out to be constant become constants of it, and what
-            computed them is left out.
-        image: its input.
+        model: from `read_file`. Small computed values that turn out to be constant become constants of it, and what
+            computed them is left out. Values get their element types.
+        image: its input. If that is of a fixed number of images, the first axis of what is computed counts as theirs
+            where it is as long.
         shape: of one image, without the batch.
 
     Raises:
-        ModelLoadError: the graph cannot be run.
+        ModelLoadError: the graph does not fit its input, or is too large; names the operator and the node.
     """
-    constants: dict[ir.Value, Array] = {}
-    shapes: dict[ir.Value, Shape] = {}
-    for value in model.graph.initializers.values():
-        if value.const_value is not None:
-            shapes[value] = tuple(value.const_value.shape.numpy())
-            if value.const_value.size <= _MOST_CONSTANT_ELEMENTS:
-                constants[value] = value.const_value.numpy()
-    inferred = _inferred(model, image, shape)
-    if inferred is None:
-        one, two = (probe(model, image, (count, *shape)) for count in (1, 2))
-        for value, lengths in one[0].items():
-            if value in two[0] and len(two[0][value]) == len(lengths):
-                pairs = zip(lengths, two[0][value], strict=True)
-                # Of one image and of two: what is not the same is a multiple of their number.
-                shapes[value] = tuple(length if length == other else -length for length, other in pairs)
-        for value, elements in one[1].items():
-            if np.array_equal(elements, two[1].get(value, np.empty(0))):
-                folded = _fold(model, value, elements)
-                constants[folded], shapes[folded] = elements, elements.shape
-        common.RemoveUnusedNodesPass()(model)
+    fixed = image.shape[0] if image.shape is not None else None
+    if isinstance(fixed, int):
+        facts = facts_of(model, image, (fixed, *shape))
+        shapes = {
+            value: (BATCH, *lengths[1:])
+            if lengths[:1] == (fixed,) and value.const_value is None and value not in facts.elements
+            else lengths
+            for value, lengths in facts.shapes.items()
+        }
+        constants = facts.elements
     else:
-        shapes |= inferred
+        facts, more = (facts_of(model, image, (count, *shape)) for count in _COUNTS)
+        shapes = {
+            value: lengths
+            for value, one in facts.shapes.items()
+            if value in more.shapes and (lengths := _for_any_count(one, more.shapes[value])) is not None
+        }
+        constants = {
+            value: elements
+            for value, elements in facts.elements.items()
+            if np.array_equal(elements, more.elements.get(value, np.empty(0)))
+        }
+    for value, elements in list(constants.items()):
+        is_read = any(constants.keys().isdisjoint(node.outputs) for node, _place in value.uses())
+        if value.producer() is not None and (is_read or value.is_graph_output()):
+            folded = _fold(model, value, elements)
+            constants[folded], shapes[folded] = elements, elements.shape
+    common.RemoveUnusedNodesPass()(model)
     return Known(shapes, constants, _dtype(image), model.graph.opset_imports[""])
+
+
+def _for_any_count(one: Shape, other: Shape) -> Shape | None:
+    """The shape for any number of images, of those for two numbers of them; None if it does not follow."""
+    if len(one) != len(other):
+        return None
+    lengths = []
+    for length, more in zip(one, other, strict=True):
+        share, rest = divmod(length, _COUNTS[0])
+        if length != more and (rest or share * _COUNTS[1] != more):
+            return None
+        lengths.append(length if length == more else BATCH * share)
+    return tuple(lengths)
+
+
+def facts_of(model: ir.Model, image: ir.Value, shape: Sequence[int]) -> Facts:
+    """What is known about the values of a graph for an input of one shape: inferred, or else found by running it.
+
+    What may be of any size, whatever the input's, is not run, and stays unknown.
+
+    Args:
+        model: from `read_file`.
+        image: its input.
+        shape: of it, with the number of images.
+
+    Raises:
+        ModelLoadError: the graph does not fit its input, or is too large; names the operator and the node.
+    """
+    facts = infer(model, image, tuple(shape))
+    asked = facts.unknown - facts.unbounded
+    if asked:
+        try:
+            _probe(model, image, shape, asked, facts)
+        except ModelLoadError as error:
+            raise ModelLoadError(facts.misfit or str(error)) from error
+    return facts
 
 
 def _fold(model: ir.Model, value: ir.Value, elements: Array) -> ir.Value:
     """Put a constant in the place of a computed value."""
     name = f"{value.name}: constant"
-    constant = ir.Value(name=name, const_value=ir.tensor(elements, name=name))
+    constant = ir.Value(name=name, const_value=ir.Tensor(elements, name=name))
     model.graph.register_initializer(constant)
     value.replace_all_uses_with(constant)
     return constant
-
-
-def _inferred(model: ir.Model, image: ir.Value, shape: Sequence[int]) -> Mapping[ir.Value, Shape] | None:
-    """The shape of every value by inference; None if one is not known, or integers are computed."""
-    skeleton, _weights = skeleton_of(model)
-    for one in skeleton.graph.input:
-        if one.name == image.name:
-            one.type.tensor_type.shape.ClearField("dim")
-            one.type.tensor_type.shape.dim.add(dim_param=_BATCH_NAME)
-            for length in shape:
-                one.type.tensor_type.shape.dim.add(dim_value=length)
-    # What the file says is of fixed sizes, or of another image's.
-    del skeleton.graph.value_info[:]
-    for one in skeleton.graph.output:
-        one.type.tensor_type.ClearField("shape")
-    inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
-    types = {one.name: one.type.tensor_type for one in (*inferred.value_info, *inferred.output)}
-    shapes: dict[ir.Value, Shape] = {image: (BATCH, *shape)}
-    for value in (output for node in model.graph for output in node.outputs):
-        if not value.uses() and not value.is_graph_output():
-            continue
-        found = types.get(str(value.name))
-        if found is None or not ir.DataType(found.elem_type).is_floating_point() or not found.HasField("shape"):
-            return None
-        lengths = tuple(
-            dim.dim_value if dim.HasField("dim_value") else BATCH if dim.dim_param == _BATCH_NAME else None
-            for dim in found.shape.dim
-        )
-        known = tuple(length for length in lengths if length is not None)
-        if len(known) < len(lengths):
-            return None
-        shapes[value] = known
-    return shapes
 
 
 def _dtype(image: ir.Value) -> ir.DataType:
     return image.dtype if image.dtype is not None and image.dtype.is_floating_point() else ir.DataType.FLOAT
 
 
-def probe(
-    model: ir.Model, image: ir.Value, shape: Sequence[int]
-) -> tuple[Mapping[ir.Value, Shape], Mapping[ir.Value, Array]]:
-    """Run a graph on noise.
-
-    Returns:
-        The shape of every value, and the elements of those of few integers.
-    """
-    values = {str(value.name): value for node in model.graph for value in node.outputs}
+def _probe(model: ir.Model, image: ir.Value, shape: Sequence[int], asked: AbstractSet[ir.Value], facts: Facts) -> None:
+    """Run a graph on noise, to add the shapes of some values to what is known, and the elements of few integers."""
+    values = {str(value.name): value for value in asked}
     copy = model.clone()
     produced = [value for node in copy.graph for value in node.outputs if value.name in values]
     lengths = {str(value.name): ir.Value(name=f"{value.name}: shape") for value in produced}
@@ -156,22 +162,17 @@ def probe(
     session = open_graph(copy)
     # Of floating point values the shape alone: all of them together would take much memory.
     integers = [one.name for one in session.get_outputs() if one.name in values and one.type in _INTEGERS]
-    asked = [str(value.name) for value in lengths.values()]
+    names = [str(value.name) for value in lengths.values()]
     try:
-        found = session.run([*asked, *integers], {str(image.name): noise_for(image, shape)})
+        found = session.run([*names, *integers], {str(image.name): noise_for(image, shape)})
     # onnxruntime has an exception class for each of its status codes, and paths in their messages.
     except Exception as error:
         raise ModelLoadError(f"the file does not run on an input of {tuple(shape)} ({type(error).__name__})") from error
-    shapes = {
-        values[name]: tuple(int(length) for length in array)
-        for name, array in zip(lengths, found[: len(asked)], strict=True)
-    }
-    elements = {
-        values[name]: np.asarray(array)
-        for name, array in zip(integers, found[len(asked) :], strict=True)
-        if array.size <= _MOST_CONSTANT_ELEMENTS
-    }
-    return {**shapes, image: tuple(shape)}, elements
+    for name, array in zip(lengths, found[: len(names)], strict=True):
+        facts.shapes[values[name]] = tuple(int(length) for length in array)
+    for name, array in zip(integers, found[len(names) :], strict=True):
+        if array.size <= MOST_CONSTANT_ELEMENTS:
+            facts.elements[values[name]] = np.asarray(array)
 
 
 def noise_for(image: ir.Value, shape: Sequence[int]) -> Array:

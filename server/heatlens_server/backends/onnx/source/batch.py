@@ -7,13 +7,11 @@ is left open. The result is tried: several images at once must give what each of
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import onnx.shape_inference
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from heatlens_server.backends.onnx.gradient.file import skeleton_of
 from heatlens_server.backends.onnx.gradient.tape import Array, Shape
-from heatlens_server.backends.onnx.gradient.values import noise_for, open_graph, probe
+from heatlens_server.backends.onnx.gradient.values import facts_of, noise_for, open_graph
 from heatlens_server.backends.onnx.source.batch_axis import LosesImages, Place, Walk, follow, name_axes
 
 _BATCH_NAME = "batch"
@@ -50,14 +48,15 @@ def free_batch(model: ir.Model, image: ir.Value, shape: Sequence[int]) -> bool:
     for value in (output for node in model.graph for output in node.outputs):
         # What the file says is for its number of images.
         value.shape = None
-    number, shapes = ir.Value(name=f"{image.name}: number"), _fixed_shapes(model, image, (count, *shape))
+    number, shapes = ir.Value(name=f"{image.name}: number"), facts_of(model, image, (count, *shape)).shapes
     if count == 1 and _keep_one_image(model, image, shapes):
-        shapes = _fixed_shapes(model, image, (count, *shape))
+        shapes = facts_of(model, image, (count, *shape)).shapes
     walk = Walk(model.graph, shapes, count, number, {image: Place(0)})
     try:
         for node in model.graph:
             follow(node, walk)
-    except LosesImages:
+    # Or a shape that is not known: it is behind the choice of boxes.
+    except (LosesImages, KeyError):
         return False
     carriers = [value for value in (image, *model.graph.outputs) if value in walk.places]
     if len(carriers) < 2:
@@ -65,6 +64,7 @@ def free_batch(model: ir.Model, image: ir.Value, shape: Sequence[int]) -> bool:
     for edit in walk.edits:
         edit()
     model.graph.insert_before(model.graph[0], ir.node("Shape", [image], {"start": 0, "end": 1}, outputs=[number]))
+    common.AddDefaultAttributesPass()(model)
     common.RemoveUnusedNodesPass()(model)
     for value in carriers:
         lengths: list[int | str] = list(walk.shapes[value])
@@ -144,26 +144,3 @@ def _keep_one_image(model: ir.Model, image: ir.Value, shapes: Mapping[ir.Value, 
     for node, _lengths in squeezing:
         node.resize_inputs(1)
     return False
-
-
-def _fixed_shapes(model: ir.Model, image: ir.Value, shape: Shape) -> dict[ir.Value, Shape]:
-    """The shape of every value for an input of this shape: inferred, or found by running the file."""
-    skeleton, _weights = skeleton_of(model)
-    for one in skeleton.graph.input:
-        if one.name == image.name:
-            one.type.tensor_type.shape.ClearField("dim")
-            for length in shape:
-                one.type.tensor_type.shape.dim.add(dim_value=length)
-    inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
-    types = {one.name: one.type.tensor_type for one in (*inferred.value_info, *inferred.output)}
-    shapes: dict[ir.Value, Shape] = {image: shape}
-    for value in model.graph.initializers.values():
-        if value.const_value is not None:
-            shapes[value] = tuple(value.const_value.shape.numpy())
-    for value in (output for node in model.graph for output in node.outputs if output.name):
-        found = types.get(str(value.name))
-        lengths = () if found is None else tuple(dim.dim_value for dim in found.shape.dim)
-        if found is None or not found.HasField("shape") or 0 in lengths:
-            return shapes | dict(probe(model, image, shape)[0])
-        shapes[value] = lengths
-    return shapes
