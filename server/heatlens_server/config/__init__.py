@@ -10,6 +10,7 @@ from heatlens_server.config.model import (
     ModelConfig,
     PreprocessConfig,
 )
+from heatlens_server.config.pixel_classes import find_threshold
 from heatlens_server.config.preprocess import (
     IMAGENET_PREPROCESS,
     ResolvedPreprocess,
@@ -33,6 +34,7 @@ __all__ = [
     "ResolvedPreprocess",
     "ServerConfig",
     "TlsConfig",
+    "find_threshold",
     "given_channels",
     "lay_over",
     "load_config",

@@ -312,7 +312,7 @@ class ModelConfig(Section):
         if _is_file(info) and engine in {"torch", "torchscript"}:
             raise ValueError('an ONNX file is run by "onnxruntime"')
         task = info.data.get("task", "auto")
-        if engine in {"onnxruntime", "torchscript"} and not _is_exportable(task):
+        if engine in {"onnxruntime", "torchscript"} and not (_is_exportable(task) or _is_file(info)):
             raise ValueError(f'"{engine}" runs exports, which are of classifiers; {task} is for "torch"')
         if engine in {"onnxruntime", "torchscript"} and info.data.get("precision") == "bf16":
             raise ValueError(f'"{engine}" runs in fp32 and fp16; bf16 is for "torch"')

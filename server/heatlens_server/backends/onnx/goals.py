@@ -7,6 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from heatlens_server.backends.onnx.graph_rows import class_index
+from heatlens_server.backends.onnx.network import NetworkInfo
+from heatlens_server.backends.onnx.pixel_goals import PixelGoals
 from heatlens_server.core.arrays import Float32Array, ImageArray
 from heatlens_server.core.methods import Score
 from heatlens_server.core.results import Finding, ImageResult
@@ -212,21 +214,23 @@ def _directions(vectors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return found
 
 
-def goals_of(outputs: Scores, targets: Sequence[Target], *, task: Task, score: Score, run: RunImages) -> Goals:
+def goals_of(outputs: Scores, targets: Sequence[Target], *, about: NetworkInfo, score: Score, run: RunImages) -> Goals:
     """Find what is asked for in what a network returned.
 
     Args:
         outputs: of N images.
         targets: N targets.
-        task: what the network does.
+        about: the network.
         score: what is explained about a target.
         run: runs the network on further images.
 
     Raises:
         TypeError: a target is of another task.
     """
-    if task.traits.has_image_classes:
-        return ClassGoals(outputs, targets, task=task, score=score)
-    if task.traits.has_values:
+    if about.task is Task.SEGMENTATION:
+        return PixelGoals(outputs, targets, score=score, threshold=about.threshold)
+    if about.task.traits.has_image_classes:
+        return ClassGoals(outputs, targets, task=about.task, score=score)
+    if about.task.traits.has_values:
         return ValueGoals(outputs, targets)
     return SimilarityGoals(outputs, targets, score=score, run=run)

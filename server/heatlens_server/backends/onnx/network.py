@@ -43,6 +43,7 @@ class NetworkInfo:
         dtype: of its input, as numpy calls it: "float32", "float16", "uint8".
         takes_batches: whether it runs on any number of images at once.
         has_linear_head: whether its scores are linear in the means over places of the default layer.
+        threshold: segmentation: as `core.engine.Capabilities.threshold`.
         refusals: why it lacks methods that most networks have.
     """
 
@@ -54,6 +55,7 @@ class NetworkInfo:
     dtype: str = "float32"
     takes_batches: bool = True
     has_linear_head: bool = False
+    threshold: float | None = None
     refusals: Mapping[Method, str] = field(default_factory=dict, hash=False)
 
 

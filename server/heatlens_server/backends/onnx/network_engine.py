@@ -5,7 +5,7 @@ It runs what was an ONNX file of anybody's, and needs neither torch nor, once gr
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any
 
@@ -91,7 +91,7 @@ class NetworkEngine:
 
     def can(self, spec: MapSpec) -> bool:
         """Whether `explain` takes a spec."""
-        return not (spec.in_steps or spec.principal or spec.return_mask) and spec.method in self._info.methods
+        return not (spec.in_steps or spec.principal) and spec.method in self._info.methods
 
     def explain(self, images: ImageArray, targets: Sequence[Target], spec: MapSpec) -> list[ImageResult]:
         """Explain a batch; see `core.engine.Engine.explain`.
@@ -127,12 +127,13 @@ class NetworkEngine:
             return self._run(sessions, passes.scores, further)
 
         scores = {name: found[name] for name in passes.scores}
-        goals = goals_of(scores, targets, task=self._about.task, score=spec.score, run=run)
+        goals = goals_of(scores, targets, about=self._about, score=spec.score, run=run)
         activations = {layer: as_map(found[name], self._grids[layer]) for layer, name in passes.layers.items()}
         raw = self._raw_maps(sessions, found, goals, activations, spec.method)
         size = (images.shape[1], images.shape[2]) if spec.upsample else None
         maps = finish([_normalized(raw[layer]) for layer in spec.layers], size, spec.aggregation)
-        return [goals.result(n, maps.values[n], maps.scales[n], maps.offsets[n]) for n in range(len(images))]
+        results = [goals.result(n, maps.values[n], maps.scales[n], maps.offsets[n]) for n in range(len(images))]
+        return results if spec.return_mask else [replace(result, mask=None, masks=None) for result in results]
 
     def _run(self, sessions: _Sessions, names: Sequence[str], images: ImageArray) -> dict[str, Array]:
         """By name, what the forward pass returns for images (N, H, W, C)."""
@@ -236,8 +237,11 @@ def _capabilities(about: NetworkInfo, device: str, *, has_gradient: bool) -> Cap
     methods = [
         method
         for method in CLOSED_FORMS
-        if (has_gradient and (method is not Method.CAM or about.has_linear_head))
-        or not (method.traits.needs_gradient or method is Method.CAM)
+        if method not in about.task.traits.unsupported_methods
+        and (
+            (has_gradient and (method is not Method.CAM or about.has_linear_head))
+            or not (method.traits.needs_gradient or method is Method.CAM)
+        )
     ]
     names = tuple(layer.name for layer in about.layers)
     input_px = about.preprocess.crop_px or (0, 0)
@@ -253,8 +257,9 @@ def _capabilities(about: NetworkInfo, device: str, *, has_gradient: bool) -> Cap
         layers=names,
         task=about.task,
         input_channels=about.preprocess.channels,
-        scores=tuple(Score) if has_gradient else (Score.LOGIT,),
+        scores=about.task.traits.scores if has_gradient else (Score.LOGIT,),
         layers_by_method=alone,
+        threshold=about.threshold,
         runs_one_by_one=not about.takes_batches,
         refusals=about.refusals,
     )

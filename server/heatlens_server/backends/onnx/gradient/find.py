@@ -177,6 +177,13 @@ def find_layers(model: ir.Model, known: Known, image: ImageInput, scores: Scores
         NotDifferentiable: an operator behind the last ones has no rule.
     """
     candidates = list(find_candidates(model, known, image))
+    return with_stages(last_telling(model, known, image, scores, candidates), candidates)
+
+
+def last_telling(
+    model: ir.Model, known: Known, image: ImageInput, scores: Scores, candidates: Sequence[FoundLayer]
+) -> FoundLayer:
+    """The last of some values on whose places the scores depend; see `find_layers`."""
     if not candidates:
         raise ModelLoadError("no tensor of the file lies on the image like a map")
     last = candidates[-_LAST_CANDIDATES:]
@@ -184,7 +191,11 @@ def find_layers(model: ir.Model, known: Known, image: ImageInput, scores: Scores
     telling = [layer for layer, share in zip(last, shares, strict=True) if share > _LEAST_SHARE]
     if not telling:
         raise ModelLoadError("the scores depend on no tensor of the file that lies on the image like a map")
-    default = telling[-1]
+    return telling[-1]
+
+
+def with_stages(default: FoundLayer, candidates: Sequence[FoundLayer]) -> tuple[FoundLayer, ...]:
+    """A layer, and the last ones before it of every finer resolution, from the coarsest on."""
     before = candidates[: candidates.index(default)]
     ends = {(layer.height, layer.width): layer for layer in before}
     ends.pop((default.height, default.width), None)
@@ -197,7 +208,7 @@ def _shares(
 ) -> list[float]:
     """For each layer, the share of its places on which the scores depend, by gradients for noise."""
     copy, values = _copied(model)
-    height_px, width_px = _size_of(known, image)
+    height_px, width_px = size_of(known, image)
     kind = known.dtype
     features = _before_head(scores.value)
     shape = known.shapes[features]
@@ -257,7 +268,8 @@ def _copied(model: ir.Model) -> tuple[ir.Model, dict[str | None, ir.Value]]:
     return copy, values | {value.name: value for node in copy.graph for value in node.outputs}
 
 
-def _size_of(known: Known, image: ImageInput) -> tuple[int, int]:
+def size_of(known: Known, image: ImageInput) -> tuple[int, int]:
+    """(height, width) of the image, in pixels."""
     _n, *lengths = known.shapes[image.value]
     return (lengths[0], lengths[1]) if image.channels_last else (lengths[1], lengths[2])
 
@@ -283,7 +295,7 @@ def layer_of(
     if grid is None:
         found = [layer for layer in find_candidates(model, known, image) if layer.value is value]
         sizes = {(layer.height, layer.width) for layer in find_candidates(model, known, image)}
-        return found[0] if found else _as_layer(value, shape, sizes, _size_of(known, image))
+        return found[0] if found else _as_layer(value, shape, sizes, size_of(known, image))
     if grid.layout is Layout.TOKENS:
         fits = len(shape) == 3 and shape[1] == grid.prefix + grid.height * grid.width
         return FoundLayer(value, grid, shape[2], grid.height, grid.width) if fits else None
@@ -312,7 +324,7 @@ def has_linear_head(known: Known, layer: FoundLayer, scores: Scores) -> bool:
 
 def find_candidates(model: ir.Model, known: Known, image: ImageInput) -> Iterator[FoundLayer]:
     """The values that lie on the image, in the order in which they are computed."""
-    height_px, width_px = _size_of(known, image)
+    height_px, width_px = size_of(known, image)
     grids: set[tuple[int, int]] = set()
     excluded = _attention_scores(model, known) | _linear_outputs(model, known)
     for node in model.graph:

@@ -14,19 +14,18 @@ from heatlens_server.backends.onnx.gradient.find import (
     FoundLayer,
     ImageInput,
     Scores,
-    find_candidates,
     find_image,
-    find_layers,
-    find_scores,
     has_linear_head,
     layer_of,
 )
-from heatlens_server.backends.onnx.gradient.tape import Known, NotDifferentiable
+from heatlens_server.backends.onnx.gradient.tape import Known
 from heatlens_server.backends.onnx.gradient.values import know
 from heatlens_server.backends.onnx.network import NetworkInfo, NetworkLayer
 from heatlens_server.backends.onnx.passes import Passes
 from heatlens_server.backends.onnx.source.batch import free_batch, runs_in_batches
+from heatlens_server.backends.onnx.source.layers import choose_layers
 from heatlens_server.backends.onnx.source.metadata import read_settings
+from heatlens_server.backends.onnx.source.outputs import find_outputs
 from heatlens_server.backends.onnx.source.rows import keeps_images_apart
 from heatlens_server.backends.onnx.source.split import split
 from heatlens_server.config import ModelConfig
@@ -35,9 +34,9 @@ from heatlens_server.core.methods import Method
 from heatlens_server.core.tasks import Task
 
 _VERSION_DIGITS = 12
-_SIDES = 2
-"""The classes of a network of one output."""
 
+_OF_PLACES = frozenset({Task.SEGMENTATION, Task.DETECTION})
+"""Tasks that are about the whole image, at a size that its objects have."""
 _CHUNK_BYTES = 1 << 20
 
 
@@ -106,73 +105,50 @@ def load_file(path: Path, config: ModelConfig) -> LoadedFile:
     gc.collect()
     image = find_image(model)
     settings = read_settings(path, model, image, config)
-    height_px, width_px = settings.preprocess.input_px
-    shape = image.shape(height_px, width_px)
+    shape = image.shape(*settings.preprocess.input_px)
     takes_batches = free_batch(model, image.value, shape)
     known = know(model, image.value, shape)
-    scores = find_scores(model, known, config.output if isinstance(config.output, str) else "")
+    outputs, known = find_outputs(model, known, image, config, settings.task)
+    scores, task = outputs.scores, outputs.task
+    if task in _OF_PLACES:
+        settings = read_settings(path, model, image, config, is_whole=True)
+        if settings.is_size_assumed:
+            raise ModelLoadError(f"preprocess: the file leaves the size of its input open: {task} needs crop_px")
     if takes_batches and not keeps_images_apart(model, known):
         takes_batches = runs_in_batches(model, image.value, shape, [scores.value])
-    refusals: dict[Method, str] = {}
-    try:
-        layers = find_layers(model, known, image, scores)
-    except NotDifferentiable as error:
-        reason = str(error)
-        refusals = {method: reason for method in Method if method.traits.needs_gradient}
-        layers = tuple(find_candidates(model, known, image))[-1:]
+    chosen = choose_layers(model, known, image, scores, task)
     gc.collect()
-    if config.layers:
-        layers = tuple(_named_layer(model, known, image, name, config) for name in config.layers)
-    task, told = _task_of(config, scores, settings.task)
-    class_count = _SIDES if task is Task.BINARY else scores.class_count
-    labels, about_labels = settings.labels_for(class_count, config)
+    refusals = {method: chosen.why_not for method in Method if method.traits.needs_gradient} if chosen.why_not else {}
+    layers = tuple(_named_layer(model, known, image, name, config) for name in config.layers) or chosen.layers
+    labels, about_labels = settings.labels_for(outputs.class_count, config)
     info = NetworkInfo(
         task=task,
-        class_count=class_count,
+        class_count=outputs.class_count,
         layers=tuple(_network_layer(layer) for layer in layers),
         preprocess=settings.preprocess,
         channels_last=image.channels_last,
         dtype=_dtype(image),
         takes_batches=takes_batches,
         has_linear_head=has_linear_head(known, layers[0], scores),
+        threshold=outputs.threshold,
         refusals=refusals,
     )
     return LoadedFile(
         info=info,
         labels=labels,
         version=_version(path, model),
-        assumptions=(*told, *_about_layers(layers, config), *settings.assumptions, *about_labels),
-        candidates=tuple(_network_layer(layer) for layer in find_candidates(model, known, image)),
+        assumptions=(
+            *outputs.assumptions,
+            *(() if config.layers else (chosen.told,)),
+            *settings.assumptions,
+            *about_labels,
+        ),
+        candidates=tuple(_network_layer(layer) for layer in chosen.candidates),
         model=model,
         known=known,
         image=image,
         scores=scores,
     )
-
-
-def _task_of(config: ModelConfig, scores: Scores, hint: Task | None) -> tuple[Task, tuple[str, ...]]:
-    """What the network does, and what is to be said about it."""
-    told: list[str] = []
-    if scores.activation:
-        told.append(
-            f"The file's output {scores.output.name!r} is the {scores.activation} of {scores.value.name!r}: maps "
-            "explain that tensor's logits; output names another output."
-        )
-    if config.task != "auto":
-        return Task(config.task), tuple(told)
-    if hint is not None and hint.traits.has_image_classes:
-        told.append(f'What comes with the file makes the task "{hint}"; set task if it is another.')
-        return hint, tuple(told)
-    if scores.class_count == 1:
-        told.append(
-            "The file has one output: it is taken as a binary classifier, whose class 1 has the sigmoid of "
-            f'{scores.value.name!r}; set task = "regression" if the output is a value.'
-        )
-        return Task.BINARY, tuple(told)
-    if scores.activation == "sigmoid":
-        told.append(f'Its sigmoid makes the task "{Task.MULTI_LABEL}"; set task if it is another.')
-        return Task.MULTI_LABEL, tuple(told)
-    return Task.CLASSIFICATION, tuple(told)
 
 
 def _named_layer(model: ir.Model, known: Known, image: ImageInput, name: str, config: ModelConfig) -> FoundLayer:
@@ -195,17 +171,6 @@ def _values(model: ir.Model) -> Mapping[str, ir.Value]:
 
 def _network_layer(layer: FoundLayer) -> NetworkLayer:
     return NetworkLayer(str(layer.value.name), layer.grid, layer.channels, layer.height, layer.width)
-
-
-def _about_layers(layers: Sequence[FoundLayer], config: ModelConfig) -> tuple[str, ...]:
-    if config.layers:
-        return ()
-    default = layers[0]
-    size = f"{default.channels} x {default.height} x {default.width}"
-    told = (
-        f"Maps explain {default.value.name!r} ({size}), the last tensor of the file on whose places the scores depend"
-    )
-    return (f"{told}; layers overrides that.",)
 
 
 def _dtype(image: ImageInput) -> str:

@@ -65,12 +65,14 @@ class FileSettings:
         assumptions: what was found or assumed about that, one sentence each, with the key that overrides it.
         task: what the model does; None if nothing tells.
         names: of classes, with what tells them, the strongest first.
+        is_size_assumed: whether nothing tells the size of its input.
     """
 
     preprocess: PreprocessSpec
     assumptions: tuple[str, ...]
     task: Task | None
     names: tuple[tuple[str, tuple[str, ...]], ...]
+    is_size_assumed: bool
 
     def labels_for(self, class_count: int, config: ModelConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The names of so many classes, and what is to be said of them; empty if nothing tells so many.
@@ -89,7 +91,9 @@ class FileSettings:
         )
 
 
-def read_settings(path: Path, model: ir.Model, image: ImageInput, config: ModelConfig) -> FileSettings:
+def read_settings(
+    path: Path, model: ir.Model, image: ImageInput, config: ModelConfig, *, is_whole: bool = False
+) -> FileSettings:
     """Gather what is told about a file's preprocessing, labels and task, the strongest first.
 
     The configuration; normalisation in the graph; the file's metadata; files beside it; ImageNet's usual values, which
@@ -100,6 +104,7 @@ def read_settings(path: Path, model: ir.Model, image: ImageInput, config: ModelC
         model: from `read_file`.
         image: its input.
         config: the model's configuration.
+        is_whole: whether the task is about the whole image, so that nothing is cut off unless that is told.
 
     Raises:
         ModelLoadError: a document is broken, or what it tells or the configuration says is impossible; names the
@@ -107,7 +112,7 @@ def read_settings(path: Path, model: ir.Model, image: ImageInput, config: ModelC
     """
     _check_image(image, config.preprocess)
     told = [(document.origin, read(document)) for document in _documents(path, model) for read in CONVENTIONS]
-    base, tellers = _merged(told, image)
+    base, tellers = _merged(told, image, is_whole=is_whole)
     base, tellers = _with_inside(base, tellers, model, image)
     guessed = {name for names in _TOGETHER for name in names if name not in tellers} - {"letterbox"}
     if _fixed_px(image):
@@ -131,6 +136,7 @@ def read_settings(path: Path, model: ir.Model, image: ImageInput, config: ModelC
         assumptions=(*resolved.assumptions, *filter(None, [contradicted]), *_left_out(path)),
         task=next((one.task for _origin, one in told if one.task is not None), None),
         names=tuple((origin, one.labels) for origin, one in told if one.labels) or tuple(_names_beside(path)),
+        is_size_assumed="crop_px" in guessed and config.preprocess.crop_px is None,
     )
 
 
@@ -145,7 +151,9 @@ def _fixed_px(image: ImageInput) -> tuple[int, int] | None:
     return (image.height_px, image.width_px) if image.height_px and image.width_px else None
 
 
-def _merged(told: Sequence[tuple[str, Told]], image: ImageInput) -> tuple[PreprocessSpec, dict[str, str]]:
+def _merged(
+    told: Sequence[tuple[str, Told]], image: ImageInput, *, is_whole: bool
+) -> tuple[PreprocessSpec, dict[str, str]]:
     """What is told, over the usual values, at the file's size; and by field what tells it."""
     values: dict[str, Any] = {}
     tellers: dict[str, str] = {}
@@ -163,7 +171,8 @@ def _merged(told: Sequence[tuple[str, Told]], image: ImageInput) -> tuple[Prepro
     fixed_px = _fixed_px(image)
     crop_px = values.setdefault("crop_px", fixed_px or IMAGENET_PREPROCESS.input_px)
     # Of an oblong input nothing is cut off: its classes need not be about the middle.
-    usual = scaled_resize(IMAGENET_PREPROCESS, crop_px) if crop_px[0] == crop_px[1] else crop_px
+    is_cropped = crop_px[0] == crop_px[1] and not is_whole
+    usual = scaled_resize(IMAGENET_PREPROCESS, crop_px) if is_cropped else crop_px
     values.setdefault("resize_px", usual)
     try:
         base = dataclasses.replace(IMAGENET_PREPROCESS, **values)

@@ -13,12 +13,11 @@ from heatlens_server.backends.torch.sources.layers import Discovery, discover
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.backends.torch.sources.output_reading import OutputReading
 from heatlens_server.backends.torch.sources.outputs import FoundOutput, find_output
-from heatlens_server.backends.torch.sources.pixel_classes import find_threshold
 from heatlens_server.backends.torch.sources.preprocessing import resolve_preprocess
 from heatlens_server.backends.torch.sources.source import SourcedModel
 from heatlens_server.backends.torch.sources.sources import load_source
 from heatlens_server.backends.torch.sources.weights import weights_version
-from heatlens_server.config import ModelConfig
+from heatlens_server.config import ModelConfig, find_threshold
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.labels import read_labels
 from heatlens_server.core.preprocess import PreprocessSpec
@@ -48,7 +47,9 @@ def load_model(config: ModelConfig) -> LoadedModel:
         preprocess = resolved.spec
         found = _find_output(config, source, module, preprocess)
         discovery = _discover(config, found, module, preprocess)
-    threshold, assumptions = find_threshold(config, found, discovery.class_count)
+    threshold, assumptions = find_threshold(
+        config, found.task, discovery.class_count, kind=found.reading.kind, shown=found.reading.activation
+    )
     class_count = 2 if found.reading.two_sided else discovery.class_count
     labels = source.labels if len(source.labels) == class_count else ()
     if config.labels is not None:

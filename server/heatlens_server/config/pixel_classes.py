@@ -1,14 +1,15 @@
 """Whether the classes of a pixel exclude each other, as the configuration of a network says or as its output tells."""
 
-from heatlens_server.backends.torch.sources.outputs import FoundOutput
-from heatlens_server.config import ModelConfig
+from heatlens_server.config.model import ONNX_PREFIX, ModelConfig
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.tasks import Activation, OutputKind, Task
 
 _DEFAULT_THRESHOLD = 0.5
 
 
-def find_threshold(config: ModelConfig, found: FoundOutput, class_count: int) -> tuple[float | None, tuple[str, ...]]:
+def find_threshold(
+    config: ModelConfig, task: Task, class_count: int, *, kind: OutputKind, shown: Activation
+) -> tuple[float | None, tuple[str, ...]]:
     """Decide between softmax and sigmoid.
 
     Probabilities tell which made them. One output channel of logits is one class, by sigmoid: softmax would make it
@@ -16,8 +17,10 @@ def find_threshold(config: ModelConfig, found: FoundOutput, class_count: int) ->
 
     Args:
         config: the model's.
-        found: what the network returns.
+        task: what the network does.
         class_count: how many channels its output has.
+        kind: what its output is.
+        shown: what makes that, if it is not logits.
 
     Returns:
         The sigmoid above which a pixel is predicted as a class, None for softmax; and what was assumed, one sentence
@@ -26,10 +29,10 @@ def find_threshold(config: ModelConfig, found: FoundOutput, class_count: int) ->
     Raises:
         ModelLoadError: the configuration does not fit the network; names the key.
     """
-    if found.task is not Task.SEGMENTATION:
-        _check_other_task(config, found.task)
+    if task is not Task.SEGMENTATION:
+        _check_other_task(config, task)
         return None, ()
-    activation, assumptions = _activation(config, found, class_count)
+    activation, assumptions = _activation(config, class_count, kind, None if kind is OutputKind.LOGITS else shown)
     if activation is Activation.SIGMOID:
         return _DEFAULT_THRESHOLD if config.threshold is None else config.threshold, assumptions
     if config.threshold is not None:
@@ -45,14 +48,14 @@ def _check_other_task(config: ModelConfig, task: Task) -> None:
         raise ModelLoadError(f"threshold: is for segmentation, and this model is for {task}")
 
 
-def _activation(config: ModelConfig, found: FoundOutput, class_count: int) -> tuple[Activation, tuple[str, ...]]:
+def _activation(
+    config: ModelConfig, class_count: int, kind: OutputKind, shown: Activation | None
+) -> tuple[Activation, tuple[str, ...]]:
     """What makes the probabilities of a pixel, and what was assumed."""
-    reading = found.reading
-    shown = None if reading.kind is OutputKind.LOGITS else reading.activation
     configured = None if config.activation == "auto" else Activation(config.activation)
     if shown is not None and configured not in {None, shown}:
         raise ModelLoadError(
-            f'activation: the network returns {reading.kind} by {shown}: set "{shown}", or outputs = '
+            f'activation: the network returns {kind} by {shown}: set "{shown}", or outputs = '
             f'"{OutputKind.LOGITS}" if what it returns are logits'
         )
     if class_count == 1 and configured is Activation.SOFTMAX:
@@ -71,7 +74,7 @@ def _activation(config: ModelConfig, found: FoundOutput, class_count: int) -> tu
         )
         return Activation.SIGMOID, (f"The network {said}; set threshold for another value.",)
     # Those of torchvision are known to exclude each other.
-    if shown is Activation.SOFTMAX or not config.source.startswith("python:"):
+    if shown is Activation.SOFTMAX or not config.source.startswith(("python:", ONNX_PREFIX)):
         return Activation.SOFTMAX, ()
     exclusive = (
         f"The classes of the network's {class_count} output channels are taken to exclude each other (softmax); if "
