@@ -57,6 +57,15 @@ def open_graph(model: ir.Model) -> OpenGraph:
         raise ModelLoadError(f"onnxruntime cannot open the file ({type(error).__name__})") from error
 
 
+def part_of(model: ir.Model, outputs: Sequence[ir.Value]) -> ir.Model:
+    """A model of what computes some values of a graph. The graph stays as it is."""
+    copy = model.clone()
+    values = {value.name: value for node in copy.graph for value in node.outputs}
+    copy.graph.outputs[:] = [values[value.name] for value in outputs]
+    common.RemoveUnusedNodesPass()(copy)
+    return copy
+
+
 def know(model: ir.Model, image: ir.Value, shape: Sequence[int]) -> Known:
     """Find the shape of every value, and what is the same for every image.
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from heatlens_server.backends.onnx.gradient.tape import Array, Shape
-from heatlens_server.backends.onnx.gradient.values import facts_of, noise_for, open_graph
+from heatlens_server.backends.onnx.gradient.values import facts_of, noise_for, open_graph, part_of
 from heatlens_server.backends.onnx.source.batch_axis import LosesImages, Place, Walk, follow, name_axes
 
 _BATCH_NAME = "batch"
@@ -88,15 +88,12 @@ def runs_in_batches(model: ir.Model, image: ir.Value, shape: Sequence[int], outp
     """
     if any(node.op_type == "DynamicQuantizeLinear" for node in model.graph):
         return False
-    copy = model.clone()
-    values = {value.name: value for node in copy.graph for value in node.outputs}
-    copy.graph.outputs[:] = [values[value.name] for value in outputs]
     # Of different brightness: statistics of three of them are not those of one.
     contrasts = np.linspace(1.0, 0.3, _IMAGES).reshape(-1, *[1] * len(shape))
     noise = noise_for(image, (_IMAGES, *shape))
     images = (noise * contrasts).astype(noise.dtype)
     try:
-        session = open_graph(copy)
+        session = open_graph(part_of(model, outputs))
         together = session.run(None, {str(image.name): images})
         each = [session.run(None, {str(image.name): images[place : place + 1]}) for place in range(_IMAGES)]
     # onnxruntime has an exception class for each of its status codes.

@@ -70,10 +70,12 @@ def follow(node: ir.Node, walk: Walk) -> None:
         place = _RULES.get(node.op_type, _as_first)(node, walk)
         for value in node.outputs:
             lengths = walk.shapes.get(value)
-            if lengths is not None:
-                if place.axis >= len(lengths) or lengths[place.axis] % (walk.count * place.before):
-                    raise LosesImages
-                walk.places[value] = place
+            if lengths is None or (value is not node.outputs[0] and place.axis >= len(lengths)):
+                # Nothing reads it, or it is a statistic of the batch: a quantiser's scale.
+                continue
+            if place.axis >= len(lengths) or lengths[place.axis] % (walk.count * place.before):
+                raise LosesImages
+            walk.places[value] = place
 
 
 # What nodes read.
@@ -91,15 +93,16 @@ def _given(node: ir.Node, place: int, walk: Walk) -> tuple[ir.Value, Shape]:
     return value, walk.shapes[value]
 
 
-def _place(value: ir.Value, walk: Walk) -> Place:
-    """Where the images lie in a value.
+def _source(node: ir.Node, walk: Walk) -> tuple[Place, Shape]:
+    """Where the images lie in the first input, and its shape.
 
     Raises:
         LosesImages: it does not depend on them.
     """
+    value, shape = _given(node, 0, walk)
     if value not in walk.places:
         raise LosesImages
-    return walk.places[value]
+    return walk.places[value], shape
 
 
 def _constant(node: ir.Node, at: int) -> list[int]:
@@ -250,8 +253,7 @@ def _transpose(node: ir.Node, walk: Walk) -> Place:
 
 def _reshape(node: ir.Node, walk: Walk) -> Place:
     """The images stay as far from the first element, in the order of memory, as they were."""
-    value, source = _given(node, 0, walk)
-    place, target = _place(value, walk), walk.shapes[node.outputs[0]]
+    (place, source), target = _source(node, walk), walk.shapes[node.outputs[0]]
     outside = int(np.prod(source[: place.axis])) * place.before
     found = _axis_behind(outside, target, place.axis, walk.count)
     lengths = [-1 if axis == found.axis else length for axis, length in enumerate(target)]
@@ -287,8 +289,7 @@ def _axis_behind(outside: int, shape: Shape, axis: int, count: int) -> Place:
 
 
 def _squeeze(node: ir.Node, walk: Walk) -> Place:
-    value, source = _given(node, 0, walk)
-    place = _place(value, walk)
+    place, source = _source(node, walk)
     axes = _axes(node, len(source))
     if axes is None:
         axes = [axis for axis, length in enumerate(source) if length == 1]
@@ -305,8 +306,7 @@ def _unsqueeze(node: ir.Node, walk: Walk) -> Place:
 
 
 def _reduction(node: ir.Node, walk: Walk) -> Place:
-    value, source = _given(node, 0, walk)
-    place = _place(value, walk)
+    place, source = _source(node, walk)
     if "axis" in node.attributes:
         axes = [node.attributes["axis"].as_int() % len(source)]
     elif (found := _axes(node, len(source))) is not None:
@@ -322,8 +322,8 @@ def _reduction(node: ir.Node, walk: Walk) -> Place:
 
 def _gather(node: ir.Node, walk: Walk) -> Place:
     """Of constant places, the same ones of every image."""
-    (value, source), (index, chosen) = _given(node, 0, walk), _given(node, 1, walk)
-    place, axis = _place(value, walk), node.attributes["axis"].as_int() % len(source)
+    (place, source), (index, chosen) = _source(node, walk), _given(node, 1, walk)
+    axis = node.attributes["axis"].as_int() % len(source)
     if index in walk.places:
         raise LosesImages
     if axis != place.axis:
@@ -346,8 +346,7 @@ def _gather(node: ir.Node, walk: Walk) -> Place:
 
 def _slice(node: ir.Node, walk: Walk) -> Place:
     """Along other axes, or of all images: that end is left open."""
-    value, source = _given(node, 0, walk)
-    place = _place(value, walk)
+    place, source = _source(node, walk)
     axes = _axes(node, len(source), at=3) or list(range(len(source)))
     if place.axis in axes[: _given(node, 1, walk)[1][0]]:
         if walk.shapes[node.outputs[0]][place.axis] != source[place.axis]:
@@ -359,8 +358,7 @@ def _slice(node: ir.Node, walk: Walk) -> Place:
 
 
 def _expand(node: ir.Node, walk: Walk) -> Place:
-    value, source = _given(node, 0, walk)
-    place, target = _place(value, walk), walk.shapes[node.outputs[0]]
+    (place, source), target = _source(node, walk), walk.shapes[node.outputs[0]]
     axis = place.axis + len(target) - len(source)
     if target[axis] != source[place.axis]:
         raise LosesImages
@@ -372,8 +370,7 @@ def _expand(node: ir.Node, walk: Walk) -> Place:
 
 def _resize(node: ir.Node, walk: Walk) -> Place:
     """Sizes are given for the other axes alone."""
-    value, _source = _given(node, 0, walk)
-    place, target = _place(value, walk), walk.shapes[node.outputs[0]]
+    (place, _shape), target = _source(node, walk), walk.shapes[node.outputs[0]]
     if len(node.inputs) > 3 and node.inputs[3] is not None and "axes" not in node.attributes:
         axes = [axis for axis in range(len(target)) if axis != place.axis]
 
@@ -400,9 +397,8 @@ def _mat_mul(node: ir.Node, walk: Walk) -> Place:
 
 
 def _gemm(node: ir.Node, walk: Walk) -> Place:
-    left, right, *_bias = node.inputs
-    place = _place(left, walk) if left is not None else Place(1)
-    if right in walk.places or place.axis != node.attributes["transA"].as_int():
+    place, _shape = _source(node, walk)
+    if node.inputs[1] in walk.places or place.axis != node.attributes["transA"].as_int():
         raise LosesImages
     return Place(0, place.before)
 

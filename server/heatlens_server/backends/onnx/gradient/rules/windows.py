@@ -25,7 +25,7 @@ from heatlens_server.backends.onnx.gradient.tape import (
 
 
 @dataclass(frozen=True, slots=True)
-class _Window:
+class Window:
     """How a window moves over the spatial axes, with every default filled in.
 
     Attributes:
@@ -48,7 +48,7 @@ def _ints(node: ir.Node, name: str, default: Sequence[int]) -> list[int]:
     return list(default) if attribute is None else list(attribute.as_ints())
 
 
-def _window(node: ir.Node, kernel: Sequence[int], sizes: Sequence[int]) -> _Window:
+def read_window(node: ir.Node, kernel: Sequence[int], sizes: Sequence[int]) -> Window:
     """Read a convolution's or a pooling's window.
 
     Args:
@@ -72,7 +72,7 @@ def _window(node: ir.Node, kernel: Sequence[int], sizes: Sequence[int]) -> _Wind
         halves = [total // 2 for total in totals]
         rest = [total - half for total, half in zip(totals, halves, strict=True)]
         before, after = (halves, rest) if automatic == "SAME_UPPER" else (rest, halves)
-    return _Window(kernel, strides, dilations, before, after)
+    return Window(kernel, strides, dilations, before, after)
 
 
 def _conv(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
@@ -92,7 +92,7 @@ def conv_gradient(node: ir.Node, gradient: ir.Value, weights: ir.Value, tape: Ta
     sizes, kernel = tape.shape(x)[2:], shape[2:]
     if min(*sizes, *kernel) < 0:
         raise NotDifferentiable("Conv of images of unknown size")
-    window, group = _window(node, kernel, sizes), node.attributes["group"].as_int()
+    window, group = read_window(node, kernel, sizes), node.attributes["group"].as_int()
     reach = [(size - 1) * dilation + 1 for size, dilation in zip(kernel, window.dilations, strict=True)]
     pads = [one - 1 - before for one, before in zip(reach, window.before, strict=True)]
     if min(pads) < 0 or (group == 1 and max(window.strides) > 1 and max(kernel) > 1):
@@ -157,7 +157,7 @@ def _between(
     return values
 
 
-def _conv_transpose_of(node: ir.Node, gradient: ir.Value, weights: ir.Value, window: _Window, tape: Tape) -> ir.Value:
+def _conv_transpose_of(node: ir.Node, gradient: ir.Value, weights: ir.Value, window: Window, tape: Tape) -> ir.Value:
     sizes = tape.shape(input_of(node))[2:]
     reach = [(size - 1) * dilation + 1 for size, dilation in zip(window.kernel, window.dilations, strict=True)]
     counts = [
@@ -189,7 +189,7 @@ def _conv_transpose(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradient
     """A convolution by the same weights."""
     gradient, x, weights = only(gradients), input_of(node, 0), input_of(node, 1)
     kernel, sizes = tape.shape(weights)[2:], tape.shape(x)[2:]
-    window = _cropped(node, kernel, sizes, tape.shape(node.outputs[0])[2:])
+    window = cropped_window(node, kernel, sizes, tape.shape(node.outputs[0])[2:])
     found = tape.op(
         "Conv",
         gradient,
@@ -209,9 +209,9 @@ def _conv_transpose(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradient
     return by_first(node, found, tape)
 
 
-def _cropped(node: ir.Node, kernel: Sequence[int], sizes: Sequence[int], output: Sequence[int]) -> _Window:
+def cropped_window(node: ir.Node, kernel: Sequence[int], sizes: Sequence[int], output: Sequence[int]) -> Window:
     """The window of a transposed convolution, whose pads follow from the output's size where that is given."""
-    window = _window(node, kernel, sizes)
+    window = read_window(node, kernel, sizes)
     automatic = node.attributes["auto_pad"].as_string()
     if "output_shape" not in node.attributes and automatic in {"NOTSET", "VALID"}:
         return window
@@ -224,7 +224,7 @@ def _cropped(node: ir.Node, kernel: Sequence[int], sizes: Sequence[int], output:
     halves = [total // 2 for total in totals]
     others = [total - half for total, half in zip(totals, halves, strict=True)]
     before, after = (halves, others) if automatic == "SAME_UPPER" else (others, halves)
-    return _Window(kernel, window.strides, window.dilations, before, after)
+    return Window(kernel, window.strides, window.dilations, before, after)
 
 
 # Pooling and resizing, which are linear along each axis or choose one element per window.
@@ -287,43 +287,52 @@ def _matrix(node: ir.Node, axis: int, source: Shape, output: Shape, tape: Tape) 
     if node.op_type == "Resize":
         found = _resized(node, units, sizes, source, tape)
     else:
-        (found,) = _run(node, {"x": units}, tape.known.opset)
+        (found,) = _run(node, [units], tape.known.opset)
     return found[
         (slice(None), 0, *(slice(None) if one == axis else found.shape[one] // 2 for one in range(2, found.ndim)))
     ]
 
 
 def _resized(node: ir.Node, units: Array, sizes: Array, source: Shape, tape: Tape) -> Array:
-    feeds = {"x": units, "roi": np.empty(0, np.float32)}
+    nothing = np.empty(0, np.float32)
+    feeds = [units, nothing]
     scales = tape.array(node.inputs[2]) if len(node.inputs) > 2 else None
     if scales is not None and scales.size:
         # Scales are not the quotients of sizes where these were rounded.
         every = np.ones(len(source), np.float32)
         every[[axis % len(source) for axis in _ints(node, "axes", range(len(source)))]] = scales
         every[:2] = 1
-        feeds["scales"] = every
+        feeds.append(every)
     else:
-        feeds |= {"scales": np.empty(0, np.float32), "sizes": sizes}
+        feeds += [nothing, sizes]
     (found,) = _run(node, feeds, tape.known.opset, without=("axes",))
     return found
 
 
-def _run(node: ir.Node, feeds: Mapping[str, Array], opset: int, *, without: Sequence[str] = ()) -> list[Array]:
-    """Run an operator on arrays, by onnx's reference implementation."""
-    names = [name if feeds[name].size else "" for name in feeds]
-    proto = onnx.helper.make_node(node.op_type, names, ["y"])
-    proto.attribute.extend(ir.to_proto(attribute) for name, attribute in node.attributes.items() if name not in without)
-    inputs = [
-        onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
-        for name, array in feeds.items()
-        if array.size
-    ]
-    output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.DOUBLE, None)
-    graph = onnx.helper.make_graph([proto], "one", inputs, [output])
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
-    used = {name: array for name, array in feeds.items() if array.size}
-    found = ReferenceEvaluator(model).run(None, used)
+def _run(node: ir.Node, inputs: Sequence[Array], opset: int, *, without: Sequence[str] = ()) -> list[Array]:
+    """Run an operator on arrays, by onnx's reference implementation; empty ones are absent."""
+    reference = reference_of(node, [array.size > 0 for array in inputs], opset, without=without)
+    found = reference.run(None, {f"x{place}": array for place, array in enumerate(inputs) if array.size})
     return [np.asarray(array) for array in found]
+
+
+def reference_of(
+    node: ir.Node, present: Sequence[bool], opset: int, *, without: Sequence[str] = ()
+) -> ReferenceEvaluator:
+    """The reference implementation of an operator, of the package onnx.
+
+    Args:
+        node: the operator.
+        present: whether each input is there: x0, x1, and so on.
+        opset: the version of ONNX's operators.
+        without: attributes to leave out.
+    """
+    names = [f"x{place}" if is_there else "" for place, is_there in enumerate(present)]
+    outputs = [f"y{place}" for place in range(len(node.outputs))]
+    proto = onnx.helper.make_node(node.op_type, names, outputs)
+    proto.attribute.extend(ir.to_proto(attribute) for name, attribute in node.attributes.items() if name not in without)
+    inputs, results = ([onnx.ValueInfoProto(name=name) for name in given if name] for given in (names, outputs))
+    return ReferenceEvaluator(onnx.helper.make_graph([proto], "one", inputs, results), opsets={"": opset})
 
 
 def _global_average_pool(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
