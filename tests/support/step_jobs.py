@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from heatlens_server.backends.torch.cam.grid import Grid, LayerOutput
 from heatlens_server.backends.torch.goals.table import task_model
 from heatlens_server.backends.torch.network.network import TorchModel
-from heatlens_server.backends.torch.steps.job import Job
-from heatlens_server.core.methods import Score
+from heatlens_server.backends.torch.stepping import TorchJob, TorchNetwork
+from heatlens_server.core.engine import MapSpec
+from heatlens_server.core.methods import Method, Score
 from heatlens_server.core.targets import Target
 from loaded_models import loaded
 
@@ -30,14 +31,11 @@ def placed(
     return TorchModel(model, task_model(model), device="cpu", precision=precision)
 
 
-def job(model: TorchModel, image: np.ndarray, target: Target, *, rows: int, score: Score = Score.LOGIT) -> Job:
+def job(model: TorchModel, image: np.ndarray, target: Target, *, rows: int, score: Score = Score.LOGIT) -> TorchJob:
     """One image, uint8 (H, W, 3), to explain by the model's first layer."""
-    layer = model.model.layers[0]
-    inputs = model.inputs(image[None])
-    with torch.no_grad():
-        output, outputs = model.record(inputs, (layer,), differentiate=False)
-        goals = model.task.goals(output, [target], score=score, run=model.run_images)
-    return Job(model, inputs, goals, layer, outputs[layer], rows)
+    spec = MapSpec(Method.SCORE_CAM, model.model.layers[:1], upsample=False, score=score)
+    (found,) = TorchNetwork(model).jobs(model.inputs(image[None]), target, spec, rows=rows)
+    return found
 
 
 def drain(steps: Generator[None, None, Tensor]) -> tuple[Tensor, int]:

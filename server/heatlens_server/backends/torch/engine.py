@@ -9,10 +9,9 @@ from collections.abc import Collection, Sequence
 from heatlens_server.backends.torch.goals.table import task_model
 from heatlens_server.backends.torch.network.device import memory_errors, recording_allowed
 from heatlens_server.backends.torch.network.network import TorchModel
-from heatlens_server.backends.torch.passes.one_pass import results
 from heatlens_server.backends.torch.passes.table import PASSES, explain
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
-from heatlens_server.backends.torch.steps.drive import STEPPERS, explain_in_steps
+from heatlens_server.backends.torch.stepping import TorchNetwork
 from heatlens_server.core.arrays import ImageArray
 from heatlens_server.core.engine import Capabilities, MapSpec, Steps
 from heatlens_server.core.errors import InvalidArgument, ModelLoadError
@@ -20,6 +19,8 @@ from heatlens_server.core.grid import Layout
 from heatlens_server.core.methods import CLOSED_FORMS, Method
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import Target
+from heatlens_server.maps.steps.drive import STEPPERS, explain_in_steps
+from heatlens_server.maps.steps.network import results
 
 
 class TorchEngine:
@@ -101,7 +102,7 @@ class TorchEngine:
         """Explain one image in steps; see `core.engine.SteppingEngine.steps`."""
         self._check_layers(spec)
         rows = 1 if self._info.runs_one_by_one else rows
-        steps = explain_in_steps(self._model, image, target, spec, rows=rows)
+        steps = explain_in_steps(TorchNetwork(self._model), image, target, spec, rows=rows)
         while True:
             # Never across a yield: other work is done on this thread meanwhile.
             with memory_errors(), recording_allowed():

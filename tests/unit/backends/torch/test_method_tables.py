@@ -3,9 +3,9 @@
 import pytest
 
 from heatlens_server.backends.torch.passes.table import PASSES
-from heatlens_server.backends.torch.steps.drive import STEPPERS
 from heatlens_server.core.methods import Method, Procedure
 from heatlens_server.maps.methods import RAW_MAPS
+from heatlens_server.maps.steps.drive import STEPPERS
 from heatlens_server.maps.weights import WEIGHTED_ACTIVATIONS
 
 

@@ -10,8 +10,8 @@ import heatlens_server.backends.torch
 ROOT = Path(heatlens_server.backends.torch.__file__).parent
 PREFIX = "heatlens_server.backends.torch."
 ROOMS = (
-    *("cam", "faithfulness", "sources", "goals", "network", "passes", "steps"),
-    *("engine", "torchscript_engine", "export"),
+    *("cam", "sources", "goals", "network", "passes"),
+    *("stepping", "engine", "torchscript_engine", "export"),
 )
 
 

@@ -4,7 +4,7 @@ Every method works on maps (N, C, h, w). Convolutions return those; windowed tra
 tokens (N, T, C) of which the first few are no place of the image; feature pyramids return several maps at once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from heatlens_server.core.grid import MAP, Grid, Layout
 
-__all__ = ["MAP", "Grid", "LayerOutput", "Layout", "from_map", "to_map"]
+__all__ = ["MAP", "Grid", "LayerOutput", "Layout", "from_levels", "from_map", "levels_of", "to_map"]
 
 LayerOutput = Tensor | Mapping[str, Tensor]
 """What a layer returns."""
@@ -74,3 +74,17 @@ def from_map(features: Tensor, output: Tensor, grid: Grid) -> Tensor:
             return tokens
         return torch.cat([output[:, : grid.prefix].expand(features.shape[0], -1, -1), tokens], dim=1)
     return features
+
+
+def levels_of(output: LayerOutput, grid: Grid) -> list[Tensor]:
+    """The maps (N, C_i, h_i, w_i) that a layer's output is made of: one, or a pyramid's."""
+    if grid.layout is Layout.PYRAMID and not isinstance(output, Tensor):
+        return list(output.values())
+    return [to_map(output, grid)]
+
+
+def from_levels(levels: Sequence[Tensor], output: LayerOutput, grid: Grid) -> LayerOutput:
+    """Put levels of R rows back into the form of a layer's output of 1 or R rows; see `from_map`."""
+    if isinstance(output, Tensor):
+        return from_map(levels[0], output, grid)
+    return dict(zip(output, levels, strict=True))

@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
 from heatlens_server.core.methods import Aggregation
+from heatlens_server.maps.concrete import upsample
 from heatlens_server.maps.normalization import NormalizedMap, normalize
 from heatlens_server.maps.precision import at_least_float32
 
@@ -32,33 +33,6 @@ class Part:
 
 WHOLE = Part()
 """All of a map."""
-
-
-def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize maps bilinearly with half-pixel centres (align_corners=False), as OpenCV's INTER_LINEAR does.
-
-    Every output is a weighted mean of inputs whose weights sum to 1. So values stay within the input's range, and
-    min-max before and after upsampling gives the same map as after alone. ReLU does not have this property: apply it
-    first. No antialiasing, so this is for growing maps; shrinking is allowed and skips pixels.
-
-    Args:
-        maps: (N, K, h, w) floating point; half precision is interpolated in half precision.
-        size: (height, width) wanted, each >= 1.
-
-    Returns:
-        (N, K, height, width), same dtype and device; `maps` itself if it has that size already.
-
-    Raises:
-        ValueError: maps is not 4-D, or the size is not positive.
-    """
-    if maps.ndim != 4:
-        raise ValueError(f"maps: must be (N, K, h, w), not {tuple(maps.shape)}")
-    height, width = size
-    if height < 1 or width < 1:
-        raise ValueError(f"size: must be positive, not {height}x{width}")
-    if maps.shape[-2] == height and maps.shape[-1] == width:
-        return maps
-    return F.interpolate(maps, size=(height, width), mode="bilinear", align_corners=False)
 
 
 def cut(maps: Tensor, part: Part) -> Tensor:

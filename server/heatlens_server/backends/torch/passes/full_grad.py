@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from heatlens_server.backends.torch.cam.grid import Grid, Layout, to_map
-from heatlens_server.backends.torch.cam.saliency import upsample
 from heatlens_server.backends.torch.network.hooks import Substitution
 from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.backends.torch.passes.bias_gradients import bias_gradients
 from heatlens_server.backends.torch.passes.one_pass import RawMaps, input_gradient
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.targets import Target
+from heatlens_server.maps.concrete import upsample
 from heatlens_server.maps.normalization import normalize
 from heatlens_server.maps.precision import at_least_float32
 
@@ -106,4 +106,5 @@ def spread(contributions: Tensor, size_px: tuple[int, int]) -> Tensor:
         (N, 1, height, width), float32 or wider, in [0, C].
     """
     # Resizing is linear: the sum is resized in the place of every channel.
-    return upsample(normalize(contributions.abs()).values.sum(dim=1, keepdim=True), size_px)
+    resized: Tensor = upsample(normalize(contributions.abs()).values.sum(dim=1, keepdim=True), size_px)
+    return resized

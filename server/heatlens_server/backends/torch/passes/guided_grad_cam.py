@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
-from heatlens_server.backends.torch.cam.saliency import upsample
 from heatlens_server.backends.torch.network.hooks import Substitutes, Substitution
 from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.backends.torch.passes.closed_form import closed_form
@@ -17,6 +16,7 @@ from heatlens_server.backends.torch.passes.one_pass import RawMaps, input_gradie
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import Target
+from heatlens_server.maps.concrete import upsample
 from heatlens_server.maps.precision import at_least_float32
 
 

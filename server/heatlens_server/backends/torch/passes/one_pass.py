@@ -11,7 +11,6 @@ from heatlens_server.backends.torch.goals.base import Goals
 from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import InvalidArgument
-from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import Target
 from heatlens_server.maps.normalization import NormalizedMap
 
@@ -103,9 +102,3 @@ def input_gradient(
         if not scaled or bool(gradient.isfinite().all()):
             break
     return gradient / reduced
-
-
-def results(goals: Goals, maps: NormalizedMap[Tensor]) -> list[ImageResult]:
-    """Take a batch's maps apart: one result per image."""
-    values, scales, offsets = (t.float().cpu().numpy() for t in (maps.values, maps.scale, maps.offset))
-    return [goals.result(n, values[n], scales[n], offsets[n]) for n in range(len(values))]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from heatlens_server.backends.torch.faithfulness.map_statistics import gini, rank_correlation
+from heatlens_server.maps.faithfulness.map_statistics import gini, rank_correlation
 
 
 def test_gini_of_one_pixel_and_of_all():

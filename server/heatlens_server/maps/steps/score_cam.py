@@ -3,15 +3,16 @@
 All of an image's goals share every masked run. Masks are made chunk by chunk, at the image's size.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from itertools import accumulate
 
-import torch
-from torch import Tensor
+from array_api_compat import array_namespace, device
 
-from heatlens_server.backends.torch.cam.masks import channel_masks, constant_channels
-from heatlens_server.backends.torch.steps.job import Job, MapSteps, Noise
+from heatlens_server.maps.concrete import Array
 from heatlens_server.maps.methods import cam
+from heatlens_server.maps.noise import standard_normal
+from heatlens_server.maps.steps.job import Job, MapSteps
+from heatlens_server.maps.steps.masks import channel_masks, constant_channels
 
 SS_CAM_SAMPLES = 35
 SS_CAM_DEVIATION = 2.0
@@ -20,10 +21,7 @@ SS_CAM_DEVIATION = 2.0
 IS_CAM_STEPS = 10
 """As in `torch-cam` 0.5.0."""
 
-_NO_MASK = torch.zeros(1, 1, 1, 1)
-"""The mask of every constant channel."""
-
-_Scores = Generator[None, None, Tensor]
+_Scores = Generator[None, None, Array]
 
 
 def score_cam(job: Job) -> MapSteps:
@@ -59,60 +57,53 @@ def ss_cam(job: Job) -> MapSteps:
     network per channel that is not constant, and 35 more if any is.
     """
     features = job.features
+    xp = array_namespace(features)
     constant = constant_channels(features)
     scores = _zeros(job, features)
-    noise = Noise(SS_CAM_DEVIATION, (1, *job.size_px), features.device)
     # The first constant channel stands for all of them.
-    stands_for_itself = ~constant | ((constant.cumsum(0) == 1) & constant)
-    for _ in range(SS_CAM_SAMPLES):
-        for chunk, fields in _drawn(noise, stands_for_itself.tolist(), job.rows):
-            channels = torch.tensor(chunk, device=features.device)
-            masks = channel_masks(job.on_image(features[:, channels]), job.size_px) + fields
-            scores[channels] += job.scores_of_inputs(job.inputs * masks)
-            del masks, fields
+    alike = xp.nonzero(constant)[0]
+    channels = xp.sort(xp.concat([xp.nonzero(~constant)[0], alike[:1]]))
+    for sample in range(SS_CAM_SAMPLES):
+        for chunk in job.chunks(channels):
+            fields = (sample * features.shape[1] + channel for channel in chunk.tolist())
+            noise = SS_CAM_DEVIATION * standard_normal(fields, (1, *job.size_px), features)
+            masks = channel_masks(job.on_image(features[:, chunk]), job.size_px) + noise
+            scores[chunk] += job.scores_of_inputs(job.inputs * masks)
+            del masks, noise
             yield
-    if constant.any():
-        scores[constant] = scores[constant.nonzero()[0]]
+    scores[alike] = scores[alike[:1]]
     return _weighted(job, scores / SS_CAM_SAMPLES)
-
-
-def _drawn(noise: Noise, wanted: Sequence[bool], rows: int) -> Iterator[tuple[list[int], Tensor]]:
-    """Draw a field for every channel, and hand out those wanted, `rows` at a time: channel numbers and their fields."""
-    channels: list[int] = []
-    fields: list[Tensor] = []
-    for channel, is_wanted in enumerate(wanted):
-        field = noise.draw(1)
-        if is_wanted:
-            channels.append(channel)
-            fields.append(field)
-        if channels and (len(channels) == rows or channel == len(wanted) - 1):
-            yield channels, torch.cat(fields)
-            channels, fields = [], []
 
 
 def _masked_scores(job: Job, scales: tuple[float, ...]) -> _Scores:
     """The scores (C, K) of the image behind each channel's mask, averaged over what the masks are multiplied by."""
     features = job.features
-    constant = constant_channels(features)
     scores = _zeros(job, features)
-    for chunk, masks in _masks(job, features, constant):
+    for chunk, masks in _masks(job, features):
         for scale in scales:
             scores[chunk] += job.scores_of_inputs(job.inputs * (masks * scale))
             yield
     return scores / len(scales)
 
 
-def _masks(job: Job, features: Tensor, constant: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _masks(job: Job, features: Array) -> Iterator[tuple[Array, Array | float]]:
     """Channels, at most `rows` of them or those that share a mask, and their masks."""
-    for chunk in job.chunks((~constant).nonzero()[:, 0]):
+    xp = array_namespace(features)
+    constant = constant_channels(features)
+    for chunk in job.chunks(xp.nonzero(~constant)[0]):
         yield chunk, channel_masks(job.on_image(features[:, chunk]), job.size_px)
-    if constant.any():
-        yield constant.nonzero()[:, 0], _NO_MASK.to(features.device)
+    alike = xp.nonzero(constant)[0]
+    if len(alike):
+        yield alike, 0.0
 
 
-def _zeros(job: Job, features: Tensor) -> Tensor:
-    return torch.zeros(features.shape[1], job.goals.width, device=features.device)
+def _zeros(job: Job, features: Array) -> Array:
+    xp = array_namespace(features)
+    return xp.zeros((features.shape[1], job.goals.width), dtype=xp.float32, device=device(features))
 
 
-def _weighted(job: Job, scores: Tensor) -> Tensor:
-    return cam(job.features, scores.softmax(dim=0).T[None])
+def _weighted(job: Job, scores: Array) -> Array:
+    """The channels, weighted by the softmax over them of their scores (C, K)."""
+    xp = array_namespace(scores)
+    shares = xp.exp(scores - xp.max(scores, axis=0))
+    return cam(job.features, (shares / xp.sum(shares, axis=0)).T[None])

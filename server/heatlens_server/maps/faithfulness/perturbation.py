@@ -11,14 +11,16 @@ grad-cam 1.5.7.
 import math
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F  # noqa: N812 (its usual name)
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
+from array_api_compat import array_namespace, device
 
-from heatlens_server.backends.torch.faithfulness.imputation import impute
+from heatlens_server.maps.concrete import Array
+from heatlens_server.maps.faithfulness.imputation import impute
+from heatlens_server.maps.precision import at_least_float32
 
 
-def places(saliency: Tensor, *, most_first: bool = True) -> Tensor:
+def places(saliency: Array, *, most_first: bool = True) -> Array:
     """Every pixel's place in the order of saliency; equal pixels are in the order of their index, row by row.
 
     So the order of every map, a flat one included, is defined and the same on every device. The first n pixels are
@@ -31,10 +33,11 @@ def places(saliency: Tensor, *, most_first: bool = True) -> Tensor:
     Returns:
         int64 (h, w), each of 0 ... h * w - 1 once.
     """
-    order = torch.argsort(saliency.flatten(), descending=most_first, stable=True)
-    found = torch.empty_like(order)
-    found[order] = torch.arange(order.numel(), device=order.device)
-    return found.reshape(saliency.shape)
+    xp = array_namespace(saliency)
+    order = xp.argsort(xp.reshape(saliency, (-1,)), descending=most_first, stable=True)
+    found = xp.empty_like(order)
+    found[order] = xp.arange(len(order), device=device(order))
+    return xp.reshape(found, saliency.shape)
 
 
 STEPS = 28
@@ -44,7 +47,7 @@ _BLUR_SIZE = 11
 _BLUR_SIGMA = 5.0
 
 
-def deleted(image: Tensor, saliency: Tensor, start: int, stop: int) -> Tensor:
+def deleted(image: Array, saliency: Array, start: int, stop: int) -> Array:
     """The image without its k / STEPS most salient pixels, for each k in [start, stop): they are 0.
 
     Zero in a normalised image is the mean colour of the data that the model was trained on.
@@ -58,10 +61,10 @@ def deleted(image: Tensor, saliency: Tensor, start: int, stop: int) -> Tensor:
     Returns:
         (stop - start, C, H, W).
     """
-    return torch.where(_first(saliency, start, stop), torch.zeros_like(image), image)
+    return array_namespace(image).where(_first(saliency, start, stop), 0.0, image)
 
 
-def inserted(image: Tensor, saliency: Tensor, start: int, stop: int) -> Tensor:
+def inserted(image: Array, saliency: Array, start: int, stop: int) -> Array:
     """A blurred image with the k / STEPS most salient pixels as they were, for each k in [start, stop).
 
     Args:
@@ -73,16 +76,17 @@ def inserted(image: Tensor, saliency: Tensor, start: int, stop: int) -> Tensor:
     Returns:
         (stop - start, C, H, W).
     """
-    return torch.where(_first(saliency, start, stop), image, blurred(image))
+    return array_namespace(image).where(_first(saliency, start, stop), image, blurred(image))
 
 
-def blurred(image: Tensor) -> Tensor:
+def blurred(image: Array) -> Array:
     """The image blurred as in the authors' code: an 11 x 11 kernel of sigma 5, zeros around the image. (C, H, W)."""
-    kernel = torch.tensor(_blur_kernel(), dtype=image.dtype, device=image.device)
-    planes = image.unsqueeze(1)
-    half = _BLUR_SIZE // 2
-    planes = F.conv2d(planes, kernel.reshape(1, 1, -1, 1), padding=(half, 0))
-    return F.conv2d(planes, kernel.reshape(1, 1, 1, -1), padding=(0, half)).squeeze(1)
+    xp = array_namespace(image)
+    planes = at_least_float32(image)
+    down, across = (
+        xp.asarray(_blur_matrix(length), dtype=planes.dtype, device=device(image)) for length in image.shape[1:]
+    )
+    return xp.astype(down @ (planes @ across), image.dtype)
 
 
 def area(probabilities: Sequence[float]) -> float:
@@ -95,10 +99,18 @@ def area(probabilities: Sequence[float]) -> float:
     return (ends + math.fsum(probabilities[1:-1])) / (len(probabilities) - 1)
 
 
-def _first(saliency: Tensor, start: int, stop: int) -> Tensor:
+def _first(saliency: Array, start: int, stop: int) -> Array:
     """Which pixels are among the k / STEPS most salient ones: bool (stop - start, 1, H, W)."""
-    counts = torch.arange(start, stop, device=saliency.device) * saliency.numel() // STEPS
-    return (places(saliency) < counts.reshape(-1, 1, 1)).unsqueeze(1)
+    height, width = saliency.shape
+    counts = array_namespace(saliency).arange(start, stop, device=device(saliency)) * (height * width) // STEPS
+    return (places(saliency) < counts[:, None, None])[:, None]
+
+
+def _blur_matrix(length: int) -> npt.NDArray[np.float64]:
+    """What blurs a row of so many pixels: (length, length), symmetric; outside is nothing."""
+    offsets = np.arange(length) - np.arange(length)[:, None]
+    near = np.abs(offsets) <= _BLUR_SIZE // 2
+    return np.where(near, np.array(_blur_kernel())[np.where(near, offsets, 0) + _BLUR_SIZE // 2], 0.0)
 
 
 def _blur_kernel() -> list[float]:
@@ -123,7 +135,7 @@ PERCENTILES = (10, 20, 30, 40, 50, 60, 70, 80, 90)
 """Percent of the pixels that stay."""
 
 
-def imputed(image: Tensor, saliency: Tensor, start: int, stop: int, *, most_first: bool) -> Tensor:
+def imputed(image: Array, saliency: Array, start: int, stop: int, *, most_first: bool) -> Array:
     """The image with all but a percentile of its pixels imputed, for each of PERCENTILES[start:stop].
 
     grad-cam removes all pixels that equal the threshold, which is the whole image where that is a map's many zeros, and
@@ -140,11 +152,11 @@ def imputed(image: Tensor, saliency: Tensor, start: int, stop: int, *, most_firs
     Returns:
         (stop - start, C, H, W), in float32 or wider.
     """
-    pixels = saliency.numel()
+    pixels = saliency.shape[0] * saliency.shape[1]
     # As many as are below the percentile, which numpy interpolates between pixels (pixels - 1) * percent / 100.
     kept = [math.ceil((pixels - 1) * percent / 100) for percent in PERCENTILES[start:stop]]
-    removed = pixels - torch.tensor(kept, device=saliency.device).reshape(-1, 1, 1)
-    return impute(image, places(saliency, most_first=most_first) < removed)
+    removed = pixels - array_namespace(saliency).asarray(kept, device=device(saliency))
+    return impute(image, places(saliency, most_first=most_first) < removed[:, None, None])
 
 
 def mean_change(probabilities: Sequence[float], original: float) -> float:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.ndimage import convolve, gaussian_filter
 
-from heatlens_server.backends.torch.faithfulness.perturbation import STEPS, area, blurred, deleted, inserted, places
+from heatlens_server.maps.faithfulness.perturbation import STEPS, area, blurred, deleted, inserted, places
 
 HEIGHT, WIDTH = 17, 23
 

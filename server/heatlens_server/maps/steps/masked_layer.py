@@ -2,12 +2,12 @@
 
 from functools import partial
 
-import torch
+from array_api_compat import array_namespace, device
 
-from heatlens_server.backends.torch.cam.grid import Layout
-from heatlens_server.backends.torch.cam.masks import empty_channels, place_masks, places_alone, without_channels
-from heatlens_server.backends.torch.steps.job import ROUNDING, Job, MapSteps
+from heatlens_server.core.grid import Layout
 from heatlens_server.maps.methods import cam
+from heatlens_server.maps.steps.job import ROUNDING, Job, MapSteps
+from heatlens_server.maps.steps.masks import empty_channels, place_masks, places_alone, without_channels
 
 _LEAST = 1e-12
 """What a score's magnitude is taken to be at least."""
@@ -22,20 +22,22 @@ def ablation_cam(job: Job) -> MapSteps:
     package 1.5.7 sets them to 1e7 below the minimum where that is not zero, and to -1000 in pyramids: it agrees behind
     a ReLU, for positive scores. Tokens before the grid keep the channel; in a pyramid a channel is one level's.
 
-    A channel that is zero already weighs nothing. Costs a run of the network behind the layer for each other channel,
-    and one of the part before it per step; see `TorchModel.replay`. In half precision the falls are as coarse as the
-    scores.
+    A channel that is zero already weighs nothing. Costs a run of the network behind the layer for each other channel;
+    the torch engine also runs the part before it once per step, see `TorchModel.replay`. In half precision the falls
+    are as coarse as the scores.
     """
-    features, grid = job.features, job.grid
-    weights = torch.zeros(features.shape[1], job.goals.width, device=features.device)
-    score = job.scores_of_features(lambda output: output, 1)
+    features = job.features
+    xp = array_namespace(features)
+    weights = xp.zeros((features.shape[1], job.goals.width), dtype=xp.float32, device=device(features))
+    score = job.scores_of_levels(lambda levels: levels, 1)
     yield
-    for chunk in job.chunks((~empty_channels(job.output, grid)).nonzero()[:, 0]):
-        without = job.scores_of_features(partial(without_channels, grid=grid, channels=chunk), len(chunk))
+    magnitude = xp.abs(score)
+    for chunk in job.chunks(xp.nonzero(~empty_channels(job.levels))[0]):
+        without = job.scores_of_levels(partial(without_channels, channels=chunk), len(chunk))
         falls = score - without
-        weights[chunk] = falls.where(falls.abs() > ROUNDING * score.abs(), 0.0)
+        weights[chunk] = xp.where(xp.abs(falls) > ROUNDING * magnitude, falls, 0.0)
         yield
-    return cam(features, (weights / score.abs().clamp(min=_LEAST)).T[None])
+    return cam(features, (weights / xp.where(magnitude < _LEAST, _LEAST, magnitude)).T[None])
 
 
 def recipro_cam(job: Job) -> MapSteps:
@@ -47,19 +49,19 @@ def recipro_cam(job: Job) -> MapSteps:
     the paper's is the probability. Papers stretch the scores from minimum to maximum: with the minimum taken off, so
     does everything that follows here, and scores that are all negative do not vanish in the ReLU.
 
-    Costs a run of the network behind the layer per place, and one of the part before it per step, whatever the number
-    of goals.
+    Costs a run of the network behind the layer per place, whatever the number of goals, and with the torch engine one
+    of the part before it per step.
     """
     height, width = job.features.shape[-2:]
-    grid = job.grid
-    neighbours = grid.layout is Layout.TOKENS
+    xp = array_namespace(job.features)
+    neighbours = job.grid.layout is Layout.TOKENS
     scores = []
-    for places in job.chunks(torch.arange(height * width, device=job.inputs.device)):
+    for places in job.chunks(xp.arange(height * width, device=device(job.features))):
         masks = place_masks(places, height, width, neighbours=neighbours)
-        scores.append(job.scores_of_features(partial(places_alone, grid=grid, masks=masks), len(places)))
+        scores.append(job.scores_of_levels(partial(places_alone, masks=masks), len(places)))
         del masks
         yield
-    maps = torch.unflatten(torch.cat(scores).T[None], 2, (height, width))
-    raised = maps - maps.amin(dim=(-2, -1), keepdim=True)
-    same = raised.amax(dim=(-2, -1), keepdim=True) <= ROUNDING * maps.abs().amax(dim=(-2, -1), keepdim=True)
-    return raised.where(~same, 0.0)
+    maps = xp.reshape(xp.concat(scores).T, (1, -1, height, width))
+    raised = maps - xp.min(maps, axis=(-2, -1), keepdims=True)
+    same = xp.max(raised, axis=(-2, -1), keepdims=True) <= ROUNDING * xp.max(xp.abs(maps), axis=(-2, -1), keepdims=True)
+    return xp.where(same, 0.0, raised)

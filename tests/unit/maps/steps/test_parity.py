@@ -18,11 +18,11 @@ from torchcam import methods as torch_cam
 
 import tiny_models
 from heatlens_server.backends.torch.cam.saliency import saliency
-from heatlens_server.backends.torch.steps import score_cam
-from heatlens_server.backends.torch.steps.drive import STEPPERS
-from heatlens_server.backends.torch.steps.job import Noise
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import TopK
+from heatlens_server.maps.noise import standard_normal
+from heatlens_server.maps.steps import score_cam
+from heatlens_server.maps.steps.drive import STEPPERS
 from loaded_models import noise
 from step_jobs import drain, job, placed
 
@@ -140,10 +140,13 @@ class Drawn:
     """Our noise in the place of the library's."""
 
     def __init__(self, size):
-        self._noise = Noise(score_cam.SS_CAM_DEVIATION, (1, *size), torch.device("cpu"))
+        self._size = size
+        self._drawn = 0
 
     def sample(self, size):
-        return self._noise.draw(size[1]).transpose(0, 1)
+        numbers = range(self._drawn, self._drawn + size[1])
+        self._drawn += size[1]
+        return score_cam.SS_CAM_DEVIATION * standard_normal(numbers, (1, *self._size), torch.empty(0)).transpose(0, 1)
 
 
 @pytest.mark.parametrize(("name", "layer"), [("tiny_mlp", "body"), *NETWORKS.items()])

@@ -10,21 +10,22 @@ rounds, whatever the size of the hole.
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F  # noqa: N812 (its usual name)
-from torch import Tensor
+from array_api_compat import array_namespace, device
+
+from heatlens_server.maps.concrete import Array, upsample
+from heatlens_server.maps.noise import standard_normal
+from heatlens_server.maps.precision import at_least_float32
 
 NOISE = 0.01
 """Standard deviation of the noise on imputed values of a normalised image, as in the authors' code."""
 
-_SEED = 0
 _TOLERANCE = 1e-5
 _MAX_ROUNDS = 60
 _COARSEST_PX = 4
 _COARSEST_SWEEPS = 8
 
 
-def impute(image: Tensor, removed: Tensor, *, noise: float = NOISE) -> Tensor:
+def impute(image: Array, removed: Array, *, noise: float = NOISE) -> Array:
     """Fill removed pixels from those around them, and add noise, always the same.
 
     Args:
@@ -35,15 +36,14 @@ def impute(image: Tensor, removed: Tensor, *, noise: float = NOISE) -> Tensor:
     Returns:
         (R, C, H, W), in float32 or wider; pixels that are not removed are the image's own.
     """
-    image = image.to(torch.promote_types(image.dtype, torch.float32))
-    unknown = removed.unsqueeze(1)
-    known = torch.where(unknown, 0.0, image)
-    filled = torch.where(unknown, _solve(known, unknown), known)
+    xp = array_namespace(image)
+    image = at_least_float32(image)
+    unknown = removed[:, None]
+    known = xp.where(unknown, 0.0, image)
+    filled = xp.where(unknown, _solve(known, unknown), known)
     if noise == 0:
         return filled
-    # Drawn on the CPU, so that it is the same on every device.
-    drawn = torch.randn(image.shape, generator=torch.Generator().manual_seed(_SEED))
-    return torch.where(unknown, filled + noise * drawn.to(filled), filled)
+    return xp.where(unknown, filled + noise * xp.astype(standard_normal([0], image.shape, image), image.dtype), filled)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,16 +56,16 @@ class _Level:
         inverse: (R, 1, h, w), 1 / diagonal where unknown, and 0 elsewhere.
     """
 
-    unknown: Tensor
-    diagonal: Tensor
-    inverse: Tensor
+    unknown: Array
+    diagonal: Array
+    inverse: Array
 
-    def apply(self, x: Tensor) -> Tensor:
+    def apply(self, x: Array) -> Array:
         """The left side. x: (R, C, h, w), 0 where known."""
         return self.diagonal * x - self.unknown * _neighbours(x)
 
 
-def _solve(known: Tensor, unknown: Tensor) -> Tensor:
+def _solve(known: Array, unknown: Array) -> Array:
     """Solve for the unknown pixels.
 
     Args:
@@ -75,18 +75,19 @@ def _solve(known: Tensor, unknown: Tensor) -> Tensor:
     Returns:
         (R, C, H, W), 0 where known.
     """
-    levels = _levels(unknown, known.dtype)
+    levels = _levels(unknown, known)
     height, width = known.shape[-2:]
     fine_height, fine_width = levels[0].unknown.shape[-2:]
-    residual = levels[0].unknown * _neighbours(F.pad(known, (0, fine_width - width, 0, fine_height - height)))
-    goal = _TOLERANCE * _dot(residual, residual).sqrt()
-    x = torch.zeros_like(residual)
+    xp = array_namespace(known)
+    residual = levels[0].unknown * _neighbours(_extended(known, fine_height, fine_width))
+    goal = _TOLERANCE * xp.sqrt(_dot(residual, residual))
+    x = xp.zeros_like(residual)
     direction = better = _cycle(levels, 0, residual)
     slope = _dot(residual, better)
     for _ in range(_MAX_ROUNDS):
         # Each plane stops on its own: how far it comes must not depend on its batch mates.
-        going = _dot(residual, residual).sqrt() > goal
-        if not bool(going.any()):
+        going = xp.sqrt(_dot(residual, residual)) > goal
+        if not bool(xp.any(going)):
             break
         across = levels[0].apply(direction)
         length = _ratio(slope, _dot(direction, across), going)
@@ -98,39 +99,51 @@ def _solve(known: Tensor, unknown: Tensor) -> Tensor:
     return x[..., :height, :width]
 
 
-def _levels(unknown: Tensor, dtype: torch.dtype) -> list[_Level]:
+def _levels(unknown: Array, like: Array) -> list[_Level]:
     """The equations at the image's resolution, at half of it, and so on; sides are padded to be halved evenly."""
     height, width = unknown.shape[-2:]
     halvings = 0
     while min(height, width) >> (halvings + 1) >= _COARSEST_PX:
         halvings += 1
-    padding = (0, -width % (1 << halvings), 0, -height % (1 << halvings))
-    exists = F.pad(torch.ones(1, 1, height, width, dtype=torch.bool, device=unknown.device), padding)
-    missing = F.pad(unknown, padding)
-    levels = [_level(missing, exists, dtype)]
+    padded = height + -height % (1 << halvings), width + -width % (1 << halvings)
+    xp = array_namespace(unknown)
+    exists = _extended(xp.ones((1, 1, height, width), dtype=xp.bool, device=device(unknown)), *padded)
+    missing = _extended(unknown, *padded)
+    levels = [_level(missing, exists, like)]
     for _ in range(halvings):
         # A coarse pixel is unknown if all of it that exists is.
         missing = _all_of_four(missing | ~exists) & ~_all_of_four(~exists)
         exists = ~_all_of_four(~exists)
-        levels.append(_level(missing, exists, dtype))
+        levels.append(_level(missing, exists, like))
     return levels
 
 
-def _level(missing: Tensor, exists: Tensor, dtype: torch.dtype) -> _Level:
-    unknown = missing.to(dtype)
-    diagonal = unknown * _neighbours(exists.to(dtype))
+def _extended(x: Array, height: int, width: int) -> Array:
+    """Zeros, or False, at the right and the bottom of (R, C, h, w), up to a size."""
+    xp = array_namespace(x)
+    for axis, length in ((-1, width), (-2, height)):
+        shape = list(x.shape)
+        shape[axis] = length - shape[axis]
+        x = xp.concat([x, xp.zeros(tuple(shape), dtype=x.dtype, device=device(x))], axis=axis)
+    return x
+
+
+def _level(missing: Array, exists: Array, like: Array) -> _Level:
+    xp = array_namespace(missing)
+    unknown = xp.astype(missing, like.dtype)
+    diagonal = unknown * _neighbours(xp.astype(exists, like.dtype))
     # A pixel without neighbours has no equation; it becomes 0.
-    inverse = unknown / torch.where(diagonal == 0, 1.0, diagonal)
+    inverse = unknown / xp.where(diagonal == 0, 1.0, diagonal)
     return _Level(unknown=unknown, diagonal=diagonal, inverse=inverse)
 
 
-def _all_of_four(pixels: Tensor) -> Tensor:
+def _all_of_four(pixels: Array) -> Array:
     """Whether all of each block of 2 x 2 pixels are set: bool (R, 1, h / 2, w / 2) of bool (R, 1, h, w)."""
     pairs = pixels[..., 0::2, :] & pixels[..., 1::2, :]
     return pairs[..., 0::2] & pairs[..., 1::2]
 
 
-def _cycle(levels: list[_Level], index: int, right: Tensor) -> Tensor:
+def _cycle(levels: list[_Level], index: int, right: Array) -> Array:
     """One V-cycle from zero: about the solution for a right side (R, C, h, w). Linear and symmetric in it.
 
     Jacobi sweeps without damping are good here: each leaves a third of the error's fast waves.
@@ -143,35 +156,38 @@ def _cycle(levels: list[_Level], index: int, right: Tensor) -> Tensor:
         return x
     coarser = levels[index + 1]
     correction = _cycle(levels, index + 1, coarser.unknown * _halved(right - level.apply(x)))
-    x = x + level.unknown * F.interpolate(correction, scale_factor=2, mode="bilinear", align_corners=False)
+    x = x + level.unknown * upsample(correction, (right.shape[-2], right.shape[-1]))
     return x + level.inverse * (right - level.apply(x))
 
 
-def _neighbours(x: Tensor) -> Tensor:
+def _neighbours(x: Array) -> Array:
     """The weighted sum of every pixel's neighbours; nothing is outside. (R, C, h, w).
 
     Sums of pairs of sums of pairs weigh 1, 2, 1: several times faster than a convolution of single planes.
     """
-    around = F.pad(x, (1, 1, 1, 1))
+    xp = array_namespace(x)
+    around = xp.concat([x[..., :1], x[..., 1:] + x[..., :-1], x[..., -1:]], axis=-1)
     around = around[..., 1:] + around[..., :-1]
-    around = around[..., 1:] + around[..., :-1]
-    around = around[..., 1:, :] + around[..., :-1, :]
+    around = xp.concat([around[..., :1, :], around[..., 1:, :] + around[..., :-1, :], around[..., -1:, :]], axis=-2)
     around = around[..., 1:, :] + around[..., :-1, :]
     return (around - 4 * x) / 12
 
 
-def _halved(x: Tensor) -> Tensor:
+def _halved(x: Array) -> Array:
     """Gather onto half the resolution: the transpose of bilinear interpolation to twice. (R, C, h, w), even sides."""
-    x = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    xp = array_namespace(x)
+    x = xp.concat([x[..., :1, :], x, x[..., -1:, :]], axis=-2)
     x = 0.75 * (x[..., 1:-1:2, :] + x[..., 2:-1:2, :]) + 0.25 * (x[..., :-3:2, :] + x[..., 3::2, :])
+    x = xp.concat([x[..., :1], x, x[..., -1:]], axis=-1)
     return 0.75 * (x[..., 1:-1:2] + x[..., 2:-1:2]) + 0.25 * (x[..., :-3:2] + x[..., 3::2])
 
 
-def _dot(x: Tensor, y: Tensor) -> Tensor:
+def _dot(x: Array, y: Array) -> Array:
     """The inner product of every plane: (R, C, 1, 1)."""
-    return (x * y).sum((-2, -1), keepdim=True)
+    return array_namespace(x).sum(x * y, axis=(-2, -1), keepdims=True)
 
 
-def _ratio(over: Tensor, under: Tensor, wanted: Tensor) -> Tensor:
+def _ratio(over: Array, under: Array, wanted: Array) -> Array:
     """The quotient where wanted, 0 elsewhere."""
-    return torch.where(wanted, over / torch.where(wanted, under, 1.0), 0.0)
+    xp = array_namespace(over)
+    return xp.where(wanted, over / xp.where(wanted, under, 1.0), 0.0)

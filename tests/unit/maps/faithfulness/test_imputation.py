@@ -10,8 +10,8 @@ from pytorch_grad_cam.metrics.road import (
 )
 from torch import nn
 
-from heatlens_server.backends.torch.faithfulness.imputation import NOISE, impute
-from heatlens_server.backends.torch.faithfulness.perturbation import PERCENTILES, imputed, mean_change
+from heatlens_server.maps.faithfulness.imputation import NOISE, impute
+from heatlens_server.maps.faithfulness.perturbation import PERCENTILES, imputed, mean_change
 
 WEIGHTS = {(0, 1): 1 / 6, (1, 0): 1 / 6, (1, 1): 1 / 12, (1, -1): 1 / 12}
 OFFSETS = WEIGHTS | {(-y, -x): weight for (y, x), weight in WEIGHTS.items()}

@@ -4,11 +4,12 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-from torch import Tensor
+from array_api_compat import array_namespace
 
-from heatlens_server.backends.torch.faithfulness.map_statistics import gini, rank_correlation
-from heatlens_server.backends.torch.faithfulness.perturbation import (
+from heatlens_server.core.methods import Metric
+from heatlens_server.maps.concrete import Array
+from heatlens_server.maps.faithfulness.map_statistics import gini, rank_correlation
+from heatlens_server.maps.faithfulness.perturbation import (
     PERCENTILES,
     STEPS,
     area,
@@ -17,7 +18,6 @@ from heatlens_server.backends.torch.faithfulness.perturbation import (
     inserted,
     mean_change,
 )
-from heatlens_server.core.methods import Metric
 
 SANITY_CHECKS = (Metric.MODEL_RANDOMISATION, Metric.CLASS_SENSITIVITY)
 """The measures that compare with another map: of the model with new weights, of the least probable class."""
@@ -33,11 +33,11 @@ _NEED_ORIGINAL = frozenset({Metric.DELETION, Metric.INSERTION}) | _MORF_BASED | 
 def measure(
     metrics: Sequence[Metric],
     *,
-    saliency: Tensor,
-    image: Tensor,
-    probability: Callable[[Tensor], Tensor],
+    saliency: Array,
+    image: Array,
+    probability: Callable[[Array], Array],
     rows: int,
-    others: Mapping[Metric, Tensor] | None = None,
+    others: Mapping[Metric, Array] | None = None,
 ) -> Generator[None, None, dict[Metric, float]]:
     """Measure how faithful a map is. Definitions and ranges: docs/faithfulness.md.
 
@@ -67,18 +67,16 @@ def measure(
     for metric in SANITY_CHECKS:
         if metric in metrics and metric not in others:
             raise ValueError(f"others: must hold a map for {metric}")
-    saliency = saliency.detach()
-    probes = _probes(frozenset(metrics), saliency, image.detach())
+    xp = array_namespace(image)
+    probes = _probes(frozenset(metrics), saliency, image)
     found: list[float] = []
     for parts in _chunks(list(probes.values()), rows):
-        images: list[Tensor] = []
+        images: list[Array] = []
         for part in parts:
             if part.is_slow and images:
                 yield
-            with torch.no_grad():
-                images.append(part.images().to(image.dtype))
-        with torch.no_grad():
-            found += probability(torch.cat(images)).double().tolist()
+            images.append(xp.astype(part.images(), image.dtype))
+        found += probability(xp.concat(images)).tolist()
         yield
     answers: dict[str, list[float]] = {}
     for name, probe in probes.items():
@@ -97,7 +95,7 @@ class _Probe:
     """
 
     count: int
-    images: Callable[[int, int], Tensor]
+    images: Callable[[int, int], Array]
     at_once: int | None = None
 
 
@@ -110,15 +108,15 @@ class _Part:
         is_slow: whether making them is a step of its own.
     """
 
-    images: Callable[[], Tensor]
+    images: Callable[[], Array]
     is_slow: bool
 
 
-def _probes(metrics: frozenset[Metric], saliency: Tensor, image: Tensor) -> dict[str, _Probe]:
+def _probes(metrics: frozenset[Metric], saliency: Array, image: Array) -> dict[str, _Probe]:
     """What to ask for these metrics, by name; what several of them need is asked once."""
     probes: dict[str, _Probe] = {}
     if metrics & _NEED_ORIGINAL:
-        probes["original"] = _Probe(1, lambda _start, _stop: image.unsqueeze(0))
+        probes["original"] = _Probe(1, lambda _start, _stop: image[None])
     if Metric.DELETION in metrics:
         # Nothing deleted is the original.
         probes["deleted"] = _Probe(STEPS, lambda start, stop: deleted(image, saliency, start + 1, stop + 1))
@@ -126,7 +124,7 @@ def _probes(metrics: frozenset[Metric], saliency: Tensor, image: Tensor) -> dict
         # Everything inserted is, too.
         probes["inserted"] = _Probe(STEPS, lambda start, stop: inserted(image, saliency, start, stop))
     if metrics & _CONFIDENCE_BASED:
-        probes["salient"] = _Probe(1, lambda _start, _stop: (image * saliency).unsqueeze(0))
+        probes["salient"] = _Probe(1, lambda _start, _stop: (image * saliency)[None])
     for name, based, most_first in (("morf", _MORF_BASED, True), ("lerf", _LERF_BASED, False)):
         if metrics & based:
             impute = partial(imputed, image, saliency, most_first=most_first)
@@ -153,7 +151,7 @@ def _chunks(probes: Sequence[_Probe], rows: int) -> Iterator[list[_Part]]:
 
 
 def _value(
-    metric: Metric, answers: Mapping[str, list[float]], saliency: Tensor, others: Mapping[Metric, Tensor]
+    metric: Metric, answers: Mapping[str, list[float]], saliency: Array, others: Mapping[Metric, Array]
 ) -> float:
     """One metric, from the probabilities of what was asked."""
     if metric is Metric.SPARSENESS:

@@ -3,30 +3,29 @@
 import dataclasses
 from collections.abc import Callable, Generator
 
-import torch
-from torch import Tensor
+from array_api_compat import array_namespace
 
-from heatlens_server.backends.torch.cam.saliency import upsample
-from heatlens_server.backends.torch.faithfulness.measure import measure
-from heatlens_server.backends.torch.network.network import TorchModel
-from heatlens_server.backends.torch.passes.one_pass import RawMaps
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Metric
 from heatlens_server.core.targets import Target
+from heatlens_server.maps.concrete import Array, upsample
+from heatlens_server.maps.faithfulness.measure import measure
 from heatlens_server.maps.normalization import NormalizedMap
+from heatlens_server.maps.steps.job import Explained
+from heatlens_server.maps.steps.network import Network
 
 Measures = tuple[dict[Metric, float], ...]
 
-Remake = Callable[..., Generator[None, None, RawMaps]]
+Remake = Callable[..., Generator[None, None, Explained]]
 """Explains as `drive.raw_maps` does."""
 
 
 def measure_maps(
-    model: TorchModel,
-    inputs: Tensor,
+    network: Network,
+    inputs: Array,
     target: Target,
     spec: MapSpec,
-    maps: NormalizedMap[Tensor],
+    maps: NormalizedMap[Array],
     *,
     rows: int,
     remake: Remake,
@@ -34,7 +33,7 @@ def measure_maps(
     """Measure one image's maps in steps.
 
     Args:
-        model: the network.
+        network: the network.
         inputs: (1, C, H, W), the image.
         target: names the goals of the maps.
         spec: how they were made, and the metrics wanted.
@@ -45,30 +44,29 @@ def measure_maps(
     Returns:
         For each of the K goals its measures.
     """
-    size_px = (inputs.shape[2], inputs.shape[3])
-    with torch.no_grad():
-        goals = model.task.goals(model.run(inputs), [target], score=spec.score, run=model.run_images)
-        at_input = upsample(maps.values, size_px)[0]
+    job = network.jobs(inputs, target, spec, rows=rows)[0]
+    at_input = upsample(maps.values, job.size_px)[0]
     yield
     # The sanity checks compare maps as the method makes them; smoothing is not what they are about.
     plain = dataclasses.replace(spec, metrics=(), augment=False, upsample=True)
-    others: dict[Metric, Tensor] = {}
+    others: dict[Metric, Array] = {}
     if Metric.MODEL_RANDOMISATION in spec.metrics:
-        again = yield from remake(model.twin(), inputs, [target], plain, rows=rows)
-        others[Metric.MODEL_RANDOMISATION] = again.maps(plain, size_px).values[0]
+        again = yield from remake(network.twin(), inputs, [target], plain, rows=rows)
+        others[Metric.MODEL_RANDOMISATION] = again.maps(plain, job.size_px).values[0]
         del again
         yield
-    least_probable = goals.least_probable(0)
+    least_probable = job.goals.least_probable(0)
     if Metric.CLASS_SENSITIVITY in spec.metrics and least_probable is not None:
-        again = yield from remake(model, inputs, [least_probable], plain, rows=rows)
-        others[Metric.CLASS_SENSITIVITY] = again.maps(plain, size_px).values[0].expand_as(at_input)
+        again = yield from remake(network, inputs, [least_probable], plain, rows=rows)
+        of_least = again.maps(plain, job.size_px).values[0]
+        others[Metric.CLASS_SENSITIVITY] = array_namespace(at_input).broadcast_to(of_least, at_input.shape)
         del again
         yield
     found: list[dict[Metric, float]] = []
     for k, one in enumerate(at_input):
 
-        def probability(images: Tensor, k: int = k) -> Tensor:
-            return goals.probabilities(0, model.run(images))[:, k]
+        def probability(images: Array, k: int = k) -> Array:
+            return job.probabilities_of_inputs(images)[:, k]
 
         found.append(
             (

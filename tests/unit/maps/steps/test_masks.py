@@ -4,15 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from heatlens_server.backends.torch.cam.grid import MAP, Grid, Layout, to_map
-from heatlens_server.backends.torch.cam.masks import (
-    channel_masks,
-    constant_channels,
-    empty_channels,
-    place_masks,
-    places_alone,
-    without_channels,
-)
+from heatlens_server.backends.torch.cam.grid import MAP, Grid, LayerOutput, Layout, from_levels, levels_of, to_map
+from heatlens_server.maps.steps import masks as of_levels
+from heatlens_server.maps.steps.masks import channel_masks, constant_channels, empty_channels, place_masks
 
 CHANNELS, HEIGHT, WIDTH, PREFIX = 5, 3, 4, 2
 SHAPES = {
@@ -74,6 +68,14 @@ def test_neighbours_beyond_the_edge_are_nothing():
     assert corner.sum() == 9 / 16
 
 
+def without_channels(output: LayerOutput, grid: Grid, channels: torch.Tensor) -> LayerOutput:
+    return from_levels(of_levels.without_channels(levels_of(output, grid), channels), output, grid)
+
+
+def places_alone(output: LayerOutput, grid: Grid, masks: torch.Tensor) -> LayerOutput:
+    return from_levels(of_levels.places_alone(levels_of(output, grid), masks), output, grid)
+
+
 @pytest.mark.parametrize(("grid", "shape"), FORMS)
 def test_one_channel_is_taken_out_of_each_row(grid, shape):
     output = drawn(*shape)
@@ -121,4 +123,4 @@ def test_empty_channels_are_found_in_every_level():
     output = pyramid()
     output["fine"][0, 2] = 0
     output["coarse"][0, 0] = 0
-    assert empty_channels(output, PYRAMID).tolist() == [False, False, True, True, False]
+    assert empty_channels(levels_of(output, PYRAMID)).tolist() == [False, False, True, True, False]

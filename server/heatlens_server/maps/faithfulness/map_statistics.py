@@ -1,10 +1,12 @@
 """Two maps compared, for the sanity checks; and one map's sparseness."""
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
+
+from heatlens_server.maps.concrete import Array, as_numpy
 
 
-def rank_correlation(first: Tensor, second: Tensor) -> float:
+def rank_correlation(first: Array, second: Array) -> float:
     """Spearman's rank correlation of two maps' pixels; equal pixels share their mean rank.
 
     The measure of Adebayo et al. 2018, "Sanity Checks for Saliency Maps", arXiv:1810.03292, without absolute values:
@@ -23,13 +25,13 @@ def rank_correlation(first: Tensor, second: Tensor) -> float:
     if first.shape != second.shape:
         raise ValueError(f"second: must be {tuple(first.shape)}, not {tuple(second.shape)}")
     left, right = _centred_ranks(first), _centred_ranks(second)
-    left_norm, right_norm = float(left.norm()), float(right.norm())
+    left_norm, right_norm = float(np.linalg.norm(left)), float(np.linalg.norm(right))
     if left_norm == 0 or right_norm == 0:
         return float(left_norm == right_norm)
     return max(-1.0, min(1.0, float(left @ right) / (left_norm * right_norm)))
 
 
-def gini(saliency: Tensor) -> float:
+def gini(saliency: Array) -> float:
     """The Gini index of a map: 0 where all pixels are equal, 1 - 1 / pixels where all but one are zero.
 
     Hurley and Rickard 2009, "Comparing Measures of Sparsity", doi:10.1109/TIT.2009.2027527, table I; used for maps
@@ -41,21 +43,21 @@ def gini(saliency: Tensor) -> float:
     Returns:
         In [0, 1); 0 if all pixels are zero.
     """
-    ascending = saliency.flatten().double().sort().values
+    ascending = np.sort(as_numpy(saliency).astype(np.float64), axis=None)
     total = float(ascending.sum())
     if total == 0:
         return 0.0
-    count = ascending.numel()
+    count = ascending.size
     # The share of pixels above each pixel, which itself counts as half.
-    above = (count - torch.arange(1, count + 1, dtype=torch.float64, device=ascending.device) + 0.5) / count
+    above = (count - np.arange(1, count + 1) + 0.5) / count
     return max(0.0, 1.0 - 2.0 * float(ascending @ above) / total)
 
 
-def _centred_ranks(saliency: Tensor) -> Tensor:
+def _centred_ranks(saliency: Array) -> npt.NDArray[np.float64]:
     """Every pixel's rank less the mean rank: float64 (h * w,); all zeros if the map is flat."""
-    _, group, sizes = torch.unique(saliency.flatten(), return_inverse=True, return_counts=True)
-    last = sizes.cumsum(0).double()
+    pixels = as_numpy(saliency).ravel()
+    _, group, sizes = np.unique(pixels, return_inverse=True, return_counts=True)
     # Of a group of equal pixels that ends at rank n, counted from 1; the mean of all ranks is (count + 1) / 2.
-    ranks = last - (sizes.double() - 1) / 2
-    centred: Tensor = ranks - (saliency.numel() + 1) / 2
-    return centred[group]
+    ranks = sizes.cumsum() - (sizes - 1) / 2
+    centred: npt.NDArray[np.float64] = (ranks - (pixels.size + 1) / 2)[group]
+    return centred

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 import tiny_models
 from heatlens_server.backends.torch.cam.grid import Grid, Layout, to_map
 from heatlens_server.backends.torch.engine import TorchEngine
-from heatlens_server.backends.torch.steps.drive import STEPPERS
-from heatlens_server.backends.torch.steps.job import Noise
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Method, Score
 from heatlens_server.core.targets import ClassIds, TopK
 from heatlens_server.maps.methods import smooth_grad_cam_plus_plus
+from heatlens_server.maps.noise import standard_normal
+from heatlens_server.maps.steps.drive import STEPPERS
 from loaded_models import loaded, noise
 from step_jobs import drain, job, placed
 
@@ -303,17 +303,10 @@ def test_smooth_grad_cam_averages_over_its_noise():
     found, steps = drain(STEPPERS[Method.SMOOTH_GRAD_CAM_PLUS_PLUS](work))
     assert steps == 2
     gradients = []
-    for field in Noise(0.3, (3, 64, 64), torch.device("cpu")).draw(4):
+    for field in 0.3 * standard_normal(range(4), (3, 64, 64), work.inputs):
         leaf = module.body(module.stem(work.inputs + field)).detach().requires_grad_()
         module.head(leaf)[0, 3].backward()
         gradients.append(leaf.grad)
     powers = [torch.stack(gradients).pow(power).mean(dim=0)[:, None] for power in (1, 2, 3)]
     assert torch.stack(gradients).std(dim=0).max() > 0, "noise changes the gradients of this head"
     torch.testing.assert_close(found, smooth_grad_cam_plus_plus(work.features, *powers), rtol=1e-3, atol=1e-7)
-
-
-def test_noise_is_the_same_however_it_is_drawn():
-    whole = Noise(2.0, (3, 5), torch.device("cpu")).draw(7)
-    parts = Noise(2.0, (3, 5), torch.device("cpu"))
-    torch.testing.assert_close(torch.cat([parts.draw(count) for count in (1, 4, 2)]), whole, rtol=0, atol=0)
-    assert abs(float(Noise(2.0, (100, 100), torch.device("cpu")).draw(1).std()) - 2) < 0.05

@@ -1,1 +1,0 @@
-"""Measures of how faithful a map is, as pure generators of tensors."""
