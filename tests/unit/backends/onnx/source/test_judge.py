@@ -20,7 +20,7 @@ from heatlens_server.backends.onnx.packed import open_packed
 from heatlens_server.backends.onnx.providers import load_runtime
 from heatlens_server.backends.onnx.source import float64
 from heatlens_server.backends.onnx.source.batch import free_batch
-from heatlens_server.backends.onnx.source.judge import judge
+from heatlens_server.backends.onnx.source.judge import gradient_by, judge
 from heatlens_server.backends.onnx.source.split import split
 from operator_cases import CASES, OPSET, Computed, arrays_of, backward_of, forward_of, name_of, runner
 
@@ -99,18 +99,13 @@ class File:
         names = [one.name for one in forward.get_outputs()]
         values = self.noise | dict(zip(names, forward.run(None, self.noise), strict=True))
 
-        def gradient_at(told, seeds):
-            kept = {name: told.get(name, values.get(name)) for name in passes.kept}
-            weights = {passes.seeds[name]: seed for name, seed in seeds.items()}
-            return backward.run([passes.gradients[value.name]], kept | weights)[0]
-
         return judge(
             self.model,
             self.known,
             layer=value,
             scores=[self.scores],
             forward=values,
-            gradient_at=gradient_at,
+            gradient_at=gradient_by(passes, backward, value.name, values),
         )
 
 
