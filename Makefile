@@ -4,12 +4,13 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LIGHT_VENV := .venv-light
 PROTO_VENV := .venv-proto
 PROTO_BIN := $(PROTO_VENV)/bin
 PROTOS := $(sort $(wildcard proto/heatlens/v1/*.proto))
 STUBS := client/heatlens/v1
 
-.PHONY: help setup demo demo-video gallery test lint format type proto proto-check sync-client bench bench-gpu coverage-export clean
+.PHONY: help setup demo demo-video gallery test lint format type proto proto-check embedded embedded-check sync-client bench bench-gpu coverage-export clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,8 +29,15 @@ $(PROTO_VENV)/.ready: proto/requirements.txt
 	$(PROTO_BIN)/pip install --disable-pip-version-check -q -r proto/requirements.txt
 	@touch $@
 
-demo: setup ## Explain a photo of a cat end to end and write out/demo/
-	$(BIN)/python examples/demo.py
+# What a server needs, and nothing else: no PyTorch. Modules that are not imported need not be compiled either.
+$(LIGHT_VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(LIGHT_VENV)
+	$(LIGHT_VENV)/bin/pip install --disable-pip-version-check --no-compile -q -e '.[server]'
+	@touch $@
+
+demo: ## Explain a photo of a cat end to end and write out/demo/: half a minute, 450 MB
+	@start=$$(date +%s.%N) && $(MAKE) --no-print-directory $(LIGHT_VENV)/.ready \
+	  && $(LIGHT_VENV)/bin/python examples/demo.py --since "$$start"
 
 demo-video: setup ## Explain a film clip frame by frame and write out/demo-video/
 	$(BIN)/python examples/demo_video.py
@@ -37,7 +45,7 @@ demo-video: setup ## Explain a film clip frame by frame and write out/demo-video
 gallery: setup ## Draw one photo explained by every method: out/gallery/methods.jpg (some minutes)
 	$(BIN)/python examples/gallery.py
 
-test: setup ## Run the tests
+test: setup $(LIGHT_VENV)/.ready ## Run the tests
 	$(BIN)/python tests/run.py
 
 lint: setup $(PROTO_VENV)/.ready ## Check style: ruff, hadolint, and buf on the protos
@@ -63,6 +71,12 @@ proto-check: $(PROTO_VENV)/.ready ## Fail if the committed stubs are stale
 	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && $(MAKE) --no-print-directory proto-into OUT="$$tmp" \
 	  && diff -r --exclude=__pycache__ --exclude=__init__.py "$$tmp/heatlens/v1" $(STUBS) \
 	  && echo "stubs are up to date"
+
+embedded: setup ## Rewrite the graphs of the embedded model, which servers run without PyTorch
+	$(BIN)/python server/embed.py
+
+embedded-check: setup ## Fail if those graphs are stale
+	$(BIN)/python server/embed.py --check
 
 sync-client: setup ## Rewrite the client for threads after a change of the one for asyncio
 	$(BIN)/python client/unasync.py

@@ -6,8 +6,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -19,8 +17,6 @@ import pytest_asyncio
 
 from server_process import SETTLE_TIMEOUT_S, ServerProcess, start_server_process, wait_settled
 from server_toml import model_toml, server_toml
-
-EXPORT_TIMEOUT_S = 600.0
 
 SERVER_TOML = server_toml(
     model_toml("tiny", engine=None, layers=("body", "stem")),
@@ -49,11 +45,10 @@ def chelsea(chelsea_path: Path) -> np.ndarray:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The first test that wants a model's export waits until there is one."""
+    """The first test that wants the server waits until its models are exported."""
     for item in items:
-        for fixture, export_s in (("default_export", EXPORT_TIMEOUT_S), ("server", SETTLE_TIMEOUT_S)):
-            if fixture in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.timeout(export_s + 60))
+        if "server" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(SETTLE_TIMEOUT_S + 60))
 
 
 def pytest_collection_finish() -> None:
@@ -73,20 +68,6 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder
-
-
-@pytest.fixture(scope="session")
-def default_export(cache_home: Path) -> Path:
-    """The default model is exported: servers without a configuration start warm. Where its exports are."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HEATLENS_")}
-    subprocess.run(
-        [sys.executable, "-m", "heatlens_server", "check"],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        check=True,
-        timeout=EXPORT_TIMEOUT_S,
-    )
-    return cache_home / "heatlens"
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,10 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from heatlens.v1 import explain_pb2_grpc, model_pb2_grpc
+from heatlens_server.allocator import return_freed_memory
 from heatlens_server.api.calls import CallGate
 from heatlens_server.api.checks import Limits
 from heatlens_server.api.explainer import Explainer
@@ -18,7 +20,7 @@ from heatlens_server.config import Config, ModelConfig
 from heatlens_server.core.engine import SteppingEngine
 from heatlens_server.core.errors import ServerDraining
 from heatlens_server.core.events import Observer, Observers
-from heatlens_server.fleet.build import build
+from heatlens_server.fleet.build import BuiltModel, build
 from heatlens_server.fleet.fleet import Fleet, batch_size_of
 from heatlens_server.scheduling.model_queue import ModelQueue
 from heatlens_server.telemetry.log_observer import LogObserver
@@ -60,7 +62,7 @@ class Server:
         self._health = Health()
         self._observer: Observer = Observers([LogObserver()])
         self.fleet = Fleet(
-            build=functools.partial(build, cache_dir=config.server.cache_path),
+            build=functools.partial(_build, cache_dir=config.server.cache_path),
             make_queue=self._make_queue,
             default=config.server.default_model,
             observer=self._observer,
@@ -140,6 +142,12 @@ class Server:
             max_queue_length=self._config.server.max_queue_length,
             observer=self._observer,
         )
+
+
+def _build(config: ModelConfig, *, cache_dir: Path | None) -> BuiltModel:
+    built = build(config, cache_dir=cache_dir)
+    return_freed_memory()
+    return built
 
 
 async def serve(config: Config, *, on_start: Callable[[Server], None] = lambda _server: None) -> bool:

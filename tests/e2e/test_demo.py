@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -13,14 +14,15 @@ import pytest
 from heatlens import Client
 
 ROOT = Path(__file__).parents[2]
+INSTALLED_S = 20.0
 CATS = {281: "tabby", 282: "tiger cat", 285: "Egyptian cat"}
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory, default_export):
+def demo(tmp_path_factory):
     """The finished demo and the folder it ran in."""
     folder = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, ROOT / "examples" / "demo.py"]
+    command = [sys.executable, ROOT / "examples" / "demo.py", "--since", str(time.time() - INSTALLED_S)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stderr
     return done, folder
@@ -41,8 +43,18 @@ def test_demo_writes_what_it_says(demo):
     overlay, pair = (folder / line.removeprefix("wrote ") for line in done.stdout.splitlines()[-2:])
     assert re.fullmatch(r"chelsea-(tabby|tiger-cat|egyptian-cat)\.png", overlay.name)
     assert overlay.parent == pair.parent == folder / "out" / "demo"
-    assert cv2.imread(str(overlay)).shape == (300, 451, 3)
-    assert cv2.imread(str(pair)).shape == (300, 902, 3)
+    assert cv2.imread(str(overlay)).shape == (288, 433, 3)
+    assert cv2.imread(str(pair)).shape == (288, 866, 3)
+
+
+def test_demo_says_how_long_it_took(demo):
+    done, _ = demo
+    (said,) = re.findall(r"^([\d.]+) s: ([\d.]+) to install, ([\d.]+) to start the server, ([\d.]+) to explain$",
+                         done.stdout, re.MULTILINE)  # fmt: skip
+    whole, *parts = map(float, said)
+    assert whole == pytest.approx(sum(parts), abs=0.2)
+    assert parts[0] == pytest.approx(INSTALLED_S, abs=1)
+    assert min(parts[1:]) > 0
 
 
 def test_demo_leaves_no_server_behind(demo):
@@ -77,7 +89,7 @@ def test_the_picture_of_the_readme_is_the_demos(demo):
 
 
 @pytest.fixture(scope="module")
-def demo_video(tmp_path_factory, default_export):
+def demo_video(tmp_path_factory):
     """What the finished demo of a film said, and the folder with what it wrote."""
     folder = tmp_path_factory.mktemp("demo-video")
     command = [sys.executable, ROOT / "examples" / "demo_video.py"]

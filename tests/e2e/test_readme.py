@@ -47,7 +47,7 @@ UNSET_LINE = re.compile(r"^# (?=\[|\w+ = )", re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory, default_export):
+def address(tmp_path_factory):
     """A server without models in its configuration, as in the README."""
     running = start_server_process(tmp_path_factory.mktemp("readme"), '[server]\nlisten = "127.0.0.1:0"\n')
     wait_settled(running.address)

@@ -5,10 +5,12 @@ No torch is imported until a model has to be loaded: a cached export needs none.
 
 import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from heatlens_server.backends.onnx.embedded.network import EmbeddedNetwork, embedded_network
 from heatlens_server.backends.onnx.engine import OnnxRuntimeEngine
 from heatlens_server.backends.onnx.export_cache import ExportCache
 from heatlens_server.backends.onnx.manifest import Manifest, read_manifest
@@ -25,6 +27,7 @@ from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.export import Export, Report, importing_torch, labels_of, load_network
 from heatlens_server.fleet.export_process import Make, get_or_export
 from heatlens_server.fleet.fallback_engine import ExportEngine, FallbackEngine, about_missing, with_torch_fallback
+from heatlens_server.fleet.torch_record import read_record
 from heatlens_server.fleet.warm_up import (
     about_family,
     check_answers,
@@ -115,19 +118,28 @@ def _build(config: ModelConfig, *, cache_dir: Path | None, tell: Report, make: M
     load = functools.cache(functools.partial(load_network, config))
     if _takes_torch(config):
         return _build_torch(config, load())
+    embedded = embedded_network(config)
     cache = ExportCache(cache_dir)
     cache.sweep()
-    get = functools.partial(get_or_export, config, load=load, cache=cache, report=tell, make=make)
+
+    def graphs(file_format: Format, *, retry: bool) -> Callable[..., BuiltModel]:
+        if embedded is not None:
+            return functools.partial(_build_embedded, config, embedded)
+        export = get_or_export(config, file_format, load=load, cache=cache, retry=retry, report=tell, make=make)
+        return functools.partial(_build_cached, config, _checked(config, export))
+
     if config.engine != "auto":
         try:
-            export = _checked(config, get(_FORMATS[config.engine], retry=True))
+            serve = graphs(_FORMATS[config.engine], retry=True)
         except ExportError as error:
             raise ModelLoadError(f"the model cannot be exported for {config.engine}: {error}") from error
-        return _build_cached(config, export, device=config.device)
+        return serve(device=config.device)
     try:
         device = _device_for_onnxruntime(config)
-        return _try_onnxruntime(config, _checked(config, get(Format.ONNX, retry=False)), device)
+        return _try_onnxruntime(config, graphs(Format.ONNX, retry=False), device)
     except (_Unfit, ExportError) as error:
+        if not is_installed("torch"):
+            raise ModelLoadError(f"onnxruntime does not run the model, and torch is not installed: {error}") from error
         _log.warning("model %s is run by torch, not by onnxruntime: %s", config.name, error)
     return _build_torch(config, load())
 
@@ -192,15 +204,15 @@ def _torch_has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _try_onnxruntime(config: ModelConfig, export: Export, device: str) -> BuiltModel:
-    """Raises _Unfit if onnxruntime cannot run an export after all."""
+def _try_onnxruntime(config: ModelConfig, serve: Callable[..., BuiltModel], device: str) -> BuiltModel:
+    """Raises _Unfit if onnxruntime cannot run a model's graphs after all."""
     try:
-        return _build_cached(config, export, device=device)
+        return serve(device=device)
     except ModelLoadError as error:
         movable = config.device == "auto" and config.precision == "fp32"
         if movable and device != "cpu" and not _torch_has_gpu():
             _log.warning("model %s runs on the CPU although there is a GPU: %s", config.name, error)
-            return _try_onnxruntime(config, export, "cpu")
+            return _try_onnxruntime(config, serve, "cpu")
         raise _Unfit(str(error)) from error
     # onnxruntime has an exception class for each of its status codes, and paths in their messages.
     except Exception as error:
@@ -289,6 +301,21 @@ def _build_from_file(config: ModelConfig) -> BuiltModel:
     )
 
 
+def _build_embedded(config: ModelConfig, network: EmbeddedNetwork, *, device: str) -> BuiltModel:
+    """Serve the embedded model by the graphs that come with the server."""
+    primary = NetworkEngine(network, device=device, provider=config.provider)
+    engine = with_torch_fallback(config, primary, methods=network.torch_methods, version=network.version)
+    return _finish(
+        config,
+        engine,
+        preprocess=network.info.preprocess,
+        version=network.version,
+        labels=network.labels,
+        method=config.method,
+        assumptions=about_missing(engine.info),
+    )
+
+
 def _build_cached(config: ModelConfig, export: Export, *, device: str) -> BuiltModel:
     """Serve an export that was made of the configured model."""
     grid = export.manifest.graphs[0].grid
@@ -304,7 +331,15 @@ def _build_exported(config: ModelConfig, export: Export, *, device: str, method:
     # The engine opens the first graph now, and the others when they are asked for.
     graphs = sorted(manifest.graphs, key=lambda graph: (graph.layer != default, graph.method is not base))
     primary = _open(export.folder, replace(manifest, graphs=tuple(graphs)), device=device, provider=config.provider)
-    engine = with_torch_fallback(config, primary, export)
+    # An exported folder holds no network.
+    record = None if config.source.startswith(EXPORT_PREFIX) else read_record(export.folder, manifest)
+    engine = with_torch_fallback(
+        config,
+        primary,
+        methods=record.methods if record else (),
+        version=manifest.weights_version,
+        layers=tuple(dict.fromkeys(entry.layer for entry in manifest.left_out)),
+    )
     return _finish(
         config,
         engine,

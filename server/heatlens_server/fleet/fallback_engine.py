@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Protocol
 
-from heatlens_server.config import EXPORT_PREFIX, ModelConfig
+from heatlens_server.config import ModelConfig
 from heatlens_server.core.arrays import ImageArray
 from heatlens_server.core.engine import Capabilities, Engine, MapSpec, SteppingEngine, Steps
 from heatlens_server.core.errors import InvalidArgument, ModelLoadError
@@ -19,8 +19,7 @@ from heatlens_server.core.extras import is_installed
 from heatlens_server.core.methods import Method, Score
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import Target
-from heatlens_server.fleet.export import Export, importing_torch, load_network
-from heatlens_server.fleet.torch_record import read_record
+from heatlens_server.fleet.export import importing_torch, load_network
 
 _log = logging.getLogger(__name__)
 
@@ -158,13 +157,14 @@ def _lacking(info: Capabilities, methods: Sequence[Method]) -> Capabilities:
 
 def about_missing(info: Capabilities) -> tuple[str, ...]:
     """What is to be said where torch would run more than its server offers."""
-    missing = [method for method in info.refusals if method not in info.methods]
+    missing = [str(method) for method in info.refusals if method not in info.methods]
     if not missing:
         return ()
+    scores = ["target scores other than the logit"] if len(info.scores) == 1 else []
+    offers = ", ".join([*missing, *scores, "augment", "principal_component"])
     sentence = (
-        f"PyTorch is not installed, so that {', '.join(missing)}, target scores other than the logit, augment, "
-        "principal_component and faithfulness are not offered: pip install 'heatlens[torch]' adds them; companion = "
-        "false does without."
+        f"PyTorch is not installed, so that {offers} and faithfulness are not offered: pip install 'heatlens[torch]' "
+        "adds them; companion = false does without."
     )
     return (sentence,)
 
@@ -196,26 +196,32 @@ def _check(found: Capabilities, said: Capabilities) -> None:
         raise ModelLoadError("the network, as it is now, is not the one that was exported; restart the server")
 
 
-def with_torch_fallback(config: ModelConfig, primary: ExportEngine, export: Export) -> FallbackEngine:
-    """Let torch run what an export's engine cannot, unless the configuration forbids it or torch is not installed.
+def with_torch_fallback(
+    config: ModelConfig,
+    primary: ExportEngine,
+    *,
+    methods: Sequence[Method],
+    version: str,
+    layers: Sequence[str] = (),
+) -> FallbackEngine:
+    """Let torch run what a graph's engine cannot, unless the configuration forbids it or torch is not installed.
 
     Args:
         config: the model.
-        primary: the engine that runs the export.
-        export: what it runs.
+        primary: the engine that runs its graphs.
+        methods: what torch has for the model; none if it cannot run it.
+        version: of the weights in the graphs.
+        layers: the layers that torch alone has.
     """
-    record = read_record(export.folder, export.manifest)
-    # An exported folder holds no network.
-    if not config.companion or config.source.startswith(EXPORT_PREFIX) or record is None:
+    if not (config.companion and methods):
         return FallbackEngine(primary)
     if not is_installed("torch"):
-        return FallbackEngine(primary, methods=record.methods)
+        return FallbackEngine(primary, methods=methods)
 
     def make() -> SteppingEngine:
-        return _load(config, export.manifest.weights_version, device=primary.info.device)
+        return _load(config, version, device=primary.info.device)
 
-    layers = dict.fromkeys(entry.layer for entry in export.manifest.left_out)
-    return FallbackEngine(primary, make, methods=record.methods, layers=tuple(layers))
+    return FallbackEngine(primary, make, methods=methods, layers=layers)
 
 
 def _load(config: ModelConfig, weights_version: str, *, device: str) -> SteppingEngine:

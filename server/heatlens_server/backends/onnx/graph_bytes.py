@@ -7,8 +7,10 @@ https://protobuf.dev/programming-guides/encoding/ describes how messages are wri
 from collections.abc import Iterator, Sequence
 
 _GRAPH = 7
-_INPUT, _OUTPUT = 11, 12
+_INITIALIZER, _INPUT, _OUTPUT = 5, 11, 12
 _NAME, _TYPE, _TENSOR_TYPE, _ELEMENT_TYPE = 1, 2, 1, 1
+_TENSOR_NAME, _DATA_LOCATION = 8, 14
+_EXTERNAL = 1
 _FLOAT = 1
 _VARINT, _LENGTH = 0, 2
 _FIXED_BYTES = {1: 8, 5: 4}
@@ -43,6 +45,18 @@ def returning(graph: bytes, names: Sequence[str]) -> bytes:
     element = _field(_TYPE, _field(_TENSOR_TYPE, bytes([_ELEMENT_TYPE << 3 | _VARINT, _FLOAT])))
     outputs = b"".join(_field(_OUTPUT, _field(_NAME, name.encode()) + element) for name in names)
     return graph + _field(_GRAPH, outputs)
+
+
+def external_initializers(graph: bytes) -> list[str]:
+    """The names of the initialisers whose data is not in the graph."""
+    return [
+        graph[start:end].decode()
+        for inside in _values(graph, (0, len(graph)), _GRAPH)
+        for tensor in _values(graph, inside, _INITIALIZER)
+        for place, _ in _values(graph, tensor, _DATA_LOCATION)
+        if graph[place] == _EXTERNAL
+        for start, end in _values(graph, tensor, _TENSOR_NAME)
+    ]
 
 
 def _values(data: bytes, span: _Span, wanted: int) -> Iterator[_Span]:

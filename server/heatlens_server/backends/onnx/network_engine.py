@@ -91,7 +91,11 @@ class NetworkEngine:
 
     def can(self, spec: MapSpec) -> bool:
         """Whether `explain` takes a spec."""
-        return not (spec.in_steps or spec.principal) and spec.method in self._info.methods
+        return (
+            not (spec.in_steps or spec.principal)
+            and spec.method in self._info.methods
+            and set(spec.layers) <= set(self._info.layers_of(spec.method))
+        )
 
     def explain(self, images: ImageArray, targets: Sequence[Target], spec: MapSpec) -> list[ImageResult]:
         """Explain a batch; see `core.engine.Engine.explain`.

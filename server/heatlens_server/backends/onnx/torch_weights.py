@@ -8,6 +8,7 @@ The formats are those of torch/serialization.py: a zip archive, or since before 
 each storage as its length and its bytes.
 """
 
+import hashlib
 import io
 import math
 import mmap
@@ -106,8 +107,8 @@ def read_weights(path: Path) -> dict[str, Array]:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             storages: dict[str, _Storage] = {}
-            is_zip = zipfile.is_zipfile(file)
-            content, arrays = _from_zip(file, len(data), storages) if is_zip else _from_pickles(data, storages)
+            read = _from_zip if zipfile.is_zipfile(file) else _from_pickles
+            content, arrays = read(file, data, storages)
         return _views(content, arrays)
     except OSError as error:
         raise ModelLoadError(f"weights file {path.name!r} cannot be read ({type(error).__name__})") from error
@@ -117,7 +118,18 @@ def read_weights(path: Path) -> dict[str, Array]:
         raise ModelLoadError(f"weights file {path.name!r} cannot be read as plain tensors: {why}") from error
 
 
-def _from_pickles(data: mmap.mmap, storages: dict[str, _Storage]) -> tuple[object, Mapping[str, Array]]:
+def weights_version(weights: Mapping[str, Array]) -> str:
+    """The first 12 hex digits of a SHA-256 over weights, the same that torch's sources tell of the same weights."""
+    digest = hashlib.sha256()
+    for name, array in sorted(weights.items()):
+        digest.update(f"{name} torch.{array.dtype} {array.shape}\n".encode())
+        digest.update(np.asarray(array, order="C").data)
+    return digest.hexdigest()[:12]
+
+
+def _from_pickles(
+    file: io.BufferedReader, data: mmap.mmap, storages: dict[str, _Storage]
+) -> tuple[object, Mapping[str, Array]]:
     magic, protocol = _run(data, storages), _run(data, storages)
     if magic != _MAGIC or protocol != _PROTOCOL:
         raise ValueError("it is no file of torch.save's")
@@ -130,18 +142,19 @@ def _from_pickles(data: mmap.mmap, storages: dict[str, _Storage]) -> tuple[objec
     if not isinstance(keys, list):
         raise ValueError("it does not list its storages")  # noqa: TRY004 - of the file, not of a caller
     arrays = {}
+    # Pages of the map that are read count as memory, beside what they are copied to.
+    file.seek(data.tell())
     for key in map(_text, keys):
         storage = storages[key]
-        count, start = int.from_bytes(data.read(_LENGTH_BYTES), "little", signed=True), data.tell()
-        if count != storage.count or start + storage.size_bytes > len(data):
+        count = int.from_bytes(file.read(_LENGTH_BYTES), "little", signed=True)
+        if count != storage.count or file.tell() + storage.size_bytes > len(data):
             raise ValueError(f"storage {key!r} is not as long as it says")
-        data.seek(start + storage.size_bytes)
-        arrays[key] = _elements(storage, data[start : data.tell()])
+        arrays[key] = _elements(storage, file.read(storage.size_bytes))
     return content, arrays
 
 
 def _from_zip(
-    file: io.BufferedReader, file_bytes: int, storages: dict[str, _Storage]
+    file: io.BufferedReader, data: mmap.mmap, storages: dict[str, _Storage]
 ) -> tuple[object, dict[str, Array]]:
     with zipfile.ZipFile(file) as archive:
         pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
@@ -152,7 +165,7 @@ def _from_zip(
             raise ValueError("its bytes are in another order")
         content = _run(io.BytesIO(_member(archive, pickles[0])), storages)
         # Members may lie over each other.
-        if sum(storage.size_bytes for storage in storages.values()) > file_bytes:
+        if sum(storage.size_bytes for storage in storages.values()) > len(data):
             raise ValueError("its storages are longer than the file")
         arrays = {}
         for key, storage in storages.items():
