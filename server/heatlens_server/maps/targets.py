@@ -41,7 +41,8 @@ def resolve(logits: Array, wanted: Array) -> Array:
     if wanted.ndim != 2 or wanted.dtype != xp.int64 or wanted.shape[0] != logits.shape[0]:
         raise ValueError(f"wanted: must be int64 ({logits.shape[0]}, K), not {wanted.dtype} {tuple(wanted.shape)}")
     count = wanted.shape[1]
-    if not 1 <= count <= logits.shape[1]:
+    # In a graph it may be any number.
+    if isinstance(count, int) and not 1 <= count <= logits.shape[1]:
         raise ValueError(f"wanted: must hold 1 to {logits.shape[1]} classes per image, not {count}")
     if count == 1:
         # The common case: argmax takes the first of equals by contract and costs a fraction of a sort.
@@ -50,7 +51,7 @@ def resolve(logits: Array, wanted: Array) -> Array:
         # A gather, not a slice: sliced strides make a traced graph doubt that K may be any number.
         positions = xp.broadcast_to(xp.arange(count, device=device(logits)), (logits.shape[0], count))
         ranked = xp.take_along_axis(xp.argsort(logits, axis=1, descending=True, stable=True), positions, axis=1)
-    return xp.where(wanted == RANKED, ranked, wanted)
+    return xp.where(xp.equal(wanted, RANKED), ranked, wanted)
 
 
 def probabilities(logits: Array, *, sigmoid: bool = False) -> Array:
@@ -117,7 +118,7 @@ def seeds(logits: Array, class_ids: Array, kind: Score = Score.LOGIT, *, sigmoid
 def _hot(logits: Array, class_ids: Array) -> Array:
     """Where each wanted class is: bool (N, K, C); nowhere if it is absent."""
     xp = array_namespace(logits, class_ids)
-    return xp.expand_dims(class_ids, axis=2) == xp.arange(logits.shape[1], device=device(logits))
+    return xp.equal(xp.expand_dims(class_ids, axis=2), xp.arange(logits.shape[1], device=device(logits)))
 
 
 def _chosen(logits: Array, class_ids: Array) -> Array:
@@ -138,11 +139,12 @@ def _alike(logits: Array, class_ids: Array) -> Array:
     hot = _hot(logits, class_ids)
     likeness = xp.where(hot, -xp.inf, -xp.abs(xp.expand_dims(logits, axis=1) - _chosen(logits, class_ids)))
     places = xp.arange(logits.shape[1], device=device(logits))
-    alike = hot & ~hot
+    alike = None
     # One after the other: argmax takes the first of equals by contract, which sorting does not in every library.
     for _ in range(min(CONTRASTED, logits.shape[1] - 1)):
-        left = xp.where(alike, -xp.inf, likeness)
-        alike = alike | (places == xp.argmax(left, axis=2, keepdims=True))
+        left = likeness if alike is None else xp.where(alike, -xp.inf, likeness)
+        nearest = xp.equal(places, xp.argmax(left, axis=2, keepdims=True))
+        alike = nearest if alike is None else xp.logical_or(alike, nearest)
     return alike
 
 

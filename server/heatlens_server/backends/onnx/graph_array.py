@@ -142,6 +142,8 @@ class Functions:
 
     __name__ = "ONNX"
     float32 = ir.DataType.FLOAT
+    int64 = _INT64
+    inf = math.inf
 
     def abs(self, x: GraphArray, /) -> GraphArray:
         return _elementwise("Abs", x)
@@ -157,6 +159,14 @@ class Functions:
         shape = _without(x.shape, axis, keepdims=keepdims)
         return _written("ArgMax", x, shape=shape, dtype=_INT64, axis=axis, keepdims=int(keepdims))
 
+    def argsort(self, x: GraphArray, /, *, axis: int, descending: bool, stable: bool) -> GraphArray:
+        # Of equals, TopK takes the lower place first by contract.
+        if not (descending and stable):
+            raise ValueError("sorted is from the largest down, equals in order")
+        count = x.device.ints(x.shape[axis])
+        _values, places = x.device.ops("TopK", [x.value, count], 2, axis=axis, largest=1, sorted=1)
+        return GraphArray(places, x.shape, _INT64, x.device)
+
     def asarray(self, values: npt.ArrayLike, /, *, device: Tape) -> GraphArray:
         array = np.asarray(values)
         return GraphArray(device.constant(array), array.shape, ir.DataType.from_numpy(array.dtype), device)
@@ -166,11 +176,15 @@ class Functions:
 
     def broadcast_to(self, x: GraphArray, /, shape: Lengths) -> GraphArray:
         # Expand leaves an axis as it is where 1 is asked for.
-        wanted = [1 if own == length else length for own, length in zip(x.shape, shape, strict=True)]
+        own_shape = (1,) * (len(shape) - x.ndim) + x.shape
+        wanted = [1 if own == length else length for own, length in zip(own_shape, shape, strict=True)]
         return _written("Expand", x, _sizes(x.device, wanted), shape=tuple(shape))
 
     def equal(self, x: GraphArray, y: Operand, /) -> GraphArray:
         return _elementwise("Equal", x, y, dtype=_BOOL)
+
+    def exp(self, x: GraphArray, /) -> GraphArray:
+        return _elementwise("Exp", x)
 
     def expand_dims(self, x: GraphArray, /, *, axis: Axis) -> GraphArray:
         added = _axes(axis, x.ndim + (len(axis) if isinstance(axis, tuple) else 1))
@@ -180,6 +194,12 @@ class Functions:
 
     def finfo(self, dtype: ir.DataType, /) -> np.finfo[Any]:
         return np.finfo(dtype.numpy())
+
+    def log(self, x: GraphArray, /) -> GraphArray:
+        return _elementwise("Log", x)
+
+    def logical_or(self, x: GraphArray, y: GraphArray, /) -> GraphArray:
+        return _elementwise("Or", x, y)
 
     def matmul(self, x: GraphArray, y: GraphArray, /) -> GraphArray:
         shape = (*broadcast(x.shape[:-2], y.shape[:-2]), x.shape[-2], y.shape[-1])
@@ -228,6 +248,9 @@ class Functions:
 
     def sum(self, x: GraphArray, /, *, axis: Axis, keepdims: bool = False) -> GraphArray:
         return _reduced("ReduceSum", x, axis, keepdims=keepdims)
+
+    def take_along_axis(self, x: GraphArray, places: GraphArray, /, *, axis: int) -> GraphArray:
+        return _written("GatherElements", x, places.value, shape=places.shape, axis=axis)
 
     def tanh(self, x: GraphArray, /) -> GraphArray:
         return _elementwise("Tanh", x)

@@ -54,6 +54,7 @@ class LoadedFile:
         known: its shapes.
         image: its input.
         scores: its output.
+        found_layers: those of `info`, in the graph.
     """
 
     info: NetworkInfo
@@ -65,6 +66,7 @@ class LoadedFile:
     known: Known
     image: ImageInput
     scores: Scores
+    found_layers: tuple[FoundLayer, ...]
 
     @property
     def layer_choices(self) -> tuple[str, ...]:
@@ -148,6 +150,7 @@ def load_file(path: Path, config: ModelConfig) -> LoadedFile:
         known=known,
         image=image,
         scores=scores,
+        found_layers=layers,
     )
 
 
