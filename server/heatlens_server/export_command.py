@@ -10,13 +10,14 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from heatlens_server.backends.onnx.delivery import check_target
 from heatlens_server.backends.onnx.manifest import Manifest
-from heatlens_server.config import EXPORT_PREFIX, ModelConfig, load_config
+from heatlens_server.config import EXPORT_PREFIX, ONNX_PREFIX, ModelConfig, load_config
 from heatlens_server.core.errors import ConfigError, ExportError, ModelLoadError
 from heatlens_server.core.extras import brought_by
 from heatlens_server.core.graph_spec import MANIFEST_FILE, Format, GraphSpec, InputKind, Output
 from heatlens_server.core.methods import CLOSED_FORMS, PRESETS, Method, Score
-from heatlens_server.core.tasks import Activation
+from heatlens_server.core.tasks import Activation, Task
 
 if TYPE_CHECKING:
     from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
@@ -114,7 +115,7 @@ def find_model(model: str, config: Path | None, weights: str) -> ModelConfig:
     if ":" in model:
         if config is not None:
             raise ConfigError(f"--config: goes with a model's name, not with a source such as {model}")
-        name = model.rpartition(":")[2].rpartition("/")[2]
+        name = model.rpartition(":")[2].rpartition("/")[2].removesuffix(".onnx")
         try:
             found = load_config(None, {"models": [{"name": name, "source": model, "weights": weights or "default"}]})
         except ConfigError as error:
@@ -150,55 +151,104 @@ def run_export(config: ModelConfig, options: ExportOptions, *, tell: Callable[[s
     """
     started = time.monotonic()
     method, score = _resolved(options.method or config.method, options.score)
-    # A backward pass for a map that needs none has to be asked for by name.
-    gradients = options.gradients_named or not method.traits.class_free
 
     def report(line: str) -> None:
         tell(f"{time.monotonic() - started:6.1f} s  {line}")
-
-    # Only now: they import torch, which takes seconds, and a wrong option should be told at once.
-    with brought_by("torch"):
-        from heatlens_server.backends.torch.export.delivery import check_target, export_model  # noqa: PLC0415
-        from heatlens_server.backends.torch.sources.load import load_model  # noqa: PLC0415
 
     try:
         check_target(options.folder)
     except ExportError as error:
         raise ConfigError(f"--output: {error}") from error
+    layers = (options.layer,) if options.layer else config.layers
+    export = _export_file if config.source.startswith(ONNX_PREFIX) else _export_network
+    try:
+        return export(config.model_copy(update={"layers": layers}), options, method, score, report)
+    except ModelLoadError as error:
+        if options.layer and str(error).startswith("layers:"):
+            raise ConfigError(f"--layer:{str(error).removeprefix('layers:')}") from error
+        raise
+
+
+def _export_network(
+    config: ModelConfig, options: ExportOptions, method: Method, score: Score, report: Callable[[str], None]
+) -> Manifest:
+    """Export a network of torch's."""
+    # Only now: they import torch, which takes seconds, and a wrong option should be told at once.
+    with brought_by("torch"):
+        from heatlens_server.backends.torch.export.delivery import export_model  # noqa: PLC0415
+        from heatlens_server.backends.torch.sources.load import load_model  # noqa: PLC0415
+
     # torch's exporters write whole graphs to it.
     with contextlib.redirect_stderr(io.StringIO()):
         report(f"loading {config.name}")
-        layers = (options.layer,) if options.layer else config.layers
-        try:
-            model = load_model(config.model_copy(update={"layers": layers}))
-        except ModelLoadError as error:
-            if options.layer and str(error).startswith("layers:"):
-                raise ConfigError(f"--layer:{str(error).removeprefix('layers:')}") from error
-            raise
-        if options.classes is not None and options.classes > model.class_count:
-            raise ConfigError(f"--classes: {model.name} has {model.class_count} classes, which is the most")
-        if options.classes is None and model.class_count == 1:
-            raise ConfigError(f'--classes: {model.name} has 1 class, so "{_ANY}" is no choice')
+        model = load_model(config)
+        _check_classes(options, model.name, model.class_count)
         _check_method(method, model)
-        spec = GraphSpec(
-            layer=model.layers[0],
-            method=method,
-            classes=options.classes,
-            precision=options.precision,
-            input=options.input,
-            outputs=tuple(output for output in options.outputs if output is not Output.GRADIENTS or gradients),
-            score=score,
-            sigmoid=model.task.traits.activation is Activation.SIGMOID,
-        )
         return export_model(
             model,
-            spec,
+            _spec(options, method, score, model.layers[0], model.task),
             file_format=options.file_format,
             source=config.source,
             folder=options.folder,
             verify=options.verify,
             report=report,
         )
+
+
+def _export_file(
+    config: ModelConfig, options: ExportOptions, method: Method, score: Score, report: Callable[[str], None]
+) -> Manifest:
+    """Export the explaining file of an ONNX file."""
+    with brought_by("onnx"):
+        from heatlens_server.backends.onnx.source.export import export_file  # noqa: PLC0415 - imports onnx
+        from heatlens_server.backends.onnx.source.load import load_file  # noqa: PLC0415 - imports onnx
+
+    if options.file_format is not Format.ONNX:
+        raise ConfigError(f"--format: an ONNX file becomes another ONNX file, not {options.file_format}")
+    if options.precision != "fp32":
+        raise ConfigError(f"--precision: files are computed in fp32, not {options.precision}")
+    report(f"reading {config.name}")
+    loaded = load_file(Path(config.source.removeprefix(ONNX_PREFIX)), config)
+    about = loaded.info
+    _check_classes(options, config.name, about.class_count)
+    if (reason := about.refusals.get(method)) is not None:
+        raise ConfigError(f"--method: {method} is not supported: {reason}")
+    if method is Method.CAM and not about.has_linear_head:
+        raise ConfigError(
+            f"--method: cam needs logits that are one linear layer over the pooled target layer, which those of "
+            f"{config.name} by {about.layers[0].name} are not"
+        )
+    return export_file(
+        loaded,
+        _spec(options, method, score, about.layers[0].name, about.task),
+        name=config.name,
+        source=config.source,
+        folder=options.folder,
+        verify=options.verify,
+        report=report,
+    )
+
+
+def _spec(options: ExportOptions, method: Method, score: Score, layer: str, task: Task) -> GraphSpec:
+    # A backward pass for a map that needs none has to be asked for by name.
+    gradients = options.gradients_named or not method.traits.class_free
+    return GraphSpec(
+        layer=layer,
+        method=method,
+        classes=options.classes,
+        precision=options.precision,
+        input=options.input,
+        outputs=tuple(output for output in options.outputs if output is not Output.GRADIENTS or gradients),
+        score=score,
+        sigmoid=task.traits.activation is Activation.SIGMOID,
+    )
+
+
+def _check_classes(options: ExportOptions, name: str, class_count: int) -> None:
+    if options.classes is not None and options.classes > class_count:
+        raise ConfigError(f"--classes: {name} has {class_count} classes, which is the most")
+    if options.classes is None and class_count == 1:
+        raise ConfigError(f'--classes: {name} has 1 class, so "{_ANY}" is no choice')
 
 
 def describe(manifest: Manifest, folder: Path) -> list[str]:
@@ -212,13 +262,16 @@ def describe(manifest: Manifest, folder: Path) -> list[str]:
     parity = manifest.parity
     if not parity:
         return [*lines, "not verified"]
+    images = f"{len(parity['photos'])} photos" if "photos" in parity else "noise"
     lines.append(
-        f"verified against float64 on {len(parity['photos'])} photos at batch sizes "
+        f"verified against float64 on {images} at batch sizes "
         f"{', '.join(map(str, parity['batch_sizes']))}; maps that could be compared: "
         f"{parity['informative_maps']} of {parity['compared_maps']}"
     )
     return lines + [
-        f"  {name:<12} error {figure['error']:.1e}, torch's {figure['torch_error']:.1e}, bound {figure['bound']:.1e}"
+        f"  {name:<12} error {figure['error']:.1e}, "
+        + (f"torch's {figure['torch_error']:.1e}, " if "torch_error" in figure else "")
+        + f"bound {figure['bound']:.1e}"
         for name, figure in parity["figures"].items()
     ]
 

@@ -1,10 +1,14 @@
 """Files of other people's exporters, with their own weights, through a real server that two lines configure."""
 
+import json
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
 import numpy as np
+import onnxruntime
 import pytest
 import skimage.data
 
@@ -97,3 +101,34 @@ def test_the_orientation_of_a_real_page_is_right(client, turns):
     assert result.explanations[0].class_id == turns
     assert result.explanations[0].probability > 0.5
     assert result.explanations[0].heatmap.values.max() == 1.0
+
+
+def test_an_explaining_file_runs_anywhere_and_is_served_as_an_export(client, tmp_path):
+    """What the export of a file says in onnxruntime alone is what the server says."""
+    config = tmp_path / "server.toml"
+    config.write_text(server_toml(model("by_paddle", ORIENTATION)))
+    command = [sys.executable, "-m", "heatlens_server", "export", "by_paddle", "-c", config, "-o", tmp_path / "out"]
+    done = subprocess.run([*command, "--classes", "any"], capture_output=True, text=True, check=True)
+    assert "verified" in done.stdout
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["weights_version"] == {m.name: m.version for m in client.models()}["by_paddle"]
+    page = cv2.resize(cv2.cvtColor(skimage.data.page(), cv2.COLOR_GRAY2RGB), (224, 224), interpolation=cv2.INTER_AREA)
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "by_paddle.onnx", providers=["CPUExecutionProvider"])
+    spec = manifest["preprocess"]
+    pixels = (page / 255.0 - spec["mean"]) / spec["std"]
+    feeds = {"image": pixels.transpose(2, 0, 1)[None].astype(np.float32), "class_index": np.array([[-1, 2]])}
+    logits, class_ids, _activations, _gradients, cam, *_ = session.run(None, feeds)
+    served = client.explain(page, model="by_paddle", class_ids=class_ids[0].tolist(), map_size="layer")
+    assert class_ids[0].tolist() == [0, 2]
+    for k, explanation in enumerate(served.explanations):
+        np.testing.assert_allclose(explanation.heatmap.values, cam[0, k], atol=1e-3)
+        assert explanation.logit == pytest.approx(float(logits[0, class_ids[0, k]]), abs=1e-3)
+    toml = f'[[models]]\nname = "exported"\nsource = "export:{tmp_path / "out"}"\n'
+    exported = start_server_process(tmp_path, server_toml(toml))
+    wait_settled(exported.address)
+    with Client(exported.address) as other:
+        again = other.explain(page, model="exported", class_ids=class_ids[0].tolist(), map_size="layer")
+    exported.process.terminate()
+    exported.process.wait(10)
+    for mine, theirs in zip(again.explanations, served.explanations, strict=True):
+        np.testing.assert_allclose(mine.heatmap.values, theirs.heatmap.values, atol=1e-4)

@@ -94,7 +94,7 @@ def test_models_are_found_by_name_or_source(tmp_path):
         ("othr", True, "", "MODEL: there is no model 'othr', only tiny, other; did you mean other?"),
         ("tiny", True, "none", "--weights: goes with a source such as torchvision:resnet50"),
         ("timm:resnet18", True, "", "--config: goes with a model's name, not with a source such as timm:resnet18"),
-        ("tf:resnet18", False, "", 'MODEL: must be "torchvision:NAME",'),
+        ("tf:resnet18", False, "", 'MODEL: must be "onnx:FILE",'),
         ("timm:resnet18", False, "no/such.pth", "--weights: the file does not exist"),
     ],
 )

@@ -44,6 +44,17 @@ class Output(StrEnum):
     CAM_OFFSET = "cam_offset"
 
 
+MEANINGS = {
+    Output.LOGITS: "the score of every class",
+    Output.CLASS_ID: "the classes explained",
+    Output.ACTIVATIONS: "the target layer's output, as a map",
+    Output.GRADIENTS: "derivative of each explained class's logit with respect to the activations",
+    Output.CAM: "saliency map in [0, 1]; cam * cam_scale + cam_offset is the map after ReLU",
+    Output.CAM_SCALE: "maximum minus minimum of the map after ReLU; 0 if it is flat",
+    Output.CAM_OFFSET: "minimum of the map after ReLU",
+}
+"""One line for people about each."""
+
 MAP_OUTPUTS = (Output.CAM, Output.CAM_SCALE, Output.CAM_OFFSET)
 SERVED_OUTPUTS = (Output.LOGITS, Output.CLASS_ID, *MAP_OUTPUTS)
 """What an engine needs."""

@@ -210,10 +210,13 @@ class NetworkEngine:
         backward, _ = open_packed(self._runtime, passes.backward, self._choice, threads=self._threads)
         return _Sessions(passes, forward, backward)
 
+    def planes(self, images: ImageArray) -> Array:
+        """Images (N, H, W, C), normalised, float32 (N, C, H, W)."""
+        return normalised_planes(images, self._about.preprocess, self._table)
+
     def inputs(self, images: ImageArray) -> Array:
         """Images (N, H, W, C) as the network takes them."""
-        about = self._about
-        values = normalised_planes(images, about.preprocess, self._table)
+        about, values = self._about, self.planes(images)
         if about.channels_last:
             values = np.ascontiguousarray(values.transpose(0, 2, 3, 1))
         dtype = np.dtype(about.dtype)

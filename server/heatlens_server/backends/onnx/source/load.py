@@ -18,7 +18,7 @@ from heatlens_server.backends.onnx.gradient.find import (
     has_linear_head,
     layer_of,
 )
-from heatlens_server.backends.onnx.gradient.tape import Known
+from heatlens_server.backends.onnx.gradient.tape import Known, Shape
 from heatlens_server.backends.onnx.gradient.values import know
 from heatlens_server.backends.onnx.network import NetworkInfo, NetworkLayer
 from heatlens_server.backends.onnx.passes import Passes
@@ -108,8 +108,7 @@ def load_file(path: Path, config: ModelConfig) -> LoadedFile:
     image = find_image(model)
     settings = read_settings(path, model, image, config)
     shape = image.shape(*settings.preprocess.input_px)
-    takes_batches = free_batch(model, image.value, shape)
-    known = know(model, image.value, shape)
+    takes_batches, known = _known(model, image, shape)
     outputs, known = find_outputs(model, known, image, config, settings.task)
     scores, task = outputs.scores, outputs.task
     if task in _OF_PLACES:
@@ -152,6 +151,20 @@ def load_file(path: Path, config: ModelConfig) -> LoadedFile:
         scores=scores,
         found_layers=layers,
     )
+
+
+def _known(model: ir.Model, image: ImageInput, shape: Shape) -> tuple[bool, Known]:
+    """Whether a file takes any number of images, and what is known of its values."""
+    takes_batches = free_batch(model, image.value, shape)
+    own = image.value.shape
+    try:
+        return takes_batches, know(model, image.value, shape)
+    except ModelLoadError:
+        if own is None or isinstance(own[0], int):
+            raise
+    # It says that it takes any number, and was traced with one: lengths in it are 1.
+    image.value.shape = ir.Shape([1, *own[1:]])
+    return free_batch(model, image.value, shape), know(model, image.value, shape)
 
 
 def _named_layer(model: ir.Model, known: Known, image: ImageInput, name: str, config: ModelConfig) -> FoundLayer:

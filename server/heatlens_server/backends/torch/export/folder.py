@@ -21,6 +21,7 @@ from heatlens_server.core.graph_spec import (
     CLASS_INDEX,
     IMAGE,
     MAP_OUTPUTS,
+    MEANINGS,
     SERVED_OUTPUTS,
     Format,
     GraphSpec,
@@ -33,16 +34,6 @@ from heatlens_server.core.preprocess import ChannelOrder, PreprocessSpec
 SUFFIXES = {Format.ONNX: ".onnx", Format.TORCHSCRIPT: ".ts", Format.PT2: ".pt2"}
 
 _COLORS = {1: "gray", 3: "RGB", 4: "RGBA"}
-
-_MEANINGS = {
-    Output.LOGITS: "the score of every class",
-    Output.CLASS_ID: "the classes explained",
-    Output.ACTIVATIONS: "the target layer's output, as a map",
-    Output.GRADIENTS: "derivative of each explained class's logit with respect to the activations",
-    Output.CAM: "saliency map in [0, 1]; cam * cam_scale + cam_offset is the map after ReLU",
-    Output.CAM_SCALE: "maximum minus minimum of the map after ReLU; 0 if it is flat",
-    Output.CAM_OFFSET: "minimum of the map after ReLU",
-}
 
 Report = Callable[[str], None]
 """Takes one line about the phase that begins."""
@@ -263,7 +254,7 @@ def _tensors(
 
 
 def _meaning(output: Output, score: Score) -> str:
-    meaning = _MEANINGS[output]
+    meaning = MEANINGS[output]
     return meaning if score is Score.LOGIT else meaning.replace("class's logit", f"class's {score}")
 
 

@@ -8,9 +8,10 @@ import pytest
 import export_networks
 import tiny_models
 from export_networks import make
+from heatlens_server.backends.onnx.delivery import check_target
 from heatlens_server.backends.onnx.manifest import read_manifest
 from heatlens_server.backends.torch.export import delivery
-from heatlens_server.backends.torch.export.delivery import check_target, export_model, methods_of
+from heatlens_server.backends.torch.export.delivery import export_model, methods_of
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import Format, GraphSpec
 from heatlens_server.core.methods import CLOSED_FORMS, Method

@@ -1,0 +1,157 @@
+"""The explaining file of an ONNX file, for people and their own onnxruntime: written, compared, described."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from heatlens_server.backends.onnx.delivery import delivered
+from heatlens_server.backends.onnx.gradient.tape import NotDifferentiable
+from heatlens_server.backends.onnx.manifest import GraphFile, Manifest, TensorInfo, installed_versions, sha256_of
+from heatlens_server.backends.onnx.network_engine import NetworkEngine
+from heatlens_server.backends.onnx.packed import Array
+from heatlens_server.backends.onnx.providers import load_runtime
+from heatlens_server.backends.onnx.source.explain import explaining_model
+from heatlens_server.backends.onnx.source.load import LoadedFile
+from heatlens_server.core.engine import MapSpec
+from heatlens_server.core.errors import ExportError
+from heatlens_server.core.graph_spec import CLASS_INDEX, IMAGE, MEANINGS, Format, GraphSpec, InputKind, Output
+from heatlens_server.core.methods import RANKED
+from heatlens_server.core.targets import TopK
+
+_MOST_INLINE_BYTES = 1 << 30
+"""Larger networks keep their weights in a file beside the graph: protobuf takes 2 GB."""
+
+_BATCH_SIZES = (1, 3)
+_BOUND = 1e-4
+"""Of a map in [0, 1], and of logits relative to the largest."""
+
+Report = Callable[[str], None]
+
+
+def export_file(
+    loaded: LoadedFile, spec: GraphSpec, *, name: str, source: str, folder: Path, verify: bool, report: Report
+) -> Manifest:
+    """Write the explaining file of a file into a folder.
+
+    Args:
+        loaded: a classifier.
+        spec: which graph.
+        name: of the model.
+        source: as in the configuration.
+        folder: new, empty, or an earlier export, which is replaced once this one is done.
+        verify: whether to run the export and compare it.
+        report: told each phase.
+
+    Returns:
+        The manifest, as written.
+
+    Raises:
+        ExportError: the file cannot be exported like this, or the export is wrong. The folder is as it was.
+    """
+    if not loaded.info.task.traits.exportable:
+        raise ExportError(f"exports are of classifiers, and this model is for {loaded.info.task}")
+    if not loaded.info.takes_batches and spec.classes != 1:
+        raise ExportError("the file takes one image at a time, and so one class: export it with --classes 1")
+    with delivered(folder) as staging:
+        report(f"differentiating {name} by {spec.layer}")
+        try:
+            model = explaining_model(loaded, spec)
+        except NotDifferentiable as error:
+            raise ExportError(str(error)) from error
+        path = staging / f"{name}.onnx"
+        report(f"writing {path.name}")
+        size_bytes = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+        ir.save(model, path, external_data=f"{name}.weights" if size_bytes > _MOST_INLINE_BYTES else None)
+        try:
+            onnx.checker.check_model(path)
+        except onnx.checker.ValidationError as error:
+            raise ExportError(f"the graph is no valid ONNX: {error}") from error
+        layer = next(layer for layer in loaded.info.layers if layer.name == spec.layer)
+        manifest = Manifest(
+            format=Format.ONNX,
+            model=name,
+            source=source,
+            weights_version=loaded.version,
+            class_count=loaded.info.class_count,
+            labels=loaded.labels,
+            preprocess=loaded.info.preprocess,
+            input=spec.input,
+            precision="fp32",
+            classes=spec.classes,
+            graphs=(GraphFile(path.name, spec.layer, spec.method, spec.outputs, layer.grid, spec.score),),
+            inputs=tuple(_tensor(value, _inputs(spec)[str(value.name)]) for value in model.graph.inputs),
+            outputs=tuple(
+                _tensor(value, MEANINGS[output])
+                for value, output in zip(model.graph.outputs, spec.outputs, strict=True)
+            ),
+            files={one.name: sha256_of(one) for one in sorted(staging.iterdir())},
+            opset=model.graph.opset_imports.get(""),
+            versions=installed_versions(),
+            parity={},
+            task=loaded.info.task,
+            assumptions=loaded.assumptions,
+        )
+        if verify:
+            report("comparing it with the forward and the backward pass, and the gradient with differences in float64")
+            manifest = replace(manifest, parity=_parity(loaded, spec, path))
+        manifest.write(staging)
+    return manifest
+
+
+def _inputs(spec: GraphSpec) -> Mapping[str, str]:
+    pixels = "pixels" if spec.input is InputKind.UINT8 else "normalised pixels, as preprocess says"
+    return {IMAGE: pixels, CLASS_INDEX: "class ids; -1 at position k is the k-th most probable class, -2 none"}
+
+
+def _tensor(value: ir.Value, meaning: str) -> TensorInfo:
+    dtype, shape = value.dtype, value.shape
+    lengths = () if shape is None else tuple(n if isinstance(n, int) else str(n.value) for n in shape)
+    return TensorInfo(str(value.name), "float32" if dtype is None else str(dtype.numpy()), lengths, meaning)
+
+
+def _parity(loaded: LoadedFile, spec: GraphSpec, path: Path) -> dict[str, Any]:
+    """Compare a written file with the network's own passes, on noise.
+
+    Raises:
+        ExportError: it differs.
+    """
+    runtime = load_runtime()
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    engine = NetworkEngine(loaded, device="cpu")
+    height_px, width_px = loaded.info.preprocess.input_px
+    count = spec.classes or min(2, loaded.info.class_count)
+    map_spec = MapSpec(spec.method, (spec.layer,), upsample=False, score=spec.score)
+    errors = {"logits": 0.0, "cam": 0.0}
+    informative = compared = 0
+    for batch_size in _BATCH_SIZES if loaded.info.takes_batches else (1,):
+        shape = (batch_size, height_px, width_px, loaded.info.preprocess.channels)
+        images = np.random.default_rng(batch_size).integers(0, 256, shape, dtype=np.uint8)
+        expected = engine.explain(images, [TopK(count)] * batch_size, map_spec)
+        found = _run(session, engine, spec, images, count)
+        for n, result in enumerate(expected):
+            scale = float(np.abs(result.logits).max()) or 1.0
+            errors["logits"] = max(errors["logits"], _error(found.get(Output.LOGITS), n, result.logits) / scale)
+            errors["cam"] = max(errors["cam"], _error(found.get(Output.CAM), n, result.maps))
+            informative += int(result.maps.any(axis=(1, 2)).sum())
+            compared += count
+    engine.close()
+    if not max(errors.values()) <= _BOUND:
+        raise ExportError(f"the file differs from the network: {errors}, at most {_BOUND}")
+    figures = {name: {"error": error, "bound": _BOUND} for name, error in errors.items()}
+    return {"batch_sizes": _BATCH_SIZES, "informative_maps": informative, "compared_maps": compared, "figures": figures}
+
+
+def _run(session: Any, engine: NetworkEngine, spec: GraphSpec, images: Array, count: int) -> Mapping[Output, Array]:  # noqa: ANN401
+    given = images.transpose(0, 3, 1, 2) if spec.input is InputKind.UINT8 else engine.planes(images)
+    feeds = {IMAGE: np.ascontiguousarray(given), CLASS_INDEX: np.full((len(images), count), RANKED, np.int64)}
+    names: Sequence[str] = [str(output) for output in spec.outputs]
+    return dict(zip(spec.outputs, session.run(names, feeds), strict=True))
+
+
+def _error(found: Array | None, n: int, expected: Array) -> float:
+    return 0.0 if found is None else float(np.abs(found[n] - expected).max(initial=0.0))
