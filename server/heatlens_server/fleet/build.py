@@ -282,8 +282,9 @@ def _build_from_file(config: ModelConfig) -> BuiltModel:
     """Serve an ONNX file of anybody's."""
     with brought_by("onnx"):
         from heatlens_server.backends.onnx.source.load import load_file  # noqa: PLC0415 - imports onnx
+        from heatlens_server.backends.onnx.source.verify import verified  # noqa: PLC0415 - imports onnx
 
-    loaded = load_file(Path(config.source.removeprefix(ONNX_PREFIX)), config)
+    loaded = verified(load_file(Path(config.source.removeprefix(ONNX_PREFIX)), config))
     device = config.device if config.provider != "cpu" else "cpu"
     engine = NetworkEngine(loaded, device=device, provider=config.provider)
     grid = loaded.info.layers[0].grid

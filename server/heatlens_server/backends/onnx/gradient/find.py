@@ -1,5 +1,6 @@
 """What a file's tensors are: its image, its scores, and the values that lie on the image like a map."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from heatlens_server.backends.onnx.gradient.differentiate import differentiate
+from heatlens_server.backends.onnx.gradient.inner_values import attention_scores, is_computed, linear_outputs
 from heatlens_server.backends.onnx.gradient.tape import BATCH, Array, Known, Shape
 from heatlens_server.backends.onnx.gradient.values import noise_for, open_graph
 from heatlens_server.core.errors import ModelLoadError
@@ -195,12 +197,44 @@ def last_telling(
 
 
 def with_stages(default: FoundLayer, candidates: Sequence[FoundLayer]) -> tuple[FoundLayer, ...]:
-    """A layer, and the last ones before it of every finer resolution, from the coarsest on."""
+    """A layer, and one before it of every finer resolution, from the coarsest on.
+
+    It is the last that all of the network goes through, such as the output of a residual block; or, where nothing does,
+    as in a U-Net, the last.
+    """
     before = candidates[: candidates.index(default)]
+    common_to_all = _bottlenecks(default.value)
     ends = {(layer.height, layer.width): layer for layer in before}
+    ends |= {(layer.height, layer.width): layer for layer in before if layer.value in common_to_all}
     ends.pop((default.height, default.width), None)
     finer = sorted(ends.values(), key=lambda layer: layer.height * layer.width)
     return (default, *(layer for layer in finer if layer.height > default.height))[:_MOST_LAYERS]
+
+
+def _bottlenecks(end: ir.Value) -> set[ir.Value]:
+    """The values on every way through the graph to a value: when they are computed, nothing else waits to be read."""
+    producer = end.producer()
+    graph = None if producer is None else producer.graph
+    if graph is None:
+        return set()
+    needed = {end}
+    nodes = []
+    for node in reversed(list(graph)):
+        if needed.intersection(node.outputs):
+            nodes.append(node)
+            needed.update(value for value in node.inputs if value is not None and value.const_value is None)
+    left = Counter(value for node in nodes for value in node.inputs if value in needed)
+    waiting, found = set(graph.inputs) & needed, set()
+    for node in reversed(nodes):
+        for value in node.inputs:
+            if value is not None and value in left:
+                left[value] -= 1
+                if not left[value]:
+                    waiting.discard(value)
+        waiting.update(value for value in node.outputs if value in needed)
+        if len(waiting) == 1:
+            found |= waiting
+    return found
 
 
 def _shares(
@@ -243,7 +277,7 @@ def _before_head(scores: ir.Value) -> ir.Value:
     """What the last linear layer reads: the weights of a head that is yet to be trained may be zero."""
     at = scores
     while (node := at.producer()) is not None and node.op_type in {"Add", "Gemm", "MatMul", *_PASSED_ON_BACK}:
-        computed = [value for value in node.inputs if value is not None and _is_computed(value)]
+        computed = [value for value in node.inputs if value is not None and is_computed(value)]
         if len(computed) != 1:
             break
         at = computed[0]
@@ -313,7 +347,7 @@ def has_linear_head(known: Known, layer: FoundLayer, scores: Scores) -> bool:
     at, pooled = scores.value, False
     while at is not layer.value:
         node = at.producer()
-        computed = [] if node is None else [value for value in node.inputs if _is_computed(value)]
+        computed = [] if node is None else [value for value in node.inputs if is_computed(value)]
         if node is None or len(computed) != 1 or node.op_type not in {*_LINEAR, "Add"} or computed[0] is None:
             return False
         at = computed[0]
@@ -326,7 +360,7 @@ def find_candidates(model: ir.Model, known: Known, image: ImageInput) -> Iterato
     """The values that lie on the image, in the order in which they are computed."""
     height_px, width_px = size_of(known, image)
     grids: set[tuple[int, int]] = set()
-    excluded = _attention_scores(model, known) | _linear_outputs(model, known)
+    excluded = attention_scores(model, known) | linear_outputs(model, known)
     for node in model.graph:
         value = node.outputs[0]
         shape = known.shapes.get(value, ())
@@ -365,59 +399,3 @@ def _in_proportion(size: tuple[int, int], image_px: tuple[int, int]) -> bool:
     """Whether both sides are the image's, divided by one power of two and rounded."""
     factors = (2**power for power in range(1, 7))
     return any(size == tuple(-(-side // factor) for side in image_px) for factor in factors)
-
-
-def _is_computed(value: ir.Value | None) -> bool:
-    """Whether a value depends on the image: not a weight, nor one that is stored as integers."""
-    while value is not None and (node := value.producer()) is not None and node.op_type == "DequantizeLinear":
-        value = node.inputs[0]
-    return value is not None and value.const_value is None
-
-
-def _attention_scores(model: ir.Model, known: Known) -> set[ir.Value]:
-    """Products of two computed tensors, up to the Softmax that they end in: their places are pairs of places."""
-    marked: set[ir.Value] = set()
-    for node in model.graph:
-        computed = [value for value in node.inputs if _is_computed(value)]
-        is_product = node.op_type in {"MatMul", "Einsum"}
-        if is_product:
-            starts = len(computed) > 1 and not marked.intersection(computed) and _ends_in_softmax(node.outputs[0])
-        else:
-            starts = bool(marked.intersection(computed)) and len(known.shapes.get(node.outputs[0], ())) >= 3
-        if starts:
-            marked.update(node.outputs)
-    return marked
-
-
-def _ends_in_softmax(value: ir.Value) -> bool:
-    """Whether a Softmax follows, with nothing but operators on elements and shapes in between."""
-    waiting, seen = [value], {value}
-    while waiting:
-        for node, _place in waiting.pop().uses():
-            if node.op_type == "Softmax":
-                return True
-            if node.op_type in {"Add", "Mul", "Div", "Where", "Reshape", "Transpose", "Cast", "Sub", "Conv", "Clip"}:
-                waiting += [output for output in node.outputs if output not in seen]
-                seen.update(node.outputs)
-    return False
-
-
-_TOKENWISE = frozenset({"MatMul", "Gemm", "MatMulInteger"})
-_NOT_ELEMENTWISE = _TOKENWISE | {"Conv", "LayerNormalization", "ReduceMean"}
-
-
-def _linear_outputs(model: ir.Model, known: Known) -> set[ir.Value]:
-    """Queries, keys, values and inner activations of linear layers over tokens: the sum behind them is the layer."""
-    marked: set[ir.Value] = set()
-    for node in model.graph:
-        # Not the scales and zero points that are computed where a network is quantised dynamically.
-        computed = [
-            value for value in node.inputs if value is not None and _is_computed(value) and known.shapes.get(value)
-        ]
-        rank = len(known.shapes.get(node.outputs[0], ()))
-        is_linear = node.op_type in _TOKENWISE and len(computed) == 1 and rank >= 3
-        is_sum = node.op_type == "Add" and len(computed) > 1
-        follows = bool(computed) and node.op_type not in _NOT_ELEMENTWISE and marked.issuperset(computed)
-        if is_linear or (follows and not is_sum):
-            marked.update(node.outputs)
-    return marked

@@ -17,6 +17,7 @@ from heatlens_server.backends.onnx.packed import Array
 from heatlens_server.backends.onnx.providers import load_runtime
 from heatlens_server.backends.onnx.source.explain import explaining_model
 from heatlens_server.backends.onnx.source.load import LoadedFile
+from heatlens_server.backends.onnx.source.verify import MOST_GRADIENT_ERROR, is_wrong, judge_layer
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import CLASS_INDEX, IMAGE, MEANINGS, Format, GraphSpec, InputKind, Output
@@ -140,9 +141,17 @@ def _parity(loaded: LoadedFile, spec: GraphSpec, path: Path) -> dict[str, Any]:
             informative += int(result.maps.any(axis=(1, 2)).sum())
             compared += count
     engine.close()
+    verdict = judge_layer(loaded, spec.layer)
+    if verdict is not None and is_wrong(verdict):
+        raise ExportError(
+            f"the gradient by {spec.layer} is off from differences in float64 by {verdict.gradient_error:.1e} of its "
+            "length"
+        )
     if not max(errors.values()) <= _BOUND:
         raise ExportError(f"the file differs from the network: {errors}, at most {_BOUND}")
     figures = {name: {"error": error, "bound": _BOUND} for name, error in errors.items()}
+    if verdict is not None:
+        figures["gradients"] = {"error": verdict.gradient_error, "bound": MOST_GRADIENT_ERROR}
     return {"batch_sizes": _BATCH_SIZES, "informative_maps": informative, "compared_maps": compared, "figures": figures}
 
 
