@@ -1,5 +1,6 @@
 """From an ONNX file of anybody's to a graph in one form: a recent opset, no functions, no operators that do nothing."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import onnx_ir as ir
 from onnx import inliner, version_converter
 from onnx_ir.passes import common
 
-from heatlens_server.backends.onnx.gradient.runtime_operators import is_rewritten, rewrite_runtime_operators
+from heatlens_server.backends.onnx.gradient.checks import OWN_DOMAINS, check_operators, check_proto, sort_nodes
+from heatlens_server.backends.onnx.gradient.runtime_operators import rewrite_runtime_operators
 from heatlens_server.core.errors import ModelLoadError
 
 OLDEST_OPSET = 20
@@ -27,9 +29,6 @@ _SMALL_BYTES = 1024
 
 _FLOAT = ir.DataType.FLOAT
 _FLOATS = frozenset({_FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
-
-_CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
-_OWN_DOMAINS = frozenset({"", "ai.onnx"})
 
 
 def read_file(path: Path) -> ir.Model:
@@ -54,31 +53,82 @@ def read_file(path: Path) -> ir.Model:
     # protobuf's error of decoding, which is in protobuf's own package.
     except Exception as error:
         raise ModelLoadError(f"{path.name!r} is no ONNX file") from error
-    _check_tensors(proto, path)
+    if not proto.graph.node:
+        raise ModelLoadError(f"{path.name!r} has no operators")
+    check_proto(proto, path)
     try:
-        model = ir.from_proto(proto)
-        common.InlinePass()(model)
-        _check_operators(model)
+        weights = _take_weights(proto, path.parent)
+        # Of the same kind as a new message: protobuf keeps all of a file for any part of it.
+        model = with_weights(_in_newest_form(onnx.ModelProto.FromString(proto.SerializeToString())), weights)
+        rewrite_runtime_operators(model)
+        return _in_one_form(model)
     except ModelLoadError:
         raise
-    # The parser raises whatever it meets in a file that is wrong.
+    # The parsers raise whatever they meet in a file that is wrong; what is in C++ has classes that are not public.
     except Exception as error:
         raise ModelLoadError(f"{path.name!r} is no valid ONNX file ({type(error).__name__})") from error
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            value.const_value.base_dir = str(path.parent)
-            if value.const_value.nbytes <= _SMALL_BYTES:
-                # Graphs without their weights keep these.
-                value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
-    return _in_one_form(model, path.name)
+
+
+def _take_weights(proto: onnx.ModelProto, folder: Path) -> dict[str, ir.TensorProtocol]:
+    """Take the weights out of a file, which become inputs of its graph. All small constants become initialisers."""
+    graph = proto.graph
+    nodes = []
+    constants = [*graph.initializer]
+    for node in graph.node:
+        tensor = _constant(node)
+        nodes += [node] if tensor is None else []
+        constants += [] if tensor is None else [tensor]
+    names: set[str] = set()
+    for tensor in constants:
+        if tensor.name in names:
+            raise ModelLoadError(f"tensor {tensor.name!r} is there twice")
+        names.add(tensor.name)
+    weights: dict[str, ir.TensorProtocol] = {}
+    inputs, small = [one for one in graph.input if one.name not in names], []
+    for tensor in constants:
+        read = ir.serde.deserialize_tensor(tensor, str(folder))
+        is_outside = isinstance(read, ir.ExternalTensor)
+        if read.nbytes > _SMALL_BYTES:
+            weights[tensor.name] = read if is_outside else ir.Tensor(read.numpy(), dtype=read.dtype, name=tensor.name)
+            inputs.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        elif is_outside:
+            small.append(onnx.numpy_helper.from_array(read.numpy(), tensor.name))
+        else:
+            small.append(tensor)
+    graph_of_rest = onnx.GraphProto(node=nodes, initializer=small, input=inputs)
+    for name in ("node", "initializer", "input"):
+        graph.ClearField(name)
+    graph.MergeFrom(graph_of_rest)
+    return weights
+
+
+def _constant(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    """What a Constant holds, under the name of its output; None of another operator, or if it holds text."""
+    if node.op_type != "Constant" or node.domain not in OWN_DOMAINS or len(node.attribute) != 1:
+        return None
+    (attribute,) = node.attribute
+    if attribute.name == "value":
+        tensor = onnx.TensorProto()
+        tensor.CopyFrom(attribute.t)
+    elif attribute.name in {"value_float", "value_floats"}:
+        floats = attribute.f if attribute.name == "value_float" else attribute.floats
+        tensor = onnx.numpy_helper.from_array(np.array(floats, np.float32))
+    elif attribute.name in {"value_int", "value_ints"}:
+        ints = attribute.i if attribute.name == "value_int" else attribute.ints
+        tensor = onnx.numpy_helper.from_array(np.array(ints, np.int64))
+    else:
+        return None
+    tensor.name = node.output[0]
+    return tensor
 
 
 def skeleton_of(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
-    """A model without its weights, which become inputs, and the weights by name. The model stays as it is.
+    """A model without its weights, which become inputs, and without what its outputs do not depend on; the weights.
 
     Kilobytes instead of the file's size: what reads graphs only, such as the inference of shapes, takes this.
     """
     copy = model.clone()
+    common.RemoveUnusedNodesPass()(copy)
     weights: dict[str, ir.TensorProtocol] = {}
     for name, value in list(copy.graph.initializers.items()):
         tensor = value.const_value
@@ -104,83 +154,50 @@ def with_weights(skeleton: onnx.ModelProto, weights: dict[str, ir.TensorProtocol
     return model
 
 
-def _check_tensors(proto: onnx.ModelProto, path: Path) -> None:
-    """Check that every tensor is as long as it says, before anything is made of it.
+def _in_newest_form(skeleton: onnx.ModelProto) -> onnx.ModelProto:
+    """A graph of a recent opset whose nodes are sorted, and none of which is a function.
 
     Raises:
-        ModelLoadError: one is not, or lies outside of the file's folder.
+        ModelLoadError: the graph is none, or an operator cannot be converted; names it.
     """
-    folder = path.parent.resolve()
-    attributes = (attribute.t for node in proto.graph.node for attribute in node.attribute if attribute.HasField("t"))
-    for tensor in (*proto.graph.initializer, *attributes):
-        count = 1
-        for length in tensor.dims:
-            if length < 0:
-                raise ModelLoadError(f"{path.name!r}: tensor {tensor.name!r} has a negative length")
-            count *= length
-        size_bytes = (count * ir.DataType(tensor.data_type).bitwidth + 7) // 8 if tensor.data_type else 0
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            _check_external(tensor, folder, size_bytes, path.name)
-        elif tensor.HasField("raw_data") and len(tensor.raw_data) != size_bytes:
-            raise ModelLoadError(
-                f"{path.name!r}: tensor {tensor.name!r} says {size_bytes} bytes and has {len(tensor.raw_data)}"
-            )
-
-
-def _check_external(tensor: onnx.TensorProto, folder: Path, size_bytes: int, file_name: str) -> None:
-    stored = {entry.key: entry.value for entry in tensor.external_data}
-    place = (folder / stored.get("location", "")).resolve()
-    if not place.is_relative_to(folder):
-        raise ModelLoadError(f"{file_name!r}: tensor {tensor.name!r} lies outside of the file's folder")
-    try:
-        available = place.stat().st_size - int(stored.get("offset", 0))
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"{file_name!r}: the data of tensor {tensor.name!r} cannot be read") from error
-    if not place.is_file() or int(stored.get("offset", 0)) < 0 or available < size_bytes:
-        raise ModelLoadError(f"{file_name!r}: the file that holds tensor {tensor.name!r} is too short")
-
-
-def _check_operators(model: ir.Model) -> None:
-    for node in model.graph:
-        if node.op_type in _CONTROL_FLOW:
-            raise ModelLoadError(
-                f"operator {node.op_type} of node {node.name!r}: control flow cannot be differentiated"
-            )
-        if node.domain not in _OWN_DOMAINS and not is_rewritten(node):
-            raise ModelLoadError(
-                f"operator {node.domain}.{node.op_type} of node {node.name!r} is not ONNX's own: "
-                "give the file before a runtime optimised it"
-            )
-
-
-def _in_one_form(model: ir.Model, file_name: str) -> ir.Model:
-    common.RemoveInitializersFromInputsPass()(model)
-    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    if len(model.graph) == 0:
-        raise ModelLoadError(f"{file_name!r} has no operators")
-    floored = _resized_from_corners(model)
-    try:
-        skeleton, weights = skeleton_of(model)
-        # protobuf copies a tensor's bytes whenever they are asked for, and keeps all of a file for any part of it.
-        weights = {name: _read(tensor) for name, tensor in weights.items()}
-        if model.graph.opset_imports.get("", 0) < OLDEST_OPSET:
+    sort_nodes(skeleton.graph)
+    opset = next(one.version for one in skeleton.opset_import if one.domain in OWN_DOMAINS)
+    if skeleton.functions:
+        _say_defaults(skeleton)
+        skeleton = inliner.inline_local_functions(skeleton)
+        check_operators(skeleton.graph.node, opset)
+    if opset < OLDEST_OPSET:
+        floored = _resized_from_corners(skeleton.graph, opset)
+        try:
             skeleton = version_converter.convert_version(skeleton, OLDEST_OPSET)
-        model = with_weights(_inlined(skeleton), weights)
-        common.TopologicalSortPass()(model)
-        rewrite_runtime_operators(model)
-    except ModelLoadError:
-        raise
-    # In C++, of an error class that is not public.
-    except Exception as error:
-        raise ModelLoadError(f"{file_name!r} cannot be converted to opset {OLDEST_OPSET}: {error}") from error
-    _check_operators(model)
-    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    for node in model.graph:
-        if node.outputs[0].name in floored:
-            node.attributes["coordinate_transformation_mode"] = ir.AttrString(
-                "coordinate_transformation_mode", "asymmetric"
+        # In C++, of an error class that is not public; its message ends in the operator.
+        except Exception as error:
+            operator = re.search(r"for (\w+)$", str(error))
+            about = f"operator {operator[1]}" if operator else f"its graph ({type(error).__name__})"
+            raise ModelLoadError(f"{about} cannot be converted from opset {opset} to {OLDEST_OPSET}") from error
+        for node in skeleton.graph.node:
+            if node.output[0] in floored:
+                node.attribute.append(onnx.helper.make_attribute("coordinate_transformation_mode", "asymmetric"))
+                node.attribute.append(onnx.helper.make_attribute("nearest_mode", "floor"))
+    skeleton = _inlined(skeleton)
+    check_operators(skeleton.graph.node, max(opset, OLDEST_OPSET))
+    return skeleton
+
+
+def _say_defaults(skeleton: onnx.ModelProto) -> None:
+    """Write the default attributes of functions where these are called: onnx's inliner leaves them out."""
+    defaults = {(function.domain, function.name): function.attribute_proto for function in skeleton.functions}
+    for nodes in (skeleton.graph.node, *(function.node for function in skeleton.functions)):
+        for node in nodes:
+            said = {attribute.name for attribute in node.attribute}
+            node.attribute.extend(
+                attribute for attribute in defaults.get((node.domain, node.op_type), ()) if attribute.name not in said
             )
-            node.attributes["nearest_mode"] = ir.AttrString("nearest_mode", "floor")
+
+
+def _in_one_form(model: ir.Model) -> ir.Model:
+    """Constants as initialisers, all attributes written down, one type of numbers, no operator that does nothing."""
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.AddDefaultAttributesPass()(model)
     _in_one_type(model)
     _pass_by(model)
@@ -188,28 +205,28 @@ def _in_one_form(model: ir.Model, file_name: str) -> ir.Model:
     return model
 
 
-def _resized_from_corners(model: ir.Model) -> set[str | None]:
+def _resized_from_corners(graph: onnx.GraphProto, opset: int) -> set[str]:
     """The outputs of Upsample, and of Resize before opset 11, whose places onnx's converter changes to half pixels."""
-    if model.graph.opset_imports.get("", 0) >= 11:
-        return set()
-    return {node.outputs[0].name for node in model.graph if node.op_type in {"Resize", "Upsample"}}
+    resizing = {"Resize", "Upsample"} if opset < 11 else set()
+    return {node.output[0] for node in graph.node if node.op_type in resizing}
 
 
 def _inlined(skeleton: onnx.ModelProto) -> onnx.ModelProto:
     """Put what ONNX defines by other operators as these, and what is in these in turn."""
-    while found := {node.op_type for node in skeleton.graph.node if node.domain in _OWN_DOMAINS} & _INLINED:
+    while found := {node.op_type for node in skeleton.graph.node if node.domain in OWN_DOMAINS} & _INLINED:
         copy = ir.from_proto(skeleton)
         common.AddDefaultAttributesPass()(copy)
         skeleton = ir.to_proto(copy)
-        # The definitions depend on types, which files need not say.
-        for tensor in skeleton.graph.initializer:
-            skeleton.graph.value_info.append(
-                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-            )
-        skeleton = onnx.shape_inference.infer_shapes(skeleton)
         names = [("", name) for name in sorted(found)]
-        skeleton = inliner.inline_selected_functions(skeleton, names, inline_schema_functions=True)
+        skeleton = inliner.inline_selected_functions(_with_types(skeleton), names, inline_schema_functions=True)
     return skeleton
+
+
+def _with_types(skeleton: onnx.ModelProto) -> onnx.ModelProto:
+    """Say the types of all values: what is inlined depends on them, and files need not say them."""
+    for tensor in skeleton.graph.initializer:
+        skeleton.graph.value_info.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    return onnx.shape_inference.infer_shapes(skeleton)
 
 
 def _in_one_type(model: ir.Model) -> None:
@@ -225,17 +242,13 @@ def _in_one_type(model: ir.Model) -> None:
             value.type = ir.TensorType(kind)
     for node in model.graph:
         for name in ("to", "dtype", "output_dtype", "stash_type", "softmax_precision"):
-            if name in node.attributes and ir.DataType(node.attributes[name].as_int()) in _FLOATS:
+            if name in node.attributes and node.attributes[name].as_int() in _FLOATS:
                 node.attributes[name] = ir.AttrInt64(name, int(kind))
         if node.op_type == "ConstantOfShape":
             given = node.attributes.get("value")
             filled = np.zeros(1, np.float32) if given is None else given.as_tensor().numpy()
             if ir.DataType.from_numpy(filled.dtype) in _FLOATS:
                 node.attributes["value"] = ir.AttrTensor("value", ir.tensor(filled.astype(kind.numpy())))
-
-
-def _read(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    return tensor if isinstance(tensor, ir.ExternalTensor) else ir.Tensor(tensor.numpy(), name=tensor.name)
 
 
 def _pass_by(model: ir.Model) -> None:

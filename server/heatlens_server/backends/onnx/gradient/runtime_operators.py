@@ -6,6 +6,7 @@ onnxruntime fuses again when it opens the graph.
 
 from collections.abc import Callable, Mapping, Sequence
 
+import onnx
 import onnx_ir as ir
 
 from heatlens_server.backends.onnx.gradient.tape import Known, Tape, input_of
@@ -26,7 +27,7 @@ _MOVES = frozenset(
 """Operators of integers and of numbers that do the same to both."""
 
 
-def is_rewritten(node: ir.Node) -> bool:
+def is_rewritten(node: ir.Node | onnx.NodeProto) -> bool:
     """Whether an operator is one of those that `rewrite_runtime_operators` replaces."""
     return _key(node) in _REWRITES
 
@@ -40,7 +41,7 @@ def rewrite_runtime_operators(model: ir.Model) -> None:
     for node in list(model.graph):
         tape = Tape(Known({}), lambda _value: False, prefix=str(node.outputs[0].name))
         if is_rewritten(node):
-            results: Sequence[ir.Value] = [_REWRITES[_key(node)](node, tape)]
+            results: Sequence[ir.Value] = [_rewritten(node, tape)]
             if node.op_type in {"DequantizeLinear", "QuantizeLinear"}:
                 model.graph.opset_imports[""] = max(model.graph.opset_imports[""], _OPSET_OF_QUANTISED)
         elif (quantiser := _moved_quantiser(node)) is not None:
@@ -50,6 +51,16 @@ def rewrite_runtime_operators(model: ir.Model) -> None:
         for value in tape.initializers:
             model.graph.register_initializer(value)
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], tape.nodes, node.outputs, results)
+
+
+def _rewritten(node: ir.Node, tape: Tape) -> ir.Value:
+    try:
+        return _REWRITES[_key(node)](node, tape)
+    except ModelLoadError:
+        raise
+    # An input or attribute is missing, or there are too many.
+    except Exception as error:
+        raise ModelLoadError(f"operator {node.op_type} of node {node.name!r} is not as it must be") from error
 
 
 def _moved_quantiser(node: ir.Node) -> ir.Node | None:
@@ -67,7 +78,7 @@ def _moved(node: ir.Node, quantiser: ir.Node, tape: Tape) -> list[ir.Value]:
     return [tape.op("QuantizeLinear", value, *how, **attributes) for value in done]
 
 
-def _key(node: ir.Node) -> str:
+def _key(node: ir.Node | onnx.NodeProto) -> str:
     return node.op_type if node.domain in {"", "ai.onnx"} else f"{node.domain}.{node.op_type}"
 
 

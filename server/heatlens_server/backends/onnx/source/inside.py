@@ -1,5 +1,6 @@
 """What a graph itself does to its input before the first layer: normalisation that is inside must not be done twice."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,8 +9,10 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from heatlens_server.backends.onnx.gradient.find import ImageInput
+from heatlens_server.backends.onnx.gradient.inference import infer
 from heatlens_server.backends.onnx.gradient.tape import Array
 from heatlens_server.backends.onnx.gradient.values import open_graph
+from heatlens_server.backends.onnx.packed import OpenGraph
 from heatlens_server.config import IMAGENET_PREPROCESS
 from heatlens_server.core.errors import ModelLoadError
 
@@ -115,15 +118,26 @@ def part_before(model: ir.Model, value: ir.Value, image: ImageInput) -> Callable
     values = (one for node in copy.graph for one in node.outputs)
     copy.graph.outputs[:] = [one for one in (*copy.graph.inputs, *values) if one.name == value.name]
     common.RemoveUnusedNodesPass()(copy)
-    session = open_graph(copy)
     batch = image.value.shape[0] if image.value.shape is not None else 1
     count = batch if isinstance(batch, int) and batch > 0 else 1
     if count > _LARGEST_BATCH:
         raise ModelLoadError(f"the file's input {image.value.name!r} is of {count} images, more than {_LARGEST_BATCH}")
 
+    @functools.cache
+    def session(*shape: int) -> OpenGraph:
+        # What would take too much memory is refused by its size.
+        facts = infer(copy, next(one for one in copy.graph.inputs if one.name == image.value.name), shape)
+        if not facts.unbounded.isdisjoint(copy.graph.outputs):
+            raise ModelLoadError(f"the size of {value.name!r} depends on the image's pixels")
+        return open_graph(copy)
+
     def run(pixels: Array) -> Array:
         try:
-            (found,) = session.run(None, {str(image.value.name): pixels.repeat(count, axis=0)})
+            (found,) = session(count, *pixels.shape[1:]).run(
+                None, {str(image.value.name): pixels.repeat(count, axis=0)}
+            )
+        except ModelLoadError:
+            raise
         # onnxruntime has an exception class for each of its status codes, and paths in their messages.
         except Exception as error:
             raise ModelLoadError(

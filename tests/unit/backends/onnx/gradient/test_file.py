@@ -1,6 +1,7 @@
 """ONNX files of anybody's: what is read of them, and what is refused by name."""
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -120,61 +121,60 @@ def test_functions_of_the_file_are_inlined(tmp_path):
     assert [node.op_type for node in read_file(saved(tmp_path, model)).graph] == ["Div", "ReduceMean"]
 
 
-def with_external(location, **entries):
-    model = classifier()
-    tensor = model.graph.initializer[0]
-    tensor.ClearField("raw_data")
-    tensor.data_location = TensorProto.EXTERNAL
-    for key, value in {"location": location, **entries}.items():
-        tensor.external_data.add(key=key, value=str(value))
-    return model
-
-
-def claims_two_gigabytes():
-    model = classifier()
-    model.graph.initializer[0].dims[:] = [1 << 16, 1 << 13]
-    return model
-
-
-def cyclic():
-    return model_of(
-        helper.make_node("Add", ["image", "b"], ["a"]),
-        helper.make_node("Relu", ["a"], ["b"]),
-        helper.make_node("Relu", ["b"], ["logits"]),
+def test_attributes_of_functions(tmp_path):
+    """A default that is kept, and one that is overridden."""
+    scaled = helper.make_function(
+        "mine", "Scaled", ["x"], ["y"],
+        [
+            helper.make_node("Constant", [], ["factor"]),
+            helper.make_node("Mul", ["x", "factor"], ["y"]),
+        ],
+        [helper.make_opsetid("", 17)],
+        attribute_protos=[helper.make_attribute("by", 3.0)],
+    )  # fmt: skip
+    scaled.node[0].attribute.add(name="value_float", ref_attr_name="by", type=onnx.AttributeProto.FLOAT)
+    proto = model_of(
+        helper.make_node("Scaled", ["image"], ["a"], domain="mine"),
+        helper.make_node("Scaled", ["a"], ["b"], domain="mine", by=0.5),
+        helper.make_node("ReduceMean", ["b"], ["logits"], axes=[2, 3], keepdims=0),
+        functions=[scaled],
+        opsets=["mine"],
     )
+    image = np.random.default_rng(1).random((2, 3, 8, 8), np.float32)
+    (found,) = open_graph(read_file(saved(tmp_path, proto))).run(None, {"image": image})
+    np.testing.assert_allclose(found, 1.5 * image.mean((2, 3)), rtol=1e-5)
 
 
-def looping():
-    body = helper.make_graph([], "body", [], [])
-    return model_of(helper.make_node("Loop", ["", "", "image"], ["logits"], name="for_ever", body=body))
-
-
-@pytest.mark.parametrize(
-    ("model", "words"),
-    [
-        (b"no file at all", "is no ONNX file"),
-        (b"", "no operators"),
-        (with_external("../w1.bin"), "'w1' lies outside"),
-        (with_external("/etc/passwd"), "'w1' lies outside"),
-        (with_external("missing.bin"), "'w1' cannot be read"),
-        (with_external("model.onnx", offset=10**9), "'w1' is too short"),
-        (with_external("model.onnx", offset=-5), "'w1' is too short"),
-        (with_external("model.onnx", offset="x"), "'w1' cannot be read"),
-        (claims_two_gigabytes(), "'w1' says 2147483648 bytes"),
-        (cyclic(), "model.onnx"),
-        (looping(), "Loop of node 'for_ever'"),
-        (
-            model_of(helper.make_node("FusedConv", ["image"], ["logits"], domain="com.microsoft", name="f")),
-            "com.microsoft.FusedConv of node 'f'",
-        ),
-        (model_of(helper.make_node("NoSuchOperator", ["image"], ["logits"])), "NoSuchOperator"),
-    ],
-)
-def test_what_is_wrong_with_a_file_is_named_and_no_path(tmp_path, model, words):
-    with pytest.raises(ModelLoadError) as caught:
-        open_graph(read_file(saved(tmp_path, model)))
-    assert words in str(caught.value)
-    assert str(tmp_path) not in str(caught.value)
+def test_nodes_in_any_order_and_weights_of_every_kind(tmp_path):
+    """Constant nodes of each form, small and large ones; weights beside the file; initialisers among the inputs."""
+    large, small = weights("large", 3, 300), weights("small", 3)
+    data = numpy_helper.to_array(large).tobytes()
+    (tmp_path / "weights.bin").write_bytes(numpy_helper.to_array(small).tobytes() + data)
+    for tensor, offset, length in ((small, 0, 12), (large, 12, len(data))):
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in {"location": "weights.bin", "offset": offset, "length": length}.items():
+            tensor.external_data.add(key=key, value=str(value))
+    inner = numpy_helper.from_array(np.full((300, 5), 0.01, np.float32), "unnamed")
+    proto = model_of(
+        helper.make_node("Add", ["product", "shift"], ["logits"]),
+        helper.make_node("MatMul", ["wide", "inner"], ["product"]),
+        helper.make_node("MatMul", ["moved", "large"], ["wide"]),
+        helper.make_node("Add", ["mean", "small"], ["moved"]),
+        helper.make_node("ReduceMean", ["image"], ["mean"], axes=[2, 3], keepdims=0),
+        helper.make_node("Constant", [], ["inner"], value=inner),
+        helper.make_node("Constant", [], ["shift"], value_floats=[1.0, 2.0, 3.0, 4.0, 5.0]),
+        initial=[large, small],
+    )
+    proto.graph.input.append(helper.make_tensor_value_info("small", FLOAT, [3]))
+    path = saved(tmp_path, proto)
+    image = np.random.default_rng(1).random((2, 3, 8, 8), np.float32)
+    (found,) = open_graph(model := read_file(path)).run(None, {"image": image})
+    kernel = numpy_helper.to_array(weights("large", 3, 300))
+    moved = image.mean((2, 3)) + numpy_helper.to_array(weights("small", 3))
+    np.testing.assert_allclose(found, moved @ kernel @ np.full((300, 5), 0.01) + np.arange(1, 6), rtol=1e-4)
+    assert [value.name for value in model.graph.inputs] == ["image"]
+    assert isinstance(model.graph.initializers["large"].const_value, ir.ExternalTensor)
 
 
 def test_a_file_that_is_missing(tmp_path):
