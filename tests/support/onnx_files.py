@@ -32,10 +32,11 @@ class WithLayers(nn.Module):
             )
             for layer in self._layers
         ]
-        logits = self.module(x)
+        returned = self.module(x)
         for hook in hooks:
             hook.remove()
-        return logits, *(kept[layer] for layer in self._layers)
+        outputs = returned if isinstance(returned, tuple) else (returned,)
+        return *outputs, *(kept[layer] for layer in self._layers)
 
 
 def write_onnx(
@@ -44,6 +45,7 @@ def write_onnx(
     *,
     shape: Sequence[int] = (1, 3, 64, 64),
     layers: Sequence[str] = (),
+    names: Sequence[str] = ("logits",),
     opset: int = 17,
     batch: int | None = None,
     **options: Any,
@@ -55,11 +57,12 @@ def write_onnx(
         path: of the file.
         shape: of the input.
         layers: whose outputs the file returns too, under their names.
+        names: of the network's own outputs.
         opset: of the file.
         batch: None for any; otherwise the file is for just so many images.
         options: more of torch.onnx.export's.
     """
-    axes = {} if batch else {name: {0: "batch"} for name in ("image", "logits", *layers)}
+    axes = {} if batch else {name: {0: "batch"} for name in ("image", *names, *layers)}
     copied = copy.deepcopy(module).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -68,7 +71,7 @@ def write_onnx(
             (torch.zeros(batch or shape[0], *shape[1:]),),
             str(path),
             input_names=["image"],
-            output_names=["logits", *layers],
+            output_names=[*names, *layers],
             dynamic_axes=axes,
             opset_version=opset,
             dynamo=False,

@@ -206,9 +206,17 @@ class ModelConfig(Section):
     is a binary classifier, sigmoids are multi-label and one without a classifier is an embedding."""
     activation: Literal["auto", "softmax", "sigmoid"] = "auto"
     """Segmentation: "softmax" where the classes of a pixel exclude each other, "sigmoid" where they may overlap.
-    "auto": "sigmoid" for a network of one output channel, else "softmax". Other tasks have one of their own."""
+    "auto": "sigmoid" for a network of one output channel, else "softmax". Detection by an ONNX file that returns logits
+    of boxes: "softmax" where the last class is that of nothing. Other tasks have one of their own."""
     threshold: float | None = Field(default=None, gt=0, lt=1)
     """Segmentation by sigmoid: the probability above which a pixel is predicted as a class. Unset: 0.5."""
+    detector: Literal["auto", "yolov8", "yolov5", "detr", "nms"] = "auto"
+    """Detection by an ONNX file: how it returns boxes before any is left out. "yolov8": (N, 4 + classes, boxes).
+    "yolov5": (N, boxes, 5 + classes), the fifth the score of there being something. "detr": scores (N, boxes, classes)
+    and boxes (N, boxes, 4). "nms": what goes into its NonMaxSuppression. "auto": found by shapes."""
+    boxes: Literal["auto", "cxcywh", "xyxy", "yxyx", "cxcywh-relative", "xyxy-relative", "yxyx-relative"] = "auto"
+    """Detection by an ONNX file: what the four numbers of a box are: the centre, width and height, or corners; in
+    pixels of the input, or as parts of its sides. "auto": as is usual for `detector`."""
     output: Annotated[int, Field(ge=0)] | Annotated[str, Field(min_length=1)] | None = None
     """Which part of what the network returns holds the scores, if that is no tensor: a key of a mapping or an attribute
     ("logits"), or a place in a tuple or list (0). Unset: "logits" or "out" if there is one, or the one part that
@@ -270,9 +278,18 @@ class ModelConfig(Section):
     @classmethod
     def _of_segmentation(cls, value: str | float | None, info: ValidationInfo) -> str | float | None:
         task = info.data.get("task", "auto")
+        if info.field_name == "activation" and task == "detection" and _is_file(info):
+            return value
         own = () if task == "auto" else (Task(task).traits.activation,)
         if value not in {"auto", None, *own} and (_is_export(info) or task not in {"auto", "segmentation"}):
             raise ValueError(f"is for segmentation{'' if task == 'auto' else f', and task is {task!r}'}")
+        return value
+
+    @field_validator("detector", "boxes")
+    @classmethod
+    def _of_detection_files(cls, value: str, info: ValidationInfo) -> str:
+        if value != "auto" and not (_is_file(info) and info.data.get("task", "auto") in {"auto", "detection"}):
+            raise ValueError(f'is for detection by "{ONNX_PREFIX}" sources')
         return value
 
     @field_validator("source_folder")

@@ -26,9 +26,25 @@ def test_pixels_of_segmentation(tmp_path):
     assert (model.activation, model.threshold) == ("sigmoid", 0.25)
 
 
+def test_files_have_every_task(tmp_path):
+    (tmp_path / "m.onnx").touch()
+    file = tmp_path / "server.toml"
+    source = f"source = 'onnx:{tmp_path / 'm.onnx'}'"
+    text = "task = 'detection', engine = 'onnxruntime', activation = 'softmax', detector = 'detr', boxes = 'xyxy'"
+    file.write_text(f"models = [{{ name = 'a', {source}, {text} }}]")
+    (model,) = load_config(file).models
+    assert (model.detector, model.boxes, model.activation) == ("detr", "xyxy", "softmax")
+    file.write_text(f"models = [{{ name = 'a', {source}, task = 'segmentation', detector = 'nms' }}]")
+    with pytest.raises(ConfigError, match=r"models\[0\]\.detector: is for detection by"):
+        load_config(file)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("task = 'detection', detector = 'yolov8'", 'models[0].detector: is for detection by "onnx:" sources'),
+        ("task = 'detection', boxes = 'xyxy'", 'models[0].boxes: is for detection by "onnx:" sources'),
+        ("task = 'detection', activation = 'softmax'", "models[0].activation: is for segmentation, and task is"),
         ("task = 'segmentaton'", "models[0].task: "),
         ("task = 'detection', engine = 'onnxruntime'", 'models[0].engine: "onnxruntime" runs exports'),
         ("task = 'embedding', engine = 'torchscript'", 'models[0].engine: "torchscript" runs exports'),

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from heatlens_server.backends.onnx.box_goals import BoxGoals
 from heatlens_server.backends.onnx.graph_rows import class_index
 from heatlens_server.backends.onnx.network import NetworkInfo
 from heatlens_server.backends.onnx.pixel_goals import PixelGoals
@@ -227,6 +228,9 @@ def goals_of(outputs: Scores, targets: Sequence[Target], *, about: NetworkInfo, 
     Raises:
         TypeError: a target is of another task.
     """
+    if about.detector is not None:
+        size_px = about.preprocess.input_px
+        return BoxGoals(outputs, targets, detector=about.detector, size_px=size_px, score=score)
     if about.task is Task.SEGMENTATION:
         return PixelGoals(outputs, targets, score=score, threshold=about.threshold)
     if about.task.traits.has_image_classes:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Protocol
 
 from heatlens_server.backends.onnx.passes import Passes
@@ -30,6 +31,46 @@ class NetworkLayer:
     width: int
 
 
+class Corners(StrEnum):
+    """What the four numbers of a box are. The value is its name in configuration files."""
+
+    CENTER = "cxcywh"
+    """The centre, width and height."""
+    XY = "xyxy"
+    """Left, top, right and bottom."""
+    YX = "yxyx"
+    """Top, left, bottom and right."""
+
+
+class RowScores(StrEnum):
+    """What a detector says of the classes of a box."""
+
+    SIGMOID = "sigmoid"
+    """Logits, each with a probability of its own."""
+    SOFTMAX = "softmax"
+    """Logits, of which the last one is that of no class."""
+    PROBABILITY = "probability"
+    """Probabilities."""
+
+
+@dataclass(frozen=True, slots=True)
+class Detector:
+    """How boxes are read.
+
+    Attributes:
+        scores: what their scores are.
+        corners: what their numbers are.
+        is_relative: whether these are parts of the image's sides, and not pixels.
+        most_overlap: the intersection over union from which on the worse of two boxes of a class is left out; 1 if none
+            is.
+    """
+
+    scores: RowScores
+    corners: Corners
+    is_relative: bool
+    most_overlap: float
+
+
 @dataclass(frozen=True, slots=True)
 class NetworkInfo:
     """What is known about a network.
@@ -43,6 +84,7 @@ class NetworkInfo:
         dtype: of its input, as numpy calls it: "float32", "float16", "uint8".
         takes_batches: whether it runs on any number of images at once.
         has_linear_head: whether its scores are linear in the means over places of the default layer.
+        detector: detection: how boxes are read.
         threshold: segmentation: as `core.engine.Capabilities.threshold`.
         refusals: why it lacks methods that most networks have.
     """
@@ -55,6 +97,7 @@ class NetworkInfo:
     dtype: str = "float32"
     takes_batches: bool = True
     has_linear_head: bool = False
+    detector: Detector | None = None
     threshold: float | None = None
     refusals: Mapping[Method, str] = field(default_factory=dict, hash=False)
 

@@ -163,13 +163,7 @@ def _as_scores(value: ir.Value, known: Known) -> Scores | None:
     return Scores(value, value, shape[1], "")
 
 
-def find_layers(
-    model: ir.Model,
-    known: Known,
-    image: ImageInput,
-    scores: Scores,
-    candidates: Sequence[FoundLayer] | None = None,
-) -> tuple[FoundLayer, ...]:
+def find_layers(model: ir.Model, known: Known, image: ImageInput, scores: Scores) -> tuple[FoundLayer, ...]:
     """The values that can be explained, the default first: the last on whose places the scores depend.
 
     The others are the last ones of every finer resolution, from the coarsest on.
@@ -179,13 +173,12 @@ def find_layers(
         known: its shapes, with the image's size.
         image: the input.
         scores: the logits.
-        candidates: those to choose from; None for all.
 
     Raises:
         ModelLoadError: no value lies on the image like a map.
         NotDifferentiable: an operator behind the last ones has no rule.
     """
-    candidates = list(find_candidates(model, known, image)) if candidates is None else candidates
+    candidates = list(find_candidates(model, known, image))
     return with_stages(last_telling(model, known, image, scores, candidates), candidates)
 
 
@@ -203,8 +196,8 @@ def last_telling(
     return telling[-1]
 
 
-def with_stages(default: FoundLayer, candidates: Sequence[FoundLayer]) -> tuple[FoundLayer, ...]:
-    """A layer, and one before it of every finer resolution, from the coarsest on.
+def with_stages(default: FoundLayer, candidates: Sequence[FoundLayer], *, finer: bool = True) -> tuple[FoundLayer, ...]:
+    """A layer, and one before it of every finer resolution, or of every other one, from the coarsest on.
 
     It is the last that all of the network goes through, such as the output of a residual block; or, where nothing does,
     as in a U-Net, the last.
@@ -214,8 +207,8 @@ def with_stages(default: FoundLayer, candidates: Sequence[FoundLayer]) -> tuple[
     ends = {(layer.height, layer.width): layer for layer in before}
     ends |= {(layer.height, layer.width): layer for layer in before if layer.value in common_to_all}
     ends.pop((default.height, default.width), None)
-    finer = sorted(ends.values(), key=lambda layer: layer.height * layer.width)
-    return (default, *(layer for layer in finer if layer.height > default.height))[:_MOST_LAYERS]
+    others = sorted(ends.values(), key=lambda layer: layer.height * layer.width)
+    return (default, *(layer for layer in others if layer.height > default.height or not finer))[:_MOST_LAYERS]
 
 
 def _bottlenecks(end: ir.Value) -> set[ir.Value]:

@@ -41,6 +41,8 @@ def _ends_in_softmax(value: ir.Value) -> bool:
 
 
 _TOKENWISE = frozenset({"MatMul", "Gemm", "MatMulInteger"})
+_OF_FIRST = frozenset({"Expand", "Reshape", "Slice", "Squeeze", "Tile", "Unsqueeze"})
+"""Operators that take sizes and axes beside a value, which may be computed."""
 _NOT_ELEMENTWISE = _TOKENWISE | {"Conv", "LayerNormalization", "ReduceMean"}
 
 
@@ -49,9 +51,8 @@ def linear_outputs(model: ir.Model, known: Known) -> set[ir.Value]:
     marked: set[ir.Value] = set()
     for node in model.graph:
         # Not the scales and zero points that are computed where a network is quantised dynamically.
-        computed = [
-            value for value in node.inputs if value is not None and is_computed(value) and known.shapes.get(value)
-        ]
+        given = node.inputs[:1] if node.op_type in _OF_FIRST else node.inputs
+        computed = [value for value in given if value is not None and is_computed(value) and known.shapes.get(value)]
         rank = len(known.shapes.get(node.outputs[0], ()))
         is_linear = node.op_type in _TOKENWISE and len(computed) == 1 and rank >= 3
         is_sum = node.op_type == "Add" and len(computed) > 1

@@ -1,6 +1,6 @@
 """Which tensors of a file are explained by default, for each task."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -16,6 +16,7 @@ from heatlens_server.backends.onnx.gradient.find import (
     with_stages,
 )
 from heatlens_server.backends.onnx.gradient.tape import Known, NotDifferentiable
+from heatlens_server.core.grid import Layout
 from heatlens_server.core.tasks import Task
 
 _COARSEST = 32
@@ -57,7 +58,9 @@ def choose_layers(model: ir.Model, known: Known, image: ImageInput, scores: Scor
     """Choose what is explained.
 
     Of segmentation the last tensor of the lowest resolution, where the bottleneck is (Vinogradova et al. 2020,
-    arXiv:2002.11434), and of the finer ones before it; of other tasks see `find_layers`.
+    arXiv:2002.11434), and of the finer ones before it. Of detection the last tensor on which all heads of the network
+    depend, so that every box has a map, and the last ones of every other resolution before it: of a neck that goes up
+    and down, its finest map and the coarser ones on the way up. Of other tasks see `find_layers`.
 
     Args:
         model: from `read_file`.
@@ -72,12 +75,16 @@ def choose_layers(model: ir.Model, known: Known, image: ImageInput, scores: Scor
     candidates = tuple(find_candidates(model, known, image))
     why = "the last tensor of the file on whose places the scores depend"
     try:
-        if task is not Task.SEGMENTATION:
-            # Maps of class scores, which fully convolutional networks average, are explained and do not explain.
-            before = _before_scores(candidates, scores) if task.traits.has_image_classes else candidates
-            return ChosenLayers(candidates, find_layers(model, known, image, scores, before or candidates), why)
-        why = "the last tensor of the lowest resolution on whose places the scores depend"
+        if task not in {Task.SEGMENTATION, Task.DETECTION}:
+            return ChosenLayers(candidates, find_layers(model, known, image, scores), why)
         candidates = _before_scores(candidates, scores)
+        if task is Task.DETECTION:
+            why = "the last tensor of the file on which the scores of all boxes depend"
+            candidates = tuple(layer for layer in candidates if not _is_of_queries(known, layer, scores))
+            common = _common(candidates, scores)
+            default = last_telling(model, known, image, scores, common)
+            return ChosenLayers(candidates, with_stages(default, common, finer=False), why)
+        why = "the last tensor of the lowest resolution on whose places the scores depend"
         fit = _up_to_coarsest(candidates, size_of(known, image)[0])
         coarsest = [layer for layer in fit if layer.height == fit[-1].height]
         default = last_telling(model, known, image, scores, coarsest)
@@ -87,16 +94,42 @@ def choose_layers(model: ir.Model, known: Known, image: ImageInput, scores: Scor
 
 
 def _before_scores(candidates: Sequence[FoundLayer], scores: Scores) -> tuple[FoundLayer, ...]:
-    """Those behind which there are weights still: the others are scores already."""
-    waiting, seen = [scores.value], {scores.value}
+    """Those that scores are computed from, and behind which there are weights still: the others are scores already."""
+    are_scores = _sources(scores.value, lambda value: _operator_of(value) in _WITH_WEIGHTS)
+    sources = _sources(scores.value)
+    return tuple(layer for layer in candidates if layer.value in sources and layer.value not in are_scores)
+
+
+def _is_of_queries(known: Known, layer: FoundLayer, scores: Scores) -> bool:
+    """Whether tokens are as many as the boxes: queries, which are no places of the image."""
+    return layer.grid.layout is Layout.TOKENS and known.shapes[layer.value][1] == known.shapes[scores.value][1]
+
+
+def _common(candidates: Sequence[FoundLayer], scores: Scores) -> list[FoundLayer]:
+    """Those on which every head depends: each of the maps that scores are computed from without any other map."""
+    values = {layer.value for layer in candidates}
+    heads = values & _sources(scores.value, values.__contains__)
+    common = values.intersection(*(_sources(head) for head in heads))
+    return [layer for layer in candidates if layer.value in common]
+
+
+def _sources(value: ir.Value, is_end: Callable[[ir.Value], bool] = lambda _: False) -> set[ir.Value]:
+    """A value and what it is computed from; what an end is computed from is not looked at."""
+    waiting, seen = [value], {value}
     while waiting:
-        node = waiting.pop().producer()
-        if node is None or node.op_type in _WITH_WEIGHTS:
+        at = waiting.pop()
+        node = at.producer()
+        if node is None or node.op_type == "Shape" or is_end(at):
             continue
-        further = [value for value in node.inputs if value is not None and value not in seen]
+        further = [one for one in node.inputs if one is not None and one not in seen]
         waiting += further
         seen.update(further)
-    return tuple(layer for layer in candidates if layer.value not in seen)
+    return seen
+
+
+def _operator_of(value: ir.Value) -> str:
+    node = value.producer()
+    return "" if node is None else node.op_type
 
 
 def _up_to_coarsest(candidates: Sequence[FoundLayer], height_px: int) -> list[FoundLayer]:

@@ -23,8 +23,9 @@ from heatlens_server.backends.onnx.gradient.values import know
 from heatlens_server.backends.onnx.network import NetworkInfo, NetworkLayer
 from heatlens_server.backends.onnx.passes import Passes
 from heatlens_server.backends.onnx.source.batch import free_batch, runs_in_batches
+from heatlens_server.backends.onnx.source.boxes import cut_suppression
 from heatlens_server.backends.onnx.source.layers import choose_layers
-from heatlens_server.backends.onnx.source.metadata import read_settings
+from heatlens_server.backends.onnx.source.metadata import FileSettings, read_settings
 from heatlens_server.backends.onnx.source.outputs import find_outputs
 from heatlens_server.backends.onnx.source.rows import keeps_images_apart
 from heatlens_server.backends.onnx.source.split import split
@@ -53,7 +54,8 @@ class LoadedFile:
         model: the graph.
         known: its shapes.
         image: its input.
-        scores: its output.
+        scores: what is explained.
+        looked_at: what else is read of it: the boxes of a detector.
         found_layers: those of `info`, in the graph.
     """
 
@@ -66,6 +68,7 @@ class LoadedFile:
     known: Known
     image: ImageInput
     scores: Scores
+    looked_at: tuple[ir.Value, ...]
     found_layers: tuple[FoundLayer, ...]
 
     @property
@@ -88,6 +91,7 @@ class LoadedFile:
             self.image.value,
             [self.scores.value],
             [by_name[name] for name in layers],
+            looked_at=self.looked_at,
             gradients=Method.GRAD_CAM not in self.info.refusals,
         )
 
@@ -106,17 +110,20 @@ def load_file(path: Path, config: ModelConfig) -> LoadedFile:
     # Graphs refer to themselves: what the file was parsed into would stay for a while.
     gc.collect()
     image = find_image(model)
+    suppression = cut_suppression(model, config)
     settings = read_settings(path, model, image, config)
+    if config.task != "auto":
+        _check_size(settings, Task(config.task))
     shape = image.shape(*settings.preprocess.input_px)
     takes_batches, known = _known(model, image, shape)
-    outputs, known = find_outputs(model, known, image, config, settings.task)
+    outputs, known = find_outputs(model, known, image, config, settings=settings, suppression=suppression)
     scores, task = outputs.scores, outputs.task
+    looked_at = () if outputs.boxes is None else (outputs.boxes,)
     if task in _OF_PLACES:
         settings = read_settings(path, model, image, config, is_whole=True)
-        if settings.is_size_assumed:
-            raise ModelLoadError(f"preprocess: the file leaves the size of its input open: {task} needs crop_px")
+        _check_size(settings, task)
     if takes_batches and not keeps_images_apart(model, known):
-        takes_batches = runs_in_batches(model, image.value, shape, [scores.value])
+        takes_batches = runs_in_batches(model, image.value, shape, [scores.value, *looked_at])
     chosen = choose_layers(model, known, image, scores, task)
     gc.collect()
     refusals = {method: chosen.why_not for method in Method if method.traits.needs_gradient} if chosen.why_not else {}
@@ -131,6 +138,7 @@ def load_file(path: Path, config: ModelConfig) -> LoadedFile:
         dtype=_dtype(image),
         takes_batches=takes_batches,
         has_linear_head=has_linear_head(known, layers[0], scores),
+        detector=outputs.detector,
         threshold=outputs.threshold,
         refusals=refusals,
     )
@@ -150,6 +158,7 @@ def load_file(path: Path, config: ModelConfig) -> LoadedFile:
         image=image,
         scores=scores,
         found_layers=layers,
+        looked_at=looked_at,
     )
 
 
@@ -165,6 +174,11 @@ def _known(model: ir.Model, image: ImageInput, shape: Shape) -> tuple[bool, Know
     # It says that it takes any number, and was traced with one: lengths in it are 1.
     image.value.shape = ir.Shape([1, *own[1:]])
     return free_batch(model, image.value, shape), know(model, image.value, shape)
+
+
+def _check_size(settings: FileSettings, task: Task) -> None:
+    if settings.is_size_assumed and task in _OF_PLACES:
+        raise ModelLoadError(f"preprocess: the file leaves the size of its input open: {task} needs crop_px")
 
 
 def _named_layer(model: ir.Model, known: Known, image: ImageInput, name: str, config: ModelConfig) -> FoundLayer:

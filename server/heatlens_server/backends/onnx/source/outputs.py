@@ -1,14 +1,20 @@
 """What a file returns, and the task that this makes."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from heatlens_server.backends.onnx.gradient.find import ImageInput, Scores, find_scores
 from heatlens_server.backends.onnx.gradient.tape import Known
+from heatlens_server.backends.onnx.network import Detector
+from heatlens_server.backends.onnx.source.added import NotReturned
+from heatlens_server.backends.onnx.source.boxes import Suppression, find_boxes
+from heatlens_server.backends.onnx.source.metadata import FileSettings
 from heatlens_server.backends.onnx.source.pixels import find_pixels
 from heatlens_server.config import ModelConfig, find_threshold
 from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.core.labels import read_labels
 from heatlens_server.core.tasks import Activation, OutputKind, Task
 
 _SIDES = 2
@@ -23,15 +29,19 @@ class Outputs:
         scores: what is explained.
         task: what the network does.
         class_count: of classes, or of outputs.
-        threshold: segmentation: as `core.engine.Capabilities.threshold`.
         assumptions: what was found or assumed, one sentence each, with the key that overrides it.
+        threshold: segmentation: as `core.engine.Capabilities.threshold`.
+        boxes: detection: where, (N, A, 4).
+        detector: detection: how boxes are read.
     """
 
     scores: Scores
     task: Task
     class_count: int
-    threshold: float | None
     assumptions: tuple[str, ...]
+    threshold: float | None = None
+    boxes: ir.Value | None = None
+    detector: Detector | None = None
 
 
 def find_outputs(
@@ -39,16 +49,19 @@ def find_outputs(
     known: Known,
     image: ImageInput,
     config: ModelConfig,
-    hint: Task | None,
+    *,
+    settings: FileSettings,
+    suppression: Suppression | None,
 ) -> tuple[Outputs, Known]:
-    """Find the scores of a file, of the image or of its pixels.
+    """Find the scores of a file: of the image, of its pixels or of boxes.
 
     Args:
         model: from `read_file`; what brings scores into the form that is explained is added to it.
         known: its shapes.
         image: its input.
         config: of the model.
-        hint: the task that comes with the file; None if nothing tells.
+        settings: that come with the file.
+        suppression: what `boxes.cut_suppression` returned.
 
     Returns:
         The outputs, and what is known then.
@@ -56,30 +69,77 @@ def find_outputs(
     Raises:
         ModelLoadError: there are no such scores, or it is not clear which; names the outputs, or the key.
     """
-    output = config.output if isinstance(config.output, str) else ""
+    if isinstance(config.output, int):
+        raise ModelLoadError("output: the outputs of a file have names, and no places")
+    output = config.output or ""
     if config.task == "segmentation":
-        task = Task.SEGMENTATION
-        scores, known, *told = find_pixels(model, known, image, output)
-    else:
-        try:
-            scores = find_scores(model, known, output)
-        except ModelLoadError as no_scores:
-            if config.task != "auto":
-                raise
-            try:
-                scores, known, *told = find_pixels(model, known, image, output)
-            except ModelLoadError as no_pixels:
-                raise no_scores from no_pixels
-            task = Task.SEGMENTATION
-            told.append(_about_pixels(scores))
-        else:
-            task, told = _task_of(config, scores, hint)
+        return _of_pixels(model, known, image, config, output)
+    is_told = config.task == "auto" and settings.task is Task.DETECTION
+    if config.task == "detection" or config.detector != "auto" or suppression is not None or is_told:
+        return _of_boxes(model, known, image, config, settings=settings, suppression=suppression)
+    try:
+        scores = find_scores(model, known, output)
+    except ModelLoadError as error:
+        if config.task != "auto":
+            raise
+        with suppress(NotReturned):
+            return _of_boxes(model, known, image, config, settings=settings, suppression=suppression)
+        with suppress(NotReturned):
+            return _of_pixels(model, known, image, config, output)
+        raise ModelLoadError(f"{error}; set task and output if they are scores of pixels or boxes") from error
+    return _of_image(scores, config, settings.task), known
+
+
+def _of_image(scores: Scores, config: ModelConfig, hint: Task | None) -> Outputs:
+    task, told = _task_of(config, scores, hint)
+    _, about_threshold = _threshold(config, task, scores)
+    class_count = _SIDES if task is Task.BINARY else scores.class_count
+    return Outputs(scores, task, class_count, (*told, *about_threshold))
+
+
+def _of_pixels(
+    model: ir.Model, known: Known, image: ImageInput, config: ModelConfig, output: str
+) -> tuple[Outputs, Known]:
+    scores, known, told = find_pixels(model, known, image, output)
+    threshold, about_threshold = _threshold(config, Task.SEGMENTATION, scores)
+    about_task = _about_pixels(scores) if config.task == "auto" else ""
+    assumptions = (*filter(None, (told, about_task)), *about_threshold)
+    return Outputs(scores, Task.SEGMENTATION, scores.class_count, assumptions, threshold=threshold), known
+
+
+def _threshold(config: ModelConfig, task: Task, scores: Scores) -> tuple[float | None, tuple[str, ...]]:
     kind = OutputKind.PROBABILITIES if scores.activation else OutputKind.LOGITS
     shown = Activation(scores.activation or Activation.SOFTMAX)
-    threshold, about_threshold = find_threshold(config, task, scores.class_count, kind=kind, shown=shown)
-    class_count = _SIDES if task is Task.BINARY else scores.class_count
-    assumptions = (*filter(None, told), *about_threshold)
-    return Outputs(scores, task, class_count, threshold, assumptions), known
+    return find_threshold(config, task, scores.class_count, kind=kind, shown=shown)
+
+
+def _of_boxes(
+    model: ir.Model,
+    known: Known,
+    image: ImageInput,
+    config: ModelConfig,
+    *,
+    settings: FileSettings,
+    suppression: Suppression | None,
+) -> tuple[Outputs, Known]:
+    if config.labels is not None:
+        name_count = len(read_labels(config.labels, 0))
+    else:
+        name_count = next((len(names) for _origin, names in settings.names), 0)
+    found, known = find_boxes(model, known, image, config, suppression=suppression, name_count=name_count)
+    if config.threshold is not None:
+        raise ModelLoadError("threshold: is for segmentation; requests to a detector have min_score")
+    about_task = () if config.task == "detection" else ('It makes the task "detection"; task overrides that.',)
+    scores = found.scores
+    outputs = Outputs(
+        scores,
+        Task.DETECTION,
+        scores.class_count,
+        (*found.told, *about_task),
+        boxes=found.boxes,
+        detector=found.detector,
+    )
+    return outputs, known
 
 
 def _about_pixels(scores: Scores) -> str:

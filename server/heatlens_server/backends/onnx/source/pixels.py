@@ -1,15 +1,12 @@
 """Segmentation files: the logits of each pixel, before what the file makes of them, at the size of the image."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from heatlens_server.backends.onnx.gradient.find import ImageInput, Scores, size_of
 from heatlens_server.backends.onnx.gradient.tape import BATCH, Known, Shape
-from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.backends.onnx.source.added import Added, NotReturned
 
 _CONVENTIONAL = ("logits", "out")
 """What transformers and torchvision call the scores, if a file returns more than them."""
@@ -62,7 +59,7 @@ def find_pixels(model: ir.Model, known: Known, image: ImageInput, output: str = 
         image's are resized bilinearly.
 
     Raises:
-        ModelLoadError: there are none, or it is not clear which; names all outputs with their shapes.
+        NotReturned: there are none, or it is not clear which; names all outputs with their shapes.
     """
     size_px = size_of(known, image)
     named = [value for value in model.graph.outputs if output in {"", value.name}]
@@ -72,12 +69,12 @@ def find_pixels(model: ir.Model, known: Known, image: ImageInput, output: str = 
     if len(found) != 1:
         outputs = ", ".join(f"{value.name} {known.shapes.get(value, '')}" for value in model.graph.outputs)
         asked = f"output {output!r} has no" if output else f"{len(found)} outputs look like"
-        raise ModelLoadError(f"{asked} scores of pixels (N, classes, h, w), set output; the file's outputs: {outputs}")
+        raise NotReturned(f"{asked} scores of pixels (N, classes, h, w), set output; the file's outputs: {outputs}")
     (pixels,) = found
-    shape = known.shapes[pixels.value]
-    value, shapes = _at_size(model, known, pixels, size_px)
-    scores = Scores(value, pixels.output, shape[pixels.channel_axis], pixels.activation)
-    return scores, replace(known, shapes={**known.shapes, **shapes}), pixels.told
+    added = Added(model, known)
+    value = _at_size(added, pixels, size_px)
+    scores = Scores(value, pixels.output, added.shape(value)[1], pixels.activation)
+    return scores, added.finish(), pixels.told
 
 
 def _as_pixels(value: ir.Value, known: Known, image: ImageInput, size_px: tuple[int, int]) -> _Pixels | None:
@@ -111,28 +108,14 @@ def _fits(size: tuple[int, int], size_px: tuple[int, int]) -> bool:
     return max(size) > 1 and abs(size[0] * size_px[1] - size[1] * size_px[0]) <= 2 * max(size_px)
 
 
-def _at_size(
-    model: ir.Model, known: Known, pixels: _Pixels, size_px: tuple[int, int]
-) -> tuple[ir.Value, Mapping[ir.Value, Shape]]:
-    """Logits (N, C, H, W), and the shapes of what was added."""
-    value, shape = pixels.value, known.shapes[pixels.value]
-    shapes: dict[ir.Value, Shape] = {}
-
-    def add(operator: str, inputs: Sequence[ir.Value | None], shape: Shape, **attributes: str | list[int]) -> ir.Value:
-        name = f"{pixels.value.name}: {operator}"
-        added = ir.Value(name=name, type=ir.TensorType(known.dtype))
-        model.graph.append(ir.node(operator, inputs, attributes, outputs=[added], name=name))
-        shapes[added] = shape
-        return added
-
+def _at_size(added: Added, pixels: _Pixels, size_px: tuple[int, int]) -> ir.Value:
+    """Logits (N, C, H, W)."""
+    value, shape = pixels.value, added.shape(pixels.value)
     if pixels.channel_axis == 3:
         shape = (BATCH, shape[3], *shape[1:3])
-        value = add("Transpose", [value], shape, perm=[0, 3, 1, 2])
+        value = added.op("Transpose", [value], shape, perm=[0, 3, 1, 2])
     if _places(shape, 1) != size_px:
-        name = f"{pixels.value.name}: size"
-        sizes = ir.Value(name=name, const_value=ir.tensor(np.array(size_px, np.int64), name=name))
-        model.graph.register_initializer(sizes)
         # As torch.nn.functional.interpolate does, bilinear, with align_corners=False.
-        value = add("Resize", [value, None, None, sizes], (*shape[:2], *size_px), mode="linear", axes=[2, 3])
-        common.AddDefaultAttributesPass()(model)
-    return value, shapes
+        inputs = [value, None, None, added.ints(*size_px)]
+        value = added.op("Resize", inputs, (*shape[:2], *size_px), mode="linear", axes=[2, 3])
+    return value

@@ -21,6 +21,7 @@ def split(
     scores: Sequence[ir.Value],
     layers: Sequence[ir.Value],
     *,
+    looked_at: Sequence[ir.Value] = (),
     gradients: bool = True,
 ) -> Passes:
     """Write the forward pass and the backward pass of some layers.
@@ -31,16 +32,17 @@ def split(
         image: its input.
         scores: values of it.
         layers: values of it, on which the scores depend.
+        looked_at: values of it that come with the scores, and are not differentiated.
         gradients: whether a backward pass is needed.
 
     Raises:
         NotDifferentiable: an operator between them has no rule, or the scores do not depend on a layer.
     """
-    names = {value: str(value.name) for value in (*scores, *layers)}
+    names = {value: str(value.name) for value in (*scores, *looked_at, *layers)}
     by_layer = {names[value]: names[value] for value in layers}
-    scored = tuple(names[value] for value in scores)
+    scored = tuple(names[value] for value in (*scores, *looked_at))
     if not gradients:
-        forward = pack(_forward(model, (*scores, *layers)))
+        forward = pack(_forward(model, (*scores, *looked_at, *layers)))
         return Passes(forward, None, str(image.name), scored, by_layer, (), {}, {})
     seeds = {value: _like(value, f"seed: {names[value]}", known) for value in scores}
     backward = differentiate(list(model.graph), seeds, layers, known)
@@ -48,7 +50,7 @@ def split(
     if missing:
         raise NotDifferentiable(f"the scores do not depend on {missing[0]!r}")
     kept = _kept(backward, [*seeds.values()])
-    forward_model = _forward(model, (*scores, *layers, *kept))
+    forward_model = _forward(model, (*scores, *looked_at, *layers, *kept))
     found = {value: gradient for value, gradient in backward.gradients.items() if gradient is not None}
     backward_model = _backward(backward, found, seeds, _typed(forward_model, kept, known), known)
     return Passes(

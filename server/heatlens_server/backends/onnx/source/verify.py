@@ -52,7 +52,7 @@ def judge_layer(loaded: LoadedFile, layer: str) -> Verdict | None:
             loaded.model,
             loaded.known,
             layer=values[layer],
-            scores=[values[name] for name in passes.scores],
+            scores=[values[name] for name in passes.seeds],
             forward=found,
             gradient_at=gradient_by(passes, backward, layer, found),
         )

@@ -70,6 +70,27 @@ def test_channels_last_of_gray_images_of_any_size(tmp_path):
     assert (layers[0].height, layers[0].width) == (6, 12)
 
 
+def test_keys_of_an_attention_are_no_layer_where_their_shape_is_computed(tmp_path):
+    """As many tokens as a key has numbers, and as the image has places a side."""
+    text = """net (float[N, 3, 32, 32] x) => (float[N, 5] y) {
+        a = Conv <strides: ints = [8, 8]> (x, w1)
+        b = Reshape(a, flat)
+        t = Transpose <perm: ints = [0, 2, 1]> (b)
+        l = MatMul(t, wk)
+        s = Shape <start: int = 0, end: int = 1> (l)
+        r = Concat <axis: int = 0> (s, rest)
+        h = Reshape(l, r)
+        k = Transpose <perm: ints = [0, 2, 1, 3]> (h)
+        v = Flatten(k)
+        z = MatMul(v, w3)
+        y = Add(z, w4)
+    }"""
+    whole = {"flat": np.array([0, 32, 16]), "rest": np.array([16, 2, 16])}
+    weights = {"w1": (32, 3, 8, 8), "wk": (32, 32), "w3": (512, 5), "w4": (5,)}
+    _image, _scores, layers = found_in(tmp_path, text, **weights, **whole)
+    assert [(layer.height, layer.width) for layer in layers] == [(4, 4)]
+
+
 def test_what_a_class_token_reads_alone_is_no_layer(tmp_path):
     """A transformer block behind a patch embedding: behind the attention, scores read the class token alone."""
     text = """net (float[N, 3, 32, 32] x) => (float[N, 5] y) {
