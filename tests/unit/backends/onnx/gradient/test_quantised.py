@@ -4,8 +4,6 @@ Against differences in float64 of the same graph without rounding, which is what
 against the map of the file before it was quantised.
 """
 
-import logging
-
 import numpy as np
 import onnx
 import onnx.parser
@@ -123,8 +121,6 @@ def quantised(request, original, tmp_path_factory):
     """The file, quantised."""
     source = original
     path = tmp_path_factory.mktemp("quantised") / "model.onnx"
-    # The tool advises through the root logger.
-    logging.root.disabled = True
     if request.param in STATIC:
         if "21" in request.param:
             original = path.parent / "newer.onnx"
@@ -132,7 +128,6 @@ def quantised(request, original, tmp_path_factory):
         quantize_static(original, path, Photos(), **STATIC[request.param])
     else:
         quantize_dynamic(source, path, weight_type=QuantType.QUInt8, per_channel="per" in request.param)
-    logging.root.disabled = False
     return path
 
 

@@ -1,6 +1,5 @@
 """The judge of gradients sees every rule that is wrong, and passes those that are right."""
 
-import logging
 from functools import partial
 
 import numpy as np
@@ -157,7 +156,6 @@ class Photos(CalibrationDataReader):
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 def test_of_quantised_networks_all_but_the_rounding_is_judged(tmp_path, monkeypatch, kind, mode):
     path, quantised = export(seeded(kind), tmp_path / "float.onnx"), tmp_path / "model.onnx"
-    logging.getLogger().setLevel(logging.ERROR)
     if mode == "static":
         name = File(path).image.value.name
         quantize_static(path, quantised, Photos(name, (1, 3, PX, PX)), quant_format=QuantFormat.QDQ)
