@@ -85,11 +85,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
-    """Start server processes in the test's folder: `launch(toml, env=...)`. What still runs afterwards is killed."""
+    """Start server processes in the test's folder: `launch(toml, env=...)`. What runs afterwards is killed."""
     running: list[ServerProcess] = []
 
-    def start(toml: str, *, env: dict[str, str] | None = None) -> ServerProcess:
-        running.append(start_server_process(tmp_path, toml, env=env))
+    def start(toml: str, **options: object) -> ServerProcess:
+        running.append(start_server_process(tmp_path, toml, **options))
         return running[-1]
 
     yield start

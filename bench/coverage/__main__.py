@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import platform
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -55,14 +56,14 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     return {result["source"]: result for result in map(json.loads, lines)}
 
 
-def measured(source: str, timeout_s: float) -> dict[str, Any]:
+def measured(source: str, timeout_s: float, measure: Callable[[str], dict[str, Any]] = measure) -> dict[str, Any]:
     """Measure one network in a process of its own: memory comes back, and a crash is a result.
 
     Forked, so that importing torch is paid for once; this process never runs anything with it.
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_into, args=(sender, source))
+    process = context.Process(target=_measure_into, args=(sender, source, measure))
     process.start()
     sender.close()
     try:
@@ -78,7 +79,7 @@ def measured(source: str, timeout_s: float) -> dict[str, Any]:
     return result
 
 
-def _measure_into(sender: Connection, source: str) -> None:
+def _measure_into(sender: Connection, source: str, measure: Callable[[str], dict[str, Any]]) -> None:
     warnings.simplefilter("ignore")
     sender.send(measure(source))
 

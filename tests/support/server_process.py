@@ -36,15 +36,17 @@ class ServerProcess:
         return "libtorch" in maps
 
 
-def start_server_process(folder: Path, toml: str, *, env: dict[str, str] | None = None) -> ServerProcess:
-    """Start the real command with a configuration and wait until every model is settled."""
+def start_server_process(
+    folder: Path, toml: str, *, env: dict[str, str] | None = None, python: Path | str = sys.executable
+) -> ServerProcess:
+    """Start the real command with a configuration, by an interpreter, and wait until it listens."""
     config, port_file, log_path = folder / "server.toml", folder / "port", folder / "log.jsonl"
     config.write_text(toml)
     # What the tests import, the server must import as well.
     path = os.pathsep.join([str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with log_path.open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "heatlens_server", "serve", "-c", str(config), "--port-file", str(port_file)],
+            [str(python), "-m", "heatlens_server", "serve", "-c", str(config), "--port-file", str(port_file)],
             stderr=log,
             stdout=subprocess.DEVNULL,
             text=True,

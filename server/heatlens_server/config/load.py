@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Self, cast
 
 from pydantic import ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
 from heatlens_server.config.model import EMBEDDED_MODEL, EXPORT_PREFIX, ONNX_PREFIX, WEIGHT_FILE_SUFFIXES, ModelConfig
 from heatlens_server.config.section import Section
@@ -57,15 +56,6 @@ class Config(Section):
         return self.server.default_model or self.models[0].name
 
 
-class _Environment(BaseSettings):
-    """The top-level keys as environment variables; their values are checked later, merged with the others."""
-
-    model_config = SettingsConfigDict(env_prefix=_PREFIX, env_nested_delimiter=_DELIMITER)
-
-    server: ServerConfig = ServerConfig()
-    models: tuple[ModelConfig, ...] = ()
-
-
 def load_config(path: Path | None = None, overrides: Mapping[str, object] | None = None) -> Config:
     """Read the configuration: overrides, then HEATLENS_* variables, then the TOML file, then defaults.
 
@@ -81,10 +71,11 @@ def load_config(path: Path | None = None, overrides: Mapping[str, object] | None
     """
     raw = _read_toml(path) if path is not None else {}
     _check_environment()
-    try:
-        raw = _merge(raw, EnvSettingsSource(_Environment)())
-    except SettingsError as error:
-        raise ConfigError("HEATLENS_* environment variables: " + str(error).split("\n", maxsplit=1)[0]) from error
+    if any(name.upper().startswith(_PREFIX) for name in os.environ):
+        # A tenth of the time in which a server starts.
+        from heatlens_server.config.environment import read_environment  # noqa: PLC0415
+
+        raw = _merge(raw, read_environment(_PREFIX, _DELIMITER))
     raw = _merge(raw, _nest(overrides or {}))
     try:
         return Config.model_validate(raw)

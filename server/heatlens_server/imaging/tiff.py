@@ -3,18 +3,20 @@
 import io
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
-import tifffile
 from PIL import Image
 
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.imaging.levels import SourcePixels, wrong_channels
 from heatlens_server.imaging.limits import check_size, undecodable
 from heatlens_server.imaging.orientation import ORIENTATION, upright
+
+if TYPE_CHECKING:
+    from tifffile import TiffFile
 
 _GRAY, _RGB, _RGBA = 1, 3, 4
 _COLORS = frozenset({_GRAY, _RGB, _RGBA})
@@ -23,7 +25,9 @@ _MOST_SAMPLES = 64
 
 _UNCOMPRESSED = 1
 _MAX_SAMPLE_VALUE = 281
-_ALPHA = frozenset({tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA})
+# Values of ExtraSamples and of PhotometricInterpretation (TIFF 6.0).
+_ALPHA = frozenset({1, 2})
+_WHITE_IS_ZERO, _RGB_COLORS = 0, 2
 
 # Byte order and version, of TIFF and BigTIFF.
 _SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -52,8 +56,10 @@ def decode_tiff(encoded: bytes, *, channels: int, max_pixels: int, field: str) -
     Raises:
         InvalidArgument: IMAGE_UNDECODABLE, IMAGE_TOO_LARGE or IMAGE_CHANNELS_MISMATCH, at `field`.
     """
+    from tifffile import TiffFile  # noqa: PLC0415 - most servers see no such file
+
     try:
-        with tifffile.TiffFile(io.BytesIO(encoded)) as file:
+        with TiffFile(io.BytesIO(encoded)) as file:
             page: Any = file.pages[0]
             _check_page(page, encoded, max_pixels, field)
             if page.samplesperpixel == 1 and channels not in _COLORS:
@@ -101,12 +107,12 @@ def _by_pillow(encoded: bytes, page: Any, channels: int, field: str) -> npt.NDAr
 def _deep(encoded: bytes, page: Any, channels: int, field: str) -> SourcePixels:  # noqa: ANN401 - tifffile's
     if page.compression == _UNCOMPRESSED:
         values = _samples_last(page.asarray(), page)
-        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+        if page.photometric == _WHITE_IS_ZERO:
             values = np.iinfo(values.dtype).max - values if values.dtype.kind == "u" else -values
     else:
         values = _by_opencv(encoded, page, field)
     alpha = not _ALPHA.isdisjoint(page.extrasamples)
-    is_colored = page.photometric == tifffile.PHOTOMETRIC.RGB
+    is_colored = page.photometric == _RGB_COLORS
     if values.shape[2] == channels + 1 and alpha and channels in {_GRAY, _RGB}:
         values = values[:, :, :channels]
     elif values.shape[2] == _RGBA and channels in {_GRAY, _RGB} and not (is_colored and alpha):
@@ -116,7 +122,7 @@ def _deep(encoded: bytes, page: Any, channels: int, field: str) -> SourcePixels:
 
 
 def _by_opencv(encoded: bytes, page: Any, field: str) -> npt.NDArray[Any]:  # noqa: ANN401 - tifffile's
-    if page.samplesperpixel not in _COLORS or page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+    if page.samplesperpixel not in _COLORS or page.photometric == _WHITE_IS_ZERO:
         raise undecodable(field, "compressed TIFF files of this kind are not read: save it without compression")
     values = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)
     if (
@@ -130,7 +136,7 @@ def _by_opencv(encoded: bytes, page: Any, field: str) -> npt.NDArray[Any]:  # no
     return values if order is None else values[:, :, order]
 
 
-def _stacked(file: tifffile.TiffFile, count: int, encoded: bytes, max_pixels: int, field: str) -> SourcePixels:
+def _stacked(file: "TiffFile", count: int, encoded: bytes, max_pixels: int, field: str) -> SourcePixels:
     """The first pages, of one channel each, as the channels of one image."""
     pages: list[Any] = []
     while len(pages) < count:

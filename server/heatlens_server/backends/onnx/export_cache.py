@@ -14,12 +14,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING
 
 from heatlens_server.backends.onnx.manifest import Manifest, read_manifest
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import MANIFEST_FILE
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 _log = logging.getLogger(__name__)
 
@@ -124,7 +126,7 @@ class ExportCache:
         try:
             try:
                 lock.acquire(blocking=False)
-            except Timeout:
+            except TimeoutError:
                 report("somebody else is making the same export: waiting for it")
                 lock.acquire()
         except OSError as error:
@@ -154,7 +156,7 @@ class ExportCache:
             try:
                 with lock.acquire(blocking=False):
                     shutil.rmtree(path, ignore_errors=True)
-            except Timeout:
+            except TimeoutError:
                 continue
             except OSError:
                 with contextlib.suppress(OSError):
@@ -165,7 +167,9 @@ class ExportCache:
         """A path in the cache; without a folder, one that is nowhere."""
         return (self.folder or Path(os.devnull)) / name
 
-    def _lock(self, key: str) -> FileLock:
+    def _lock(self, key: str) -> "FileLock":
+        from filelock import FileLock  # noqa: PLC0415 - most servers make no export
+
         return FileLock(self._path(f"{key}.lock"))
 
 

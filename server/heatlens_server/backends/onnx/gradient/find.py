@@ -163,7 +163,13 @@ def _as_scores(value: ir.Value, known: Known) -> Scores | None:
     return Scores(value, value, shape[1], "")
 
 
-def find_layers(model: ir.Model, known: Known, image: ImageInput, scores: Scores) -> tuple[FoundLayer, ...]:
+def find_layers(
+    model: ir.Model,
+    known: Known,
+    image: ImageInput,
+    scores: Scores,
+    candidates: Sequence[FoundLayer] | None = None,
+) -> tuple[FoundLayer, ...]:
     """The values that can be explained, the default first: the last on whose places the scores depend.
 
     The others are the last ones of every finer resolution, from the coarsest on.
@@ -173,12 +179,13 @@ def find_layers(model: ir.Model, known: Known, image: ImageInput, scores: Scores
         known: its shapes, with the image's size.
         image: the input.
         scores: the logits.
+        candidates: those to choose from; None for all.
 
     Raises:
         ModelLoadError: no value lies on the image like a map.
         NotDifferentiable: an operator behind the last ones has no rule.
     """
-    candidates = list(find_candidates(model, known, image))
+    candidates = list(find_candidates(model, known, image)) if candidates is None else candidates
     return with_stages(last_telling(model, known, image, scores, candidates), candidates)
 
 

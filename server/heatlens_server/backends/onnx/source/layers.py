@@ -76,7 +76,9 @@ def choose_layers(model: ir.Model, known: Known, image: ImageInput, scores: Scor
     why = "the last tensor of the file on whose places the scores depend"
     try:
         if task not in {Task.SEGMENTATION, Task.DETECTION}:
-            return ChosenLayers(candidates, find_layers(model, known, image, scores), why)
+            # Maps of class scores, which fully convolutional networks average, are explained and do not explain.
+            before = _before_scores(candidates, scores) if task.traits.has_image_classes else candidates
+            return ChosenLayers(candidates, find_layers(model, known, image, scores, before or candidates), why)
         candidates = _before_scores(candidates, scores)
         if task is Task.DETECTION:
             why = "the last tensor of the file on which the scores of all boxes depend"

@@ -189,3 +189,20 @@ def test_images_are_batched_where_that_changes_nothing(tmp_path, factory, takes_
     for image, result in zip(images, together, strict=True):
         (alone,) = engine.explain(image[None], [TopK(1)], spec)
         np.testing.assert_allclose(result.maps, alone.maps, atol=1e-5)
+
+
+class FullyConvolutional(nn.Module):
+    """Averages a map of class scores, as SqueezeNet does."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = tiny_models.tiny()
+        self.scores = nn.Sequential(nn.Conv2d(16, 10, 1), nn.ReLU())
+
+    def forward(self, x):
+        return self.scores(self.body.body(self.body.stem(x))).mean((2, 3))
+
+
+def test_a_map_of_class_scores_is_no_layer(tmp_path):
+    loaded = load(write_onnx(FullyConvolutional(), tmp_path / "m.onnx"))
+    assert loaded.info.layers[0].channels == 16
