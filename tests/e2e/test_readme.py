@@ -40,7 +40,7 @@ README = "\n".join((ROOT / page).read_text() for page in PAGES)
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 SHELL = [line for language, code in BLOCKS if language == "sh" for line in code.splitlines()]
-(OWN_MODEL, TOML) = [code for language, code in BLOCKS if language == "toml"]
+(*OWN_MODELS, TOML) = [code for language, code in BLOCKS if language == "toml"]
 (PRINTED,) = [code for language, code in BLOCKS if language == "text"]
 ADDRESS = "localhost:50051"
 UNSET_LINE = re.compile(r"^# (?=\[|\w+ = )", re.MULTILINE)
@@ -83,7 +83,8 @@ def folder(tmp_path, monkeypatch, cat, clip):
     me = authority.issue_cert("me")
     me.private_key_pem.write_to_path(tmp_path / "me.key")
     me.cert_chain_pems[0].write_to_path(tmp_path / "me.pem")
-    for name in ("token", "server.pem", "server.key", "clients.pem", "labels.txt", "parts.pth", "parts.txt"):
+    keys = ("token", "server.pem", "server.key", "clients.pem", "labels.txt")
+    for name in (*keys, "parts.pth", "parts.txt", "parts.onnx"):
         (tmp_path / name).write_text("x")
     (tmp_path / "server.toml").write_text(TOML)
     monkeypatch.chdir(tmp_path)
@@ -134,11 +135,15 @@ def test_toml_block_is_the_defaults(folder):
     assert load_config(folder / "server.toml") == load_config() == Config()
 
 
-def test_the_example_of_an_own_network_is_a_configuration(folder):
-    (folder / "own.toml").write_text(OWN_MODEL)
-    (model,) = load_config(folder / "own.toml").models
-    assert (model.source, model.weights) == ("torchvision:resnet50", str(folder / "parts.pth"))
-    assert model.labels == folder / "parts.txt"
+def test_the_examples_of_own_networks_are_configurations(folder):
+    models = []
+    for toml in OWN_MODELS:
+        (folder / "own.toml").write_text(toml)
+        models += load_config(folder / "own.toml").models
+    network, file = models
+    assert (network.source, network.weights) == ("torchvision:resnet50", str(folder / "parts.pth"))
+    assert network.labels == folder / "parts.txt"
+    assert file.source == f"onnx:{folder / 'parts.onnx'}"
 
 
 def model_of(annotation):
