@@ -21,11 +21,11 @@ import torch
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
-from heatlens_server.backends.onnx.embedded.network import FOLDER, FORWARD, NETWORK, backward_file
+from heatlens_server.backends.onnx.embedded.network import FOLDER, FORWARD, NETWORK, backward_file, tail_file
 from heatlens_server.backends.onnx.gradient.file import read_file
 from heatlens_server.backends.onnx.gradient.find import find_image, find_scores, has_linear_head, layer_of
 from heatlens_server.backends.onnx.gradient.values import know
-from heatlens_server.backends.onnx.source.split import split
+from heatlens_server.backends.onnx.source.split import split, tail_of
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.sources.load import load_model
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
@@ -53,6 +53,10 @@ def embed() -> dict[str, bytes]:
     for count in range(1, len(layers) + 1):
         passes = split(graph, known, image.value, [scores.value], [*values.values()][:count])
         files[backward_file(count)] = _without_weights(passes.backward.graph, state)
+        tail = tail_of(graph, known, image.value, [scores.value], layers[count - 1].value)
+        if tail.kept:
+            raise SystemExit("something bypasses a layer")
+        files[tail_file(count)] = _without_weights(tail.graph.graph, state)
         counts.append(len(passes.kept))
         if passes.kept[: len(kept)] != kept:
             raise SystemExit("what is kept for a layer is not kept for the next")

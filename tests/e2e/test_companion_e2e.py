@@ -64,7 +64,7 @@ def test_torch_comes_when_it_is_needed_and_others_are_answered_meanwhile(launch,
             np.testing.assert_allclose(found.heatmap.values, expected.heatmap.values, atol=1e-3)
         # Seconds of work, which nobody waits for any more.
         with pytest.raises(DeadlineExceededError):
-            client.explain(chelsea, method="ablation-cam", timeout=0.5)
+            client.explain(chelsea, method="score-cam", timeout=0.5)
         assert client.explain(chelsea).explanations
 
 

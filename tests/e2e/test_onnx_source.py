@@ -77,7 +77,13 @@ def test_every_file_is_ready_and_says_what_was_found(client):
 
 
 def test_nothing_of_it_takes_torch(server, client):
-    client.explain(skimage.data.astronaut(), model="by_torch")
+    photo = skimage.data.astronaut()
+    client.explain(photo, model="by_torch")
+    for method in ("recipro-cam", "ablation-cam", "smooth-grad-cam-plus-plus"):
+        result = client.explain(photo, model="by_paddle", method=method, augment=True, faithfulness=True)
+        (explanation,) = result.explanations
+        assert explanation.heatmap.values.max() == 1.0
+        assert 0 < explanation.faithfulness.deletion < 1
     assert not server.has_torch()
 
 

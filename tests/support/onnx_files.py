@@ -1,6 +1,7 @@
 """ONNX files of networks, as other people's exporters write them."""
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from heatlens_server.backends.onnx.network_engine import NetworkEngine
 from heatlens_server.backends.onnx.source.load import LoadedFile, load_file
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.config import ModelConfig
+from heatlens_server.core.tasks import Task
 
 
 class WithLayers(nn.Module):
@@ -93,6 +95,8 @@ def as_file(model: LoadedModel, **changes: Any) -> LoadedFile:
             source=f"onnx:{path}",
             output="logits",
             layers=model.layers,
+            task="auto" if model.task is Task.CLASSIFICATION else str(model.task),
+            grids={layer: dataclasses.asdict(grid) for layer, grid in model.grids.items()},
             preprocess={key: value for key, value in given.items() if value is not None},
             **changes,
         )

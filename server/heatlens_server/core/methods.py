@@ -108,7 +108,7 @@ class Procedure(Enum):
     ONE_PASS = auto()
     """One pass through the network, with more than a layer's activations and gradients: the torch engine."""
     STEPS = auto()
-    """Many runs of the model per image, in steps between which other requests have the device: the torch engine."""
+    """Many runs of the model per image, in steps between which others have the device: torch, graphs of networks."""
     PRESET = auto()
     """Not at all: it stands for another method with certain options, which is what engines get."""
 

@@ -26,7 +26,7 @@ from heatlens_server.core.preprocess import PreprocessSpec
 from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.export import Export, Report, importing_torch, labels_of, load_network
 from heatlens_server.fleet.export_process import Make, get_or_export
-from heatlens_server.fleet.fallback_engine import ExportEngine, FallbackEngine, about_missing, with_torch_fallback
+from heatlens_server.fleet.fallback_engine import ExportEngine, about_missing, with_torch_fallback
 from heatlens_server.fleet.torch_record import read_record
 from heatlens_server.fleet.warm_up import (
     about_family,
@@ -292,7 +292,7 @@ def _build_from_file(config: ModelConfig) -> BuiltModel:
     about_batches = () if loaded.info.takes_batches else (_ONE_BY_ONE_FILE,)
     return _finish(
         config,
-        FallbackEngine(engine),
+        engine,
         preprocess=loaded.info.preprocess,
         version=loaded.version,
         labels=loaded.labels,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, cast
 
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.arrays import ImageArray
@@ -25,12 +25,15 @@ _log = logging.getLogger(__name__)
 
 _KNOWN_SPECS = 256
 
+_OPTIONS = ("augment", "principal_component", "faithfulness")
+"""What engines without steps lack."""
+
 
 class ExportEngine(Engine, Protocol):
     """An engine that runs exported graphs."""
 
     def can(self, spec: MapSpec) -> bool:
-        """Whether the export has the graphs that a spec needs."""
+        """Whether the engine has the graphs that a spec needs. If it takes steps, the engine is a `SteppingEngine`."""
         ...
 
 
@@ -88,7 +91,8 @@ class FallbackEngine:
 
     def steps(self, image: ImageArray, target: Target, spec: MapSpec, *, rows: int) -> Steps:
         """Explain one image in steps; see `core.engine.SteppingEngine.steps`."""
-        return self._loaded(spec).steps(image, target, spec, rows=rows)
+        engine = cast("SteppingEngine", self.primary) if self._is_for_primary(spec) else self._loaded(spec)
+        return engine.steps(image, target, spec, rows=rows)
 
     def is_loaded_for(self, spec: MapSpec) -> bool:
         """Whether all that a spec needs is loaded."""
@@ -161,10 +165,11 @@ def about_missing(info: Capabilities) -> tuple[str, ...]:
     if not missing:
         return ()
     scores = ["target scores other than the logit"] if len(info.scores) == 1 else []
-    offers = ", ".join([*missing, *scores, "augment", "principal_component"])
+    *first, last = [*missing, *scores, *([] if info.has_options else _OPTIONS)]
+    offers = f"{', '.join(first)} and {last} are" if first else f"{last} is"
     sentence = (
-        f"PyTorch is not installed, so that {offers} and faithfulness are not offered: pip install 'heatlens[torch]' "
-        "adds them; companion = false does without."
+        f"PyTorch is not installed, so that {offers} not offered: pip install 'heatlens[torch]' adds what is missing; "
+        "companion = false does without."
     )
     return (sentence,)
 

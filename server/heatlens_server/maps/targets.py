@@ -10,7 +10,7 @@ from array_api_compat import array_namespace, device
 from heatlens_server.core.methods import ABSENT, RANKED, Score
 from heatlens_server.maps.precision import at_least_float32
 
-__all__ = ["ABSENT", "RANKED", "probabilities", "resolve", "seeds"]
+__all__ = ["ABSENT", "RANKED", "class_scores", "probabilities", "resolve", "seeds"]
 
 CONTRASTED = 3
 """How many classes `Score.CONTRAST` compares a class with, as in the `grad-cam` package."""
@@ -68,6 +68,35 @@ def probabilities(logits: Array, *, sigmoid: bool = False) -> Array:
     return _sigmoid(logits) if sigmoid else _softmax(logits)
 
 
+def class_scores(logits: Array, class_ids: Array, kind: Score = Score.LOGIT, *, sigmoid: bool = False) -> Array:
+    """The scalar that is explained about each class; `backends.torch.cam.targets.class_scores` tells what it is.
+
+    Args:
+        logits: (N, C) floating point.
+        class_ids: int64 (N, K), each in [0, C) or `ABSENT`, as `resolve` returns them.
+        kind: which scalar.
+        sigmoid: whether a class's probability is its sigmoid.
+
+    Returns:
+        (N, K), float32 or wider; 0 where the class is absent.
+    """
+    xp = array_namespace(logits, class_ids)
+    logits = at_least_float32(logits)
+    chosen = _chosen(logits, class_ids)
+    if kind is Score.CONTRAST:
+        if logits.shape[1] > 1:
+            values = xp.expand_dims(logits, axis=1)
+            weights = _softmax(xp.where(_alike(logits, class_ids), values, -xp.inf))
+            chosen = chosen - xp.sum(weights * values, axis=2, keepdims=True)
+    elif kind is not Score.LOGIT:
+        if not sigmoid:
+            chosen = chosen + xp.inf if logits.shape[1] == 1 else chosen - _others(logits, class_ids)[0]
+        # Of -|x|, which cannot overflow.
+        logarithm = xp.where(chosen < 0, chosen, 0.0) - xp.log1p(xp.exp(-xp.abs(chosen)))
+        chosen = logarithm if kind is Score.LOG_PROBABILITY else xp.exp(logarithm)
+    return _where_present(class_ids, chosen)[:, :, 0]
+
+
 def seeds(logits: Array, class_ids: Array, kind: Score = Score.LOGIT, *, sigmoid: bool = False) -> Array:
     """The derivative of each class's score by all logits, in closed form: what a backward pass starts with.
 
@@ -102,13 +131,9 @@ def seeds(logits: Array, class_ids: Array, kind: Score = Score.LOGIT, *, sigmoid
     elif logits.shape[1] == 1:
         slope = chosen * 0.0
     else:
-        others = xp.where(hot, -xp.inf, values)
-        # How far a class is ahead of all others together: its probability is the sigmoid of this.
-        top = xp.max(others, axis=2, keepdims=True)
-        rest = xp.exp(others - top)
-        total = xp.sum(rest, axis=2, keepdims=True)
-        chosen = chosen - (xp.log(total) + top)
-        seed = seed - rest / total
+        rivals, shares = _others(logits, class_ids)
+        chosen = chosen - rivals
+        seed = seed - shares
         slope = _sigmoid(-chosen)
     if kind is Score.PROBABILITY:
         slope = slope * _sigmoid(chosen)
@@ -126,6 +151,19 @@ def _chosen(logits: Array, class_ids: Array) -> Array:
     xp = array_namespace(logits, class_ids)
     placed = xp.where(class_ids < 0, 0, class_ids)
     return xp.expand_dims(xp.take_along_axis(logits, placed, axis=1), axis=2)
+
+
+def _others(logits: Array, class_ids: Array) -> tuple[Array, Array]:
+    """The logits of all other classes together, (N, K, 1), and the share of each in them, (N, K, C).
+
+    A class's probability is the sigmoid of how far its logit is ahead of these.
+    """
+    xp = array_namespace(logits, class_ids)
+    others = xp.where(_hot(logits, class_ids), -xp.inf, xp.expand_dims(logits, axis=1))
+    top = xp.max(others, axis=2, keepdims=True)
+    rest = xp.exp(others - top)
+    total = xp.sum(rest, axis=2, keepdims=True)
+    return xp.log(total) + top, rest / total
 
 
 def _where_present(class_ids: Array, seed: Array) -> Array:

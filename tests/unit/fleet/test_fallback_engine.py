@@ -118,6 +118,19 @@ def test_all_else_is_for_the_companion_which_is_loaded_once(spec):
     assert (pair.companion.ran, pair.primary.ran, pair.made) == ([spec], [PLAIN], 1)
 
 
+def test_a_primary_that_takes_steps_runs_them():
+    class Stepping(Engine):
+        def can(self, spec: MapSpec) -> bool:
+            return spec.method is Method.SCORE_CAM
+
+    primary, companion = Stepping(INFO), Engine(TORCH_INFO)
+    engine = FallbackEngine(primary, lambda: companion, methods=TORCH)
+    other = changed(augment=True)
+    for spec in (SCORE_CAM, other):
+        next(engine.steps(IMAGES[0], TopK(1), spec, rows=1))
+    assert (primary.ran, companion.ran) == ([SCORE_CAM], [other])
+
+
 def test_layers_that_the_export_lacks_are_offered_and_run_by_the_second_engine():
     ran = Engine(dataclasses.replace(TORCH_INFO, layers=("body", "stem", "neck")))
     engine = FallbackEngine(Engine(INFO), lambda: ran, methods=TORCH, layers=("stem", "neck"))

@@ -6,6 +6,7 @@ import torch
 
 from heatlens_server.backends.torch.cam.targets import class_scores
 from heatlens_server.core.methods import ABSENT, RANKED, Score
+from heatlens_server.maps.targets import class_scores as of_any_library
 from heatlens_server.maps.targets import probabilities, resolve, seeds
 
 
@@ -33,6 +34,21 @@ def test_seeds_are_the_derivatives_of_class_scores(classes, scale, score, sigmoi
     for k in range(ids.shape[1]):
         (expected,) = torch.autograd.grad(scores[:, k].sum(), leaf, retain_graph=True)
         np.testing.assert_allclose(found[:, k], expected.numpy(), atol=1e-12)
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("score", Score)
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("classes", [1, 2, 3, 10, 1000])
+def test_scores_are_those_of_torch(classes, scale, score, sigmoid):
+    logits, wanted = case(classes, scale)
+    ids = resolve(logits, wanted)
+    expected = class_scores(torch.from_numpy(logits), torch.from_numpy(ids), score, sigmoid=sigmoid).numpy()
+    found = of_any_library(logits, ids, score, sigmoid=sigmoid)
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
+    single = of_any_library(logits.astype(np.float32), ids, score, sigmoid=sigmoid)
+    assert single.dtype == np.float32
+    np.testing.assert_allclose(single, expected, rtol=1e-5, atol=1e-5 * scale)
 
 
 def test_float32_stays_float32():

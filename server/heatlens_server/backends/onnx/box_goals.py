@@ -73,11 +73,12 @@ class BoxGoals:
         Raises:
             TypeError: a target is of another task.
         """
-        (self._name, output), (_, boxes) = outputs.items()
+        (self._name, output), (self._boxes_name, boxes) = outputs.items()
         self._shape, self._dtype = output.shape, output.dtype
         self._scores: Float32Array = at_least_float32(output)
         self._boxes = corners_of(boxes, detector, size_px)
         self._detector = detector
+        self._size_px = size_px
         self._kind = score
         chosen = [target for target in targets if isinstance(target, Detections | Boxes)]
         if len(chosen) < len(targets):
@@ -99,6 +100,31 @@ class BoxGoals:
             if k < len(goals) and (row := goals[k].row) is not None:
                 seed[n, row] = self._slope(self._scores[n, row], goals[k].class_id)
         return {self._name: seed}
+
+    def scores_of(self, n: int, outputs: Mapping[str, Array]) -> Float32Array:
+        """Intersection over union plus score (R, K) of image n's detections, whichever score is asked for.
+
+        As `FasterRCNNBoxScoreTarget` of the `grad-cam` package 1.5.7, for the row that a box asked for would be; 0
+        where there is none.
+        """
+        overlaps, scores = self._matches(n, outputs)
+        return overlaps + scores
+
+    def probabilities(self, n: int, outputs: Mapping[str, Array]) -> Float32Array:
+        """Intersection over union times score (R, K): 0 where a detection is lost (Petsiuk et al. 2021).
+
+        Their similarity, https://arxiv.org/abs/2006.03204, equation 6, for the row that `scores_of` takes.
+        """
+        overlaps, scores = self._matches(n, outputs)
+        return overlaps * scores
+
+    def by_name(self, n: int) -> Boxes:
+        """Image n's detections by box and class."""
+        goals = self._goals[n]
+        return Boxes(tuple(goal.box for goal in goals), tuple(goal.class_id for goal in goals))
+
+    def least_probable(self, n: int) -> None:
+        """Detections have no such thing."""
 
     def result(self, n: int, maps: Float32Array, scales: Float32Array, offsets: Float32Array) -> ImageResult:
         """Image n's detections and maps."""
@@ -159,15 +185,32 @@ class BoxGoals:
         return goals
 
     def _matching(self, n: int, target: Boxes) -> list[_Goal]:
-        """For each box that is asked for the row whose overlap times score is largest, if it overlaps enough."""
-        goals = []
-        for box, class_id in zip(target.boxes, target.class_ids, strict=True):
-            overlaps = overlaps_with(np.array(box), self._boxes[n])
-            near = np.flatnonzero(overlaps > _LEAST_OVERLAP)
-            scores = probabilities_of(self._scores[n, near], self._detector.scores)[:, class_id]
-            row = int(near[np.argmax(overlaps[near] * scores)]) if len(near) else None
-            goals.append(_Goal(row, class_id, box))
-        return goals
+        """For each box that is asked for the row that is it, if any."""
+        return [
+            _Goal(self._match(self._scores[n], self._boxes[n], box, class_id)[0], class_id, box)
+            for box, class_id in zip(target.boxes, target.class_ids, strict=True)
+        ]
+
+    def _match(
+        self, scores: Float32Array, boxes: Float64Array, box: Sequence[float], class_id: int
+    ) -> tuple[int | None, float, float]:
+        """The row whose overlap with a box times its score is largest, if it overlaps enough; overlap and score."""
+        overlaps = overlaps_with(np.array(box), boxes)
+        near = np.flatnonzero(overlaps > _LEAST_OVERLAP)
+        if not len(near):
+            return None, 0.0, 0.0
+        found = probabilities_of(scores[near], self._detector.scores)[:, class_id]
+        best = int(np.argmax(overlaps[near] * found))
+        return int(near[best]), float(overlaps[near[best]]), float(found[best])
+
+    def _matches(self, n: int, outputs: Mapping[str, Array]) -> tuple[Float32Array, Float32Array]:
+        """The overlaps and the scores (R, K) of the rows that are image n's detections in R changed versions of it."""
+        boxes = corners_of(outputs[self._boxes_name], self._detector, self._size_px)
+        found = np.zeros((2, len(boxes), len(self._goals[n])), np.float32)
+        for r, (scores, of_row) in enumerate(zip(outputs[self._name], boxes, strict=True)):
+            for k, goal in enumerate(self._goals[n]):
+                found[:, r, k] = self._match(scores, of_row, goal.box, goal.class_id)[1:]
+        return found[0], found[1]
 
 
 def probabilities_of(scores: Array, kind: RowScores) -> Float64Array:

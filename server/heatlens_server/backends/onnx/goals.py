@@ -13,9 +13,10 @@ from heatlens_server.backends.onnx.pixel_goals import PixelGoals
 from heatlens_server.core.arrays import Float32Array, ImageArray
 from heatlens_server.core.methods import Score
 from heatlens_server.core.results import Finding, ImageResult
-from heatlens_server.core.targets import Direction, Similarity, Target, Values, class_targets
+from heatlens_server.core.targets import ClassIds, Direction, Similarity, Target, Values, class_targets
 from heatlens_server.core.tasks import Activation, Task
-from heatlens_server.maps.targets import resolve, seeds
+from heatlens_server.maps.steps import job
+from heatlens_server.maps.targets import class_scores, probabilities, resolve, seeds
 
 Array = npt.NDArray[Any]
 Scores = Mapping[str, Array]
@@ -29,20 +30,19 @@ _SAME = 16 * float(np.finfo(np.float32).eps)
 """How far apart two directions may be that are the same."""
 
 
-class Goals(Protocol):
+class Goals(job.Goals, Protocol):
     """What is explained about N images, up to `width` goals of each."""
-
-    @property
-    def width(self) -> int:
-        """The most goals that an image has."""
-        ...
 
     def seed(self, k: int) -> Scores:
         """By name, the derivative of every image's k-th score by what the network returned, of the same shape."""
         ...
 
-    def result(self, n: int, maps: Float32Array, scales: Float32Array, offsets: Float32Array) -> ImageResult:
-        """Image n's result, of maps (width, h, w), scales and offsets (width,)."""
+    def scores_of(self, n: int, outputs: Scores) -> Float32Array:
+        """The scores (R, K) of image n's goals in what the network returned for R changed versions of that image."""
+        ...
+
+    def probabilities(self, n: int, outputs: Scores) -> Float32Array:
+        """The same as probabilities, in [0, 1]."""
         ...
 
 
@@ -60,14 +60,14 @@ class ClassGoals:
         """
         ((self._name, output),) = outputs.items()
         self._shape = output.shape
-        flat = output.reshape(len(output), -1).astype(np.float32, copy=False)
         self._is_binary = task is Task.BINARY
-        self._logits: Float32Array = np.concatenate([-flat, flat], axis=1) if self._is_binary else flat
+        self._logits = self._logits_of(outputs)
         chosen = class_targets(targets)
         self._counts = [target.count for target in chosen]
         self._ids: npt.NDArray[np.int64] = resolve(self._logits, class_index(chosen))
-        sigmoid = task.traits.activation is Activation.SIGMOID
-        self._seeds: Array = seeds(self._logits, self._ids, score, sigmoid=sigmoid)
+        self._kind = score
+        self._sigmoid = task.traits.activation is Activation.SIGMOID
+        self._seeds: Array = seeds(self._logits, self._ids, score, sigmoid=self._sigmoid)
         self._dtype = output.dtype
 
     @property
@@ -87,16 +87,44 @@ class ClassGoals:
             seed = seed[:, 1:] - seed[:, :1]
         return {self._name: seed.reshape(self._shape).astype(self._dtype, copy=False)}
 
+    def scores_of(self, n: int, outputs: Scores) -> Float32Array:
+        """Scores (R, K) of image n's classes in logits of R rows."""
+        logits = self._logits_of(outputs)
+        ids = np.broadcast_to(self._ids_of(n), (len(logits), self._counts[n]))
+        found: Float32Array = class_scores(logits, ids, self._kind, sigmoid=self._sigmoid)
+        return found
+
+    def probabilities(self, n: int, outputs: Scores) -> Float32Array:
+        """Probabilities (R, K) of image n's classes in logits of R rows."""
+        found: Float32Array = probabilities(self._logits_of(outputs), sigmoid=self._sigmoid)[:, self._ids_of(n)]
+        return found
+
+    def by_name(self, n: int) -> ClassIds:
+        """Image n's classes by id."""
+        return ClassIds(tuple(self._ids_of(n).tolist()))
+
+    def least_probable(self, n: int) -> ClassIds:
+        """The least probable class."""
+        return ClassIds((int(self._logits[n].argmin()),))
+
     def result(self, n: int, maps: Float32Array, scales: Float32Array, offsets: Float32Array) -> ImageResult:
         """Image n's result."""
         count = self._counts[n]
         return ImageResult(
             logits=self._logits[n],
-            class_ids=tuple(self._ids[n, :count].tolist()),
+            class_ids=tuple(self._ids_of(n).tolist()),
             maps=maps[:count],
             scales=scales[:count],
             offsets=offsets[:count],
         )
+
+    def _ids_of(self, n: int) -> npt.NDArray[np.int64]:
+        return self._ids[n, : self._counts[n]]
+
+    def _logits_of(self, outputs: Scores) -> Float32Array:
+        """Logits (R, C) of what the network returned for R images."""
+        flat = _rows(outputs[self._name])
+        return np.concatenate([-flat, flat], axis=1) if self._is_binary else flat
 
 
 class ValueGoals:
@@ -113,7 +141,7 @@ class ValueGoals:
             TypeError: a target is of another task.
         """
         ((self._name, self._output),) = outputs.items()
-        self._values: Float32Array = self._output.reshape(len(self._output), -1).astype(np.float32, copy=False)
+        self._values = _rows(self._output)
         self._targets = [target for target in targets if isinstance(target, Values)]
         if len(self._targets) < len(targets):
             raise TypeError("a model for regression explains values")
@@ -131,6 +159,23 @@ class ValueGoals:
             if k < target.count:
                 row[target.ids[k]] = -1.0 if target.direction is Direction.DECREASE else 1.0
         return {self._name: seed}
+
+    def scores_of(self, n: int, outputs: Scores) -> Float32Array:
+        """Image n's values (R, K), or their negatives, in outputs of R rows."""
+        target = self._targets[n]
+        values = _rows(outputs[self._name])[:, list(target.ids)]
+        return -values if target.direction is Direction.DECREASE else values
+
+    def probabilities(self, n: int, outputs: Scores) -> Float32Array:
+        """The same as `scores_of`: values have no probabilities, and those measures that need none ask for this."""
+        return self.scores_of(n, outputs)
+
+    def by_name(self, n: int) -> Values:
+        """Image n's target, which names its values."""
+        return self._targets[n]
+
+    def least_probable(self, n: int) -> None:
+        """Values have no such thing."""
 
     def result(self, n: int, maps: Float32Array, scales: Float32Array, offsets: Float32Array) -> ImageResult:
         """Image n's values and maps."""
@@ -167,7 +212,7 @@ class SimilarityGoals:
         chosen = [target.reference for target in targets if isinstance(target, Similarity)]
         if len(chosen) < len(targets):
             raise TypeError("an embedding model explains similarities")
-        self._embeddings: Float32Array = self._output.reshape(len(self._output), -1).astype(np.float32, copy=False)
+        self._embeddings = _rows(self._output)
         images = [n for n, reference in enumerate(chosen) if reference.ndim == 3]
         references = [np.asarray(reference, np.float64) for reference in chosen]
         if images:
@@ -192,11 +237,25 @@ class SimilarityGoals:
         scaled = np.where(same, 0.0, gradient) * (0.5 if self._kind is Score.PROBABILITY else 1.0)
         return {self._name: scaled.reshape(self._output.shape).astype(self._output.dtype)}
 
+    def scores_of(self, n: int, outputs: Scores) -> Float32Array:
+        """Scores (R, 1) of embeddings of R rows with image n's reference."""
+        return self.probabilities(n, outputs) if self._kind is Score.PROBABILITY else self._similarities(n, outputs)
+
+    def probabilities(self, n: int, outputs: Scores) -> Float32Array:
+        """(1 + s) / 2, (R, 1), of embeddings of R rows with image n's reference."""
+        return (1.0 + self._similarities(n, outputs)) / 2.0
+
+    def by_name(self, n: int) -> Similarity:
+        """The reference's embedding."""
+        return Similarity(self._references[n].astype(np.float32))
+
+    def least_probable(self, n: int) -> None:
+        """Embeddings have no such thing."""
+
     def result(self, n: int, maps: Float32Array, scales: Float32Array, offsets: Float32Array) -> ImageResult:
         """Image n's embedding, similarity and map."""
-        direction = _directions(self._embeddings[n : n + 1].astype(np.float64))[0]
         # Rounding may leave [-1, 1].
-        logit = float(np.clip(direction @ self._references[n], -1.0, 1.0))
+        logit = float(np.clip(self._similarities(n, {self._name: self._output[n : n + 1]}), -1.0, 1.0)[0, 0])
         return ImageResult(
             logits=np.empty(0, np.float32),
             class_ids=(0,),
@@ -206,6 +265,18 @@ class SimilarityGoals:
             findings=(Finding(0, logit, (1.0 + logit) / 2.0),),
             embedding=self._embeddings[n],
         )
+
+    def _similarities(self, n: int, outputs: Scores) -> Float32Array:
+        """Cosine similarities (R, 1), computed in float64."""
+        directions = _directions(_rows(outputs[self._name]).astype(np.float64))
+        found: Float32Array = (directions @ self._references[n, :, None]).astype(np.float32)
+        return found
+
+
+def _rows(output: Array) -> Float32Array:
+    """An output of R images as (R, C)."""
+    rows: Float32Array = output.reshape(len(output), -1).astype(np.float32, copy=False)
+    return rows
 
 
 def _directions(vectors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, Self
 
-from heatlens_server.backends.onnx.passes import Passes
+from heatlens_server.backends.onnx.passes import Passes, Tail
 from heatlens_server.core.grid import Grid
 from heatlens_server.core.methods import Method
 from heatlens_server.core.preprocess import PreprocessSpec
@@ -112,4 +112,12 @@ class NetworkGraphs(Protocol):
 
     def passes(self, layers: Sequence[str]) -> Passes:
         """The forward pass, and the backward pass by some layers if the network can be differentiated."""
+        ...
+
+    def tail(self, layer: str) -> Tail:
+        """What comes behind a layer."""
+        ...
+
+    def twin(self) -> Self:
+        """The same network with weights that mean nothing, always the same."""
         ...

@@ -1,4 +1,4 @@
-"""A network as two graphs: its forward pass, and the backward pass of its tail. Needs no package but numpy."""
+"""A network as graphs: its forward pass, the backward pass of its tail, its tail alone. Needs no package but numpy."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,3 +32,24 @@ class Passes:
     kept: tuple[str, ...]
     seeds: Mapping[str, str]
     gradients: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tail:
+    """What comes behind a layer: from its activations to the scores, of any number of rows.
+
+    Attributes:
+        graph: takes the layer's activations and `kept`, of as many rows.
+        layer: its input that is the activations.
+        scores: its outputs, those of `Passes`.
+        kept: by name, values that bypass the layer, and the axis of the images in each; inputs too.
+        before: from the image to `kept`; None if that is nothing, or the image alone.
+        image: the input of `before`.
+    """
+
+    graph: PackedGraph
+    layer: str
+    scores: tuple[str, ...]
+    kept: Mapping[str, int]
+    before: PackedGraph | None
+    image: str

@@ -11,9 +11,9 @@ import numpy.typing as npt
 from heatlens_server.core.arrays import BoolArray, Float32Array
 from heatlens_server.core.methods import Score
 from heatlens_server.core.results import Finding, ImageResult
-from heatlens_server.core.targets import Pixels, Target, TopK
+from heatlens_server.core.targets import ClassIds, Pixels, Target, TopK
 from heatlens_server.maps.precision import at_least_float32
-from heatlens_server.maps.targets import probabilities, seeds
+from heatlens_server.maps.targets import class_scores, probabilities, seeds
 
 Array = npt.NDArray[Any]
 
@@ -27,7 +27,7 @@ class _Goal:
 
     Attributes:
         class_id: which one.
-        mask: bool (H, W), its pixels.
+        mask: bool (H, W), its pixels. They stay the same for changed versions of the image.
         area: the part of the image that is predicted as the class.
     """
 
@@ -89,6 +89,23 @@ class PixelGoals:
             seed[n][:, goal.mask] = seeds(pixels, ids, self._kind, sigmoid=self._sigmoid)[:, 0].T
         return {self._name: seed}
 
+    def scores_of(self, n: int, outputs: Mapping[str, Array]) -> Float32Array:
+        """Scores (R, K) of image n's classes, over their pixels, in logits of R rows."""
+        return self._of_rows(n, outputs[self._name], self._kind)
+
+    def probabilities(self, n: int, outputs: Mapping[str, Array]) -> Float32Array:
+        """Probabilities (R, K) of image n's classes, their means over the pixels, in logits of R rows."""
+        counts = np.array([max(1, int(goal.mask.sum())) for goal in self._goals[n]], np.float32)
+        return self._of_rows(n, outputs[self._name], Score.PROBABILITY) / counts
+
+    def by_name(self, n: int) -> Pixels:
+        """Image n's classes by id, each over its pixels."""
+        goals = self._goals[n]
+        return Pixels(ClassIds(tuple(goal.class_id for goal in goals)), np.stack([goal.mask for goal in goals]))
+
+    def least_probable(self, n: int) -> None:
+        """Pixels have no such thing."""
+
     def result(self, n: int, maps: Float32Array, scales: Float32Array, offsets: Float32Array) -> ImageResult:
         """Image n's classes, maps and predicted mask, or one mask per class where classes may overlap."""
         goals = self._goals[n]
@@ -104,6 +121,19 @@ class PixelGoals:
             mask=self._predicted[n].astype(np.uint8) if one_mask else None,
             masks=self._predicted[n, ids].astype(np.uint8) if self._sigmoid else None,
         )
+
+    def _of_rows(self, n: int, output: Array, kind: Score) -> Float32Array:
+        """For each row of logits (R, C, H, W) the sums of a score over the pixels of image n's classes, (R, K)."""
+        found = np.empty((len(output), len(self._goals[n])), np.float32)
+        for k, goal in enumerate(self._goals[n]):
+            for row, logits in zip(found, output, strict=True):
+                if kind is Score.LOGIT:
+                    row[k] = logits[goal.class_id][goal.mask].sum(dtype=np.float32)
+                else:
+                    pixels = logits[:, goal.mask].T
+                    ids = np.full((len(pixels), 1), goal.class_id, np.int64)
+                    row[k] = class_scores(pixels, ids, kind, sigmoid=self._sigmoid).sum()
+        return found
 
     def _finding(self, n: int, goal: _Goal) -> Finding:
         """A class's logit and probability: their means over its pixels, 0 where it has none."""

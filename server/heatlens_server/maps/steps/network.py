@@ -36,5 +36,6 @@ class Network(Protocol):
 
 def results(goals: Goals, maps: NormalizedMap[Array]) -> list[ImageResult]:
     """Take a batch's maps apart: one result per image."""
-    values, scales, offsets = (as_numpy(x).astype(np.float32) for x in (maps.values, maps.scale, maps.offset))
+    parts = (maps.values, maps.scale, maps.offset)
+    values, scales, offsets = (as_numpy(part).astype(np.float32, copy=False) for part in parts)
     return [goals.result(n, values[n], scales[n], offsets[n]) for n in range(len(values))]

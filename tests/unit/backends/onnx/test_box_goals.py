@@ -17,7 +17,7 @@ from heatlens_server.backends.onnx.source.load import load_file
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.engine import MapSpec
-from heatlens_server.core.methods import Method, Score
+from heatlens_server.core.methods import Method, Metric, Score
 from heatlens_server.core.targets import Boxes, Detections, TopK
 from onnx_files import write_onnx
 from task_models import detector, photos
@@ -92,6 +92,42 @@ def test_a_batch_says_what_each_image_says_alone(both):
         (alone,) = both[0].explain(image[None], [target], spec)
         np.testing.assert_allclose(result.maps, alone.maps, atol=1e-5)
         assert result.class_ids == alone.class_ids
+
+
+def in_steps(engine, image, target, spec):
+    steps = engine.steps(image, target, spec, rows=16)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
+
+
+@pytest.mark.parametrize("method", [Method.SCORE_CAM, Method.ABLATION_CAM, Method.SMOOTH_GRAD_CAM_PLUS_PLUS])
+def test_methods_of_many_runs_explain_boxes(both, method):
+    engine, image = both[0], photos(PX, PX)[0]
+    spec = MapSpec(method, engine.info.layers[:1], upsample=False, metrics=(Metric.DELETION, Metric.INSERTION))
+    result = in_steps(engine, image, Detections(0.0, 2), spec)
+    assert result.maps.max() == 1.0
+    # With the whole image inserted, or nothing deleted, it is the probability that is found.
+    probability = max(finding.probability for finding in result.findings)
+    assert all(0 < of_goal[Metric.INSERTION] <= probability for of_goal in result.faithfulness)
+    nothing = in_steps(engine, image, Detections(1.0, 2), spec)
+    assert (nothing.class_ids, nothing.faithfulness, len(nothing.maps)) == ((), (), 0)
+
+
+def test_a_changed_version_is_scored_by_overlap_and_probability():
+    """Of two rows near the box the one whose product is larger; none is near in the second version."""
+    about = Detector(RowScores.PROBABILITY, network.Corners.XY, is_relative=False, most_overlap=1.0)
+    box = (0.0, 0.0, 10.0, 10.0)
+    boxes = np.array([[box, (0, 0, 10, 8), (50, 50, 60, 60)], [(50, 50, 60, 60)] * 3], np.float32)
+    scores = np.array([[[0.3, 0.9], [0.5, 0.2], [0.9, 0.9]], [[0.9, 0.9]] * 3], np.float32)
+    outputs = {"scores": scores, "boxes": boxes}
+    goals = BoxGoals(outputs, [Boxes((box,), (0,))] * 2, detector=about, size_px=(64, 64), score=Score.LOGIT)
+    np.testing.assert_allclose(goals.scores_of(0, outputs), [[0.8 + 0.5], [0.0]], rtol=1e-6)
+    np.testing.assert_allclose(goals.probabilities(0, outputs), [[0.8 * 0.5], [0.0]], rtol=1e-6)
+    assert goals.by_name(1) == Boxes((box,), (0,))
+    assert goals.least_probable(0) is None
 
 
 def of_v8(module, x):

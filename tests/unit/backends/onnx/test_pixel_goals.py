@@ -15,7 +15,7 @@ from heatlens_server.backends.onnx.source.load import load_file
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.engine import MapSpec
-from heatlens_server.core.methods import Method, Score
+from heatlens_server.core.methods import Method, Metric, Score
 from heatlens_server.core.targets import ClassIds, Pixels, TopK
 from heatlens_server.core.tasks import Task
 from onnx_files import write_onnx
@@ -73,6 +73,29 @@ def test_a_file_says_what_torch_says(both, method, score):
     for mine, theirs in zip(*results, strict=True):
         assert_same(mine, theirs)
         assert mine.maps.any()
+
+
+def run(engine, spec, target):
+    steps = engine.steps(photos()[0], target, spec, rows=16)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
+
+
+@pytest.mark.parametrize("score", Score)
+def test_steps_and_measures_say_what_torch_says(both, score):
+    engine, torch_engine = both
+    metrics = (Metric.DELETION, Metric.INSERTION, Metric.AVERAGE_DROP, Metric.SPARSENESS)
+    layers = torch_engine.info.layers[:1]
+    for method in (Method.SCORE_CAM, Method.RECIPRO_CAM, Method.SMOOTH_GRAD_CAM_PLUS_PLUS):
+        spec = MapSpec(method, layers, upsample=True, score=score, metrics=metrics, return_mask=True)
+        mine, theirs = (run(one, spec, Pixels(TopK(2))) for one in (engine, torch_engine))
+        assert_same(mine, theirs)
+        assert mine.maps.any()
+        for one, other in zip(mine.faithfulness, theirs.faithfulness, strict=True):
+            assert one == pytest.approx(other, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["one", "three"])

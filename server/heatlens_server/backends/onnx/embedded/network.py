@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import numpy as np
 from heatlens_server.backends.onnx.graph_bytes import external_initializers, returning
 from heatlens_server.backends.onnx.network import NetworkInfo, NetworkLayer
 from heatlens_server.backends.onnx.packed import Array, PackedGraph
-from heatlens_server.backends.onnx.passes import Passes
+from heatlens_server.backends.onnx.passes import Passes, Tail
+from heatlens_server.backends.onnx.shuffle import shuffled
 from heatlens_server.backends.onnx.torch_weights import read_weights, weights_version
 from heatlens_server.config import EMBEDDED_MODEL, ModelConfig
 from heatlens_server.config.preprocess import lay_over
@@ -32,6 +33,11 @@ _CHANNELS = 3
 def backward_file(count: int) -> str:
     """The file of the backward pass by the first `count` layers."""
     return f"backward-{count}.onnx"
+
+
+def tail_file(count: int) -> str:
+    """The file of what comes behind the last of the first `count` layers. Nothing bypasses any of them."""
+    return f"tail-{count}.onnx"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,6 +79,23 @@ class EmbeddedNetwork:
             seeds={scores: str(self.content["seed"])},
             gradients={name: str(known[name]["gradient"]) for name in layers},
         )
+
+    def tail(self, layer: str) -> Tail:
+        """What comes behind a layer."""
+        names = [one["name"] for one in self.content["layers"]]
+        count = 1 + names.index(layer)
+        return Tail(
+            graph=self._packed((FOLDER / tail_file(count)).read_bytes()),
+            layer=str(self.content["layers"][count - 1]["output"]),
+            scores=(str(self.content["scores"]),),
+            kept={},
+            before=None,
+            image=str(self.content["image"]),
+        )
+
+    def twin(self) -> "EmbeddedNetwork":
+        """The same network with its weights in another order."""
+        return replace(self, weights=shuffled(self.weights))
 
     def _packed(self, graph: bytes) -> PackedGraph:
         return PackedGraph(graph, {name: self.weights[name] for name in external_initializers(graph)})

@@ -3,7 +3,7 @@
 import gc
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +21,15 @@ from heatlens_server.backends.onnx.gradient.find import (
 from heatlens_server.backends.onnx.gradient.tape import Known, Shape
 from heatlens_server.backends.onnx.gradient.values import know
 from heatlens_server.backends.onnx.network import NetworkInfo, NetworkLayer
-from heatlens_server.backends.onnx.passes import Passes
+from heatlens_server.backends.onnx.passes import Passes, Tail
+from heatlens_server.backends.onnx.shuffle import shuffled
 from heatlens_server.backends.onnx.source.batch import free_batch, runs_in_batches
 from heatlens_server.backends.onnx.source.boxes import cut_suppression
 from heatlens_server.backends.onnx.source.layers import choose_layers
 from heatlens_server.backends.onnx.source.metadata import FileSettings, read_settings
 from heatlens_server.backends.onnx.source.outputs import find_outputs
 from heatlens_server.backends.onnx.source.rows import keeps_images_apart
-from heatlens_server.backends.onnx.source.split import split
+from heatlens_server.backends.onnx.source.split import split, tail_of
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import Method
@@ -93,6 +94,34 @@ class LoadedFile:
             [by_name[name] for name in layers],
             looked_at=self.looked_at,
             gradients=Method.GRAD_CAM not in self.info.refusals,
+        )
+
+    def tail(self, layer: str) -> Tail:
+        """What comes behind a layer."""
+        scores = [self.scores.value, *self.looked_at]
+        return tail_of(self.model, self.known, self.image.value, scores, _values(self.model)[layer])
+
+    def twin(self) -> "LoadedFile":
+        """The same network with its weights in another order."""
+        model = self.model.clone()
+        weights = {
+            name: value.const_value.numpy()
+            for name, value in model.graph.initializers.items()
+            # Factors of sizes are no weights.
+            if value.const_value is not None and not any(node.op_type == "Resize" for node, _place in value.uses())
+        }
+        for name, array in shuffled(weights).items():
+            model.graph.initializers[name].const_value = ir.Tensor(array, name=name)
+        values = {**{str(value.name): value for value in model.graph.inputs}, **_values(model)}
+        image = replace(self.image, value=values[str(self.image.value.name)])
+        scores = replace(
+            self.scores, value=values[str(self.scores.value.name)], output=values[str(self.scores.output.name)]
+        )
+        known = know(model, image.value, image.shape(*self.info.preprocess.input_px))
+        layers = tuple(replace(layer, value=values[str(layer.value.name)]) for layer in self.found_layers)
+        looked_at = tuple(values[str(value.name)] for value in self.looked_at)
+        return replace(
+            self, model=model, known=known, image=image, scores=scores, looked_at=looked_at, found_layers=layers
         )
 
 

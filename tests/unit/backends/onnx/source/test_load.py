@@ -15,6 +15,7 @@ from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import CLOSED_FORMS, Method
 from heatlens_server.core.targets import ClassIds, Similarity, TopK, Values
 from heatlens_server.core.tasks import Task
+from heatlens_server.maps.steps.drive import STEPPERS
 from loaded_models import noise
 from onnx_files import write_onnx
 
@@ -158,7 +159,9 @@ class Untaught(nn.Module):
 def test_a_file_without_a_gradient_has_the_methods_that_need_none(tmp_path):
     loaded = load(write_onnx(Untaught(), tmp_path / "m.onnx"))
     engine = NetworkEngine(loaded, device="cpu", threads=1)
-    assert set(engine.info.methods) == {m for m in CLOSED_FORMS if not m.traits.needs_gradient and m is not Method.CAM}
+    assert set(engine.info.methods) == {
+        m for m in (*CLOSED_FORMS, *STEPPERS) if not m.traits.needs_gradient and m is not Method.CAM
+    }
     assert "Det" in engine.info.why_not(Method.GRAD_CAM)
     (result,) = engine.explain(noise(1), [TopK(2)], MapSpec(Method.EIGEN_CAM, engine.info.layers, upsample=True))
     assert result.maps.shape == (2, 64, 64)
