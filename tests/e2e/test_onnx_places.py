@@ -119,7 +119,7 @@ def test_boxes_on_the_source_image(folder, client):
     loaded = load_file(path, ModelConfig(name="yolo", source=f"onnx:{path}"))
     pixels = fit(photo, loaded.info.preprocess).pixels
     assert (pixels[:16] == pixels[0, 0]).all()
-    spec = MapSpec(Method.GRAD_CAM, (loaded.info.layers[0].name,), upsample=True)
+    spec = MapSpec(Method.HI_RES_CAM, (loaded.info.layers[0].name,), upsample=True)
     (expected,) = NetworkEngine(loaded, device="cpu").explain(pixels[None], [Detections(0.0, 32)], spec)
     assert len(result.explanations) == len(expected.findings) > 2
     for mine, theirs in zip(result.explanations, expected.findings, strict=True):
@@ -160,4 +160,6 @@ def test_what_was_assumed_is_told(server, client):
     assert "taken as those of pixels" in " ".join(models["one"].assumptions)
     assert "exclude each other" in " ".join(models["three"].assumptions)
     assert "cam" not in models["one"].methods
+    assert [models[name].default_method for name in ("one", "yolo")] == ["grad-cam", "hi-res-cam"]
+    assert "the score of a box depends on few places" in " ".join(models["yolo"].assumptions)
     assert not server.has_torch()

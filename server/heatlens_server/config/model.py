@@ -229,7 +229,8 @@ class ModelConfig(Section):
     grids: Mapping[str, GridConfig] = {}
     """How to read what some of `layers` return, by name. A layer that is not named: found by running the model."""
     method: Method = Method.GRAD_CAM
-    """The method used when a request names none. Unset: Grad-CAM, or element-wise Grad-CAM for networks of tokens."""
+    """The method used when a request names none. Unset: Grad-CAM, element-wise Grad-CAM for networks of tokens, or
+    HiResCAM for detectors."""
     version: str = Field(default="", max_length=128)
     """What clients see as the model's version. Empty: derived from the weights."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")

@@ -27,24 +27,30 @@ def check_method(engine: Engine, method: Method) -> None:
         raise ModelLoadError(f"method {method} is not supported{why}; this model supports: {', '.join(methods)}")
 
 
-def family_method(config: ModelConfig, grid: Grid) -> Method:
+def family_method(config: ModelConfig, grid: Grid, task: Task | None = None) -> Method:
     """The configured method, or else the one that finds objects best in networks whose default layer has this grid.
 
     On tokens, Grad-CAM peaks on the object less often than chance, as the gradients of the tokens that the class token
     attends to stand beside those of all others in their mean; element-wise Grad-CAM does best. `python -m
-    bench.defaults` measures it; docs/methods.md has the table.
+    bench.defaults` measures it; docs/methods.md has the table. The score of a box depends on few places, and Grad-CAM
+    weights channels by means over all of them: HiResCAM multiplies place by place. docs/tasks.md has the figures.
     """
-    if "method" in config.model_fields_set or grid.layout is not Layout.TOKENS:
+    if "method" in config.model_fields_set:
         return config.method
-    return Method.ELEMENT_WISE_GRAD_CAM
+    if grid.layout is Layout.TOKENS:
+        return Method.ELEMENT_WISE_GRAD_CAM
+    return Method.HI_RES_CAM if task is Task.DETECTION else config.method
 
 
-def about_family(config: ModelConfig, grid: Grid) -> tuple[str, ...]:
+def about_family(config: ModelConfig, grid: Grid, task: Task | None = None) -> tuple[str, ...]:
     """What is to be said about `family_method`."""
-    method = family_method(config, grid)
+    method = family_method(config, grid, task)
     if method is config.method:
         return ()
-    why = f"the network's layers are tokens, on which {config.method} often misses the object"
+    if grid.layout is Layout.TOKENS:
+        why = f"the network's layers are tokens, on which {config.method} often misses the object"
+    else:
+        why = f"the score of a box depends on few places of the layer, over which {config.method} takes means"
     return (f"The default method is {method}, as {why}; method overrides that.",)
 
 
@@ -56,7 +62,7 @@ def default_method(config: ModelConfig, info: Capabilities, grid: Grid) -> tuple
     """
     why = info.refusals.get(config.method)
     if why is None or "method" in config.model_fields_set:
-        return family_method(config, grid), about_family(config, grid)
+        return family_method(config, grid, info.task), about_family(config, grid, info.task)
     method = next(method for method in (Method.CAM, Method.EIGEN_CAM) if method in info.methods)
     return method, (f"The default method is {method} in place of {config.method}, as {why}; method overrides that.",)
 
