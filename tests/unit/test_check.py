@@ -30,7 +30,9 @@ def test_the_size_of_a_models_input(monkeypatch, size_px, said):
     result = ImageResult(one, (0,), np.ones((1, 2, 2), np.float32), one, one)
     closed = []
     engine = SimpleNamespace(info=info, explain=lambda *_: [result], close=lambda: closed.append(True))
-    model = SimpleNamespace(engine=engine, assumptions=("one output: taken as binary",), preprocess=PREPROCESS)
+    model = SimpleNamespace(
+        engine=engine, assumptions=("one output: taken as binary",), preprocess=PREPROCESS, layer_choices=()
+    )
     monkeypatch.setattr(check, "build", lambda *_args, **_kwargs: model)
     lines: list[str] = []
     assert check.check_model(ModelConfig(name="m", source="torchvision:resnet18"), lines.append, cache_dir=None)
