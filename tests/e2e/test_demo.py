@@ -54,7 +54,9 @@ def test_demo_says_how_long_it_took(demo):
     whole, *parts = map(float, said)
     assert whole == pytest.approx(sum(parts), abs=0.2)
     assert parts[0] == pytest.approx(INSTALLED_S, abs=1)
-    assert min(parts[1:]) > 0
+    assert parts[1] > 0
+    # An explanation may take less than the tenth of a second that is told.
+    assert parts[2] >= 0
 
 
 def test_demo_leaves_no_server_behind(demo):

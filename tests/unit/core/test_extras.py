@@ -27,6 +27,8 @@ def packages_of(extra: str) -> set[str]:
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
+    # Another test may have imported it.
+    monkeypatch.delitem(sys.modules, "timm.data", raising=False)
     assert not is_installed("timm")
     with (
         pytest.raises(ModelLoadError, match=r"needs timm, which is not installed: pip install 'heatlens\[torch\]'"),

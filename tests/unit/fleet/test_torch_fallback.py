@@ -16,7 +16,7 @@ from heatlens_server.core.targets import ClassIds
 from heatlens_server.core.tasks import Task
 from heatlens_server.fleet import fallback_engine
 from heatlens_server.fleet.build import BuiltModel, build
-from heatlens_server.fleet.export import Export, make_export
+from heatlens_server.fleet.export import make_export
 from loaded_models import noise
 
 PREPROCESS = {
@@ -149,7 +149,9 @@ def test_a_multi_label_model_is_one_in_both_engines(make):
     folder, manifest = make().primary._folder, make().primary._manifest
     manifest = dataclasses.replace(manifest, task=Task.MULTI_LABEL)
     primary = OnnxRuntimeEngine(folder, manifest, device="cpu")
-    engine = fallback_engine.with_torch_fallback(config(task=manifest.task), primary, Export(folder, manifest))
+    engine = fallback_engine.with_torch_fallback(
+        config(task=manifest.task), primary, methods=tuple(CLOSED_FORMS), version=manifest.weights_version
+    )
     assert engine.info.task is Task.MULTI_LABEL
     spec = dataclasses.replace(PLAIN, score=Score.PROBABILITY)
     engine.load_for(spec)
