@@ -154,6 +154,7 @@ def _first_layers_input(model: ir.Model, image: ir.Value) -> ir.Value | None:
         read = [value for value in node.inputs if value in prepared]
         if read and node.op_type not in PREPARING:
             return read[0]
-        if read:
+        # What is computed of the image's size, such as that of a padding, holds no pixels.
+        if read and node.op_type != "Shape":
             prepared.update(node.outputs)
     return None

@@ -209,3 +209,27 @@ class FullyConvolutional(nn.Module):
 def test_a_map_of_class_scores_is_no_layer(tmp_path):
     loaded = load(write_onnx(FullyConvolutional(), tmp_path / "m.onnx"))
     assert loaded.info.layers[0].channels == 16
+
+
+def test_what_is_computed_of_the_images_size_is_no_layer(tmp_path):
+    """As the padding of timm's tf_ networks."""
+    path = write_onnx(tiny_models.tiny(), tmp_path / "m.onnx")
+    model = onnx.load(path)
+    graph = model.graph
+    rounded = [
+        onnx.helper.make_node("Shape", ["image"], ["size"], start=2, end=3),
+        onnx.helper.make_node("Squeeze", ["size"], ["height"]),
+        onnx.helper.make_node("Cast", ["height"], ["size_float"], to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("Ceil", ["size_float"], ["size_up"]),
+        onnx.helper.make_node("Div", ["size_up", "size_float"], ["one"]),
+        onnx.helper.make_node("Mul", ["image", "one"], ["image_once"]),
+    ]
+    for node in graph.node:
+        node.input[:] = ["image_once" if name == "image" else name for name in node.input]
+    nodes = [*rounded, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    onnx.save(model, path)
+    loaded = load(path)
+    assert loaded.info.preprocess.mean == (0.5,) * 3
+    assert loaded.info.layers[0].channels == 16
