@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
-from cli_process import start_cli
+from cli_process import next_line, start_cli
 from server_process import wait_settled
 from server_toml import model_toml, server_toml
 from video_files import lines_of, one_line, picture, read_film, statuses, write_clip
@@ -96,7 +96,7 @@ def test_a_stream_that_breaks_leaves_a_film(start, launch, long_clip, tmp_path):
     wait_settled(server.address)
     film = tmp_path / "film.mp4"
     process = start(long_clip, "-o", film, "--json", "-", "--server", server.address)
-    first = [process.stdout.readline() for _ in range(5)]
+    first = [next_line(process) for _ in range(5)]
     server.process.kill()
     server.process.wait()
     stdout, stderr = process.communicate(timeout=QUICKLY_S)
@@ -114,7 +114,7 @@ def test_a_stream_that_breaks_leaves_a_film(start, launch, long_clip, tmp_path):
 def test_a_signal_leaves_a_film(start, server, long_clip, tmp_path, number, exit_code):
     film = tmp_path / "film.mp4"
     process = start(long_clip, "-o", film, "--json", "-", "--server", server.address)
-    first = [process.stdout.readline() for _ in range(5)]
+    first = [next_line(process) for _ in range(5)]
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=QUICKLY_S)
     answers = lines_of("".join(first) + stdout)
@@ -128,7 +128,7 @@ def test_an_ignored_interrupt_changes_nothing(start, server, clip, tmp_path):
     """As under `nohup`, or in the background of a script."""
     film = tmp_path / "film.mp4"
     process = start(clip, "-o", film, "--json", "-", "--server", server.address, ignore_interrupts=True)
-    first = [process.stdout.readline() for _ in range(5)]
+    first = [next_line(process) for _ in range(5)]
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=QUICKLY_S)
     assert process.returncode == 0, stderr
@@ -191,7 +191,7 @@ def test_an_interrupt_of_a_live_source(start, server, camera, tmp_path):
     film = tmp_path / "film.mp4"
     process = start(camera, "-o", film, "--json", "-", "--server", server.address)
     for _ in range(3):
-        process.stdout.readline()
+        next_line(process)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=QUICKLY_S)
     assert process.returncode == 130, stderr
@@ -217,7 +217,7 @@ def test_an_interrupt_does_not_wait_for_a_url_that_hangs(start, tmp_path):
 
 def test_a_reader_of_stdout_that_leaves_is_no_error_message(start, server, long_clip):
     process = start(long_clip, "--json", "-", "--server", server.address)
-    process.stdout.readline()
+    next_line(process)
     process.stdout.close()
     stderr = process.stderr.read()
     assert process.wait(QUICKLY_S) == 1

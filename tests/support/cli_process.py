@@ -22,3 +22,12 @@ def start_cli(*arguments: object, ignore_interrupts: bool = False) -> "subproces
     program = _PROGRAM.format(handler="SIG_IGN" if ignore_interrupts else "default_int_handler")
     command = [sys.executable, "-c", program, *(str(argument) for argument in arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def next_line(process: "subprocess.Popen[str]") -> str:
+    """Read a line of stdout and nothing after it: `communicate` passes over what `readline` has read ahead."""
+    assert process.stdout is not None
+    line = b""
+    while not line.endswith(b"\n") and (byte := os.read(process.stdout.fileno(), 1)):
+        line += byte
+    return line.decode()
