@@ -22,6 +22,9 @@ _LAST_CANDIDATES = 12
 _LEAST_SHARE = 0.5
 """The share of a map's places on which scores must depend."""
 
+_MOST_IMAGES = 32
+"""How many noise images are tried: of one, a maximum over all places takes as many places as there are channels."""
+
 _MOST_LAYERS = 5
 
 _QUANTISERS = frozenset({"ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QuantizeLinear"})
@@ -268,16 +271,25 @@ def _shares(
         copy.graph.register_initializer(value)
     gradients = [backward.gradients[value] for value in targets]
     copy.graph.outputs[:] = [value for value in gradients if value is not None]
-    rng = np.random.default_rng(0)
-    feeds = {
-        str(image.value.name): noise_for(image.value, (1, *image.shape(height_px, width_px))),
-        str(seed.name): rng.normal(size=(1, *shape[1:])).astype(kind.numpy()),
-    }
-    found = iter(open_graph(copy).run(None, feeds) if copy.graph.outputs else ())
-    return [
-        0.0 if gradient is None else _share(next(found)[0], layer)
-        for layer, gradient in zip(layers, gradients, strict=True)
-    ]
+    if not copy.graph.outputs:
+        return [0.0] * len(layers)
+    with_gradient = [layer for layer, gradient in zip(layers, gradients, strict=True) if gradient is not None]
+    session = open_graph(copy)
+    read: list[Array] = []
+    shares: list[float] = []
+    for number in range(_MOST_IMAGES):
+        feeds = {
+            str(image.value.name): noise_for(image.value, (1, *image.shape(height_px, width_px)), number),
+            str(seed.name): np.random.default_rng(number).normal(size=(1, *shape[1:])).astype(kind.numpy()),
+        }
+        here = [_read(found[0], layer) for found, layer in zip(session.run(None, feeds), with_gradient, strict=True)]
+        read = [one | before for one, before in zip(here, read, strict=True)] if read else here
+        before, shares = shares, [float(places.mean()) for places in read]
+        grows = (share > (before[at] if before else 0) for at, share in enumerate(shares) if share <= _LEAST_SHARE)
+        if not any(grows):
+            break
+    by_layer = iter(shares)
+    return [0.0 if gradient is None else next(by_layer) for gradient in gradients]
 
 
 def _before_head(scores: ir.Value) -> ir.Value:
@@ -293,13 +305,11 @@ def _before_head(scores: ir.Value) -> ir.Value:
     return scores
 
 
-def _share(gradient: Array, layer: FoundLayer) -> float:
-    """The share of a map's places where its gradient, of one image, is not zero."""
+def _read(gradient: Array, layer: FoundLayer) -> Array:
+    """Where a map's gradient, of one image, is not zero."""
     if layer.grid.layout is Layout.TOKENS:
-        places = np.abs(gradient[layer.grid.prefix :]).sum(1)
-    else:
-        places = np.abs(gradient).sum(-1 if layer.grid.layout is Layout.CHANNELS_LAST else 0)
-    return float((places > 0).mean())
+        return np.abs(gradient[layer.grid.prefix :]).sum(1) > 0
+    return np.abs(gradient).sum(-1 if layer.grid.layout is Layout.CHANNELS_LAST else 0) > 0
 
 
 def _copied(model: ir.Model) -> tuple[ir.Model, dict[str | None, ir.Value]]:

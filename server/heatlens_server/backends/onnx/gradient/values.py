@@ -184,9 +184,9 @@ def _probe(model: ir.Model, image: ir.Value, shape: Sequence[int], asked: Abstra
             facts.elements[values[name]] = np.asarray(array)
 
 
-def noise_for(image: ir.Value, shape: Sequence[int]) -> Array:
+def noise_for(image: ir.Value, shape: Sequence[int], seed: int = 0) -> Array:
     """Noise for an input, in [0, 1] or, for one of bytes, in 0 to 255."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     if image.dtype is ir.DataType.UINT8:
         return rng.integers(0, 256, shape, dtype=np.uint8)
     noise: Array = rng.random(shape).astype(_dtype(image).numpy())

@@ -16,6 +16,7 @@ from heatlens_server.backends.onnx.gradient.find import (
     with_stages,
 )
 from heatlens_server.backends.onnx.gradient.tape import Known, NotDifferentiable
+from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.grid import Layout
 from heatlens_server.core.tasks import Task
 
@@ -54,7 +55,9 @@ class ChosenLayers:
         return f"Maps explain {default.value.name!r} ({size}), {self.why}; layers overrides that."
 
 
-def choose_layers(model: ir.Model, known: Known, image: ImageInput, scores: Scores, task: Task) -> ChosenLayers:
+def choose_layers(
+    model: ir.Model, known: Known, image: ImageInput, scores: Scores, task: Task, *, are_named: bool = False
+) -> ChosenLayers:
     """Choose what is explained.
 
     Of segmentation the last tensor of the lowest resolution, where the bottleneck is (Vinogradova et al. 2020,
@@ -68,6 +71,7 @@ def choose_layers(model: ir.Model, known: Known, image: ImageInput, scores: Scor
         image: its input.
         scores: what is explained.
         task: what the network does.
+        are_named: whether others than these are explained: what is found is listed, and need not be there.
 
     Raises:
         ModelLoadError: no value lies on the image like a map.
@@ -93,6 +97,10 @@ def choose_layers(model: ir.Model, known: Known, image: ImageInput, scores: Scor
         return ChosenLayers(candidates, with_stages(default, fit), why)
     except NotDifferentiable as error:
         return ChosenLayers(candidates, candidates[-1:], "the last tensor that lies on the image", str(error))
+    except ModelLoadError:
+        if not are_named:
+            raise
+        return ChosenLayers(candidates, (), "")
 
 
 def _before_scores(candidates: Sequence[FoundLayer], scores: Scores) -> tuple[FoundLayer, ...]:

@@ -153,7 +153,7 @@ def load_file(path: Path, config: ModelConfig) -> LoadedFile:
         _check_size(settings, task)
     if takes_batches and not keeps_images_apart(model, known):
         takes_batches = runs_in_batches(model, image.value, shape, [scores.value, *looked_at])
-    chosen = choose_layers(model, known, image, scores, task)
+    chosen = choose_layers(model, known, image, scores, task, are_named=bool(config.layers))
     gc.collect()
     refusals = {method: chosen.why_not for method in Method if method.traits.needs_gradient} if chosen.why_not else {}
     layers = tuple(_named_layer(model, known, image, name, config) for name in config.layers) or chosen.layers

@@ -61,6 +61,21 @@ def test_a_head_without_training_hides_nothing(tmp_path):
     assert (scores.activation, names(layers)) == ("", ["d", "b"])
 
 
+def test_a_maximum_over_all_places_reads_them_all(tmp_path):
+    """Of one image no more places than there are channels: 16 of 64."""
+    text = """net (float[N, 3, 64, 64] x) => (float[N, 5] y) {
+        a = Conv <strides: ints = [4, 4]> (x, w1)
+        b = Relu(a)
+        c = Conv <strides: ints = [2, 2]> (b, w2)
+        d = Relu(c)
+        p = GlobalMaxPool(d)
+        f = Flatten(p)
+        y = MatMul(f, w3)
+    }"""
+    weights = {"w1": (8, 3, 4, 4), "w2": (16, 8, 2, 2), "w3": (16, 5)}
+    assert names(found_in(tmp_path, text, (64, 64), **weights)[2]) == ["d", "b"]
+
+
 def test_channels_last_of_gray_images_of_any_size(tmp_path):
     text = f"""net (float[N, H, W, 1] image) => (float[N, 5] y) {{
         x = Transpose <perm: ints = [0, 3, 1, 2]> (image) {CONVOLUTIONS} z = MatMul(f, w3) y = Sigmoid(z) }}"""

@@ -127,6 +127,21 @@ def test_any_tensor_that_lies_on_the_image_can_be_a_layer(tiny):
         load(tiny, layers=(flat,))
 
 
+def test_a_layer_that_scores_read_at_one_place_is_explained_where_it_is_named(tmp_path):
+    """By default it is not: its map would be that place, whatever the image shows."""
+
+    class AtOnePlace(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x)[:, :, 3, 3]
+
+    network = AtOnePlace(nn.Conv2d(3, 8, 4, stride=4), nn.ReLU(), nn.Conv2d(8, 6, 1))
+    path = write_onnx(network, tmp_path / "place.onnx")
+    with pytest.raises(ModelLoadError, match="the scores depend on no tensor of the file that lies on the image"):
+        load(path)
+    name = next(node.output[0] for node in onnx.load(path).graph.node if node.op_type == "Relu")
+    assert [layer.name for layer in load(path, layers=(name,)).info.layers] == [name]
+
+
 def test_a_size_that_the_file_leaves_open_is_assumed_or_given(tmp_path):
     path = write_onnx(tiny_models.tiny(), tmp_path / "any.onnx")
     model = onnx.load(path)
