@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import numpy as np
 import onnxruntime
 import pytest
 import skimage.data
+import torch
 
 from heatlens import Client
+from heatlens_server.backends.torch.sources.load import load_model
+from heatlens_server.config import ModelConfig
 from server_process import start_server_process, wait_settled
 from server_toml import server_toml
 
@@ -29,6 +33,19 @@ channel_order = "bgr"
 scale = 255
 mean = [104, 117, 123]
 std = [1]
+"""
+LITE0 = """
+[models.preprocess]
+resize_px = 256
+crop_px = 224
+mean = [0.5, 0.5, 0.5]
+std = [0.5, 0.5, 0.5]
+interpolation = "bicubic"
+"""
+DEFAULT_MODEL = """
+[[models]]
+name = "embedded"
+source = "embedded:efficientnet_lite0"
 """
 # As the package does it.
 ORIENTATION = """
@@ -97,6 +114,27 @@ def test_two_exporters_of_one_network_agree(client, photo):
         assert mine.probability == pytest.approx(theirs.probability, abs=1e-3)
         np.testing.assert_allclose(mine.heatmap.values, theirs.heatmap.values, atol=0.02)
     assert not one.explanations[0].heatmap.is_flat
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_what_either_exporter_of_torch_writes_is_explained_as_the_network(tmp_path, launch, chelsea, dynamo):
+    path = tmp_path / "lite0.onnx"
+    network = load_model(ModelConfig(name="m", source="embedded:efficientnet_lite0")).module
+    axes = {"dynamic_shapes": ({0: "n"},)} if dynamo else {"dynamic_axes": {"x": {0: "n"}}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(network, (torch.zeros(2, 3, 224, 224),), path, input_names=["x"], dynamo=dynamo, **axes)
+    server = launch(server_toml("[[models]]", 'name = "by_torch"', f'source = "onnx:{path}"', LITE0, DEFAULT_MODEL))
+    wait_settled(server.address)
+    with Client(server.address) as client:
+        told = " ".join(next(model for model in client.models() if model.name == "by_torch").assumptions)
+        assert "(1280 x 7 x 7)" in told
+        found, expected = (client.explain(chelsea, model=name, top_k=3) for name in ("by_torch", "embedded"))
+    for mine, theirs in zip(found.explanations, expected.explanations, strict=True):
+        assert (mine.class_id, mine.probability) == (theirs.class_id, pytest.approx(theirs.probability, abs=1e-5))
+        np.testing.assert_allclose(mine.heatmap.values, theirs.heatmap.values, atol=1e-4)
+    assert found.explanations[0].class_id in (281, 282, 285), "a cat"
+    assert not server.has_torch()
 
 
 @pytest.mark.parametrize("turns", range(4))
