@@ -10,7 +10,7 @@ PROTO_BIN := $(PROTO_VENV)/bin
 PROTOS := $(sort $(wildcard proto/heatlens/v1/*.proto))
 STUBS := client/heatlens/v1
 
-.PHONY: help setup demo demo-video gallery test lint format type proto proto-check embedded embedded-check sync-client bench bench-gpu coverage-export clean
+.PHONY: help setup demo demo-video gallery test attack lint format type proto proto-check embedded embedded-check sync-client bench bench-gpu coverage-export clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ gallery: setup ## Draw one photo explained by every method: out/gallery/methods.
 
 test: setup $(LIGHT_VENV)/.ready ## Run the tests
 	$(BIN)/python tests/run.py
+
+attack: setup ## Attack real servers in full (tests/attack): some minutes
+	ATTACK_FULL=1 $(BIN)/python -m pytest tests/attack
 
 lint: setup $(PROTO_VENV)/.ready ## Check style: ruff, hadolint, and buf on the protos
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ from heatlens_server.config import Config, ModelConfig
 from heatlens_server.core.engine import SteppingEngine
 from heatlens_server.core.errors import ServerDraining
 from heatlens_server.core.events import Observer, Observers
+from heatlens_server.file_descriptors import connections_within_limit
 from heatlens_server.fleet.build import BuiltModel, build
 from heatlens_server.fleet.fleet import Fleet, batch_size_of
 from heatlens_server.scheduling.model_queue import ModelQueue
@@ -72,7 +73,8 @@ class Server:
         self._loading: list[asyncio.Task[None]] = []
         token = config.server.read_token()
         self._gate = CallGate(self._observer, token=None if token is None else token.get_secret_value())
-        self._grpc = make_server(config.server, self._gate)
+        max_connections = connections_within_limit(config.server.max_connections)
+        self._grpc = make_server(config.server, self._gate, max_connections=max_connections)
         explain_pb2_grpc.add_ExplainServiceServicer_to_server(
             ExplainServicer(Explainer(self.fleet, limits, self._observer), self.streams), self._grpc
         )

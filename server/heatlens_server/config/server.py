@@ -52,6 +52,12 @@ class ServerConfig(Section):
     """Most streams open at a time; more are refused."""
     max_in_flight: int = Field(default=64, ge=1, le=10_000)
     """Largest window of a stream: frames read and not yet answered."""
+    max_connections: int = Field(default=1024, ge=1, le=1_000_000)
+    """Most connections held at a time; further ones are closed as they come. Fewer where the limit of open files is."""
+    max_calls_per_connection: int = Field(default=256, ge=1, le=1_000_000)
+    """Most calls open at a time on one connection; clients keep further ones back until one has ended."""
+    idle_timeout_s: float = Field(default=300.0, ge=1, le=86_400)
+    """A connection that has had no call for so long is closed, in seconds; clients connect anew by themselves."""
     decode_threads: int = Field(default=0, ge=0, le=1024)
     """Threads that decode and resize images. 0: one per core."""
     token: SecretStr | None = Field(default=None, min_length=1)

@@ -39,11 +39,19 @@ _KEEPALIVE_OPTIONS = (
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
+    # A peer that connects and says nothing, of TLS or of HTTP/2, is gone after this time.
+    ("grpc.server_handshake_timeout_ms", 20_000),
 )
 
 
-def make_server(config: ServerConfig, gate: CallGate) -> grpc.aio.Server:
-    """Make a server with limits, keepalive and the call interceptor, without services and without a port."""
+def make_server(config: ServerConfig, gate: CallGate, *, max_connections: int) -> grpc.aio.Server:
+    """Make a server with limits, keepalive and the call interceptor, without services and without a port.
+
+    Args:
+        config: its limits.
+        gate: lets calls in.
+        max_connections: most connections at a time: those of the configuration, or as many as there are files for.
+    """
     return grpc.aio.server(
         interceptors=[CallInterceptor(gate)],
         options=[
@@ -51,6 +59,10 @@ def make_server(config: ServerConfig, gate: CallGate) -> grpc.aio.Server:
             ("grpc.max_send_message_length", config.max_message_bytes),
             # With the default of 1, a second server on the same port would start and take half of the connections.
             ("grpc.so_reuseport", 0),
+            ("grpc.max_allowed_incoming_connections", max_connections),
+            # What a peer opens beyond it, whatever it was told, is reset without a handler.
+            ("grpc.max_concurrent_streams", config.max_calls_per_connection),
+            ("grpc.max_connection_idle_ms", round(config.idle_timeout_s * 1000)),
             *_KEEPALIVE_OPTIONS,
         ],
     )
