@@ -308,8 +308,10 @@ def _before_head(scores: ir.Value) -> ir.Value:
 def _read(gradient: Array, layer: FoundLayer) -> Array:
     """Where a map's gradient, of one image, is not zero."""
     if layer.grid.layout is Layout.TOKENS:
-        return np.abs(gradient[layer.grid.prefix :]).sum(1) > 0
-    return np.abs(gradient).sum(-1 if layer.grid.layout is Layout.CHANNELS_LAST else 0) > 0
+        size: Array = np.abs(gradient[layer.grid.prefix :]).sum(1)
+    else:
+        size = np.abs(gradient).sum(-1 if layer.grid.layout is Layout.CHANNELS_LAST else 0)
+    return np.greater(size, 0.0)
 
 
 def _copied(model: ir.Model) -> tuple[ir.Model, dict[str | None, ir.Value]]:
