@@ -22,7 +22,7 @@ from heatlens_server.backends.torch.sources.backbone_layers import discover_for_
 from heatlens_server.backends.torch.sources.layers import discover
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.backends.torch.sources.output_reading import OutputReading
-from heatlens_server.backends.torch.sources.torchvision_models import DETECTION_PREPROCESS
+from heatlens_server.backends.torch.sources.source import DETECTION_PREPROCESS
 from heatlens_server.config import IMAGENET_PREPROCESS
 from heatlens_server.core.arrays import Float32Array
 from heatlens_server.core.methods import Method

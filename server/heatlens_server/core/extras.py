@@ -2,11 +2,19 @@
 
 import contextlib
 import importlib.util
+import threading
 from collections.abc import Iterator
 
 from heatlens_server.core.errors import ModelLoadError
 
 _OWN = frozenset({"heatlens", "heatlens_server"})
+
+importing = threading.RLock()
+"""To be held while torch, or what builds on it, is imported.
+
+Models are loaded side by side, and a model's torch engine when a request first needs it. Where two threads import
+packages whose modules import each other, as torchvision's do, Python may show one of them half a module.
+"""
 
 
 def is_installed(package: str) -> bool:

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from heatlens_server.backends.onnx.export_cache import ExportCache
 from heatlens_server.backends.onnx.manifest import Manifest
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.errors import ExportError
-from heatlens_server.core.extras import brought_by
+from heatlens_server.core.extras import brought_by, importing
 from heatlens_server.core.graph_spec import Format
 from heatlens_server.core.labels import read_labels
 from heatlens_server.core.methods import CLOSED_FORMS
@@ -28,20 +27,15 @@ _log = logging.getLogger(__name__)
 Report = Callable[[str], None]
 """Takes one line about the phase that begins."""
 
-_importing = threading.RLock()
-
 
 @contextlib.contextmanager
 def importing_torch() -> Iterator[None]:
     """To be put around every import, in the code of a function, of something that imports torch.
 
-    Models are loaded side by side, and a model's torch engine when a request first needs it. Where two threads import
-    packages whose modules import each other, as torchvision's do, Python may show one of them half a module.
-
     Raises:
         ModelLoadError: torch, or what comes with it, is not installed.
     """
-    with _importing, brought_by("torch"):
+    with importing, brought_by("torch"):
         yield
 
 

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import box_iou
 
 from heatlens_server.backends.torch.cam.saliency import Part
 from heatlens_server.backends.torch.goals.base import Goals, RunImages, TaskModel
@@ -152,11 +150,18 @@ def _overlaps(goals: _Goals, found: Found) -> tuple[Tensor, Tensor]:
     boxes, labels = found["boxes"].detach(), found["labels"]
     if not len(boxes):
         return boxes.new_zeros(len(goals.labels)), labels.new_zeros(len(goals.labels))
-    # Boxes without an area overlap nothing: 0 / 0.
-    overlaps = box_iou(goals.boxes.float(), boxes.float()).nan_to_num()
+    overlaps = _intersections_over_unions(goals.boxes.float(), boxes.float())
     overlaps = overlaps.where(labels == goals.labels[:, None], 0.0)
     largest, places = overlaps.max(dim=1)
     return largest.where(largest > _LEAST_OVERLAP, 0.0), places
+
+
+def _intersections_over_unions(one: Tensor, other: Tensor) -> Tensor:
+    """(K, B) for boxes (K, 4) and (B, 4), as `torchvision.ops.box_iou`; boxes without an area overlap nothing: 0."""
+    one_px2, other_px2 = ((boxes[:, 2:] - boxes[:, :2]).prod(dim=1) for boxes in (one, other))
+    first, last = torch.maximum(one[:, None, :2], other[:, :2]), torch.minimum(one[:, None, 2:], other[:, 2:])
+    common_px2 = (last - first).clamp(min=0).prod(dim=2)
+    return (common_px2 / (one_px2[:, None] + other_px2 - common_px2)).nan_to_num()
 
 
 def _match(goals: _Goals, found: Found) -> tuple[Tensor, Tensor]:
@@ -180,7 +185,12 @@ def _box(values: Sequence[float]) -> tuple[float, float, float, float]:
     return left, top, right, bottom
 
 
-def _part_of_transform(transform: GeneralizedRCNNTransform, size_px: tuple[int, int]) -> Part:
+def _is_torchvisions(transform: object) -> bool:
+    """Whether it is a GeneralizedRCNNTransform, told without torchvision, which takes seconds to import."""
+    return any(kind.__module__ == "torchvision.models.detection.transform" for kind in type(transform).__mro__)
+
+
+def _part_of_transform(transform: Any, size_px: tuple[int, int]) -> Part:  # noqa: ANN401 - see `_is_torchvisions`
     if transform.fixed_size is not None:
         resized = transform.fixed_size[::-1]
     else:
@@ -209,7 +219,7 @@ class Detection(TaskModel):
         Known for torchvision's transform, found by running other networks, once for each size of images.
         """
         transform = getattr(module, "transform", None)
-        if isinstance(transform, GeneralizedRCNNTransform):
+        if _is_torchvisions(transform):
             return _part_of_transform(transform, (shape[1], shape[2]))
         if shape not in self._parts:
             if len(self._parts) >= _MOST_PARTS:

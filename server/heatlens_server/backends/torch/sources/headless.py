@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from timm.models import get_pretrained_cfg, list_pretrained
 from torch import nn
+
+from heatlens_server.core.tasks import Task
 
 _LIBRARIES = ("timm.", "torchvision.")
 
@@ -26,6 +27,17 @@ def features_of(module: nn.Module) -> str:
     return "CLIP's projection of its features" if has_projection(module) else ""
 
 
+def task_of(module: nn.Module, task: Task | None) -> tuple[Task, tuple[str, ...]]:
+    """The configured task, or what a network of one score per class is for; and what was assumed."""
+    if task is not None:
+        return task, ()
+    features = features_of(module)
+    if not features:
+        return Task.CLASSIFICATION, ()
+    assumption = f'The network returns {features}: it is taken as task = "embedding"; set task if it is another.'
+    return Task.EMBEDDING, (assumption,)
+
+
 def has_projection(module: nn.Module) -> bool:
     """Whether the last layer of a network of timm's makes the embedding that CLIP compares with a text's."""
     configuration: dict[str, Any] = getattr(module, "pretrained_cfg", None) or {}
@@ -42,6 +54,8 @@ def has_projection(module: nn.Module) -> bool:
 
 def projection_width(architecture: str) -> int | None:
     """The number of elements that weights of an architecture of timm's project to; None if none of them do."""
+    from timm.models import get_pretrained_cfg, list_pretrained  # noqa: PLC0415 - takes seconds
+
     for name in list_pretrained(f"{architecture}.*"):
         configuration = get_pretrained_cfg(name)
         if configuration is not None and _is_projection(configuration.num_classes):

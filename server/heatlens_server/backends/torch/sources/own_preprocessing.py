@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from timm.data.config import resolve_data_config
 from torch import nn
 
 from heatlens_server.backends.onnx.source.hub import timm_resize
@@ -68,6 +67,8 @@ def timm_preprocess(module: nn.Module, configuration: Mapping[str, Any]) -> Prep
         module: the network. A vision transformer of another size than its configuration's tells so.
         configuration: its `pretrained_cfg`.
     """
+    from timm.data.config import resolve_data_config  # noqa: PLC0415 - takes seconds
+
     data: dict[str, Any] = resolve_data_config(pretrained_cfg=configuration)  # type: ignore[no-untyped-call]
     channels, height_px, width_px = data["input_size"]
     if data["crop_mode"] == "border" or height_px != width_px or channels != _RGB_CHANNELS:

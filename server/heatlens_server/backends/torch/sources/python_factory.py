@@ -14,6 +14,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule
 
 from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.core.extras import importing
 
 
 def call_factory(name: str, folder: Path | None) -> nn.Module:
@@ -33,7 +34,8 @@ def call_factory(name: str, folder: Path | None) -> nn.Module:
         _check_loaded(module_name.partition(".")[0], folder)
         # The import and the factory are the operator's code and may raise anything; the text may hold paths.
         try:
-            factory = getattr(importlib.import_module(module_name), factory_name)
+            with importing:
+                factory = getattr(importlib.import_module(module_name), factory_name)
         except Exception as error:
             raise ModelLoadError(
                 f"source: {name!r} cannot be imported ({type(error).__name__}); modules are looked for beside the "

@@ -9,8 +9,21 @@ from torch import nn
 
 from heatlens_server.config import WEIGHT_FILE_SUFFIXES
 from heatlens_server.core.errors import ModelLoadError
-from heatlens_server.core.preprocess import PreprocessSpec
+from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
 from heatlens_server.core.tasks import Task
+
+MAX_SIDE_PX = 1333
+"""The longest side of inputs of any size, unless configured: what torchvision's detectors shrink images to."""
+
+# Detectors normalise and resize images themselves.
+DETECTION_PREPROCESS = PreprocessSpec(
+    resize_px=None,
+    crop_px=None,
+    mean=(0.0, 0.0, 0.0),
+    std=(1.0, 1.0, 1.0),
+    interpolation=Interpolation.BILINEAR,
+    max_side_px=MAX_SIDE_PX,
+)
 
 
 @dataclass(frozen=True, slots=True)

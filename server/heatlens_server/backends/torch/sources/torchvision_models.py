@@ -10,6 +10,8 @@ from torch import nn
 
 from heatlens_server.backends.torch.sources.checkpoints import Checkpoint
 from heatlens_server.backends.torch.sources.source import (
+    DETECTION_PREPROCESS,
+    MAX_SIDE_PX,
     SourcedModel,
     as_module,
     did_you_mean,
@@ -21,19 +23,6 @@ from heatlens_server.backends.torch.sources.weights import build_with_weights
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
 from heatlens_server.core.tasks import Task
-
-MAX_SIDE_PX = 1333
-"""The longest side of inputs of any size, unless configured: what torchvision's detectors shrink images to."""
-
-# Detectors normalise and resize images themselves.
-DETECTION_PREPROCESS = PreprocessSpec(
-    resize_px=None,
-    crop_px=None,
-    mean=(0.0, 0.0, 0.0),
-    std=(1.0, 1.0, 1.0),
-    interpolation=Interpolation.BILINEAR,
-    max_side_px=MAX_SIDE_PX,
-)
 
 _MODULES: Mapping[Task, Any] = MappingProxyType(
     {

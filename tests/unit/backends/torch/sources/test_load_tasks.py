@@ -12,7 +12,7 @@ from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.sources.headless import features_of
 from heatlens_server.backends.torch.sources.load import load_model
 from heatlens_server.backends.torch.sources.preprocessing import resolve_preprocess
-from heatlens_server.backends.torch.sources.torchvision_models import DETECTION_PREPROCESS
+from heatlens_server.backends.torch.sources.source import DETECTION_PREPROCESS
 from heatlens_server.config import ModelConfig, PreprocessConfig
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import ModelLoadError
