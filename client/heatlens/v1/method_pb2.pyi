@@ -31,6 +31,7 @@ class Method(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     METHOD_FULL_GRAD: _ClassVar[Method]
     METHOD_LE_GRAD: _ClassVar[Method]
     METHOD_GUIDED_GRAD_CAM: _ClassVar[Method]
+    METHOD_RISE: _ClassVar[Method]
 
 class TargetScore(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -71,6 +72,7 @@ METHOD_RECIPRO_CAM: Method
 METHOD_FULL_GRAD: Method
 METHOD_LE_GRAD: Method
 METHOD_GUIDED_GRAD_CAM: Method
+METHOD_RISE: Method
 TARGET_SCORE_UNSPECIFIED: TargetScore
 TARGET_SCORE_LOGIT: TargetScore
 TARGET_SCORE_PROBABILITY: TargetScore

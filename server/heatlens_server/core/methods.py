@@ -36,6 +36,7 @@ class Method(StrEnum):
     IS_CAM = "is-cam"
     ABLATION_CAM = "ablation-cam"
     RECIPRO_CAM = "recipro-cam"
+    RISE = "rise"
     FULL_GRAD = "full-grad"
     LE_GRAD = "le-grad"
     GUIDED_GRAD_CAM = "guided-grad-cam"
@@ -187,6 +188,7 @@ _TRAITS: Mapping[Method, MethodTraits] = MappingProxyType(
         Method.IS_CAM: _MASKS,
         Method.ABLATION_CAM: _MASKS,
         Method.RECIPRO_CAM: MethodTraits(Procedure.STEPS),
+        Method.RISE: MethodTraits(Procedure.STEPS, takes_multi_map_layers=True, always_at_input_size=True),
         Method.FULL_GRAD: _WHOLE_NETWORK,
         Method.LE_GRAD: MethodTraits(Procedure.ONE_PASS, needs_gradient=True),
         Method.GUIDED_GRAD_CAM: _WHOLE_NETWORK,

@@ -10,6 +10,11 @@ from heatlens_server.maps.concrete import Array
 _SEED = 0
 
 
+def generator(number: int) -> np.random.Generator:
+    """The generator of one field of noise, by its number >= 0."""
+    return np.random.Generator(np.random.PCG64((_SEED, number)))
+
+
 def standard_normal(numbers: Iterable[int], shape: tuple[int, ...], like: Array) -> Array:
     """Fields of normal noise of mean 0 and deviation 1, by their numbers.
 
@@ -24,7 +29,5 @@ def standard_normal(numbers: Iterable[int], shape: tuple[int, ...], like: Array)
     Returns:
         float32 (M, *shape).
     """
-    fields = [
-        np.random.Generator(np.random.PCG64((_SEED, number))).standard_normal(shape, np.float32) for number in numbers
-    ]
+    fields = [generator(number).standard_normal(shape, np.float32) for number in numbers]
     return array_namespace(like).asarray(np.stack(fields), device=device(like))

@@ -16,6 +16,7 @@ from heatlens_server.maps.steps.job import Explained, Stepper
 from heatlens_server.maps.steps.masked_layer import ablation_cam, recipro_cam
 from heatlens_server.maps.steps.measure_maps import Measures, measure_maps
 from heatlens_server.maps.steps.network import Network, results
+from heatlens_server.maps.steps.rise import rise
 from heatlens_server.maps.steps.score_cam import is_cam, score_cam, ss_cam
 from heatlens_server.maps.steps.smooth_grad_cam import smooth_grad_cam_plus_plus_in_steps
 
@@ -27,6 +28,7 @@ STEPPERS: Mapping[Method, Stepper] = MappingProxyType(
         Method.IS_CAM: is_cam,
         Method.ABLATION_CAM: ablation_cam,
         Method.RECIPRO_CAM: recipro_cam,
+        Method.RISE: rise,
     }
 )
 """The methods of many runs."""
@@ -71,6 +73,9 @@ def raw_maps(
     if stepper is None:
         return network.explain(inputs, targets, spec)
     (target,) = targets
+    looks_at_layers = not spec.method.traits.always_at_input_size
+    if not looks_at_layers:
+        spec = dataclasses.replace(spec, layers=spec.layers[:1])
     jobs = network.jobs(inputs, target, spec, rows=rows)
     raw = []
     for job in jobs:
@@ -79,7 +84,7 @@ def raw_maps(
             of_layer = yield from stepper(job)
         else:
             of_layer = array_namespace(inputs).zeros_like(job.features[:, :1])
-        raw.append(job.on_image(of_layer))
+        raw.append(job.on_image(of_layer) if looks_at_layers else of_layer)
     return jobs[0].explained(raw)
 
 

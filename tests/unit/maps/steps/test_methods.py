@@ -89,7 +89,7 @@ def raw(method, model, target, rows=16, **options) -> Tensor:
 def test_maps_do_not_depend_on_the_rows_of_a_step(method):
     model = placed(tiny_models.tiny_mlp(), "body")
     expected = raw(method, model, TopK(2), rows=16)
-    assert expected.shape == (1, 2, 8, 8)
+    assert expected.shape == (1, 2, *((64, 64) if method is Method.RISE else (8, 8)))
     assert float(expected.std()) > 0
     for rows in (1, 3):
         found = raw(method, model, TopK(2), rows=rows)
@@ -115,6 +115,7 @@ def test_goals_share_every_run(method):
         (Method.SS_CAM, 35 * 15),
         (Method.ABLATION_CAM, 1 + 15),
         (Method.RECIPRO_CAM, 8 * 8),
+        (Method.RISE, 1000),
     ],
 )
 def test_cost(method, runs):
@@ -231,7 +232,7 @@ def test_every_layout_has_every_method(kind, method):
             raw(method, model, TopK(2))
         return
     found = raw(method, model, TopK(2))
-    assert found.shape == (1, 2, 4, 4)
+    assert found.shape == (1, 2, *((64, 64) if method is Method.RISE else (4, 4)))
     assert found.isfinite().all()
     assert float(found.std()) > 0
 
