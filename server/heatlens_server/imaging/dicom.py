@@ -61,7 +61,7 @@ def decode_dicom(encoded: bytes, *, max_pixels: int, field: str) -> SourcePixels
         check_size(int(dataset.Columns), int(dataset.Rows), max_pixels, field=field)
         _check_syntax(str(dataset.file_meta.TransferSyntaxUID), field)
         return _source(dataset, field)
-    except InvalidArgument:
+    except (InvalidArgument, MemoryError):
         raise
     # pydicom raises whatever its struct and index operations raise on garbage, and more.
     except Exception as error:

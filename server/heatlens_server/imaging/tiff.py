@@ -29,17 +29,9 @@ _MAX_SAMPLE_VALUE = 281
 _ALPHA = frozenset({1, 2})
 _WHITE_IS_ZERO, _RGB_COLORS = 0, 2
 
-# Byte order and version, of TIFF and BigTIFF.
-_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-
 # It logs what it finds odd in files.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 logging.getLogger("tifffile").propagate = False
-
-
-def is_tiff(encoded: bytes) -> bool:
-    """Whether a file begins as a TIFF does."""
-    return encoded.startswith(_SIGNATURES)
 
 
 def decode_tiff(encoded: bytes, *, channels: int, max_pixels: int, field: str) -> SourcePixels:
@@ -67,7 +59,7 @@ def decode_tiff(encoded: bytes, *, channels: int, max_pixels: int, field: str) -
             if _deepest(page) <= _BYTE_BITS and (page.samplesperpixel in _COLORS or channels in _COLORS):
                 return SourcePixels(_by_pillow(encoded, page, channels, field), field=field, highest=255.0)
             return _deep(encoded, page, channels, field)
-    except InvalidArgument:
+    except (InvalidArgument, MemoryError):
         raise
     # Parsers raise whatever their struct and index operations raise on garbage.
     except Exception as error:
