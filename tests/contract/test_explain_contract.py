@@ -191,6 +191,8 @@ def test_models_and_limits_are_told_alike(server):
         info.max_message_bytes,
         info.max_targets,
     )
+    assert (limits.max_image_parts, limits.max_image_samples) == (1_000, 32 * limits.max_image_pixels)
+    assert (info.max_image_parts, info.max_image_samples) == (1_000, 32 * info.max_image_pixels)
 
 
 def test_the_answer_says_the_size_of_the_upright_image(server, chelsea):

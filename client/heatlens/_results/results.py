@@ -266,6 +266,10 @@ class ServerInfo:
         max_batch_size: largest batch of any model.
         max_queue_delay_ms: longest batching window of any model.
         max_streams: most streams open at a time; 0 if the server is too old to say.
+        max_image_parts: most segments, chunks, blocks or tags of an image file, beside one for each 4,096 bytes of it;
+            0 if the server is too old to say.
+        max_image_samples: most samples that decoding an image file may go over, in all its scans, tiles and channels
+            together; 0 if the server is too old to say.
     """
 
     version: str
@@ -277,6 +281,8 @@ class ServerInfo:
     max_batch_size: int
     max_queue_delay_ms: float
     max_streams: int
+    max_image_parts: int
+    max_image_samples: int
 
 
 class Health(StrEnum):

@@ -221,6 +221,8 @@ def server_info_of(response: model_pb2.GetServerInfoResponse) -> ServerInfo:
         max_batch_size=response.max_batch_size,
         max_queue_delay_ms=_milliseconds(response.max_queue_delay),
         max_streams=response.max_streams,
+        max_image_parts=response.max_image_parts,
+        max_image_samples=response.max_image_samples,
     )
 
 

@@ -7,6 +7,7 @@ from heatlens_server.core.errors import FieldViolation, InvalidArgument
 from heatlens_server.core.preprocess import FittedImage, PreprocessSpec
 from heatlens_server.imaging.decode import decode_image
 from heatlens_server.imaging.levels import SourcePixels
+from heatlens_server.imaging.limits import MAX_PARTS, PASSES
 from heatlens_server.imaging.preprocess import fit_source
 from heatlens_server.imaging.tensor import pixels_from_tensor
 
@@ -35,6 +36,16 @@ class Limits:
     max_targets: int
     max_streams: int
     max_in_flight: int
+
+    @property
+    def max_image_parts(self) -> int:
+        """Most segments, chunks, blocks or tags of an image file, beside one for each `PART_BYTES` of it."""
+        return MAX_PARTS
+
+    @property
+    def max_image_samples(self) -> int:
+        """Most samples that decoding an image file may go over."""
+        return PASSES * self.max_image_pixels
 
 
 class Violations:

@@ -62,7 +62,7 @@ class HeatlensError(Exception):
 
 
 class InvalidArgument(HeatlensError):
-    """The request is wrong. Reasons: IMAGE_UNDECODABLE, IMAGE_TOO_LARGE, TENSOR_SIZE_MISMATCH, INVALID_OPTION, ..."""
+    """The request is wrong. Reasons: IMAGE_UNDECODABLE, IMAGE_TOO_COMPLEX, TENSOR_SIZE_MISMATCH, INVALID_OPTION, ..."""
 
     reason = "INVALID_REQUEST"
 

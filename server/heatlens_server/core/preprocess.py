@@ -9,7 +9,7 @@ from heatlens_server.core.arrays import ImageArray
 from heatlens_server.core.geometry import PixelBox
 
 MAX_PIXELS_LIMIT = 89_478_485
-"""Pillow's own limit on what it opens without complaint (PIL.Image.MAX_IMAGE_PIXELS); ours is never above it."""
+"""The largest `max_image_pixels`: Pillow's usual limit on what it opens without complaint."""
 
 MAX_CHANNELS = 16
 """The most channels of a model's input."""

@@ -114,6 +114,8 @@ def server_info_of(info: ServerInfo) -> model_pb2.GetServerInfoResponse:
         max_targets=limits.max_targets,
         max_in_flight=limits.max_in_flight,
         max_streams=limits.max_streams,
+        max_image_parts=limits.max_image_parts,
+        max_image_samples=limits.max_image_samples,
         max_batch_size=info.max_batch_size,
         max_queue_delay=timedelta(seconds=info.max_delay_s),
     )
