@@ -23,6 +23,7 @@ from heatlens_server.core.events import Observer, Observers
 from heatlens_server.file_descriptors import connections_within_limit
 from heatlens_server.fleet.build import BuiltModel, build
 from heatlens_server.fleet.fleet import Fleet, batch_size_of
+from heatlens_server.scheduling.large_images import LargeImages
 from heatlens_server.scheduling.model_queue import ModelQueue
 from heatlens_server.telemetry.log_observer import LogObserver
 from heatlens_server.transports.grpc.server import Health, bind, enable_reflection, make_server
@@ -50,7 +51,11 @@ class Server:
         """Wire everything; nothing runs yet."""
         self._config = config
         self._decoder_count = config.server.decode_threads or os.cpu_count() or 1
-        self._decoders = ThreadPoolExecutor(self._decoder_count, thread_name_prefix="decode-image")
+        # One more than large images may take, so that small ones never wait behind them.
+        self._decoders = ThreadPoolExecutor(self._decoder_count + 1, thread_name_prefix="decode-image")
+        self._large_images = LargeImages(
+            self._decoders, at_once=self._decoder_count, max_bytes=config.server.max_decoding_bytes
+        )
         limits = Limits(
             max_message_bytes=config.server.max_message_bytes,
             max_image_pixels=config.server.max_image_pixels,
@@ -58,6 +63,7 @@ class Server:
             max_targets=config.server.max_targets,
             max_streams=config.server.max_streams,
             max_in_flight=config.server.max_in_flight,
+            max_decoding_bytes=config.server.max_decoding_bytes,
         )
         self.streams = OpenStreams(max_streams=limits.max_streams)
         self._health = Health()
@@ -113,7 +119,8 @@ class Server:
             grace_s: how long calls in flight may take, in seconds.
 
         Returns:
-            False if a model is still being loaded or run on a thread, which cannot be interrupted.
+            False if a model is still being loaded or run, or a large image decoded, on a thread, which cannot be
+            interrupted.
         """
         _log.info("draining: calls in flight have %g s", grace_s)
         await self._health.drain()
@@ -131,7 +138,7 @@ class Server:
         self._decoders.shutdown(wait=False, cancel_futures=True)
         closed = await self.fleet.close(timeout_s=_CLOSE_S)
         _log.info("stopped")
-        return closed
+        return closed and not self._large_images.busy
 
     def _make_queue(self, config: ModelConfig, engine: SteppingEngine) -> ModelQueue:
         return ModelQueue(
@@ -139,6 +146,7 @@ class Server:
             name=config.name,
             decoders=self._decoders,
             max_decoding=self._decoder_count,
+            large_images=self._large_images,
             max_batch_size=batch_size_of(config, engine.info),
             max_delay_s=config.batching.max_delay_ms / 1e3,
             max_queue_length=self._config.server.max_queue_length,

@@ -270,6 +270,8 @@ class ServerInfo:
             0 if the server is too old to say.
         max_image_samples: most samples that decoding an image file may go over, in all its scans, tiles and channels
             together; 0 if the server is too old to say.
+        max_decoding_bytes: most memory for large images that are decoded or wait for it; 0 if the server is too old to
+            say.
     """
 
     version: str
@@ -283,6 +285,7 @@ class ServerInfo:
     max_streams: int
     max_image_parts: int
     max_image_samples: int
+    max_decoding_bytes: int
 
 
 class Health(StrEnum):

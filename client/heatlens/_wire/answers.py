@@ -223,6 +223,7 @@ def server_info_of(response: model_pb2.GetServerInfoResponse) -> ServerInfo:
         max_streams=response.max_streams,
         max_image_parts=response.max_image_parts,
         max_image_samples=response.max_image_samples,
+        max_decoding_bytes=response.max_decoding_bytes,
     )
 
 

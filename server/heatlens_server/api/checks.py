@@ -1,18 +1,27 @@
 """What queries are checked against, what is found wrong, and the checks of images."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from heatlens_server.api.query import Image
 from heatlens_server.core.errors import FieldViolation, InvalidArgument
 from heatlens_server.core.preprocess import FittedImage, PreprocessSpec
-from heatlens_server.imaging.decode import decode_image
+from heatlens_server.imaging.decode import decode_plain, inspect_image
 from heatlens_server.imaging.levels import SourcePixels
 from heatlens_server.imaging.limits import MAX_PARTS, PASSES
 from heatlens_server.imaging.preprocess import fit_source
 from heatlens_server.imaging.tensor import pixels_from_tensor
+from heatlens_server.imaging.walk.plain import PlainFile
 
 SourceImage = bytes | SourcePixels
 """An encoded file, or pixels."""
+
+InspectedImage = PlainFile | SourcePixels
+"""The same, once it is known what decoding it takes."""
+
+# A photo of 12 megapixels in JPEG has 36 million samples at most, and takes a tenth of a second.
+_SMALL_SAMPLES = 48_000_000
+_SMALL_BYTES = 64 << 20
 
 _SHOWN_CHARACTERS = 80
 
@@ -28,6 +37,7 @@ class Limits:
         max_targets: most classes explained in one request.
         max_streams: most streams open at a time.
         max_in_flight: largest window of a stream, in frames.
+        max_decoding_bytes: most memory for large images that are decoded or wait for it.
     """
 
     max_message_bytes: int
@@ -36,6 +46,7 @@ class Limits:
     max_targets: int
     max_streams: int
     max_in_flight: int
+    max_decoding_bytes: int = 1 << 31
 
     @property
     def max_image_parts(self) -> int:
@@ -111,17 +122,40 @@ def check_image(
     return b""
 
 
-def fit_image(image: SourceImage, preprocess: PreprocessSpec, limits: Limits, *, field: str = "image") -> FittedImage:
-    """Decode an image that `check_image` let pass, and make it the model's input. Takes milliseconds.
+def inspected(
+    image: SourceImage, preprocess: PreprocessSpec, limits: Limits, *, field: str = "image"
+) -> InspectedImage:
+    """Find out what decoding an image that `check_image` let pass will take. Takes milliseconds.
+
+    Raises:
+        InvalidArgument: it is no image, too large, or too complex.
+    """
+    if not isinstance(image, bytes):
+        return image
+    return inspect_image(
+        image, max_pixels=limits.max_image_pixels, channels=preprocess.channels, field=f"{field}.encoded"
+    )
+
+
+def large_image_bytes(images: Sequence[InspectedImage]) -> int:
+    """The memory that decoding images of one request takes together; 0 if they are small, and decoded at once."""
+    files = [image for image in images if isinstance(image, PlainFile)]
+    decoded_bytes = sum(file.decoded_bytes for file in files)
+    is_large = decoded_bytes > _SMALL_BYTES or sum(file.samples for file in files) > _SMALL_SAMPLES
+    return max(1, decoded_bytes) if is_large else 0
+
+
+def fit_image(
+    image: SourceImage | InspectedImage, preprocess: PreprocessSpec, limits: Limits, *, field: str = "image"
+) -> FittedImage:
+    """Decode an image that `check_image` let pass, and make it the model's input. Takes milliseconds, if it is small.
 
     Raises:
         InvalidArgument: it cannot be decoded, is too large, or its values or channels are not for this model.
     """
-    if isinstance(image, bytes):
-        image = decode_image(
-            image,
-            max_pixels=limits.max_image_pixels,
-            channels=preprocess.channels,
-            field=f"{field}.encoded",
+    source = inspected(image, preprocess, limits, field=field) if isinstance(image, bytes) else image
+    if isinstance(source, PlainFile):
+        source = decode_plain(
+            source, max_pixels=limits.max_image_pixels, channels=preprocess.channels, field=f"{field}.encoded"
         )
-    return fit_source(image, preprocess)
+    return fit_source(source, preprocess)

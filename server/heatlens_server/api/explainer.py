@@ -1,18 +1,26 @@
 """Explains images with the models of a server, for every transport: one image here, frames by `api.stream`."""
 
 import asyncio
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
 from heatlens_server.api.answer import Answer, answer_of, check_answer_size
-from heatlens_server.api.checks import Limits, SourceImage, fit_image
+from heatlens_server.api.checks import (
+    InspectedImage,
+    Limits,
+    SourceImage,
+    fit_image,
+    inspected,
+    large_image_bytes,
+)
 from heatlens_server.api.plan import Plan, plan_query
 from heatlens_server.api.query import Query
 from heatlens_server.core.events import Observer
 from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.fleet.fleet import Fleet
 from heatlens_server.fleet.served_model import ServedModel
-from heatlens_server.scheduling.entry import QueueResult, Source
+from heatlens_server.scheduling.entry import LargeImage, QueueResult, Source
 from heatlens_server.scheduling.ticket import Ticket
 
 T = TypeVar("T")
@@ -96,8 +104,17 @@ class Explainer:
         # Not the decoders' threads: a finished answer does not queue behind images that are yet to be decoded.
         return await asyncio.to_thread(make) if plan.place_on_source else make()
 
-    def _decode(self, image: SourceImage, plan: Plan, model: ServedModel) -> FittedImage:
-        """Decode and fit; runs on a decoder thread."""
+    def _decode(self, image: SourceImage, plan: Plan, model: ServedModel) -> FittedImage | LargeImage:
+        """Decode and fit, or find that this takes long; runs on a decoder thread."""
+        source = inspected(image, model.preprocess, self.limits)
+        sources = [source]
+        if plan.reference is not None:
+            sources.append(inspected(plan.reference, model.preprocess, self.limits, field="reference_image"))
+        fit = functools.partial(self._fit, source, plan, model)
+        large_bytes = large_image_bytes(sources)
+        return LargeImage(large_bytes, fit) if large_bytes else fit()
+
+    def _fit(self, image: InspectedImage, plan: Plan, model: ServedModel) -> FittedImage:
         fitted = fit_image(image, model.preprocess, self.limits)
         # Boxes are counted once they are found.
         least = 1 if plan.counts_boxes else plan.target_count

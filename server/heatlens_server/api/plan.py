@@ -23,6 +23,7 @@ class Plan:
         top_predictions: how many classes to list.
         masks_overlap: segmentation: whether there is a predicted mask per map, and not one of all classes.
         finish_target: makes the target that the engine gets, once an image is decoded; None if `target` is that.
+        reference: the encoded image that it decodes for that, if any.
     """
 
     target: Target
@@ -32,6 +33,7 @@ class Plan:
     top_predictions: int = 0
     masks_overlap: bool = False
     finish_target: FinishTarget | None = None
+    reference: bytes | None = None
 
     @property
     def target_count(self) -> int:
@@ -92,6 +94,7 @@ def plan_options(options: Options, model: ServedModel, limits: Limits, wrong: Vi
         top_predictions=options.top_predictions,
         masks_overlap=model.capabilities.threshold is not None,
         finish_target=finish_target,
+        reference=None if options.reference_image is None else options.reference_image.encoded,
     )
 
 

@@ -12,6 +12,7 @@
   * QueueFull             too many requests are waiting
   * StreamLimit           too many streams are open
   * FrameDropped          a newer frame of its stream took its place
+  * ImageMemoryFull       there is too little memory for an image now
   * DeadlineExpired       the caller's deadline passed before the model ran
   * DeviceOutOfMemory     the device has no memory for a single image
   * InternalError         a fault in the server; the log has the text, callers get a request id only
@@ -185,6 +186,12 @@ class FrameDropped(HeatlensError):
     """A newer frame of the same stream took its place (OVERFLOW_POLICY_DROP_OLDEST)."""
 
     reason = "FRAME_DROPPED"
+
+
+class ImageMemoryFull(HeatlensError):
+    """There is too little memory to decode an image beside those that are being decoded."""
+
+    reason = "IMAGE_MEMORY_FULL"
 
 
 class DeadlineExpired(HeatlensError):

@@ -123,6 +123,9 @@ def decode_plain(
     values = _with_alpha(file) if has_alpha else None
     if values is None:
         values = _colors(file) if file.file_format in _BY_OPENCV else _by_pillow(file.encoded, "RGB")
+    if values is None:
+        # The decoders do not tell a lack of memory from a broken file.
+        np.empty(file.decoded_bytes, np.uint8)
     # A file that two readers read differently is a trick; the limit was checked on one reading only.
     if values is None or sorted(values.shape[:2]) != sorted((file.height_px, file.width_px)):
         raise undecodable(field, TRUNCATED)

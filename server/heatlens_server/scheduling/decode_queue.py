@@ -55,10 +55,14 @@ class DecodeQueue:
             self.discard(entry)
             raise
 
-    def discard(self, entry: Entry) -> None:
-        """Forget an entry; does nothing if it is being decoded or gone."""
+    def discard(self, entry: Entry) -> bool:
+        """Forget an entry.
+
+        Returns:
+            False if it is being decoded or gone.
+        """
         with self._lock:
-            self._waiting.remove(entry.owner, entry, keep_turn=entry.source is not None)
+            return self._waiting.remove(entry.owner, entry, keep_turn=entry.source is not None)
 
     def _decode_next(self) -> None:
         while True:

@@ -69,6 +69,19 @@ class Source:
     __slots__ = ()
 
 
+@dataclass(frozen=True, slots=True)
+class LargeImage:
+    """An image that was looked at and is yet to be decoded.
+
+    Attributes:
+        decoded_bytes: the memory that decoding it takes.
+        decode: decodes and resizes it.
+    """
+
+    decoded_bytes: int
+    decode: Callable[[], FittedImage]
+
+
 @dataclass(slots=True, eq=False)
 class Progress:
     """What is kept of an entry between two of its steps. Belongs to the device's thread, `discard` aside.
@@ -99,7 +112,7 @@ class Entry:
         deadline: on the batcher's clock, in seconds; None for no deadline. See `expires_at`.
         resolve: gives the outcome to the caller; called at most once, on the caller's event loop.
         source: the sender; None for a caller with this image only.
-        decode: makes `image`; None once that is done or not wanted any more.
+        decode: makes `image`, or says that it is large; None once that is done or not wanted any more.
         finish_target: makes the target that the engine gets from the decoded image; None if `target` is that.
         image: the image as the model sees it; None while it is being decoded, and when the entry is gone.
         preprocess_s: seconds of decoding and resizing.
@@ -116,7 +129,7 @@ class Entry:
     deadline: float | None
     resolve: Callable[[Outcome], None]
     source: Source | None = None
-    decode: Callable[[], FittedImage] | None = None
+    decode: Callable[[], FittedImage | LargeImage] | None = None
     finish_target: Callable[[FittedImage], Target] | None = None
     image: FittedImage | None = None
     preprocess_s: float = 0.0

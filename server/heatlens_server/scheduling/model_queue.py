@@ -9,16 +9,19 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
 from heatlens_server.core.engine import MapSpec, SteppingEngine
-from heatlens_server.core.errors import DeadlineExpired
+from heatlens_server.core.errors import DeadlineExpired, ImageMemoryFull
 from heatlens_server.core.events import Observer
 from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.core.targets import Target
 from heatlens_server.scheduling.batcher import Batcher
 from heatlens_server.scheduling.decode_queue import DecodeQueue
 from heatlens_server.scheduling.device_threads import DeviceThreads
-from heatlens_server.scheduling.entry import Entry, Outcome, QueueResult, Source
+from heatlens_server.scheduling.entry import Entry, EntryState, LargeImage, Outcome, QueueResult, Source
+from heatlens_server.scheduling.large_images import LargeImages
 from heatlens_server.scheduling.loader import EngineLoader
 from heatlens_server.scheduling.ticket import Ticket, resolve
+
+_RETRY_AFTER_S = 1.0
 
 
 class ModelQueue:
@@ -39,6 +42,7 @@ class ModelQueue:
         max_delay_s: float,
         max_queue_length: int,
         max_decoding: int | None = None,
+        large_images: LargeImages | None = None,
         observer: Observer | None = None,
     ) -> None:
         """Start the model's threads. Must be called on the event loop.
@@ -50,7 +54,8 @@ class ModelQueue:
             max_batch_size: most images in a batch, and most rows in a step.
             max_delay_s: the batching window, in seconds.
             max_queue_length: most requests admitted and not running, those of streams aside.
-            max_decoding: most images decoded at the same time; None: one per CPU.
+            max_decoding: most images decoded at the same time, large ones aside; None: one per CPU.
+            large_images: where large images wait for their turn; None: they are decoded as all others are.
             observer: is told of images, batches and steps; must not raise (see `core.events.Observers`).
         """
         self.engines = tuple(engines)
@@ -58,6 +63,7 @@ class ModelQueue:
         self._observer = observer or Observer()
         self._loop = asyncio.get_running_loop()
         self._decode_queue = DecodeQueue(decoders, self._decode, at_once=max_decoding or os.cpu_count() or 1)
+        self._large_images = large_images
         self.batcher = Batcher(
             max_batch_size=max_batch_size,
             max_delay_s=max_delay_s,
@@ -91,7 +97,7 @@ class ModelQueue:
 
     def submit(
         self,
-        decode: Callable[[], FittedImage],
+        decode: Callable[[], FittedImage | LargeImage],
         target: Target,
         spec: MapSpec,
         *,
@@ -102,7 +108,8 @@ class ModelQueue:
         """Send one image on its way and return at once.
 
         Args:
-            decode: decodes and resizes; called on a decoder thread. What it raises is raised by `Ticket.result`.
+            decode: decodes and resizes, or looks at an image that is large; called on a decoder thread. What it raises
+                is raised by `Ticket.result`.
             target: what is wanted.
             spec: how; everything that it needs is loaded.
             timeout_s: how long the caller will wait; the model is not run for it after that. With a source, how long
@@ -164,21 +171,34 @@ class ModelQueue:
         withdrawn = self.batcher.withdraw(entry)
         if withdrawn:
             self._decode_queue.discard(entry)
+            if self._large_images is not None:
+                self._large_images.discard(entry)
         return withdrawn
 
     def _decode(self, entry: Entry) -> None:
-        """Decode on a decoder thread, then queue."""
-        decode, finish_target = entry.decode, entry.finish_target
-        if decode is None:
-            return  # withdrawn
+        """Decode on a decoder thread, then queue; or put a large image where it waits for its turn."""
+        decode = entry.decode
+        if decode is not None:  # or it was withdrawn
+            self._decode_by(decode, entry)
+
+    def _decode_by(self, decode: Callable[[], FittedImage | LargeImage], entry: Entry) -> None:
+        finish_target = entry.finish_target
+        if entry.state is not EntryState.DECODING:
+            return  # withdrawn since it was found to be large
         started_at = time.monotonic()
         try:
             image = _decode_in_time(decode, entry.deadline, started_at)
+            if isinstance(image, LargeImage):
+                if self._large_images is not None:
+                    entry.decode = None
+                    self._large_images.add(entry, image, functools.partial(self._decode_by, image.decode))
+                    return
+                image = image.decode()
             if finish_target is not None:
                 entry.target = finish_target(image)
         except Exception as error:
             if self.batcher.withdraw(entry):
-                self._deliver([(entry, error)])
+                self._deliver([(entry, _told(error))])
             return
         entry.preprocess_s = time.monotonic() - started_at
         entry.decode = entry.finish_target = None
@@ -190,7 +210,16 @@ class ModelQueue:
         self._loop.call_soon_threadsafe(_resolve_all, outcomes)
 
 
-def _decode_in_time(decode: Callable[[], FittedImage], deadline: float | None, now: float) -> FittedImage:
+def _told(error: Exception) -> Exception:
+    """What a caller is told of an error: that there is no memory is no fault of the image."""
+    if isinstance(error, MemoryError):
+        return ImageMemoryFull("there is too little memory to decode the image", retry_after_s=_RETRY_AFTER_S)
+    return error
+
+
+def _decode_in_time(
+    decode: Callable[[], FittedImage | LargeImage], deadline: float | None, now: float
+) -> FittedImage | LargeImage:
     if deadline is not None and deadline <= now:
         raise DeadlineExpired("the deadline passed before the image was decoded")
     return decode()

@@ -26,6 +26,7 @@ _CODES: dict[type[errors.HeatlensError], grpc.StatusCode] = {
     errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.StreamLimit: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.FrameDropped: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.ImageMemoryFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlineExpired: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.DeviceOutOfMemory: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.InternalError: grpc.StatusCode.INTERNAL,

@@ -44,6 +44,11 @@ EXAMPLES: dict[type[HeatlensError], tuple[HeatlensError, grpc.StatusCode, str]] 
         "SERVER_DRAINING",
     ),
     errors.QueueFull: (errors.QueueFull("full", retry_after_s=0.25), grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+    errors.ImageMemoryFull: (
+        errors.ImageMemoryFull("large", retry_after_s=1.0),
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "IMAGE_MEMORY_FULL",
+    ),
     errors.DeadlineExpired: (errors.DeadlineExpired("late"), grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED"),
     errors.DeviceOutOfMemory: (
         errors.DeviceOutOfMemory("small", retry_after_s=1.0),
