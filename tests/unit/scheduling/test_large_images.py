@@ -130,10 +130,10 @@ async def test_one_that_is_taken_back_while_it_waits_gives_its_bytes_back_and_is
 async def test_one_whose_deadline_passes_while_it_waits_is_not_decoded(rig):
     running = [rig.submit_large()[0] for _ in range(AT_ONCE)]
     await until(lambda: all(slow.started.is_set() for slow in running))
-    late, ticket = rig.submit_large(timeout_s=0.01)
+    late, ticket = rig.submit_large(timeout_s=0.05)
+    for slow in running:
+        threading.Timer(0.2, slow.release.set).start()
     with pytest.raises(DeadlineExpired):
-        for slow in running:
-            threading.Timer(0.1, slow.release.set).start()
         await ticket.result()
     assert not late.started.is_set()
 
