@@ -1,7 +1,7 @@
 """The `heatlens-server` command: serve, check and export. Machine output on stdout, messages on stderr."""
 
 import asyncio
-import logging
+import faulthandler
 import os
 import signal
 import sys
@@ -16,6 +16,7 @@ from heatlens_server.allocator import keep_freed_memory
 from heatlens_server.core.causes import with_causes
 from heatlens_server.core.errors import ConfigError, ExportError, ModelLoadError
 from heatlens_server.telemetry.logs import configure_logging
+from heatlens_server.telemetry.output import end_output, queue_output
 
 if TYPE_CHECKING:
     from heatlens_server.config import Config
@@ -54,6 +55,8 @@ def serve(
     if port_file is not None and not port_file.parent.is_dir():
         _fail(f"--port-file: there is no folder {port_file.parent}")
     settings = _load(config, {"server": {"listen": listen}} if listen else {})
+    queue_output()
+    faulthandler.enable()
     configure_logging(log_format=settings.server.log_format, level=settings.server.log_level)
     # Only now: importing torch takes seconds, and a wrong configuration should be told at once.
     from heatlens_server.app import Server  # noqa: PLC0415
@@ -71,7 +74,7 @@ def serve(
     if not ended:
         # A thread is inside native code (loading, or a batch that outlived the grace). Finalising the interpreter
         # under it would abort the process.
-        logging.shutdown()
+        end_output()
         os._exit(0)
 
 

@@ -37,9 +37,17 @@ class ServerProcess:
 
 
 def start_server_process(
-    folder: Path, toml: str, *, env: dict[str, str] | None = None, python: Path | str = sys.executable
+    folder: Path,
+    toml: str,
+    *,
+    env: dict[str, str] | None = None,
+    python: Path | str = sys.executable,
+    stderr: int | None = None,
 ) -> ServerProcess:
-    """Start the real command with a configuration, by an interpreter, and wait until it listens."""
+    """Start the real command with a configuration, by an interpreter, and wait until it listens.
+
+    Its log is a file, or goes to the descriptor `stderr`.
+    """
     config, port_file, log_path = folder / "server.toml", folder / "port", folder / "log.jsonl"
     config.write_text(toml)
     # What the tests import, the server must import as well.
@@ -47,8 +55,8 @@ def start_server_process(
     with log_path.open("w") as log:
         process = subprocess.Popen(
             [str(python), "-m", "heatlens_server", "serve", "-c", str(config), "--port-file", str(port_file)],
-            stderr=log,
-            stdout=subprocess.DEVNULL,
+            stderr=log if stderr is None else stderr,
+            stdout=subprocess.DEVNULL if stderr is None else stderr,
             text=True,
             env={**os.environ, "PYTHONPATH": path, "SLOW_FOLDER": str(folder), **(env or {})},
         )
