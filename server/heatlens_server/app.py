@@ -1,6 +1,7 @@
 """Wiring, and the life cycle of a server: bind, load, serve, drain."""
 
 import asyncio
+import contextlib
 import functools
 import logging
 import os
@@ -20,6 +21,7 @@ from heatlens_server.config import Config, ModelConfig
 from heatlens_server.core.engine import SteppingEngine
 from heatlens_server.core.errors import ServerDraining
 from heatlens_server.core.events import Observer, Observers
+from heatlens_server.ending import LastResort, handle_signals
 from heatlens_server.file_descriptors import connections_within_limit
 from heatlens_server.fleet.build import BuiltModel, build
 from heatlens_server.fleet.fleet import Fleet, batch_size_of
@@ -38,7 +40,8 @@ _FLUSH_S = 1.0
 """How long answers that are on their way out, and health watchers, have once every call is done, in seconds."""
 
 _GIVE_UP_S = 0.5
-"""How long calls that outlived the grace have to hear why they are given up, in seconds."""
+"""How long calls that outlived the grace have to hear why they are given up: those that wait, then those that run; in
+seconds."""
 
 _CLOSE_S = 2.0
 """How long engines may take to end once no call is left, in seconds."""
@@ -109,14 +112,15 @@ class Server:
         """Wait until every model of the configuration is ready or has failed."""
         await asyncio.gather(*self._loading)
 
-    async def drain(self, grace_s: float) -> bool:
+    async def drain(self, grace_s: float, *, hurry: asyncio.Event | None = None) -> bool:
         """Health NOT_SERVING, refuse new calls, finish those in flight, give them up after the grace. Idempotent.
 
         Streams read no more frames, answer those that run, and end. After the grace, what waits or is between two steps
-        is answered SERVER_DRAINING, and a moment later calls whose batch still runs are cut off.
+        is answered SERVER_DRAINING, and a moment later so are calls whose batch still runs.
 
         Args:
             grace_s: how long calls in flight may take, in seconds.
+            hurry: ends the grace, and that moment, when it is set.
 
         Returns:
             False if a model is still being loaded or run, or a large image decoded, on a thread, which cannot be
@@ -129,9 +133,12 @@ class Server:
         # away would cut off new callers, whom gRPC tells CANCELLED.
         deadline = time.monotonic() + grace_s
         self.streams.drain()
-        finished = await self._gate.close(grace_s)
+        finished = await self._gate.close(grace_s, hurry=hurry)
         if not finished:
             self.fleet.give_up(ServerDraining())
+            finished = await self._gate.close(_GIVE_UP_S, hurry=hurry)
+        if not finished:
+            self.fleet.give_up(ServerDraining(), running=True)
             finished = await self._gate.close(_GIVE_UP_S)
         await asyncio.sleep(min(_REFUSE_WINDOW_S, max(0.0, deadline - time.monotonic())))
         await self._grpc.stop(_FLUSH_S if finished else 0.0)
@@ -161,7 +168,9 @@ def _build(config: ModelConfig, *, cache_dir: Path | None) -> BuiltModel:
 
 
 async def serve(config: Config, *, on_start: Callable[[Server], None] = lambda _server: None) -> bool:
-    """Serve until SIGTERM or SIGINT, then drain within the configured grace.
+    """Serve until SIGTERM or SIGINT, then drain within the configured grace; a second signal ends the grace.
+
+    From the first signal on the process ends within the grace and `ending.END_S`, whatever runs. SIGHUP is ignored.
 
     Args:
         config: what to serve.
@@ -170,11 +179,23 @@ async def serve(config: Config, *, on_start: Callable[[Server], None] = lambda _
     Returns:
         What `Server.drain` returns.
     """
-    stop = asyncio.Event()
+    stop, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signal_number, stop.set)
+    last_resort = LastResort(config.server.grace_s)
+
+    def end() -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    def wake() -> None:
+        # What a second signal would tell a loop that is closed, nobody needs to hear.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(end)
+
+    handle_signals(wake, last_resort)
+    loop.add_signal_handler(signal.SIGHUP, _log.warning, "SIGHUP is ignored: a restart changes what is served")
     server = await Server.start(config)
     on_start(server)
     await stop.wait()
-    return await server.drain(config.server.grace_s)
+    ended = await server.drain(config.server.grace_s, hurry=hurry)
+    last_resort.tell()
+    return ended

@@ -52,6 +52,8 @@ def serve(
     keep_freed_memory()
     # Until the event loop takes over there is nothing to drain.
     signal.signal(signal.SIGTERM, lambda _number, _frame: os._exit(0))
+    # Its default would end the server when the terminal is closed.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if port_file is not None and not port_file.parent.is_dir():
         _fail(f"--port-file: there is no folder {port_file.parent}")
     settings = _load(config, {"server": {"listen": listen}} if listen else {})
@@ -68,14 +70,13 @@ def serve(
 
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            ended = runner.run(serve_until_signal(settings, on_start=announce))
+            if not runner.run(serve_until_signal(settings, on_start=announce)):
+                # A thread is inside native code (loading, or a batch that outlived the grace). Finalising the
+                # interpreter under it would abort the process.
+                end_output()
+                os._exit(0)
     except ConfigError as error:
         _fail(error)
-    if not ended:
-        # A thread is inside native code (loading, or a batch that outlived the grace). Finalising the interpreter
-        # under it would abort the process.
-        end_output()
-        os._exit(0)
 
 
 @app.command()

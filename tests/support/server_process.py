@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +67,14 @@ def start_server_process(
         assert time.monotonic() < deadline, log_path.read_text()
         time.sleep(0.05)
     return ServerProcess(f"127.0.0.1:{port_file.read_text().strip()}", process, log_path)
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + SETTLE_TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def wait_settled(address: str) -> None:

@@ -124,19 +124,22 @@ class CallGate:
             if self._in_flight == 0:
                 self._idle.set()
 
-    async def close(self, timeout_s: float) -> bool:
+    async def close(self, timeout_s: float, *, hurry: asyncio.Event | None = None) -> bool:
         """Refuse new calls from now on, and wait for those in flight.
 
+        Args:
+            timeout_s: how long to wait, in seconds.
+            hurry: ends the wait when it is set.
+
         Returns:
-            False if some are still in flight when the time is over.
+            False if some are still in flight then.
         """
         self._draining = True
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        except TimeoutError:
-            return False
-        return True
+        waits = [asyncio.create_task(event.wait()) for event in (self._idle, hurry) if event is not None]
+        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        return self._idle.is_set()
 
     def _authenticate(self, authorization: str) -> None:
         if self._token is None:

@@ -244,10 +244,10 @@ class Fleet:
         for name in list(self._builds):
             self._give_up_build(name, ServerDraining())
 
-    def give_up(self, error: Exception) -> None:
-        """Answer with an error all that waits for a model, but for batches that run already."""
+    def give_up(self, error: Exception, *, running: bool = False) -> None:
+        """Answer with an error all that waits for a model; with `running` also what is in a batch that runs."""
         for queue in self._queues():
-            queue.give_up(error)
+            queue.give_up(error, running=running)
 
     async def close(self, *, timeout_s: float | None = None) -> bool:
         """Finish what was admitted and close every engine. Idempotent.

@@ -142,12 +142,20 @@ class ModelQueue:
         self._tickets.add(ticket)
         return ticket
 
-    def give_up(self, error: Exception) -> None:
-        """Refuse new work, and answer with an error all that was admitted, but for batches that are claimed already."""
+    def give_up(self, error: Exception, *, running: bool = False) -> None:
+        """Refuse new work, and answer with an error all that was admitted.
+
+        Args:
+            error: what all are answered.
+            running: also answer images of batches that are claimed; these run on, and their results are dropped.
+        """
         self.batcher.close(error)
         self._loader.give_up(error)
         for ticket in list(self._tickets):
-            ticket.give_up(error)
+            if running:
+                ticket.abandon(error)
+            else:
+                ticket.give_up(error)
 
     async def close(self, refusal: Exception | None = None, *, timeout_s: float | None = None) -> bool:
         """Refuse new work, finish what was admitted, stop the threads and close the engines. Idempotent.

@@ -46,6 +46,11 @@ class Ticket:
         resolve(self._future, error)
         return True
 
+    def abandon(self, error: Exception) -> None:
+        """Make `result` raise an error at once, wherever the image is. If it runs, its result is dropped."""
+        if not self.give_up(error):
+            resolve(self._future, error)
+
     async def result(self) -> QueueResult:
         """Wait for the answer. Cancelling the wait takes the image back, as `give_up` does.
 
