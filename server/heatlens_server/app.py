@@ -21,10 +21,11 @@ from heatlens_server.config import Config, ModelConfig
 from heatlens_server.core.engine import SteppingEngine
 from heatlens_server.core.errors import ServerDraining
 from heatlens_server.core.events import Observer, Observers
-from heatlens_server.ending import LastResort, handle_signals
+from heatlens_server.ending import LastResort, ModelHangs, handle_signals
 from heatlens_server.file_descriptors import connections_within_limit
 from heatlens_server.fleet.build import BuiltModel, build
 from heatlens_server.fleet.fleet import Fleet, batch_size_of
+from heatlens_server.fleet.outages import watch
 from heatlens_server.scheduling.large_images import LargeImages
 from heatlens_server.scheduling.model_queue import ModelQueue
 from heatlens_server.telemetry.log_observer import LogObserver
@@ -48,7 +49,14 @@ _CLOSE_S = 2.0
 
 
 class Server:
-    """A running server. Made by `start`, on the event loop that it serves on."""
+    """A running server. Made by `start`, on the event loop that it serves on.
+
+    Attributes:
+        fleet: its models.
+        streams: its open streams.
+        hung: set once a model has begun to hang.
+        port: bound.
+    """
 
     def __init__(self, config: Config) -> None:
         """Wire everything; nothing runs yet."""
@@ -80,6 +88,8 @@ class Server:
             end_streams=self.streams.end_streams_of,
         )
         self._loading: list[asyncio.Task[None]] = []
+        self.hung = asyncio.Event()
+        self._watch: asyncio.Task[None] | None = None
         token = config.server.read_token()
         self._gate = CallGate(self._observer, token=None if token is None else token.get_secret_value())
         max_connections = connections_within_limit(config.server.max_connections)
@@ -103,6 +113,7 @@ class Server:
         server = cls(config)
         server.port = bind(server._grpc, config.server)
         server._loading = [server.fleet.load(model) for model in config.models]
+        server._watch = asyncio.create_task(watch(server.fleet, on_hang=lambda _name: server.hung.set()))
         await server._health.update(server.fleet)
         await server._grpc.start()
         _log.info("listening on %s, port %d", config.server.listen, server.port)
@@ -143,6 +154,8 @@ class Server:
         await asyncio.sleep(min(_REFUSE_WINDOW_S, max(0.0, deadline - time.monotonic())))
         await self._grpc.stop(_FLUSH_S if finished else 0.0)
         self._decoders.shutdown(wait=False, cancel_futures=True)
+        if self._watch is not None:
+            self._watch.cancel()
         closed = await self.fleet.close(timeout_s=_CLOSE_S)
         _log.info("stopped")
         return closed and not self._large_images.busy
@@ -178,6 +191,9 @@ async def serve(config: Config, *, on_start: Callable[[Server], None] = lambda _
 
     Returns:
         What `Server.drain` returns.
+
+    Raises:
+        ModelHangs: the server has ended because a model hangs.
     """
     stop, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -195,7 +211,16 @@ async def serve(config: Config, *, on_start: Callable[[Server], None] = lambda _
     loop.add_signal_handler(signal.SIGHUP, _log.warning, "SIGHUP is ignored: a restart changes what is served")
     server = await Server.start(config)
     on_start(server)
-    await stop.wait()
+    waits = [asyncio.create_task(stop.wait())]
+    if config.server.exit_on_hang:
+        waits.append(asyncio.create_task(server.hung.wait()))
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    if not stop.is_set():
+        _log.critical("the server ends, as a model hangs and server.exit_on_hang is set")
+        stop.set()
+        last_resort.tell()
     ended = await server.drain(config.server.grace_s, hurry=hurry)
     last_resort.tell()
+    if config.server.exit_on_hang and server.hung.is_set():
+        raise ModelHangs
     return ended

@@ -63,6 +63,7 @@ def serve(
     # Only now: importing torch takes seconds, and a wrong configuration should be told at once.
     from heatlens_server.app import Server  # noqa: PLC0415
     from heatlens_server.app import serve as serve_until_signal  # noqa: PLC0415
+    from heatlens_server.ending import ModelHangs  # noqa: PLC0415
 
     def announce(server: Server) -> None:
         if port_file is not None:
@@ -70,11 +71,15 @@ def serve(
 
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            if not runner.run(serve_until_signal(settings, on_start=announce)):
+            try:
+                ended, exit_code = runner.run(serve_until_signal(settings, on_start=announce)), 0
+            except ModelHangs:
+                ended, exit_code = False, 1
+            if not ended:
                 # A thread is inside native code (loading, or a batch that outlived the grace). Finalising the
                 # interpreter under it would abort the process.
                 end_output()
-                os._exit(0)
+                os._exit(exit_code)
     except ConfigError as error:
         _fail(error)
 

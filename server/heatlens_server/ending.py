@@ -25,6 +25,10 @@ _NATIVE_S = 2.0
 _EXIT_CODE = 1
 
 
+class ModelHangs(Exception):
+    """The server has ended because a model hangs, and the configuration says so."""
+
+
 class LastResort:
     """Ends the process when it has had its time, whatever runs.
 

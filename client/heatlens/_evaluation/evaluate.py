@@ -219,7 +219,7 @@ def _served(models: Sequence[ModelInfo], name: str | None) -> ModelInfo:
 
     Raises:
         NotFoundError: there is none of that name.
-        UnavailableError: it is loading.
+        UnavailableError: it is loading, or cannot answer for now.
         FailedPreconditionError: it failed to load.
     """
     for model in models:
@@ -228,6 +228,8 @@ def _served(models: Sequence[ModelInfo], name: str | None) -> ModelInfo:
                 raise FailedPreconditionError(
                     f"the model {model.name!r} failed to load: {model.state_message}", reason="MODEL_FAILED"
                 )
+            if model.state is ModelState.UNAVAILABLE:
+                raise UnavailableError(model.state_message)
             if model.state is not ModelState.READY:
                 raise UnavailableError(f"the model {model.name!r} is loading", reason="MODEL_LOADING")
             return model

@@ -157,6 +157,7 @@ class ModelState(StrEnum):
     LOADING = "loading"
     READY = "ready"
     FAILED = "failed"
+    UNAVAILABLE = "unavailable"
     UNKNOWN = "unknown"
 
 

@@ -31,10 +31,12 @@ class Model(_message.Message):
         STATE_LOADING: _ClassVar[Model.State]
         STATE_READY: _ClassVar[Model.State]
         STATE_FAILED: _ClassVar[Model.State]
+        STATE_UNAVAILABLE: _ClassVar[Model.State]
     STATE_UNSPECIFIED: Model.State
     STATE_LOADING: Model.State
     STATE_READY: Model.State
     STATE_FAILED: Model.State
+    STATE_UNAVAILABLE: Model.State
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]

@@ -242,6 +242,9 @@ class ModelConfig(Section):
     torch."""
     provider: Literal["auto", "cpu", "cuda", "tensorrt"] = "auto"
     """What runs onnxruntime's graphs. "auto": CUDA if there is a GPU and onnxruntime can use it, else the CPU."""
+    hang_after_s: float = Field(default=120.0, gt=0, le=86_400)
+    """How long a batch or step runs at least before the model counts as hanging, in seconds: also 20 times as long as
+    it usually does. Its callers are told so, and others are refused until it ends."""
     companion: bool = True
     """Whether torch may be loaded beside onnxruntime or torchscript, when a request first needs it, for the methods and
     options that exported graphs lack. It takes the memory of the model once more. Without it they are not offered;

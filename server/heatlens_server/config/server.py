@@ -38,6 +38,8 @@ class ServerConfig(Section):
     """Address to listen on: "host:port", port 0 for any free one, or "unix:PATH"."""
     grace_s: float = Field(default=30.0, ge=0, le=3600)
     """How long running calls may take to finish at shutdown, in seconds."""
+    exit_on_hang: bool = False
+    """Whether the server drains and ends with exit code 1 when a model hangs, for orchestrators that start it anew."""
     reflection: bool = False
     """Whether clients may list the services by gRPC reflection."""
     max_message_bytes: int = Field(default=16 * 1024 * 1024, ge=1024, le=2**31 - 1)

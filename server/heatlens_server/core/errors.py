@@ -7,6 +7,7 @@
   * ModelLoading          the model is not ready yet: try again
   * ModelFailed           the model could not be loaded
   * ModelUnloaded         the model was unloaded or replaced while the caller waited
+  * ModelInterrupted      the model served, and cannot for now: it hangs, or its process has ended
   * CompanionFailed       the model answers, but PyTorch, which this request needs, could not be loaded
   * ServerDraining        the server is shutting down: try another server
   * QueueFull             too many requests are waiting
@@ -144,6 +145,16 @@ class ModelUnloaded(HeatlensError):
 
     def __init__(self, name: str, what: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(f"model {name!r} {what}", metadata={"model": name}, retry_after_s=retry_after_s)
+        self.name = name
+
+
+class ModelInterrupted(HeatlensError):
+    """The model served, and cannot for now. Reasons: MODEL_HUNG, MODEL_CRASHED."""
+
+    reason = "MODEL_HUNG"
+
+    def __init__(self, name: str, what: str, *, reason: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(f"model {name!r} {what}", reason=reason, metadata={"model": name}, retry_after_s=retry_after_s)
         self.name = name
 
 

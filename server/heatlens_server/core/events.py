@@ -58,7 +58,7 @@ class Observer:
         """A frame of a stream was given up for a newer one."""
 
     def model_changed(self, *, model: str, state: str, message: str, fault: Exception | None = None) -> None:
-        """A model is "loading", "ready", "failed" or "unloaded" from now on.
+        """A model is "loading", "ready", "failed", "unavailable" or "unloaded" from now on.
 
         Args:
             model: which.

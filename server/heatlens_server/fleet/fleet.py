@@ -15,8 +15,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import replace
 
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.causes import with_causes
@@ -24,6 +23,7 @@ from heatlens_server.core.engine import Capabilities, SteppingEngine
 from heatlens_server.core.errors import (
     ConfigError,
     ModelFailed,
+    ModelInterrupted,
     ModelLoadError,
     ModelLoading,
     ModelNotFound,
@@ -32,7 +32,7 @@ from heatlens_server.core.errors import (
 )
 from heatlens_server.core.events import Observer
 from heatlens_server.fleet.build import BuiltModel
-from heatlens_server.fleet.served_model import ServedModel
+from heatlens_server.fleet.served_model import ModelState, ModelStatus, ServedModel
 from heatlens_server.scheduling.model_queue import ModelQueue
 
 _log = logging.getLogger(__name__)
@@ -40,36 +40,6 @@ _log = logging.getLogger(__name__)
 _RETRY_S = 1.0
 _SHOWN_CHARACTERS = 80
 """How much of a caller's text an error repeats."""
-
-
-class ModelState(Enum):
-    """Whether a model can answer."""
-
-    LOADING = "loading"
-    READY = "ready"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True)
-class ModelStatus:
-    """One model of a fleet, at one moment.
-
-    Attributes:
-        config: what it is, or is to be, made from.
-        state: whether it can answer.
-        served: what answers; None unless READY.
-        message: why it is FAILED, for clients; empty otherwise.
-    """
-
-    config: ModelConfig
-    state: ModelState = ModelState.LOADING
-    served: ServedModel | None = None
-    message: str = ""
-
-    @property
-    def name(self) -> str:
-        """The model's unique name."""
-        return self.config.name
 
 
 def batch_size_of(config: ModelConfig, info: Capabilities) -> int:
@@ -146,10 +116,13 @@ class Fleet:
             ModelNotFound: there is none.
             ModelLoading: not yet.
             ModelFailed: it could not be loaded.
+            ModelInterrupted: it served, and cannot for now.
         """
         status = self._statuses.get(name or self.default)
         if status is None:
             raise ModelNotFound(name[:_SHOWN_CHARACTERS], list(self._statuses))
+        if status.outage is not None:
+            raise status.outage.with_traceback(None)
         if status.served is not None:
             return status.served
         if status.state is ModelState.FAILED:
@@ -217,7 +190,7 @@ class Fleet:
     async def unload(self, name: str) -> None:
         """Take a model out of the fleet, and close it; one that is being loaded is closed once it is.
 
-        Returns when the batch that runs is finished and the engine is closed.
+        Returns when the batch that runs is finished and the engine is closed, or when the batch hangs.
 
         Raises:
             ModelNotFound: there is none of that name.
@@ -235,6 +208,23 @@ class Fleet:
         await self._publish()
         if closing is not None:
             await asyncio.shield(closing)
+
+    async def interrupt(self, status: ModelStatus, outage: ModelInterrupted | None, *, message: str) -> None:
+        """Say that a model that serves cannot for now, or, with None, can again; its streams end.
+
+        Args:
+            status: its present one; nothing happens if it has changed.
+            outage: what its callers are told from now on.
+            message: why, for the operator.
+        """
+        if self._statuses.get(status.name) is not status or status.served is None:
+            return
+        state = ModelState.READY if outage is None else ModelState.UNAVAILABLE
+        told = "" if outage is None else outage.message
+        self._change(status.name, replace(status, state=state, message=told, outage=outage), message)
+        if outage is not None:
+            self._end_streams(status.served, outage)
+        await self._publish()
 
     # The end.
 
@@ -332,6 +322,7 @@ class Fleet:
             max_batch_size=batch_size_of(config, built.engine.info),
             max_delay_s=config.batching.max_delay_ms / 1e3,
             queue=queue,
+            hang_after_s=config.hang_after_s,
             assumptions=built.assumptions,
             generation=self._generations[config.name],
         )
@@ -411,11 +402,17 @@ class Fleet:
         """Close a model that serves no longer, once its calls are done."""
         self._retired.add(model.queue)
         self._end_streams(model, error)
-        return self._start(self._finish(model.queue, error))
+        return self._start(self._finish(model, error))
 
-    async def _finish(self, queue: ModelQueue, error: Exception) -> None:
-        await self._users[queue].gone.wait()
-        await queue.close(error)
+    async def _finish(self, model: ServedModel, error: Exception) -> None:
+        queue, users = model.queue, self._users[model.queue]
+        while not users.gone.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(users.gone.wait(), model.hang_after_s)
+            if queue.batcher.hangs_s(model.hang_after_s):
+                queue.give_up(error, running=True)
+        if not await queue.close(error, timeout_s=model.hang_after_s):
+            _log.error("model %s: what it runs does not end, and keeps its thread and memory", model.name)
         self._retired.discard(queue)
         del self._users[queue]
 

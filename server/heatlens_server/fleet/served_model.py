@@ -1,8 +1,11 @@
-"""A model that is ready to answer, as transports see it."""
+"""A model as transports see it: whether it is ready, and what answers then."""
 
 from dataclasses import dataclass
+from enum import Enum
 
+from heatlens_server.config import ModelConfig
 from heatlens_server.core.engine import Capabilities
+from heatlens_server.core.errors import ModelInterrupted
 from heatlens_server.core.methods import Method
 from heatlens_server.core.preprocess import PreprocessSpec
 from heatlens_server.scheduling.model_queue import ModelQueue
@@ -24,6 +27,7 @@ class ServedModel:
         queue: the way to the device.
         assumptions: what was found or assumed when it was loaded, one sentence each, with the key that overrides it.
         generation: counts the models that have served under this name, from 1 on.
+        hang_after_s: see `config.ModelConfig`.
     """
 
     name: str
@@ -37,6 +41,7 @@ class ServedModel:
     queue: ModelQueue
     assumptions: tuple[str, ...] = ()
     generation: int = 1
+    hang_after_s: float = 120.0
 
     @property
     def class_count(self) -> int:
@@ -46,3 +51,37 @@ class ServedModel:
     def label(self, class_id: int) -> str:
         """The class's name; empty if the model has none for it. A detector may find labels that its file lacks."""
         return self.labels[class_id] if 0 <= class_id < len(self.labels) else ""
+
+
+class ModelState(Enum):
+    """Whether a model can answer."""
+
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+    UNAVAILABLE = "unavailable"
+    """It was ready, and cannot answer for now."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """One model of a fleet, at one moment.
+
+    Attributes:
+        config: what it is, or is to be, made from.
+        state: whether it can answer.
+        served: what answers; None unless READY or UNAVAILABLE.
+        message: why it is FAILED or UNAVAILABLE, for clients; empty otherwise.
+        outage: what callers are told while it is UNAVAILABLE; None otherwise.
+    """
+
+    config: ModelConfig
+    state: ModelState = ModelState.LOADING
+    served: ServedModel | None = None
+    message: str = ""
+    outage: ModelInterrupted | None = None
+
+    @property
+    def name(self) -> str:
+        """The model's unique name."""
+        return self.config.name

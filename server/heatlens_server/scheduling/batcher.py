@@ -272,6 +272,12 @@ class Batcher:
             self._devices[device].learn_explanation(entry.stepped_s)
             return True
 
+    def hangs_s(self, floor_s: float) -> float:
+        """How long a batch or step has been running that hangs, in seconds; 0.0 if none does. See `DeviceTime`."""
+        with self._changed:
+            now = self._clock()
+            return max(device.hangs_s(now, floor_s=floor_s) for device in self._devices)
+
     def close(self, refusal: Exception | None = None) -> None:
         """Admit nothing more; `take` hands out what is left and then None. Idempotent.
 

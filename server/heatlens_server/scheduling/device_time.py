@@ -7,6 +7,9 @@ _NEWEST_WEIGHT = 0.25
 
 _UNKNOWN_S = 1.0
 
+HANG_FACTOR = 20
+"""How many times as long as usual something runs before it counts as hanging."""
+
 
 class BatchTimeEstimate:
     """An exponential moving average of the running time per batch size. Not thread-safe: its owner's lock guards it."""
@@ -82,6 +85,19 @@ class DeviceTime:
     def ends_at(self) -> float:
         """When what runs is expected to end; -infinity if nothing runs."""
         return -math.inf if self._since is None else self._since + self._estimate.seconds(self._size)
+
+    def hangs_s(self, now: float, *, floor_s: float) -> float:
+        """How long what runs has been running, in seconds; 0.0 while that is no sign of a hang.
+
+        Args:
+            now: on the owner's clock.
+            floor_s: what runs for less does not hang, however short it usually is; nor does what runs for less than
+                `HANG_FACTOR` times its usual time.
+        """
+        if self._since is None:
+            return 0.0
+        running_s = now - self._since
+        return running_s if running_s > max(floor_s, HANG_FACTOR * self._estimate.seconds(self._size)) else 0.0
 
     def learn_explanation(self, seconds: float) -> None:
         """An explanation in steps took so long on the device, all its steps together."""

@@ -151,11 +151,15 @@ class ModelQueue:
         """
         self.batcher.close(error)
         self._loader.give_up(error)
+        if running:
+            self.answer_all(error)
         for ticket in list(self._tickets):
-            if running:
-                ticket.abandon(error)
-            else:
-                ticket.give_up(error)
+            ticket.give_up(error)
+
+    def answer_all(self, error: Exception) -> None:
+        """Answer with an error all that was admitted, also what runs, and go on admitting."""
+        for ticket in list(self._tickets):
+            ticket.abandon(error)
 
     async def close(self, refusal: Exception | None = None, *, timeout_s: float | None = None) -> bool:
         """Refuse new work, finish what was admitted, stop the threads and close the engines. Idempotent.

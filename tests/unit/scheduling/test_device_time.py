@@ -2,7 +2,7 @@
 
 import pytest
 
-from heatlens_server.scheduling.device_time import BatchTimeEstimate
+from heatlens_server.scheduling.device_time import HANG_FACTOR, BatchTimeEstimate, DeviceTime
 
 
 def learned(*batches: tuple[int, float]) -> BatchTimeEstimate:
@@ -48,3 +48,19 @@ def test_throughput_is_the_best_seen():
 def test_a_batch_that_took_no_time_is_no_throughput():
     assert learned((4, 0.0)).images_per_second() == 0.0
     assert learned((4, 0.0), (2, 0.5)).images_per_second() == pytest.approx(4)
+
+
+def test_what_runs_hangs_beyond_a_floor_and_a_multiple_of_its_usual_time():
+    device = DeviceTime()
+    assert device.hangs_s(1e9, floor_s=1.0) == 0.0
+    device.start(100.0, 4, step=False)
+    assert device.hangs_s(101.0, floor_s=1.0) == 0.0
+    assert device.hangs_s(102.0, floor_s=1.0) == 2.0
+    device.finish(100.5)
+    device.start(200.0, 4, step=False)
+    assert device.hangs_s(200.0 + 0.5 * HANG_FACTOR, floor_s=1.0) == 0.0
+    assert device.hangs_s(201.0 + 0.5 * HANG_FACTOR, floor_s=1.0) == 1.0 + 0.5 * HANG_FACTOR
+    # Steps are learned apart.
+    device.finish(201.0)
+    device.start(300.0, 4, step=True)
+    assert device.hangs_s(302.0, floor_s=1.0) == 2.0

@@ -12,7 +12,7 @@ from heatlens_server.api.models import ServerInfo, supported_methods
 from heatlens_server.api.query import MapType
 from heatlens_server.core.geometry import PixelBox
 from heatlens_server.core.preprocess import PreprocessSpec
-from heatlens_server.fleet.fleet import ModelState, ModelStatus
+from heatlens_server.fleet.served_model import ModelState, ModelStatus
 from heatlens_server.transports.grpc.requests import METHOD_TO_PROTO
 
 _DATA_TYPES = {
@@ -25,6 +25,7 @@ _STATES = {
     ModelState.LOADING: model_pb2.Model.STATE_LOADING,
     ModelState.READY: model_pb2.Model.STATE_READY,
     ModelState.FAILED: model_pb2.Model.STATE_FAILED,
+    ModelState.UNAVAILABLE: model_pb2.Model.STATE_UNAVAILABLE,
 }
 
 

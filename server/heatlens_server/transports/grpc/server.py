@@ -18,7 +18,8 @@ from heatlens.v1 import explain_pb2, model_pb2
 from heatlens_server.api.calls import CallGate
 from heatlens_server.config import ServerConfig, TlsConfig
 from heatlens_server.core.errors import ConfigError
-from heatlens_server.fleet.fleet import Fleet, ModelState
+from heatlens_server.fleet.fleet import Fleet
+from heatlens_server.fleet.served_model import ModelState
 from heatlens_server.transports.grpc.interceptor import CallInterceptor
 
 SERVICES = tuple(

@@ -21,6 +21,7 @@ _CODES: dict[type[errors.HeatlensError], grpc.StatusCode] = {
     errors.ModelLoading: grpc.StatusCode.UNAVAILABLE,
     errors.ModelFailed: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ModelUnloaded: grpc.StatusCode.UNAVAILABLE,
+    errors.ModelInterrupted: grpc.StatusCode.UNAVAILABLE,
     errors.CompanionFailed: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ServerDraining: grpc.StatusCode.UNAVAILABLE,
     errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,

@@ -33,6 +33,11 @@ EXAMPLES: dict[type[HeatlensError], tuple[HeatlensError, grpc.StatusCode, str]] 
         grpc.StatusCode.UNAVAILABLE,
         "MODEL_UNLOADED",
     ),
+    errors.ModelInterrupted: (
+        errors.ModelInterrupted("a", "hangs", retry_after_s=10.0),
+        grpc.StatusCode.UNAVAILABLE,
+        "MODEL_HUNG",
+    ),
     errors.CompanionFailed: (
         errors.CompanionFailed("a", "no file"),
         grpc.StatusCode.FAILED_PRECONDITION,
