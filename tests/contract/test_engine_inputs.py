@@ -52,7 +52,7 @@ def engine_of(name, channels, **changes):
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("channels", [1, 4])  # 3: below, of values up to 255
 @pytest.mark.parametrize("name", ENGINES)
 def test_maps_agree_with_float64(name, channels, dtype):
     engine, judge = engine_of(name, channels)

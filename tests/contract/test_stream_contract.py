@@ -10,7 +10,7 @@ from callers import Refused
 from heatlens import Client, UnavailableError
 from messages import distinct
 from server_process import wait_settled
-from server_toml import model_toml, server_toml
+from server_toml import server_toml
 
 
 def jpeg(pixels):
@@ -152,7 +152,7 @@ def test_jpeg_of_pixels_is_nearly_the_pixels(server, chelsea):
 
 def test_a_drained_stream_says_where_to_go_on(launch, pictures):
     # A server process of its own: it is told to stop in mid-stream.
-    running = launch(server_toml(model_toml("tiny")))
+    running = launch(server_toml())
     wait_settled(running.address)
     items = []
 

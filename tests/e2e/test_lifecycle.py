@@ -97,7 +97,7 @@ def test_reflection_lists_the_services(server):
 
 
 def test_reflection_is_off_by_default(launch):
-    running = launch(server_toml(SLOW))
+    running = launch(server_toml())
     with grpc.insecure_channel(running.address) as channel:
         ask = reflection_pb2.ServerReflectionRequest(list_services="")
         with pytest.raises(grpc.RpcError) as raised:
@@ -177,7 +177,7 @@ def test_calls_in_steps_that_outlive_the_grace_are_told_so(tmp_path, launch):
 
 
 def test_token_is_required_but_for_health(launch):
-    running = launch(server_toml(SLOW), env={"HEATLENS_SERVER__TOKEN": "s3cret"})
+    running = launch(server_toml(), env={"HEATLENS_SERVER__TOKEN": "s3cret"})
     assert health(running.address, "heatlens.v1.ExplainService") in {SERVING, NOT_SERVING}
     for metadata in ([], [("authorization", "Bearer wrong")], [("authorization", "s3cret")]):
         with pytest.raises(grpc.RpcError) as raised:
@@ -199,7 +199,7 @@ def test_tls_with_client_certificates(tmp_path, launch):
         certificate.cert_chain_pems[0].write_to_path(tmp_path / f"{name}.pem")
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
     tls = '[server.tls]\ncertificate = "server.pem"\nprivate_key = "server.key"\nclient_ca = "ca.pem"'
-    running = launch(server_toml(tls, SLOW))
+    running = launch(server_toml(tls))
     address = running.address.replace("127.0.0.1", "localhost")
     ca = (tmp_path / "ca.pem").read_bytes()
     with_key = grpc.ssl_channel_credentials(

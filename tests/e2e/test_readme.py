@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import tomllib
 import types
 import typing
@@ -267,23 +266,6 @@ def test_client_commands_run(line, folder, address):
     done = CliRunner(env={"HEATLENS_ADDRESS": address}).invoke(client_app, shlex.split(line)[1:])
     assert done.exit_code == 0, done.output
     assert done.output
-
-
-def test_exported_model_explains_without_heatlens(folder, monkeypatch):
-    """The two lines of the section on exporting, as they stand."""
-    lines = [line for line in SHELL if "exported" in line.split()]
-    assert len(lines) == 2
-    for line in lines:
-        program, *arguments = shlex.split(line)
-        if program == "python":
-            (folder / "examples").symlink_to(ROOT / "examples")
-            command = [sys.executable, *arguments]
-        else:
-            command = [str(Path(sys.executable).with_name(program)), *arguments]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"(Egyptian|tiger) cat 3\d\.\d%", done.stdout.strip())
-    assert cv2.imread(str(folder / "cat-why.png")).shape == (224, 224, 3)
 
 
 def test_options_named_in_prose_exist():

@@ -14,17 +14,10 @@ import skimage
 from heatlens import Client
 from heatlens_server.config import Config
 from server_process import SUPPORT
+from server_toml import model_toml
 
 COMMAND = Path(sys.executable).parent / "heatlens-server"
-TINY = """
-[[models]]
-name = "tiny"
-source = "python:tiny_models:tiny"
-layers = ["body"]
-[models.preprocess]
-resize_px = 64
-crop_px = 64
-"""
+TINY = "\n" + model_toml("tiny", engine=None, layers=("body", "stem"))
 BROKEN = """
 [[models]]
 name = "broken"
@@ -77,27 +70,25 @@ def test_check_prints_the_effective_configuration_and_nothing_else_on_stdout(run
     assert "s3cret" not in done.stdout + done.stderr
     *_, report = done.stderr.splitlines()  # an export tells its phases before
     assert report.startswith(
-        "tiny: ok: onnxruntime on cpu in fp32, classification, 64x64 px, 10 classes, layers body; methods cam, "
+        "tiny: ok: onnxruntime on cpu in fp32, classification, 64x64 px, 10 classes, layers body, stem; methods cam, "
         "grad-cam,"
     )
 
 
-def test_check_fails_if_one_model_does_and_reports_all(run):
-    done = run("check", BROKEN + TINY, exit_code=1)
+def test_check_fails_if_one_model_does_reports_all_and_explains_a_photo_by_the_others(run, tmp_path):
+    done = run("check", BROKEN + TINY, "--image", Path(skimage.data_dir, "chelsea.png"), exit_code=1)
     assert [model["name"] for model in json.loads(done.stdout)["models"]] == ["broken", "tiny"]
     broken, *_, tiny = done.stderr.splitlines()
     assert broken.startswith("broken: FAILED: ")
     # For the operator: clients see no path (tests of loading).
     assert "/secret/path" in broken
     assert tiny.startswith("tiny: ok: ")
-
-
-def test_check_explains_a_photo_by_every_model(run, tmp_path):
-    photo = Path(skimage.data_dir, "chelsea.png")
-    done = run("check", BROKEN + TINY, "--image", photo, exit_code=1)
     lines = [line for line in done.stderr.splitlines() if line.startswith("tiny: chelsea.png")]
     assert [line.partition(": class ")[0] for line in lines] == ["tiny: chelsea.png", "tiny: chelsea.png mirrored"]
     assert (tmp_path / "tiny-check.png").stat().st_size > 10_000
+
+
+def test_check_of_a_photo_that_is_not_there(run, tmp_path):
     missing = run("check", TINY, "--image", tmp_path / "no.jpg", exit_code=2)
     assert "--image" in missing.stderr
 

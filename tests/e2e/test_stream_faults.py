@@ -28,7 +28,7 @@ from server_toml import model_toml, server_toml
 
 pytestmark = pytest.mark.serial
 
-KILL_S = float(os.environ.get("HEATLENS_KILL_S", "8"))
+KILL_S = float(os.environ.get("HEATLENS_KILL_S", "4"))
 KILL_SEED = 4
 MAX_STREAMS = 24
 
@@ -169,7 +169,7 @@ async def test_clients_killed_at_random_moments_leave_nothing_behind(watched):
         return json.loads(out)
 
     # Threads that the first clients make a server start stay for the next ones.
-    await kill(KILL_SEED + 1, 3)
+    await kill(KILL_SEED + 1, 2)
     before = watched.until(lambda held: held.balanced)
     died = await kill(KILL_SEED, KILL_S)
     print(died)

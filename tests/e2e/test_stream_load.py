@@ -22,7 +22,7 @@ from server_toml import model_toml, server_toml
 
 pytestmark = pytest.mark.serial
 
-BATCH_S = 0.25
+BATCH_S = 0.15
 BATCH_SIZE, WIDE_BATCH_SIZE = 4, 32
 SERVER_FPS = BATCH_SIZE / BATCH_S
 TOML = server_toml(
@@ -32,16 +32,10 @@ TOML = server_toml(
     log_level="warning",
     default_model="slow",
 )
-REAL_TOML = """
-[server]
-listen = "127.0.0.1:0"
-log_level = "warning"
-[[models]]
-name = "efficientnet_lite0"
-source = "embedded:efficientnet_lite0"
-engine = "torch"
-batching = { max_batch_size = 2 }
-"""
+REAL_TOML = server_toml(
+    '[[models]]\nname = "real"\nsource = "embedded:efficientnet_lite0"\nbatching = { max_batch_size = 2 }',
+    log_level="warning",
+)
 
 MIB = 2**20
 DROP_OLDEST = pb.OVERFLOW_POLICY_DROP_OLDEST
@@ -303,7 +297,6 @@ def note_item(ages: Ages, item) -> None:
 @pytest.mark.parametrize(
     ("film", "model", "times", "window"),
     [
-        (film_raw, "slow", 2, None),
         # Batches so large that hundreds of frames come and are dropped while one runs.
         (film_raw, "slow-wide", 2, None),
         (film_raw, "slow", 10, None),

@@ -19,7 +19,7 @@ Stub = explain_pb2_grpc.ExplainServiceStub
 
 TOML = server_toml(model_toml("mlp", "tiny_mlp", max_batch_size=16), log_level="warning")
 
-PER_CALLER = 20
+PER_CALLER = 8
 CALLERS = 32
 LOGIT_TOLERANCE = 1e-4
 ALL_CLASSES = list(range(10))

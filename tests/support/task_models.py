@@ -187,9 +187,14 @@ def embedder() -> LoadedModel:
     )
 
 
+@cache
+def _pictures() -> tuple[np.ndarray, ...]:
+    return data.chelsea(), data.coffee(), data.rocket()
+
+
 def photos(height_px: int = PX, width_px: int = PX) -> np.ndarray:
     """Three different parts of photos, uint8 (3, H, W, 3)."""
-    cat, coffee, rocket = data.chelsea(), data.coffee(), data.rocket()
+    cat, coffee, rocket = _pictures()
     parts = [cat[60:, 80:], coffee[60:, 150:], rocket[40:, 220:]]
     return np.stack([part[: 2 * height_px : 2, : 2 * width_px : 2] for part in parts])
 

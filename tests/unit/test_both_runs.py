@@ -23,7 +23,8 @@ def test_alone():
 def run(folder: Path, *arguments: str) -> tuple[int, str]:
     """The exit status and the last line."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    command = [sys.executable, RUN, "-p", "no:cacheprovider", *arguments]
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # eight processes would import them
+    command = [sys.executable, RUN, "-p", "no:cacheprovider", "-p", "xdist", *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout.splitlines()[-1]
 

@@ -149,8 +149,14 @@ def test_a_detector_of_another_interface_is_refused_with_the_way_out(load):
         load(yolos, task="detection")
 
 
-@pytest.mark.parametrize(("make", "expected"), [(vit, Method.ELEMENT_WISE_GRAD_CAM), (convnext, Method.GRAD_CAM)])
-@pytest.mark.parametrize("engine", ["torch", "auto"])
+@pytest.mark.parametrize(
+    ("make", "expected", "engine"),
+    [
+        (vit, Method.ELEMENT_WISE_GRAD_CAM, "torch"),
+        (vit, Method.ELEMENT_WISE_GRAD_CAM, "auto"),
+        (convnext, Method.GRAD_CAM, "torch"),
+    ],
+)
 def test_the_default_method_is_the_familys_and_is_said(monkeypatch, tmp_path, make, expected, engine):
     monkeypatch.setitem(sys.modules, "factories", sys.modules[__name__])
     source = f"python:factories:{make.__name__}"

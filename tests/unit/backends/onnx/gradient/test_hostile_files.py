@@ -280,7 +280,6 @@ def test_a_right_file_is_read(tmp_path):
     assert [one.op_type for one in read_file(saved(tmp_path / "folder", RIGHT)).graph] == ["Conv", "Relu"]
 
 
-@pytest.mark.serial
 def test_no_refusal_takes_memory(tmp_path):
     """All of them in one process: its peak is little above what it has after the imports."""
     (tmp_path / "folder").mkdir()
