@@ -1,5 +1,7 @@
 """Activations and gradients of layers, as networks have them and as they seldom are, in numpy's float64."""
 
+import itertools
+
 import numpy as np
 
 from heatlens_server.core.methods import Method
@@ -8,6 +10,8 @@ SHAPES = ((1, 1, 1, 1, 1), (2, 3, 16, 7, 7), (3, 1, 5, 4, 6), (1, 4, 64, 1, 1), 
 """(N, K, C, h, w): with one place, with more places than channels, and with fewer."""
 
 KINDS = ("typical", "signed", "constant", "zero", "no gradient")
+
+CASES = tuple(itertools.product(SHAPES, KINDS))
 
 
 def layer_case(shape, kind="typical", seed=0):

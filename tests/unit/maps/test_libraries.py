@@ -9,7 +9,7 @@ from heatlens_server.maps.methods import raw_map, smooth_grad_cam_plus_plus
 from heatlens_server.maps.normalization import normalize
 from heatlens_server.maps.principal import principal_projection
 from heatlens_server.maps.weights import WEIGHTED_ACTIVATIONS, weighted
-from layer_cases import KINDS, SHAPES, factors_of, layer_case
+from layer_cases import CASES, factors_of, layer_case
 
 
 def assert_close(actual, expected, tolerance):
@@ -17,12 +17,20 @@ def assert_close(actual, expected, tolerance):
     assert np.abs(actual - np.asarray(expected)).max() <= tolerance * max(np.abs(np.asarray(expected)).max(), 1e-300)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES)
+def each_case(method, dtype=np.float64):
+    """Activations and factors of every kind and shape."""
+    for shape, kind in CASES:
+        activations, gradients = (values.astype(dtype) for values in layer_case(shape, kind))
+        yield activations, factors_of(method, gradients)
+
+
 @pytest.mark.parametrize("method", CLOSED_FORMS)
-def test_numpy_is_torch_in_float64(method, shape, kind):
-    activations, gradients = layer_case(shape, kind)
-    factors = factors_of(method, gradients)
+def test_numpy_is_torch_in_float64(method):
+    for activations, factors in each_case(method):
+        check_numpy_is_torch(method, activations, factors)
+
+
+def check_numpy_is_torch(method, activations, factors):
     actual = raw_map(method, activations, factors)
     expected = raw_map(method, torch.from_numpy(activations), torch.from_numpy(factors))
     assert actual.dtype == np.float64
@@ -39,12 +47,13 @@ def test_every_class_of_every_image_has_a_map(method):
     assert raw_map(method, activations, factors_of(method, gradients)).any(axis=(2, 3)).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("method", CLOSED_FORMS)
-def test_float32_stays_and_is_near_float64(method, shape, kind):
-    activations, gradients = (values.astype(np.float32) for values in layer_case(shape, kind))
-    factors = factors_of(method, gradients)
+def test_float32_stays_and_is_near_float64(method):
+    for activations, factors in each_case(method, np.float32):
+        check_float32_stays(method, activations, factors)
+
+
+def check_float32_stays(method, activations, factors):
     actual = raw_map(method, activations, factors)
     assert actual.dtype == np.float32
     finished = normalize(actual)
