@@ -20,7 +20,7 @@ from server_toml import model_toml, server_toml
 
 SERVER_TOML = server_toml(
     model_toml("tiny", engine=None, layers=("body", "stem")),
-    model_toml("tiny_mlp", engine=None),
+    model_toml("tiny_mlp"),
     model_toml("broken", engine=None),
     '[[models]]\nname = "efficientnet_lite0"\nsource = "embedded:efficientnet_lite0"\nengine = "torch"',
     log_format="json",
