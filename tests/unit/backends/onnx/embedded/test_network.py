@@ -136,8 +136,15 @@ def run(engine, image, spec):
             return stop.value
 
 
-@pytest.mark.parametrize("layer", ["bn2", "blocks.4"])
-@pytest.mark.parametrize("method", [Method.ABLATION_CAM, Method.RECIPRO_CAM, Method.SMOOTH_GRAD_CAM_PLUS_PLUS])
+@pytest.mark.parametrize(
+    ("method", "layer"),
+    [
+        (Method.ABLATION_CAM, "bn2"),
+        (Method.ABLATION_CAM, "blocks.4"),
+        (Method.RECIPRO_CAM, "bn2"),
+        (Method.SMOOTH_GRAD_CAM_PLUS_PLUS, "blocks.4"),
+    ],
+)
 def test_methods_of_many_runs_are_torchs(engine, torch_engine, photos, method, layer):
     spec = MapSpec(method, (layer,), upsample=False)
     found, expected = (run(one, photos[0], spec) for one in (engine, torch_engine))
