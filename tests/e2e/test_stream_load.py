@@ -33,7 +33,8 @@ TOML = server_toml(
     default_model="slow",
 )
 REAL_TOML = server_toml(
-    '[[models]]\nname = "real"\nsource = "embedded:efficientnet_lite0"\nbatching = { max_batch_size = 2 }',
+    '[[models]]\nname = "real"\nsource = "embedded:efficientnet_lite0"\nengine = "torch"',
+    "batching = { max_batch_size = 2 }",
     log_level="warning",
 )
 
