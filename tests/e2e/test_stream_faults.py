@@ -5,6 +5,7 @@ Clients are killed for KILL_S seconds; set the environment variable HEATLENS_KIL
 
 import asyncio
 import collections
+import contextlib
 import gc
 import json
 import os
@@ -213,19 +214,20 @@ async def one_of_a_thousand(stub: Stub, i: int) -> str:
 
 async def storm(server: ObservedServer) -> collections.Counter[str]:
     """A thousand streams at once, then as many as there may be, and one more."""
-    async with own_channel(server.address) as channel:
-        stub = Stub(channel)
-        ends = collections.Counter(await asyncio.gather(*(one_of_a_thousand(stub, i) for i in range(1000))))
+    async with contextlib.AsyncExitStack() as stack:
+        # A connection may have 256 calls at once.
+        stubs = [Stub(await stack.enter_async_context(own_channel(server.address))) for _ in range(5)]
+        ends = collections.Counter(await asyncio.gather(*(one_of_a_thousand(stubs[i % 5], i) for i in range(1000))))
         server.until(lambda held: held.balanced)
-        full = [RawStream(stub) for _ in range(MAX_STREAMS)]
+        full = [RawStream(stubs[0]) for _ in range(MAX_STREAMS)]
         for stream in full:
             await stream.open()
-        refused = RawStream(stub)
+        refused = RawStream(stubs[0])
         code, details, _ = await refused.failure()
         assert (code, details.info.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "STREAM_LIMIT")
         for stream in full:
             assert await stream.finish() == []
-        await a_clean_stream_works(stub)
+        await a_clean_stream_works(stubs[0])
     return ends
 
 

@@ -22,7 +22,7 @@ from server_toml import model_toml, server_toml
 
 pytestmark = pytest.mark.serial
 
-BATCH_S = 0.15
+BATCH_S = 0.2
 BATCH_SIZE, WIDE_BATCH_SIZE = 4, 32
 SERVER_FPS = BATCH_SIZE / BATCH_S
 TOML = server_toml(
