@@ -21,7 +21,7 @@ InspectedImage = PlainFile | SourcePixels
 
 # A photo of 12 megapixels in JPEG has 36 million samples at most, and takes a tenth of a second.
 _SMALL_SAMPLES = 48_000_000
-_SMALL_BYTES = 64 << 20
+_SMALL_BYTES = 128 << 20
 
 _SHOWN_CHARACTERS = 80
 

@@ -115,6 +115,7 @@ def decode_plain(
         InvalidArgument: IMAGE_UNDECODABLE or IMAGE_TOO_LARGE, at `field`.
         MemoryError: there is too little memory for it.
     """
+    _check_memory(file)
     if file.file_format == "TIFF":
         return decode_tiff(file.encoded, channels=channels, max_pixels=max_pixels, field=field)
     if file.file_format == "DICOM":
@@ -124,8 +125,7 @@ def decode_plain(
     if values is None:
         values = _colors(file) if file.file_format in _BY_OPENCV else _by_pillow(file.encoded, "RGB")
     if values is None:
-        # The decoders do not tell a lack of memory from a broken file.
-        np.empty(file.decoded_bytes, np.uint8)
+        _check_memory(file)
     # A file that two readers read differently is a trick; the limit was checked on one reading only.
     if values is None or sorted(values.shape[:2]) != sorted((file.height_px, file.width_px)):
         raise undecodable(field, TRUNCATED)
@@ -134,6 +134,11 @@ def decode_plain(
         return SourcePixels(values, field=field, highest=255.0)
     highest, notes = _range_of_png(file, values)
     return SourcePixels(values, field=field, highest=highest, warnings=notes)
+
+
+def _check_memory(file: PlainFile) -> None:
+    """Raise MemoryError if there is too little for a file now: decoders do not tell that from a broken file."""
+    np.empty(file.decoded_bytes, np.uint8)
 
 
 def _walk(encoded: bytes, channels: int, check: SizeCheck) -> PlainFile:
@@ -172,7 +177,7 @@ def _sized_by_pillow(encoded: bytes, check: SizeCheck) -> PlainFile:
         raise Malformed(TRUNCATED) from error
     check(width_px, height_px)
     pixels = width_px * height_px
-    return PlainFile(name, width_px, height_px, encoded, decoded_bytes=8 * pixels, samples=3 * pixels)
+    return PlainFile(name, width_px, height_px, encoded, decoded_bytes=12 * pixels, samples=3 * pixels)
 
 
 def _colors(file: PlainFile) -> npt.NDArray[Any] | None:

@@ -56,7 +56,7 @@ def walk_gif(encoded: bytes, check: SizeCheck) -> PlainFile:
     height_px = max(top + down, int.from_bytes(encoded[8:10], "little"))
     check(width_px, height_px)
     pixels = width_px * height_px
-    return PlainFile("GIF", width_px, height_px, pieces.joined(), decoded_bytes=5 * pixels, samples=pixels)
+    return PlainFile("GIF", width_px, height_px, pieces.joined(), decoded_bytes=8 * pixels, samples=pixels)
 
 
 def walk_bmp(encoded: bytes, check: SizeCheck) -> PlainFile:
@@ -81,7 +81,7 @@ def walk_bmp(encoded: bytes, check: SizeCheck) -> PlainFile:
     check(width_px, height_px)
     pixels = width_px * height_px
     name = "BMP-RLE" if packed else "BMP"
-    return PlainFile(name, width_px, height_px, encoded, decoded_bytes=7 * pixels, samples=3 * pixels)
+    return PlainFile(name, width_px, height_px, encoded, decoded_bytes=11 * pixels, samples=3 * pixels)
 
 
 def _table_bytes(encoded: bytes, flags_at: int) -> int:

@@ -4,7 +4,7 @@ import zlib
 
 from heatlens_server.imaging.limits import TRUNCATED, Malformed, check_parts
 from heatlens_server.imaging.orientation import orientation_of
-from heatlens_server.imaging.walk.plain import Pieces, PlainFile, SizeCheck
+from heatlens_server.imaging.walk.plain import RESIZING_BYTES, Pieces, PlainFile, SizeCheck
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _WEBP_SIGNATURE, _WEBP_KIND = b"RIFF", b"WEBP"
@@ -75,7 +75,8 @@ def walk_png(encoded: bytes, check: SizeCheck) -> PlainFile:
         width_px,
         height_px,
         pieces.joined(),
-        decoded_bytes=width_px * height_px * max(3, channels) * (2 if is_deep else 1),
+        # Of 16 bits: as decoded, and as float32.
+        decoded_bytes=width_px * height_px * (24 if is_deep else RESIZING_BYTES),
         samples=width_px * height_px * channels,
         orientation=orientation,
         is_deep=is_deep,
@@ -130,7 +131,7 @@ def walk_webp(encoded: bytes, check: SizeCheck) -> PlainFile:
         if len(body) + 12 == len(encoded)
         else b"".join([_WEBP_SIGNATURE, (4 + len(body)).to_bytes(4, "little"), _WEBP_KIND, body]),
         # The decoder of animations holds two canvases of four channels.
-        decoded_bytes=width_px * height_px * (11 if encoded[12:16] == b"VP8X" else 4),
+        decoded_bytes=width_px * height_px * (11 if encoded[12:16] == b"VP8X" else RESIZING_BYTES),
         samples=width_px * height_px * 4,
         orientation=orientation,
     )

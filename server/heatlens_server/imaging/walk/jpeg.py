@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from heatlens_server.imaging.limits import TRUNCATED, Malformed, check_parts
 from heatlens_server.imaging.orientation import orientation_of
-from heatlens_server.imaging.walk.plain import Pieces, PlainFile, SizeCheck
+from heatlens_server.imaging.walk.plain import RESIZING_BYTES, Pieces, PlainFile, SizeCheck
 
 _SIGNATURE = b"\xff\xd8\xff"
 
@@ -88,13 +88,14 @@ def walk_jpeg(encoded: bytes, check: SizeCheck) -> PlainFile:
     if frame is None:
         raise Malformed(TRUNCATED)
     # A progressive image is held as coefficients of two bytes until its last scan.
+    pixels = frame.width_px * frame.height_px
     held = 2 * sum(frame.samples.values()) if frame.is_progressive else 0
     return PlainFile(
         "JPEG",
         frame.width_px,
         frame.height_px,
         pieces.joined(),
-        decoded_bytes=3 * frame.width_px * frame.height_px + held,
+        decoded_bytes=max(RESIZING_BYTES * pixels, 3 * pixels + held),
         samples=samples,
         orientation=orientation,
     )

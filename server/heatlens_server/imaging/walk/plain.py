@@ -4,6 +4,9 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
+RESIZING_BYTES = 7
+"""Of a pixel of three colours of 8 bits: three as decoded, four as resized."""
+
 SizeCheck = Callable[[int, int], None]
 """Raises if a width and height, in pixels, are not accepted. A walk calls it as soon as it knows them."""
 
@@ -17,7 +20,7 @@ class PlainFile:
         width_px: as stored, before the orientation is applied.
         height_px: as stored.
         encoded: the file, for decoders.
-        decoded_bytes: what its pixels and the decoder's own memory for them take.
+        decoded_bytes: the most memory that decoding and resizing it takes at a time.
         samples: the samples that a decoder goes over, each as often as it does.
         orientation: 1 to 8, as in EXIF.
         is_deep: whether samples have more than 8 bits.

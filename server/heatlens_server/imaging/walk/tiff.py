@@ -160,7 +160,8 @@ def _cost(tags: dict[int, list[int]], encoded: bytes, check: SizeCheck) -> tuple
     if sum(lengths) > len(encoded) and max(lengths) <= len(encoded):
         raise TooComplex("the strips or tiles of the file overlap")
     samples = _first(tags, _WIDTH, 0) * _first(tags, _HEIGHT, 0) * _first(tags, _SAMPLES, 1)
-    decoded_bytes = samples * -(-max(tags.get(_BITS) or [1]) // 8)
+    # As decoded and as float32, or as Pillow's pixels of four bytes, twice.
+    decoded_bytes = samples * (8 + -(-max(tags.get(_BITS) or [1]) // 8))
     if compression == _JPEG:
         check_parts(len(offsets), len(encoded), "strips or tiles of JPEG")
         parts = zip(offsets, lengths, strict=False)
