@@ -143,9 +143,9 @@ def test_good_images_are_not_said_to_be_corrupt_where_memory_is_short(attacked, 
     flat = saved(Image.new("RGB", (5_000, 5_000)), "JPEG")
     assert [outcome(call) for call in [send(flat) for _ in range(6)]] == [("OK", "")] * 6  # all threads have begun
     # Room for one of the images, and not for all.
-    limit = process.memory_info().vms + (250 << 20)
+    limit = process.memory_info().vms + (200 << 20)
     process.rlimit(psutil.RLIMIT_AS, (limit, limit))
-    for _ in range(sized(2, 10)):
+    for _ in range(sized(3, 20)):
         outcomes = [outcome(call) for call in [send(flat) for _ in range(6)]]
         assert set(outcomes) <= {("OK", ""), (BUSY, "IMAGE_MEMORY_FULL")}, server.log()
         assert outcome(send(flat)) == ("OK", "")

@@ -155,3 +155,14 @@ def animation(image: Image.Image, file_format: str, frames: int) -> bytes:
     ]
     image.save(buffer, file_format, save_all=True, append_images=others, lossless=True)
     return buffer.getvalue()
+
+
+def avif_of_frames(image: Image.Image, frames: int) -> bytes:
+    """An AVIF whose only item holds its frame again and again; decoders go through all and show one."""
+    whole = saved(image, "AVIF", speed=10, max_threads=1)
+    start = whole.index(b"mdat") + 4
+    payload = whole[start:]
+    length = struct.pack(">I", len(payload))
+    assert whole.count(length, 0, start) == 1
+    head = whole[: start - 8].replace(length, struct.pack(">I", frames * len(payload)))
+    return head + struct.pack(">I", 8 + frames * len(payload)) + b"mdat" + payload * frames

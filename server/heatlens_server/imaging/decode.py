@@ -1,5 +1,6 @@
 """From the bytes of a request to pixels. Everything here reads untrusted input."""
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -10,7 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from heatlens_server.imaging.dicom import decode_dicom, is_dicom
 from heatlens_server.imaging.levels import SourcePixels
@@ -25,7 +26,7 @@ from heatlens_server.imaging.limits import (
 )
 from heatlens_server.imaging.orientation import upright
 from heatlens_server.imaging.tiff import decode_tiff
-from heatlens_server.imaging.walk import bitmaps, chunks, jpeg, tiff
+from heatlens_server.imaging.walk import bitmaps, chunks, heif, jpeg, tiff
 from heatlens_server.imaging.walk.plain import PlainFile, SizeCheck
 
 
@@ -149,7 +150,13 @@ def _walk(encoded: bytes, channels: int, check: SizeCheck) -> PlainFile:
             return walk(encoded, check)
     if encoded[4:12] in _HEIC_BRANDS and "HEIF" not in _FORMATS:
         raise Malformed("a HEIC file, which this server does not read: install heatlens with the extra heic")
-    return _sized_by_pillow(encoded, check)
+    if not heif.is_heif(encoded):
+        raise Malformed("not a JPEG, PNG, WebP, TIFF, BMP, GIF, AVIF, HEIC or DICOM image")
+    file = heif.walk_heif(encoded, check)
+    # Decoders crop, and turn, as the file says.
+    width_px, height_px = _size_by_pillow(file.encoded)
+    check(width_px, height_px)
+    return dataclasses.replace(file, width_px=width_px, height_px=height_px)
 
 
 def _dicom(encoded: bytes, _check: SizeCheck) -> PlainFile:
@@ -166,18 +173,13 @@ _WALKS: tuple[tuple[Callable[[bytes], bool], Callable[[bytes, SizeCheck], PlainF
 )
 
 
-def _sized_by_pillow(encoded: bytes, check: SizeCheck) -> PlainFile:
+def _size_by_pillow(encoded: bytes) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
-            name, (width_px, height_px) = str(image.format), image.size
-    except UnidentifiedImageError as error:
-        raise Malformed("not a JPEG, PNG, WebP, TIFF, BMP, GIF, AVIF, HEIC or DICOM image") from error
-    # Pillow's parsers raise whatever their struct, zlib and index operations raise on garbage.
+            return image.size
+    # Pillow's parsers raise whatever their struct and index operations raise on garbage.
     except Exception as error:
         raise Malformed(TRUNCATED) from error
-    check(width_px, height_px)
-    pixels = width_px * height_px
-    return PlainFile(name, width_px, height_px, encoded, decoded_bytes=12 * pixels, samples=3 * pixels)
 
 
 def _colors(file: PlainFile) -> npt.NDArray[Any] | None:
