@@ -140,15 +140,16 @@ def test_large_images_beyond_the_memory_for_them_are_told_to_come_again(attacked
 def test_good_images_are_not_said_to_be_corrupt_where_memory_is_short(attacked, sized):
     server, send = attacked(decode_threads=4)
     process = psutil.Process(server.process.pid)
-    flat = saved(Image.new("RGB", (5_000, 5_000)), "JPEG")
-    assert [outcome(call) for call in [send(flat) for _ in range(6)]] == [("OK", "")] * 6  # all threads have begun
+    files = [saved(Image.new("RGB", (5_000, 5_000)), "JPEG", progressive=way) for way in (False, True)]
+    # So that all threads have begun. A large image would leave its memory to the allocator.
+    assert [outcome(call) for call in [send(saved(SMALL, "PNG")) for _ in range(40)]] == [("OK", "")] * 40
     # Room for one of the images, and not for all.
     limit = process.memory_info().vms + (200 << 20)
     process.rlimit(psutil.RLIMIT_AS, (limit, limit))
     for _ in range(sized(3, 20)):
-        outcomes = [outcome(call) for call in [send(flat) for _ in range(6)]]
+        outcomes = [outcome(call) for call in [send(one) for one in files * 4]]
         assert set(outcomes) <= {("OK", ""), (BUSY, "IMAGE_MEMORY_FULL")}, server.log()
-        assert outcome(send(flat)) == ("OK", "")
+        assert outcome(send(files[0])) == ("OK", "")
     with Client(server.address) as client:
         assert client.explain(distinct(1)[0], timeout=PATIENCE_S).explanations
 
