@@ -13,6 +13,7 @@ from pathlib import Path
 
 from heatlens.v1 import explain_pb2_grpc, model_pb2_grpc
 from heatlens_server.allocator import return_freed_memory
+from heatlens_server.api.admission import Admission
 from heatlens_server.api.calls import CallGate
 from heatlens_server.api.checks import Limits
 from heatlens_server.api.explainer import Explainer
@@ -29,6 +30,7 @@ from heatlens_server.fleet.outages import watch
 from heatlens_server.scheduling.large_images import LargeImages
 from heatlens_server.scheduling.model_queue import ModelQueue
 from heatlens_server.telemetry.log_observer import LogObserver
+from heatlens_server.transports.grpc.hang_up import hang_up
 from heatlens_server.transports.grpc.server import Health, bind, enable_reflection, make_server
 from heatlens_server.transports.grpc.services import ExplainServicer, ModelServicer
 
@@ -75,6 +77,8 @@ class Server:
             max_streams=config.server.max_streams,
             max_in_flight=config.server.max_in_flight,
             max_decoding_bytes=config.server.max_decoding_bytes,
+            max_bytes_in_flight=config.server.max_bytes_in_flight,
+            max_connection_bytes_in_flight=config.server.max_connection_bytes_in_flight,
         )
         self.streams = OpenStreams(max_streams=limits.max_streams)
         self._health = Health()
@@ -91,11 +95,21 @@ class Server:
         self.hung = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
         token = config.server.read_token()
-        self._gate = CallGate(self._observer, token=None if token is None else token.get_secret_value())
+        admission = Admission(
+            max_bytes=limits.max_bytes_in_flight,
+            max_peer_bytes=limits.max_connection_bytes_in_flight,
+            max_message_bytes=limits.max_message_bytes,
+            receive_timeout_s=config.server.receive_timeout_s,
+            send_timeout_s=config.server.send_timeout_s,
+            hang_up=hang_up,
+        )
+        self._gate = CallGate(
+            self._observer, token=None if token is None else token.get_secret_value(), admission=admission
+        )
         max_connections = connections_within_limit(config.server.max_connections)
         self._grpc = make_server(config.server, self._gate, max_connections=max_connections)
         explain_pb2_grpc.add_ExplainServiceServicer_to_server(
-            ExplainServicer(Explainer(self.fleet, limits, self._observer), self.streams), self._grpc
+            ExplainServicer(Explainer(self.fleet, limits, self._observer, admission), self.streams), self._grpc
         )
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.fleet, limits), self._grpc)
         self._health.add_to(self._grpc)

@@ -7,7 +7,7 @@ import pytest
 
 from heatlens import Client
 from messages import distinct
-from raw_http2 import RST_STREAM, SETTINGS, RawConnection, headers
+from raw_http2 import RST_STREAM, SETTINGS, headers
 from server_process import wait_settled
 from server_toml import server_toml
 
@@ -16,27 +16,27 @@ pytestmark = pytest.mark.serial
 LIMIT = 256
 
 
-def test_calls_beyond_the_limit_of_a_connection_are_reset_and_others_are_answered(launch, sized):
+def test_calls_beyond_the_limit_of_a_connection_are_reset_and_others_are_answered(launch, connect, sized):
     count = sized(4_000, 20_000)
     server = launch(server_toml())
     wait_settled(server.address)
-    flood = RawConnection(server.address)
+    flood = connect(server.address)
     # Calls that are opened and say nothing more.
     for start in range(0, count, 500):
         flood.send(*(headers(1 + 2 * i) for i in range(start, start + 500)))
     with Client(server.address) as client:
         for image in distinct(10):
             assert client.explain(image, timeout=60).explanations
-    assert flood.until(RST_STREAM, count - LIMIT)[RST_STREAM] == count - LIMIT
-    flood.close()
+    # And some of the others, which say nothing while others wait for room.
+    flood.until(RST_STREAM, count - LIMIT)
 
 
-def test_connections_beyond_the_limit_are_closed_and_those_that_are_open_are_served(launch, sized):
+def test_connections_beyond_the_limit_are_closed_and_those_that_are_open_are_served(launch, connect, sized):
     server = launch(server_toml(max_connections=20))
     wait_settled(server.address)
     with Client(server.address) as client:
         assert client.explain(distinct(1)[0], timeout=60).explanations
-        flood = [RawConnection(server.address) for _ in range(sized(60, 600))]
+        flood = [connect(server.address) for _ in range(sized(60, 600))]
         served = 0
         for one in flood:
             with contextlib.suppress(OSError, AssertionError):

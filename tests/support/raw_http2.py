@@ -5,8 +5,11 @@ from collections import Counter
 
 EXPLAIN = "/heatlens.v1.ExplainService/Explain"
 
-DATA, HEADERS, RST_STREAM, SETTINGS, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 7, 8
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
 _END_STREAM, _END_HEADERS, _ACK = 1, 4, 1
+
+_INITIAL_WINDOW_SIZE = 4  # of SETTINGS, RFC 9113 section 6.5.2
+_MAX_FRAME_BYTES = 16_384
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
@@ -30,9 +33,9 @@ def headers(stream_id: int, method: str = EXPLAIN, **metadata: str) -> bytes:
     return frame(HEADERS, _END_HEADERS, stream_id, b"".join(_literal(*field) for field in fields.items()))
 
 
-def message_start(stream_id: int, length: int) -> bytes:
-    """The first five bytes of a message of so many bytes."""
-    return frame(DATA, 0, stream_id, b"\0" + length.to_bytes(4, "big"))
+def message(data: bytes) -> bytes:
+    """A message as a call's data: RFC 9113 knows none of it, gRPC's PROTOCOL-HTTP2.md does."""
+    return b"\0" + len(data).to_bytes(4, "big") + data
 
 
 def end_stream(stream_id: int) -> bytes:
@@ -62,9 +65,12 @@ class RawConnection:
         """
         host, _, port = address.rpartition(":")
         self.socket = socket.create_connection((host, int(port)), timeout=timeout_s)
-        # SETTINGS_INITIAL_WINDOW_SIZE, RFC 9113 section 6.5.2.
-        self.socket.sendall(_PREFACE + frame(SETTINGS, 0, 0, (4).to_bytes(2, "big") + window_bytes.to_bytes(4, "big")))
+        setting = _INITIAL_WINDOW_SIZE.to_bytes(2, "big") + window_bytes.to_bytes(4, "big")
+        self.socket.sendall(_PREFACE + frame(SETTINGS, 0, 0, setting))
         self._rest = b""
+        # What the server lets this end send: on the connection, by default of a call, and beyond that of each.
+        self._room = self._initial = 65_535
+        self._extra: Counter[int] = Counter()
 
     def send(self, *frames: bytes) -> None:
         """Send frames as they are."""
@@ -81,6 +87,45 @@ class RawConnection:
             found.append((self._rest[3], int.from_bytes(self._rest[5:9], "big"), self._rest[9 : 9 + length]))
             self._rest = self._rest[9 + length :]
         return found
+
+    def upload(self, stream_id: int, data: bytes, *, patience_s: float = 1.0) -> bool:
+        """Send data of a call as far as the server lets it.
+
+        Returns:
+            Whether all was sent: False once the server has ended the call, or has granted nothing for `patience_s`.
+        """
+        sent = 0
+        self.socket.settimeout(patience_s)
+        while sent < len(data):
+            size = min(self._room, self._initial + self._extra[stream_id], _MAX_FRAME_BYTES, len(data) - sent)
+            if size > 0:
+                self.send(frame(DATA, 0, stream_id, data[sent : sent + size]))
+                sent += size
+                self._room -= size
+                self._extra[stream_id] -= size
+                continue
+            try:
+                found = self.frames()
+            except TimeoutError:
+                return False
+            if not found or any(kind == RST_STREAM and of == stream_id for kind, of, _ in found):
+                return False
+            for kind, of, payload in found:
+                self._grant(kind, of, payload)
+        return True
+
+    def _grant(self, kind: int, stream_id: int, payload: bytes) -> None:
+        """Take note of what the server lets this end send, and confirm its pings, as honest peers do."""
+        if kind == WINDOW_UPDATE and stream_id:
+            self._extra[stream_id] += int.from_bytes(payload, "big")
+        elif kind == WINDOW_UPDATE:
+            self._room += int.from_bytes(payload, "big")
+        elif kind == SETTINGS:
+            for start in range(0, len(payload), 6):
+                if int.from_bytes(payload[start : start + 2], "big") == _INITIAL_WINDOW_SIZE:
+                    self._initial = int.from_bytes(payload[start + 2 : start + 6], "big")
+        elif kind == PING:
+            self.send(frame(PING, _ACK, 0, payload))
 
     def until(self, kind: int, count: int) -> Counter[int]:
         """Read until so many frames of a kind have come; how many of each kind came."""

@@ -77,14 +77,17 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
-def wait_settled(address: str) -> None:
+def wait_settled(address: str, *, token: str | None = None) -> None:
     """Wait until no model is loading."""
+    metadata = [] if token is None else [("authorization", f"Bearer {token}")]
     with grpc.insecure_channel(address) as channel:
         stub = model_pb2_grpc.ModelServiceStub(channel)
         deadline = time.monotonic() + SETTLE_TIMEOUT_S
         while any(
             m.state == model_pb2.Model.STATE_LOADING
-            for m in stub.ListModels(model_pb2.ListModelsRequest(), timeout=10, wait_for_ready=True).models
+            for m in stub.ListModels(
+                model_pb2.ListModelsRequest(), timeout=10, wait_for_ready=True, metadata=metadata
+            ).models
         ):
             assert time.monotonic() < deadline
             time.sleep(0.05)

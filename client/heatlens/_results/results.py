@@ -273,6 +273,8 @@ class ServerInfo:
             together; 0 if the server is too old to say.
         max_decoding_bytes: most memory for large images that are decoded or wait for it; 0 if the server is too old to
             say.
+        max_bytes_in_flight: most bytes of requests and answers in flight; 0 if the server is too old to say.
+        max_connection_bytes_in_flight: the same of one connection.
     """
 
     version: str
@@ -287,6 +289,8 @@ class ServerInfo:
     max_image_parts: int
     max_image_samples: int
     max_decoding_bytes: int
+    max_bytes_in_flight: int = 0
+    max_connection_bytes_in_flight: int = 0
 
 
 class Health(StrEnum):

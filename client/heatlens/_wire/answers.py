@@ -224,6 +224,8 @@ def server_info_of(response: model_pb2.GetServerInfoResponse) -> ServerInfo:
         max_image_parts=response.max_image_parts,
         max_image_samples=response.max_image_samples,
         max_decoding_bytes=response.max_decoding_bytes,
+        max_bytes_in_flight=response.max_bytes_in_flight,
+        max_connection_bytes_in_flight=response.max_connection_bytes_in_flight,
     )
 
 

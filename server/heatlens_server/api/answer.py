@@ -91,7 +91,7 @@ class Answer:
     embedding: Float32Array | None = None
 
 
-def check_answer_size(plan: Plan, image: FittedImage, limits: Limits, *, map_count: int) -> None:
+def check_answer_size(plan: Plan, image: FittedImage, limits: Limits, *, map_count: int) -> int:
     """Refuse an answer that cannot be sent; if it can be told, before the model runs for it.
 
     Args:
@@ -99,6 +99,9 @@ def check_answer_size(plan: Plan, image: FittedImage, limits: Limits, *, map_cou
         image: the image.
         limits: in force.
         map_count: how many maps the answer holds.
+
+    Returns:
+        Its size, in bytes, at most.
 
     Raises:
         InvalidArgument: the maps and predictions would not fit in a message.
@@ -123,6 +126,7 @@ def check_answer_size(plan: Plan, image: FittedImage, limits: Limits, *, map_cou
             answer_bytes=size_bytes,
             max_message_bytes=limits.max_message_bytes,
         )
+    return size_bytes
 
 
 def answer_of(done: QueueResult, plan: Plan, model: ServedModel) -> Answer:

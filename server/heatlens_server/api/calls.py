@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from heatlens_server.api.admission import Admission
+from heatlens_server.api.byte_budget import Held
 from heatlens_server.core.errors import HeatlensError, InternalError, ServerDraining, Unauthenticated
 from heatlens_server.core.events import CallEnd, Observer
 
@@ -24,6 +26,7 @@ class Call:
         method: what is called, as the transport names it.
         request_id: the caller's, or a random one.
         peer: the caller's address.
+        answer: what the call's answer, or a stream's present one, holds of the budget for answers; None: nobody counts.
         fields: what the handler adds to what observers are told.
         started_at: on `time.perf_counter`, in seconds.
     """
@@ -31,6 +34,7 @@ class Call:
     method: str
     request_id: str
     peer: str
+    answer: Held | None = None
     fields: dict[str, object] = field(default_factory=dict)
     started_at: float = field(default_factory=time.perf_counter)
 
@@ -49,16 +53,22 @@ def is_fault(error: BaseException) -> bool:
 
 
 class CallGate:
-    """Lets calls in while the server serves, and tells the observer how each ended. Belongs to the event loop."""
+    """Lets calls in while the server serves, and tells the observer how each ended. Belongs to the event loop.
 
-    def __init__(self, observer: Observer, *, token: str | None = None) -> None:
+    Attributes:
+        admission: what calls hold.
+    """
+
+    def __init__(self, observer: Observer, *, token: str | None = None, admission: Admission | None = None) -> None:
         """Make an open gate.
 
         Args:
             observer: is told of the end of every call.
             token: what callers must send; None lets everybody in.
+            admission: see the attribute; None: without limits.
         """
         self._observer = observer
+        self.admission = admission or Admission()
         self._token = None if token is None else token.encode()
         self._in_flight = 0
         self._draining = False
@@ -74,18 +84,20 @@ class CallGate:
             request_id: what the caller sent for one. Anything but 1 to 64 of A-Z a-z 0-9 . _ - is replaced.
         """
         known = isinstance(request_id, str) and _REQUEST_ID.fullmatch(request_id)
-        call = Call(method, str(request_id) if known else uuid.uuid4().hex, peer)
+        call = Call(method, str(request_id) if known else uuid.uuid4().hex, peer, self.admission.answers.hold(peer))
         _current.set(call)
         return call
 
     def end(self, call: Call, code: str, *, error: Exception | None = None) -> None:
-        """A call is over.
+        """A call is over, and its answer taken.
 
         Args:
             call: from `begin`.
             code: the status in the transport's terms; "OK" if the call ended well.
             error: what it failed with; None if it did not, or was cancelled.
         """
+        if call.answer is not None:
+            call.answer.release()
         end = CallEnd(
             method=call.method,
             request_id=call.request_id,

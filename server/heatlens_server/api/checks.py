@@ -38,6 +38,8 @@ class Limits:
         max_streams: most streams open at a time.
         max_in_flight: largest window of a stream, in frames.
         max_decoding_bytes: most memory for large images that are decoded or wait for it.
+        max_bytes_in_flight: most bytes of requests and answers in flight.
+        max_connection_bytes_in_flight: the same of one connection.
     """
 
     max_message_bytes: int
@@ -47,6 +49,8 @@ class Limits:
     max_streams: int
     max_in_flight: int
     max_decoding_bytes: int = 1 << 31
+    max_bytes_in_flight: int = 2**30
+    max_connection_bytes_in_flight: int = 2**29
 
     @property
     def max_image_parts(self) -> int:

@@ -5,7 +5,9 @@ import functools
 from collections.abc import Callable
 from typing import TypeVar
 
+from heatlens_server.api.admission import Admission
 from heatlens_server.api.answer import Answer, answer_of, check_answer_size
+from heatlens_server.api.calls import current_call
 from heatlens_server.api.checks import (
     InspectedImage,
     Limits,
@@ -25,6 +27,9 @@ from heatlens_server.scheduling.ticket import Ticket
 
 T = TypeVar("T")
 
+_COPIES = 3
+"""How often an answer is in memory at a time: as arrays, as a message, and as bytes, twice, when those are gone."""
+
 
 class Explainer:
     """Explains images. Belongs to the event loop.
@@ -33,13 +38,15 @@ class Explainer:
         fleet: the models.
         limits: what queries and answers are checked against.
         observer: is told of frames that are dropped.
+        admission: what frames of streams hold.
     """
 
-    def __init__(self, fleet: Fleet, limits: Limits, observer: Observer) -> None:
+    def __init__(self, fleet: Fleet, limits: Limits, observer: Observer, admission: Admission | None = None) -> None:
         """Explain with the models of `fleet`, within `limits`."""
         self.fleet = fleet
         self.limits = limits
         self.observer = observer
+        self.admission = admission or Admission()
 
     async def explain(self, query: Query, encode: Callable[[Answer], T], *, timeout_s: float | None) -> T:
         """Explain one image.
@@ -94,11 +101,17 @@ class Explainer:
             model: that explained it.
             encode: makes the transport's message of the answer, on the same thread.
             revise: changes the result before, on the same thread.
+
+        Raises:
+            InvalidArgument: more boxes were found than an answer holds.
+            BytesInFlight: there is no room for the answer.
         """
+        size_bytes = check_answer_size(plan, done.image, self.limits, map_count=len(done.result.class_ids))
+        held = current_call().answer
+        if held is not None:
+            await held.room(_COPIES * size_bytes)
 
         def make() -> T:
-            if plan.counts_boxes:
-                check_answer_size(plan, done.image, self.limits, map_count=len(done.result.class_ids))
             return encode(answer_of(done if revise is None else revise(done), plan, model))
 
         # Not the decoders' threads: a finished answer does not queue behind images that are yet to be decoded.

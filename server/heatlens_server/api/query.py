@@ -64,6 +64,11 @@ class Image:
     encoded: bytes | None = None
     pixels: Tensor | None = None
 
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes it came in."""
+        return len(self.encoded or b"") + (0 if self.pixels is None else len(self.pixels.data))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:

@@ -60,6 +60,14 @@ class ServerConfig(Section):
     """Most calls open at a time on one connection; clients keep further ones back until one has ended."""
     idle_timeout_s: float = Field(default=300.0, ge=1, le=86_400)
     """A connection that has had no call for so long is closed, in seconds; clients connect anew by themselves."""
+    max_bytes_in_flight: int = Field(default=1024**3, ge=1024, le=2**50)
+    """Most bytes of requests and answers in flight, half of it for each; more are refused."""
+    max_connection_bytes_in_flight: int = Field(default=512 * 1024**2, ge=1024, le=2**50)
+    """The same of one connection."""
+    receive_timeout_s: float = Field(default=60.0, ge=0.1, le=86_400)
+    """How long the message of a single request may take to come, in seconds."""
+    send_timeout_s: float = Field(default=120.0, ge=0.1, le=86_400)
+    """How long an answer may take to be taken, in seconds; then its connection is closed."""
     decode_threads: int = Field(default=0, ge=0, le=1024)
     """Threads that decode and resize images. 0: one per core. One more is kept for images that are not large."""
     max_decoding_bytes: int = Field(default=1 << 31, ge=1, le=2**63 - 1)

@@ -12,6 +12,8 @@
   * ServerDraining        the server is shutting down: try another server
   * QueueFull             too many requests are waiting
   * StreamLimit           too many streams are open
+  * BytesInFlight         requests or answers take all the memory that they may
+  * PeerTooSlow           the request's message took too long to come
   * FrameDropped          a newer frame of its stream took its place
   * ImageMemoryFull       there is too little memory for an image now
   * DeadlineExpired       the caller's deadline passed before the model ran
@@ -191,6 +193,18 @@ class StreamLimit(HeatlensError):
     """Too many streams are open."""
 
     reason = "STREAM_LIMIT"
+
+
+class BytesInFlight(HeatlensError):
+    """The requests or answers in flight, of the caller's connection or of all, hold as many bytes as they may."""
+
+    reason = "BYTES_IN_FLIGHT"
+
+
+class PeerTooSlow(HeatlensError):
+    """The request's message took too long to come, or others needed the room that was kept for it."""
+
+    reason = "MESSAGE_TOO_SLOW"
 
 
 class FrameDropped(HeatlensError):

@@ -113,6 +113,7 @@ class StreamSession(Generic[T]):
         self._peer = peer
         self.model: ServedModel | None = None
         self._call = current_call()
+        self._requests = explainer.admission.requests
         self._opened: _Opened | None = None
         self._counts = _Counts()
         # The first of these ends the reading; then the window is answered.
@@ -244,8 +245,9 @@ class StreamSession(Generic[T]):
 
     async def _read_frames(self, opened: _Opened) -> None:
         while True:
-            while not (self._over or opened.window.has_room()):
-                await self._wait(self._room)
+            while not (self._over or (opened.window.has_room() and not self._requests.is_full(self._call.peer))):
+                with self._requests.watched(self._room.set):
+                    await self._wait(self._room)
             if self._over:
                 return
             message = await self._peer.read()
@@ -254,6 +256,7 @@ class StreamSession(Generic[T]):
             frame = await self._admit(message, opened)
             if self._over:
                 # It waited for a place, and there will be none.
+                frame.release()
                 return
             opened.window.add(frame)
             self._news.set()
@@ -268,10 +271,14 @@ class StreamSession(Generic[T]):
         frame = opened.order.check(message)
         if not opened.sampler.allows(FrameTime(read_s, frame.captured_s)):
             return PendingFrame(frame.frame_id)
+        held = self._requests.hold(self._call.peer)
+        held.keep(0 if frame.image is None else frame.image.size_bytes)
         try:
-            return PendingFrame(frame.frame_id, await self._submit(self._image(frame, opened), opened, read_s))
+            ticket = await self._submit(self._image(frame, opened), opened, read_s)
         except Exception as error:
+            held.release()
             return PendingFrame(frame.frame_id, error=error)
+        return PendingFrame(frame.frame_id, ticket, held=held)
 
     async def _submit(self, image: SourceImage, opened: _Opened, read_s: float) -> Ticket:
         while not opened.window.make_room():

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from heatlens_server.api.byte_budget import Held
 from heatlens_server.api.stream.open_streams import StreamCounters
 from heatlens_server.core.errors import FrameDropped
 from heatlens_server.scheduling.ticket import Ticket
@@ -17,11 +18,18 @@ class PendingFrame:
         frame_id: the client's.
         ticket: for its explanation; None if it is not to be explained.
         error: why it is not to be explained.
+        held: what its image holds of the budget for requests.
     """
 
     frame_id: int
     ticket: Ticket | None = None
     error: Exception | None = None
+    held: Held | None = None
+
+    def release(self) -> None:
+        """It holds no image any more. Idempotent."""
+        if self.held is not None:
+            self.held.release()
 
     @property
     def live(self) -> bool:
@@ -40,6 +48,7 @@ class PendingFrame:
             return False
         # The answer may have to wait: what is left of the frame is small.
         self.ticket, self.error = None, error
+        self.release()
         return True
 
 
@@ -158,6 +167,7 @@ class FrameWindow:
             self.pop()
 
     def _release(self, frame: PendingFrame) -> None:
+        frame.release()
         self._counters.frames.released += 1
         self._counters.tickets.released += frame.live
         if frame.live:

@@ -1,6 +1,8 @@
 """`api.calls` around every gRPC call, and errors turned into statuses.
 
-Health checks pass through untouched: probes carry no token and would flood the log.
+Whatever its kind, a call is handled as a stream is, with a context that reads and writes: gRPC would read the message
+of any other before a handler could refuse the call, or count the message's bytes. Health checks are handled by
+`health_calls`: probes carry no token and would flood the log.
 """
 
 import asyncio
@@ -12,21 +14,25 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
+from heatlens_server.api.admission import Admission
 from heatlens_server.api.calls import Call, CallGate
 from heatlens_server.core.errors import FieldViolation, InvalidArgument
+from heatlens_server.transports.grpc.health_calls import HEALTH_PREFIX, HealthCalls
 from heatlens_server.transports.grpc.status import REQUEST_ID_KEY, WireStatus, to_wire
 
-_HEALTH_PREFIX = "/grpc.health.v1.Health/"
+_COPIES = 2
+"""How often an answer that waits to be taken is in memory: as Python's bytes and as gRPC's."""
 
 Context = Any  # grpc.aio.ServicerContext, whose type parameters differ per method
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps unary and bidirectional handlers of every service but health."""
+    """Wraps unary and bidirectional handlers of every service."""
 
     def __init__(self, gate: CallGate) -> None:
         """Wrap calls, which the gate lets in and counts."""
         self._gate = gate
+        self._health = HealthCalls(gate.admission)
 
     async def intercept_service(
         self,
@@ -36,29 +42,47 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """Return the wrapped handler of a method."""
         handler = await continuation(handler_call_details)
         method = str(handler_call_details.method)
-        if handler is None or method.startswith(_HEALTH_PREFIX):
+        if handler is None:
             return handler
-        deserializer = _tolerant(handler.request_deserializer)
+        if method.startswith(HEALTH_PREFIX):
+            return self._health.handler(handler)
         if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(
-                self._unary(handler.unary_unary, method), deserializer, handler.response_serializer
-            )
+            return grpc.stream_stream_rpc_method_handler(self._unary(handler, method))
         if handler.stream_stream is not None:
             return grpc.stream_stream_rpc_method_handler(
-                self._stream(handler.stream_stream, method), deserializer, handler.response_serializer
+                self._stream(handler.stream_stream, method),
+                _tolerant(handler.request_deserializer),
+                handler.response_serializer,
             )
         return handler
 
-    def _unary(self, behavior: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
-        async def handle(request: Any, context: Context) -> Any:  # noqa: ANN401 - any message
+    def _unary(self, handler: Any, method: str) -> Callable[..., Awaitable[None]]:  # noqa: ANN401 - grpc's handler type
+        deserialize, serialize = _tolerant(handler.request_deserializer), handler.response_serializer
+        admission = self._gate.admission
+
+        async def answer(call: Call, context: Context) -> bytes:
+            with await admission.requests.await_message(call.peer, admission.max_message_bytes) as held:
+                data = await admission.receive(held, context.read())
+                if data is grpc.aio.EOF:
+                    raise InvalidArgument([FieldViolation("", "the call has no message")], reason="MESSAGE_MISSING")
+                held.keep(len(data))
+                request = _parsed(deserialize(data))
+                del data
+                response = serialize(await handler.unary_unary(request, context))
+            if call.answer is not None:
+                call.answer.keep(_COPIES * len(response))
+            return bytes(response)
+
+        async def handle(requests: object, context: Context) -> None:  # noqa: ARG001 - read through the context
             call, metadata = self._begin(method, context)
             try:
                 with self._gate.admit(metadata.get("authorization", "")):
-                    response = await behavior(_parsed(request), context)
+                    response = await answer(call, context)
+                    with admission.sending(call.peer):
+                        await context.write(response)
             except BaseException as error:
                 await self._fail(call, context, error)
             self._gate.end(call, "OK")
-            return response
 
         return handle
 
@@ -70,7 +94,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             call, metadata = self._begin(method, context)
             try:
                 with self._gate.admit(metadata.get("authorization", "")):
-                    await behavior(_Requests(context), context)
+                    sending = _Sending(context, self._gate.admission, call.peer)
+                    await behavior(_Requests(context), sending)
             except BaseException as error:
                 await self._fail(call, context, error)
             self._gate.end(call, "OK")
@@ -124,6 +149,22 @@ def _parsed(request: Any) -> Any:  # noqa: ANN401 - any message
     if isinstance(request, DecodeError):
         raise InvalidArgument([FieldViolation("", "the message is not valid protobuf")], reason="MESSAGE_UNDECODABLE")
     return request
+
+
+class _Sending:
+    """A call's context whose writes are watched: see `Admission.sending`."""
+
+    def __init__(self, context: Context, admission: Admission, peer: str) -> None:
+        self._context = context
+        self._admission = admission
+        self._peer = peer
+
+    async def write(self, message: object) -> None:
+        with self._admission.sending(self._peer):
+            await self._context.write(message)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - of grpc's context
+        return getattr(self._context, name)
 
 
 class _Requests:

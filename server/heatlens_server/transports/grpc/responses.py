@@ -118,6 +118,8 @@ def server_info_of(info: ServerInfo) -> model_pb2.GetServerInfoResponse:
         max_image_parts=limits.max_image_parts,
         max_image_samples=limits.max_image_samples,
         max_decoding_bytes=limits.max_decoding_bytes,
+        max_bytes_in_flight=limits.max_bytes_in_flight,
+        max_connection_bytes_in_flight=limits.max_connection_bytes_in_flight,
         max_batch_size=info.max_batch_size,
         max_queue_delay=timedelta(seconds=info.max_delay_s),
     )

@@ -63,6 +63,9 @@ def make_server(config: ServerConfig, gate: CallGate, *, max_connections: int) -
             ("grpc.max_allowed_incoming_connections", max_connections),
             # What a peer opens beyond it, whatever it was told, is reset without a handler.
             ("grpc.max_concurrent_streams", config.max_calls_per_connection),
+            # Otherwise a peer may grow each call's window to megabytes, whether or not its message is read. A message
+            # that is read gets the window that it needs.
+            ("grpc.http2.bdp_probe", 0),
             ("grpc.max_connection_idle_ms", round(config.idle_timeout_s * 1000)),
             *_KEEPALIVE_OPTIONS,
         ],

@@ -26,6 +26,8 @@ _CODES: dict[type[errors.HeatlensError], grpc.StatusCode] = {
     errors.ServerDraining: grpc.StatusCode.UNAVAILABLE,
     errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.StreamLimit: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.BytesInFlight: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.PeerTooSlow: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.FrameDropped: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.ImageMemoryFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlineExpired: grpc.StatusCode.DEADLINE_EXCEEDED,

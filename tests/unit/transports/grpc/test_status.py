@@ -65,6 +65,16 @@ EXAMPLES: dict[type[HeatlensError], tuple[HeatlensError, grpc.StatusCode, str]] 
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         "STREAM_LIMIT",
     ),
+    errors.BytesInFlight: (
+        errors.BytesInFlight("much", retry_after_s=0.5),
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "BYTES_IN_FLIGHT",
+    ),
+    errors.PeerTooSlow: (
+        errors.PeerTooSlow("slow", retry_after_s=1.0),
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "MESSAGE_TOO_SLOW",
+    ),
     errors.FrameDropped: (errors.FrameDropped("old"), grpc.StatusCode.RESOURCE_EXHAUSTED, "FRAME_DROPPED"),
     errors.InternalError: (errors.InternalError("secret"), grpc.StatusCode.INTERNAL, "INTERNAL"),
 }

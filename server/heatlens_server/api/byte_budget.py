@@ -1,0 +1,266 @@
+"""How many bytes of one kind are in flight: per peer and in all. All of this belongs to the event loop."""
+
+import asyncio
+import heapq
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from heatlens_server.core.errors import BytesInFlight
+
+_RETRY_S = 0.5
+"""When to try again after a refusal, in seconds: most requests are answered within it."""
+
+SLOW_S = 1.0
+"""While others wait for room, a message may take so long to come, and an answer to be taken, in seconds."""
+
+_LOOK_S = 0.25
+"""How often those that wait for room look for a peer that is too slow, in seconds."""
+
+_ROOM_S = 10.0
+"""How long one may wait for room, in seconds."""
+
+_MOST_WAITING = 1024
+"""Most that wait for room: gRPC has up to 64 KiB of each already."""
+
+_MOST_CUTS = 4096
+"""Of how many peers it is remembered that they were cut off."""
+
+
+class Held:
+    """Bytes that are held of a budget, until `release`. A context manager.
+
+    Attributes:
+        peer: whose they are.
+        bytes: how many.
+        since: of a message that is not whole yet: since when it is awaited, on the loop's clock, in seconds.
+        cut: of such a message: done when others need the room that is kept for it.
+    """
+
+    __slots__ = ("_budget", "bytes", "cut", "peer", "since")
+
+    def __init__(self, budget: "ByteBudget", peer: str) -> None:
+        self._budget = budget
+        self.peer = peer
+        self.bytes = 0
+        self.since: float | None = None
+        self.cut: asyncio.Future[None] | None = None
+
+    def keep(self, size_bytes: int) -> None:
+        """Hold so much from now on, whatever was held, and whether or not there is room."""
+        self._budget.change(self, size_bytes)
+
+    async def room(self, size_bytes: int) -> None:
+        """Hold so much, once there is room. Raises: see `ByteBudget.wait`."""
+        await self._budget.wait(self, size_bytes)
+
+    def release(self) -> None:
+        """Hold nothing any more. Idempotent."""
+        self._budget.change(self, 0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+@dataclass(slots=True, order=True)
+class _Waiting:
+    """One that waits for room. Peers that were cut off come last; of the others the newest comes first.
+
+    When more come than can be served, the newest are those whose callers still wait.
+    """
+
+    order: tuple[int, int]
+    held: Held = field(compare=False)
+    size_bytes: int = field(compare=False)
+    ready: "asyncio.Future[None]" = field(compare=False)
+
+
+class ByteBudget:
+    """Bytes of one kind that are in flight. One that is alone is let in, whatever its size."""
+
+    def __init__(
+        self, what: str, *, total_bytes: int, peer_bytes: int, relieve: Callable[[], None] = lambda: None
+    ) -> None:
+        """Nothing is held.
+
+        Args:
+            what: what is counted, for messages: "requests".
+            total_bytes: most in all.
+            peer_bytes: most of one peer.
+            relieve: called again and again while some wait for what others hold.
+        """
+        self._what = what
+        self._total_bytes = total_bytes
+        self._peer_bytes = peer_bytes
+        self._relieve = relieve
+        self._held = 0
+        self._of_peers: Counter[str] = Counter()
+        # The part of it that is kept for messages which are not whole yet, the one that is awaited longest first.
+        self._awaited: dict[Held, None] = {}
+        self._awaited_bytes = 0
+        self._awaited_of_peers: Counter[str] = Counter()
+        self._waiting: list[_Waiting] = []
+        self._numbers = itertools.count()
+        self._cuts: Counter[str] = Counter()
+        self._watchers: set[Callable[[], None]] = set()
+
+    @property
+    def held_bytes(self) -> int:
+        """How much is held now."""
+        return self._held
+
+    def hold(self, peer: str) -> Held:
+        """Nothing yet, for a peer."""
+        return Held(self, peer)
+
+    def is_full(self, peer: str) -> bool:
+        """Whether a peer should send no more."""
+        return self._held >= self._total_bytes or self._of_peers[peer] >= self._peer_bytes
+
+    @contextmanager
+    def watched(self, watcher: Callable[[], None]) -> Iterator[None]:
+        """Have something called whenever there is more room."""
+        self._watchers.add(watcher)
+        try:
+            yield
+        finally:
+            self._watchers.discard(watcher)
+
+    async def await_message(self, peer: str, most_bytes: int) -> Held:
+        """Hold room for a message that is to be read: until `Held.keep` tells its size, or `Held.cut` comes.
+
+        Where it is messages being read that take the room, they are waited for; the slow ones are cut off.
+
+        Raises:
+            BytesInFlight: messages that were read leave no room, or there is none for too long.
+        """
+        whole = self._held - self._awaited_bytes
+        whole_of_peer = self._of_peers[peer] - self._awaited_of_peers[peer]
+        if (whole and whole + most_bytes > self._total_bytes) or (
+            whole_of_peer and whole_of_peer + most_bytes > self._peer_bytes
+        ):
+            raise self._refusal(most_bytes)
+        held = Held(self, peer)
+        await self.wait(held, most_bytes)
+        loop = asyncio.get_running_loop()
+        held.since, held.cut = loop.time(), loop.create_future()
+        self._awaited[held] = None
+        self._awaited_bytes += most_bytes
+        _add(self._awaited_of_peers, peer, most_bytes)
+        return held
+
+    async def wait(self, held: Held, size_bytes: int) -> None:
+        """Hold so much, once there is room.
+
+        Raises:
+            BytesInFlight: there is none for too long, or too many wait for it.
+        """
+        if not self._waiting and self._fits(held, size_bytes):
+            self.change(held, size_bytes)
+            return
+        loop = asyncio.get_running_loop()
+        one = _Waiting((self._cuts[held.peer], -next(self._numbers)), held, size_bytes, loop.create_future())
+        heapq.heappush(self._waiting, one)
+        if len(self._waiting) > _MOST_WAITING:
+            self._drop(max(self._waiting))
+        self._serve()
+        until = loop.time() + _ROOM_S
+        try:
+            while not one.ready.done():
+                await asyncio.wait([one.ready], timeout=_LOOK_S)
+                if one.ready.done():
+                    break
+                self._cut_slowest(held.peer, size_bytes)
+                if loop.time() > until:
+                    self._drop(one)
+            one.ready.result()
+        except asyncio.CancelledError:
+            if not one.ready.done():
+                self._drop(one)
+            if one.ready.exception() is None:
+                held.release()  # it got its room, and its caller has left
+            raise
+
+    def change(self, held: Held, size_bytes: int) -> None:
+        """Change what one holds; those that wait get what becomes free."""
+        if held.since is not None:
+            held.since = None
+            del self._awaited[held]
+            self._awaited_bytes -= held.bytes
+            _add(self._awaited_of_peers, held.peer, -held.bytes)
+        more = size_bytes - held.bytes
+        held.bytes = size_bytes
+        self._held += more
+        _add(self._of_peers, held.peer, more)
+        if more < 0:
+            self._serve()
+            for watcher in tuple(self._watchers):
+                watcher()
+
+    def _fits(self, held: Held, size_bytes: int) -> bool:
+        others, of_peer = self._held - held.bytes, self._of_peers[held.peer] - held.bytes
+        return (not others or others + size_bytes <= self._total_bytes) and (
+            not of_peer or of_peer + size_bytes <= self._peer_bytes
+        )
+
+    def _serve(self) -> None:
+        """Give room to those that wait, in order, past those whose peers hold too much."""
+        passed_over = []
+        while self._waiting and self._held < self._total_bytes:
+            one = heapq.heappop(self._waiting)
+            if self._fits(one.held, one.size_bytes):
+                self.change(one.held, one.size_bytes)
+                one.ready.set_result(None)
+            else:
+                passed_over.append(one)
+        for one in passed_over:
+            heapq.heappush(self._waiting, one)
+
+    def _cut_slowest(self, peer: str, size_bytes: int) -> None:
+        """Free some of the room that a peer waits for: cut off who takes it longest without need."""
+        everybody = self._held + size_bytes > self._total_bytes
+        slowest = next((held for held in self._awaited if everybody or held.peer == peer), None)
+        if slowest is not None:
+            assert slowest.since is not None
+            assert slowest.cut is not None
+            if asyncio.get_running_loop().time() - slowest.since > SLOW_S:
+                if len(self._cuts) >= _MOST_CUTS:
+                    self._cuts.clear()
+                self._cuts[slowest.peer] += 1
+                if not slowest.cut.done():
+                    slowest.cut.set_result(None)
+                slowest.release()
+        if everybody:
+            self._relieve()
+
+    def _drop(self, one: _Waiting) -> None:
+        """Refuse one that waits."""
+        self._waiting.remove(one)
+        heapq.heapify(self._waiting)
+        one.ready.set_exception(self._refusal(one.size_bytes))
+
+    def _refusal(self, size_bytes: int) -> BytesInFlight:
+        everybody = self._held + size_bytes > self._total_bytes
+        limit_bytes = self._total_bytes if everybody else self._peer_bytes
+        return BytesInFlight(
+            f"{self._what} in flight {'' if everybody else 'on this connection '}take {limit_bytes} bytes, as many as "
+            "they may",
+            metadata={"limit_bytes": str(limit_bytes)},
+            retry_after_s=_RETRY_S,
+        )
+
+
+def _add(counts: Counter[str], peer: str, more: int) -> None:
+    """Count; peers that hold nothing are forgotten."""
+    counts[peer] += more
+    if not counts[peer]:
+        del counts[peer]

@@ -1,0 +1,141 @@
+"""Bytes in flight: what fits, who waits, who is refused, and who is cut off."""
+
+import asyncio
+
+import pytest
+
+from heatlens_server.api import byte_budget
+from heatlens_server.api.byte_budget import ByteBudget
+from heatlens_server.core.errors import BytesInFlight
+
+
+def budget(**changes) -> ByteBudget:
+    return ByteBudget("requests", **({"total_bytes": 100, "peer_bytes": 60} | changes))
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch):
+    """Slow is what takes ten milliseconds; who waits looks as often."""
+    monkeypatch.setattr(byte_budget, "SLOW_S", 0.01)
+    monkeypatch.setattr(byte_budget, "_LOOK_S", 0.01)
+
+
+async def test_what_is_held_is_given_back_whatever_happens():
+    made = budget()
+    with await made.await_message("a", 50) as held:
+        assert made.held_bytes == 50
+        held.keep(20)
+        assert made.held_bytes == 20
+    held.release()
+    assert made.held_bytes == 0
+
+
+async def test_messages_that_were_read_leave_no_room_and_the_next_is_refused_at_once():
+    made = budget()
+    (await made.await_message("a", 50)).keep(30)
+    for peer, limit_bytes in (("a", "60"), ("b", "100")):
+        if peer == "b":
+            made.hold("c").keep(30)
+        with pytest.raises(BytesInFlight) as refused:
+            await made.await_message(peer, 50)
+        assert refused.value.metadata == {"limit_bytes": limit_bytes}
+        assert refused.value.retry_after_s
+    assert (await made.await_message("b", 40)).bytes == 40
+
+
+async def test_one_that_is_alone_is_let_in_whatever_its_size():
+    made = budget()
+    with await made.await_message("a", 1000) as held:
+        held.keep(500)
+    assert made.held_bytes == 0
+
+
+async def test_messages_that_are_being_read_are_waited_for_and_the_newest_comes_first():
+    made = budget()
+    first, second = await made.await_message("a", 50), await made.await_message("b", 50)
+    order = []
+
+    async def wait(peer: str) -> None:
+        with await made.await_message(peer, 50) as held:
+            order.append(peer)
+            held.keep(1)
+
+    waits = [asyncio.create_task(wait(peer)) for peer in "cde"]
+    await asyncio.sleep(0)
+    first.keep(10)
+    second.keep(10)
+    await asyncio.gather(*waits)
+    assert order == ["e", "d", "c"]
+    assert made.held_bytes == 20
+
+
+async def test_a_peer_that_is_slow_to_send_is_cut_off_while_others_wait_and_comes_last_from_then_on():
+    made = budget()
+    slow = await made.await_message("a", 60)
+    assert slow.cut is not None
+    held = await made.await_message("b", 60)  # waits until the other is cut off
+    assert slow.cut.done()
+    assert (slow.bytes, made.held_bytes) == (0, 60)
+    order = []
+
+    async def wait(peer: str) -> None:
+        with await made.await_message(peer, 60):
+            order.append(peer)
+
+    waits = [asyncio.create_task(wait(peer)) for peer in ("c", "a")]
+    await asyncio.sleep(0)
+    held.release()
+    await asyncio.gather(*waits)
+    assert order == ["c", "a"]
+
+
+async def test_nobody_is_cut_off_for_a_peer_that_holds_too_much_itself():
+    made = budget(total_bytes=200, peer_bytes=50)
+    other = await made.await_message("b", 40)
+    own = await made.await_message("a", 50)
+    await made.await_message("a", 50)
+    assert own.cut is not None
+    assert own.cut.done()
+    assert other.cut is not None
+    assert not other.cut.done()
+
+
+async def test_who_waits_in_vain_is_refused_and_who_leaves_holds_nothing(monkeypatch):
+    relieved = []
+    made = budget(relieve=lambda: relieved.append(True))
+    made.hold("a").keep(100)
+    leaving = asyncio.create_task(made.wait(made.hold("b"), 10))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    monkeypatch.setattr(byte_budget, "_ROOM_S", 0.02)
+    with pytest.raises(BytesInFlight):
+        await made.wait(made.hold("b"), 10)
+    assert relieved
+    assert made.held_bytes == 100
+
+
+async def test_too_many_that_wait_are_refused_the_oldest_first(monkeypatch):
+    monkeypatch.setattr(byte_budget, "_MOST_WAITING", 2)
+    made = budget()
+    everything = made.hold("a")
+    everything.keep(100)
+    waits = [asyncio.create_task(made.wait(made.hold(peer), 10)) for peer in "bcd"]
+    with pytest.raises(BytesInFlight):
+        await waits[0]
+    everything.release()
+    await asyncio.gather(*waits[1:])
+    assert made.held_bytes == 20
+
+
+async def test_watchers_hear_of_room():
+    made, heard = budget(), []
+    held = made.hold("a")
+    held.keep(60)
+    assert made.is_full("a")
+    assert not made.is_full("b")
+    with made.watched(lambda: heard.append(made.is_full("a"))):
+        held.keep(10)
+    held.release()
+    assert heard == [False]
