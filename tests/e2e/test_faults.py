@@ -21,7 +21,12 @@ from messages import Details, distinct, encoded, map_of, pixels
 from server_toml import model_toml, server_toml
 
 # On torch, whose batches take long enough for others to gather.
-TOML = server_toml(model_toml("mlp", "tiny_mlp", max_batch_size=64), model_toml("poisonous"), max_queue_length=80)
+TOML = server_toml(
+    model_toml("mlp", "tiny_mlp", max_batch_size=64),
+    model_toml("poisonous"),
+    max_queue_length=80,
+    max_calls_per_connection=2000,
+)
 
 
 @pytest_asyncio.fixture

@@ -1,5 +1,6 @@
 """StreamExplain on a real server and a real port: answers, their order, windows, sampling, smoothing."""
 
+import asyncio
 import logging
 
 import numpy as np
@@ -99,12 +100,13 @@ async def test_a_full_window_stops_the_reading_and_loses_nothing(live, stub, cha
     await gate.fill()
     stream = RawStream(stub)
     await stream.open(max_in_flight=2, overflow_policy=pb.OVERFLOW_POLICY_BLOCK)
-    await send_all(stream, images)
+    sending = asyncio.create_task(send_all(stream, images))  # more than the network holds
     await until(lambda: len(batcher_of(live)) == 2)
     for _ in range(5):  # what else it might read, it would have read by now
         await model_pb2_grpc.ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest())
     assert live.streams.counters.frames.created == 2
     gate.open()
+    await sending
     assert kinds(await stream.finish()) == [(10 * i, "result") for i in range(12)]
 
 

@@ -36,6 +36,13 @@ _ELEMENT_TYPES: dict[int, np.dtype[Any]] = {
     explain_pb2.DATA_TYPE_UINT8: np.dtype("u1"),
 }
 
+_MAX_SIDE_PX = 1_048_576
+_MAX_PIXELS = 89_478_485
+"""Servers accept no larger images, whatever they are told to."""
+
+_ROUNDING = 1e-3
+"""How far a map may be above 1: half precision rounds so."""
+
 
 def result_of(response: explain_pb2.ExplainResponse, *, placed: bool) -> Result:
     """Read an answer. `placed`: whether maps of the source image's size were asked for.
@@ -46,6 +53,7 @@ def result_of(response: explain_pb2.ExplainResponse, *, placed: bool) -> Result:
     region = _box_of(response.source_region)
     size = (response.source_width_px, response.source_height_px)
     source_size = size if min(size) > 0 else None
+    _check_places(response, placed=placed)
     return Result(
         explanations=tuple(
             Explanation(
@@ -86,8 +94,37 @@ def result_of(response: explain_pb2.ExplainResponse, *, placed: bool) -> Result:
     )
 
 
+def _check_places(response: explain_pb2.ExplainResponse, *, placed: bool) -> None:
+    """Check what maps are laid over: later it would be an error of arithmetic or of memory, far from its cause.
+
+    Raises:
+        InternalError: no size or region that an image can have, or maps of another size than the image's where that was
+            asked for.
+    """
+    width_px, height_px = response.source_width_px, response.source_height_px
+    if not (0 <= width_px <= _MAX_SIDE_PX and 0 <= height_px <= _MAX_SIDE_PX and width_px * height_px <= _MAX_PIXELS):
+        raise _broken(f"an image of {width_px}x{height_px} pixels")
+    if response.HasField("source_region"):
+        region = response.source_region
+        edges = (region.left, region.top, region.right, region.bottom)
+        # Of a letterboxed image it reaches beyond the image, by less than the other side.
+        if not (max(map(abs, edges)) <= 2 * _MAX_SIDE_PX and edges[0] < edges[2] and edges[1] < edges[3]):
+            raise _broken(f"the region {edges}")
+    for item in response.explanations:
+        if not (math.isfinite(item.map_scale) and math.isfinite(item.map_offset)):
+            raise _broken(f"a map of scale {item.map_scale} and offset {item.map_offset}")
+        if placed and min(width_px, height_px) > 0 and tuple(item.map.shape) != (height_px, width_px):
+            raise _broken(f"a map of shape {tuple(item.map.shape)} for an image of {width_px}x{height_px} pixels")
+
+
+def _broken(what: str) -> InternalError:
+    return InternalError(f"the server sent {what}", reason="INVALID_RESPONSE")
+
+
 def _scores_of(item: explain_pb2.Explanation | explain_pb2.ClassScore) -> dict[str, float]:
     """The scores of a class; of a value, the value alone."""
+    if not all(map(math.isfinite, (item.logit, item.probability, item.value))):
+        raise _broken(f"scores that are not finite, of class {item.class_id}")
     if item.HasField("value"):
         return {"logit": math.nan, "probability": math.nan, "value": item.value}
     return {"logit": item.logit, "probability": item.probability}
@@ -97,9 +134,12 @@ def map_values(tensor: explain_pb2.Tensor) -> Float32Array:
     """Read a map: float32 (height, width), read-only; uint8 levels are divided by 255.
 
     Raises:
-        InternalError: unknown element type, not two dimensions, or the wrong number of bytes.
+        InternalError: unknown element type, not two dimensions, the wrong number of bytes, or values beyond [0, 1].
     """
     stored = _elements(tensor, "map", dimensions=2)
+    # Of NaN both are false.
+    if stored.dtype.kind == "f" and not (stored.min() >= 0 and stored.max() <= 1 + _ROUNDING):
+        raise _broken("a map of values that are not in [0, 1]")
     values = stored.astype(np.float32, copy=False)
     if stored.dtype.kind == "u":
         values = values / np.float32(255)
@@ -117,6 +157,8 @@ def _mask_of(tensor: explain_pb2.Tensor) -> UInt8Array:
 def _embedding_of(tensor: explain_pb2.Tensor) -> Float32Array:
     """Read an embedding: float32 (length,), read-only."""
     embedding = _elements(tensor, "embedding", dimensions=1).astype(np.float32, copy=False)
+    if not np.isfinite(embedding).all():
+        raise _broken("an embedding that is not finite")
     embedding.flags.writeable = False
     return embedding
 
@@ -142,7 +184,10 @@ def _elements(tensor: explain_pb2.Tensor, name: str, *, dimensions: int) -> npt.
 
 
 def _box_of(box: explain_pb2.PixelBox) -> PixelBox:
-    return PixelBox(box.left, box.top, box.right, box.bottom)
+    edges = (box.left, box.top, box.right, box.bottom)
+    if not all(map(math.isfinite, edges)):
+        raise _broken(f"a box {edges}")
+    return PixelBox(*edges)
 
 
 def _faithfulness_of(measured: faithfulness_pb2.Faithfulness) -> Faithfulness:

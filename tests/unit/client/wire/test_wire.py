@@ -1,7 +1,9 @@
 """Requests and answers, without a channel."""
 
 import inspect
+import math
 import re
+from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -15,7 +17,7 @@ from heatlens._wire.answers import map_values, result_of
 from heatlens._wire.arguments import checked_timeout
 from heatlens._wire.names import AGGREGATIONS, DIRECTIONS, MAP_SIZES, MAP_TYPES, METHODS, METRICS, TARGET_SCORES
 from heatlens._wire.requests import OPTIONS, ExplainOptions, MapOptions, check_size, explain_request, health_request
-from heatlens._wire.streams import stream_plan
+from heatlens._wire.streams import answer_of, stream_plan
 from heatlens.v1 import explain_pb2, faithfulness_pb2, method_pb2
 
 
@@ -304,6 +306,11 @@ def test_uint8_reaches_both_ends():
         tensor(np.zeros((2, 2), "<f4"), shape=[2, 3]),
         tensor(np.zeros((2, 2), "<f4"), shape=[-2, -2]),
         tensor(np.zeros((2, 2), "<f4"), shape=[0, 2]),
+        tensor(np.zeros((2, 2), "<f4"), shape=[1 << 40, 1 << 40]),
+        tensor(np.array([[0.0, np.nan]], "<f4")),
+        tensor(np.array([[0.0, np.inf]], "<f4")),
+        tensor(np.array([[-1.0, 0.0]], "<f4")),
+        tensor(np.array([[0.0, 2.0]], "<f2"), explain_pb2.DATA_TYPE_FLOAT16),
     ],
 )
 def test_broken_maps_are_the_servers_fault(broken):
@@ -337,7 +344,69 @@ def test_result():
     assert result.warnings == ("dark", "small")
     assert (result.timing.queue_ms, result.timing.compute_ms, result.timing.batch_size) == (1.5, 2000.0, 4)
     assert not result.explanations[0].heatmap.placed
+    response.explanations[0].map.CopyFrom(tensor(np.ones((7, 5), "<f4")))
     assert result_of(response, placed=True).explanations[0].heatmap.placed
+
+
+def sound_response() -> explain_pb2.ExplainResponse:
+    return explain_pb2.ExplainResponse(
+        explanations=[explain_pb2.Explanation(map=tensor(np.ones((7, 5), "<f4")), map_scale=1)],
+        predictions=[explain_pb2.ClassScore(class_id=9)],
+        source_region=explain_pb2.PixelBox(right=5, bottom=7),
+        source_width_px=5,
+        source_height_px=7,
+    )
+
+
+def _set(path: str, value: float) -> Callable[[explain_pb2.ExplainResponse], None]:
+    """What changes one field of a response: `_set("explanations.0.map_scale", 1.0)`."""
+
+    def change(response: explain_pb2.ExplainResponse) -> None:
+        *parents, last = path.split(".")
+        message = response
+        for name in parents:
+            message = message[int(name)] if name.isdigit() else getattr(message, name)
+        setattr(message, last, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("source_width_px", 2**31 - 1),
+        ("source_width_px", 89_000_000),
+        ("source_height_px", -1),
+        ("source_width_px", 6),
+        ("source_region.left", math.nan),
+        ("source_region.right", math.inf),
+        ("source_region.bottom", 1e30),
+        ("source_region.left", 5.0),
+        ("explanations.0.map_scale", math.nan),
+        ("explanations.0.map_offset", math.inf),
+        ("explanations.0.logit", math.nan),
+        ("explanations.0.value", math.inf),
+        ("explanations.0.box.left", math.nan),
+        ("predictions.0.probability", math.nan),
+    ],
+)
+def test_numbers_that_no_image_and_no_score_can_have_are_the_servers_fault_at_the_answer(path, value):
+    response = sound_response()
+    result_of(response, placed=True)
+    _set(path, value)(response)
+    with pytest.raises(InternalError, match="the server sent") as caught:
+        result_of(response, placed=True)
+    assert caught.value.reason == "INVALID_RESPONSE"
+    # Of a stream it is that frame's error.
+    streamed = explain_pb2.StreamExplainResponse(frame_id=3, result=response)
+    answer = answer_of(streamed, stream_plan(max_message_bytes=1 << 20, map_size="source"), "id")
+    assert (answer.frame_id, answer.error.reason, answer.error.request_id) == (3, "INVALID_RESPONSE", "id")
+
+
+def test_an_embedding_that_is_not_finite_is_the_servers_fault():
+    response = explain_pb2.ExplainResponse(embedding=tensor(np.array([np.nan], "<f4")))
+    with pytest.raises(InternalError, match="embedding"):
+        result_of(response, placed=False)
 
 
 def test_an_older_server_does_not_say_the_size():
