@@ -53,7 +53,8 @@ async def into_state(state: str, stream: RawStream, live, gate: DeviceGate, poli
         return
     # Otherwise the batch ahead would claim what is to wait.
     await gate.fill()
-    for i in range(1, 80):
+    # Frames that are not read stay in the network, which holds some of them.
+    for i in range(1, 80 if policy == DROP_OLDEST else config["max_in_flight"] + 10):
         await stream.send(i, IMAGE)
     if policy == DROP_OLDEST:
         # Most are dropped, and their answers wait for the one of frame 0.

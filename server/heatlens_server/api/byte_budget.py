@@ -25,7 +25,7 @@ _ROOM_S = 10.0
 """How long one may wait for room, in seconds."""
 
 _MOST_WAITING = 1024
-"""Most that wait for room: gRPC has up to 64 KiB of each already."""
+"""Most that wait for room: the transport has some of each already."""
 
 _MOST_CUTS = 4096
 """Of how many peers it is remembered that they were cut off."""

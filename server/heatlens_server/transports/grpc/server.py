@@ -44,6 +44,9 @@ _KEEPALIVE_OPTIONS = (
     ("grpc.server_handshake_timeout_ms", 20_000),
 )
 
+_LOOKAHEAD_BYTES = 256 * 1024
+"""What a peer may send of a call that is not read."""
+
 
 def make_server(config: ServerConfig, gate: CallGate, *, max_connections: int) -> grpc.aio.Server:
     """Make a server with limits, keepalive and the call interceptor, without services and without a port.
@@ -66,6 +69,7 @@ def make_server(config: ServerConfig, gate: CallGate, *, max_connections: int) -
             # Otherwise a peer may grow each call's window to megabytes, whether or not its message is read. A message
             # that is read gets the window that it needs.
             ("grpc.http2.bdp_probe", 0),
+            ("grpc.http2.lookahead_bytes", _LOOKAHEAD_BYTES),
             ("grpc.max_connection_idle_ms", round(config.idle_timeout_s * 1000)),
             *_KEEPALIVE_OPTIONS,
         ],
