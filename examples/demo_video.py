@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -24,7 +24,6 @@ OUT = Path("out/demo-video")
 OVERLAY, LINES = OUT / "overlay.mp4", OUT / "results.jsonl"
 SHEET, PICTURE = OUT / "contact-sheet.png", OUT / "stream.png"
 SMOOTH = 0.7
-FLICKER_FRAMES = 48
 COLUMNS = 4
 SHEET_FRAMES, SHEET_WIDTH_PX = 8, 400
 # For the README: fewer and smaller.
@@ -74,10 +73,9 @@ def frames(path: Path) -> Iterator[np.ndarray]:
 
 
 def flicker(clip: Path, address: str, smooth: float) -> float:
-    """Return the mean absolute difference of successive maps, which lie in [0, 1], over the first frames."""
-    pictures = islice(frames(clip), FLICKER_FRAMES)
+    """Return the mean absolute difference of successive maps, which lie in [0, 1], over the whole clip."""
     with Client(address) as client, client.stream(smooth=smooth, jpeg_quality=90) as stream:
-        maps = [item.result.explanations[0].heatmap.values for item in stream.map(pictures) if item.result]
+        maps = [item.result.explanations[0].heatmap.values for item in stream.map(frames(clip)) if item.result]
     return float(np.mean([np.abs(later - earlier).mean() for earlier, later in pairwise(maps)]))
 
 
