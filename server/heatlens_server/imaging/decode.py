@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from heatlens_server.imaging.dicom import decode_dicom, is_dicom
+from heatlens_server.imaging.dicom import decode_dicom
 from heatlens_server.imaging.levels import SourcePixels
 from heatlens_server.imaging.limits import (
     TRUNCATED,
@@ -26,7 +26,7 @@ from heatlens_server.imaging.limits import (
 )
 from heatlens_server.imaging.orientation import upright
 from heatlens_server.imaging.tiff import decode_tiff
-from heatlens_server.imaging.walk import bitmaps, chunks, heif, jpeg, tiff
+from heatlens_server.imaging.walk import bitmaps, chunks, dicom, heif, jpeg, tiff
 from heatlens_server.imaging.walk.plain import PlainFile, SizeCheck
 
 
@@ -159,15 +159,11 @@ def _walk(encoded: bytes, channels: int, check: SizeCheck) -> PlainFile:
     return dataclasses.replace(file, width_px=width_px, height_px=height_px)
 
 
-def _dicom(encoded: bytes, _check: SizeCheck) -> PlainFile:
-    return PlainFile("DICOM", 1, 1, encoded, decoded_bytes=0, samples=0)
-
-
 _WALKS: tuple[tuple[Callable[[bytes], bool], Callable[[bytes, SizeCheck], PlainFile]], ...] = (
     (jpeg.is_jpeg, jpeg.walk_jpeg),
     (chunks.is_png, chunks.walk_png),
     (chunks.is_webp, chunks.walk_webp),
-    (is_dicom, _dicom),
+    (dicom.is_dicom, dicom.walk_dicom),
     (bitmaps.is_gif, bitmaps.walk_gif),
     (bitmaps.is_bmp, bitmaps.walk_bmp),
 )

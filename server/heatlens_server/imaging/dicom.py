@@ -13,24 +13,6 @@ from heatlens_server.imaging.limits import check_size, undecodable
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-_MARK, _MARK_AT = b"DICM", 128
-
-# Deflated ones are left out, and those of run lengths: pydicom unpacks them whole, whatever size they say.
-_TRANSFER_SYNTAXES = {
-    "1.2.840.10008.1.2": "Implicit VR Little Endian",
-    "1.2.840.10008.1.2.1": "Explicit VR Little Endian",
-    "1.2.840.10008.1.2.2": "Explicit VR Big Endian",
-    "1.2.840.10008.1.2.4.50": "JPEG Baseline",
-    "1.2.840.10008.1.2.4.90": "JPEG 2000 Lossless",
-    "1.2.840.10008.1.2.4.91": "JPEG 2000",
-}
-_DEFLATED = b"1.2.840.10008.1.2.1.99"
-
-
-def is_dicom(encoded: bytes) -> bool:
-    """Whether a file is DICOM, with its preamble."""
-    return encoded[_MARK_AT : _MARK_AT + len(_MARK)] == _MARK
-
 
 def decode_dicom(encoded: bytes, *, max_pixels: int, field: str) -> SourcePixels:
     """Decode the first frame of a DICOM file.
@@ -53,13 +35,10 @@ def decode_dicom(encoded: bytes, *, max_pixels: int, field: str) -> SourcePixels
         raise undecodable(
             field, "a DICOM file, which this server does not read: install heatlens with the extra medical"
         ) from error
-    if _DEFLATED in encoded:
-        _check_syntax(_DEFLATED.decode(), field)
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
     try:
         dataset = pydicom.dcmread(io.BytesIO(encoded))
         check_size(int(dataset.Columns), int(dataset.Rows), max_pixels, field=field)
-        _check_syntax(str(dataset.file_meta.TransferSyntaxUID), field)
         return _source(dataset, field)
     except (InvalidArgument, MemoryError):
         raise
@@ -123,9 +102,3 @@ def _first(value: Any) -> float | None:  # noqa: ANN401 - one value of pydicom's
     except TypeError:
         number = float(value[0])
     return number if np.isfinite(number) else None
-
-
-def _check_syntax(syntax: str, field: str) -> None:
-    if syntax not in _TRANSFER_SYNTAXES:
-        known = ", ".join(_TRANSFER_SYNTAXES.values())
-        raise undecodable(field, f"the DICOM file's transfer syntax {syntax} is not read; convert it to one of {known}")
