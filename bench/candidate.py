@@ -50,9 +50,10 @@ def _engine(kind: str, model: str, batch_size: int, folder: Path) -> Callable[[]
 
         of_kind = folder / kind
         if kind == ONNXRUNTIME:
-            from heatlens_server.backends.onnx.engine import OnnxRuntimeEngine  # noqa: PLC0415 - only what this one runs
+            from heatlens_server.backends.onnx.network_engine import NetworkEngine  # noqa: PLC0415 - only what this one runs
+            from heatlens_server.backends.onnx.stored import read_network  # noqa: PLC0415 - only what this one runs
 
-            engine = OnnxRuntimeEngine(of_kind, read_manifest(of_kind), device="cpu")
+            engine = NetworkEngine(read_network(of_kind, read_manifest(of_kind)), device="cpu")
         else:
             from heatlens_server.backends.torch.torchscript_engine import TorchScriptEngine  # noqa: PLC0415 - only what this one runs
 

@@ -14,8 +14,8 @@ from bench.candidate import FORWARD, GRAD_CAM, ONNXRUNTIME, TORCH, TORCHSCRIPT, 
 from bench.measure import FairQueue, take_turns
 from bench.models import efficientnet_lite0, resnet50
 from heatlens_server.backends.torch.export.folder import export_bundle
+from heatlens_server.backends.torch.export.network import export_network
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
-from heatlens_server.core.graph_spec import Format
 from heatlens_server.core.methods import Method
 
 MODELS: tuple[Callable[[], LoadedModel], ...] = (efficientnet_lite0, resnet50)
@@ -89,15 +89,14 @@ def _cell(target: Target, measured: FairQueue, batch_size: int) -> str:
 
 def _export(make: Callable[[], LoadedModel], folder: Path) -> None:
     """Write what the engines that run exports need: the default layer and method."""
-    for kind, file_format in ((ONNXRUNTIME, Format.ONNX), (TORCHSCRIPT, Format.TORCHSCRIPT)):
+    for kind, write in ((ONNXRUNTIME, export_network), (TORCHSCRIPT, export_bundle)):
         model = make()
         model = dataclasses.replace(model, layers=model.layers[:1])
         of_kind = folder / kind
         of_kind.mkdir()
-        manifest = export_bundle(
+        manifest = write(
             model,
             methods=(Method.GRAD_CAM,),
-            file_format=file_format,
             precision="fp32",
             source="bench",
             folder=of_kind,

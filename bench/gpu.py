@@ -17,12 +17,12 @@ from rich.console import Console
 
 from bench.measure import FairQueue, take_turns
 from bench.models import INPUT_PX, noise_images, resnet50
-from heatlens_server.backends.onnx.engine import OnnxRuntimeEngine
 from heatlens_server.backends.onnx.manifest import read_manifest
+from heatlens_server.backends.onnx.network_engine import NetworkEngine
+from heatlens_server.backends.onnx.stored import read_network
 from heatlens_server.backends.torch.engine import TorchEngine
-from heatlens_server.backends.torch.export.folder import export_bundle
+from heatlens_server.backends.torch.export.network import export_network
 from heatlens_server.core.engine import Engine, MapSpec
-from heatlens_server.core.graph_spec import Format
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import TopK
 
@@ -55,18 +55,17 @@ def _engines(folder: Path) -> dict[str, Engine]:
     for precision in ("fp32", "fp16"):
         of_precision = folder / precision
         of_precision.mkdir()
-        manifest = export_bundle(
+        manifest = export_network(
             dataclasses.replace(resnet50(), layers=("layer4",)),
             methods=(Method.GRAD_CAM,),
-            file_format=Format.ONNX,
             precision=precision,
             source="bench",
             folder=of_precision,
             report=lambda _line: None,
         )
         manifest.write(of_precision)
-        engines[f"onnxruntime engine {precision}"] = OnnxRuntimeEngine(
-            of_precision, read_manifest(of_precision), device=DEVICE, provider="cuda"
+        engines[f"onnxruntime engine {precision}"] = NetworkEngine(
+            read_network(of_precision, read_manifest(of_precision)), device=DEVICE, provider="cuda"
         )
     return engines
 

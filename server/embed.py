@@ -21,15 +21,18 @@ import torch
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
-from heatlens_server.backends.onnx.embedded.network import FOLDER, FORWARD, NETWORK, backward_file, tail_file
+from heatlens_server.backends.onnx.embedded.network import FOLDER
 from heatlens_server.backends.onnx.gradient.file import read_file
-from heatlens_server.backends.onnx.gradient.find import find_image, find_scores, has_linear_head, layer_of
+from heatlens_server.backends.onnx.gradient.find import find_image, find_scores
 from heatlens_server.backends.onnx.gradient.values import know
-from heatlens_server.backends.onnx.source.split import split, tail_of
+from heatlens_server.backends.onnx.manifest import NETWORK_FILE
+from heatlens_server.backends.onnx.source.exported import exported_file
+from heatlens_server.backends.onnx.source.store import stored
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.sources.load import load_model
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.config import EMBEDDED_MODEL, ModelConfig
+from heatlens_server.core.methods import Method
 
 _OPSET = 20
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -42,52 +45,31 @@ def embed() -> dict[str, bytes]:
     graph = _exported(model)
     image = find_image(graph)
     shape = image.shape(*model.preprocess.input_px)
-    _fix_reshapes(graph, know(graph, image.value, shape).shapes)
     known = know(graph, image.value, shape)
-    scores = find_scores(graph, known)
-    values = {name: _output_of(graph, name) for name in model.layers}
-    layers = [layer_of(graph, known, image, values[name], model.grid(name)) for name in model.layers]
-    if None in layers:
-        raise SystemExit("a layer does not lie on the image")
-    files, counts, kept = {}, [], ()
-    for count in range(1, len(layers) + 1):
-        passes = split(graph, known, image.value, [scores.value], [*values.values()][:count])
-        files[backward_file(count)] = _without_weights(passes.backward.graph, state)
-        tail = tail_of(graph, known, image.value, [scores.value], layers[count - 1].value)
-        if tail.kept:
-            raise SystemExit("something bypasses a layer")
-        files[tail_file(count)] = _without_weights(tail.graph.graph, state)
-        counts.append(len(passes.kept))
-        if passes.kept[: len(kept)] != kept:
-            raise SystemExit("what is kept for a layer is not kept for the next")
-        kept = passes.kept
-        # The widest one has all nodes that any of the others has.
-        files[FORWARD] = _without_weights(passes.forward.graph, state, outputs=[scores.value.name])
+    _fix_reshapes(graph, known.shapes)
+    methods = _methods(model)
+    network = stored(
+        exported_file(
+            graph,
+            scores=find_scores(graph, known).value,
+            tensors={name: _output_of(graph, name) for name in model.layers},
+            grids={name: model.grid(name) for name in model.layers},
+            task=model.task,
+            labels=model.labels,
+            version="",
+            preprocess=model.preprocess,
+            has_linear_head=Method.CAM in methods,
+        )
+    )
     content = {
-        "image": passes.image,
-        "scores": scores.value.name,
-        "seed": passes.seeds[scores.value.name],
-        # Each layer's are the first of those of the next.
-        "kept": kept,
-        "layers": [
-            {
-                "name": name,
-                "output": layer.value.name,
-                "gradient": passes.gradients[layer.value.name],
-                "kept_count": count,
-                "channels": layer.channels,
-                "height": layer.height,
-                "width": layer.width,
-            }
-            for name, layer, count in zip(model.layers, layers, counts, strict=True)
-        ],
-        "has_linear_head": has_linear_head(known, layers[0], scores),
+        **network.content,
         "preprocess": dataclasses.asdict(model.preprocess),
-        "torch_methods": _methods(model),
-        "weights": list(state),
+        "torch_methods": methods,
+        "state": list(state),
         "labels": model.labels,
     }
-    files[NETWORK] = (json.dumps(content, indent=1) + "\n").encode()
+    files = {name: _without_weights(one, state) for name, one in network.graphs.items()}
+    files[NETWORK_FILE] = (json.dumps(content, indent=1) + "\n").encode()
     return files
 
 
@@ -147,8 +129,8 @@ def _output_of(graph: ir.Model, module: str) -> ir.Value:
     return nodes[-1].outputs[0]
 
 
-def _without_weights(graph: bytes, state: Mapping[str, Any], *, outputs: list[str] | None = None) -> bytes:
-    """A graph whose initialisers of the state_dict are given when it is opened; without words for people."""
+def _without_weights(graph: bytes, state: Mapping[str, Any]) -> bytes:
+    """A graph whose initialisers of the state_dict are all given when it is opened."""
     proto = onnx.ModelProto.FromString(graph)
     for tensor in proto.graph.initializer:
         if tensor.name in state:
@@ -158,16 +140,6 @@ def _without_weights(graph: bytes, state: Mapping[str, Any], *, outputs: list[st
             tensor.external_data.add(key="location", value="weights")
         elif len(tensor.raw_data) > 1024 or tensor.data_location == onnx.TensorProto.EXTERNAL:
             raise SystemExit(f"{tensor.name} is large and no weight of the network")
-    for node in proto.graph.node:
-        del node.metadata_props[:]
-        node.ClearField("doc_string")
-    del proto.graph.value_info[:]
-    del proto.graph.metadata_props[:]
-    del proto.metadata_props[:]
-    if outputs is not None:
-        kept = [output for output in proto.graph.output if output.name in outputs]
-        del proto.graph.output[:]
-        proto.graph.output.extend(kept)
     return proto.SerializeToString(deterministic=True)
 
 

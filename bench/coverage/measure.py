@@ -2,34 +2,33 @@
 
 import contextlib
 import copy
+import dataclasses
 import itertools
-import multiprocessing
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
+import onnx
 import torch
 from torch import nn
 
 from bench.coverage.models import inputs, make
 from bench.coverage.table import MAX_MAP_DIFFERENCE, compared
+from heatlens_server.backends.onnx.graph_network import GraphNetwork
+from heatlens_server.backends.onnx.providers import ON_CPU, load_runtime
+from heatlens_server.backends.onnx.stored import FORWARD_FILE, read_network
 from heatlens_server.backends.torch.cam.grid import Grid, to_map
 from heatlens_server.backends.torch.cam.saliency import saliency
-from heatlens_server.backends.torch.export import onnx_file
-from heatlens_server.backends.torch.export.capture import capture
-from heatlens_server.backends.torch.export.differentiate import differentiate_all
-from heatlens_server.backends.torch.export.program import to_program
+from heatlens_server.backends.torch.export.network import export_network
 from heatlens_server.backends.torch.export.reference import moved_copies
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
+from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import ExportError
-from heatlens_server.core.graph_spec import CLASS_INDEX, IMAGE, MAP_OUTPUTS, InputKind, Output
 from heatlens_server.core.methods import Method
+from heatlens_server.core.targets import ClassIds
 from heatlens_server.maps.methods import raw_map
 
 # Traced with 2 images and 5 classes.
@@ -49,15 +48,7 @@ def measure(source: str) -> dict[str, Any]:
     try:
         model = make(source)
         layers = list(dict.fromkeys([model.layers[0], model.layers[len(model.layers) // 2]]))
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.onnx"
-            if _is_large(model):
-                # What an export used stays with its process, and judging needs the memory.
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
-                    nodes, seconds = apart.submit(_export_anew, source, layers, path).result()
-            else:
-                nodes, seconds = _export(model, layers, path)
-            rows = _judge(model, layers, path)
+        rows, nodes, seconds = _judge(model, layers)
     except Exception as error:  # whatever it is belongs in the table
         reason = str(error) if isinstance(error, ExportError) else f"{type(error).__name__}: {error}"
         return {"source": source, "reason": reason.split("\n", maxsplit=1)[0][:200]}
@@ -71,27 +62,43 @@ def measure(source: str) -> dict[str, Any]:
     }
 
 
-def _export_anew(source: str, layers: Sequence[str], path: Path) -> tuple[int, float]:
-    warnings.simplefilter("ignore")
-    return _export(make(source), layers, path)
+def _served(
+    model: LoadedModel, layers: Sequence[str], images: np.ndarray, class_ids: np.ndarray
+) -> tuple[np.ndarray, list[np.ndarray], int, float]:
+    """What servers make of a network.
+
+    Returns:
+        Logits; maps by each layer; how many nodes the graphs have; the CPU seconds from the network to graphs that are
+        open.
+    """
+    started = time.process_time()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        asked = dataclasses.replace(model, layers=tuple(layers))
+        manifest = export_network(
+            asked,
+            methods=(Method.GRAD_CAM,),
+            precision="fp32",
+            source="bench",
+            folder=folder,
+            report=lambda _line: None,
+        )
+        graphs = GraphNetwork(read_network(folder, manifest), load_runtime(), ON_CPU, threads=None)
+        for layer in layers:
+            graphs.has_gradient(layer)
+        seconds = time.process_time() - started
+        files = (folder / FORWARD_FILE, *folder.glob("backward-*.onnx"))
+        nodes = sum(len(onnx.load(file, load_external_data=False).graph.node) for file in files)
+        targets = [ClassIds(tuple(row.tolist())) for row in class_ids]
+        given = images.astype(np.float32)
+        specs = [MapSpec(Method.GRAD_CAM, (layer,), upsample=False) for layer in layers]
+        maps = [graphs.explain(given, targets, spec).maps(spec, (0, 0)).values for spec in specs]
+        (logits,) = graphs.scores(given, tuple(layers[:1])).values()
+    return logits, maps, nodes, seconds
 
 
-def _export(model: LoadedModel, layers: Sequence[str], path: Path) -> tuple[int, float]:
-    """Write the file; return how many nodes it has, and the seconds it took."""
-    started = time.perf_counter()
-    captured = capture(model, layers, input_kind=InputKind.FLOAT, precision="fp32", classes=None)
-    graph_module = differentiate_all(captured, [(layer, Method.GRAD_CAM) for layer in layers])
-    outputs = [f"{output}:{layer}" for layer in layers for output in MAP_OUTPUTS]
-    translated = onnx_file.to_onnx(
-        to_program(graph_module),
-        input_names=(IMAGE, CLASS_INDEX),
-        output_names=(Output.LOGITS, Output.CLASS_ID, *outputs),
-    )
-    onnx_file.save(translated, path)
-    return len(translated.model.graph), time.perf_counter() - started
-
-
-def _judge(model: LoadedModel, layers: Sequence[str], path: Path) -> list[dict[str, Any]]:
+def _judge(model: LoadedModel, layers: Sequence[str]) -> tuple[list[dict[str, Any]], int, float]:
+    """What is to be said about each layer; the graphs' nodes and seconds."""
     images = inputs(model, 1 if _is_large(model) else IMAGES)
     grids = {layer: model.grid(layer) for layer in layers}
     module = copy.deepcopy(model.module).double()
@@ -99,35 +106,34 @@ def _judge(model: LoadedModel, layers: Sequence[str], path: Path) -> list[dict[s
         logits, class_ids, float64 = _maps(module, grids, torch.from_numpy(images), None)
     del module
     _, _, float32 = _maps(model.module, grids, torch.from_numpy(images).float(), class_ids)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    values = session.run(None, {IMAGE: images.astype(np.float32), CLASS_INDEX: class_ids})
-    rows = _rows(layers, values, logits, float64, [float32])
+    found, maps, nodes, seconds = _served(model, layers, images, class_ids)
+    rows = _rows(layers, found, maps, logits, float64, [float32])
     if any(max(compared(row), default=0.0) > MAX_MAP_DIFFERENCE for row in rows):
         # Right by luck, or determined? A unit of a ReLU whose sum is zero but for rounding moves the whole map.
         again = [
             _maps(moved, grids, torch.from_numpy(images).float(), class_ids)[2] for moved in moved_copies(model.module)
         ]
-        rows = _rows(layers, values, logits, float64, [float32, *again])
-    return rows
+        rows = _rows(layers, found, maps, logits, float64, [float32, *again])
+    return rows, nodes, seconds
 
 
 def _rows(
     layers: Sequence[str],
-    values: Sequence[np.ndarray],
+    found: np.ndarray,
+    maps: Sequence[np.ndarray],
     logits: np.ndarray,
     float64: Sequence[Any],
     float32: Sequence[Sequence[Any]],
 ) -> list[dict[str, Any]]:
     rows = []
-    for position, layer in enumerate(layers):
-        cam = values[2 + 3 * position]
+    for position, (layer, cam) in enumerate(zip(layers, maps, strict=True)):
         expected, gradient, steepness = float64[position]
         rows.append(
             {
                 "layer": layer,
                 "shape": list(cam.shape[2:]),
                 "gradient": gradient,
-                "logits": float(np.abs(values[0] - logits).max() / np.abs(logits).max()),
+                "logits": float(np.abs(found - logits).max() / np.abs(logits).max()),
                 # Per map, image by image and class by class.
                 "steepness": steepness,
                 "map": _distance(cam, expected).tolist(),

@@ -15,11 +15,11 @@ _HEAD = """# What can be exported
 
 Written by `make coverage-export` on {date}: {versions}; {machine}.
 
-Every network has random weights (zeros drawn anew, batch norms fitted to four photos) and is exported to ONNX with any
-batch size and any number of classes, as the server does it: its default layer, and one in the middle. The file is run
-by onnxruntime on three real photos with two classes each (large networks: one photo, the two largest: one class), sizes
-that were not traced, and judged by the network in float64 with plain autograd. *Difference* is the largest absolute
-difference of a Grad-CAM map in [0, 1] from the float64 map, *maps* counts those compared and all.
+Every network has random weights (zeros drawn anew, batch norms fitted to four photos) and is exported as servers do it:
+the forward pass, and its backward passes by the default layer and one in the middle. onnxruntime runs them on three
+real photos with two classes each (large networks: one photo, the two largest: one class), sizes that were not traced.
+They are judged by the network in float64 with plain autograd. *Difference* is the largest absolute difference of a
+Grad-CAM map in [0, 1] from the float64 map, *maps* counts those compared and all.
 
 Maps that PyTorch itself misses by more than {known:g} in float32 are not compared, as float32 does not determine them:
 with random weights the gradients that Grad-CAM averages, or the raw map's positive part, may cancel out almost, and a
@@ -27,8 +27,8 @@ ReLU whose input is zero but for rounding switches a part of the gradient on or 
 {bound:g} all the same, PyTorch is asked {moves} more times with every weight moved by at most two units in the last
 place: a map that such a move changes by more than {known:g} is not determined either.
 
-*Nodes* and *seconds* are of the whole file, with both layers in it; seconds include tracing, differentiating,
-translating and checking, with another export running beside it.
+*Nodes* are of the forward pass and both backward passes; *CPU s* is from the network to graphs that are open, without
+verification.
 
 {summary}
 """
@@ -73,8 +73,8 @@ def render(
         rows = [result for result in results if result["source"].startswith(f"{library}:")]
         text += f"\n## {library}\n\n"
         text += "| network | px | default layer | maps | difference | middle layer | maps | difference "
-        text += "| nodes | seconds |\n"
-        text += "|---|---|---|---|---|---|---|---|---|---|\n"
+        text += "| nodes | CPU s |\n"
+        text += f"{'|---' * 10}|\n"
         text += "".join(_line(result) for result in rows)
     return text
 
@@ -125,7 +125,7 @@ def _all_maps(results: Sequence[Mapping[str, Any]]) -> str:
 def _line(result: Mapping[str, Any]) -> str:
     name = result["source"].partition(":")[2]
     if "reason" in result:
-        return f"| {name} | | not exported: {result['reason'].replace('|', '/')} | | | | | | | |\n"
+        return f"| {name} | | not exported: {result['reason'].replace('|', '/')} {'| ' * 7}|\n"
     cells = [name, str(result["px"])]
     for layer in result["layers"]:
         known = compared(layer)
@@ -137,4 +137,4 @@ def _line(result: Mapping[str, Any]) -> str:
         ]
     if len(result["layers"]) == 1:
         cells += [""] * 3
-    return f"| {' | '.join(cells)} | {result['nodes']} | {result['seconds']:.0f} |\n"
+    return f"| {' | '.join(cells)} | {result['nodes']} | {result['seconds']:.1f} |\n"

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import io
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -200,7 +201,7 @@ def _export_file(
 ) -> Manifest:
     """Export the explaining file of an ONNX file."""
     with brought_by("onnx"):
-        from heatlens_server.backends.onnx.source.export import export_file  # noqa: PLC0415 - imports onnx
+        from heatlens_server.backends.onnx.source.export import export_file, parity_of  # noqa: PLC0415 - imports onnx
         from heatlens_server.backends.onnx.source.load import load_file  # noqa: PLC0415 - imports onnx
 
     if options.file_format is not Format.ONNX:
@@ -218,13 +219,14 @@ def _export_file(
             f"--method: cam needs logits that are one linear layer over the pooled target layer, which those of "
             f"{config.name} by {about.layers[0].name} are not"
         )
+    spec = _spec(options, method, score, about.layers[0].name, about.task)
     return export_file(
         loaded,
-        _spec(options, method, score, about.layers[0].name, about.task),
+        spec,
         name=config.name,
         source=config.source,
         folder=options.folder,
-        verify=options.verify,
+        judge=functools.partial(parity_of, loaded, spec, report) if options.verify else None,
         report=report,
     )
 

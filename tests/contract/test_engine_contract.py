@@ -8,21 +8,21 @@ import pytest
 from torch import nn
 
 import tiny_models
-from heatlens_server.backends.onnx.engine import OnnxRuntimeEngine
+from heatlens_server.backends.onnx.network_engine import NetworkEngine
+from heatlens_server.backends.onnx.stored import read_network
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.backends.torch.torchscript_engine import TorchScriptEngine
 from heatlens_server.core.engine import Engine, MapSpec
-from heatlens_server.core.graph_spec import Format
 from heatlens_server.core.methods import CLOSED_FORMS, Method
 from heatlens_server.core.targets import ClassIds, TopK
-from loaded_models import Judge, bundle, loaded, noise
+from loaded_models import Judge, bundle, loaded, network, noise
 from onnx_files import engine_of_file
 
 ENGINES: dict[str, Callable[[LoadedModel], Engine]] = {
     "torch": lambda model: TorchEngine(model, device="cpu"),
-    "onnxruntime": lambda model: OnnxRuntimeEngine(*bundle(model, Format.ONNX), device="cpu", threads=1),
-    "torchscript": lambda model: TorchScriptEngine(*bundle(model, Format.TORCHSCRIPT), device="cpu"),
+    "onnxruntime": lambda model: NetworkEngine(read_network(*network(model)), device="cpu", threads=1),
+    "torchscript": lambda model: TorchScriptEngine(*bundle(model), device="cpu"),
     "onnx file": engine_of_file,
 }
 

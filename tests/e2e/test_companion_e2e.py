@@ -215,7 +215,7 @@ async def test_a_companion_that_cannot_be_loaded_fails_those_who_need_it_alone(l
         assert details.info.reason == "COMPANION_FAILED"
         assert "other weights" in details.message
         stream = RawStream(stub)
-        await stream.configure(model=MODEL, options=pb.ExplainOptions(**SLOW))
+        await stream.configure(model=MODEL, options=pb.ExplainOptions(**NEEDS_TORCH))
         code, details, answers = await stream.failure()
         assert (code, details.info.reason, answers) == (grpc.StatusCode.FAILED_PRECONDITION, "COMPANION_FAILED", [])
         assert (await _explain(stub)).explanations

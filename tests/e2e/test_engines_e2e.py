@@ -106,11 +106,11 @@ def test_a_damaged_export_is_told_and_made_again(exported_twice, tmp_path, launc
     first, log = explain()
     assert "exporting" not in log
     (entry,) = entries(tmp_path / "cache")
-    content = bytearray((entry / "all.onnx.data").read_bytes())
+    content = bytearray((entry / "weights.bin").read_bytes())
     content[len(content) // 2] ^= 0x40
-    (entry / "all.onnx.data").write_bytes(content)
+    (entry / "weights.bin").write_bytes(content)
     second, log = explain()
-    assert "is damaged (all.onnx.data is not the file that was exported)" in log
+    assert "is damaged (weights.bin is not the file that was exported)" in log
     assert "exporting for onnx, which is done once" in log
     np.testing.assert_array_equal(second, first)
     assert entries(tmp_path / "cache") == [entry]

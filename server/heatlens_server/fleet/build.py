@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from heatlens_server.backends.onnx.embedded.network import EmbeddedNetwork, embedded_network
-from heatlens_server.backends.onnx.engine import OnnxRuntimeEngine
 from heatlens_server.backends.onnx.export_cache import ExportCache
 from heatlens_server.backends.onnx.manifest import Manifest, read_manifest
 from heatlens_server.backends.onnx.network_engine import NetworkEngine
 from heatlens_server.backends.onnx.providers import CUDA, cuda_device_count, load_runtime
+from heatlens_server.backends.onnx.stored import read_network
 from heatlens_server.config import EXPORT_PREFIX, ONNX_PREFIX, ModelConfig
 from heatlens_server.core.engine import SteppingEngine
 from heatlens_server.core.errors import ExportError, ModelLoadError
@@ -353,8 +353,12 @@ def _build_exported(config: ModelConfig, export: Export, *, device: str, method:
 
 
 def _open(folder: Path, manifest: Manifest, *, device: str, provider: str) -> ExportEngine:
+    if manifest.is_network:
+        return NetworkEngine(read_network(folder, manifest), device=device, provider=provider)
     if manifest.format is Format.ONNX:
-        return OnnxRuntimeEngine(folder, manifest, device=device, provider=provider)
+        raise ModelLoadError(
+            "the export was made by a version of heatlens that stored no passes: export the model again"
+        )
     with importing_torch():
         from heatlens_server.backends.torch.torchscript_engine import TorchScriptEngine  # noqa: PLC0415 - imports torch
 

@@ -129,6 +129,7 @@ def _export(
         export_bundle,
         without_left_out,
     )
+    from heatlens_server.backends.torch.export.network import export_network  # noqa: PLC0415 - imports torch
     from heatlens_server.backends.torch.export.verify import verify  # noqa: PLC0415 - imports torch
 
     if not model.task.traits.exportable:
@@ -137,10 +138,11 @@ def _export(
     report(f"exporting for {file_format}, which is done once: later starts take it from the cache")
     try:
         with cache.writing(key) as unfinished:
-            manifest = export_bundle(
+            methods = [method for method in record.methods if method in CLOSED_FORMS]
+            write = export_network if file_format is Format.ONNX else export_bundle
+            manifest = write(
                 model,
-                methods=[method for method in record.methods if method in CLOSED_FORMS],
-                file_format=file_format,
+                methods=methods,
                 precision=config.precision,
                 source=config.source,
                 folder=unfinished.folder,

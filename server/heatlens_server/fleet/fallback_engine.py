@@ -154,14 +154,19 @@ class FallbackEngine:
             self._fallback = fallback
 
 
+_NO_TORCH = "the server has no PyTorch"
+
+
 def _lacking(info: Capabilities, methods: Sequence[Method]) -> Capabilities:
-    missing = (method for method in methods if method not in info.methods)
-    return replace(info, refusals={**info.refusals, **dict.fromkeys(missing, "the server has no PyTorch")})
+    if not methods:
+        return info
+    # What torch would not have either is not missed.
+    return replace(info, refusals={method: _NO_TORCH for method in methods if method not in info.methods})
 
 
 def about_missing(info: Capabilities) -> tuple[str, ...]:
     """What is to be said where torch would run more than its server offers."""
-    missing = [str(method) for method in info.refusals if method not in info.methods]
+    missing = [str(method) for method, why in info.refusals.items() if why == _NO_TORCH]
     if not missing:
         return ()
     scores = ["target scores other than the logit"] if len(info.scores) == 1 else []
@@ -185,6 +190,7 @@ def _joined(info: Capabilities, methods: Sequence[Method], layers: Sequence[str]
         fallback_scores=frozenset(Score) - frozenset(info.scores),
         layers_by_method={},
         has_options=True,
+        refusals={},
     )
 
 

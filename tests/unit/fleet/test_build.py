@@ -16,13 +16,14 @@ from heatlens_server.backends.onnx.manifest import read_manifest
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import ExportError, ModelLoadError
-from heatlens_server.core.graph_spec import MANIFEST_FILE
+from heatlens_server.core.graph_spec import MANIFEST_FILE, Format
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import ClassIds
 from heatlens_server.core.tasks import Task
 from heatlens_server.fleet import build as building
 from heatlens_server.fleet.build import BuiltModel, build
-from heatlens_server.fleet.export import make_export
+from heatlens_server.fleet.cache_key import export_key
+from heatlens_server.fleet.export import load_network, make_export
 from heatlens_server.fleet.fleet import batch_size_of
 from heatlens_server.fleet.warm_up import check_answers
 from loaded_models import noise
@@ -66,8 +67,8 @@ def make(caplog):
 @pytest.fixture
 def cached_export(make, cache_dir):
     """The folder of the session's export of `config()`."""
-    model, _ = make(config(), cache_dir)
-    return model.engine.primary._folder
+    make(config(), cache_dir)
+    return cache_dir / export_key(config(), Format.ONNX, load_network(config()))
 
 
 def maps(model: BuiltModel, layer: str = "body") -> np.ndarray:
@@ -146,7 +147,7 @@ def test_an_export_that_is_wrong_is_not_used(make, cached_export, tmp_path, monk
     def wrong(*_args, **_kwargs):
         raise ExportError("cam differs by 0.5")
 
-    monkeypatch.setattr("heatlens_server.backends.torch.export.folder.export_bundle", exported)
+    monkeypatch.setattr("heatlens_server.backends.torch.export.network.export_network", exported)
     monkeypatch.setattr("heatlens_server.backends.torch.export.verify.verify", wrong)
     model, _ = make(config(), tmp_path)
     assert model.engine.info.engine_name == "torch"
@@ -159,7 +160,7 @@ def test_a_passing_failure_is_not_remembered(make, tmp_path, monkeypatch, caplog
     def fail(*_args, **_kwargs):
         raise error
 
-    monkeypatch.setattr("heatlens_server.backends.torch.export.folder.export_bundle", fail)
+    monkeypatch.setattr("heatlens_server.backends.torch.export.network.export_network", fail)
     model, _ = make(config(), tmp_path)
     assert model.engine.info.engine_name == "torch"
     assert "not by onnxruntime" in caplog.text
@@ -199,17 +200,20 @@ def make():
 def test_a_changed_gradient_with_the_same_scores_is_noticed(make, tmp_path, monkeypatch, caplog):
     """By code in a file that defines no module of the network."""
     helper = types.ModuleType("helped_gate")
-    helper.gate = lambda features: features * features.sigmoid().detach()
+    helper.gate = lambda features: features * features.sigmoid()
     monkeypatch.setitem(sys.modules, "helped_gate", helper)
     (tmp_path / "helped.py").write_text(HELPED)
     monkeypatch.syspath_prepend(tmp_path)
     small = config("helped:make", layers=["body"])
     make(small, tmp_path / "cache")
     assert make(small, tmp_path / "cache")[1] == []
-    helper.gate = lambda features: features * features.sigmoid()
+    helper.gate = lambda features: features * features.sigmoid().detach()
     after, phases = make(small, tmp_path / "cache")
     assert "is not of the model m as it is now" in caplog.text
     assert any("recording" in phase for phase in phases)
+    # A graph of the forward pass does not tell what the network's author leaves out of the gradient.
+    assert after.engine.info.engine_name == "torch"
+    assert "not by onnxruntime: forward.onnx, layer body: cam" in caplog.text
     reference, _ = make(small.model_copy(update={"engine": "torch"}), tmp_path)
     np.testing.assert_allclose(maps(after), maps(reference), atol=1e-4)
 
@@ -224,7 +228,7 @@ def test_a_changed_gradient_with_the_same_scores_is_noticed(make, tmp_path, monk
     ],
 )
 def test_what_torch_cannot_explain_is_not_exported(tmp_path, monkeypatch, changes, message):
-    monkeypatch.setattr("heatlens_server.backends.torch.export.folder.export_bundle", fails_if_called)
+    monkeypatch.setattr("heatlens_server.backends.torch.export.network.export_network", fails_if_called)
     with pytest.raises(ModelLoadError, match=message):
         build(config(**changes), cache_dir=tmp_path, make=make_export)
 
@@ -282,7 +286,7 @@ def test_a_method_that_needs_gradients_where_there_are_none_is_refused_with_the_
 
 
 def test_labels_that_do_not_fit_are_told_before_an_export(tmp_path, monkeypatch):
-    monkeypatch.setattr("heatlens_server.backends.torch.export.folder.export_bundle", fails_if_called)
+    monkeypatch.setattr("heatlens_server.backends.torch.export.network.export_network", fails_if_called)
     (tmp_path / "labels.txt").write_text("a\nb")
     with pytest.raises(ModelLoadError, match="has 2 names"):
         build(config(labels=tmp_path / "labels.txt"), cache_dir=tmp_path, make=make_export)
@@ -416,8 +420,8 @@ def test_a_pt2_export_is_refused(export):
 
 
 def test_a_damaged_export_is_refused_without_a_path(export, tmp_path):
-    (export / "all.onnx.data").write_bytes(b"")
-    with pytest.raises(ModelLoadError, match=r"all\.onnx\.data is not the file that was exported") as caught:
+    (export / "weights.bin").write_bytes(b"")
+    with pytest.raises(ModelLoadError, match=r"weights\.bin is not the file that was exported") as caught:
         build(from_folder(export), cache_dir=None)
     assert str(tmp_path) not in str(caught.value)
 
@@ -425,7 +429,7 @@ def test_a_damaged_export_is_refused_without_a_path(export, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"class_count": 7}, "class_count does not fit"),
+        ({"class_count": 7}, r"scores of shape \(10,\), and class_count is 7"),
         ({"class_count": "10"}, "class_count: "),
         ({"labels": ["a"]}, "labels: there are 1, for 10 classes"),
     ],

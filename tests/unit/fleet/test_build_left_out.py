@@ -59,7 +59,7 @@ def test_an_export_is_served_with_what_is_right_and_torch_runs_the_rest(make, ca
     torch_engine = make(engine="torch")
     for method in (*LEFT_OUT, Method.GRAD_CAM):
         for layer in ("first", "last"):
-            is_exported = method not in LEFT_OUT or (layer == "last" and not method.traits.default_layer_only)
+            is_exported = method not in LEFT_OUT or layer == "last"
             assert engine.primary.can(MapSpec(method, (layer,), upsample=False)) is is_exported
             expected = explained(torch_engine, method, layer)
             assert expected.max() == 1
@@ -77,8 +77,6 @@ def test_without_torch_it_is_not_offered(make, caplog):
 def test_without_the_default_method_by_the_default_layer_torch_runs_the_model(make, caplog):
     engine = make(method="layer-cam")
     assert engine.info.engine_name == "torch"
-    assert (
-        "model m is run by torch, not by onnxruntime: layer-0.layer-cam.onnx, layer first: cam differs" in caplog.text
-    )
+    assert "model m is run by torch, not by onnxruntime: forward.onnx, layer first: cam differs" in caplog.text
     with pytest.raises(ModelLoadError, match=r"cannot be exported for onnxruntime: .* layer first: cam differs"):
         make(method="layer-cam", engine="onnxruntime")

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 import tiny_models
-from heatlens_server.backends.onnx.engine import OnnxRuntimeEngine
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.engine import MapSpec, SteppingEngine
 from heatlens_server.core.errors import ModelLoadError
-from heatlens_server.core.methods import CLOSED_FORMS, Aggregation, Method, Score
+from heatlens_server.core.methods import Aggregation, Method, Score
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import ClassIds
 from heatlens_server.core.tasks import Task
@@ -28,6 +27,7 @@ PREPROCESS = {
 TARGET = ClassIds((3, 7))
 PLAIN = MapSpec(Method.GRAD_CAM, ("body",), upsample=False)
 NEEDS_TORCH = dataclasses.replace(PLAIN, method=Method.SHAPLEY_CAM)
+OF_TORCH = {Method.SHAPLEY_CAM, Method.FULL_GRAD, Method.GUIDED_GRAD_CAM}
 BOTH = dataclasses.replace(PLAIN, layers=("body", "stem"))
 
 
@@ -71,7 +71,8 @@ def test_both_together_have_what_torch_has_and_say_so_without_loading_it(make, m
     assert engine.info.methods == torch_engine.info.methods
     assert (engine.info.scores, engine.info.has_options) == (torch_engine.info.scores, True)
     assert engine.info.requestable_methods == torch_engine.info.requestable_methods
-    assert engine.info.fallback_methods == set(engine.info.methods) - set(CLOSED_FORMS)
+    assert engine.info.fallback_methods == OF_TORCH
+    assert not engine.info.refusals
     assert Method.LE_GRAD not in engine.info.methods  # there is no attention in it
     assert not engine.is_loaded_for(dataclasses.replace(PLAIN, method=Method.SHAPLEY_CAM))
 
@@ -81,11 +82,13 @@ def test_without_torch_its_methods_are_refused_and_the_model_says_so(cache_home,
     model = build(config(), cache_dir=cache_home / "heatlens", report=lambda line: None, make=make_export)
     info = model.engine.info
     model.engine.close()
-    assert set(info.methods) <= set(CLOSED_FORMS)
-    assert (info.scores, info.has_options, info.fallback_methods) == ((Score.LOGIT,), False, frozenset())
+    assert not OF_TORCH & set(info.methods)
+    assert (info.scores, info.has_options, info.fallback_methods) == (tuple(Score), True, frozenset())
     assert info.why_not(Method.SHAPLEY_CAM) == ": the server has no PyTorch"
     (said,) = (line for line in model.assumptions if "PyTorch" in line)
     assert "shapley-cam" in said
+    assert "target scores" not in said  # the export has them, and options
+    assert "augment" not in said
     assert "le-grad" not in said  # torch would not have it either: there is no attention
     assert "pip install 'heatlens[torch]'" in said
     with pytest.raises(ModelLoadError, match=r"method shapley-cam is not supported: the server has no PyTorch; this"):
@@ -97,7 +100,7 @@ def test_who_wants_no_companion_is_not_told_that_torch_is_missing(cache_home, mo
     alone = config(companion=False)
     model = build(alone, cache_dir=cache_home / "heatlens", report=lambda line: None, make=make_export)
     model.engine.close()
-    assert not model.engine.info.refusals
+    assert not OF_TORCH & set(model.engine.info.methods)
     assert not any("PyTorch" in line for line in model.assumptions)
 
 
@@ -105,15 +108,13 @@ def test_who_wants_no_companion_is_not_told_that_torch_is_missing(cache_home, mo
     "spec",
     [
         dataclasses.replace(PLAIN, method=Method.SHAPLEY_CAM),
-        dataclasses.replace(PLAIN, method=Method.SCORE_CAM),
-        dataclasses.replace(PLAIN, score=Score.CONTRAST),
-        dataclasses.replace(PLAIN, augment=True),
-        dataclasses.replace(BOTH, aggregation=Aggregation.PRODUCT),
-        dataclasses.replace(BOTH, method=Method.EIGEN_CAM),  # exported for the default layer alone
+        dataclasses.replace(PLAIN, method=Method.FULL_GRAD),
+        dataclasses.replace(PLAIN, method=Method.SHAPLEY_CAM, augment=True),
     ],
 )
 def test_what_the_export_has_not_is_what_torch_gives(make, spec):
     engine, reference = make(), make(engine="torch")
+    assert not engine.primary.can(spec)
     image = noise(1)[0]
     engine.load_for(spec)
     found, expected = explained(engine, image, spec), explained(reference, image, spec)
@@ -122,47 +123,72 @@ def test_what_the_export_has_not_is_what_torch_gives(make, spec):
     np.testing.assert_allclose(found.logits, explained(engine, image, PLAIN).logits, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(dataclasses.replace(PLAIN, score=score) for score in Score),
+        dataclasses.replace(BOTH, aggregation=Aggregation.PRODUCT),
+        dataclasses.replace(BOTH, method=Method.EIGEN_CAM),
+        dataclasses.replace(PLAIN, layers=("stem",), method=Method.EIGEN_GRAD_CAM),
+        dataclasses.replace(PLAIN, augment=True),
+        dataclasses.replace(PLAIN, principal=True),
+        dataclasses.replace(PLAIN, layers=("stem",), method=Method.ABLATION_CAM),
+        dataclasses.replace(PLAIN, method=Method.SCORE_CAM),
+    ],
+)
+def test_the_export_has_all_else(make, spec):
+    engine, reference = make(companion=False), make(engine="torch")
+    assert engine.primary.can(spec)
+    (image,) = noise(1)
+    found, expected = explained(engine, image, spec), explained(reference, image, spec)
+    assert expected.maps.max() == 1
+    np.testing.assert_allclose(found.maps, expected.maps, atol=1e-4)
+
+
 def test_it_can_be_left_out(make):
     engine = make(companion=False)
-    assert set(engine.info.methods) <= set(CLOSED_FORMS)
-    assert set(engine.info.requestable_methods) == {*engine.info.methods, Method.REFINE_CAM}  # Grad-CAM by both layers
-    assert engine.info.layers_of(Method.EIGEN_CAM) == ("body",)
-    assert engine.info.layers_of(Method.GRAD_CAM) == make().info.layers_of(Method.EIGEN_CAM) == ("body", "stem")
-    assert (engine.info.scores, engine.info.has_options) == ((Score.LOGIT,), False)
-    with pytest.raises(ModelLoadError, match="method score-cam is not supported"):
-        make(companion=False, engine="onnxruntime", method="score-cam")
-    assert make(companion=False, method="score-cam").info.engine_name == "torch"
+    assert not OF_TORCH & set(engine.info.methods)
+    presets = {Method.FINER_CAM, Method.REFINE_CAM}  # Grad-CAM of the contrast, and by both layers
+    assert set(engine.info.requestable_methods) == {*engine.info.methods, *presets}
+    assert engine.info.layers_of(Method.CAM) == ("body",)
+    assert engine.info.layers_of(Method.EIGEN_CAM) == engine.info.layers_of(Method.GRAD_CAM) == ("body", "stem")
+    assert (engine.info.scores, engine.info.has_options) == (tuple(Score), True)
+    with pytest.raises(ModelLoadError, match="method shapley-cam is not supported: it differentiates twice"):
+        make(companion=False, engine="onnxruntime", method="shapley-cam")
+    assert make(companion=False, method="shapley-cam").info.engine_name == "torch"
 
 
-@pytest.mark.parametrize("method", ["score-cam", "shapley-cam", "finer-cam"])
+@pytest.mark.parametrize("method", ["full-grad", "shapley-cam"])
 def test_a_default_method_that_needs_it_loads_it_at_the_start(make, method):
     engine = make(method=method)
     assert engine.info.engine_name == "onnxruntime"
     assert engine.is_loaded_for(NEEDS_TORCH)
 
 
-def test_a_default_method_of_several_layers_is_the_exports(make):
-    assert not make(method="refine-cam").is_loaded_for(NEEDS_TORCH)
+@pytest.mark.parametrize("method", ["refine-cam", "finer-cam", "recipro-cam"])
+def test_a_default_method_of_the_exports_does_not(make, method):
+    assert not make(method=method).is_loaded_for(NEEDS_TORCH)
 
 
 def test_a_multi_label_model_is_one_in_both_engines(make):
-    folder, manifest = make().primary._folder, make().primary._manifest
-    manifest = dataclasses.replace(manifest, task=Task.MULTI_LABEL)
-    primary = OnnxRuntimeEngine(folder, manifest, device="cpu")
-    engine = fallback_engine.with_torch_fallback(
-        config(task=manifest.task), primary, methods=tuple(CLOSED_FORMS), version=manifest.weights_version
-    )
+    engine = make(task="multi-label-classification")
     assert engine.info.task is Task.MULTI_LABEL
-    spec = dataclasses.replace(PLAIN, score=Score.PROBABILITY)
+    spec = dataclasses.replace(NEEDS_TORCH, score=Score.PROBABILITY)
     engine.load_for(spec)
     assert engine.is_loaded_for(spec)
-    engine.close()
+    plain = dataclasses.replace(PLAIN, score=Score.PROBABILITY)
+    (image,) = noise(1)
+    found, expected = (
+        explained(engine, image, plain),
+        explained(make(engine="torch", task="multi-label-classification"), image, plain),
+    )
+    np.testing.assert_allclose(found.maps, expected.maps, atol=1e-4)
 
 
 def test_other_weights_than_those_that_were_exported_are_not_taken(make, monkeypatch):
     engine = make()
     monkeypatch.setattr(tiny_models, "tiny", tiny_models.tiny_mlp)
-    spec = dataclasses.replace(PLAIN, score=Score.CONTRAST)
+    spec = dataclasses.replace(NEEDS_TORCH, score=Score.CONTRAST)
     with pytest.raises(ModelLoadError, match="gives other weights than those that were exported"):
         engine.load_for(spec)
     assert explained(engine, noise(1)[0], PLAIN).maps.max() == 1

@@ -53,14 +53,15 @@ class ClassGoals:
         """Rank the classes.
 
         Args:
-            outputs: one, of (N, C) or (N, C, 1, 1); of (N, 1) for `Task.BINARY`, whose two classes have -z and z.
+            outputs: one, of (N, C) or (N, C, 1, 1). For `Task.BINARY` that is (N, 1), whose two classes have -z and z,
+                or (N, 2), which are these.
             targets: N targets.
             task: one that has image classes.
             score: what is explained about a class.
         """
         ((self._name, output),) = outputs.items()
         self._shape = output.shape
-        self._is_binary = task is Task.BINARY
+        self._is_binary = task is Task.BINARY and output.shape[1] == 1
         self._logits = self._logits_of(outputs)
         chosen = class_targets(targets)
         self._counts = [target.count for target in chosen]

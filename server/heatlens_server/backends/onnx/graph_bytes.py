@@ -4,14 +4,13 @@ The file is one protobuf message, a ModelProto. Numbers of fields are those of o
 https://protobuf.dev/programming-guides/encoding/ describes how messages are written.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 
 _GRAPH = 7
-_INITIALIZER, _INPUT, _OUTPUT = 5, 11, 12
-_NAME, _TYPE, _TENSOR_TYPE, _ELEMENT_TYPE = 1, 2, 1, 1
-_TENSOR_NAME, _DATA_LOCATION = 8, 14
+_INITIALIZER, _OUTPUT = 5, 12
+_NAME = 1
+_TENSOR_NAME, _RAW_DATA, _DATA_LOCATION = 8, 9, 14
 _EXTERNAL = 1
-_FLOAT = 1
 _VARINT, _LENGTH = 0, 2
 _FIXED_BYTES = {1: 8, 5: 4}
 
@@ -19,32 +18,17 @@ _Span = tuple[int, int]
 """Where a field's value begins and ends."""
 
 
-def taking_floats(graph: bytes, name: str) -> bytes:
-    """The same graph with an input of float32 in place of another type that is written in one byte, such as uint8."""
-    changed = bytearray(graph)
-    for inputs in _values(graph, (0, len(graph)), _GRAPH):
-        for given in _values(graph, inputs, _INPUT):
-            ((start, end),) = _values(graph, given, _NAME)
-            if graph[start:end] != name.encode():
-                continue
-            ((place, _),) = (
-                element
-                for kind in _values(graph, given, _TYPE)
-                for tensor in _values(graph, kind, _TENSOR_TYPE)
-                for element in _values(graph, tensor, _ELEMENT_TYPE)
-            )
-            changed[place] = _FLOAT
-    return bytes(changed)
-
-
-def returning(graph: bytes, names: Sequence[str]) -> bytes:
-    """The same graph with further outputs, values of it in float32.
-
-    Where a message that is part of another comes twice, protobuf joins the two: what is added stands at the end.
-    """
-    element = _field(_TYPE, _field(_TENSOR_TYPE, bytes([_ELEMENT_TYPE << 3 | _VARINT, _FLOAT])))
-    outputs = b"".join(_field(_OUTPUT, _field(_NAME, name.encode()) + element) for name in names)
-    return graph + _field(_GRAPH, outputs)
+def returning(graph: bytes, names: Collection[str]) -> bytes:
+    """The same graph with some of its outputs alone."""
+    ((start, end),) = _values(graph, (0, len(graph)), _GRAPH)
+    kept, at = bytearray(), start
+    for value_start, stop in _values(graph, (start, end), _OUTPUT):
+        ((first, last),) = _values(graph, (value_start, stop), _NAME)
+        if graph[first:last].decode() not in names:
+            kept += graph[at : _field_start(value_start, stop)]
+            at = stop
+    kept += graph[at:end]
+    return graph[: _field_start(start, end)] + _field(_GRAPH, bytes(kept)) + graph[end:]
 
 
 def external_initializers(graph: bytes) -> list[str]:
@@ -57,6 +41,17 @@ def external_initializers(graph: bytes) -> list[str]:
         if graph[place] == _EXTERNAL
         for start, end in _values(graph, tensor, _TENSOR_NAME)
     ]
+
+
+def raw_initializers(graph: bytes) -> dict[str, _Span]:
+    """By name, where the data of the initialisers is whose data is in the graph as bytes."""
+    found = {}
+    for inside in _values(graph, (0, len(graph)), _GRAPH):
+        for tensor in _values(graph, inside, _INITIALIZER):
+            for span in _values(graph, tensor, _RAW_DATA):
+                ((start, end),) = _values(graph, tensor, _TENSOR_NAME)
+                found[graph[start:end].decode()] = span
+    return found
 
 
 def _values(data: bytes, span: _Span, wanted: int) -> Iterator[_Span]:
@@ -86,9 +81,18 @@ def _varint(data: bytes, start: int) -> tuple[int, int]:
     return value | data[start] << shift, start + 1
 
 
+def _field_start(start: int, end: int) -> int:
+    """Where a field begins, with its tag of one byte and its length, whose value is from start to end."""
+    return start - len(_written(end - start)) - 1
+
+
 def _field(number: int, value: bytes) -> bytes:
-    length, rest = bytearray(), len(value)
-    while rest > 0x7F:
-        length.append(rest & 0x7F | 0x80)
-        rest >>= 7
-    return bytes([number << 3 | _LENGTH, *length, rest]) + value
+    return bytes([number << 3 | _LENGTH, *_written(len(value))]) + value
+
+
+def _written(value: int) -> bytes:
+    found = bytearray()
+    while value > 0x7F:
+        found.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*found, value])

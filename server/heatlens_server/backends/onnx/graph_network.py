@@ -25,14 +25,12 @@ from heatlens_server.core.methods import Method, Score
 from heatlens_server.core.targets import Target
 from heatlens_server.maps.methods import raw_map
 from heatlens_server.maps.normalization import NormalizedMap, normalize
+from heatlens_server.maps.precision import FP16_GRADIENT_SCALE
 from heatlens_server.maps.principal import principal_projection
 from heatlens_server.maps.steps.job import Change, Job
 from heatlens_server.maps.weights import weighted
 
 Array = npt.NDArray[Any]
-
-_FP16_GRADIENT_SCALE = 2.0**8
-"""What seeds in float16 are multiplied by, and gradients divided by, in float32: exact."""
 
 _MOST_SESSIONS = 4
 """Sets of sessions that are kept, of passes and of tails: each holds the weights laid out for its kernels."""
@@ -159,6 +157,19 @@ class GraphNetwork:
                 of_layer.append(_map(spec, activations[layer], factors))
         return GraphMaps(goals, [np.concatenate(maps[layer], axis=1) for layer in spec.layers])
 
+    def factors(self, inputs: Array, targets: Sequence[Target], layer: str) -> tuple[Scores, Array, Array]:
+        """What maps of logits are made of, for those who check them.
+
+        Returns:
+            What the network returned; the layer's activations (N, C, h, w); the gradients (N, K, C, h, w).
+        """
+        sessions, grid = self._sessions((layer,)), self._grids[layer]
+        found, goals = self._asked(sessions, inputs, targets, MapSpec(Method.GRAD_CAM, (layer,), upsample=False))
+        by_goal = [self._gradients(sessions, found, goals.seed(k))[layer] for k in range(goals.width)]
+        scores = {name: found[name] for name in sessions.passes.scores}
+        gradients = np.stack([as_map(gradient, grid) for gradient in by_goal], axis=1)
+        return scores, as_map(found[sessions.passes.layers[layer]], grid), gradients
+
     def jobs(self, inputs: Array, target: Target, spec: MapSpec, *, rows: int) -> list["GraphJob"]:
         """Run the network on one image, for what explains it by each layer."""
         sessions = self._sessions(spec.layers)
@@ -239,14 +250,14 @@ class GraphNetwork:
         scale = 1.0
         for name, seed in seeds.items():
             if seed.dtype == np.float16:
-                # Gradients of a logit by a deep layer are often below float16's smallest normal number.
-                scale = _FP16_GRADIENT_SCALE
+                scale = FP16_GRADIENT_SCALE
             feeds[passes.seeds[name]] = seed * seed.dtype.type(scale)
-        gradients = backward.run(list(passes.gradients.values()), feeds)
-        if scale == 1.0:
-            return dict(zip(passes.gradients, gradients, strict=True))
-        scaled = (gradient.astype(np.float32) / np.float32(scale) for gradient in gradients)
-        return dict(zip(passes.gradients, scaled, strict=True))
+        # Several layers may have one tensor.
+        names = list(dict.fromkeys(passes.gradients.values()))
+        gradients = dict(zip(names, backward.run(names, feeds), strict=True))
+        if scale != 1.0:
+            gradients = {name: one.astype(np.float32) / np.float32(scale) for name, one in gradients.items()}
+        return {layer: gradients[name] for layer, name in passes.gradients.items()}
 
     def _sessions(self, layers: tuple[str, ...]) -> _Sessions:
         """The graphs of some layers: opened now, or kept from before."""

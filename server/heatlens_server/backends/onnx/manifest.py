@@ -18,6 +18,9 @@ from heatlens_server.core.methods import Method, Score
 from heatlens_server.core.preprocess import PreprocessSpec
 from heatlens_server.core.tasks import Task
 
+NETWORK_FILE = "network.json"
+"""Of a stored network: tells of its graphs."""
+
 _MANIFEST_VERSION = 1
 _CHUNK_BYTES = 1 << 20
 # A side of the network's input. Far more than there is; one row of such a square still fits in memory.
@@ -132,6 +135,11 @@ class Manifest:
     def layers(self) -> tuple[str, ...]:
         """The layers that can be explained, the default first."""
         return tuple(dict.fromkeys(graph.layer for graph in self.graphs))
+
+    @property
+    def is_network(self) -> bool:
+        """Whether the folder holds a network's passes (`stored.py`), of which engines make the maps."""
+        return NETWORK_FILE in self.files
 
     @property
     def left_out(self) -> tuple[LeftOut, ...]:

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol, Self
+from typing import Protocol
 
 from heatlens_server.backends.onnx.passes import Passes, Tail
 from heatlens_server.core.grid import Grid
-from heatlens_server.core.methods import Method
+from heatlens_server.core.methods import Method, Score
 from heatlens_server.core.preprocess import PreprocessSpec
 from heatlens_server.core.tasks import Task
 
@@ -87,6 +87,8 @@ class NetworkInfo:
         detector: detection: how boxes are read.
         threshold: segmentation: as `core.engine.Capabilities.threshold`.
         refusals: why it lacks methods that most networks have.
+        score: the only one that is explained; None for all of the task's.
+        left_out: layers and methods that it lacks, since their maps were found to be wrong.
     """
 
     task: Task
@@ -100,6 +102,8 @@ class NetworkInfo:
     detector: Detector | None = None
     threshold: float | None = None
     refusals: Mapping[Method, str] = field(default_factory=dict, hash=False)
+    score: Score | None = None
+    left_out: frozenset[tuple[str, Method]] = frozenset()
 
 
 class NetworkGraphs(Protocol):
@@ -118,6 +122,6 @@ class NetworkGraphs(Protocol):
         """What comes behind a layer."""
         ...
 
-    def twin(self) -> Self:
+    def twin(self) -> "NetworkGraphs":
         """The same network with weights that mean nothing, always the same."""
         ...

@@ -58,7 +58,8 @@ class NetworkEngine:
         # onnxruntime has an exception class for each of its status codes, and paths in their messages.
         except Exception as error:
             raise ModelLoadError(f"onnxruntime cannot open the file ({type(error).__name__})") from error
-        self._info = _capabilities(about, graphs.device, has_gradient=has_gradient)
+        self._layers_of = _layers_of(about, has_gradient=has_gradient)
+        self._info = _capabilities(about, graphs.device, self._layers_of)
         self._graphs: GraphNetwork | None = graphs
 
     @property
@@ -68,7 +69,7 @@ class NetworkEngine:
 
     def can(self, spec: MapSpec) -> bool:
         """Whether this engine takes a spec."""
-        return spec.method in self._info.methods and set(spec.layers) <= set(self._info.layers_of(spec.method))
+        return set(spec.layers) <= set(self._layers_of.get(spec.method, ()))
 
     def explain(self, images: ImageArray, targets: Sequence[Target], spec: MapSpec) -> list[ImageResult]:
         """Explain a batch; see `core.engine.Engine.explain`.
@@ -103,6 +104,12 @@ class NetworkEngine:
 
     def load_for(self, spec: MapSpec) -> None:
         """Nothing is loaded beforehand."""
+
+    def factors(
+        self, images: ImageArray, targets: Sequence[Target], layer: str
+    ) -> tuple[Mapping[str, Array], Array, Array]:
+        """What maps of logits by a layer are made of; see `graph_network.GraphNetwork.factors`."""
+        return self._network.factors(self._network.inputs(images), targets, layer)
 
     def planes(self, images: ImageArray) -> Array:
         """Images (N, H, W, C), normalised, float32 (N, C, H, W)."""
@@ -139,7 +146,9 @@ def _as_asked(result: ImageResult, spec: MapSpec) -> ImageResult:
     return result if spec.return_mask else replace(result, mask=None, masks=None)
 
 
-def _capabilities(about: NetworkInfo, device: str, *, has_gradient: bool) -> Capabilities:
+def _layers_of(about: NetworkInfo, *, has_gradient: bool) -> Mapping[Method, tuple[str, ...]]:
+    """The layers that each method explains."""
+
     def is_offered(method: Method) -> bool:
         if method in about.task.traits.unsupported_methods:
             return False
@@ -147,10 +156,21 @@ def _capabilities(about: NetworkInfo, device: str, *, has_gradient: bool) -> Cap
             return has_gradient and about.has_linear_head
         return has_gradient or not method.traits.needs_gradient
 
-    methods = tuple(method for method in Method if method in {*CLOSED_FORMS, *STEPPERS} and is_offered(method))
-    names = tuple(layer.name for layer in about.layers)
+    names = [layer.name for layer in about.layers]
+    return {
+        method: tuple(
+            name for name in (names[:1] if method is Method.CAM else names) if (name, method) not in about.left_out
+        )
+        for method in Method
+        if method in {*CLOSED_FORMS, *STEPPERS} and is_offered(method)
+    }
+
+
+def _capabilities(about: NetworkInfo, device: str, layers_of: Mapping[Method, tuple[str, ...]]) -> Capabilities:
+    names = [layer.name for layer in about.layers]
+    methods = tuple(method for method, layers in layers_of.items() if names[0] in layers)
+    offered = tuple(name for name in names if any(name in layers_of[method] for method in methods))
     input_px = about.preprocess.crop_px or (0, 0)
-    alone: dict[Method, tuple[str, ...]] = {Method.CAM: names[:1]} if Method.CAM in methods and len(names) > 1 else {}
     missing = {method: f"{why}, which takes PyTorch" for method, why in _OF_TORCH.items()}
     return Capabilities(
         engine_name="onnxruntime",
@@ -160,12 +180,12 @@ def _capabilities(about: NetworkInfo, device: str, *, has_gradient: bool) -> Cap
         input_width_px=input_px[1],
         class_count=about.class_count,
         methods=methods,
-        layers=names,
+        layers=offered,
         task=about.task,
         input_channels=about.preprocess.channels,
-        scores=about.task.traits.scores,
+        scores=(about.score,) if about.score else about.task.traits.scores,
         has_options=True,
-        layers_by_method=alone,
+        layers_by_method={method: layers_of[method] for method in methods if layers_of[method] != offered},
         threshold=about.threshold,
         runs_one_by_one=not about.takes_batches,
         refusals={**missing, **about.refusals},

@@ -5,7 +5,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from heatlens_server.backends.onnx.graph_bytes import returning, taking_floats
+from heatlens_server.backends.onnx.graph_bytes import external_initializers, raw_initializers, returning
 
 TEXT = """
 <ir_version: 9, opset_import: ["": 20]>
@@ -32,44 +32,47 @@ def run(graph: bytes, dtype):
     return dict(zip([output.name for output in session.get_outputs()], outputs, strict=True))
 
 
-def test_one_input_becomes_float(model):
-    changed = taking_floats(model.SerializeToString(), "image")
-    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
-    assert onnx.ModelProto.FromString(changed) == model
-    np.testing.assert_array_equal(run(changed, np.float32)["scores"], [[1, 4, 9], [4, 10, 18]])
-
-
-def test_a_graph_without_that_input_stays_as_it_is(model):
-    graph = model.SerializeToString()
-    assert taking_floats(graph, "pixels") == graph
-
-
-def test_values_become_outputs(model):
-    changed = returning(model.SerializeToString(), ["sums", "pixels"])
-    for name in ("sums", "pixels"):
-        output = model.graph.output.add(name=name)
-        output.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+def test_outputs_are_left_out(model):
+    for name in ("sums", "pixels", "further"):
+        model.graph.output.add(name=name).type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    changed = returning(model.SerializeToString(), ["scores", "pixels"])
+    del model.graph.output[3], model.graph.output[1]
     assert onnx.ModelProto.FromString(changed) == model
     found = run(changed, np.uint8)
-    assert list(found) == ["scores", "sums", "pixels"]
-    np.testing.assert_array_equal(found["sums"], [[1, 2, 3], [4, 5, 6]])
+    assert list(found) == ["scores", "pixels"]
+    np.testing.assert_array_equal(found["scores"], [[1, 4, 9], [4, 10, 18]])
 
 
-def test_long_names_and_many_outputs_are_written_right(model):
+def test_long_names_and_many_outputs_are_read_right(model):
     names = ["x" * length for length in (1, 127, 128, 300, 20_000)]
     for name in names:
         model.graph.node.add(op_type="Identity", input=["sums"], output=[name])
-    changed = onnx.ModelProto.FromString(returning(model.SerializeToString(), names))
-    assert [output.name for output in changed.graph.output] == ["scores", *names]
+        model.graph.output.add(name=name)
+    for kept in (names[:3], [names[-1]], names):
+        changed = onnx.ModelProto.FromString(returning(model.SerializeToString(), kept))
+        assert [output.name for output in changed.graph.output] == kept
 
 
 def test_fields_of_every_kind_are_passed_over(model):
-    # A float of 32 bits, a double of 64 and strings, in attributes and tensors before and after the inputs.
+    # A float of 32 bits, a double of 64 and strings, in attributes and tensors.
     node = model.graph.node.add(op_type="Selu", input=["sums"], output=["unused"])
     node.attribute.append(onnx.helper.make_attribute("alpha", 1.5))
     model.graph.initializer.append(onnx.helper.make_tensor("d", onnx.TensorProto.DOUBLE, [2], [1.0, 2.0]))
     model.metadata_props.add(key="k", value="v" * 200)
     model.model_version = 1 << 40
-    changed = onnx.ModelProto.FromString(taking_floats(model.SerializeToString(), "other"))
-    model.graph.input[1].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    model.graph.output.add(name="unused")
+    changed = onnx.ModelProto.FromString(returning(model.SerializeToString(), ["scores"]))
+    del model.graph.output[1]
     assert changed == model
+
+
+def test_weights_are_found_where_their_bytes_are(model):
+    values = np.arange(300, dtype=np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(values, "raw"))
+    outside = model.graph.initializer.add(name="outside", dims=[3], data_location=onnx.TensorProto.EXTERNAL)
+    outside.external_data.add(key="location", value="weights")
+    graph = model.SerializeToString()
+    assert external_initializers(graph) == ["outside"]
+    # The other one holds its numbers as such.
+    ((name, (start, end)),) = raw_initializers(graph).items()
+    assert (name, graph[start:end]) == ("raw", values.tobytes())

@@ -14,7 +14,7 @@ from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.torchscript_engine import TorchScriptEngine
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import ModelLoadError
-from heatlens_server.core.graph_spec import SERVED_OUTPUTS, Format, GraphSpec, InputKind, Output
+from heatlens_server.core.graph_spec import Format, GraphSpec, InputKind, Output
 from heatlens_server.core.methods import CLOSED_FORMS, Method, Score
 from heatlens_server.core.targets import ClassIds, TopK
 from loaded_models import bundle, loaded, noise, user_export
@@ -24,12 +24,12 @@ TARGETS = [TopK(3), ClassIds((4,)), TopK(1), ClassIds((1, 2, 3, 9, 0)), TopK(10)
 
 
 def tiny_bundle():
-    return bundle(loaded(tiny_models.tiny()), Format.TORCHSCRIPT)
+    return bundle(loaded(tiny_models.tiny()))
 
 
 def test_it_says_what_it_can_do():
     model = loaded(tiny_models.tiny_mlp(), ("body", "stem"))
-    engine = TorchScriptEngine(*bundle(model, Format.TORCHSCRIPT))
+    engine = TorchScriptEngine(*bundle(model))
     reference = TorchEngine(model, device="cpu")
     methods = tuple(method for method in CLOSED_FORMS if method is not Method.CAM)
     assert engine.info == dataclasses.replace(
@@ -70,7 +70,7 @@ def modules(monkeypatch):
 
 
 def test_one_module_per_layer_serves_every_method(modules):
-    engine = TorchScriptEngine(*bundle(loaded(tiny_models.tiny_mlp(), ("body", "stem")), Format.TORCHSCRIPT))
+    engine = TorchScriptEngine(*bundle(loaded(tiny_models.tiny_mlp(), ("body", "stem"))))
     assert len(engine.info.methods) == len(CLOSED_FORMS) - 1
     assert len(modules) == 1
     for method in engine.info.methods:
@@ -220,7 +220,7 @@ def test_exports_that_are_not_for_it_fail_at_load():
     folder, manifest = tiny_bundle()
     with pytest.raises(ModelLoadError, match="the export is onnx, not torchscript"):
         TorchScriptEngine(folder, dataclasses.replace(manifest, format=Format.ONNX))
-    poor = dataclasses.replace(manifest.graphs[0], outputs=SERVED_OUTPUTS)
+    poor = dataclasses.replace(manifest.graphs[0], outputs=(Output.LOGITS, Output.CLASS_ID, Output.CAM))
     with pytest.raises(ModelLoadError, match="does not return activations, gradients"):
         TorchScriptEngine(folder, dataclasses.replace(manifest, graphs=(poor,)))
 

@@ -61,7 +61,7 @@ def read_file(path: Path) -> ir.Model:
         # Of the same kind as a new message: protobuf keeps all of a file for any part of it.
         model = with_weights(_in_newest_form(onnx.ModelProto.FromString(proto.SerializeToString())), weights)
         rewrite_runtime_operators(model)
-        return _in_one_form(model)
+        return _in_one_form(model, _dtype_of(model))
     except ModelLoadError:
         raise
     # The parsers raise whatever they meet in a file that is wrong; what is in C++ has classes that are not public.
@@ -195,11 +195,22 @@ def _say_defaults(skeleton: onnx.ModelProto) -> None:
             )
 
 
-def _in_one_form(model: ir.Model) -> ir.Model:
+def in_known_form(model: ir.Model, dtype: ir.DataType) -> ir.Model:
+    """Bring a graph that was made by torch's exporter into the form that rules know, without writing it to a file.
+
+    Args:
+        model: used up.
+        dtype: FLOAT, or FLOAT16 to compute in that.
+    """
+    skeleton, weights = skeleton_of(model)
+    return _in_one_form(with_weights(_in_newest_form(skeleton), weights), dtype)
+
+
+def _in_one_form(model: ir.Model, dtype: ir.DataType) -> ir.Model:
     """Constants as initialisers, all attributes written down, one type of numbers, no operator that does nothing."""
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.AddDefaultAttributesPass()(model)
-    _in_one_type(model)
+    _in_one_type(model, dtype)
     _pass_by(model)
     common.RemoveUnusedNodesPass()(model)
     return model
@@ -229,9 +240,13 @@ def _with_types(skeleton: onnx.ModelProto) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(skeleton)
 
 
-def _in_one_type(model: ir.Model) -> None:
-    """Compute everything in float32, or in float64 if an input has it: rules know one type of numbers."""
-    kind = ir.DataType.DOUBLE if any(value.dtype is ir.DataType.DOUBLE for value in model.graph.inputs) else _FLOAT
+def _dtype_of(model: ir.Model) -> ir.DataType:
+    """What a file is computed in: float32, or float64 if an input has it."""
+    return ir.DataType.DOUBLE if any(value.dtype is ir.DataType.DOUBLE for value in model.graph.inputs) else _FLOAT
+
+
+def _in_one_type(model: ir.Model, kind: ir.DataType) -> None:
+    """Compute everything in one type of numbers: rules know one."""
     for value in (*model.graph.inputs, *(output for node in model.graph for output in node.outputs)):
         if value.dtype in _FLOATS:
             value.type = ir.TensorType(kind)
@@ -242,7 +257,9 @@ def _in_one_type(model: ir.Model) -> None:
             value.type = ir.TensorType(kind)
     for node in model.graph:
         for name in ("to", "dtype", "output_dtype", "stash_type", "softmax_precision"):
-            if name in node.attributes and node.attributes[name].as_int() in _FLOATS:
+            # Normalisations compute their means in float32 at least.
+            is_mean = name == "stash_type" and kind is ir.DataType.FLOAT16
+            if name in node.attributes and node.attributes[name].as_int() in _FLOATS and not is_mean:
                 node.attributes[name] = ir.AttrInt64(name, int(kind))
         if node.op_type == "ConstantOfShape":
             given = node.attributes.get("value")

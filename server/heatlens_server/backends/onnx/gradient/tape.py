@@ -137,6 +137,15 @@ class Tape:
         """A value, such as a comparison's, as the pass's element type."""
         return self.op("Cast", value, to=int(self.known.dtype))
 
+    def scatter_add(
+        self, operator: str, data: ir.Value, places: ir.Value | None, updates: ir.Value, **attributes: int
+    ) -> ir.Value:
+        """Add to elements of float numbers; in float32, as onnxruntime does not do it in float16 on CPUs."""
+        if self.known.dtype is not ir.DataType.FLOAT16:
+            return self.op(operator, data, places, updates, reduction="add", **attributes)
+        wide = [self.op("Cast", value, to=int(ir.DataType.FLOAT)) for value in (data, updates)]
+        return self.cast(self.op(operator, wide[0], places, wide[1], reduction="add", **attributes))
+
     def reshape(self, value: ir.Value, like: ir.Value) -> ir.Value:
         """Give a gradient the shape of a value of the forward pass."""
         shape = self.shape(like)

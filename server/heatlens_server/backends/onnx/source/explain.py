@@ -15,6 +15,7 @@ from heatlens_server.core.graph_spec import CLASS_INDEX, IMAGE, GraphSpec, Input
 from heatlens_server.core.grid import Layout
 from heatlens_server.core.methods import Method
 from heatlens_server.core.tasks import Activation, Task
+from heatlens_server.maps.precision import FP16_GRADIENT_SCALE
 from heatlens_server.maps.targets import resolve, seeds
 
 _FLOAT = ir.DataType.FLOAT
@@ -56,6 +57,9 @@ class _Writer:
             known.dtype,
             known.opset,
         )
+        # Of one score, whose two classes have -z and z.
+        self._is_binary = loaded.info.task is Task.BINARY and loaded.scores.class_count == 1
+        self._is_half = known.dtype is ir.DataType.FLOAT16
         self._tape = Tape(self._known, lambda _value: False, prefix="explain")
         self._nodes = list(graph)
         classes: int | str = "classes" if spec.classes is None else spec.classes
@@ -65,7 +69,8 @@ class _Writer:
     def model(self) -> ir.Model:
         """The whole."""
         loaded, spec, tape = self._loaded, self._spec, self._tape
-        layer = next(layer for layer in loaded.found_layers if layer.value.name == spec.layer)
+        names = [layer.name for layer in loaded.info.layers]
+        layer = loaded.found_layers[names.index(spec.layer)]
         image, given = self._image()
         scores = self._values[loaded.scores.value.name]
         logits = self._logits(scores)
@@ -119,7 +124,7 @@ class _Writer:
     def _logits(self, scores: ir.Value) -> ir.Value:
         """(N, classes), float32."""
         flat = self._tape.op("Reshape", self._float(scores), self._tape.ints(-1, self._loaded.scores.class_count))
-        if self._loaded.info.task is Task.BINARY:
+        if self._is_binary:
             return self._tape.op("Concat", self._tape.op("Neg", flat), flat, axis=1)
         return flat
 
@@ -129,10 +134,12 @@ class _Writer:
         sigmoid = self._loaded.info.task.traits.activation is Activation.SIGMOID
         found: GraphArray = seeds(logits, ids, self._spec.score, sigmoid=sigmoid)
         seed = found.value
-        if self._loaded.info.task is Task.BINARY:
+        if self._is_binary:
             first, second = tape.ops("Split", [seed], 2, axis=2, num_outputs=2)
             seed = tape.op("Sub", second, first)
         rows = tape.op("Reshape", seed, tape.ints(-1, *self._known.shapes[scores][1:]))
+        if self._is_half:
+            rows = tape.op("Mul", rows, tape.constant(FP16_GRADIENT_SCALE, np.float32))
         return rows if self._known.dtype is _FLOAT else tape.cast(rows)
 
     def _gradients(self, scores: ir.Value, layer: FoundLayer, rows: ir.Value) -> ir.Value:
@@ -148,6 +155,8 @@ class _Writer:
         for constant in backward.initializers:
             self._model.graph.register_initializer(constant)
         maps = self._as_map(self._float(gradient), layer)
+        if self._is_half:
+            maps = tape.op("Div", maps, tape.constant(FP16_GRADIENT_SCALE, np.float32))
         size = (layer.channels, layer.height, layer.width)
         if self._spec.classes is not None:
             return tape.op("Reshape", maps, tape.ints(-1, self._spec.classes, *size))

@@ -11,16 +11,24 @@ import onnx_ir as ir
 
 from heatlens_server.backends.onnx.delivery import delivered
 from heatlens_server.backends.onnx.gradient.tape import NotDifferentiable
-from heatlens_server.backends.onnx.manifest import GraphFile, Manifest, TensorInfo, installed_versions, sha256_of
+from heatlens_server.backends.onnx.manifest import (
+    GraphFile,
+    Manifest,
+    TensorInfo,
+    installed_versions,
+    read_manifest,
+    sha256_of,
+)
 from heatlens_server.backends.onnx.network_engine import NetworkEngine
 from heatlens_server.backends.onnx.packed import Array
 from heatlens_server.backends.onnx.providers import load_runtime
 from heatlens_server.backends.onnx.source.explain import explaining_model
 from heatlens_server.backends.onnx.source.load import LoadedFile
+from heatlens_server.backends.onnx.source.store import stored
 from heatlens_server.backends.onnx.source.verify import MOST_GRADIENT_ERROR, is_wrong, judge_layer
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import ExportError
-from heatlens_server.core.graph_spec import CLASS_INDEX, IMAGE, MEANINGS, Format, GraphSpec, InputKind, Output
+from heatlens_server.core.graph_spec import CLASS_INDEX, IMAGE, Format, GraphSpec, InputKind, Output, meanings
 from heatlens_server.core.methods import RANKED
 from heatlens_server.core.targets import TopK
 
@@ -35,7 +43,14 @@ Report = Callable[[str], None]
 
 
 def export_file(
-    loaded: LoadedFile, spec: GraphSpec, *, name: str, source: str, folder: Path, verify: bool, report: Report
+    loaded: LoadedFile,
+    spec: GraphSpec,
+    *,
+    name: str,
+    source: str,
+    folder: Path,
+    judge: Callable[[Path, Manifest], Mapping[str, Any]] | None,
+    report: Report,
 ) -> Manifest:
     """Write the explaining file of a file into a folder.
 
@@ -45,7 +60,8 @@ def export_file(
         name: of the model.
         source: as in the configuration.
         folder: new, empty, or an earlier export, which is replaced once this one is done.
-        verify: whether to run the export and compare it.
+        judge: runs what is in a folder and compares it; returns `Manifest.parity`, or raises ExportError. None for not
+            to.
         report: told each phase.
 
     Returns:
@@ -72,57 +88,83 @@ def export_file(
             onnx.checker.check_model(path)
         except onnx.checker.ValidationError as error:
             raise ExportError(f"the graph is no valid ONNX: {error}") from error
+        stored(loaded).write(staging, beside=path)
         layer = next(layer for layer in loaded.info.layers if layer.name == spec.layer)
-        manifest = Manifest(
-            format=Format.ONNX,
-            model=name,
-            source=source,
-            weights_version=loaded.version,
-            class_count=loaded.info.class_count,
-            labels=loaded.labels,
-            preprocess=loaded.info.preprocess,
-            input=spec.input,
-            precision="fp32",
-            classes=spec.classes,
-            graphs=(GraphFile(path.name, spec.layer, spec.method, spec.outputs, layer.grid, spec.score),),
-            inputs=tuple(_tensor(value, _inputs(spec)[str(value.name)]) for value in model.graph.inputs),
-            outputs=tuple(
-                _tensor(value, MEANINGS[output])
-                for value, output in zip(model.graph.outputs, spec.outputs, strict=True)
-            ),
-            files={one.name: sha256_of(one) for one in sorted(staging.iterdir())},
-            opset=model.graph.opset_imports.get(""),
-            versions=installed_versions(),
-            parity={},
-            task=loaded.info.task,
-            assumptions=loaded.assumptions,
-        )
-        if verify:
-            report("comparing it with the forward and the backward pass, and the gradient with differences in float64")
-            manifest = replace(manifest, parity=_parity(loaded, spec, path))
+        graph = GraphFile(path.name, spec.layer, spec.method, spec.outputs, layer.grid, spec.score)
+        manifest = manifest_of(loaded, spec, name=name, source=source, graphs=[graph], folder=staging, model=model)
         manifest.write(staging)
+        if judge is not None:
+            # What is judged is what a reader of the folder gets.
+            manifest = read_manifest(staging)
+            manifest = replace(manifest, parity=judge(staging, manifest))
+            manifest.write(staging)
     return manifest
 
 
-def _inputs(spec: GraphSpec) -> Mapping[str, str]:
-    pixels = "pixels" if spec.input is InputKind.UINT8 else "normalised pixels, as preprocess says"
-    return {IMAGE: pixels, CLASS_INDEX: "class ids; -1 at position k is the k-th most probable class, -2 none"}
+def manifest_of(
+    loaded: LoadedFile,
+    spec: GraphSpec,
+    *,
+    name: str,
+    source: str,
+    graphs: Sequence[GraphFile],
+    folder: Path,
+    model: ir.Model | None = None,
+) -> Manifest:
+    """What is written into a folder about the graphs in it; its parity is empty.
+
+    Args:
+        loaded: what was exported.
+        spec: of the first graph.
+        name: of the model.
+        source: as in the configuration.
+        graphs: the default one first.
+        folder: holds all other files.
+        model: the explaining graph, if there is one.
+    """
+    said = meanings(spec, loaded.info.preprocess)
+    return Manifest(
+        format=Format.ONNX,
+        model=name,
+        source=source,
+        weights_version=loaded.version,
+        class_count=loaded.info.class_count,
+        labels=loaded.labels,
+        preprocess=loaded.info.preprocess,
+        input=spec.input,
+        precision=spec.precision,
+        classes=spec.classes,
+        graphs=tuple(graphs),
+        inputs=() if model is None else tuple(_tensor(value, said) for value in model.graph.inputs),
+        outputs=() if model is None else tuple(_tensor(value, said) for value in model.graph.outputs),
+        files={one.name: sha256_of(one) for one in sorted(folder.iterdir())},
+        opset=loaded.model.graph.opset_imports.get(""),
+        versions=installed_versions(),
+        parity={},
+        task=loaded.info.task,
+        assumptions=loaded.assumptions,
+    )
 
 
-def _tensor(value: ir.Value, meaning: str) -> TensorInfo:
+def _tensor(value: ir.Value, said: Mapping[str, str]) -> TensorInfo:
     dtype, shape = value.dtype, value.shape
     lengths = () if shape is None else tuple(n if isinstance(n, int) else str(n.value) for n in shape)
-    return TensorInfo(str(value.name), "float32" if dtype is None else str(dtype.numpy()), lengths, meaning)
+    return TensorInfo(
+        str(value.name), "float32" if dtype is None else str(dtype.numpy()), lengths, said[str(value.name)]
+    )
 
 
-def _parity(loaded: LoadedFile, spec: GraphSpec, path: Path) -> dict[str, Any]:
-    """Compare a written file with the network's own passes, on noise.
+def parity_of(
+    loaded: LoadedFile, spec: GraphSpec, report: Report, folder: Path, manifest: Manifest
+) -> Mapping[str, Any]:
+    """Compare the exported file of an ONNX file with the network's own passes, on noise.
 
     Raises:
         ExportError: it differs.
     """
-    runtime = load_runtime()
-    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    report("comparing it with the forward and the backward pass, and the gradient with differences in float64")
+    path = folder / manifest.graphs[0].file
+    session = load_runtime().InferenceSession(str(path), providers=["CPUExecutionProvider"])
     engine = NetworkEngine(loaded, device="cpu")
     height_px, width_px = loaded.info.preprocess.input_px
     count = spec.classes or min(2, loaded.info.class_count)

@@ -85,21 +85,29 @@ class LoadedFile:
 
     def passes(self, layers: Sequence[str]) -> Passes:
         """The forward pass, and the backward pass by some layers if the network can be differentiated."""
-        by_name = _values(self.model)
-        return split(
+        tensors = {name: self._tensor(name) for name in layers}
+        passes = split(
             self.model,
             self.known,
             self.image.value,
             [self.scores.value],
-            [by_name[name] for name in layers],
+            list(dict.fromkeys(tensors.values())),
             looked_at=self.looked_at,
             gradients=Method.GRAD_CAM not in self.info.refusals,
         )
+        names = {layer: str(value.name) for layer, value in tensors.items()}
+        gradients = {layer: passes.gradients[name] for layer, name in names.items() if name in passes.gradients}
+        return replace(passes, layers=names, gradients=gradients)
 
     def tail(self, layer: str) -> Tail:
         """What comes behind a layer."""
         scores = [self.scores.value, *self.looked_at]
-        return tail_of(self.model, self.known, self.image.value, scores, _values(self.model)[layer])
+        return tail_of(self.model, self.known, self.image.value, scores, self._tensor(layer))
+
+    def _tensor(self, layer: str) -> ir.Value:
+        """A layer's output; layers of networks that are no files have names of their own."""
+        own = dict(zip((one.name for one in self.info.layers), self.found_layers, strict=True))
+        return own[layer].value if layer in own else _values(self.model)[layer]
 
     def twin(self) -> "LoadedFile":
         """The same network with its weights in another order."""

@@ -42,7 +42,7 @@ def split(
     by_layer = {names[value]: names[value] for value in layers}
     scored = tuple(names[value] for value in (*scores, *looked_at))
     if not gradients:
-        forward = pack(_forward(model, (*scores, *looked_at, *layers)))
+        forward = pack(forward_of(model, (*scores, *looked_at, *layers)))
         return Passes(forward, None, str(image.name), scored, by_layer, (), {}, {})
     seeds = {value: _like(value, f"seed: {names[value]}", known) for value in scores}
     backward = differentiate(list(model.graph), seeds, layers, known)
@@ -50,7 +50,7 @@ def split(
     if missing:
         raise NotDifferentiable(f"the scores do not depend on {missing[0]!r}")
     kept = _kept(backward, [*seeds.values()])
-    forward_model = _forward(model, (*scores, *looked_at, *layers, *kept))
+    forward_model = forward_of(model, (*scores, *looked_at, *layers, *kept))
     found = {value: gradient for value, gradient in backward.gradients.items() if gradient is not None}
     backward_model = _backward(backward, found, seeds, _typed(forward_model, kept, known), known)
     return Passes(
@@ -93,7 +93,7 @@ def tail_of(model: ir.Model, known: Known, image: ir.Value, scores: Sequence[ir.
         layer=str(layer.name),
         scores=tuple(str(value.name) for value in scores),
         kept={str(value.name): axis for value, axis in kept.items()},
-        before=pack(_forward(model, computed)) if computed else None,
+        before=pack(forward_of(model, computed)) if computed else None,
         image=str(image.name),
     )
 
@@ -141,7 +141,8 @@ def _kept(backward: Backward, seeds: Sequence[ir.Value]) -> list[ir.Value]:
     return list(dict.fromkeys(v for v in read if v is not None and v.const_value is None and v not in own))
 
 
-def _forward(model: ir.Model, outputs: Sequence[ir.Value]) -> ir.Model:
+def forward_of(model: ir.Model, outputs: Sequence[ir.Value]) -> ir.Model:
+    """A copy of a model that returns some of its values."""
     copy = model.clone()
     values = {value.name: value for value in (*copy.graph.inputs, *(v for node in copy.graph for v in node.outputs))}
     # An input is there already, and no graph can return it.

@@ -13,8 +13,9 @@ import torch
 from torch import SymInt, Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind as SignatureKind
-from torch.export.graph_signature import OutputKind
+from torch.export.graph_signature import OutputKind, TensorArgument
 from torch.fx import Node
+from torch.utils.hooks import RemovableHandle
 
 from heatlens_server.backends.torch.cam.grid import Grid, from_map, to_map
 from heatlens_server.backends.torch.export.functional import functional
@@ -47,7 +48,7 @@ class Captured:
         constants: the placeholders that stand for parameters, buffers and constants, and what they stand for.
         image: the placeholder `image`.
         class_index: the placeholder `class_index`, (N, K) int64, which nothing uses yet.
-        marks: by layer, the node that marks its output as a map, (N, A, h, w), and passes it on.
+        marks: by layer, the node that marks its output, as a map (N, A, h, w) or as it is, and passes it on.
         logits: (N, C).
     """
 
@@ -63,6 +64,65 @@ class Captured:
         """N."""
         size: SymInt = self.image.meta["val"].shape[0]
         return size
+
+
+class _Returning(nn.Module):
+    """The network, in a function of its input."""
+
+    def __init__(self, module: nn.Module, run: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.module, self._run = module, run
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        return self._run(image)
+
+
+def record(model: LoadedModel) -> ExportedProgram:
+    """Record a model's forward pass with any batch size: from the image to the logits and each layer's output.
+
+    Args:
+        model: its module is left as it was.
+
+    Raises:
+        ExportError: the network cannot be recorded, or not for every batch size.
+    """
+    kept: dict[str, Tensor] = {}
+
+    def keeping(layer: str) -> Callable[[nn.Module, object, Tensor], Tensor]:
+        def keep(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+            try:
+                to_map(output, model.grid(layer))
+            except ValueError as error:
+                raise ExportError(f"layer {layer!r}: {error}") from error
+            if layer in kept:
+                raise ExportError(f"layer {layer!r} runs more than once in a forward pass")
+            kept[layer] = output
+            # What follows may write to it.
+            return output.clone()
+
+        return keep
+
+    def run(image: Tensor) -> tuple[Tensor, ...]:
+        kept.clear()
+        logits = model.reading(model.module, image)
+        missing = [layer for layer in model.layers if layer not in kept]
+        if missing:
+            raise ExportError(f"layer {missing[0]!r} does not run in a forward pass")
+        return logits, *(kept[layer] for layer in model.layers)
+
+    handles = [model.module.get_submodule(layer).register_forward_hook(keeping(layer)) for layer in model.layers]
+    image, _ = traced_inputs(model, InputKind.FLOAT, 1)
+    program = _exported(_Returning(model.module, run).eval(), (image,), dynamic_shapes(model, 1)[:1], handles)
+    for node in reversed(program.graph.nodes):
+        # torch.export leaves assertions behind.
+        if node.op == "call_function" and not node.users:
+            program.graph.erase_node(node)
+    program.graph_module.recompile()
+    # What does nothing is gone, and what it was given stands for it.
+    (output,) = program.graph.find_nodes(op="output")
+    for spec, node in zip(program.graph_signature.output_specs, output.args[0], strict=True):
+        spec.arg = TensorArgument(node.name)
+    return program
 
 
 class _Wrapped(nn.Module):
@@ -90,7 +150,12 @@ class _Wrapped(nn.Module):
 
 
 def capture(
-    model: LoadedModel, layers: Sequence[str], *, input_kind: InputKind, precision: str, classes: int | None
+    model: LoadedModel,
+    layers: Sequence[str],
+    *,
+    input_kind: InputKind,
+    precision: str,
+    classes: int | None,
 ) -> Captured:
     """Record a model's forward pass with any batch size.
 
@@ -111,13 +176,24 @@ def capture(
     handles = [
         module.get_submodule(layer).register_forward_hook(_marking(layer, model.grid(layer))) for layer in layers
     ]
+    program = _exported(wrapped, (image, class_index), dynamic_shapes(model, classes), handles)
+    return _read(program, layers)
+
+
+def _exported(
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    shapes: tuple[dict[int, object], ...],
+    handles: Sequence[RemovableHandle],
+) -> ExportedProgram:
+    """Record a module, functional, and remove the hooks that this took.
+
+    Raises:
+        ExportError: it cannot be recorded, or not for every batch size.
+    """
     try:
         with torch.no_grad():
-            program = functional(
-                torch.export.export(
-                    wrapped, (image, class_index), dynamic_shapes=dynamic_shapes(model, classes), strict=False
-                )
-            )
+            program = functional(torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False))
     except ExportError:
         raise
     except ModelLoadError as error:
@@ -128,7 +204,9 @@ def capture(
     finally:
         for handle in handles:
             handle.remove()
-    return _read(program, layers)
+    if any(spec.kind is not OutputKind.USER_OUTPUT for spec in program.graph_signature.output_specs):
+        raise ExportError("the network changes its own buffers in a forward pass")
+    return program
 
 
 def traced_inputs(model: LoadedModel, input_kind: InputKind, classes: int | None) -> tuple[Tensor, Tensor]:
@@ -147,7 +225,7 @@ def dynamic_shapes(model: LoadedModel, classes: int | None) -> tuple[dict[int, o
 
 
 def _marking(layer: str, grid: Grid) -> Callable[[nn.Module, object, Tensor], Tensor]:
-    """Mark what a layer returns, as a map; tokens before the grid go around the mark, as from before the layer."""
+    """Mark what a layer returns; of a map, tokens before the grid go around the mark, as from before the layer."""
 
     def mark(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
         try:
@@ -161,8 +239,6 @@ def _marking(layer: str, grid: Grid) -> Callable[[nn.Module, object, Tensor], Te
 
 def _read(program: ExportedProgram, layers: Sequence[str]) -> Captured:
     signature = program.graph_signature
-    if any(spec.kind is not OutputKind.USER_OUTPUT for spec in signature.output_specs):
-        raise ExportError("the network changes its own buffers in a forward pass")
     by_name = {node.name: node for node in program.graph.nodes}
     constants: dict[Node, Tensor] = {}
     inputs: dict[str, Node] = {}

@@ -1,14 +1,17 @@
 """An export for people: in its folder whole and verified, or not at all."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from heatlens_server.backends.onnx.delivery import delivered
+from heatlens_server.backends.onnx.delivery import check_target, delivered
 from heatlens_server.backends.onnx.manifest import Manifest, read_manifest
+from heatlens_server.backends.onnx.source.export import export_file
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.export.folder import Report, export_graph
+from heatlens_server.backends.torch.export.network import as_file
 from heatlens_server.backends.torch.export.verify import verify as verify_export
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.core.errors import ExportError
@@ -46,13 +49,23 @@ def export_model(
     """
     if not model.task.traits.exportable:
         raise ExportError(f"exports are of classifiers, and this model is for {model.task}")
+    check_target(folder)
+    judge = partial(verify_export, model, report=report) if verify else None
+    if file_format is Format.ONNX:
+        loaded = as_file(
+            replace(model, layers=(spec.layer,)),
+            precision=spec.precision,
+            has_linear_head=spec.method is Method.CAM,
+            report=report,
+        )
+        return export_file(loaded, spec, name=model.name, source=source, folder=folder, judge=judge, report=report)
     with delivered(folder) as staging:
         manifest = export_graph(model, spec, file_format=file_format, source=source, folder=staging, report=report)
         manifest.write(staging)
-        if verify:
-            # What is verified is what a reader of the folder gets.
+        if judge is not None:
+            # What is judged is what a reader of the folder gets.
             manifest = read_manifest(staging)
-            manifest = replace(manifest, parity=verify_export(model, staging, manifest, report=report))
+            manifest = replace(manifest, parity=judge(staging, manifest))
             manifest.write(staging)
     return manifest
 

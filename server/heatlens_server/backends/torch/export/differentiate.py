@@ -1,7 +1,6 @@
 """A model as one static graph that explains: the forward pass, the differentiated tail, the map."""
 
 from collections.abc import Sequence
-from itertools import chain
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -78,32 +77,6 @@ def _without_backward(captured: Captured, spec: GraphSpec) -> GraphModule:
     nodes = {Output.LOGITS: logits, Output.CLASS_ID: class_id, Output.ACTIVATIONS: activations}
     nodes |= dict(zip(MAP_OUTPUTS, maps, strict=True))
     return assembly.finish([nodes[output] for output in spec.outputs])
-
-
-def differentiate_all(captured: Captured, targets: Sequence[tuple[str, Method]]) -> GraphModule:
-    """Make one graph of several layers and methods, for any number of classes.
-
-    Args:
-        captured: with classes=None and all the layers.
-        targets: layer and method of every map, in an order that names each layer in one go.
-
-    Returns:
-        A graph from (image, class_index) to (logits, class_id, then cam, cam_scale and cam_offset of each target).
-        It computes all of them: to be cut into graphs of one target each.
-
-    Raises:
-        ExportError: the model cannot be turned into such a graph.
-    """
-    assembly = Assembly(captured)
-    logits, class_id = _resolved(assembly, captured)
-    layers = {
-        layer: _rows(assembly, captured, layer, class_id) for layer in dict.fromkeys(layer for layer, _ in targets)
-    }
-    maps: list[list[Node]] = []
-    for layer, method in targets:
-        activations, gradients, fakes = layers[layer]
-        maps.append(_maps(assembly, captured, method, (class_id, activations, gradients), fakes))
-    return assembly.finish([logits, class_id, *chain.from_iterable(maps)])
 
 
 def _resolved(assembly: Assembly, captured: Captured) -> tuple[Node, Node]:

@@ -6,34 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import SymInt, Tensor
+from torch import Tensor
 from torch.fx import GraphModule
 
-from heatlens_server.backends.onnx.manifest import GraphFile, Manifest, TensorInfo, installed_versions, sha256_of
-from heatlens_server.backends.torch.export import onnx_file
+from heatlens_server.backends.onnx.manifest import (
+    GraphFile,
+    Manifest,
+    TensorInfo,
+    installed_versions,
+    sha256_of,
+)
 from heatlens_server.backends.torch.export.capture import capture
-from heatlens_server.backends.torch.export.differentiate import differentiate, differentiate_all, differentiate_layer
-from heatlens_server.backends.torch.export.program import to_program
+from heatlens_server.backends.torch.export.differentiate import differentiate, differentiate_layer
 from heatlens_server.backends.torch.export.torch_files import save_torchscript, to_pt2, to_torchscript
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.backends.torch.sources.weights import weights_version
-from heatlens_server.core.graph_spec import (
-    CLASS_INDEX,
-    IMAGE,
-    MAP_OUTPUTS,
-    MEANINGS,
-    SERVED_OUTPUTS,
-    Format,
-    GraphSpec,
-    InputKind,
-    Output,
-)
-from heatlens_server.core.methods import Method, Score
-from heatlens_server.core.preprocess import ChannelOrder, PreprocessSpec
+from heatlens_server.core.graph_spec import CLASS_INDEX, IMAGE, Format, GraphSpec, InputKind, Output, meanings
+from heatlens_server.core.methods import Method
+from heatlens_server.core.preprocess import PreprocessSpec
 
-SUFFIXES = {Format.ONNX: ".onnx", Format.TORCHSCRIPT: ".ts", Format.PT2: ".pt2"}
-
-_COLORS = {1: "gray", 3: "RGB", 4: "RGBA"}
+SUFFIXES = {Format.TORCHSCRIPT: ".ts", Format.PT2: ".pt2"}
 
 Report = Callable[[str], None]
 """Takes one line about the phase that begins."""
@@ -53,7 +45,7 @@ def export_graph(
     Args:
         model: left as it was.
         spec: which graph.
-        file_format: what it is written as.
+        file_format: TORCHSCRIPT or PT2.
         source: where the architecture came from, for the manifest.
         folder: exists and is empty.
         report: told each phase.
@@ -69,14 +61,14 @@ def export_graph(
     file = f"{model.name}{SUFFIXES[file_format]}"
     _write(graph_module, model, spec, file_format=file_format, path=folder / file, report=report)
     graphs = [GraphFile(file, spec.layer, spec.method, spec.outputs, model.grid(spec.layer), spec.score)]
-    return _manifest(
+    return manifest_of(
         model,
         spec,
         file_format=file_format,
         source=source,
         folder=folder,
         graphs=graphs,
-        tensors=_tensors(graph_module, spec, model.preprocess),
+        tensors=tensors_of(graph_module, spec, model.preprocess),
     )
 
 
@@ -84,22 +76,18 @@ def export_bundle(
     model: LoadedModel,
     *,
     methods: Sequence[Method],
-    file_format: Format,
     precision: str,
     source: str,
     folder: Path,
     report: Report,
 ) -> Manifest:
-    """Write a graph for every layer of a model and method, for engines to use: uint8 in, logits and maps out.
+    """Write a TorchScript graph for every layer of a model, for an engine to use: uint8 to activations and gradients.
 
-    Some methods are for the default layer only (`MethodTraits.default_layer_only`): making more graphs takes longer
-    than loading torch, which does without them.
+    Some methods are for the default layer only (`MethodTraits.default_layer_only`).
 
     Args:
         model: left as it was.
         methods: the default one first; those that are no closed forms are left out.
-        file_format: ONNX or TORCHSCRIPT. ONNX files share one file of weights; TorchScript has one file per layer,
-            which returns activations and gradients.
         precision: "fp32" or "fp16".
         source: where the architecture came from, for the manifest.
         folder: exists and is empty.
@@ -115,38 +103,27 @@ def export_bundle(
     classes = None if model.class_count > 1 else 1
     report(f"recording {model.name}")
     captured = capture(model, model.layers, input_kind=InputKind.UINT8, precision=precision, classes=classes)
-    outputs = SERVED_OUTPUTS if file_format is Format.ONNX else tuple(Output)[:4]
+    outputs = tuple(Output)[:4]
     methods = [method for method in methods if method.traits.exportable]
     spec = GraphSpec(model.layers[0], methods[0], classes, precision, InputKind.UINT8, outputs)
-    targets = [
-        (layer, method)
-        for layer in model.layers
-        for method in methods
-        if not method.traits.default_layer_only or layer == model.layers[0]
-    ]
     graphs: list[GraphFile] = []
-    if file_format is Format.ONNX:
-        report(f"differentiating {model.name} by {', '.join(model.layers)}")
-        graph_module = differentiate_all(captured, targets)
-        graphs = _cut_onnx(graph_module, model, targets, folder=folder, report=report)
-    else:
-        for position, layer in enumerate(reversed(model.layers)):
-            report(f"differentiating {model.name} by {layer}")
-            of_layer = replace(spec, layer=layer)
-            # The last one made is the default layer's, whose tensors the manifest describes.
-            graph_module = differentiate_layer(captured, of_layer)
-            file = f"layer-{len(model.layers) - 1 - position}{SUFFIXES[file_format]}"
-            _write(graph_module, model, of_layer, file_format=file_format, path=folder / file, report=report)
-            grid = model.grid(layer)
-            graphs = [GraphFile(file, layer, method, outputs, grid) for of, method in targets if of == layer] + graphs
-    return _manifest(
+    for position, layer in enumerate(reversed(model.layers)):
+        report(f"differentiating {model.name} by {layer}")
+        of_layer = replace(spec, layer=layer)
+        # The last one made is the default layer's, whose tensors the manifest describes.
+        graph_module = differentiate_layer(captured, of_layer)
+        file = f"layer-{len(model.layers) - 1 - position}{SUFFIXES[Format.TORCHSCRIPT]}"
+        _write(graph_module, model, of_layer, file_format=Format.TORCHSCRIPT, path=folder / file, report=report)
+        held = [method for method in methods if layer == spec.layer or not method.traits.default_layer_only]
+        graphs = [GraphFile(file, layer, method, outputs, model.grid(layer)) for method in held] + graphs
+    return manifest_of(
         model,
         spec,
-        file_format=file_format,
+        file_format=Format.TORCHSCRIPT,
         source=source,
         folder=folder,
         graphs=graphs,
-        tensors=_tensors(graph_module, spec, model.preprocess),
+        tensors=tensors_of(graph_module, spec, model.preprocess),
     )
 
 
@@ -183,82 +160,30 @@ def _write(
     if file_format is Format.TORCHSCRIPT:
         save_torchscript(to_torchscript(graph_module), path)
         return
-    if file_format is Format.PT2:
-        torch.export.save(to_pt2(graph_module, model, input_kind=spec.input, classes=spec.classes), path)
-        return
-    translated = onnx_file.to_onnx(
-        to_program(graph_module), input_names=(IMAGE, CLASS_INDEX), output_names=spec.outputs
-    )
-    onnx_file.save(translated, path)
+    torch.export.save(to_pt2(graph_module, model, input_kind=spec.input, classes=spec.classes), path)
 
 
-def _cut_onnx(
-    graph_module: GraphModule,
-    model: LoadedModel,
-    targets: Sequence[tuple[str, Method]],
-    *,
-    folder: Path,
-    report: Report,
-) -> list[GraphFile]:
-    """Translate the graph of all targets once, which takes a while, and cut it into one file per target."""
-    report("translating to ONNX")
-    names = [f"{output}:{layer}:{method}" for layer, method in targets for output in MAP_OUTPUTS]
-    translated = onnx_file.to_onnx(
-        to_program(graph_module),
-        input_names=(IMAGE, CLASS_INDEX),
-        output_names=(Output.LOGITS, Output.CLASS_ID, *names),
-    )
-    whole = folder / "all.onnx"
-    onnx_file.save(translated, whole, separate_weights=True)
-    graphs, wanted = [], {}
-    for layer, method in targets:
-        file = f"layer-{model.layers.index(layer)}.{method}{SUFFIXES[Format.ONNX]}"
-        graphs.append(GraphFile(file, layer, method, SERVED_OUTPUTS, model.grid(layer)))
-        wanted[folder / file] = {
-            Output.LOGITS: Output.LOGITS,
-            Output.CLASS_ID: Output.CLASS_ID,
-            **{f"{output}:{layer}:{method}": output for output in MAP_OUTPUTS},
-        }
-    onnx_file.cut(whole, wanted)
-    whole.unlink()
-    for path in wanted:
-        onnx_file.check(path)
-    return graphs
-
-
-def _tensors(
+def tensors_of(
     graph_module: GraphModule, spec: GraphSpec, preprocess: PreprocessSpec
 ) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
     """What goes in and comes out of a graph."""
     image, class_index = (node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder"))
-    names = {str(image.shape[0]): "batch"}
-    if isinstance(class_index.shape[1], SymInt):
-        names[str(class_index.shape[1])] = "classes"
+    names = {str(image.shape[0]): "batch", str(class_index.shape[1]): "classes"}
 
-    def info(name: str, value: Tensor, meaning: str) -> TensorInfo:
+    def info(name: str, value: Tensor) -> TensorInfo:
         shape = tuple(size if isinstance(size, int) else names.get(str(size), str(size)) for size in value.shape)
-        return TensorInfo(name, str(value.dtype).removeprefix("torch."), shape, meaning)
+        return TensorInfo(name, str(value.dtype).removeprefix("torch."), shape, said[name])
 
-    colors = _COLORS.get(preprocess.channels, f"{preprocess.channels} channels")
-    if preprocess.channel_order is ChannelOrder.BGR:
-        colors = colors.replace("RGB", "BGR")
-    scaled = "value / 255" if preprocess.scale == 1.0 else f"value / 255 * {preprocess.scale:g}"
-    pixels = f"{colors} pixels" if spec.input is InputKind.UINT8 else f"{colors}, ({scaled} - mean) / std"
-    wanted = "class ids; -1 at position k is the k-th most probable class, -2 none"
+    said = meanings(spec, preprocess)
     (output,) = graph_module.graph.find_nodes(op="output")
-    outputs = zip(spec.outputs, output.args[0], strict=False)
+    outputs = zip(spec.outputs, output.args[0], strict=True)
     return (
-        (info(IMAGE, image, pixels), info(CLASS_INDEX, class_index, wanted)),
-        tuple(info(name, node.meta["val"], _meaning(name, spec.score)) for name, node in outputs),
+        tuple(info(name, value) for name, value in zip((IMAGE, CLASS_INDEX), (image, class_index), strict=True)),
+        tuple(info(name, node.meta["val"]) for name, node in outputs),
     )
 
 
-def _meaning(output: Output, score: Score) -> str:
-    meaning = MEANINGS[output]
-    return meaning if score is Score.LOGIT else meaning.replace("class's logit", f"class's {score}")
-
-
-def _manifest(
+def manifest_of(
     model: LoadedModel,
     spec: GraphSpec,
     *,
@@ -268,6 +193,7 @@ def _manifest(
     graphs: Sequence[GraphFile],
     tensors: tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]],
 ) -> Manifest:
+    """What is written into a folder about the graphs in it."""
     return Manifest(
         format=file_format,
         model=model.name,
@@ -283,7 +209,7 @@ def _manifest(
         inputs=tensors[0],
         outputs=tensors[1],
         files={path.name: sha256_of(path) for path in sorted(folder.iterdir())},
-        opset=onnx_file.OPSET if file_format is Format.ONNX else None,
+        opset=None,
         versions=installed_versions(),
         parity={},
         task=model.task,

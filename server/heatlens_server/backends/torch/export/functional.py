@@ -128,9 +128,9 @@ def _name_batch_norms(graph: Graph) -> None:
                 (value, weight, bias, mean, variance, momentum, epsilon),
             )
             # It also returns the statistics of training, which there are none of.
-            norm.meta["val"] = (node.meta["val"],)
+            norm.meta = {**node.meta, "val": (node.meta["val"],)}
             normalised = graph.call_function(operator.getitem, (norm, 0))
-            normalised.meta["val"] = node.meta["val"]
+            normalised.meta = node.meta
         node.replace_all_uses_with(normalised)
         graph.erase_node(node)
 

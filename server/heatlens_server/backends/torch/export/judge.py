@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from heatlens_server.backends.onnx.manifest import GraphFile, Manifest
+from heatlens_server.backends.onnx.network_engine import NetworkEngine
 from heatlens_server.backends.torch.export.comparison import (
     PER_CLASS,
     TOLERANCES,
@@ -21,11 +22,13 @@ from heatlens_server.backends.torch.export.comparison import (
     outputs_of,
 )
 from heatlens_server.backends.torch.export.reference import MOVES, Reference
-from heatlens_server.backends.torch.export.runtimes import RunFile, open_graph
+from heatlens_server.backends.torch.export.runtimes import RunFile, open_graph, running
 from heatlens_server.core.errors import ExportError
-from heatlens_server.core.graph_spec import InputKind, Output
+from heatlens_server.core.graph_spec import MAP_OUTPUTS, InputKind, Output
 from heatlens_server.core.methods import ABSENT, RANKED, Method
 from heatlens_server.imaging.preprocess import normalise
+from heatlens_server.maps.methods import raw_map
+from heatlens_server.maps.normalization import normalize
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ class Plan:
         pixels: uint8 (N, H, W, C): photos, and mirrored.
         depth: classes per image that are compared.
         batches: by run, which of the images and how many of the classes; together all of the images.
+        engine: what runs the export, if its graphs hold no maps.
     """
 
     manifest: Manifest
@@ -62,6 +66,7 @@ class Plan:
     pixels: npt.NDArray[np.uint8]
     depth: int
     batches: tuple[tuple[slice, int], ...]
+    engine: NetworkEngine | None = None
 
     @property
     def tolerance(self) -> Tolerance:
@@ -77,8 +82,10 @@ class Plan:
         return asked
 
     def image(self, rows: slice) -> Array:
-        """The graphs' input."""
+        """The input of graphs and engine."""
         pixels, spec = self.pixels[rows], self.manifest.preprocess
+        if self.engine is not None:
+            return pixels
         if self.manifest.input is InputKind.UINT8:
             return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
         return np.stack([normalise(image, spec) for image in pixels])
@@ -160,7 +167,7 @@ class LayerJudge:
                 continue
             # Last, as what is not finite is told by name before; and once: what a layer's graphs make of class_index is
             # one and the same subgraph.
-            if not knows_special:
+            if not (knows_special or self._plan.engine):
                 try:
                     _check_special(run, file, self._plan)
                 except ExportError as error:
@@ -187,7 +194,10 @@ class LayerJudge:
             ExportError: it does not run.
         """
         plan = self._plan
-        run = open_graph(plan.folder / file, plan.manifest.format, graphs[0].outputs)
+        if plan.engine is None:
+            run = open_graph(plan.folder / file, plan.manifest.format, graphs[0].outputs)
+        else:
+            run = running(plan.engine, self._layer, file)
         class_ids = self._reference.class_ids.numpy()
         outputs = [_run(run, file, class_ids[rows, :count], rows, plan) for rows, count in plan.batches]
         for graph in graphs:
@@ -222,7 +232,8 @@ class LayerJudge:
     def _compared(self, graph: GraphFile, outputs: Sequence[Mapping[Output, Array]], truth: Expected) -> JudgedGraph:
         errors: dict[str, float] = {}
         for (rows, _), found in zip(self._plan.batches, outputs, strict=True):
-            for name, error in truth.errors(_with_map(found, graph.method), rows).items():
+            mapped = _with_map(found, graph.method, in_torch=self._plan.engine is None)
+            for name, error in truth.errors(mapped, rows).items():
                 # Not max(), which is blind to NaN.
                 errors[name] = float(np.maximum(errors.get(name, 0.0), error))
         own, bound = truth.own_error, self._plan.tolerance.bound
@@ -272,11 +283,18 @@ def _check_special(run: RunFile, file: str, plan: Plan) -> None:
             raise ExportError(f"{file}: {output} is not zero where no class is wanted")
 
 
-def _with_map(outputs: Mapping[Output, Array], method: Method) -> Mapping[Output, Array]:
+def _with_map(outputs: Mapping[Output, Array], method: Method, *, in_torch: bool) -> Mapping[Output, Array]:
     """A graph's outputs; for one of activations and gradients alone with the map that an engine makes of them."""
     needed = (Output.LOGITS, Output.CLASS_ID, Output.ACTIVATIONS, Output.GRADIENTS)
     if Output.CAM in outputs or not all(output in outputs for output in needed):
         return outputs
+    if not in_torch:
+        gradients = outputs[Output.GRADIENTS]
+        factors = gradients.sum((-2, -1)) if method is Method.CAM else gradients
+        finished = normalize(raw_map(method, outputs[Output.ACTIVATIONS], factors))
+        # What is wrong about a gradient is wrong for those methods whose maps show it.
+        shown = {output: values for output, values in outputs.items() if output is not Output.GRADIENTS}
+        return shown | dict(zip(MAP_OUTPUTS, (finished.values, finished.scale, finished.offset), strict=True))
     return outputs_of(Reference(*(torch.from_numpy(outputs[output]) for output in needed)), method)
 
 

@@ -4,10 +4,8 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir
 import torch
 from onnx_ir.passes import common
@@ -134,76 +132,6 @@ def _simplify(model: onnx_ir.Model) -> None:
         common.OutputFixPass(),
         common.NameFixPass(),
     )(model)
-
-
-def save(translated: torch.onnx.ONNXProgram, path: Path, *, separate_weights: bool = False) -> None:
-    """Write a translated graph, and check the file.
-
-    Args:
-        translated: the graph.
-        path: of the file.
-        separate_weights: put the weights in `path` + ".data", as is done anyway if they exceed 2 GB.
-
-    Raises:
-        ExportError: it is not valid ONNX.
-    """
-    size_bytes = sum(
-        value.const_value.nbytes for value in translated.model.graph.initializers.values() if value.const_value
-    )
-    translated.save(path, external_data=separate_weights or size_bytes > _LARGEST_SINGLE_FILE_BYTES)
-    check(path)
-
-
-def check(path: Path) -> None:
-    """Raise ExportError if a file is not valid ONNX."""
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        first_line = str(error).split("\n", maxsplit=1)[0][:200]
-        raise ExportError(f"the exported file is not valid ONNX ({first_line})") from error
-
-
-def cut(path: Path, wanted: Mapping[Path, Mapping[str, str]]) -> None:
-    """Cut a file into files of fewer outputs beside it, all of which go on using its separate weights.
-
-    Args:
-        path: a file with separate weights and no nested graphs.
-        wanted: by new file, the outputs it keeps, from their names in `path` to their new names.
-    """
-    whole = onnx.load(path, load_external_data=False)
-    producers = {name: node for node in whole.graph.node for name in node.output}
-    for target, names in wanted.items():
-        kept: set[int] = set()
-        needed = list(names)
-        read: set[str] = set()
-        while needed:
-            name = needed.pop()
-            if name in read:
-                continue
-            read.add(name)
-            node = producers.get(name)
-            if node is not None and id(node) not in kept:
-                kept.add(id(node))
-                needed.extend(node.input)
-        part = onnx.ModelProto()
-        part.CopyFrom(whole)
-        for field in ("node", "initializer", "output", "value_info"):
-            part.graph.ClearField(field)
-        part.graph.node.extend(node for node in whole.graph.node if id(node) in kept)
-        part.graph.initializer.extend(tensor for tensor in whole.graph.initializer if tensor.name in read)
-        part.graph.value_info.extend(info for info in whole.graph.value_info if info.name in read)
-        outputs = {info.name: info for info in whole.graph.output}
-        part.graph.output.extend(outputs[name] for name in names)
-        _rename(part.graph, names)
-        onnx.save(part, target)
-
-
-def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
-    for node in graph.node:
-        node.input[:] = [names.get(name, name) for name in node.input]
-        node.output[:] = [names.get(name, name) for name in node.output]
-    for info in (*graph.output, *graph.value_info):
-        info.name = names.get(info.name, info.name)
 
 
 def _sort_stable(values: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:  # noqa: ANN401, ARG001

@@ -12,8 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from heatlens_server.core.errors import ExportError
+from heatlens_server.backends.onnx.network_engine import NetworkEngine
+from heatlens_server.core.errors import ExportError, ModelLoadError
 from heatlens_server.core.graph_spec import CLASS_INDEX, IMAGE, Format, Output
+from heatlens_server.core.targets import ClassIds
 
 RunFile = Callable[[npt.NDArray[Any], npt.NDArray[np.int64]], Mapping[Output, npt.NDArray[Any]]]
 """Runs a graph on image (N, 3, H, W) and class_index (N, K)."""
@@ -48,6 +50,40 @@ def open_graph(path: Path, file_format: Format, outputs: Sequence[Output]) -> Ru
                 f"{path.name} does not run on a batch of {len(image)} ({type(error).__name__}: {first_line})"
             ) from error
         return dict(zip(outputs, values, strict=True))
+
+    return run
+
+
+def running(engine: NetworkEngine, layer: str, file: str) -> RunFile:
+    """Run a layer's passes by the engine that serves them, on pixels (N, H, W, C).
+
+    Args:
+        engine: of the export.
+        layer: which one.
+        file: its graph, for errors.
+
+    Returns:
+        A function that returns scores, classes, activations and gradients, and raises ExportError if the runtime does.
+    """
+
+    def run(pixels: npt.NDArray[Any], class_index: npt.NDArray[np.int64]) -> Mapping[Output, npt.NDArray[Any]]:
+        targets = [ClassIds(tuple(row.tolist())) for row in class_index]
+        try:
+            scores, activations, gradients = engine.factors(pixels, targets, layer)
+        except ModelLoadError as error:
+            raise ExportError(f"{file}: {error}") from error
+        # onnxruntime has an exception class for each of its status codes.
+        except Exception as error:
+            raise ExportError(
+                f"{file}, layer {layer}: it does not run on a batch of {len(pixels)} ({type(error).__name__})"
+            ) from error
+        (logits,) = scores.values()
+        return {
+            Output.LOGITS: logits.astype(np.float32),
+            Output.CLASS_ID: class_index,
+            Output.ACTIVATIONS: activations,
+            Output.GRADIENTS: gradients,
+        }
 
     return run
 

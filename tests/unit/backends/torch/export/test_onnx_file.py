@@ -12,7 +12,7 @@ from export_networks import assert_true, make, normalised, pixels, tells_no_path
 from heatlens_server.backends.torch.export import onnx_file
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import Format, GraphSpec, Output
-from loaded_models import bundle, user_export
+from loaded_models import network, user_export
 
 
 def exported():
@@ -53,16 +53,11 @@ def test_any_batch_and_number_of_classes_agree_with_float64():
         assert_true(dict(zip(names, values, strict=True)), truth(model, "middle", images, class_ids))
 
 
-def test_it_is_one_file():
-    _, path = exported()
-    assert [other.name for other in path.parent.iterdir()] == [path.name]
-
-
 def test_nothing_of_this_machine_is_in_a_file():
     _, path = exported()
     assert tells_no_path(path)
     assert not any(node.metadata_props or node.doc_string for node in onnx.load(path).graph.node)
-    folder, _ = bundle(make(export_networks.Staged, "last", "first"), Format.ONNX)
+    folder, _ = network(make(export_networks.Staged, "last", "first"))
     assert all(tells_no_path(file) for file in folder.iterdir())
 
 
@@ -74,20 +69,9 @@ class Ranking(torch.nn.Module):
 def test_equal_values_rank_by_index(tmp_path):
     values = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0, 1.0]] * 2)
     program = torch.export.export(Ranking(), (values,), dynamic_shapes=({0: Dim("batch")},))
-    onnx_file.save(onnx_file.to_onnx(program, input_names=["values"], output_names=["order"]), tmp_path / "rank.onnx")
+    onnx_file.to_onnx(program, input_names=["values"], output_names=["order"]).save(tmp_path / "rank.onnx")
     (order,) = onnxruntime.InferenceSession(tmp_path / "rank.onnx").run(None, {"values": values[:1].numpy()})
     assert order.tolist() == [[1, 2, 4, 3, 0, 5]]
-
-
-def test_files_that_were_cut_share_their_weights_and_hold_no_more_than_they_need():
-    folder, manifest = bundle(make(export_networks.Staged, "last", "first"), Format.ONNX)
-    sizes = {path.name: path.stat().st_size for path in folder.glob("*.onnx")}
-    assert set(sizes) == {graph.file for graph in manifest.graphs}
-    assert set(manifest.files) == {*sizes, "all.onnx.data"}
-    last = onnx.load(folder / manifest.graphs[0].file, load_external_data=False)
-    first = onnx.load(folder / manifest.graphs[-1].file, load_external_data=False)
-    assert [info.name for info in last.graph.output] == ["logits", "class_id", "cam", "cam_scale", "cam_offset"]
-    assert len(last.graph.node) < len(first.graph.node)
 
 
 class Complex(torch.nn.Module):
@@ -99,12 +83,3 @@ def test_an_operator_without_a_translation_is_named():
     program = torch.export.export(Complex(), (torch.eye(3)[None],))
     with pytest.raises(ExportError, match=r"cannot be translated to ONNX \(.*eigh"):
         onnx_file.to_onnx(program, input_names=["values"], output_names=["found"])
-
-
-def test_what_is_not_onnx_is_refused(tmp_path):
-    _, path = exported()
-    model = onnx.load(path)
-    model.graph.node[0].op_type = "NoSuchOperator"
-    onnx.save(model, tmp_path / "wrong.onnx")
-    with pytest.raises(ExportError, match="the exported file is not valid ONNX"):
-        onnx_file.check(tmp_path / "wrong.onnx")

@@ -22,7 +22,7 @@ from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import Format, GraphSpec, InputKind, Output
 from heatlens_server.core.methods import Method
 from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
-from loaded_models import bundle, hook_count, user_export
+from loaded_models import bundle, hook_count, network, user_export
 
 FIGURES = ["logits", "activations", "weights", "cam", "cam_scale", "cam_offset"]
 
@@ -72,10 +72,14 @@ def test_whatever_a_graph_holds_is_compared(changes):
     assert parity["compared_maps"] == (8 * min(spec.classes, 3) if Output.CAM in spec.outputs else 0)
 
 
-@pytest.mark.parametrize("file_format", [Format.ONNX, Format.TORCHSCRIPT])
-def test_every_graph_of_a_server_s_export_is_verified(file_format):
+SERVED = {"onnx": network, "torchscript": bundle}
+"""What servers export."""
+
+
+@pytest.mark.parametrize("kind", SERVED)
+def test_every_graph_of_a_server_s_export_is_verified(kind):
     model = make(export_networks.Staged, "last", "first")
-    exported = bundle(model, file_format)
+    exported = SERVED[kind](model)
     lines = []
     parity = check(model, exported, lines)
     assert parity["batch_sizes"] == [1, 3]
@@ -230,7 +234,7 @@ def test_maps_that_the_network_itself_misses_prove_nothing(outputs, precision):
 def test_maps_of_activations_prove_nothing_about_gradients():
     """Eigen-CAM and the like agree, but what hangs on a class cannot be compared."""
     with pytest.raises(ExportError, match=r"layer last: no map could be compared"):
-        check(make(Turning), bundle(make(export_networks.Staged), Format.ONNX))
+        check(make(Turning), network(make(export_networks.Staged)))
 
 
 def test_no_comparable_map_is_an_error_if_there_were_maps(monkeypatch):
@@ -239,26 +243,25 @@ def test_no_comparable_map_is_an_error_if_there_were_maps(monkeypatch):
     message = r"layer middle: no map could be compared: the network itself in fp32 misses all \d+ that are not flat"
     with pytest.raises(ExportError, match=message):
         check(model, user_export(make(export_networks.Staged), Format.TORCHSCRIPT, GraphSpec("middle")))
-    parity = check(model, bundle(model, Format.ONNX))
+    parity = check(model, network(model))
     reasons = {entry["layer"]: entry["reason"] for entry in parity["left_out"]}
     assert list(reasons) == ["first"]
     assert "layer first: no map could be compared" in reasons["first"]
-    assert len(parity["left_out"]) == sum(graph.layer == "first" for graph in bundle(model, Format.ONNX)[1].graphs)
+    assert len(parity["left_out"]) == sum(graph.layer == "first" for graph in network(model)[1].graphs)
 
 
-@pytest.mark.parametrize("file_format", [Format.ONNX, Format.TORCHSCRIPT])
-def test_graphs_that_are_wrong_are_left_out_and_said_with_figures(file_format):
+@pytest.mark.parametrize("kind", SERVED)
+def test_graphs_that_are_wrong_are_left_out_and_said_with_figures(kind):
     model, lines = make(export_networks.Edged, "last", "first"), []
-    parity = check(model, bundle(model, file_format), lines)
+    exported = SERVED[kind](model)
+    parity = check(model, exported, lines)
     wrong = {(entry["layer"], entry["method"]) for entry in parity["left_out"]}
-    if file_format is Format.ONNX:
+    if kind != "torchscript":
         assert wrong == {("first", method) for method in ("grad-cam-plus-plus", "layer-cam", "element-wise-grad-cam")}
         assert all("cam differs from float64 by 0.000" in entry["reason"] for entry in parity["left_out"])
     else:
         # Its graphs return the gradients themselves, which are wrong for every method.
-        assert wrong == {
-            ("first", graph.method) for graph in bundle(model, file_format)[1].graphs if graph.layer == "first"
-        }
+        assert wrong == {("first", graph.method) for graph in exported[1].graphs if graph.layer == "first"}
         assert all("weights differs from float64 by 0.00" in entry["reason"] for entry in parity["left_out"])
     assert [line for line in lines if line.startswith("left out: ")] == [
         f"left out: {entry['reason']}" for entry in parity["left_out"]
@@ -266,7 +269,7 @@ def test_graphs_that_are_wrong_are_left_out_and_said_with_figures(file_format):
     # What is wrong stands for nothing that is served.
     assert all(figure["error"] <= figure["bound"] for figure in parity["figures"].values())
     assert parity["figures"]["cam"]["bound"] == TOLERANCES["fp32"].error
-    right = len(bundle(model, file_format)[1].graphs) - len(wrong)
+    right = len(exported[1].graphs) - len(wrong)
     assert parity["compared_maps"] == right * (2 + 3)
 
 

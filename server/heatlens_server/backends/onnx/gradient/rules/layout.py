@@ -161,7 +161,7 @@ def _put_computed(gradient: ir.Value, axis: int, index: ir.Value, like: ir.Value
     """As `put`, for indices that are computed: any integers, which count from the end if they are negative."""
     lengths = [-1 if place == axis else 1 for place in range(tape.rank(like))]
     every = tape.op("Expand", tape.op("Reshape", index, tape.ints(*lengths)), tape.op("Shape", gradient))
-    return tape.op("ScatterElements", tape.zeros_like(like), every, gradient, axis=axis, reduction="add")
+    return tape.scatter_add("ScatterElements", tape.zeros_like(like), every, gradient, axis=axis)
 
 
 def _compress(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
@@ -183,7 +183,7 @@ def _trilu(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
 
 def _gather_elements(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
     zeros, axis = tape.zeros_like(input_of(node)), node.attributes["axis"].as_int()
-    added = tape.op("ScatterElements", zeros, node.inputs[1], only(gradients), axis=axis, reduction="add")
+    added = tape.scatter_add("ScatterElements", zeros, node.inputs[1], only(gradients), axis=axis)
     return _only_first(node, added)
 
 
@@ -198,7 +198,7 @@ def _gather_nd(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
         column = tape.op("Reshape", numbers, tape.ints(*(-1 if place == axis else 1 for place in range(rank))))
         size = tape.op("Concat", tape.op("Shape", index, end=rank - 1), tape.ints(1), axis=0)
         places = tape.op("Concat", tape.op("Expand", column, size), places, axis=rank - 1)
-    return _only_first(node, tape.op("ScatterND", zeros, places, only(gradients), reduction="add"))
+    return _only_first(node, tape.scatter_add("ScatterND", zeros, places, only(gradients)))
 
 
 def _reduction(node: ir.Node) -> str:

@@ -50,7 +50,7 @@ def _grid_sample(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
         weights = tape.op("Unsqueeze", _pairs(down.weights, across.weights, tape), tape.ints(1))
         updates = tape.op("Reshape", tape.op("Mul", gradient, weights), tape.ints(-1, channels, taps * taps * count))
         zeros = tape.op("Reshape", tape.zeros_like(x), tape.ints(-1, channels, height * width))
-        found[0] = tape.reshape(tape.op("ScatterElements", zeros, index, updates, axis=2, reduction="add"), x)
+        found[0] = tape.reshape(tape.scatter_add("ScatterElements", zeros, index, updates, axis=2), x)
     if tape.wanted(grid):
         image = tape.op("Reshape", x, tape.ints(-1, channels, height * width))
         read = tape.op("GatherElements", image, index, axis=2)

@@ -240,9 +240,7 @@ def _max_pool(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
     # The indices count over the whole tensor, images and channels included.
     zeros = tape.op("Reshape", tape.zeros_like(x), tape.ints(-1))
     flat = tape.op("Reshape", indices, tape.ints(-1))
-    added = tape.op(
-        "ScatterElements", zeros, flat, tape.op("Reshape", gradient, tape.ints(-1)), axis=0, reduction="add"
-    )
+    added = tape.scatter_add("ScatterElements", zeros, flat, tape.op("Reshape", gradient, tape.ints(-1)), axis=0)
     return [tape.reshape(added, x)]
 
 
