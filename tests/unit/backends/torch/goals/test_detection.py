@@ -19,6 +19,7 @@ from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import InvalidArgument, ModelLoadError
 from heatlens_server.core.methods import Method, Metric, Score
 from heatlens_server.core.targets import Boxes, Detections, TopK
+from heatlens_server.maps.steps import rise
 from task_models import DETECTORS, LABELS, PX, by_hand, detector, photos, raw, recorded
 
 TWO = Detections(min_score=0.5, max_count=2)
@@ -163,7 +164,8 @@ def test_the_share_of_the_image_is_that_of_the_networks_own_transform(family):
         assert Detection().part_on_image(module, (3, *size)) == Part(bottom=height / padded[0], right=width / padded[1])
 
 
-def test_every_method_gives_finite_maps(faster_rcnn):
+def test_every_method_gives_finite_maps(faster_rcnn, monkeypatch):
+    monkeypatch.setattr(rise, "RISE_MASKS", 50)
     info = faster_rcnn.info
     assert info.multi_map_layers == {"backbone"}
     assert {Method.CAM, Method.FULL_GRAD, Method.SHAPLEY_CAM}.isdisjoint(info.methods)
