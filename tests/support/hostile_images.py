@@ -157,12 +157,25 @@ def animation(image: Image.Image, file_format: str, frames: int) -> bytes:
     return buffer.getvalue()
 
 
-def avif_of_frames(image: Image.Image, frames: int) -> bytes:
+def avif_of_frames(image: Image.Image, frames: int, *, quality: int = 75) -> bytes:
     """An AVIF whose only item holds its frame again and again; decoders go through all and show one."""
-    whole = saved(image, "AVIF", speed=10, max_threads=1)
+    whole = saved(image, "AVIF", quality=quality, speed=10, max_threads=1)
     start = whole.index(b"mdat") + 4
     payload = whole[start:]
     length = struct.pack(">I", len(payload))
     assert whole.count(length, 0, start) == 1
     head = whole[: start - 8].replace(length, struct.pack(">I", frames * len(payload)))
     return head + struct.pack(">I", 8 + frames * len(payload)) + b"mdat" + payload * frames
+
+
+def interlaced_png(side_px: int) -> bytes:
+    """A black PNG of the dearest kind: RGBA of 16 bits, interlaced by Adam7, rows filtered by Paeth's predictor."""
+    passes = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+    packer = zlib.compressobj(1)
+    out = []
+    for left, top, step_x, step_y in passes:
+        row = b"\4" + bytes(8 * -(-(side_px - left) // step_x))
+        out += [packer.compress(row) for _ in range(-(-(side_px - top) // step_y))]
+    header = struct.pack(">IIBBBBB", side_px, side_px, 16, 6, 0, 0, 1)
+    pixels = png_chunk(b"IDAT", b"".join([*out, packer.flush()]))
+    return PNG_SIGNATURE + png_chunk(b"IHDR", header) + pixels + png_chunk(b"IEND")

@@ -8,7 +8,7 @@ from heatlens_server.core.errors import FieldViolation, InvalidArgument
 from heatlens_server.core.preprocess import FittedImage, PreprocessSpec
 from heatlens_server.imaging.decode import decode_plain, inspect_image
 from heatlens_server.imaging.levels import SourcePixels
-from heatlens_server.imaging.limits import MAX_PARTS, PASSES
+from heatlens_server.imaging.limits import MAX_PARTS, PASSES, TooComplex, too_complex
 from heatlens_server.imaging.preprocess import fit_source
 from heatlens_server.imaging.tensor import pixels_from_tensor
 from heatlens_server.imaging.walk.plain import PlainFile
@@ -136,9 +136,13 @@ def inspected(
     """
     if not isinstance(image, bytes):
         return image
-    return inspect_image(
-        image, max_pixels=limits.max_image_pixels, channels=preprocess.channels, field=f"{field}.encoded"
-    )
+    field = f"{field}.encoded"
+    file = inspect_image(image, max_pixels=limits.max_image_pixels, channels=preprocess.channels, field=field)
+    most = limits.max_decoding_bytes
+    if file.decoded_bytes > most:
+        why = f"decoding it takes {file.decoded_bytes} bytes of memory; at most {most} are used"
+        raise too_complex(field, TooComplex(why, max_decoding_bytes=most))
+    return file
 
 
 def large_image_bytes(images: Sequence[InspectedImage]) -> int:

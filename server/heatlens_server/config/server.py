@@ -71,7 +71,7 @@ class ServerConfig(Section):
     decode_threads: int = Field(default=0, ge=0, le=1024)
     """Threads that decode and resize images. 0: one per core. One more is kept for images that are not large."""
     max_decoding_bytes: int = Field(default=1 << 31, ge=1, le=2**63 - 1)
-    """Most memory for large images that are decoded or wait for it, in bytes; more are refused. One alone fits."""
+    """Most memory for large images that are decoded or wait for it, in bytes; more are refused."""
     token: SecretStr | None = Field(default=None, min_length=1)
     """The bearer token that clients must send. Unset, and no `token_file`: none is asked for."""
     token_file: FilePath | None = None

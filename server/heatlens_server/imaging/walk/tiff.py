@@ -160,8 +160,9 @@ def _cost(tags: dict[int, list[int]], encoded: bytes, check: SizeCheck) -> tuple
     if sum(lengths) > len(encoded) and max(lengths) <= len(encoded):
         raise TooComplex("the strips or tiles of the file overlap")
     samples = _first(tags, _WIDTH, 0) * _first(tags, _HEIGHT, 0) * _first(tags, _SAMPLES, 1)
-    # As decoded and as float32, or as Pillow's pixels of four bytes, twice.
-    decoded_bytes = samples * (8 + -(-max(tags.get(_BITS) or [1]) // 8))
+    pixels, bits = _first(tags, _WIDTH, 0) * _first(tags, _HEIGHT, 0), max(tags.get(_BITS) or [1])
+    # Pillow's pixels of four bytes, twice, and as decoded; or as decoded, and twice as float32.
+    decoded_bytes = pixels * 11 if bits <= 8 and samples <= 4 * pixels else samples * (8 + -(-bits // 8))
     if compression == _JPEG:
         check_parts(len(offsets), len(encoded), "strips or tiles of JPEG")
         parts = zip(offsets, lengths, strict=False)
