@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from heatlens.v1 import explain_pb2_grpc, model_pb2_grpc
 from heatlens_server.allocator import return_freed_memory
@@ -18,7 +17,7 @@ from heatlens_server.api.calls import CallGate
 from heatlens_server.api.checks import Limits
 from heatlens_server.api.explainer import Explainer
 from heatlens_server.api.stream.open_streams import OpenStreams
-from heatlens_server.config import Config, ModelConfig
+from heatlens_server.config import Config, ModelConfig, ServerConfig
 from heatlens_server.core.engine import SteppingEngine
 from heatlens_server.core.errors import ServerDraining
 from heatlens_server.core.events import Observer, Observers
@@ -26,6 +25,7 @@ from heatlens_server.ending import LastResort, ModelHangs, handle_signals
 from heatlens_server.file_descriptors import connections_within_limit
 from heatlens_server.fleet.build import BuiltModel, build
 from heatlens_server.fleet.fleet import Fleet, batch_size_of
+from heatlens_server.fleet.isolated_engine import build_isolated
 from heatlens_server.fleet.outages import watch
 from heatlens_server.scheduling.large_images import LargeImages
 from heatlens_server.scheduling.model_queue import ModelQueue
@@ -84,7 +84,7 @@ class Server:
         self._health = Health()
         self._observer: Observer = Observers([LogObserver()])
         self.fleet = Fleet(
-            build=functools.partial(_build, cache_dir=config.server.cache_path),
+            build=functools.partial(_build, server=config.server),
             make_queue=self._make_queue,
             default=config.server.default_model,
             observer=self._observer,
@@ -188,8 +188,12 @@ class Server:
         )
 
 
-def _build(config: ModelConfig, *, cache_dir: Path | None) -> BuiltModel:
-    built = build(config, cache_dir=cache_dir)
+def _build(config: ModelConfig, *, server: ServerConfig) -> BuiltModel:
+    if config.isolation == "process":
+        return build_isolated(
+            config, cache_dir=server.cache_path, log_format=server.log_format, log_level=server.log_level
+        )
+    built = build(config, cache_dir=server.cache_path)
     return_freed_memory()
     return built
 

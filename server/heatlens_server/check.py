@@ -11,6 +11,7 @@ from heatlens_server.config import ModelConfig
 from heatlens_server.core.causes import with_causes
 from heatlens_server.core.errors import HeatlensError, ModelLoadError
 from heatlens_server.fleet.build import BuiltModel, build
+from heatlens_server.fleet.isolated_engine import build_isolated
 from heatlens_server.fleet.warm_up import run_trial, trial_shape
 
 
@@ -29,7 +30,10 @@ def check_model(
         Whether all went well.
     """
     try:
-        built = build(config, cache_dir=cache_dir, report=lambda line: write(f"{config.name}: {line}"))
+        if config.isolation == "process":
+            built = build_isolated(config, cache_dir=cache_dir, log_format="console", log_level="error")
+        else:
+            built = build(config, cache_dir=cache_dir, report=lambda line: write(f"{config.name}: {line}"))
     except (Exception, SystemExit) as error:
         write(f"{config.name}: FAILED: {_reason(error)}")
         return False

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -157,6 +158,30 @@ def exits_in_factory() -> nn.Module:
     sys.exit(3)
 
 
+class Crashes(Tiny):
+    """Does what a file `crash` in SLOW_FOLDER says, once: is killed by a signal, ends the process, or keeps memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = Path(os.environ["SLOW_FOLDER"]) / "crash"
+        if order.exists():
+            what = order.read_text()
+            order.unlink()
+            if what == "exit":
+                os._exit(3)
+            elif what == "leak":
+                self.kept = torch.ones(100_000_000)
+            elif what == "sleep":
+                time.sleep(3600)
+            else:
+                os.kill(os.getpid(), getattr(signal, what))
+        return super().forward(x)
+
+
+def crashes() -> nn.Module:
+    """A network that ends the process when it is told to."""
+    return _seeded(Crashes, 6)
+
+
 def not_finite() -> nn.Module:
     """All weights are NaN."""
     module = tiny()
@@ -164,3 +189,8 @@ def not_finite() -> nn.Module:
         for parameter in module.parameters():
             parameter.fill_(float("nan"))
     return module
+
+
+def ends_in_factory() -> nn.Module:
+    """A factory that ends the process without a word."""
+    os._exit(7)

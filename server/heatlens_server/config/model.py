@@ -242,6 +242,12 @@ class ModelConfig(Section):
     torch."""
     provider: Literal["auto", "cpu", "cuda", "tensorrt"] = "auto"
     """What runs onnxruntime's graphs. "auto": CUDA if there is a GPU and onnxruntime can use it, else the CPU."""
+    isolation: Literal["none", "process"] = "none"
+    """Where the model runs: "none": in the server's process. "process": in one of its own, which is started again when
+    it crashes; other models do not notice."""
+    max_rss_bytes: int = Field(default=0, ge=0)
+    """With isolation = "process": the resident memory beyond which its process is started again, between batches, in
+    bytes. 0: no limit."""
     hang_after_s: float = Field(default=120.0, gt=0, le=86_400)
     """How long a batch or step runs at least before the model counts as hanging, in seconds: also 20 times as long as
     it usually does. Its callers are told so, and others are refused until it ends."""
@@ -348,6 +354,13 @@ class ModelConfig(Section):
         ):
             raise ValueError('is for engine = "onnxruntime" only')
         return provider
+
+    @field_validator("max_rss_bytes")
+    @classmethod
+    def _memory_of_process(cls, max_rss_bytes: int, info: ValidationInfo) -> int:
+        if max_rss_bytes and info.data.get("isolation") == "none":
+            raise ValueError('is for isolation = "process"')
+        return max_rss_bytes
 
     @field_validator("preprocess")
     @classmethod

@@ -64,6 +64,16 @@ class HeatlensError(Exception):
         self.metadata = dict(metadata or {})
         self.retry_after_s = retry_after_s
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """From process to process an error is its attributes: constructors differ."""
+        return _unpickled, (type(self), self.args, self.__dict__)
+
+
+def _unpickled(kind: type[HeatlensError], args: tuple[object, ...], state: dict[str, object]) -> HeatlensError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
+
 
 class InvalidArgument(HeatlensError):
     """The request is wrong. Reasons: IMAGE_UNDECODABLE, IMAGE_TOO_COMPLEX, TENSOR_SIZE_MISMATCH, INVALID_OPTION, ..."""

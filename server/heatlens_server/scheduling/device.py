@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from heatlens_server.core.arrays import ImageArray
 from heatlens_server.core.engine import SteppingEngine
-from heatlens_server.core.errors import DeviceOutOfMemory, HeatlensError, InternalError
+from heatlens_server.core.errors import DeviceOutOfMemory, HeatlensError, InternalError, ModelInterrupted
 from heatlens_server.core.events import Observer
 from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.core.results import ImageResult
@@ -137,10 +137,11 @@ class Device:
         try:
             results = self._engine.explain(images, [entry.target for entry in entries], entries[0].spec)
         except BaseException as error:
-            if len(entries) == 1:
+            # Where no engine is, there is nothing to run halves.
+            if len(entries) == 1 or isinstance(error, ModelInterrupted):
                 if not isinstance(error, MemoryError | HeatlensError):
                     _log.exception("model %s: the engine failed on an image", self._model)
-                return [as_domain_error(error)]
+                return [as_domain_error(error)] * len(entries)
             _log.warning("model %s: a batch of %d failed (%s); running its halves", self._model, len(entries), error)
             middle = len(entries) // 2
             return [

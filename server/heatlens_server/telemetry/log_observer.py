@@ -4,7 +4,6 @@ import logging
 
 from heatlens_server.core.errors import HeatlensError
 from heatlens_server.core.events import CallEnd, Observer
-from heatlens_server.telemetry.stacks import stacks
 
 _calls = logging.getLogger("heatlens.rpc")
 _models = logging.getLogger("heatlens")
@@ -33,14 +32,14 @@ class LogObserver(Observer):
     def model_changed(self, *, model: str, state: str, message: str, fault: Exception | None = None) -> None:
         """Write that a model is ready, failed to load, is unavailable or is unloaded.
 
-        With the traceback of what was unexpected, and what all threads do while a model cannot answer.
+        With the traceback of what was unexpected.
         """
         if state == "ready":
             _models.info("model %s ready: %s", model, message)
         elif state == "failed":
             _models.error("model %s failed to load: %s", model, message, exc_info=fault)
         elif state == "unavailable":
-            _models.error("model %s is unavailable: it %s; the threads:\n%s", model, message, stacks())
+            _models.error("model %s is unavailable: it %s", model, message)
         elif state == "unloaded":
             _models.info("model %s unloaded", model)
 

@@ -243,6 +243,10 @@ def test_every_mistake_gets_one_line_with_its_path(folder):
             'models = [{name = "a", source = "timm:x", precision = "bf16", engine = "onnxruntime"}]',
             'models[0].engine: "onnxruntime" runs in fp32 and fp16',
         ),
+        (
+            'models = [{name = "a", source = "timm:x", max_rss_bytes = 9}]',
+            "models[0].max_rss_bytes: is for isolation = ",
+        ),
         ('models = [{name = "a", source = "timm:x", provider = "cuda"}]', "models[0].provider: is for engine = "),
         ('models = [{name = "a", source = "export:"}]', "models[0].source: the folder does not exist"),
         ('models = [{name = "a", source = "export:nowhere"}]', "models[0].source: the folder does not exist"),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from heatlens_server.core.errors import DeviceOutOfMemory, InternalError
+from heatlens_server.core.errors import DeviceOutOfMemory, InternalError, ModelInterrupted
 from heatlens_server.scheduling.entry import Outcome, QueueResult
 from queue_engines import NOT_FINITE, POISON, BatchEngine, Rig
 
@@ -46,6 +46,19 @@ def test_out_of_memory_halves_until_it_fits():
 
 def test_out_of_memory_on_one_image_is_said():
     assert all(isinstance(outcome, DeviceOutOfMemory) for outcome in run(Rig(BatchEngine(memory=0)), [1, 2]))
+
+
+def test_a_batch_whose_process_has_ended_is_not_run_in_halves():
+    runs = []
+
+    class Gone(BatchEngine):
+        def explain(self, images, targets, spec):
+            runs.append(len(images))
+            raise ModelInterrupted("m", "crashed", reason="MODEL_CRASHED", retry_after_s=0.5)
+
+    outcomes = run(Rig(Gone()), range(4))
+    assert [outcome.reason for outcome in outcomes] == ["MODEL_CRASHED"] * 4
+    assert runs == [4]
 
 
 def test_result_that_is_not_finite_fails_alone():
