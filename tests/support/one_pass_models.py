@@ -17,6 +17,7 @@ from heatlens_server.backends.torch.sources.layers import discover
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import ClassIds, Target
+from heatlens_server.maps.steps.job import at_once
 from loaded_models import loaded
 
 PX = 64
@@ -72,7 +73,7 @@ def raw(
 ) -> list[Tensor]:
     """The raw maps (N, K, h, w) of each layer; of the model's default layer unless `layers` are named."""
     spec = MapSpec(method, **{"layers": model.model.layers[:1], "upsample": False, **options})
-    return explain(model, model.inputs(images), targets, spec).raw
+    return at_once(explain(model, model.inputs(images), targets, spec)).raw
 
 
 def top(model: TorchModel, images: np.ndarray) -> list[ClassIds]:

@@ -25,6 +25,7 @@ class MapSpec:
         principal: project weighted activations on their first principal component instead of summing them.
         metrics: the measures of faithfulness to compute, in the order of `Metric`.
         return_mask: segmentation: whether the predicted mask is wanted.
+        by_goal: whether each goal is a step of its own: there are many, or each takes long.
         in_steps: whether it takes many runs of the model per image: `SteppingEngine.steps`, not `Engine.explain`. Told
             once, since the queue asks for every image, several times.
     """
@@ -38,10 +39,11 @@ class MapSpec:
     principal: bool = False
     metrics: tuple[Metric, ...] = ()
     return_mask: bool = False
+    by_goal: bool = False
     in_steps: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        in_steps = self.method.traits.in_steps or self.augment or bool(self.metrics)
+        in_steps = self.method.traits.in_steps or self.augment or bool(self.metrics) or self.by_goal
         object.__setattr__(self, "in_steps", in_steps)
 
 
@@ -77,6 +79,7 @@ class Capabilities:
         threshold: segmentation whose classes may overlap: the sigmoid above which a pixel is predicted as a class; None
             where classes exclude each other.
         runs_one_by_one: whether the network mixes the images of a batch, so that each runs by itself.
+        takes_steps: whether the engine itself explains in steps, whatever its second one does.
         refusals: why this model does not have methods that most models of its task have.
     """
 
@@ -98,6 +101,7 @@ class Capabilities:
     layers_by_method: Mapping[Method, tuple[str, ...]] = field(default_factory=dict, hash=False)
     threshold: float | None = None
     runs_one_by_one: bool = False
+    takes_steps: bool = False
     refusals: Mapping[Method, str] = field(default_factory=dict, hash=False)
 
     @property

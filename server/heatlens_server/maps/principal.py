@@ -17,6 +17,8 @@ import math
 
 from array_api_compat import device
 
+from heatlens_server.core.errors import InvalidArgument
+from heatlens_server.core.methods import Method
 from heatlens_server.maps.arrays import (
     A,
     namespace,
@@ -34,6 +36,9 @@ from heatlens_server.maps.weights import gradient_times_activation
 _SQUARINGS = 12
 
 _POWER_STEPS = 2
+
+_MOST_KERNEL_PLACES = 4096
+"""Of a layer that KPCA-CAM explains: a matrix of 64 MB."""
 
 _LARGEST_SQUARED = 512
 """Pixels up to which a kernel matrix is squared: above, its products with itself take longer than any network."""
@@ -91,6 +96,28 @@ def principal_projection(weighted: A) -> A:
     with silently():
         component = _component(_points(rows), places_flat(sum_channels(rows)))
     return xp.reshape(component, (images, classes, *each[1:]))
+
+
+def check_places(method: Method, place: int, layer: str, features: A) -> None:
+    """Refuse what would take minutes and gigabytes: KPCA-CAM by an early layer of a large image.
+
+    Args:
+        method: any.
+        place: the layer's among those that are explained.
+        layer: its name.
+        features: (N, C, h, w), concrete.
+
+    Raises:
+        InvalidArgument: it is KPCA-CAM, and the layer has more than 4,096 places.
+    """
+    height, width = features.shape[2:]
+    if method is Method.KPCA_CAM and height * width > _MOST_KERNEL_PLACES:
+        raise InvalidArgument.of(
+            f"layers[{place}]",
+            f"{method} compares every place of a layer with every other: it takes layers of at most "
+            f"{_MOST_KERNEL_PLACES} places, and {layer!r} has {height}x{width}",
+            reason="INVALID_OPTION",
+        )
 
 
 def kpca_cam(activations: A) -> A:

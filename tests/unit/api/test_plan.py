@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from explain_requests import (
+    LIMITS,
     PIXELS,
     TINY,
     TINY_MLP,
@@ -204,6 +205,24 @@ def test_smoothing_and_faithfulness_reach_the_spec():
     default = spec_of(faithfulness=faithfulness_pb2.FaithfulnessOptions())
     assert default.metrics == (Metric.DELETION, Metric.INSERTION)
     assert spec_of(smoothing=pb.Smoothing()) == spec_of()
+
+
+@pytest.mark.parametrize(
+    ("options", "by_goal"),
+    [
+        ({"top_k": 8}, False),
+        ({"top_k": 9}, True),
+        ({"top_k": 4, "layers": ["body", "stem"]}, False),
+        ({"top_k": 5, "layers": ["body", "stem"]}, True),
+        ({"method": method_pb2.METHOD_FULL_GRAD}, False),
+        ({"method": method_pb2.METHOD_FULL_GRAD, "top_k": 2}, True),
+        ({"method": method_pb2.METHOD_GUIDED_GRAD_CAM, "top_k": 2}, True),
+        ({"method": method_pb2.METHOD_EIGEN_CAM, "top_k": 10}, False),
+    ],
+)
+def test_what_would_take_long_in_one_go_is_explained_goal_by_goal(options, by_goal):
+    spec = plan_of(request(**options), limits=dataclasses.replace(LIMITS, max_targets=10)).spec
+    assert (spec.by_goal, spec.in_steps) == (by_goal, by_goal)
 
 
 def test_what_only_torch_does_is_refused_where_there_is_no_torch():

@@ -3,9 +3,10 @@ import torch
 from sklearn.decomposition import KernelPCA
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.methods import Method
 from heatlens_server.maps.methods import raw_map
-from heatlens_server.maps.principal import eigen_cam, eigen_grad_cam, kpca_cam, principal_projection
+from heatlens_server.maps.principal import check_places, eigen_cam, eigen_grad_cam, kpca_cam, principal_projection
 
 METHODS = [Method.EIGEN_CAM, Method.EIGEN_GRAD_CAM, Method.KPCA_CAM]
 
@@ -166,3 +167,12 @@ def test_wrong_shapes():
         eigen_grad_cam(torch.zeros(2, 3, 5, 4), torch.zeros(2, 3, 5, 4))
     with pytest.raises(ValueError, match="weighted: must be"):
         principal_projection(torch.zeros(2, 3, 5, 4))
+
+
+def test_kpca_of_a_layer_with_too_many_places_is_refused_by_the_layers_name():
+    large = torch.zeros(1, 2, 64, 65)
+    check_places(Method.EIGEN_CAM, 0, "stem", large)
+    check_places(Method.KPCA_CAM, 0, "stem", large[..., :64])
+    with pytest.raises(InvalidArgument, match="'stem' has 64x65") as refused:
+        check_places(Method.KPCA_CAM, 1, "stem", large)
+    assert refused.value.violations[0].field == "layers[1]"

@@ -1,7 +1,7 @@
 """A network's graphs, opened: one forward pass, a backward pass for each goal, maps by numpy; changed images."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from threading import Lock
@@ -26,7 +26,7 @@ from heatlens_server.core.targets import Target
 from heatlens_server.maps.methods import raw_map
 from heatlens_server.maps.normalization import NormalizedMap, normalize
 from heatlens_server.maps.precision import FP16_GRADIENT_SCALE
-from heatlens_server.maps.principal import principal_projection
+from heatlens_server.maps.principal import check_places, principal_projection
 from heatlens_server.maps.steps.job import Change, Job
 from heatlens_server.maps.weights import weighted
 
@@ -134,8 +134,8 @@ class GraphNetwork:
         least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
         return np.rint(inputs).clip(least, most).astype(dtype)
 
-    def explain(self, inputs: Array, targets: Sequence[Target], spec: MapSpec) -> GraphMaps:
-        """Explain inputs with a closed form."""
+    def explain(self, inputs: Array, targets: Sequence[Target], spec: MapSpec) -> Generator[None, None, GraphMaps]:
+        """Explain inputs with a closed form; yields after each goal, and layer where there are no goals."""
         sessions = self._sessions(spec.layers)
         if spec.method is Method.CAM:
             # Its weights are those of logits.
@@ -144,7 +144,12 @@ class GraphNetwork:
         activations = {layer: as_map(found[name], self._grids[layer]) for layer, name in sessions.passes.layers.items()}
         if spec.method.traits.class_free or spec.method is Method.RANDOM_CAM:
             any_factors = np.empty((len(inputs), goals.width, 0), np.float32)
-            return GraphMaps(goals, [raw_map(spec.method, activations[layer], any_factors) for layer in spec.layers])
+            raw = []
+            for place, layer in enumerate(spec.layers):
+                check_places(spec.method, place, layer, activations[layer])
+                raw.append(raw_map(spec.method, activations[layer], any_factors))
+                yield
+            return GraphMaps(goals, raw)
         maps: dict[str, list[Array]] = {layer: [] for layer in spec.layers}
         # Goal by goal, so that one goal's gradients are held at a time.
         for k in range(goals.width):
@@ -155,6 +160,7 @@ class GraphNetwork:
                     # Of a linear head over means: its weights are the gradients' sums over places.
                     factors = factors.sum((-2, -1))
                 of_layer.append(_map(spec, activations[layer], factors))
+            yield
         return GraphMaps(goals, [np.concatenate(maps[layer], axis=1) for layer in spec.layers])
 
     def factors(self, inputs: Array, targets: Sequence[Target], layer: str) -> tuple[Scores, Array, Array]:

@@ -18,6 +18,7 @@ from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import Target
 from heatlens_server.maps.arrays import silently
 from heatlens_server.maps.steps.drive import STEPPERS, explain_in_steps
+from heatlens_server.maps.steps.job import at_once
 from heatlens_server.maps.steps.network import results
 
 _OF_TORCH: Mapping[Method, str] = {
@@ -82,7 +83,7 @@ class NetworkEngine:
         found = []
         for start in range(0, len(inputs), step):
             with _memory_errors():
-                explained = graphs.explain(inputs[start : start + step], targets[start : start + step], spec)
+                explained = at_once(graphs.explain(inputs[start : start + step], targets[start : start + step], spec))
                 found += results(explained.goals, explained.maps(spec, (images.shape[1], images.shape[2])))
         return [_as_asked(result, spec) for result in found]
 
@@ -188,5 +189,6 @@ def _capabilities(about: NetworkInfo, device: str, layers_of: Mapping[Method, tu
         layers_by_method={method: layers_of[method] for method in methods if layers_of[method] != offered},
         threshold=about.threshold,
         runs_one_by_one=not about.takes_batches,
+        takes_steps=True,
         refusals={**missing, **about.refusals},
     )

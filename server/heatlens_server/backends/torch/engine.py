@@ -20,6 +20,7 @@ from heatlens_server.core.methods import CLOSED_FORMS, Method
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import Target
 from heatlens_server.maps.steps.drive import STEPPERS, explain_in_steps
+from heatlens_server.maps.steps.job import at_once
 from heatlens_server.maps.steps.network import results
 
 
@@ -71,6 +72,7 @@ class TorchEngine:
             multi_map_layers=multi_map_layers,
             layers_by_method=layers_by_method,
             runs_one_by_one=self._model.mixes_batch,
+            takes_steps=True,
             refusals=refusals,
             threshold=model.threshold,
         )
@@ -94,7 +96,7 @@ class TorchEngine:
             places = range(len(images))
             return [self.explain(images[n : n + 1], [targets[n]], spec)[0] for n in places]
         with memory_errors(), recording_allowed():
-            explained = explain(self._model, self._model.inputs(images), targets, spec)
+            explained = at_once(explain(self._model, self._model.inputs(images), targets, spec))
             found = results(explained.goals, explained.maps(spec, (images.shape[1], images.shape[2])))
         return [_as_asked(result, spec) for result in found]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from heatlens_server.backends.torch.cam.grid import LayerOutput, from_levels, levels_of
 from heatlens_server.backends.torch.goals.base import Goals
 from heatlens_server.backends.torch.network.network import TorchModel
-from heatlens_server.backends.torch.passes.one_pass import RawMaps, leaf_of
+from heatlens_server.backends.torch.passes.one_pass import PassSteps, RawMaps, leaf_of
 from heatlens_server.backends.torch.passes.table import explain
 from heatlens_server.core.arrays import ImageArray
 from heatlens_server.core.engine import MapSpec
@@ -97,8 +97,8 @@ class TorchNetwork:
         """Images (N, H, W, C) as normalised inputs (N, C, H, W)."""
         return self.model.inputs(images)
 
-    def explain(self, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> RawMaps:
-        """Explain inputs in one go."""
+    def explain(self, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> PassSteps:
+        """Explain inputs, goal by goal."""
         return explain(self.model, inputs, targets, spec)
 
     def jobs(self, inputs: Tensor, target: Target, spec: MapSpec, *, rows: int) -> list[TorchJob]:

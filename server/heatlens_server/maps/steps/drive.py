@@ -68,10 +68,10 @@ def explain_in_steps(network: Network, image: ImageArray, target: Target, spec: 
 def raw_maps(
     network: Network, inputs: Array, targets: Sequence[Target], spec: MapSpec, *, rows: int
 ) -> Generator[None, None, Explained]:
-    """Explain inputs with any method, smoothing aside: in one go, or, one image only, in steps."""
+    """Explain inputs with any method, smoothing aside; of methods of many runs, one image only."""
     stepper = STEPPERS.get(spec.method)
     if stepper is None:
-        return network.explain(inputs, targets, spec)
+        return (yield from network.explain(inputs, targets, spec))
     (target,) = targets
     looks_at_layers = not spec.method.traits.always_at_input_size
     if not looks_at_layers:

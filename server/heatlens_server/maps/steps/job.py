@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -126,6 +126,18 @@ class Job(ABC):
     def chunks(self, indices: Array) -> Iterator[Array]:
         """Indices (M,) in parts that a step can run the network on, in order; none if M is 0."""
         return (indices[start : start + self.rows] for start in range(0, len(indices), self.rows))
+
+
+T = TypeVar("T")
+
+
+def at_once(steps: Generator[None, None, T]) -> T:
+    """What steps return, of steps that are not interrupted."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return cast("T", stop.value)
 
 
 MapSteps = Generator[None, None, Array]

@@ -1,6 +1,6 @@
 """What methods of many runs, smoothing and measures of faithfulness ask of an engine's network."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Protocol, Self
 
 import numpy as np
@@ -21,8 +21,8 @@ class Network(Protocol):
         """Images (N, H, W, C) as normalised inputs (N, C, H, W)."""
         ...
 
-    def explain(self, inputs: Array, targets: Sequence[Target], spec: MapSpec) -> Explained:
-        """Explain inputs with any method that takes no steps."""
+    def explain(self, inputs: Array, targets: Sequence[Target], spec: MapSpec) -> Generator[None, None, Explained]:
+        """Explain inputs with any method of one pass; yields after each goal, and layer where there are no goals."""
         ...
 
     def jobs(self, inputs: Array, target: Target, spec: MapSpec, *, rows: int) -> Sequence[Job]:

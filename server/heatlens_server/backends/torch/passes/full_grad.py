@@ -9,7 +9,7 @@ from heatlens_server.backends.torch.cam.grid import Grid, Layout, to_map
 from heatlens_server.backends.torch.network.hooks import Substitution
 from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.backends.torch.passes.bias_gradients import bias_gradients
-from heatlens_server.backends.torch.passes.one_pass import RawMaps, input_gradient
+from heatlens_server.backends.torch.passes.one_pass import PassSteps, RawMaps, input_gradient
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.targets import Target
 from heatlens_server.maps.concrete import upsample
@@ -17,7 +17,7 @@ from heatlens_server.maps.normalization import normalize
 from heatlens_server.maps.precision import at_least_float32
 
 
-def full_grad(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> RawMaps:
+def full_grad(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> PassSteps:
     """Explain with FullGrad; see `passes.one_pass.OnePass`. It looks at the whole network, not at layers.
 
     Srinivas and Fleuret 2019, https://arxiv.org/abs/1905.00780, equation 5: `psi(x * g)` plus the sum over layers and
@@ -41,6 +41,7 @@ def full_grad(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec
         with torch.no_grad():
             of_pixels = spread(at_least_float32(leaf) * gradient, size_px)
             maps.append(model.on_image(found.map, size_px) + of_pixels)
+        yield
     return RawMaps(goals, [torch.cat(maps, dim=1)])
 
 

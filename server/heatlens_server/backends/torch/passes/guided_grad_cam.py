@@ -12,7 +12,7 @@ from torch import Tensor
 from heatlens_server.backends.torch.network.hooks import Substitutes, Substitution
 from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.backends.torch.passes.closed_form import closed_form
-from heatlens_server.backends.torch.passes.one_pass import RawMaps, input_gradient
+from heatlens_server.backends.torch.passes.one_pass import PassSteps, RawMaps, input_gradient
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import Target
@@ -20,7 +20,7 @@ from heatlens_server.maps.concrete import upsample
 from heatlens_server.maps.precision import at_least_float32
 
 
-def guided_grad_cam(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> RawMaps:
+def guided_grad_cam(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> PassSteps:
     """Explain with guided Grad-CAM; see `passes.one_pass.OnePass`.
 
     Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391, section 3.2: `sum_c G[c] * up(relu(grad_cam))`, where G is
@@ -33,7 +33,9 @@ def guided_grad_cam(model: TorchModel, inputs: Tensor, targets: Sequence[Target]
     A raw map is (N, K, H, W), one per layer.
     """
     leaf = inputs.detach().requires_grad_()
-    coarse = closed_form(model, inputs, targets, dataclasses.replace(spec, method=Method.GRAD_CAM, principal=False))
+    coarse = yield from closed_form(
+        model, inputs, targets, dataclasses.replace(spec, method=Method.GRAD_CAM, principal=False)
+    )
     # The same classes, whatever rounding does to the logits of a second run.
     fixed = [coarse.goals.by_name(n) for n in range(len(inputs))]
     with Substitution(_GUIDED):
@@ -44,6 +46,7 @@ def guided_grad_cam(model: TorchModel, inputs: Tensor, targets: Sequence[Target]
     for k in range(goals.width):
         gradient = input_gradient(model, goals.score(k), leaf, retain_graph=k + 1 < goals.width)
         guided.append(at_least_float32(gradient).sum(dim=1, keepdim=True))
+        yield
     fine = torch.cat(guided, dim=1)
     size_px = (inputs.shape[-2], inputs.shape[-1])
     maps = [upsample(torch.relu(raw), size_px) * fine for raw in coarse.on_image(model, size_px).raw]

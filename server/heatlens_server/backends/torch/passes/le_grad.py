@@ -7,13 +7,13 @@ from torch import Tensor
 
 from heatlens_server.backends.torch.cam.grid import to_map
 from heatlens_server.backends.torch.network.network import TorchModel
-from heatlens_server.backends.torch.passes.one_pass import RawMaps
+from heatlens_server.backends.torch.passes.one_pass import PassSteps, RawMaps
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.targets import Target
 from heatlens_server.maps.precision import at_least_float32
 
 
-def le_grad(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> RawMaps:
+def le_grad(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> PassSteps:
     """Explain with LeGrad; see `passes.one_pass.OnePass`. It looks at all blocks, not at layers.
 
     Bousselham et al. 2024, https://arxiv.org/abs/2404.03214: `relu(d s[l] / d A[l])`, A[l] the attention matrices of
@@ -45,4 +45,5 @@ def le_grad(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: 
             ]
             keys = torch.stack([of_matrix.mean(dim=1) for of_matrix in positive]).mean(dim=0)
             maps.append(to_map(keys.unsqueeze(2), grid))
+        yield
     return RawMaps(goals, [torch.cat(maps, dim=1)])

@@ -1,6 +1,6 @@
 """What a method of one pass is, and what it says."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,8 +48,11 @@ class RawMaps:
             return saliency(self.raw, size_px if spec.upsample else None, spec.aggregation)
 
 
-OnePass = Callable[[TorchModel, Tensor, Sequence[Target], MapSpec], RawMaps]
-"""Explains inputs (N, C, H, W). Called with gradients enabled."""
+PassSteps = Generator[None, None, RawMaps]
+"""Yields after each goal, so that others may have the device; changes no state of the thread across a yield."""
+
+OnePass = Callable[[TorchModel, Tensor, Sequence[Target], MapSpec], PassSteps]
+"""Explains inputs (N, C, H, W). Resumed with gradients enabled."""
 
 
 def leaf_of(output: object) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from heatlens_server.backends.torch.network.attention import open_attention
 from heatlens_server.backends.torch.network.hooks import Substitutes, Substitution
 from heatlens_server.backends.torch.network.network import TorchModel
-from heatlens_server.backends.torch.passes.one_pass import RawMaps, leaf_of
+from heatlens_server.backends.torch.passes.one_pass import PassSteps, RawMaps, leaf_of
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.targets import Target
@@ -18,7 +18,7 @@ from heatlens_server.maps.principal import principal_projection
 from heatlens_server.maps.weights import shapley_cam_weights, weigh
 
 
-def shapley_cam(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> RawMaps:
+def shapley_cam(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> PassSteps:
     """Explain with `maps.methods.shapley_cam`; see `passes.one_pass.OnePass`.
 
     Images do not meet inside the network: the product of the whole batch's Hessian with the whole batch's activations
@@ -38,6 +38,7 @@ def shapley_cam(model: TorchModel, inputs: Tensor, targets: Sequence[Target], sp
             for of_layer, layer, leaf, (gradient, curvature) in zip(maps, spec.layers, leaves, both, strict=True):
                 activations, g, c = (model.features(layer, t.detach()) for t in (leaf, gradient, curvature))
                 of_layer.append(_map(spec, activations, g[:, None], c[:, None]))
+        yield
     return RawMaps(goals, [torch.cat(of_layer, dim=1) for of_layer in maps])
 
 

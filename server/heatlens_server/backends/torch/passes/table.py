@@ -10,7 +10,7 @@ from heatlens_server.backends.torch.passes.closed_form import closed_form
 from heatlens_server.backends.torch.passes.full_grad import full_grad
 from heatlens_server.backends.torch.passes.guided_grad_cam import guided_grad_cam
 from heatlens_server.backends.torch.passes.le_grad import le_grad
-from heatlens_server.backends.torch.passes.one_pass import OnePass, RawMaps
+from heatlens_server.backends.torch.passes.one_pass import OnePass, PassSteps
 from heatlens_server.backends.torch.passes.shapley_cam import shapley_cam
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import Method
@@ -27,9 +27,9 @@ PASSES: Mapping[Method, OnePass] = MappingProxyType(
 """The methods of one pass that are no closed forms."""
 
 
-def explain(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> RawMaps:
-    """Explain inputs (N, C, H, W) with any method that takes no steps. Call it with gradients enabled."""
-    explained = PASSES.get(spec.method, closed_form)(model, inputs, targets, spec)
+def explain(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: MapSpec) -> PassSteps:
+    """Explain inputs (N, C, H, W) with any method of one pass. Resume it with gradients enabled."""
+    explained = yield from PASSES.get(spec.method, closed_form)(model, inputs, targets, spec)
     if spec.method.traits.always_at_input_size:
         return explained
     return explained.on_image(model, (inputs.shape[2], inputs.shape[3]))
