@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from heatlens_server.imaging.limits import TRUNCATED, Malformed
+from heatlens_server.imaging.limits import TRUNCATED, Malformed, check_parts
 
 # AV1 bitstream specification, 6.2.2.
 _SEQUENCE, _FRAME_HEADER, _FRAME = 1, 3, 6
@@ -27,6 +27,15 @@ class Frames:
     width_px: int = 0
     height_px: int = 0
     parts: int = 0
+
+    def add_unit(self, data: bytes) -> None:
+        """There is one more unit in an item's data.
+
+        Raises:
+            TooComplex: they are too many.
+        """
+        self.parts += 1
+        check_parts(self.parts, len(data), "units in an item")
 
     def may_be(self, width_px: int, height_px: int) -> None:
         """Frames may have this size."""
@@ -59,10 +68,11 @@ def av1_frames(data: bytes) -> Frames:
 
     Raises:
         Malformed: they are truncated.
+        TooComplex: they are too many.
     """
     found, at = Frames(), 0
     while at < len(data):
-        found.parts += 1
+        found.add_unit(data)
         kind = data[at] >> 3 & 15
         has_size, start = data[at] & 2, at + 1 + (data[at] >> 2 & 1)
         size, shift = 0, 0
@@ -125,6 +135,7 @@ def hevc_frames(configuration: bytes, data: bytes) -> Frames:
 
     Raises:
         Malformed: they are truncated.
+        TooComplex: they are too many.
     """
     if len(configuration) < 23:
         raise Malformed(TRUNCATED)
@@ -134,11 +145,13 @@ def hevc_frames(configuration: bytes, data: bytes) -> Frames:
         at += 3
         for _ in range(count):
             size = int.from_bytes(configuration[at : at + 2], "big")
+            found.add_unit(configuration)
             _count_unit(found, configuration[at + 2 : at + 2 + size])
             at += 2 + size
             if at > len(configuration):
                 raise Malformed(TRUNCATED)
     for start, end in _units(data, (configuration[21] & 3) + 1):
+        found.add_unit(data)
         _count_unit(found, data[start : min(end, start + _MOST_HEADER_BYTES)])
     return found
 
@@ -154,7 +167,6 @@ def _units(data: bytes, prefix_bytes: int) -> Iterator[tuple[int, int]]:
 
 
 def _count_unit(found: Frames, unit: bytes) -> None:
-    found.parts += 1
     if len(unit) < 3:
         return
     kind = unit[0] >> 1 & 63

@@ -116,8 +116,13 @@ def walk_heif(encoded: bytes, check: SizeCheck) -> PlainFile:
     width_px, height_px = _size(meta, meta.primary)
     check(width_px, height_px)
     shown = _shown(meta, meta.primary, boxes)
-    shown += [item for kind, item, targets in meta.references if kind == b"auxl" and not set(targets).isdisjoint(shown)]
-    pixels = sum(_coded_pixels(meta, item, boxes, check) for item in shown)
+    seen = {meta.primary, *shown}
+    for kind, item, targets in meta.references:
+        if kind == b"auxl" and not seen.isdisjoint(targets):  # its alpha channel, say
+            shown += _shown(meta, item, boxes)
+    # Tiles may be shown again and again; each is looked at once.
+    coded = {item: _coded_pixels(meta, item, boxes, check) for item in dict.fromkeys(shown)}
+    pixels = sum(coded[item] for item in shown)
     name = "AVIF" if _AV1 in {meta.kinds.get(item) for item in shown} else "HEIF"
     return PlainFile(
         name,
@@ -214,8 +219,9 @@ def _read_locations(meta: _Meta, boxes: _Boxes, reader: _Reader) -> None:
                 reader.number(index_size)
             offset, length = base + reader.number(offset_size), reader.number(length_size)
             offset += meta.own_data_at if method == 1 else 0
-            held += length
-            meta.extents.setdefault(item, []).append((offset, offset + length if length else len(boxes.encoded)))
+            end = offset + length if length else len(boxes.encoded)
+            held += max(0, end - offset)
+            meta.extents.setdefault(item, []).append((offset, end))
     if held > len(boxes.encoded):
         raise TooComplex("the items of the file overlap")
 
@@ -244,8 +250,6 @@ def _coded_pixels(meta: _Meta, item: int, boxes: _Boxes, check: SizeCheck) -> in
         frames = av1_frames(data)
     elif kind == _HEVC:
         frames = hevc_frames(_property(meta, item, b"hvcC"), data)
-    elif kind in _DERIVED:  # of an alpha channel
-        return sum(_coded_pixels(meta, one, boxes, check) for one in _shown(meta, item, boxes))
     else:
         raise Malformed("the image is of a coding that is not read")
     boxes.count(frames.parts)

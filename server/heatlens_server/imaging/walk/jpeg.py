@@ -24,8 +24,8 @@ _APP1 = 0xE1
 _EXIF = b"Exif\0\0"
 
 _BLOCK = 8
-# Scans' data are searched in blocks that fit a CPU's cache; the next marker after a header is near.
-_FIRST_SEARCH_BYTES, _SEARCH_BYTES = 64, 1 << 18
+# The next marker after a header is near; scans' data are searched in blocks that fit a CPU's cache.
+_FIRST_SEARCH_BYTES, _MOST_SEARCH_BYTES = 64, 1 << 18
 
 
 @dataclass(slots=True)
@@ -115,7 +115,7 @@ def _next_marker(values: npt.NDArray[np.uint8], start: int) -> int:
         if found[first]:
             return start + first
         start += size
-        size = _SEARCH_BYTES
+        size = min(8 * size, _MOST_SEARCH_BYTES)
     return len(values)
 
 

@@ -41,8 +41,11 @@ _COMPRESSIONS = {
 # Bytes and format of the types whose values are read here: BYTE, SHORT, LONG, LONG8.
 _TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
-# A colour map of 16 bits has three times 65,536 values.
-_MOST_VALUES = 3 << 16
+# A colour map of 16 bits has three times 65,536 values; JPEG's tables are bytes.
+_COLOR_MAP, _JPEG_TABLES = 320, 347
+_MOST_VALUES = {_COLOR_MAP: 3 << 16, _JPEG_TABLES: 1 << 16}
+_MOST_OTHER_VALUES = 4096
+_PARTS = frozenset({_STRIP_OFFSETS, _STRIP_BYTES, _TILE_OFFSETS, _TILE_BYTES})
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +136,13 @@ def _keep_pixels(copy: bytearray, form: _Form, start: int) -> tuple[dict[int, li
 
 def _values(copy: bytearray, form: _Form, at: int) -> list[int]:
     """A tag's values; none if they are no whole numbers."""
-    kind = form.number(copy, at + 2, "H")
+    code, kind = form.number(copy, at, "H"), form.number(copy, at + 2, "H")
     count = form.number(copy, at + 4, form.offset)
     size_bytes = _TYPE_BYTES.get(kind, 1) * count
-    if count > _MOST_VALUES:
-        raise TooComplex(f"a tag of the file has {count} values; at most {_MOST_VALUES} are accepted")
+    most = MAX_STRIPS if code in _PARTS else _MOST_VALUES.get(code, _MOST_OTHER_VALUES)
+    if count > most:
+        what = "strips or tiles" if code in _PARTS else f"values in its tag {code}"
+        raise TooComplex(f"the file has {count} {what}; at most {most} are accepted")
     where = at + (12 if form.is_big else 8)
     if size_bytes > (8 if form.is_big else 4):
         where = form.number(copy, where, form.offset)
@@ -155,8 +160,6 @@ def _cost(tags: dict[int, list[int]], encoded: bytes, check: SizeCheck) -> tuple
     tiled = _TILE_OFFSETS in tags
     offsets = tags.get(_TILE_OFFSETS if tiled else _STRIP_OFFSETS, [])
     lengths = tags.get(_TILE_BYTES if tiled else _STRIP_BYTES, [])
-    if len(offsets) > MAX_STRIPS:
-        raise TooComplex(f"the file has {len(offsets)} strips or tiles; at most {MAX_STRIPS} are accepted")
     if sum(lengths) > len(encoded) and max(lengths) <= len(encoded):
         raise TooComplex("the strips or tiles of the file overlap")
     samples = _first(tags, _WIDTH, 0) * _first(tags, _HEIGHT, 0) * _first(tags, _SAMPLES, 1)

@@ -11,7 +11,7 @@ from skimage import data
 import hostile_images as hostile
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.imaging.decode import decode_image, inspect_image
-from heatlens_server.imaging.limits import MAX_PARTS
+from heatlens_server.imaging.limits import MAX_PARTS, TooComplex
 from heatlens_server.imaging.walk.coded import av1_frames
 from image_files import ORIENTATION, saved
 
@@ -84,6 +84,29 @@ def test_hidden_frames_are_counted():
     assert error.reason == "IMAGE_TOO_COMPLEX"
     assert set(error.metadata) == {"max_image_samples"}
     assert inspect(hostile.avif_of_frames(CAT, 2), max_pixels=200 * 130)
+
+
+def test_units_are_counted():
+    with pytest.raises(TooComplex, match="units"):
+        av1_frames(b"\x12\0" * 3 * MAX_PARTS)
+
+
+def test_items_may_not_overlap_though_they_reach_to_the_end_of_the_file():
+    encoded = saved(CAT, "AVIF")
+    start = encoded.index(b"iloc") + 12
+    # Version 0: items, then an id, a reference to data, and extents of offset and length.
+    (extents,) = struct.unpack_from(">H", encoded, start + 4)
+    offset, length = struct.unpack_from(">II", encoded, start + 6)
+    assert (extents, offset + length) == (1, len(encoded))
+    whole = struct.pack(">II", 0, 0)
+    changed = encoded[: start + 6] + whole + encoded[start + 14 :]
+    assert refused(changed).reason == "IMAGE_UNDECODABLE"
+    box = encoded.index(b"iloc") - 4
+    grown = bytearray(encoded)
+    for at in (box, encoded.index(b"meta") - 4):
+        grown[at : at + 4] = struct.pack(">I", struct.unpack_from(">I", encoded, at)[0] + 80)
+    grown[start + 4 : start + 14] = struct.pack(">H", 11) + whole * 11
+    assert refused(bytes(grown)).reason == "IMAGE_TOO_COMPLEX"
 
 
 def test_a_frame_larger_than_the_file_says_counts_as_it_is():

@@ -200,6 +200,13 @@ def test_strips_of_a_tiff_are_counted():
     assert "strips" in str(error)
 
 
+def test_values_of_a_tiff_are_counted():
+    tags = {256: (4, [8]), 257: (4, [8]), 258: (3, [8]), 259: (3, [1]), 262: (3, [1]), 273: (4, [8]), 279: (4, [64])}
+    error = refused(hostile.tiff_of(tags | {340: (3, [0] * 5000)}, bytes(64)))
+    assert error.reason == "IMAGE_TOO_COMPLEX"
+    assert "340" in str(error)
+
+
 def test_scans_within_a_tiff_are_counted():
     strip = hostile.jpeg_of_scans(400, 400, 60)
     tags = {256: (4, [400]), 257: (4, [400]), 258: (3, [8, 8, 8]), 259: (3, [7]), 262: (3, [6]), 277: (3, [3])}
