@@ -1,11 +1,10 @@
-"""What the tracer makes of TABLE and SUBSTITUTES: a graph of every format, right at every batch size."""
+"""What the tracer makes of TABLE and SUBSTITUTES: graphs of torch.export and TorchScript, right at any batch size."""
 
 import copy
 import io
 import warnings
 from collections.abc import Callable
 
-import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
@@ -201,7 +200,7 @@ def test_every_format_computes_the_same_at_another_batch_size(name: str) -> None
     batch = {0: torch.export.Dim.DYNAMIC}
     program = torch.export.export(graph_module, (x, seed), dynamic_shapes=(batch, batch))
     want = autograd(net, x[:3], seed[:3])
-    for run in (saved_and_loaded(program), onnxruntime_session(program), torchscript(graph_module)):
+    for run in (saved_and_loaded(program), torchscript(graph_module)):
         for got, expected in zip(run(x[:3], seed[:3]), want, strict=True):
             torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5, msg=lambda text, run=run: f"{run}: {text}")
 
@@ -211,21 +210,6 @@ def saved_and_loaded(program: torch.export.ExportedProgram) -> Callable[..., tup
     torch.export.save(program, buffer)
     buffer.seek(0)
     return torch.export.load(buffer).module()
-
-
-def onnxruntime_session(program: torch.export.ExportedProgram) -> Callable[..., tuple[Tensor, ...]]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", FutureWarning)
-        model = torch.onnx.export(program, dynamo=True, verbose=False).model_proto
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    names = [entry.name for entry in session.get_inputs()]
-
-    def run(*values: Tensor) -> tuple[Tensor, ...]:
-        feeds = {name: value.numpy() for name, value in zip(names, values, strict=True)}
-        return tuple(torch.from_numpy(result) for result in session.run(None, feeds))
-
-    return run
 
 
 def torchscript(graph_module: GraphModule) -> Callable[..., tuple[Tensor, ...]]:
