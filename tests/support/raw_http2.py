@@ -49,7 +49,8 @@ def _literal(name: str, value: str) -> bytes:
 
 def _string(text: str) -> bytes:
     assert len(text) < 127  # one byte tells the length
-    return bytes([len(text)]) + text.encode()
+    # Half a surrogate pair stands for a byte that is no UTF-8.
+    return bytes([len(text)]) + text.encode("utf-8", "surrogateescape")
 
 
 class RawConnection:

@@ -56,6 +56,10 @@ class TransientError(ExportError):
     """A failure that says nothing about the next start."""
 
 
+class NotWrittenError(TransientError):
+    """An export could not be written where it was to be kept."""
+
+
 def load_network(config: ModelConfig) -> "LoadedModel":
     """Load a model with the labels and the version of its source, whatever the configuration says.
 
@@ -152,12 +156,14 @@ def _export(
             manifest = without_left_out(manifest, parity, unfinished.folder)
             unfinished.keep(replace(manifest, files={**manifest.files, **record.write(unfinished.folder)}))
     except ExportError as error:
-        if isinstance(error.__cause__, (MemoryError, OSError)):
+        if isinstance(error.__cause__, OSError):
+            raise NotWrittenError(str(error)) from error
+        if isinstance(error.__cause__, MemoryError):
             raise TransientError(str(error)) from error
         raise
     except OSError as error:
         # The disk's fault, not the model's: not remembered.
-        raise TransientError(f"the export could not be written ({error.strerror or type(error).__name__})") from error
+        raise NotWrittenError(f"the export could not be written ({error.strerror or type(error).__name__})") from error
     # Exporters are large, and the network is foreign code.
     except Exception as error:
         _log.exception("model %s: the export failed unexpectedly", config.name)

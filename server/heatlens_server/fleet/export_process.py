@@ -6,6 +6,7 @@ stays open: its end means that the server has ended. Standard output has one JSO
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -23,7 +24,15 @@ from heatlens_server.core.causes import with_causes
 from heatlens_server.core.errors import ExportError, ModelLoadError
 from heatlens_server.core.graph_spec import Format
 from heatlens_server.fleet.cache_key import export_key, is_settled
-from heatlens_server.fleet.export import Export, Report, TransientError, check_failure, importing_torch, make_export
+from heatlens_server.fleet.export import (
+    Export,
+    NotWrittenError,
+    Report,
+    TransientError,
+    check_failure,
+    importing_torch,
+    make_export,
+)
 from heatlens_server.fleet.torch_record import read_record
 from heatlens_server.telemetry.logs import configure_logging
 
@@ -36,7 +45,13 @@ Make = Callable[..., str]
 """As `make_export`."""
 
 _TAIL_BYTES = 2000
-_ERRORS: dict[str, type[Exception]] = {"export": ExportError, "transient": TransientError, "load": ModelLoadError}
+# The narrowest first.
+_ERRORS: dict[str, type[Exception]] = {
+    "not-written": NotWrittenError,
+    "transient": TransientError,
+    "export": ExportError,
+    "load": ModelLoadError,
+}
 
 # One at a time: each takes gigabytes and as many cores as there are.
 _running = threading.Lock()
@@ -77,7 +92,13 @@ def get_or_export(
     cache = cache.writable()
     with _running:
         # Of a network that is never twice the same, the key is another.
-        key = (make or export_in_process)(config, file_format, cache=cache, retry=retry, report=report)
+        run = functools.partial(make or export_in_process, config, file_format, retry=retry, report=report)
+        try:
+            key = run(cache=cache)
+        except NotWrittenError as error:
+            # A full disk, mostly: there may be room elsewhere.
+            cache = cache.temporary(str(error))
+            key = run(cache=cache)
     found = _find(cache, key, None)
     if found is None:
         raise TransientError("the export was damaged or removed as soon as it was made")
@@ -199,7 +220,7 @@ def main() -> int:
             report=lambda line: answer(report=line),
         )
     except tuple(_ERRORS.values()) as error:
-        kind = next(kind for kind in ("transient", "export", "load") if isinstance(error, _ERRORS[kind]))
+        kind = next(kind for kind, known in _ERRORS.items() if isinstance(error, known))
         # Causes do not pass from process to process: as notes they reach the log, and no client.
         told = with_causes(error).removeprefix(str(error)).removeprefix("; ")
         answer(error=kind, message=str(error), notes=[told] if told else [])

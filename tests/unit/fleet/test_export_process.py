@@ -1,5 +1,6 @@
 """The exporting process: what gets into it, and what becomes of its errors and its end."""
 
+import errno
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.graph_spec import Format
 from heatlens_server.fleet import export_process
 from heatlens_server.fleet.build import build
+from heatlens_server.fleet.export import load_network, make_export
+from server_process import SUPPORT
 
 
 def test_modules_of_the_current_folder_do_not_get_into_the_exporting_process(tmp_path, monkeypatch):
@@ -54,6 +57,30 @@ def test_an_exporting_process_that_is_dead_before_its_order_is_given_is_known_by
     with subprocess.Popen(["false"], text=True, **pipes) as process:
         assert process.wait() == 1
         assert export_process._follow(process, {}, pytest.fail) is None
+
+
+def test_an_export_for_which_there_is_no_room_goes_to_a_temporary_folder(tmp_path, monkeypatch, caplog):
+    monkeypatch.syspath_prepend(str(SUPPORT))
+    model = ModelConfig(
+        name="m", source="python:tiny_models:tiny_mlp", layers=("body",), preprocess={"resize_px": 64, "crop_px": 64}
+    )
+    full = ExportCache(tmp_path / "cache")
+    writing = ExportCache.writing
+
+    def disk(cache: ExportCache, key: str):
+        if cache.folder == full.folder:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return writing(cache, key)
+
+    monkeypatch.setattr(ExportCache, "writing", disk)
+    export = export_process.get_or_export(
+        model, Format.ONNX, load=lambda: load_network(model), cache=full, retry=False, report=str, make=make_export
+    )
+    assert full.folder not in export.folder.parents
+    assert export.manifest.source == model.source
+    assert "No space left on device" in caplog.text
+    assert full.folder.is_dir()
+    assert not [path for path in full.folder.iterdir() if path.suffix != ".lock"]
 
 
 def test_the_operators_code_is_found_where_the_server_finds_it(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -53,11 +54,17 @@ class ExportCache:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
                 with tempfile.TemporaryFile(dir=self.folder):
-                    return self
+                    if self._is_trusted():
+                        return self
+                reason = "others may write to it"
             except OSError as error:
                 reason = error.strerror or type(error).__name__
+        return self.temporary(reason)
+
+    def temporary(self, reason: str) -> "ExportCache":
+        """A cache for this process, in place of this one, which a warning says cannot be used, and why."""
         _log.warning(
-            "the cache %s cannot be written to (%s): every start will export its models anew; set server.cache_dir",
+            "the cache %s cannot be used (%s): every start will export its models anew; set server.cache_dir",
             self.folder or "",
             reason,
         )
@@ -74,7 +81,7 @@ class ExportCache:
             return None
         entry = self.folder / key
         # Also what is no folder: nothing could be put in its place.
-        if not os.path.lexists(entry):
+        if not os.path.lexists(entry) or not self._is_trusted():
             return None
         try:
             return entry, _read_sealed(entry)
@@ -162,6 +169,24 @@ class ExportCache:
                 with contextlib.suppress(OSError):
                     if time.time() - path.stat().st_mtime > _STALE_S:
                         shutil.rmtree(path)
+
+    def _is_trusted(self) -> bool:
+        """Whether nobody else can have put anything into the folder: what is in it is run.
+
+        The folder must be this user's or root's, and not open to everybody. Its group is the operator's choice.
+        """
+        try:
+            status = self._path("").stat()
+        except OSError:
+            return False
+        if status.st_uid in {os.geteuid(), 0} and not status.st_mode & stat.S_IWOTH:
+            return True
+        _log.warning(
+            "the cache %s is not used, as others may write to it: make it this user's own (chown) and close it to "
+            "others (chmod o-w), or set server.cache_dir to a folder that is",
+            self.folder,
+        )
+        return False
 
     def _path(self, name: str) -> Path:
         """A path in the cache; without a folder, one that is nowhere."""

@@ -1,5 +1,6 @@
 """What is in an export's folder: `manifest.json`. No torch in here: engines read it to run an export without it."""
 
+import errno
 import hashlib
 import json
 from collections.abc import Mapping
@@ -163,6 +164,8 @@ def read_manifest(folder: Path) -> Manifest:
             message names the field or the file.
     """
     try:
+        if not (folder / MANIFEST_FILE).is_file():
+            raise FileNotFoundError
         content = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         if content.pop("manifest_version") != _MANIFEST_VERSION:
             raise ExportError(f"{MANIFEST_FILE} is of another version of heatlens")
@@ -200,7 +203,13 @@ def _reader() -> TypeAdapter[Manifest]:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """SHA-256 of a file, in hex.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file: a FIFO would be waited for.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is no regular file")
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):

@@ -74,9 +74,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return bytes(response)
 
         async def handle(requests: object, context: Context) -> None:  # noqa: ARG001 - read through the context
-            call, metadata = self._begin(method, context)
+            call, authorization = self._begin(method, context)
             try:
-                with self._gate.admit(metadata.get("authorization", "")):
+                with self._gate.admit(authorization):
                     response = await answer(call, context)
                     with admission.sending(call.peer):
                         await context.write(response)
@@ -91,9 +91,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             behavior = _writing(behavior)
 
         async def handle(requests: object, context: Context) -> None:  # noqa: ARG001 - read through the context
-            call, metadata = self._begin(method, context)
+            call, authorization = self._begin(method, context)
             try:
-                with self._gate.admit(metadata.get("authorization", "")):
+                with self._gate.admit(authorization):
                     sending = _Sending(context, self._gate.admission, call.peer)
                     await behavior(_Requests(context), sending)
             except BaseException as error:
@@ -102,12 +102,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return handle
 
-    def _begin(self, method: str, context: Context) -> tuple[Call, dict[str, str | bytes]]:
-        """The call, and its metadata."""
-        metadata = dict(context.invocation_metadata() or ())
-        call = self._gate.begin(method, peer=context.peer(), request_id=metadata.get(REQUEST_ID_KEY, ""))
+    def _begin(self, method: str, context: Context) -> tuple[Call, str | bytes]:
+        """The call, and what its caller sent as `authorization`: nothing if that was several, which proxies may mix."""
+        sent = tuple(context.invocation_metadata() or ())
+        call = self._gate.begin(method, peer=context.peer(), request_id=dict(sent).get(REQUEST_ID_KEY, ""))
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
-        return call, metadata
+        authorizations = [value for key, value in sent if key == "authorization"]
+        return call, authorizations[0] if len(authorizations) == 1 else ""
 
     async def _fail(self, call: Call, context: Context, error: BaseException) -> NoReturn:
         """End a call with its error's status; what is not an error (cancellation) is raised again."""

@@ -7,6 +7,8 @@ Health is told for the server as a whole, per service and per model:
 """
 
 import asyncio
+import logging
+import os
 
 import grpc
 import grpc.aio
@@ -48,6 +50,10 @@ _LOOKAHEAD_BYTES = 256 * 1024
 """What a peer may send of a call that is not read."""
 
 
+# gRPC logs metadata that is no UTF-8, with its value, which may be a token, and a traceback; and reads it as Latin-1.
+logging.getLogger("grpc._cython.cygrpc").addFilter(lambda record: not str(record.msg).startswith("Invalid encoding on"))
+
+
 def make_server(config: ServerConfig, gate: CallGate, *, max_connections: int) -> grpc.aio.Server:
     """Make a server with limits, keepalive and the call interceptor, without services and without a port.
 
@@ -85,6 +91,8 @@ def bind(server: grpc.aio.Server, config: ServerConfig) -> int:
     Raises:
         ConfigError: the address cannot be bound, or a TLS file cannot be read.
     """
+    # The mode of a unix socket is that of its creation: set afterwards, there would be a moment in between.
+    umask = os.umask(~int(config.socket_mode, 8) & 0o777)
     try:
         if config.tls is None:
             port = server.add_insecure_port(config.listen)
@@ -92,6 +100,8 @@ def bind(server: grpc.aio.Server, config: ServerConfig) -> int:
             port = server.add_secure_port(config.listen, _credentials(config.tls))
     except RuntimeError:
         port = 0
+    finally:
+        os.umask(umask)
     if port == 0:
         raise ConfigError(f"server.listen: cannot listen on {config.listen}: is another server using that port?")
     return port

@@ -143,7 +143,7 @@ def test_a_cache_that_cannot_be_written_to_is_a_warning_and_another_is_used(tmp_
     cache.sweep()
     assert caplog.text == ""
     other = cache.writable()
-    assert "cannot be written to" in caplog.text
+    assert "cannot be used" in caplog.text
     used, manifest = keep(other)
     assert manifest.labels == ("a", "b")
     assert (used / "graph.onnx").read_bytes() == b"graph" * 100
@@ -154,6 +154,31 @@ def test_a_cache_that_can_be_written_to_is_made(cache, caplog):
     assert cache.writable() is cache
     assert cache.folder.is_dir()
     assert caplog.text == ""
+
+
+def given_away(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a folder another user's."""
+    if os.geteuid() == 0:
+        os.chown(folder, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+
+
+@pytest.mark.parametrize("change", [given_away, lambda folder, _: folder.chmod(0o777)], ids=["owner", "mode"])
+def test_a_cache_that_others_may_write_to_is_not_used(cache, change, monkeypatch, caplog):
+    keep(cache)
+    assert cache.find(KEY) is not None
+    change(cache.folder, monkeypatch)
+    assert cache.find(KEY) is None
+    assert "chown" in caplog.text
+    assert "chmod o-w" in caplog.text
+    assert "server.cache_dir" in caplog.text
+    other = cache.writable()
+    assert other.folder != cache.folder
+    keep(other)
+    assert other.find(KEY) is not None
+    # Nothing of it was touched.
+    assert leftovers(cache) == {KEY}
 
 
 def test_failures_are_remembered_until_they_are_forgotten(cache):

@@ -1,6 +1,7 @@
 """What is written about an export, and how its reading fails."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -49,6 +50,15 @@ def folder(tmp_path):
     )
     manifest.write(tmp_path)
     return tmp_path, manifest
+
+
+@pytest.mark.parametrize("name", ["net.onnx", MANIFEST_FILE])
+def test_a_fifo_is_refused_and_not_waited_for(folder, name):
+    path, _ = folder
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    with pytest.raises(ExportError, match=f"{name} cannot be read"):
+        read_manifest(path)
 
 
 def test_what_is_written_is_read(folder):

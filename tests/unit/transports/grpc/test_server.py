@@ -1,5 +1,7 @@
 """What health checks and watchers are told while models come and go."""
 
+import os
+import stat
 from collections.abc import AsyncIterator
 
 import grpc
@@ -8,11 +10,11 @@ import pytest
 import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from heatlens_server.config import ModelConfig
+from heatlens_server.config import ModelConfig, ServerConfig
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.fleet.build import BuiltModel
 from heatlens_server.fleet.fleet import Fleet
-from heatlens_server.transports.grpc.server import SERVICES, Health
+from heatlens_server.transports.grpc.server import SERVICES, Health, bind
 
 SERVING, NOT_SERVING, UNKNOWN = "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN"
 MODEL = "heatlens.v1.ExplainService/a"
@@ -30,6 +32,19 @@ async def health() -> AsyncIterator[tuple[Health, health_pb2_grpc.HealthStub]]:
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         yield made, health_pb2_grpc.HealthStub(channel)
+    await server.stop(0)
+
+
+@pytest.mark.parametrize(("keys", "mode"), [({}, 0o600), ({"socket_mode": "0660"}, 0o660)])
+async def test_a_unix_socket_has_the_configured_mode_whatever_the_umask(tmp_path, keys, mode):
+    path, server = tmp_path / "s", grpc.aio.server()
+    before = os.umask(0)
+    try:
+        bind(server, ServerConfig(listen=f"unix:{path}", **keys))
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+        assert os.umask(0) == 0
+    finally:
+        os.umask(before)
     await server.stop(0)
 
 
