@@ -21,6 +21,8 @@ _PROGRESSIVE = 0xC2
 _TABLES = frozenset({0xC4, 0xDB, 0xDD})
 _COLORS = frozenset({0xE0, 0xEE})
 _APP1 = 0xE1
+# What may follow 0xFF that is no marker of a segment: nothing, stuffing, fill, restarts.
+_NO_MARKERS = frozenset({b"", b"\0", b"\xff"} | {bytes([0xD0 + i]) for i in range(8)})
 _EXIF = b"Exif\0\0"
 
 _BLOCK = 8
@@ -103,6 +105,9 @@ def walk_jpeg(encoded: bytes, check: SizeCheck) -> PlainFile:
 
 def _next_marker(values: npt.NDArray[np.uint8], start: int) -> int:
     """Where the next marker is that is no restart, stuffing or fill byte; the end of the file if there is none."""
+    near = values[start : start + 2].tobytes()
+    if near[:1] == b"\xff" and near[1:] not in _NO_MARKERS:
+        return start
     size = _FIRST_SEARCH_BYTES
     while start + 1 < len(values):
         block = values[start : start + size + 1]
