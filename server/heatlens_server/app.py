@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from heatlens.v1 import explain_pb2_grpc, model_pb2_grpc
-from heatlens_server.allocator import return_freed_memory
+from heatlens_server.allocator import return_freed_memory, return_memory_when_idle
 from heatlens_server.api.admission import Admission
 from heatlens_server.api.calls import CallGate
 from heatlens_server.api.checks import Limits
@@ -93,7 +93,7 @@ class Server:
         )
         self._loading: list[asyncio.Task[None]] = []
         self.hung = asyncio.Event()
-        self._watch: asyncio.Task[None] | None = None
+        self._background: list[asyncio.Task[None]] = []
         token = config.server.read_token()
         admission = Admission(
             max_bytes=limits.max_bytes_in_flight,
@@ -127,7 +127,10 @@ class Server:
         server = cls(config)
         server.port = bind(server._grpc, config.server)
         server._loading = [server.fleet.load(model) for model in config.models]
-        server._watch = asyncio.create_task(watch(server.fleet, on_hang=lambda _name: server.hung.set()))
+        server._background = [
+            asyncio.create_task(watch(server.fleet, on_hang=lambda _name: server.hung.set())),
+            asyncio.create_task(return_memory_when_idle(server._gate.work)),
+        ]
         await server._health.update(server.fleet)
         await server._grpc.start()
         _log.info("listening on %s, port %d", config.server.listen, server.port)
@@ -168,8 +171,8 @@ class Server:
         await asyncio.sleep(min(_REFUSE_WINDOW_S, max(0.0, deadline - time.monotonic())))
         await self._grpc.stop(_FLUSH_S if finished else 0.0)
         self._decoders.shutdown(wait=False, cancel_futures=True)
-        if self._watch is not None:
-            self._watch.cancel()
+        for task in self._background:
+            task.cancel()
         closed = await self.fleet.close(timeout_s=_CLOSE_S)
         _log.info("stopped")
         return closed and not self._large_images.busy

@@ -1,6 +1,7 @@
 """Bytes that are sent without a right to, or never taken: memory stays bounded, and everybody else is answered."""
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from heatlens.v1 import explain_pb2 as pb
 from messages import distinct
 from observed_server import rss_bytes
 from raw_http2 import EXPLAIN, end_stream, headers, message
-from server_process import wait_settled
+from server_process import until, wait_settled
 from server_toml import server_toml
 
 pytestmark = pytest.mark.serial
@@ -69,3 +70,18 @@ def test_answers_that_nobody_takes_are_bounded_and_their_connection_is_closed(la
             pass  # the rest of what it was granted, until it is hung up on
         assert rss_bytes(server.process.pid, peak=True) - before < 2 * budget
         assert client.explain(distinct(1)[0], timeout=60).explanations
+
+
+def test_memory_comes_back_after_a_burst(launch):
+    server = launch(server_toml())
+    wait_settled(server.address)
+    image = np.zeros((1900, 1900, 3), np.uint8)
+    with Client(server.address) as client:
+        for small in distinct(4):
+            client.explain(small, timeout=60)
+        idle = rss_bytes(server.process.pid)
+        with ThreadPoolExecutor(8) as threads:
+            answers = [threads.submit(client.explain, image, map_size="source", timeout=100) for _ in range(8)]
+            assert all(answer.result().explanations for answer in answers)
+        assert rss_bytes(server.process.pid, peak=True) > 1.5 * idle  # this can fail
+        until(lambda: rss_bytes(server.process.pid) < 1.5 * idle)

@@ -1,8 +1,13 @@
 """The allocator setting, in a process of its own: it cannot be taken back."""
 
+import asyncio
 import os
 import subprocess
 import sys
+
+import pytest
+
+from heatlens_server.allocator import return_memory_when_idle
 
 # Activations of 2 to 13 MB, as in the first layers of a classifier at batch 8, on a thread that is not the main one.
 PROBE = """
@@ -48,3 +53,19 @@ def test_freed_memory_is_used_again_without_page_faults():
     assert default > 4_000  # the control: without it, every activation is faulted in anew
     # Mostly none at all. Where a freed block does not fit the next layer's alignment, a few new pages are touched.
     assert faults("keep") < default / 5
+
+
+async def test_freed_memory_is_given_back_once_after_each_burst():
+    # Idle, a call in flight, two ended, idle for two looks, another call, idle.
+    works = iter([0, 0, None, 2, 2, 2, 3, 3, 3])
+    given_back, seen = [], []
+
+    def work() -> int | None:
+        seen.append(next(works, "over"))
+        if seen[-1] == "over":
+            raise asyncio.CancelledError
+        return seen[-1]
+
+    with pytest.raises(asyncio.CancelledError):
+        await return_memory_when_idle(work, look_s=0, give_back=lambda: given_back.append(seen[-1]))
+    assert given_back == [2, 3]

@@ -71,6 +71,7 @@ class CallGate:
         self.admission = admission or Admission()
         self._token = None if token is None else token.encode()
         self._in_flight = 0
+        self._ended = 0
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -133,8 +134,13 @@ class CallGate:
             yield
         finally:
             self._in_flight -= 1
+            self._ended += 1
             if self._in_flight == 0:
                 self._idle.set()
+
+    def work(self) -> int | None:
+        """How many calls have ended so far; None while some are in flight."""
+        return None if self._in_flight else self._ended
 
     async def close(self, timeout_s: float, *, hurry: asyncio.Event | None = None) -> bool:
         """Refuse new calls from now on, and wait for those in flight.
