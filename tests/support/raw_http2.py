@@ -54,7 +54,7 @@ def _string(text: str) -> bytes:
 
 
 class RawConnection:
-    """A connection that has told the server its settings, and confirms none of the server's."""
+    """A connection that has told the server its settings, and confirms the server's in `upload` alone."""
 
     def __init__(self, address: str, *, window_bytes: int = 65_535, timeout_s: float = 20.0) -> None:
         """Connect.
@@ -79,14 +79,18 @@ class RawConnection:
 
     def frames(self) -> list[tuple[int, int, bytes]]:
         """Whole frames (kind, stream id, payload) of what the server says next; none once it has hung up."""
-        self._rest += self.socket.recv(1 << 20)
-        found = []
-        while len(self._rest) >= 9:
-            length = int.from_bytes(self._rest[:3], "big")
-            if len(self._rest) < 9 + length:
+        found: list[tuple[int, int, bytes]] = []
+        while not found:
+            data = self.socket.recv(1 << 20)
+            if not data:
                 break
-            found.append((self._rest[3], int.from_bytes(self._rest[5:9], "big"), self._rest[9 : 9 + length]))
-            self._rest = self._rest[9 + length :]
+            self._rest += data
+            while len(self._rest) >= 9:
+                length = int.from_bytes(self._rest[:3], "big")
+                if len(self._rest) < 9 + length:
+                    break
+                found.append((self._rest[3], int.from_bytes(self._rest[5:9], "big"), self._rest[9 : 9 + length]))
+                self._rest = self._rest[9 + length :]
         return found
 
     def upload(self, stream_id: int, data: bytes, *, patience_s: float = 1.0) -> bool:
@@ -116,12 +120,13 @@ class RawConnection:
         return True
 
     def _grant(self, kind: int, stream_id: int, payload: bytes) -> None:
-        """Take note of what the server lets this end send, and confirm its pings, as honest peers do."""
+        """Take note of what the server lets this end send; confirm its settings and pings, as honest peers do."""
         if kind == WINDOW_UPDATE and stream_id:
             self._extra[stream_id] += int.from_bytes(payload, "big")
         elif kind == WINDOW_UPDATE:
             self._room += int.from_bytes(payload, "big")
-        elif kind == SETTINGS:
+        elif kind == SETTINGS and payload:
+            self.send(frame(SETTINGS, _ACK, 0))
             for start in range(0, len(payload), 6):
                 if int.from_bytes(payload[start : start + 2], "big") == _INITIAL_WINDOW_SIZE:
                     self._initial = int.from_bytes(payload[start + 2 : start + 6], "big")
