@@ -210,6 +210,8 @@ async def test_every_call_is_one_json_line_with_its_request_id(server):
     async with grpc.aio.insecure_channel(server.address) as channel:
         stub = explain_pb2_grpc.ExplainServiceStub(channel)
         await stub.Explain(request(distinct(1)[0], "tiny"), metadata=[("x-request-id", "find-me")])
+    # Lines are written by a thread of their own.
+    await until(lambda: "find-me" in server.log())
     lines = [json.loads(line) for line in server.log().splitlines() if "find-me" in line]
     assert len(lines) == 1
     assert lines[0]["code"] == "OK"

@@ -11,6 +11,7 @@ import pytest
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
 from messages import Details, distinct, pixels
+from server_process import until
 from server_toml import model_toml, server_toml
 
 TOML = server_toml(
@@ -72,6 +73,8 @@ async def test_internal_error_on_a_large_image_holds_nobody_up_and_keeps_the_ima
                 if raised.value.code() is grpc.StatusCode.INTERNAL:
                     break
                 await asyncio.sleep(0.1)
+    # Lines are written by a thread of their own.
+    await asyncio.to_thread(until, lambda: '"INTERNAL"' in running.log())
     lines = [json.loads(line) for line in running.log().splitlines()]
     (call,) = [line for line in lines if line.get("code") == "INTERNAL"]
     assert "Traceback" in call["exception"] or "InternalError" in call["exception"]
