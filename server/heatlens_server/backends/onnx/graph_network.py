@@ -90,7 +90,15 @@ class GraphNetwork:
     Inputs are normalised images (N, C, H, W) in float32, however the network takes them.
     """
 
-    def __init__(self, network: NetworkGraphs, runtime: Runtime, choice: Choice, *, threads: int | None) -> None:
+    def __init__(
+        self,
+        network: NetworkGraphs,
+        runtime: Runtime,
+        choice: Choice,
+        *,
+        threads: int | None,
+        optimised: bool = True,
+    ) -> None:
         """Open nothing yet.
 
         Args:
@@ -98,12 +106,14 @@ class GraphNetwork:
             runtime: onnxruntime.
             choice: where it runs.
             threads: for one run on a CPU; None for as many as there are cores for this process.
+            optimised: whether onnxruntime may put other operators in the place of the graphs'.
         """
         self._network = network
         self._about = network.info
         self._runtime = runtime
         self._choice = choice
         self._threads = threads
+        self._optimised = optimised
         self._table = normalisation_table(self._about.preprocess)
         self._grids = {layer.name: layer.grid for layer in self._about.layers}
         self._passes: _Recent[_Sessions] = _Recent()
@@ -211,7 +221,13 @@ class GraphNetwork:
     def twin(self) -> "GraphNetwork":
         """The same network with weights that mean nothing. Made when it is first asked for, and kept."""
         if self._twin is None:
-            self._twin = GraphNetwork(self._network.twin(), self._runtime, self._choice, threads=self._threads)
+            self._twin = GraphNetwork(
+                self._network.twin(),
+                self._runtime,
+                self._choice,
+                threads=self._threads,
+                optimised=self._optimised,
+            )
         return self._twin
 
     def _asked(
@@ -276,7 +292,9 @@ class GraphNetwork:
         return self._passes.get(layers, opened)
 
     def _open(self, graph: PackedGraph) -> OpenGraph:
-        opened, self._choice = open_packed(self._runtime, graph, self._choice, threads=self._threads)
+        opened, self._choice = open_packed(
+            self._runtime, graph, self._choice, threads=self._threads, runs_once=not self._optimised
+        )
         return opened
 
 

@@ -34,7 +34,13 @@ class NetworkEngine:
     """Explains with a network's graphs, on a CPU or an NVIDIA GPU. Implements `core.engine.SteppingEngine`."""
 
     def __init__(
-        self, network: NetworkGraphs, *, device: str = "auto", provider: str = "auto", threads: int | None = None
+        self,
+        network: NetworkGraphs,
+        *,
+        device: str = "auto",
+        provider: str = "auto",
+        threads: int | None = None,
+        optimised: bool = True,
     ) -> None:
         """Open the default layer's sessions; other layers' are opened when they are first asked for.
 
@@ -43,6 +49,7 @@ class NetworkEngine:
             device: "auto", "cpu", "cuda" or "cuda:N".
             provider: "auto", "cpu", "cuda" or "tensorrt".
             threads: for one run on a CPU; None for as many as there are cores for this process.
+            optimised: whether onnxruntime may put other operators in the place of the graphs'.
 
         Raises:
             ModelLoadError: onnxruntime does not run the graphs, or not where it should.
@@ -51,7 +58,7 @@ class NetworkEngine:
         self._about = about = network.info
         precision = "fp16" if about.dtype == "float16" else "fp32"
         choice = choose_for(runtime, device=device, provider=provider, precision=precision)
-        graphs = GraphNetwork(network, runtime, choice, threads=threads)
+        graphs = GraphNetwork(network, runtime, choice, threads=threads, optimised=optimised)
         try:
             has_gradient = graphs.has_gradient(about.layers[0].name)
         except ModelLoadError:

@@ -32,7 +32,8 @@ def explaining_model(loaded: LoadedFile, spec: GraphSpec) -> ir.Model:
         spec: which graph; its layer is one of the network's.
 
     Returns:
-        A model with the inputs `image` (N, C, H, W) and `class_index` (N, K), and the outputs of `spec`.
+        A model with the inputs `image` (N, C, H, W) and `class_index` (N, K), and the outputs of `spec`. N is 1 for a
+        network that takes one image at a time.
 
     Raises:
         NotDifferentiable: an operator of the tail has no rule, or a value that the backward pass reads cannot be
@@ -63,7 +64,9 @@ class _Writer:
         self._tape = Tape(self._known, lambda _value: False, prefix="explain")
         self._nodes = list(graph)
         classes: int | str = "classes" if spec.classes is None else spec.classes
-        self._class_index = _typed(ir.Value(name=CLASS_INDEX), _INT64, ("batch", classes))
+        # Any number of images would be run, and mixed without a word.
+        self._images: int | str = "batch" if loaded.info.takes_batches else 1
+        self._class_index = _typed(ir.Value(name=CLASS_INDEX), _INT64, (self._images, classes))
         self._classes = classes
 
     def model(self) -> ir.Model:
@@ -101,7 +104,7 @@ class _Writer:
         preprocess = loaded.info.preprocess
         is_bytes = self._spec.input is InputKind.UINT8
         dtype = ir.DataType.UINT8 if is_bytes else _FLOAT
-        image = _typed(ir.Value(name=IMAGE), dtype, ("batch", preprocess.channels, *preprocess.input_px))
+        image = _typed(ir.Value(name=IMAGE), dtype, (self._images, preprocess.channels, *preprocess.input_px))
         wanted = own.dtype or _FLOAT
         at = image
         if is_bytes and wanted is not ir.DataType.UINT8:
@@ -211,11 +214,11 @@ class _Writer:
     def _finished(
         self, image: ir.Value, given: list[ir.Node], found: Mapping[Output, ir.Value], size: tuple[int, int, int]
     ) -> ir.Model:
-        graph, rows = self._model.graph, ("batch", self._classes)
+        graph, rows = self._model.graph, (self._images, self._classes)
         shapes: Mapping[Output, Sizes] = {
-            Output.LOGITS: ("batch", self._loaded.info.class_count),
+            Output.LOGITS: (self._images, self._loaded.info.class_count),
             Output.CLASS_ID: rows,
-            Output.ACTIVATIONS: ("batch", *size),
+            Output.ACTIVATIONS: (self._images, *size),
             Output.GRADIENTS: (*rows, *size),
             Output.CAM: (*rows, *size[1:]),
             Output.CAM_SCALE: rows,

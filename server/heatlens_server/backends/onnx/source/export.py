@@ -21,11 +21,11 @@ from heatlens_server.backends.onnx.manifest import (
 )
 from heatlens_server.backends.onnx.network_engine import NetworkEngine
 from heatlens_server.backends.onnx.packed import Array
-from heatlens_server.backends.onnx.providers import load_runtime
+from heatlens_server.backends.onnx.providers import ON_CPU, load_runtime, open_session, session_options
 from heatlens_server.backends.onnx.source.explain import explaining_model
 from heatlens_server.backends.onnx.source.load import LoadedFile
 from heatlens_server.backends.onnx.source.store import stored
-from heatlens_server.backends.onnx.source.verify import MOST_GRADIENT_ERROR, is_wrong, judge_layer
+from heatlens_server.backends.onnx.source.verify import MOST_GRADIENT_ERROR, check_repeats, is_wrong, judge_layer
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import CLASS_INDEX, IMAGE, Format, GraphSpec, InputKind, Output, meanings
@@ -35,6 +35,7 @@ from heatlens_server.core.targets import TopK
 _MOST_INLINE_BYTES = 1 << 30
 """Larger networks keep their weights in a file beside the graph: protobuf takes 2 GB."""
 
+_QUANTISERS = frozenset({"DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear"})
 _BATCH_SIZES = (1, 3)
 _BOUND = 1e-4
 """Of a map in [0, 1], and of logits relative to the largest."""
@@ -74,6 +75,9 @@ def export_file(
         raise ExportError(f"exports are of classifiers, and this model is for {loaded.info.task}")
     if not loaded.info.takes_batches and spec.classes != 1:
         raise ExportError("the file takes one image at a time, and so one class: export it with --classes 1")
+    check_repeats(loaded)
+    if not loaded.info.takes_batches:
+        report("the file takes one image at a time, or mixes the images of a batch: the graph takes one image")
     with delivered(folder) as staging:
         report(f"differentiating {name} by {spec.layer}")
         try:
@@ -164,14 +168,22 @@ def parity_of(
     """
     report("comparing it with the forward and the backward pass, and the gradient with differences in float64")
     path = folder / manifest.graphs[0].file
-    session = load_runtime().InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    engine = NetworkEngine(loaded, device="cpu")
+    # onnxruntime fuses quantisers with operators between them, which rounds otherwise in each graph.
+    optimised = not any(node.op_type in _QUANTISERS for node in loaded.model.graph)
+    runtime = load_runtime()
+    options = session_options(runtime, threads=None)
+    if not optimised:
+        report("without onnxruntime's optimisations, with which quantised graphs round otherwise")
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session, _ = open_session(runtime, path, options, ON_CPU)
+    engine = NetworkEngine(loaded, device="cpu", optimised=optimised)
     height_px, width_px = loaded.info.preprocess.input_px
     count = spec.classes or min(2, loaded.info.class_count)
     map_spec = MapSpec(spec.method, (spec.layer,), upsample=False, score=spec.score)
     errors = {"logits": 0.0, "cam": 0.0}
     informative = compared = 0
-    for batch_size in _BATCH_SIZES if loaded.info.takes_batches else (1,):
+    batch_sizes = _BATCH_SIZES if loaded.info.takes_batches else (1,)
+    for batch_size in batch_sizes:
         shape = (batch_size, height_px, width_px, loaded.info.preprocess.channels)
         images = np.random.default_rng(batch_size).integers(0, 256, shape, dtype=np.uint8)
         expected = engine.explain(images, [TopK(count)] * batch_size, map_spec)
@@ -194,7 +206,7 @@ def parity_of(
     figures = {name: {"error": error, "bound": _BOUND} for name, error in errors.items()}
     if verdict is not None:
         figures["gradients"] = {"error": verdict.gradient_error, "bound": MOST_GRADIENT_ERROR}
-    return {"batch_sizes": _BATCH_SIZES, "informative_maps": informative, "compared_maps": compared, "figures": figures}
+    return {"batch_sizes": batch_sizes, "informative_maps": informative, "compared_maps": compared, "figures": figures}
 
 
 def _run(session: Any, engine: NetworkEngine, spec: GraphSpec, images: Array, count: int) -> Mapping[Output, Array]:  # noqa: ANN401

@@ -1,11 +1,13 @@
 """A gradient that is not the derivative of the forward pass is found when a file is loaded, and not offered."""
 
+import functools
+
 import pytest
 
 import tiny_models
 from heatlens_server.backends.onnx.gradient import differentiate
 from heatlens_server.backends.onnx.network_engine import NetworkEngine
-from heatlens_server.backends.onnx.source.export import export_file
+from heatlens_server.backends.onnx.source.export import export_file, parity_of
 from heatlens_server.backends.onnx.source.load import load_file
 from heatlens_server.backends.onnx.source.verify import judge_layer, verified
 from heatlens_server.config import ModelConfig
@@ -49,10 +51,11 @@ def test_a_broken_rule_leaves_the_methods_that_need_no_gradient(loaded, monkeypa
 
 def test_a_broken_rule_is_not_exported(loaded, monkeypatch, tmp_path):
     spec = GraphSpec(loaded.info.layers[0].name)
-    options = {"name": "m", "source": "onnx:m.onnx", "report": lambda _line: None}
-    manifest = export_file(loaded, spec, folder=tmp_path / "right", verify=True, **options)
+    judge = functools.partial(parity_of, loaded, spec, lambda _line: None)
+    options = {"name": "m", "source": "onnx:m.onnx", "report": lambda _line: None, "judge": judge}
+    manifest = export_file(loaded, spec, folder=tmp_path / "right", **options)
     assert manifest.parity["figures"]["gradients"]["error"] < 1e-4
     break_relu(monkeypatch)
     with pytest.raises(ExportError, match="off from differences in float64"):
-        export_file(loaded, spec, folder=tmp_path / "wrong", verify=True, **options)
+        export_file(loaded, spec, folder=tmp_path / "wrong", **options)
     assert not (tmp_path / "wrong").exists()
