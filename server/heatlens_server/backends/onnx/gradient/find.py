@@ -156,7 +156,8 @@ def _as_scores(value: ir.Value, known: Known) -> Scores | None:
     ):
         return None
     at = value
-    while (node := at.producer()) is not None and node.op_type in {*_PASSED_ON_BACK, *_ACTIVATIONS}:
+    passed_on = {*_PASSED_ON_BACK, "DequantizeLinear", "QuantizeLinear"}
+    while (node := at.producer()) is not None and node.op_type in {*passed_on, *_ACTIVATIONS}:
         source = node.inputs[0]
         if source is None:
             break

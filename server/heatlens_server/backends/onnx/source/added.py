@@ -51,7 +51,10 @@ class Added:
 
     def ints(self, *values: int) -> ir.Value:
         """Add a constant vector of int64."""
-        array = np.array(values, np.int64)
+        return self.constant(np.array(values, np.int64))
+
+    def constant(self, array: Array) -> ir.Value:
+        """Add a constant."""
         name = f"heatlens_constant_{len(self._constants)}"
         constant = ir.Value(name=name, const_value=ir.tensor(array, name=name))
         self._model.graph.register_initializer(constant)

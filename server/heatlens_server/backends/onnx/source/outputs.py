@@ -12,13 +12,17 @@ from heatlens_server.backends.onnx.source.added import NotReturned
 from heatlens_server.backends.onnx.source.boxes import Suppression, find_boxes
 from heatlens_server.backends.onnx.source.metadata import FileSettings
 from heatlens_server.backends.onnx.source.pixels import find_pixels
+from heatlens_server.backends.onnx.source.probabilities import as_logits
 from heatlens_server.config import ModelConfig, find_threshold
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.labels import read_labels
+from heatlens_server.core.output_form import OutputForm, task_of_form
 from heatlens_server.core.tasks import Activation, OutputKind, Task
 
 _SIDES = 2
 """The classes of a network of one output."""
+
+_WITHOUT_CLASSES = frozenset({Task.REGRESSION, Task.EMBEDDING})
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +91,26 @@ def find_outputs(
         with suppress(NotReturned):
             return _of_pixels(model, known, image, config, output)
         raise ModelLoadError(f"{error}; set task and output if they are scores of pixels or boxes") from error
-    return _of_image(scores, config, settings.task), known
+    return _of_image(model, known, image, scores, config, settings=settings)
 
 
-def _of_image(scores: Scores, config: ModelConfig, hint: Task | None) -> Outputs:
-    task, told = _task_of(config, scores, hint)
+def _of_image(
+    model: ir.Model, known: Known, image: ImageInput, scores: Scores, config: ModelConfig, *, settings: FileSettings
+) -> tuple[Outputs, Known]:
+    kind = None if config.outputs == "auto" else OutputKind(config.outputs)
+    about_output: tuple[str, ...] = ()
+    form: OutputForm | None = None
+    if config.task in _WITHOUT_CLASSES:
+        if kind not in {None, OutputKind.LOGITS}:
+            raise ModelLoadError(f"outputs: is for classifiers, and this model is for {config.task}")
+    else:
+        scores, known, form, about_output = as_logits(
+            model, known, image, scores, preprocess=settings.preprocess, kind=kind
+        )
+    task, told = _task_of(config, scores, settings.task, form)
     _, about_threshold = _threshold(config, task, scores)
     class_count = _SIDES if task is Task.BINARY else scores.class_count
-    return Outputs(scores, task, class_count, (*told, *about_threshold))
+    return Outputs(scores, task, class_count, (*about_output, *told, *about_threshold)), known
 
 
 def _of_pixels(
@@ -149,10 +165,16 @@ def _about_pixels(scores: Scores) -> str:
     )
 
 
-def _task_of(config: ModelConfig, scores: Scores, hint: Task | None) -> tuple[Task, list[str]]:
-    """What a network that scores images does, and what is to be said about it."""
+def _task_of(config: ModelConfig, scores: Scores, hint: Task | None, form: OutputForm | None) -> tuple[Task, list[str]]:
+    """What a network that scores images does, and what is to be said about it.
+
+    Raises:
+        ModelLoadError: its probabilities are not those of the task that the configuration says.
+    """
     told: list[str] = []
-    if scores.activation:
+    if form is not None and config.task != "auto" and Task(config.task).traits.activation is not form.activation:
+        return task_of_form(form, is_open=False), told
+    if scores.activation and form is None:
         told.append(
             f"The file's output {scores.output.name!r} is the {scores.activation} of {scores.value.name!r}: maps "
             "explain that tensor's logits; output names another output."

@@ -1,6 +1,5 @@
 """What a network that scores images or pixels returns, found by running it; and what that says of its task."""
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,20 @@ from heatlens_server.backends.torch.sources.output_reading import (
 )
 from heatlens_server.backends.torch.sources.trace import call
 from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.core.output_form import (
+    SIGMOIDS,
+    OutputForm,
+    Rows,
+    about_form,
+    about_range,
+    about_task,
+    about_unseen,
+    declared_form,
+    found_form,
+    possible_forms,
+    probes,
+    task_of_form,
+)
 from heatlens_server.core.preprocess import PreprocessSpec
 from heatlens_server.core.tasks import Activation, OutputKind, Task
 
@@ -26,7 +39,7 @@ _FEATURES = frozenset({"pooler_output", "image_embeds"})
 """What transformers' networks without a classifier call their embedding."""
 
 _ROUNDING = 1e-4
-"""How far from 1 float32 may bring the sum of the probabilities of thousands of classes."""
+"""How far what is seen to make probabilities may be off from them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +72,6 @@ class _Scores:
     before: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """What the scores are: of which kind, and by which activation."""
-
-    kind: OutputKind
-    activation: Activation
-
-
-_SOFTMAX = _Form(OutputKind.PROBABILITIES, Activation.SOFTMAX)
-_LOG_SOFTMAX = _Form(OutputKind.LOG_PROBABILITIES, Activation.SOFTMAX)
-_SIGMOIDS = _Form(OutputKind.PROBABILITIES, Activation.SIGMOID)
-
-
 def find_output(
     module: nn.Module,
     preprocess: PreprocessSpec,
@@ -83,8 +83,7 @@ def find_output(
 ) -> FoundOutput:
     """Run a network on a few images and find which part of what it returns are its scores, and what they are.
 
-    Probabilities are what lies in [0, 1] and sums to 1 on every image, or what a sigmoid is seen to make on each.
-    Log-probabilities are what is never positive and whose exponentials sum to 1 on every image.
+    What they are: see `core.output_form.found_form`.
 
     Args:
         module: in eval mode. Left as it was.
@@ -99,7 +98,8 @@ def find_output(
             message names the key to set.
     """
     notes: list[str] = []
-    said = (_say(module, probe) for probe in _probes(preprocess))
+    images = (torch.from_numpy(image.transpose(2, 0, 1)[None].copy()) for image in probes(preprocess))
+    said = (_say(module, image) for image in images)
     output, seen = next(said)
     of_pixels = task is Task.SEGMENTATION
     if part is None:
@@ -125,49 +125,29 @@ def find_output(
         return FoundOutput(OutputReading(part), task, tuple(notes))
     for output, seen in said:
         # Most networks are known to return logits after one image.
-        if kind is OutputKind.LOGITS or not _possible(scores):
+        if kind is OutputKind.LOGITS or not possible_forms([_array(one.rows) for one in scores]):
             break
         scores.append(_scores(output, seen, part, of_pixels=of_pixels))
-    form = _found(scores) if kind is None else _declared(kind, scores)
+    rows = [_array(one.rows) for one in scores]
+    shows_sigmoid = all(_shows(one, SIGMOIDS) for one in scores)
+    form = found_form(rows, shows_sigmoid=shows_sigmoid) if kind is None else declared_form(kind, rows)
     if form is None:
-        if kind is None and _possible(scores):
-            notes.append(
-                f"The network's outputs lie in [0, 1] on {len(scores)} images, but it shows no sigmoid: they are taken "
-                'as logits; set outputs = "probabilities" if they are probabilities.'
-            )
+        if kind is None and possible_forms(rows):
+            notes.append(about_range(len(scores)))
         reading = OutputReading(part, two_sided=task is Task.BINARY, of_pixels=of_pixels)
         return FoundOutput(reading, task, tuple(notes))
     if kind is None:
-        notes.append(
-            f"The network returns {form.kind}, and maps explain its logits; set outputs = "
-            f'"{OutputKind.LOGITS}" if what it returns are logits.'
-        )
+        notes.append(about_form(form))
     if form.activation is not task.traits.activation and not of_pixels:
-        task = _task_of(form, is_open=is_task_open)
-        notes.append(
-            f'Its {form.activation} makes the task "{task}"; set task if it is another.',
-        )
+        task = task_of_form(form, is_open=is_task_open)
+        notes.append(about_task(form, task))
     is_seen = all(_shows(one, form) for one in scores)
     if not is_seen:
-        notes.append(
-            f"The function that makes the network's {form.kind} cannot be seen: logits are computed from them, and "
-            "maps are flat where float32 rounds a probability to 0 or 1; let the network return its logits."
-        )
+        notes.append(about_unseen(form))
     reading = OutputReading(
         part, form.kind, form.activation, is_seen, two_sided=task is Task.BINARY, of_pixels=of_pixels
     )
     return FoundOutput(reading, task, tuple(notes))
-
-
-def _probes(preprocess: PreprocessSpec) -> Iterator[Tensor]:
-    """Images that differ in kind, as a network gets them: noise, black, white, ramps, a chequerboard."""
-    height_px, width_px = preprocess.sample_px
-    down, across = torch.meshgrid(torch.linspace(0, 1, height_px), torch.linspace(0, 1, width_px), indexing="ij")
-    noise = torch.rand(height_px, width_px, generator=torch.Generator().manual_seed(0))
-    board = ((down * 8).floor() + (across * 8).floor()) % 2
-    gains, biases = torch.tensor(preprocess.gains), torch.tensor(preprocess.biases)
-    for gray in (noise, torch.zeros_like(down), torch.ones_like(down), down, across, board):
-        yield (255.0 * gray[..., None] * gains + biases).permute(2, 0, 1)[None].contiguous()
 
 
 def _say(module: nn.Module, image: Tensor) -> tuple[object, SeenActivations]:
@@ -238,75 +218,14 @@ def _check_width(task: Task, width: int) -> None:
         )
 
 
-def _possible(scores: Sequence[_Scores]) -> set[_Form]:
-    """What the scores of all images may be, beside logits."""
-    return set.intersection(*(_possible_of(one.rows) for one in scores))
+def _array(values: Tensor) -> Rows:
+    return values.detach().float().cpu().numpy()
 
 
-def _possible_of(rows: Tensor) -> set[_Form]:
-    found: set[_Form] = set()
-    if bool(((rows >= 0) & (rows <= 1)).all()):
-        found.add(_SIGMOIDS)
-        if _is_one(rows):
-            found.add(_SOFTMAX)
-    elif bool((rows <= 0).all()) and _is_one(rows.double().exp()):
-        found.add(_LOG_SOFTMAX)
-    return found
-
-
-def _is_one(rows: Tensor) -> bool:
-    return rows.shape[1] > 1 and bool(((rows.double().sum(1) - 1.0).abs() <= _ROUNDING).all())
-
-
-def _found(scores: Sequence[_Scores]) -> _Form | None:
-    """What the scores are; None for logits."""
-    possible = _possible(scores)
-    if _SIGMOIDS in possible and not all(_shows(one, _SIGMOIDS) for one in scores):
-        # Logits may well lie in [0, 1].
-        possible.remove(_SIGMOIDS)
-    return next((form for form in (_SOFTMAX, _LOG_SOFTMAX, _SIGMOIDS) if form in possible), None)
-
-
-def _declared(kind: OutputKind, scores: Sequence[_Scores]) -> _Form | None:
-    """The same, if the configuration says the kind.
-
-    Raises:
-        ModelLoadError: they are not of it.
-    """
-    if kind is OutputKind.LOGITS:
-        return None
-    largest = 1.0 if kind is OutputKind.PROBABILITIES else 0.0
-    smallest = 0.0 if kind is OutputKind.PROBABILITIES else -torch.inf
-    for one in scores:
-        if not bool(((one.rows >= smallest) & (one.rows <= largest)).all()):
-            raise ModelLoadError(
-                f"outputs: the network returns values from {float(one.rows.min()):g} to {float(one.rows.max()):g}, "
-                f'which are no {kind}: set "{OutputKind.LOGITS}"'
-            )
-    possible = _possible(scores)
-    softmax = _Form(kind, Activation.SOFTMAX)
-    return softmax if softmax in possible else _Form(kind, Activation.SIGMOID)
-
-
-def _shows(one: _Scores, form: _Form) -> bool:
+def _shows(one: _Scores, form: OutputForm) -> bool:
     """Whether the scores were seen to be made by an activation of the classes' logits."""
     if one.before is None or one.activation is not form.activation:
         return False
     probabilities = one.before.softmax(1) if form.activation is Activation.SOFTMAX else one.before.sigmoid()
     made = probabilities if form.kind is OutputKind.PROBABILITIES else probabilities.log()
     return bool(torch.allclose(made, one.rows, atol=_ROUNDING))
-
-
-def _task_of(form: _Form, *, is_open: bool) -> Task:
-    """The task of a network whose probabilities are another function of logits than its task's.
-
-    Raises:
-        ModelLoadError: the configuration says the task.
-    """
-    fitting = Task.CLASSIFICATION if form.activation is Activation.SOFTMAX else Task.MULTI_LABEL
-    if is_open:
-        return fitting
-    raise ModelLoadError(
-        f'task: the network returns {form.kind} by {form.activation}, which are those of "{fitting}": set that, or '
-        f'outputs = "{OutputKind.LOGITS}" if they are none'
-    )

@@ -55,6 +55,14 @@ def test_a_convolutional_network_with_a_softmax(tmp_path):
     ]
 
 
+def test_a_softmax_is_seen_behind_its_quantisation(tmp_path):
+    text = f"""net (float[N, 3, 32, 32] x) => (float[N, 5] y) {{ {CONVOLUTIONS} z = MatMul(f, w3) s = Softmax(z)
+        q = QuantizeLinear(s, step, zero) y = DequantizeLinear(q, step, zero) }}"""
+    quantised = {"step": np.array(1 / 255, np.float32), "zero": np.array(0, np.uint8)}
+    _image, scores, _layers = found_in(tmp_path, text, **WEIGHTS, **quantised)
+    assert (scores.value.name, scores.output.name, scores.activation) == ("z", "y", "softmax")
+
+
 def test_a_head_without_training_hides_nothing(tmp_path):
     text = f"net (float[N, 3, 32, 32] x) => (float[N, 5] y) {{ {CONVOLUTIONS} y = MatMul(f, w3) }}"
     _image, scores, layers = found_in(tmp_path, text, **{**WEIGHTS, "w3": np.zeros((16, 5), np.float32)})
