@@ -14,6 +14,8 @@ module = torch.jit.load(folder / manifest["graphs"][0]["file"])
 
 photo = cv2.imread(photo_path)  # uint8 (height, width, 3), BGR
 spec = manifest["preprocess"]
+if spec["letterbox"] or spec["window"] or spec["window_auto"]:
+    sys.exit("this example resizes, crops and scales photos, and nothing else")
 height, width = spec["crop_px"]
 shorter, (rows, columns) = spec["resize_px"], photo.shape[:2]
 scale = shorter / min(rows, columns) if isinstance(shorter, int) else None
@@ -22,14 +24,21 @@ resized = cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
 top, left = (resized.shape[0] - height) // 2, (resized.shape[1] - width) // 2
 crop = resized[top : top + height, left : left + width]
 
-values = (crop[..., ::-1] / 255 - spec["mean"]) / spec["std"]
-image = torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)[None], dtype=np.float32))
-class_index = torch.full((1, 1), -1)  # the most probable class
+# To gray, RGB or RGBA, as the network has 1, 3 or 4 channels.
+colors = {1: cv2.COLOR_BGR2GRAY, 3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGR2RGBA}[len(spec["mean"])]
+pixels = cv2.cvtColor(crop, colors).reshape(height, width, -1)
+if spec["channel_order"] == "bgr":
+    pixels[..., :3] = crop
+values = np.float32((pixels / 255 * spec["scale"] - spec["mean"]) / spec["std"])
+given = pixels if manifest["input"] == "uint8" else values
+image = torch.from_numpy(np.ascontiguousarray(given.transpose(2, 0, 1)[None]))  # (1, channels, height, width)
+class_index = torch.full((1, manifest["classes"] or 1), -1)  # the most probable class, and those after it
 with torch.inference_mode():
     returned = module(image, class_index)
 outputs = dict(zip(manifest["graphs"][0]["outputs"], returned, strict=True))
 
-probability = outputs["logits"][0].softmax(0)
+is_single = manifest["task"] in {None, "classification"}  # binary and multi-label: each class by itself
+probability = outputs["logits"][0].softmax(0) if is_single else outputs["logits"][0].sigmoid()
 cam = outputs["cam"].numpy()  # (1, 1, h, w), in [0, 1]
 heat = cv2.applyColorMap(np.uint8(255 * cv2.resize(cam[0, 0], (width, height))), cv2.COLORMAP_TURBO)
 cv2.imwrite(out_path, cv2.addWeighted(crop, 0.5, heat, 0.5, 0))

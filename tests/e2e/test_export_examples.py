@@ -1,15 +1,22 @@
 """The standalone examples, where heatlens cannot be imported: the command exports, they explain."""
 
+import json
 import os
 import shlex
 import subprocess
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
 import numpy as np
+import onnxruntime
 import pytest
+import torch
+from torch import nn
+
+from heatlens_server.export_command import find_model, parse_options, run_export
 
 ROOT = Path(__file__).parents[2]
 COMMAND = Path(sys.executable).parent / "heatlens-server"
@@ -133,6 +140,90 @@ def test_heatlens_would_be_found(tmp_path, package):
     assert (done.returncode, done.stderr) == (1, f"{package} can be imported\n")
 
 
+class Network(nn.Module):
+    """A network of one kind of input and of scores."""
+
+    def __init__(self, channels, classes, *, takes_bytes=False, ends_in_sigmoid=False):
+        super().__init__()
+        self.takes_bytes, self.ends_in_sigmoid = takes_bytes, ends_in_sigmoid
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.body = nn.Sequential(nn.Conv2d(channels, 8, 5, 2), nn.ReLU(), nn.Conv2d(8, 8, 5, 2), nn.ReLU())
+            self.head = nn.Linear(8, classes)
+
+    def forward(self, x):
+        x = x.float() / 127.5 - 1.0 if self.takes_bytes else x
+        scores = 3 * self.head(self.body(x).mean((2, 3)))
+        return scores.sigmoid() if self.ends_in_sigmoid else scores
+
+
+@pytest.mark.parametrize("input_kind", ["float", "uint8"])
+@pytest.mark.parametrize(
+    ("channels", "classes", "options"),
+    [
+        (3, 6, {"takes_bytes": True}),
+        (1, 6, {}),
+        (3, 1, {"ends_in_sigmoid": True}),
+        (4, 6, {"ends_in_sigmoid": True}),
+    ],
+    ids=["bytes", "gray", "binary", "multi-label of RGBA"],
+)
+def test_the_example_reads_what_the_manifest_says(tmp_path, channels, classes, options, input_kind):
+    """What it says of an ONNX file's export is what the file itself says."""
+    network = Network(channels, classes, **options)
+    shape = torch.zeros(1, channels, 64, 64, dtype=torch.uint8 if network.takes_bytes else torch.float32)
+    path = tmp_path / "m.onnx"
+    axes = {"image": {0: "batch"}, "scores": {0: "batch"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network.eval(),
+            (shape,),
+            path,
+            dynamo=False,
+            input_names=["image"],
+            output_names=["scores"],
+            dynamic_axes=axes,
+            opset_version=17,
+        )
+    chosen = parse_options(
+        file_format="onnx",
+        layer="",
+        method="",
+        classes="1",
+        precision="fp32",
+        outputs="all",
+        input_kind=input_kind,
+        verify=False,
+        folder=tmp_path / "out",
+    )
+    run_export(find_model(f"onnx:{path}", None, ""), chosen, tell=lambda _line: None)
+    command = [sys.executable, ROOT / "examples" / "onnx_cam.py", tmp_path / "out", PHOTO, tmp_path / "why.png"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr
+    winner, probability = done.stdout.split()
+
+    spec = json.loads((tmp_path / "out" / "manifest.json").read_text())["preprocess"]
+    photo = cv2.imread(str(PHOTO))
+    scale = spec["resize_px"] / min(photo.shape[:2])
+    size = (round(photo.shape[1] * scale), round(photo.shape[0] * scale))
+    resized = cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
+    top, left = (resized.shape[0] - 64) // 2, (resized.shape[1] - 64) // 2
+    crop = resized[top : top + 64, left : left + 64]
+    gray = cv2.cvtColor(crop, cv2.COLOR_BGR2GRAY)[..., None]
+    opaque = np.full((64, 64, 1), 255, np.uint8)
+    pixels = gray if channels == 1 else np.concatenate([crop[..., ::-1], opaque], axis=-1)[..., :channels]
+    given = pixels if network.takes_bytes else ((pixels / 255 - spec["mean"]) / spec["std"]).astype(np.float32)
+    image = np.ascontiguousarray(given.transpose(2, 0, 1)[None])
+    (scores,) = onnxruntime.InferenceSession(path).run(None, {"image": image})
+    if classes == 1:
+        expected = np.array([1 - scores[0, 0], scores[0, 0]])
+    else:
+        expected = scores[0] if network.ends_in_sigmoid else np.exp(scores[0]) / np.exp(scores[0]).sum()
+    assert int(winner) == expected.argmax()
+    assert float(probability.removesuffix("%")) == pytest.approx(100 * expected.max(), abs=0.11)
+
+
 def test_examples_are_short():
     for example in ("onnx_cam.py", "torchscript_cam.py"):
-        assert len((ROOT / "examples" / example).read_text().splitlines()) <= 37
+        assert len((ROOT / "examples" / example).read_text().splitlines()) <= 46
