@@ -1,7 +1,7 @@
 """The backward pass of a part of a graph, from the gradients of some values to those of others."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -54,6 +54,7 @@ def differentiate(
     by: Sequence[ir.Value],
     known: Known,
     *,
+    constants: Collection[ir.Value] = (),
     prefix: str = "gradient",
 ) -> Backward:
     """Write the backward pass of a forward pass.
@@ -64,12 +65,13 @@ def differentiate(
         seeds: by value, the gradient of what is differentiated by it.
         by: what to differentiate by.
         known: about the forward pass.
+        constants: values that count as such, though they are computed: no gradient goes through them.
         prefix: of new names.
 
     Raises:
         NotDifferentiable: an operator on the way has no rule; names it and the node.
     """
-    moving = _depending(nodes, by)
+    moving = depending(nodes, by, constants)
     tape = Tape(known, moving.__contains__, prefix=prefix)
     parts: dict[ir.Value, list[ir.Value]] = defaultdict(list)
     for value, seed in seeds.items():
@@ -93,7 +95,7 @@ def operators_without_rule(nodes: Sequence[ir.Node], by: Sequence[ir.Value]) -> 
         nodes: a forward pass, as for `differentiate`.
         by: what to differentiate by.
     """
-    moving = _depending(nodes, by)
+    moving = depending(nodes, by)
     return tuple(sorted({_name_of(node) for node in nodes if _is_on_the_way(node, moving) and not _rule_of(node)}))
 
 
@@ -119,8 +121,8 @@ def _by_rule(node: ir.Node, gradients: Gradients, tape: Tape) -> Gradients:
         raise NotDifferentiable(f"node {node.name!r} cannot be differentiated: {error}") from error
 
 
-def _depending(nodes: Sequence[ir.Node], by: Sequence[ir.Value]) -> set[ir.Value]:
-    """The values that change where those of `by` change a little, and these."""
+def depending(nodes: Sequence[ir.Node], by: Sequence[ir.Value], constants: Collection[ir.Value] = ()) -> set[ir.Value]:
+    """The values that change where those of `by` change a little, and these, if some count as constants."""
     moving = set(by)
     for node in nodes:
         if node.op_type in _WITHOUT_GRADIENT or not any(value in moving for value in node.inputs):
@@ -128,6 +130,7 @@ def _depending(nodes: Sequence[ir.Node], by: Sequence[ir.Value]) -> set[ir.Value
         if node.op_type == "Cast" and not ir.DataType(node.attributes["to"].as_int()).is_floating_point():
             continue
         moving.update(node.outputs[:1] if node.op_type in _ONE_MOVES else node.outputs)
+        moving.difference_update(constants)
     return moving
 
 

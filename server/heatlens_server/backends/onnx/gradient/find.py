@@ -1,15 +1,15 @@
 """What a file's tensors are: its image, its scores, and the values that lie on the image like a map."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from heatlens_server.backends.onnx.gradient.differentiate import differentiate
 from heatlens_server.backends.onnx.gradient.inner_values import attention_scores, is_computed, linear_outputs
-from heatlens_server.backends.onnx.gradient.tape import BATCH, Array, Known, Shape
+from heatlens_server.backends.onnx.gradient.paths import bottlenecks
+from heatlens_server.backends.onnx.gradient.tape import BATCH, Array, Known, NotDifferentiable, Shape
 from heatlens_server.backends.onnx.gradient.values import noise_for, open_graph
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.grid import Grid, Layout
@@ -86,6 +86,7 @@ class FoundLayer:
         channels: of each place.
         height: rows of the map.
         width: columns of the map.
+        is_bypassed: whether scores depend on the image by paths around it as well, where that was looked at.
     """
 
     value: ir.Value
@@ -93,6 +94,7 @@ class FoundLayer:
     channels: int
     height: int
     width: int
+    is_bypassed: bool = field(default=False, compare=False)
 
 
 def find_image(model: ir.Model) -> ImageInput:
@@ -176,7 +178,9 @@ def find_layers(
 ) -> tuple[FoundLayer, ...]:
     """The values that can be explained, the default first: the last on whose places the scores depend.
 
-    The others are the last ones of every finer resolution, from the coarsest on.
+    Where paths from places go around it, such as that of a mean beside a standard deviation, the default is the last
+    of its size that all of them go through, if there is one before it. The others are the last ones of every finer
+    resolution, from the coarsest on.
 
     Args:
         model: from `read_file`.
@@ -190,7 +194,10 @@ def find_layers(
         NotDifferentiable: an operator behind the last ones has no rule.
     """
     candidates = list(find_candidates(model, known, image)) if candidates is None else candidates
-    return with_stages(last_telling(model, known, image, scores, candidates), candidates)
+    default = last_telling(model, known, image, scores, candidates)
+    if default.is_bypassed:
+        default = _before_bypass(model, known, image, scores, candidates, default=default)
+    return with_stages(default, candidates)
 
 
 def last_telling(
@@ -204,7 +211,36 @@ def last_telling(
     telling = [layer for layer, share in zip(last, shares, strict=True) if share > _LEAST_SHARE]
     if not telling:
         raise ModelLoadError("the scores depend on no tensor of the file that lies on the image like a map")
-    return telling[-1]
+    is_bypassed = telling[-1].value not in bottlenecks(scores.value, by_gradient=True)
+    return replace(telling[-1], is_bypassed=is_bypassed)
+
+
+def _before_bypass(
+    model: ir.Model,
+    known: Known,
+    image: ImageInput,
+    scores: Scores,
+    candidates: Sequence[FoundLayer],
+    *,
+    default: FoundLayer,
+) -> FoundLayer:
+    """The bottleneck before a layer that the graph goes around, if scores depend on its places by that way.
+
+    Residuals go around the norm of a transformer's last block with the class token alone. A layer with class tokens
+    stays the default in any case, and so does a coarser one than the bottleneck: stems say little of classes.
+    """
+    common_to_all = bottlenecks(scores.value, by_gradient=True)
+    before = [layer for layer in candidates[: candidates.index(default)] if layer.value in common_to_all][-1:]
+    if not before:
+        return default
+    try:
+        shares = _shares(model, known, image, scores, before, constant=default.value)
+    except NotDifferentiable:
+        return default
+    if shares[0] <= _LEAST_SHARE:
+        return replace(default, is_bypassed=False)
+    is_as_large = (before[0].height, before[0].width) == (default.height, default.width)
+    return before[0] if is_as_large and not default.grid.prefix else default
 
 
 def with_stages(default: FoundLayer, candidates: Sequence[FoundLayer], *, finer: bool = True) -> tuple[FoundLayer, ...]:
@@ -214,7 +250,7 @@ def with_stages(default: FoundLayer, candidates: Sequence[FoundLayer], *, finer:
     as in a U-Net, the last.
     """
     before = candidates[: candidates.index(default)]
-    common_to_all = _bottlenecks(default.value)
+    common_to_all = bottlenecks(default.value)
     ends = {(layer.height, layer.width): layer for layer in before}
     ends |= {(layer.height, layer.width): layer for layer in before if layer.value in common_to_all}
     ends.pop((default.height, default.width), None)
@@ -222,36 +258,19 @@ def with_stages(default: FoundLayer, candidates: Sequence[FoundLayer], *, finer:
     return (default, *(layer for layer in others if layer.height > default.height or not finer))[:_MOST_LAYERS]
 
 
-def _bottlenecks(end: ir.Value) -> set[ir.Value]:
-    """The values on every way through the graph to a value: when they are computed, nothing else waits to be read."""
-    producer = end.producer()
-    graph = None if producer is None else producer.graph
-    if graph is None:
-        return set()
-    needed = {end}
-    nodes = []
-    for node in reversed(list(graph)):
-        if needed.intersection(node.outputs):
-            nodes.append(node)
-            needed.update(value for value in node.inputs if value is not None and value.const_value is None)
-    left = Counter(value for node in nodes for value in node.inputs if value in needed)
-    waiting, found = set(graph.inputs) & needed, set()
-    for node in reversed(nodes):
-        for value in node.inputs:
-            if value is not None and value in left:
-                left[value] -= 1
-                if not left[value]:
-                    waiting.discard(value)
-        waiting.update(value for value in node.outputs if value in needed)
-        if len(waiting) == 1:
-            found |= waiting
-    return found
-
-
 def _shares(
-    model: ir.Model, known: Known, image: ImageInput, scores: Scores, layers: Sequence[FoundLayer]
+    model: ir.Model,
+    known: Known,
+    image: ImageInput,
+    scores: Scores,
+    layers: Sequence[FoundLayer],
+    *,
+    constant: ir.Value | None = None,
 ) -> list[float]:
-    """For each layer, the share of its places on which the scores depend, by gradients for noise."""
+    """For each layer, the share of its places on which the scores depend, by gradients for noise.
+
+    One value may count as a constant: what depends on places through it is not seen.
+    """
     copy, values = _copied(model)
     height_px, width_px = size_of(known, image)
     kind = known.dtype
@@ -265,7 +284,8 @@ def _shares(
         known.opset,
     )
     targets = [values[layer.value.name] for layer in layers]
-    backward = differentiate(list(copy.graph), {values[features.name]: seed}, targets, copied)
+    held = [] if constant is None else [values[constant.name]]
+    backward = differentiate(list(copy.graph), {values[features.name]: seed}, targets, copied, constants=held)
     copy.graph.inputs.append(seed)
     copy.graph.extend(backward.nodes)
     for value in backward.initializers:

@@ -52,7 +52,8 @@ class ChosenLayers:
         """What is chosen, in a sentence."""
         default = self.layers[0]
         size = f"{default.channels} x {default.height} x {default.width}"
-        return f"Maps explain {default.value.name!r} ({size}), {self.why}; layers overrides that."
+        around = ", and other paths to the scores go around it" if default.is_bypassed else ""
+        return f"Maps explain {default.value.name!r} ({size}), {self.why}{around}; layers overrides that."
 
 
 def choose_layers(
@@ -77,7 +78,7 @@ def choose_layers(
         ModelLoadError: no value lies on the image like a map.
     """
     candidates = tuple(find_candidates(model, known, image))
-    why = "the last tensor of the file on whose places the scores depend"
+    why = "the last tensor of the file through which the scores depend on places"
     try:
         if task not in {Task.SEGMENTATION, Task.DETECTION}:
             # Maps of class scores, which fully convolutional networks average, are explained and do not explain.

@@ -144,8 +144,63 @@ def test_what_a_class_token_reads_alone_is_no_layer(tmp_path):
     _image, scores, layers = found_in(tmp_path, text, **weights, **square)
     assert scores.class_count == 5
     # Not "last", of which the class token alone is read; not q, k, v or the attention, 17 by 17.
+    # Not "s" either: what goes around "n" is of its class token alone.
     assert names(layers) == ["n"]
     assert layers[0].grid == Grid(Layout.TOKENS, 1, 4, 4)
+    assert not layers[0].is_bypassed
+
+
+MAPS = """
+    a = Conv <pads: ints = [1, 1, 1, 1], strides: ints = [2, 2]> (x, w1)
+    b = Relu(a)
+    c = Conv <pads: ints = [1, 1, 1, 1], strides: ints = [2, 2]> (b, w2)
+    d = Relu(c)
+"""
+
+
+@pytest.mark.parametrize(
+    "pooling",
+    [
+        # The variance reads places as well, later; without the mean beside it its square would be the layer.
+        """m = GlobalAveragePool(d) e = Sub(d, m) q = Mul(e, e) v = GlobalAveragePool(q) s = Sqrt(v)
+        p = Concat <axis: int = 1> (m, s)""",
+        """o, r = Split <axis: int = 1, num_outputs: int = 2> (d) m = GlobalAveragePool(o) n = GlobalMaxPool(r)
+        p = Concat <axis: int = 1> (n, m)""",
+    ],
+    ids=["mean-and-deviation", "halves"],
+)
+def test_the_default_is_what_all_paths_from_places_go_through(tmp_path, pooling):
+    text = f"net (float[N, 3, 32, 32] x) => (float[N, 5] y) {{ {MAPS} {pooling} f = Flatten(p) y = MatMul(f, w3) }}"
+    weights = {**WEIGHTS, "w3": (32 if "Sqrt" in pooling else 16, 5)}
+    _image, _scores, layers = found_in(tmp_path, text, **weights)
+    assert names(layers) == ["d", "b"]
+    assert not layers[0].is_bypassed
+
+
+def test_a_deviation_alone_is_explained_by_its_squares(tmp_path):
+    """The mean that it takes off goes through them too."""
+    text = f"""net (float[N, 3, 32, 32] x) => (float[N, 5] y) {{ {MAPS}
+        m = GlobalAveragePool(d) e = Sub(d, m) q = Mul(e, e) v = GlobalAveragePool(q) s = Sqrt(v)
+        f = Flatten(s) y = MatMul(f, w3) }}"""
+    _image, _scores, layers = found_in(tmp_path, text, **WEIGHTS)
+    assert (names(layers), layers[0].is_bypassed) == (["q", "b"], False)
+
+
+@pytest.mark.parametrize(
+    ("branch", "weight"),
+    [
+        ("e = Conv <strides: ints = [4, 4]> (x, w4)", (16, 3, 4, 4)),
+        # A stem is before both of them, and finer.
+        ("e = Conv <strides: ints = [2, 2]> (b, w4)", (16, 8, 2, 2)),
+    ],
+    ids=["from-the-image", "from-a-finer-map"],
+)
+def test_of_two_branches_the_last_stays_and_is_said_to_be_one_of_them(tmp_path, branch, weight):
+    text = f"""net (float[N, 3, 32, 32] x) => (float[N, 5] y) {{ {MAPS} {branch} h = Relu(e)
+        p = GlobalAveragePool(d) q = GlobalMaxPool(h) r = Concat <axis: int = 1> (p, q) f = Flatten(r)
+        y = MatMul(f, w3) }}"""
+    _image, _scores, layers = found_in(tmp_path, text, **{**WEIGHTS, "w3": (32, 5), "w4": weight})
+    assert (names(layers)[0], layers[0].is_bypassed) == ("h", True)
 
 
 @pytest.mark.parametrize(

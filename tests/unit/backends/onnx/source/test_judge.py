@@ -76,6 +76,10 @@ def test_each_broken_rule_is_seen_and_the_right_one_passes(monkeypatch, one, pla
         assert verdict_on(one, place).gradient_error > 0.1
 
 
+BEFORE_GATE = "/stem/stem.2/Relu_output_0"
+"""Of Excited."""
+
+
 class File:
     """A file, and the judge's verdict on the gradients of its layers."""
 
@@ -88,6 +92,9 @@ class File:
         self.scores = find_scores(self.model, self.known).value
         self.layers = find_layers(self.model, self.known, self.image, find_scores(self.model, self.known))
         self.noise = {self.image.value.name: noise_for(self.image.value, (1, *shape_of_one))}
+
+    def value(self, name):
+        return next(value for node in self.model.graph for value in node.outputs if value.name == name)
 
     def verdict(self, layer):
         return self.verdict_by(layer.value)
@@ -118,25 +125,31 @@ def test_gradients_of_whole_networks_pass(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "operators"),
+    ("kind", "layer", "operators"),
     [
         # By the gate, a small part of the gradient goes through some of these.
-        (Excited, {"Conv", "Gemm", "GlobalAveragePool", "Mul", "ReduceMax", "Relu", "Sigmoid"}),
-        (Grouped, {"Gemm", "ReduceMean", "Resize", "Slice"}),
+        (
+            Excited,
+            BEFORE_GATE,
+            {"Conv", "Gemm", "GlobalAveragePool", "Mul", "ReduceMax", "Relu", "Sigmoid"},
+        ),
+        (Grouped, "", {"Gemm", "ReduceMean", "Resize", "Slice"}),
         (
             Tokens,
+            "",
             {"Add", "Gather", "Gemm", "LayerNormalization", "MatMul", "Mul", "Relu", "Reshape", "Softmax", "Squeeze"}
             | {"Transpose", "Unsqueeze"},
         ),
     ],
 )
-def test_every_broken_rule_of_a_network_is_seen(tmp_path, monkeypatch, kind, operators):
+def test_every_broken_rule_of_a_network_is_seen(tmp_path, monkeypatch, kind, layer, operators):
     file = File(export(seeded(kind), tmp_path / "model.onnx"))
+    by = file.value(layer) if layer else file.layers[0].value
     seen = set()
     for op in {node.op_type for node in file.model.graph}.intersection(differentiate.RULES):
         with monkeypatch.context() as patch:
             patch.setitem(differentiate.RULES, op, partial(scaled, differentiate.RULES[op], 1.5))
-            if file.verdict(file.layers[0]).gradient_error > 1000 * RIGHT:
+            if file.verdict_by(by).gradient_error > 1000 * RIGHT:
                 seen.add(op)
     assert seen == operators
 
@@ -191,4 +204,4 @@ def test_local_response_normalisation(tmp_path, monkeypatch):
 def test_a_forward_pass_that_is_not_onnxruntimes_is_told(tmp_path, monkeypatch):
     file = File(export(seeded(Excited), tmp_path / "model.onnx"))
     monkeypatch.setitem(float64._OPERATORS, "Conv", lambda node, inputs: 1.01 * float64._conv(node, inputs))
-    assert file.verdict(file.layers[0]).forward_error > 1e-5
+    assert file.verdict_by(file.value(BEFORE_GATE)).forward_error > 1e-5

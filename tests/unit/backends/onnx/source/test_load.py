@@ -50,7 +50,8 @@ def test_everything_of_a_classifier_is_found_and_said(tiny):
     assert (finer.height, finer.width) == (16, 16)
     assert (default.channels, default.height, default.width) == (16, 8, 8)
     assert loaded.info.has_linear_head
-    assert any("layers overrides that" in sentence for sentence in loaded.assumptions)
+    (told,) = (sentence for sentence in loaded.assumptions if "layers overrides that" in sentence)
+    assert told.endswith("through which the scores depend on places; layers overrides that.")
     assert len(loaded.version) == 12
     served = [line for line in loaded.layer_choices if line.endswith(", served")]
     assert served[-1] == f"layer {default.name!r}: 16 x 8 x 8, stage 2, served"
