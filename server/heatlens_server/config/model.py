@@ -331,6 +331,13 @@ class ModelConfig(Section):
             raise ValueError("is for weights that are a file")
         return weights_key
 
+    @field_validator("precision")
+    @classmethod
+    def _precision_of_file(cls, precision: str, info: ValidationInfo) -> str:
+        if _is_file(info) and precision != "fp32":
+            raise ValueError(f"ONNX files are computed in fp32, not in {precision}")
+        return precision
+
     @field_validator("engine")
     @classmethod
     def _engine_fits(cls, engine: str, info: ValidationInfo) -> str:

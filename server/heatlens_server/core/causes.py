@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from heatlens_server.core.errors import ModelLoadError
+
 _OURS = str(Path(__file__).parents[1])
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 _SHOWN_CHARACTERS = 2000
@@ -20,7 +22,8 @@ def with_causes(error: BaseException) -> str:
     The place is the innermost file and line that is neither heatlens' nor a library's: the operator's own code, of
     which the error tells. Without any it is left out.
     """
-    causes = list(_causes(error))
+    # What an error of ours was made of, word for word, is said already.
+    causes = [one for one in _causes(error) if not (isinstance(one, ModelLoadError) and str(one) in str(error))]
     told = [str(error), *getattr(error, "__notes__", ())]
     # In one line, as a log's and a command's are.
     told += [f"{type(cause).__name__}: {' '.join(str(cause).split())[:_SHOWN_CHARACTERS]}" for cause in causes]

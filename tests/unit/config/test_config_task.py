@@ -69,3 +69,15 @@ def test_exports_are_of_classifiers(tmp_path):
     file.write_text(f"models = [{{ name = 'a', source = 'export:{tmp_path / 'bundle'}', task = 'detection' }}]")
     with pytest.raises(ConfigError, match=r"models\[0\]\.task: exports are of classifiers, not for detection"):
         load_config(file)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_files_are_computed_in_fp32(tmp_path, precision):
+    (tmp_path / "m.onnx").write_bytes(b"")
+    model = {"name": "m", "source": f"onnx:{tmp_path / 'm.onnx'}"}
+    with pytest.raises(
+        ConfigError, match=rf"models\[0\]\.precision: ONNX files are computed in fp32, not in {precision}"
+    ):
+        load_config(None, {"models": [{**model, "precision": precision}]})
+    (loaded,) = load_config(None, {"models": [{**model, "precision": "fp32"}]}).models
+    assert loaded.precision == "fp32"

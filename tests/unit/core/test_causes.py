@@ -55,6 +55,14 @@ def test_every_cause_of_a_chain(net):
     assert with_causes(error).endswith("line 5, in fails)")
 
 
+def test_what_an_error_repeats_of_ours_is_said_once():
+    inner = ModelLoadError("no scores")
+    inner.__cause__ = OSError("no file")
+    outer = ModelLoadError("no scores; set output")
+    outer.__cause__ = inner
+    assert with_causes(outer) == "no scores; set output; OSError: no file"
+
+
 def test_an_error_of_ours_alone_has_no_place():
     assert with_causes(ModelLoadError("no such layer")) == "no such layer"
 

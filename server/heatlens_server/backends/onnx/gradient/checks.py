@@ -206,6 +206,8 @@ def _check_external(tensor: onnx.TensorProto, folder: Path, size_bytes: int, abo
         offset, length = int(stored.get("offset", 0)), int(stored.get("length", size_bytes))
         available = place.stat().st_size - offset
     except (OSError, ValueError) as error:
-        raise ModelLoadError(f"{about}: its data cannot be read") from error
+        reason = f"{place.name!r} ({type(error).__name__})"
+        # An error of the system's names its whole path.
+        raise ModelLoadError(f"{about}: its data cannot be read: {reason}") from None
     if not place.is_file() or offset < 0 or length != size_bytes or available < size_bytes:
         raise ModelLoadError(f"{about}: the file that holds it is too short")

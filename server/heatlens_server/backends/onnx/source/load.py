@@ -19,7 +19,7 @@ from heatlens_server.backends.onnx.gradient.find import (
     layer_of,
 )
 from heatlens_server.backends.onnx.gradient.tape import Known, Shape
-from heatlens_server.backends.onnx.gradient.values import know
+from heatlens_server.backends.onnx.gradient.values import know, part_of
 from heatlens_server.backends.onnx.network import NetworkInfo, NetworkLayer
 from heatlens_server.backends.onnx.passes import Passes, Tail
 from heatlens_server.backends.onnx.shuffle import shuffled
@@ -148,6 +148,7 @@ def load_file(path: Path, config: ModelConfig) -> LoadedFile:
     gc.collect()
     image = find_image(model)
     suppression = cut_suppression(model, config)
+    _check_inputs(model, config)
     settings = read_settings(path, model, image, config)
     if config.task != "auto":
         _check_size(settings, Task(config.task))
@@ -211,6 +212,16 @@ def _known(model: ir.Model, image: ImageInput, shape: Shape) -> tuple[bool, Know
     # It says that it takes any number, and was traced with one: lengths in it are 1.
     image.value.shape = ir.Shape([1, *own[1:]])
     return free_batch(model, image.value, shape), know(model, image.value, shape)
+
+
+def _check_inputs(model: ir.Model, config: ModelConfig) -> None:
+    """Raises ModelLoadError if what is explained takes more than the image."""
+    outputs = [value for value in model.graph.outputs if value.producer() is not None]
+    outputs = [value for value in outputs if value.name == config.output] or outputs
+    if len(model.graph.inputs) > 1 and outputs:
+        names = [str(value.name) for value in part_of(model, outputs).graph.inputs if value.uses()]
+        if len(names) > 1:
+            raise ModelLoadError(f"the file has {len(names)} inputs ({', '.join(names)}): one, the image, is served")
 
 
 def _check_size(settings: FileSettings, task: Task) -> None:

@@ -90,7 +90,10 @@ def find_outputs(
             return _of_boxes(model, known, image, config, settings=settings, suppression=suppression)
         with suppress(NotReturned):
             return _of_pixels(model, known, image, config, output)
-        raise ModelLoadError(f"{error}; set task and output if they are scores of pixels or boxes") from error
+        raise ModelLoadError(
+            f'{error}; output = "NAME" says which to explain; of scores of pixels or boxes set task = "segmentation", '
+            'or task = "detection" and detector = "yolov8", "yolov5", "detr" or "nms"'
+        ) from error
     return _of_image(model, known, image, scores, config, settings=settings)
 
 

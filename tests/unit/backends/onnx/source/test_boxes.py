@@ -166,7 +166,7 @@ class Rows(nn.Module):
         (lambda: Rows(40, 97), ("output0",), {}, r"0 outputs look like scores \(N, classes\)"),
         (tiny_models.tiny, ("logits",), {"task": "detection"}, "0 outputs look like those of a detector.*set output"),
         (YoloV8, ("output0",), {"detector": "detr"}, "0 outputs look like those of a detector"),
-        (YoloV8, ("output0",), {"output": "other"}, "set task and output"),
+        (YoloV8, ("output0",), {"output": "other"}, 'output = "NAME".*detector = "yolov8"'),
         (YoloV8, ("output0",), {"threshold": 0.3}, "threshold: is for segmentation; .* min_score"),
         (YoloV8, ("output0",), {"detector": "yolov8", "output": 0}, "output: the outputs of a file have names"),
         (YoloV8, ("output0",), {"detector": "nms"}, "no operator NonMaxSuppression"),

@@ -249,3 +249,26 @@ def test_what_is_computed_of_the_images_size_is_no_layer(tmp_path):
     loaded = load(path)
     assert loaded.info.preprocess.mean == (0.5,) * 3
     assert loaded.info.layers[0].channels == 16
+
+
+class WithMeasurements(nn.Module):
+    """Takes an image and numbers; the second output needs the image alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.more = tiny_models.tiny(), nn.Linear(4, 10)
+
+    def forward(self, x, numbers):
+        scores = self.body(x)
+        return scores + self.more(numbers), scores * 2
+
+
+def test_a_second_input_that_scores_need_is_refused_by_name(tmp_path):
+    path = tmp_path / "m.onnx"
+    names = {"input_names": ["image", "numbers"], "output_names": ["both", "image_alone"]}
+    given = torch.zeros(1, 3, 64, 64), torch.zeros(1, 4)
+    torch.onnx.export(WithMeasurements().eval(), given, path, dynamo=False, opset_version=17, **names)
+    for options in ({}, {"output": "both"}):
+        with pytest.raises(ModelLoadError) as caught:
+            load(path, **options)
+        assert str(caught.value) == "the file has 2 inputs (image, numbers): one, the image, is served"
