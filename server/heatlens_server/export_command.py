@@ -264,9 +264,12 @@ def describe(manifest: Manifest, folder: Path) -> list[str]:
     parity = manifest.parity
     if not parity:
         return [*lines, "not verified"]
-    images = f"{len(parity['photos'])} photos" if "photos" in parity else "noise"
+    if "photos" in parity:
+        reference = f"float64 on {len(parity['photos'])} photos"
+    else:
+        reference = "the file's own passes, and gradients against differences in float64, on noise"
     lines.append(
-        f"verified against float64 on {images} at batch sizes "
+        f"verified against {reference} at batch sizes "
         f"{', '.join(map(str, parity['batch_sizes']))}; maps that could be compared: "
         f"{parity['informative_maps']} of {parity['compared_maps']}"
     )

@@ -17,6 +17,7 @@ from heatlens_server.config import ModelConfig
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import GraphSpec, Output
 from heatlens_server.core.methods import Method
+from heatlens_server.export_command import describe
 from onnx_files import write_onnx
 
 PX = 64
@@ -71,6 +72,9 @@ def check_takes_one_image(manifest, folder):
 def test_a_file_that_mixes_images_becomes_a_graph_of_one_image(tmp_path):
     path = write_onnx(Mixing(), tmp_path / "mixing.onnx")
     manifest, told = exported(path, tmp_path / "out", Method.EIGEN_CAM)
+    (said,) = (line for line in describe(manifest, tmp_path / "out") if line.startswith("verified"))
+    assert said.startswith("verified against the file's own passes, and gradients against differences in float64")
+    assert "at batch sizes 1;" in said
     assert any("mixes the images of a batch: the graph takes one image" in line for line in told)
     assert manifest.parity["batch_sizes"] == (1,)
     check_takes_one_image(manifest, tmp_path / "out")
