@@ -267,7 +267,8 @@ def describe(manifest: Manifest, folder: Path) -> list[str]:
     if "photos" in parity:
         reference = f"float64 on {len(parity['photos'])} photos"
     else:
-        reference = "the file's own passes, and gradients against differences in float64, on noise"
+        judged = ", and gradients against differences in float64," if "gradients" in parity["figures"] else ""
+        reference = f"the file's own passes{judged} on noise"
     lines.append(
         f"verified against {reference} at batch sizes "
         f"{', '.join(map(str, parity['batch_sizes']))}; maps that could be compared: "
