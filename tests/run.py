@@ -19,8 +19,11 @@ PARALLEL = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "-m", "no
 SERIAL = ["-m", "serial"]
 
 
-class Outcomes(Counter[str]):
+class Outcomes:
     """A plugin that counts how the tests of all runs ended."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
 
     def pytest_ignore_collect(self, collection_path: Path, config: pytest.Config) -> bool | None:
         """The second run reads few files: importing all of them takes as long as some of its tests."""
@@ -29,7 +32,9 @@ class Outcomes(Counter[str]):
         return None
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        self.update({name: len(terminalreporter.getreports(name)) for name in ("failed", "passed", "skipped", "error")})
+        self.counts.update(
+            {name: len(terminalreporter.getreports(name)) for name in ("failed", "passed", "skipped", "error")}
+        )
 
 
 def main(arguments: list[str]) -> int:
@@ -42,7 +47,7 @@ def main(arguments: list[str]) -> int:
             statuses.append(int(pytest.main([*selection, *arguments], plugins=[outcomes])))
             if statuses[-1] == pytest.ExitCode.INTERRUPTED:
                 break
-    said = ", ".join(f"{count} {name}" for name, count in outcomes.items() if count) or "no tests ran"
+    said = ", ".join(f"{count} {name}" for name, count in outcomes.counts.items() if count) or "no tests ran"
     took_s = time.monotonic() - start_s
     print("\nboth runs together:")
     print(f" {said} in {took_s:.2f}s ({datetime.timedelta(seconds=round(took_s))}) ".center(80, "="))

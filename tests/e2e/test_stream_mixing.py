@@ -22,8 +22,9 @@ TOML = server_toml(model_toml("mlp", "tiny_mlp", max_batch_size=16), log_level="
 PER_CALLER = 8
 CALLERS = 32
 LOGIT_TOLERANCE = 1e-4
-ALL_CLASSES = list(range(10))
-OPTIONS = pb.ExplainOptions(class_ids=pb.ClassIds(values=ALL_CLASSES))
+# More would be explained in steps, each image alone.
+CLASSES = list(range(8))
+OPTIONS = pb.ExplainOptions(class_ids=pb.ClassIds(values=CLASSES))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,7 +48,7 @@ def explained(model: torch.nn.Module, image: np.ndarray) -> Expected:
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     x = (torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255 - mean) / std
     activation = model.body(model.stem(x)).detach().requires_grad_()
-    logits = model.head(activation.clone())[0]
+    logits = model.head(activation.clone())[0, CLASSES]
     raws = []
     for logit in logits:
         (gradient,) = torch.autograd.grad(logit, activation, retain_graph=True)
@@ -77,7 +78,7 @@ def assert_says(logits: list[float], raws: list[np.ndarray], want: Expected) -> 
 
 
 def assert_is(answer: pb.ExplainResponse, want: Expected) -> None:
-    assert [e.class_id for e in answer.explanations] == ALL_CLASSES
+    assert [e.class_id for e in answer.explanations] == CLASSES
     raws = [map_of(e) * e.map_scale + e.map_offset for e in answer.explanations]
     assert_says([e.logit for e in answer.explanations], raws, want)
 
@@ -105,12 +106,12 @@ async def raw_stream(stub: Stub, own: Cases, window: int) -> int:
 
 async def sdk_stream(client: AsyncClient, own: Cases, window: int) -> int:
     sizes = []
-    async with client.stream(class_ids=ALL_CLASSES, max_in_flight=window) as stream:
+    async with client.stream(class_ids=CLASSES, max_in_flight=window) as stream:
         async for item in stream.map(image for image, _ in own):
             image, want = own[len(sizes)]
             assert item.frame is image
             explanations = item.result.explanations
-            assert [e.class_id for e in explanations] == ALL_CLASSES
+            assert [e.class_id for e in explanations] == CLASSES
             assert_says([e.logit for e in explanations], [e.heatmap.raw() for e in explanations], want)
             sizes.append(item.result.timing.batch_size)
     assert len(sizes) == len(own)

@@ -38,6 +38,7 @@ def test_it_says_what_it_can_do():
         methods=methods,
         scores=(Score.LOGIT,),
         has_options=False,
+        takes_steps=False,
         layers_by_method=dict.fromkeys((m for m in methods if m.traits.default_layer_only), ("body",)),
     )
     plain = MapSpec(Method.EIGEN_CAM, ("body",), upsample=False)

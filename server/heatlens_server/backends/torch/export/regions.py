@@ -36,6 +36,8 @@ def inline_regions(module: GraphModule) -> None:
                 continue
             _inline(module, node, region, inputs)
             found = True
+    # Exporters look at every graph that a module holds.
+    module.delete_all_unused_submodules()
 
 
 def flatten_attention(graph: Graph) -> None:
