@@ -83,8 +83,10 @@ def test_errors_of_one_device_do_not_touch_the_other(start, caplog):
     broken.gate.clear()
     rig = start(broken, whole)
     entries = [rig.put(value) for value in (1, 2)]
+    # A device that is free again would take the other one's entry, too.
     for engine in (broken, whole):
         assert engine.entered.wait(PATIENCE_S)
+    for engine in (broken, whole):
         engine.gate.set()
     outcomes = [rig.outcome(entry) for entry in entries]
     assert sum(isinstance(outcome, InternalError) for outcome in outcomes) == 1
