@@ -79,6 +79,25 @@ class YoloV8(nn.Module):
         return torch.cat([boxes, self.activation(logits), *further], 1)
 
 
+class EndToEnd(nn.Module):
+    """(N, boxes, 6): corners, score and class of the best boxes, as ultralytics' detectors without suppression do."""
+
+    def __init__(self, most: int = 30) -> None:
+        super().__init__()
+        self.inner = YoloV8()
+        self.most = most
+
+    def forward(self, x: Tensor) -> Tensor:
+        boxes, logits = self.inner.parts(x)
+        corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1).transpose(1, 2)
+        scores = logits.sigmoid().transpose(1, 2)
+        rows = scores.amax(-1).topk(self.most)[1][..., None]
+        corners = corners.gather(1, rows.expand(-1, -1, 4))
+        scores, places = scores.gather(1, rows.expand(-1, -1, CLASSES)).flatten(1).topk(self.most)
+        corners = corners.gather(1, (places // CLASSES)[..., None].expand(-1, -1, 4))
+        return torch.cat([corners, scores[..., None], (places % CLASSES)[..., None].to(scores)], -1)
+
+
 class YoloV5(nn.Module):
     """(N, boxes, 5 + classes): centre, width and height in pixels, sigmoids of there being something and of classes."""
 

@@ -210,10 +210,11 @@ class ModelConfig(Section):
     of boxes: "softmax" where the last class is that of nothing. Other tasks have one of their own."""
     threshold: float | None = Field(default=None, gt=0, lt=1)
     """Segmentation by sigmoid: the probability above which a pixel is predicted as a class. Unset: 0.5."""
-    detector: Literal["auto", "yolov8", "yolov5", "detr", "nms"] = "auto"
+    detector: Literal["auto", "yolov8", "yolov5", "end2end", "detr", "nms"] = "auto"
     """Detection by an ONNX file: how it returns boxes before any is left out. "yolov8": (N, 4 + classes, boxes).
-    "yolov5": (N, boxes, 5 + classes), the fifth the score of there being something. "detr": scores (N, boxes, classes)
-    and boxes (N, boxes, 4). "nms": what goes into its NonMaxSuppression. "auto": found by shapes."""
+    "yolov5": (N, boxes, 5 + classes), the fifth the score of there being something. "end2end": (N, boxes, 6), corners,
+    score and class of boxes that need no suppression. "detr": scores (N, boxes, classes) and boxes (N, boxes, 4).
+    "nms": what goes into its NonMaxSuppression. "auto": found by shapes."""
     boxes: Literal["auto", "cxcywh", "xyxy", "yxyx", "cxcywh-relative", "xyxy-relative", "yxyx-relative"] = "auto"
     """Detection by an ONNX file: what the four numbers of a box are: the centre, width and height, or corners; in
     pixels of the input, or as parts of its sides. "auto": as is usual for `detector`."""

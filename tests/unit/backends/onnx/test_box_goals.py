@@ -8,7 +8,7 @@ import onnx
 import pytest
 import torch
 
-from box_networks import CLASSES, PX, Corners, Detr, Listed, YoloV5, YoloV8, made
+from box_networks import CLASSES, PX, Corners, Detr, EndToEnd, Listed, YoloV5, YoloV8, made
 from heatlens_server.backends.onnx import network
 from heatlens_server.backends.onnx.box_goals import BoxGoals, best_of, corners_of, overlaps_with, probabilities_of
 from heatlens_server.backends.onnx.network import Detector, RowScores
@@ -140,6 +140,11 @@ def of_v5(module, x):
     return scores[..., 4:5] * scores[..., 5:]
 
 
+def of_end2end(module, x):
+    rows = module(x)
+    return rows[..., 4:5] * (rows[..., 5:] == torch.arange(CLASSES))
+
+
 def of_detr(module, x):
     return module(x)[0].softmax(-1)[..., :-1]
 
@@ -152,6 +157,7 @@ FORMS = {
     "yolov8": (YoloV8, ("output0",), LAYER, of_v8, {}),
     "yolov8-masks": (lambda: YoloV8(extra=2), ("output0",), LAYER, of_v8, {"labels": "names.txt"}),
     "yolov5": (YoloV5, ("output0",), LAYER, of_v5, {}),
+    "end2end": (EndToEnd, ("output0",), f"inner.{LAYER}", of_end2end, {"labels": "names.txt"}),
     "detr": (Detr, ("logits", "pred_boxes"), "norm", of_detr, {"activation": "softmax"}),
     "rt-detr": (
         lambda: Detr(nothing=False), ("logits", "pred_boxes"), "norm", of_rt_detr, {"activation": "sigmoid"}

@@ -17,7 +17,11 @@ class NotReturned(ModelLoadError):
 
 
 class Added:
-    """Adds operators at the end of a graph, and knows their shapes."""
+    """Adds operators at the end of a graph, and knows their shapes.
+
+    Attributes:
+        known: what was known before.
+    """
 
     def __init__(self, model: ir.Model, known: Known) -> None:
         """Add nothing yet.
@@ -27,13 +31,13 @@ class Added:
             known: its shapes.
         """
         self._model = model
-        self._known = known
+        self.known = known
         self._shapes: dict[ir.Value, Shape] = {}
         self._constants: dict[ir.Value, Array] = {}
 
     def shape(self, value: ir.Value) -> Shape:
         """The shape of a value; () if it is not known."""
-        return self._shapes.get(value, self._known.shapes.get(value, ()))
+        return self._shapes.get(value, self.known.shapes.get(value, ()))
 
     def op(
         self, operator: str, inputs: Sequence[ir.Value | None], shape: Shape, **attributes: str | int | list[int]
@@ -61,19 +65,22 @@ class Added:
         self._constants[constant], self._shapes[constant] = array, array.shape
         return constant
 
+    def floats(self, *values: float) -> ir.Value:
+        """Add a constant vector of the graph's floating point type."""
+        return self.constant(np.array(values, self.known.dtype.numpy()))
+
     def finish(self) -> Known:
         """What is known, with what was added."""
         common.AddDefaultAttributesPass()(self._model)
-        shapes, constants = {**self._known.shapes, **self._shapes}, {**self._known.constants, **self._constants}
-        return replace(self._known, shapes=shapes, constants=constants)
+        shapes, constants = {**self.known.shapes, **self._shapes}, {**self.known.constants, **self._constants}
+        return replace(self.known, shapes=shapes, constants=constants)
 
     def _add(
         self, operator: str, inputs: Sequence[ir.Value | None], shapes: Sequence[Shape], attributes: Mapping[str, Any]
     ) -> Sequence[ir.Value]:
         name = f"heatlens_{len(self._shapes)}_{operator}"
-        outputs = [
-            ir.Value(name=f"{name}_{place}", type=ir.TensorType(self._known.dtype)) for place in range(len(shapes))
-        ]
+        kind = ir.TensorType(ir.DataType.BOOL if operator == "Equal" else self.known.dtype)
+        outputs = [ir.Value(name=f"{name}_{place}", type=kind) for place in range(len(shapes))]
         self._model.graph.append(ir.node(operator, inputs, attributes, outputs=outputs, name=name))
         self._shapes |= dict(zip(outputs, shapes, strict=True))
         return outputs

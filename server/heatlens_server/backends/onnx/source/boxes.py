@@ -17,8 +17,11 @@ from heatlens_server.backends.onnx.source.added import Added, NotReturned
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.errors import ModelLoadError
 
-_OVERLAPS = {"yolov8": 0.7, "yolov5": 0.45}
+_OVERLAPS = {"yolov8": 0.7, "yolov5": 0.45, "end2end": 1.0}
 """The intersection over union from which on the worse of two boxes is left out, as by default in the tools of each."""
+
+_MOST_CHOSEN = 1000
+"""Boxes of which a network has left the worse ones out itself."""
 
 _DENSE_OVERLAP = 0.65
 """The same, where boxes of pairs of outputs are as many as the places of maps."""
@@ -75,7 +78,7 @@ class _Rows:
     """Rows of a form that is known.
 
     Attributes:
-        form: "yolov8", "yolov5", "detr" or "nms".
+        form: as the configuration's `detector`.
         output: of the file, that has the scores.
         boxes: (N, A, 4).
         scores: (N, A, C).
@@ -132,6 +135,7 @@ def find_boxes(
     *,
     suppression: Suppression | None = None,
     name_count: int = 0,
+    is_told: bool = False,
 ) -> tuple[FoundBoxes, Known]:
     """The boxes and scores of a detector; a last sigmoid or softmax is left behind.
 
@@ -142,6 +146,7 @@ def find_boxes(
         config: of the model.
         suppression: what `cut_suppression` returned.
         name_count: how many classes have names; 0 if nothing tells.
+        is_told: whether something says that the file is a detector.
 
     Raises:
         NotReturned: there are none, or it is not clear which; names all outputs with their shapes, and the keys.
@@ -150,7 +155,7 @@ def find_boxes(
     if suppression is not None:
         rows = _of_suppression(added, suppression)
     else:
-        rows = _of_outputs(model, added, size_of(known, image), config, name_count)
+        rows = _of_outputs(model, added, size_of(known, image), config, name_count=name_count, is_told=is_told)
 
     @cache
     def tried() -> tuple[Array, Array]:
@@ -190,32 +195,17 @@ def _of_suppression(added: Added, given: Suppression) -> _Rows:
     return _Rows("nms", given.scores, given.boxes, scores, given.corners, given.most_overlap)
 
 
-def _of_outputs(model: ir.Model, added: Added, size_px: tuple[int, int], config: ModelConfig, name_count: int) -> _Rows:
-    outputs = [value for value in model.graph.outputs if _is_of_rows(added.shape(value))]
-    named = [value for value in outputs if config.output in {None, value.name}]
-    found: list[tuple[str, ir.Value, ir.Value]] = []
-    if config.detector in {"auto", "detr"}:
-        found = [("detr", scores, boxes) for scores in named for boxes in outputs if _are_paired(added, scores, boxes)]
-        if len(found) > 1:
-            # Scores of four classes look like boxes.
-            found = [pair for pair in found if "box" in str(pair[2].name)] or found
-    if not found and config.detector != "detr":
-        forms = (config.detector,) if config.detector != "auto" else tuple(_OVERLAPS)
-        found = [
-            (form, value, value) for value in named for form in forms if _fits(added, value, form, size_px, config)
-        ]
-    if len(found) != 1:
-        shapes = ", ".join(f"{value.name} {added.shape(value) or ''}" for value in model.graph.outputs)
-        raise NotReturned(
-            f"{len(found)} outputs look like those of a detector, (N, 4 + classes, boxes), (N, boxes, 5 + classes), or "
-            f"(N, boxes, classes) beside (N, boxes, 4): set output and detector; the file's outputs: {shapes}"
-        )
-    ((form, output, boxes),) = found
+def _of_outputs(
+    model: ir.Model, added: Added, size_px: tuple[int, int], config: ModelConfig, *, name_count: int, is_told: bool
+) -> _Rows:
+    form, output, boxes = _form_of(model, added, size_px, config, is_told=is_told)
     if form == "detr":
         is_dense = _is_dense(added.shape(boxes)[1], size_px)
         return _Rows(form, output, boxes, output, None, _DENSE_OVERLAP if is_dense else 1.0)
-    first = 5 if form == "yolov5" else 4
-    axis = 2 if form == "yolov5" else 1
+    if form == "end2end":
+        boxes, scores = _of_chosen(added, output, name_count)
+        return _Rows(form, output, boxes, scores, Corners.XY, _OVERLAPS[form])
+    first, axis = (5, 2) if form == "yolov5" else (4, 1)
     columns = added.shape(output)[axis] - first
     # Behind the classes there may be coefficients of masks, or places of joints.
     columns = name_count if 0 < name_count < columns else columns
@@ -230,6 +220,48 @@ def _of_outputs(model: ir.Model, added: Added, size_px: tuple[int, int], config:
     return _Rows(form, output, boxes, scores, Corners.CENTER, _OVERLAPS[form])
 
 
+def _form_of(
+    model: ir.Model, added: Added, size_px: tuple[int, int], config: ModelConfig, *, is_told: bool
+) -> tuple[str, ir.Value, ir.Value]:
+    """Of which form a file is, and which of its outputs have scores and boxes."""
+    outputs = [value for value in model.graph.outputs if _is_of_rows(added.shape(value))]
+    named = [value for value in outputs if config.output in {None, value.name}]
+    found: list[tuple[str, ir.Value, ir.Value]] = []
+    if config.detector in {"auto", "detr"}:
+        found = [("detr", scores, boxes) for scores in named for boxes in outputs if _are_paired(added, scores, boxes)]
+        if len(found) > 1:
+            # Scores of four classes look like boxes.
+            found = [pair for pair in found if "box" in str(pair[2].name)] or found
+    if not found and config.detector != "detr":
+        forms = [form for form in _OVERLAPS if config.detector in {"auto", form}]
+        is_open = config.detector == "auto"
+        found = [
+            (form, value, value)
+            for value in named
+            for form in forms
+            if _fits(added.shape(value), form) and not (is_open and not _is_likely(added.shape(value), form, size_px))
+        ]
+        found = [one for one in found if is_told or not is_open or one[0] != "end2end"]
+    if len(found) != 1:
+        shapes = ", ".join(f"{value.name} {added.shape(value) or ''}" for value in model.graph.outputs)
+        raise NotReturned(
+            f"{len(found)} outputs look like those of a detector, (N, 4 + classes, boxes), (N, boxes, 5 + classes), or "
+            f"(N, boxes, classes) beside (N, boxes, 4): set output and detector; the file's outputs: {shapes}"
+        )
+    return found[0]
+
+
+def _of_chosen(added: Added, output: ir.Value, class_count: int) -> tuple[ir.Value, ir.Value]:
+    """Boxes, and scores (N, A, C), of rows of a box, its score and its class."""
+    if not class_count:
+        raise ModelLoadError("labels: the file does not tell how many classes its detector has: set labels")
+    count = added.shape(output)[1]
+    boxes, score, class_id = (_part(added, output, 2, *ends) for ends in ((0, 4), (4, 5), (5, 6)))
+    is_class = added.op("Equal", [class_id, added.floats(*range(class_count))], (BATCH, count, class_count))
+    hot = added.op("Cast", [is_class], (BATCH, count, class_count), to=int(added.known.dtype))
+    return boxes, added.op("Mul", [score, hot], (BATCH, count, class_count))
+
+
 def _is_of_rows(shape: Sequence[int]) -> bool:
     return len(shape) == 3 and shape[0] == BATCH and min(shape[1:]) > 0
 
@@ -240,11 +272,19 @@ def _are_paired(added: Added, scores: ir.Value, boxes: ir.Value) -> bool:
     return scores is not boxes and count == others and numbers == 4
 
 
-def _fits(added: Added, value: ir.Value, form: str, size_px: tuple[int, int], config: ModelConfig) -> bool:
-    """Whether an output has boxes and scores of a form; whether that is right is seen by the number of boxes."""
-    _n, rows, columns = added.shape(value)
+def _fits(shape: Sequence[int], form: str) -> bool:
+    """Whether an output can have boxes and scores of a form."""
+    _n, rows, columns = shape
+    return columns == 6 if form == "end2end" else rows > 4 if form == "yolov8" else columns > 5
+
+
+def _is_likely(shape: Sequence[int], form: str, size_px: tuple[int, int]) -> bool:
+    """Whether it has them by the number of its boxes: as many as maps have places, or few that were chosen."""
+    _n, rows, columns = shape
+    if form == "end2end":
+        return rows <= _MOST_CHOSEN and not _is_dense(rows, size_px)
     count, numbers = (columns, rows - 4) if form == "yolov8" else (rows, columns - 5)
-    return numbers > 0 and (config.detector != "auto" or (numbers < count and _is_dense(count, size_px)))
+    return numbers < count and _is_dense(count, size_px)
 
 
 def _is_dense(count: int, size_px: tuple[int, int]) -> bool:
@@ -278,8 +318,10 @@ def _scores_of(
         return RowScores.SIGMOID, _before_sigmoid(added, rows.scores), ()
     if node is not None and node.op_type == "Softmax" and node.attributes["axis"].as_int() in {-1, 2}:
         return RowScores.SOFTMAX, input_of(node), ()
+    if rows.form in {"yolov5", "end2end"}:
+        return RowScores.PROBABILITY, rows.scores, ()
     scores = tried()[1]
-    if rows.form == "yolov5" or (scores.min() >= 0.0 and scores.max() <= 1.0):
+    if scores.min() >= 0.0 and scores.max() <= 1.0:
         return RowScores.PROBABILITY, rows.scores, ()
     if config.activation != "auto":
         return RowScores(config.activation), rows.scores, ()

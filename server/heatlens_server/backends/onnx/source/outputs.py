@@ -145,7 +145,10 @@ def _of_boxes(
         name_count = len(read_labels(config.labels, 0))
     else:
         name_count = next((len(names) for _origin, names in settings.names), 0)
-    found, known = find_boxes(model, known, image, config, suppression=suppression, name_count=name_count)
+    is_told = config.task == "detection" or settings.task is Task.DETECTION
+    found, known = find_boxes(
+        model, known, image, config, suppression=suppression, name_count=name_count, is_told=is_told
+    )
     if config.threshold is not None:
         raise ModelLoadError("threshold: is for segmentation; requests to a detector have min_score")
     about_task = () if config.task == "detection" else ('It makes the task "detection"; task overrides that.',)

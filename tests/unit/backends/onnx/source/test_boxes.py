@@ -8,7 +8,7 @@ from onnx import TensorProto, helper
 from torch import nn
 
 import tiny_models
-from box_networks import BOXES, CLASSES, PX, Corners, Detr, YoloV5, YoloV8, made
+from box_networks import BOXES, CLASSES, PX, Corners, Detr, EndToEnd, YoloV5, YoloV8, made
 from heatlens_server.backends.onnx import network
 from heatlens_server.backends.onnx.network import RowScores
 from heatlens_server.backends.onnx.source.load import load_file
@@ -131,6 +131,19 @@ def test_metadata_of_ultralytics(tmp_path):
     assert "ImageNet" not in told(loaded)
 
 
+def test_boxes_that_need_no_suppression(tmp_path):
+    path = written(EndToEnd, tmp_path)
+    with pytest.raises(ModelLoadError, match="0 outputs look like scores"):
+        load(path)
+    with pytest.raises(ModelLoadError, match="labels: the file does not tell how many classes"):
+        load(path, task="detection")
+    (tmp_path / "names.txt").write_text("cat\ndog\nbird\n")
+    loaded = load(path, task="detection", labels=tmp_path / "names.txt")
+    assert 'detector = "end2end": 30 boxes, boxes = "xyxy", with scores of 3 classes' in told(loaded)
+    assert (loaded.info.detector.most_overlap, loaded.info.class_count) == (1.0, CLASSES)
+    assert "/neck/up.1/" in loaded.info.layers[0].name
+
+
 def test_boxes_are_what_the_configuration_says(tmp_path):
     detector = load(written(YoloV8, tmp_path), boxes="yxyx-relative").info.detector
     assert (detector.corners, detector.is_relative) == (network.Corners.YX, True)
@@ -162,7 +175,7 @@ class Rows(nn.Module):
     ("make", "names", "options", "message"),
     [
         # Boxes that are left after suppression, and letters of a line of text.
-        (lambda: Rows(300, 6), ("output0",), {"task": "detection"}, r"0 outputs look like .* output0 \(-1, 300, 6\)"),
+        (lambda: Rows(300, 7), ("output0",), {"task": "detection"}, r"0 outputs look like .* output0 \(-1, 300, 7\)"),
         (lambda: Rows(40, 97), ("output0",), {}, r"0 outputs look like scores \(N, classes\)"),
         (tiny_models.tiny, ("logits",), {"task": "detection"}, "0 outputs look like those of a detector.*set output"),
         (YoloV8, ("output0",), {"detector": "detr"}, "0 outputs look like those of a detector"),
