@@ -20,15 +20,21 @@ FRAMES = 10_000
 LEAKING_FRAMES = 3_000
 WINDOW = 64
 
-# An answer for one of these frames, kept, costs 1.5 to 2 kB. The allocator's own ups and downs, as a line through half
-# of the samples, are below 0.2 kB per frame.
+# An answer for one of these frames, kept, costs 1.5 to 2 kB. The allocator's own ups and downs, as the usual slope over
+# half of the samples, are below 0.2 kB per frame.
 TOLERANCE_BYTES_PER_FRAME = 500.0
 
 
 def growth_bytes_per_frame(samples: list[list[int]]) -> tuple[float, float]:
-    """The slope of a line through the second half: of the server's memory, and of the client's."""
-    frames, server, client = np.asarray(samples[len(samples) // 2 :], float).T
-    return float(np.polyfit(frames, server, 1)[0]), float(np.polyfit(frames, client, 1)[0])
+    """The usual slope in the second half: of the server's memory, and of the client's.
+
+    The median over pairs of samples, since systems may take pages from a process at any moment: a fall that a line
+    through all samples would take for their slope.
+    """
+    values = np.asarray(samples[len(samples) // 2 :], float)
+    apart = len(values) // 4
+    frames, server, client = (values[apart:] - values[:-apart]).T
+    return float(np.median(server / frames)), float(np.median(client / frames))
 
 
 def soak(folder: Path, count: int, *, leak: bool) -> list[list[int]]:

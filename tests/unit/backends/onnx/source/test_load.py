@@ -1,5 +1,7 @@
 """What is found in a file, what is said of it, and what is refused."""
 
+import warnings
+
 import numpy as np
 import onnx
 import pytest
@@ -267,7 +269,9 @@ def test_a_second_input_that_scores_need_is_refused_by_name(tmp_path):
     path = tmp_path / "m.onnx"
     names = {"input_names": ["image", "numbers"], "output_names": ["both", "image_alone"]}
     given = torch.zeros(1, 3, 64, 64), torch.zeros(1, 4)
-    torch.onnx.export(WithMeasurements().eval(), given, path, dynamo=False, opset_version=17, **names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(WithMeasurements().eval(), given, path, dynamo=False, opset_version=17, **names)
     for options in ({}, {"output": "both"}):
         with pytest.raises(ModelLoadError) as caught:
             load(path, **options)
