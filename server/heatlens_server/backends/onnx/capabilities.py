@@ -1,11 +1,9 @@
 """What engines need to know of an export, from its manifest. No torch in here."""
 
-from collections.abc import Mapping, Sequence
-
 from heatlens_server.backends.onnx.manifest import Manifest
 from heatlens_server.core.engine import Capabilities, MapSpec
 from heatlens_server.core.errors import ModelLoadError
-from heatlens_server.core.graph_spec import CLASS_INDEX, IMAGE, Format, InputKind, Output
+from heatlens_server.core.graph_spec import Format, Output
 from heatlens_server.core.methods import Method
 from heatlens_server.core.tasks import Task
 
@@ -26,39 +24,6 @@ def check_served(manifest: Manifest, wanted: Format, needed: tuple[Output, ...])
             raise ModelLoadError(
                 f"the graph of layer {graph.layer!r} does not return {', '.join(missing)}, which a server needs: "
                 "export it with more outputs"
-            )
-
-
-def check_tensors(manifest: Manifest, shapes: Mapping[str, Sequence[object]], image_dtype: str) -> None:
-    """Check what a graph says about its inputs and outputs against its manifest.
-
-    Args:
-        manifest: of the export.
-        shapes: by name of input or output; what is no number may vary.
-        image_dtype: of the input image, as numpy calls it.
-
-    Raises:
-        ModelLoadError: they differ; the message names the field of the manifest.
-    """
-    dtype = "uint8" if manifest.input is InputKind.UINT8 else "float32"
-    if image_dtype != dtype:
-        raise ModelLoadError(f"the graph takes {image_dtype} images, and its manifest's input is {manifest.input}")
-    fields = (
-        ("preprocess.crop_px", IMAGE, (None, manifest.preprocess.channels, *manifest.preprocess.input_px)),
-        ("classes", CLASS_INDEX, (None, manifest.classes)),
-        ("class_count", Output.LOGITS, (None, manifest.class_count)),
-    )
-    for field, name, expected in fields:
-        shape = shapes.get(name)
-        if shape is None:
-            raise ModelLoadError(f"the graph has no {name}")
-        if len(shape) != len(expected) or any(
-            # A number where any is expected is as wrong as another number; the batch is tried by running it.
-            isinstance(size, int) and size != wanted
-            for size, wanted in zip(shape[1:], expected[1:], strict=True)
-        ):
-            raise ModelLoadError(
-                f"the graph's {name} is of shape {tuple(shape)}, which its manifest's {field} does not fit"
             )
 
 

@@ -14,15 +14,17 @@ from heatlens_server.backends.onnx.goals import Goals, Scores, goals_of
 from heatlens_server.backends.onnx.graph_rows import normalisation_table, normalised_planes
 from heatlens_server.backends.onnx.graph_tail import OpenTail
 from heatlens_server.backends.onnx.map_finish import Maps, finish
-from heatlens_server.backends.onnx.network import NetworkGraphs
+from heatlens_server.backends.onnx.network import NetworkGraphs, NetworkInfo
 from heatlens_server.backends.onnx.packed import OpenGraph, PackedGraph, open_packed
 from heatlens_server.backends.onnx.passes import Passes
 from heatlens_server.backends.onnx.providers import Choice, Runtime
 from heatlens_server.core.arrays import ImageArray
 from heatlens_server.core.engine import MapSpec
+from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.grid import Grid, Layout
 from heatlens_server.core.methods import Method, Score
 from heatlens_server.core.targets import Target
+from heatlens_server.core.tasks import Task
 from heatlens_server.maps.methods import raw_map
 from heatlens_server.maps.normalization import NormalizedMap, normalize
 from heatlens_server.maps.precision import FP16_GRADIENT_SCALE
@@ -287,6 +289,7 @@ class GraphNetwork:
         def opened() -> _Sessions:
             passes = self._network.passes(layers)
             forward = self._open(passes.forward)
+            _check_shapes(self._about, passes, forward)
             return _Sessions(passes, forward, None if passes.backward is None else self._open(passes.backward))
 
         return self._passes.get(layers, opened)
@@ -296,6 +299,27 @@ class GraphNetwork:
             self._runtime, graph, self._choice, threads=self._threads, runs_once=not self._optimised
         )
         return opened
+
+
+def _check_shapes(about: NetworkInfo, passes: Passes, forward: OpenGraph) -> None:
+    """Check what a graph says of its image and scores against what is known: of an export, by its manifest.
+
+    Raises:
+        ModelLoadError: they differ; the message names the field of the manifest.
+    """
+    shapes = {value.name: value.shape for value in (*forward.get_inputs(), *forward.get_outputs())}
+    checks: list[tuple[str, str, tuple[int, ...]]] = []
+    if about.preprocess.crop_px is not None:
+        size, channels = about.preprocess.crop_px, about.preprocess.channels
+        lengths: tuple[int, ...] = (*size, channels) if about.channels_last else (channels, *size)
+        checks.append(("preprocess.crop_px", passes.image, lengths))
+    if about.task in {Task.CLASSIFICATION, Task.MULTI_LABEL}:
+        checks.append(("class_count", passes.scores[0], (about.class_count,)))
+    for field, name, lengths in checks:
+        shape = shapes[name]
+        # What is no number may vary.
+        if any(isinstance(one, int) and one != wanted for one, wanted in zip(shape[1:], lengths, strict=False)):
+            raise ModelLoadError(f"the graph's {name} is of shape {tuple(shape)}, which {field} does not fit")
 
 
 @dataclass(frozen=True, eq=False)

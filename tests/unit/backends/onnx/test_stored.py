@@ -201,3 +201,18 @@ def test_a_manifest_is_read_with_its_network(tmp_path):
     info = read_network(tmp_path / "copy", manifest).info
     assert [(layer.name, layer.channels, layer.height) for layer in info.layers] == [("body", 16, 8), ("stem", 8, 16)]
     assert (info.class_count, info.dtype, info.takes_batches, info.has_linear_head) == (10, "float32", True, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_count": 7}, "logits is of shape .* class_count does not fit"),
+        ({"crop_px": (32, 32)}, "image is of shape .* preprocess.crop_px does not fit"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_its_graph_fails_at_load(changes, message):
+    folder, manifest = tiny()
+    if "crop_px" in changes:
+        changes = {"preprocess": dataclasses.replace(manifest.preprocess, **changes)}
+    with pytest.raises(ModelLoadError, match=message):
+        open_engine((folder, dataclasses.replace(manifest, **changes)))

@@ -61,6 +61,9 @@ def as_logits(
     """
     if kind is OutputKind.LOGITS:
         return replace(scores, value=scores.output, activation=""), known, None, ()
+    if scores.activation and kind is not None:
+        # What is left behind must be what the configuration says all the same.
+        declared_form(kind, _run(model, image, scores.output, preprocess))
     if scores.activation or (kind is None and _is_linear(scores.value)):
         return scores, known, None, ()
     rows = _run(model, image, scores.value, preprocess)

@@ -118,6 +118,7 @@ def test_outputs_overrides_what_is_seen(write):
     ("end", "keys", "message"),
     [
         (nn.Identity(), {"outputs": "probabilities"}, "outputs: the network returns values from .* no probabilities"),
+        (nn.Softmax(1), {"outputs": "log-probabilities"}, "outputs: the network returns values from"),
         (nn.Identity(), {"outputs": "probabilities", "task": "regression"}, "outputs: is for classifiers"),
         (two_heads, {"task": "classification"}, 'task: the network returns probabilities by sigmoid.*"multi-label'),
     ],
