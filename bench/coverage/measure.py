@@ -30,6 +30,7 @@ from heatlens_server.core.errors import ExportError
 from heatlens_server.core.methods import Method
 from heatlens_server.core.targets import ClassIds
 from heatlens_server.maps.methods import raw_map
+from heatlens_server.maps.steps.job import at_once
 
 # Traced with 2 images and 5 classes.
 IMAGES = 3
@@ -92,7 +93,7 @@ def _served(
         targets = [ClassIds(tuple(row.tolist())) for row in class_ids]
         given = images.astype(np.float32)
         specs = [MapSpec(Method.GRAD_CAM, (layer,), upsample=False) for layer in layers]
-        maps = [graphs.explain(given, targets, spec).maps(spec, (0, 0)).values for spec in specs]
+        maps = [at_once(graphs.explain(given, targets, spec)).maps(spec, (0, 0)).values for spec in specs]
         (logits,) = graphs.scores(given, tuple(layers[:1])).values()
     return logits, maps, nodes, seconds
 

@@ -429,7 +429,7 @@ def test_a_damaged_export_is_refused_without_a_path(export, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"class_count": 7}, r"scores of shape \(10,\), and class_count is 7"),
+        ({"class_count": 7}, r"logits is of shape \(.*, 10\), which class_count 7 does not fit"),
         ({"class_count": "10"}, "class_count: "),
         ({"labels": ["a"]}, "labels: there are 1, for 10 classes"),
     ],

@@ -319,7 +319,8 @@ def _check_shapes(about: NetworkInfo, passes: Passes, forward: OpenGraph) -> Non
         shape = shapes[name]
         # What is no number may vary.
         if any(isinstance(one, int) and one != wanted for one, wanted in zip(shape[1:], lengths, strict=False)):
-            raise ModelLoadError(f"the graph's {name} is of shape {tuple(shape)}, which {field} does not fit")
+            said = lengths[0] if len(lengths) == 1 else lengths
+            raise ModelLoadError(f"the graph's {name} is of shape {tuple(shape)}, which {field} {said} does not fit")
 
 
 @dataclass(frozen=True, eq=False)

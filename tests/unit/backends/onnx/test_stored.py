@@ -206,8 +206,8 @@ def test_a_manifest_is_read_with_its_network(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"class_count": 7}, "logits is of shape .* class_count does not fit"),
-        ({"crop_px": (32, 32)}, "image is of shape .* preprocess.crop_px does not fit"),
+        ({"class_count": 7}, "logits is of shape .* class_count 7 does not fit"),
+        ({"crop_px": (32, 32)}, r"image is of shape .* preprocess.crop_px \(3, 32, 32\) does not fit"),
     ],
 )
 def test_a_manifest_that_does_not_fit_its_graph_fails_at_load(changes, message):
