@@ -1,4 +1,4 @@
-"""What a server answers beyond its capacity, and how its memory goes: `python -m bench.overload`.
+"""What a server answers beyond its capacity: `python -m bench.overload`.
 
 Calls come at random times, at a rate that is set, whether or not earlier ones are answered (an open loop), and are made
 once. The server runs in a process of its own, on the same cores as the client.
@@ -9,7 +9,6 @@ import random
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated
 
 import grpc
@@ -145,57 +144,12 @@ async def goodput(service: served.Service, *, seconds: float) -> Table:
     return table
 
 
-async def memory(service: served.Service, *, minutes: float) -> Table:
-    """Resident memory under a mix of small and large images, classes and map sizes: once a twentieth of the time."""
-    chance = random.Random(0)
-    callers, outcomes = Callers(service.address), Outcomes()
-    requests = []
-    for side_px, size in ((64, pb.MAP_SIZE_LAYER), (256, pb.MAP_SIZE_INPUT), (600, pb.MAP_SIZE_SOURCE)):
-        pixels = np.random.default_rng(side_px).integers(0, 256, (side_px, side_px, 3), np.uint8)
-        tensor = pb.Tensor(data_type=pb.DATA_TYPE_UINT8, shape=pixels.shape, data=pixels.tobytes())
-        requests += [
-            pb.ExplainRequest(image=pb.Image(pixels=tensor), options=pb.ExplainOptions(map_size=size, top_k=k))
-            for k in (1, 5)
-        ]
-    start = time.perf_counter()
-    points: list[tuple[float, float]] = []
-
-    async def ask(number: int) -> None:
-        while time.perf_counter() < start + 60 * minutes:
-            await callers.call(number, chance.choice(requests), outcomes)
-
-    asked = asyncio.gather(*(ask(number) for number in range(8)))
-    while not asked.done():
-        points.append(((time.perf_counter() - start) / 60, _resident_mb(service.pid)))
-        await asyncio.wait([asked], timeout=3 * minutes)
-    await callers.close()
-    # The first sixth is for what is made once.
-    later = [(minute, size) for minute, size in points if minute > minutes / 6]
-    slope = float(np.polyfit(*np.transpose(later), 1)[0]) if len(later) > 2 else float("nan")
-    table = Table(title=f"resident memory under {minutes:g} min of a mix of load")
-    for column in ("calls", "at first MB", "at last MB", "most MB", "slope MB/min"):
-        table.add_column(column, justify="right")
-    sizes = [size for _, size in points]
-    calls = sum(len(took) for took in outcomes.took_ms.values())
-    table.add_row(str(calls), f"{sizes[0]:.0f}", f"{sizes[-1]:.0f}", f"{max(sizes):.0f}", f"{slope:+.2f}")
-    return table
-
-
-def _resident_mb(pid: int) -> float:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith("VmRSS:"))) / 1024
-
-
 def main(
     seconds: Annotated[float, typer.Option(help="How long each open loop lasts.")] = 10.0,
-    minutes: Annotated[float, typer.Option(help="How long memory is watched; 0: not at all.")] = 5.0,
 ) -> None:
-    """Print goodput beyond capacity, and the slope of resident memory."""
+    """Print goodput beyond capacity."""
     with served.serve() as service:
-        console = Console(width=120)
-        console.print(asyncio.run(goodput(service, seconds=seconds)))
-        if minutes:
-            console.print(asyncio.run(memory(service, minutes=minutes)))
+        Console(width=120).print(asyncio.run(goodput(service, seconds=seconds)))
 
 
 if __name__ == "__main__":
