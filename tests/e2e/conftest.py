@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 from typer.testing import CliRunner
 
-from heatlens._cli import app
+from heatlens._cli.commands import app
 from heatlens.v1 import explain_pb2_grpc
 from in_process_server import batcher_of, until
 from server_toml import model_toml, server_toml

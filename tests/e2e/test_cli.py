@@ -1,6 +1,7 @@
 """The real `heatlens` command against a real server: output, files and exit codes."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def test_no_arguments_is_help():
 
 
 def test_cli_loads_no_torch():
-    program = "import sys, heatlens._cli; print('torch' in sys.modules)"
+    program = "import sys, heatlens._cli.commands; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
@@ -147,12 +148,46 @@ def test_models(run_on):
 
 def test_health_says_it_with_its_exit_code(run_on, run):
     assert run_on("health").stdout == "serving\n"
+    assert run_on("health", "--live").stdout == "serving\n"
     assert run_on("health", "--model", "tiny").stdout == "serving\n"
     assert run_on("health", "--model", "broken", exit_code=1).stdout == "not-serving\n"
     assert "the server has no model named 'nope' [MODEL_NOT_FOUND" in one_line(
         run_on("health", "--model", "nope", exit_code=2).stderr
     )
     one_line(run("health", "--server", NOBODY, exit_code=2).stderr)
+
+
+def test_a_probe_of_health_imports_grpc_and_little_else(server):
+    program = (
+        "import contextlib, sys; from heatlens._cli import app\n"
+        f"sys.argv = ['heatlens', 'health', '--server', '{server.address}']\n"
+        "with contextlib.suppress(SystemExit): app()\n"
+        "print(sorted({'typer', 'rich', 'numpy', 'PIL', 'google.protobuf', 'heatlens.v1'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "serving\n[]\n"
+
+
+def test_the_command_begins_with_the_probe_or_the_application(server):
+    for arguments, shown in ((["health"], "serving"), (["models"], "tiny"), (["--version"], "heatlens ")):
+        program = f"import sys; sys.argv = ['heatlens', *{arguments}]; from heatlens._cli import app; app()"
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+            env={**os.environ, "HEATLENS_ADDRESS": server.address},
+        )
+        assert shown in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--live", "--model", "tiny"], "--live or --model"), (["--cert", "c.pem"], "--cert and --key")],
+)
+def test_a_probe_names_options_that_do_not_go_together(run, arguments, message):
+    assert message in run("health", "--server", NOBODY, *arguments, exit_code=2).stderr
 
 
 def test_bench_closed_loop(run_on):

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from heatlens import Client, evaluate
-from heatlens._cli import app
+from heatlens._cli.commands import app
 from heatlens._wire.names import METRICS
 
 METHODS = ("grad-cam", "score-cam", "random-cam")

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import heatlens
 from heatlens import _exceptions as exceptions
-from heatlens._cli import app as client_app
+from heatlens._cli.commands import app as client_app
 from heatlens._wire.requests import ExplainOptions
 from heatlens_server.cli import app as server_app
 from heatlens_server.config import Config, load_config

@@ -7,7 +7,7 @@ import sys
 _PROGRAM = """
 import signal
 signal.signal(signal.SIGINT, signal.{handler})
-from heatlens._cli import app
+from heatlens._cli.commands import app
 app()
 """
 

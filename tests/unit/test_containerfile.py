@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from heatlens._cli import app as client_app
+from heatlens._cli.commands import app as client_app
 from heatlens_server.cli import app as server_app
 
 ROOT = Path(__file__).parents[2]

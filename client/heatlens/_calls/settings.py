@@ -1,12 +1,10 @@
 """How to reach a server: checked settings, and the gRPC channel options that follow from them."""
 
-import ipaddress
 import json
 import uuid
 from dataclasses import dataclass, field
 from enum import Enum
 from os import PathLike
-from pathlib import Path
 from typing import Final, TypeAlias
 
 import grpc
@@ -16,6 +14,7 @@ from heatlens._results.images import checked_path
 from heatlens._version import __version__
 from heatlens._wire.arguments import MAX_SECONDS, as_float, checked_int, checked_timeout, is_text
 from heatlens._wire.status import REQUEST_ID_KEY
+from heatlens._wire.target import credentials, is_loopback
 
 DEFAULT_MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 
@@ -239,37 +238,5 @@ def service_config(retry: Retry) -> str:
     return json.dumps(config)
 
 
-def is_loopback(address: str) -> bool:
-    """Whether every endpoint of a gRPC target is on this machine: loopback addresses, localhost, Unix sockets."""
-    scheme, separator, rest = address.partition(":")
-    if separator and scheme in {"unix", "unix-abstract"}:
-        return True
-    if separator and scheme in {"ipv4", "ipv6"}:
-        return all(_is_loopback_host(endpoint) for endpoint in rest.split(","))
-    if separator and scheme == "dns":
-        # dns:host:port, dns:///host:port or dns://resolver/host:port.
-        rest = rest.rpartition("/")[2]
-        return _is_loopback_host(rest)
-    return _is_loopback_host(address)
-
-
-def _is_loopback_host(endpoint: str) -> bool:
-    if endpoint.startswith("["):
-        host = endpoint[1:].partition("]")[0]
-    elif endpoint.count(":") > 1:
-        host = endpoint
-    else:
-        host = endpoint.partition(":")[0]
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _credentials(tls: TLS) -> grpc.ChannelCredentials:
-    ca, key, chain = (
-        None if name is None else Path(name).read_bytes() for name in (tls.ca_file, tls.key_file, tls.cert_file)
-    )
-    return grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=chain)
+    return credentials(tls.ca_file, tls.cert_file, tls.key_file)

@@ -111,7 +111,7 @@ def describe(error: HeatlensError | OSError) -> str:
     if isinstance(error, OSError):
         text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     else:
-        request = "" if error.request_id is None else f", request {error.request_id}"
+        request = f", request {error.request_id}" if error.request_id else ""
         text = f"{error.message} [{error.reason}{request}]"
     return " ".join(text.split())
 

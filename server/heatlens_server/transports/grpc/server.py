@@ -2,7 +2,9 @@
 
 Health is told for the server as a whole, per service and per model:
 
-* "" and each heatlens service: SERVING once no model is loading for the first time and at least one is ready.
+* "", "readiness" and each heatlens service: SERVING once no model is loading for the first time and at least one is
+  ready, until the server drains.
+* "liveness": SERVING as long as the server answers at all, also while it loads and while it drains.
 * "heatlens.v1.ExplainService/<model>": SERVING once that model is ready; SERVICE_UNKNOWN once it is unloaded.
 """
 
@@ -31,6 +33,8 @@ SERVICES = tuple(
 )
 
 EXPLAIN_SERVICE = explain_pb2.DESCRIPTOR.services_by_name["ExplainService"].full_name
+
+LIVENESS, READINESS = "liveness", "readiness"
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -133,6 +137,7 @@ class Health:
         # One update at a time: else an earlier one could overwrite what a later one says.
         self._updating = asyncio.Lock()
         self._models: set[str] = set()
+        self._draining = False
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register the service."""
@@ -141,10 +146,13 @@ class Health:
     async def update(self, fleet: Fleet) -> None:
         """Publish the states of the models. Does nothing after `drain`."""
         async with self._updating:
+            if self._draining:
+                return
+            await self._servicer.set(LIVENESS, _SERVING)
             states = {status.name: status.state for status in fleet}
             is_settled = ModelState.LOADING not in states.values()
             overall = _SERVING if is_settled and ModelState.READY in states.values() else _NOT_SERVING
-            for service in ("", *SERVICES):
+            for service in ("", READINESS, *SERVICES):
                 await self._servicer.set(service, overall)
             for name in self._models - set(states):
                 await self._servicer.set(f"{EXPLAIN_SERVICE}/{name}", _UNKNOWN)
@@ -154,5 +162,8 @@ class Health:
             self._models = set(states)
 
     async def drain(self) -> None:
-        """Everything is NOT_SERVING from now on; watchers are told."""
-        await self._servicer.enter_graceful_shutdown()
+        """Everything but liveness is NOT_SERVING from now on; watchers are told."""
+        async with self._updating:
+            self._draining = True
+            for service in ("", READINESS, *SERVICES, *(f"{EXPLAIN_SERVICE}/{name}" for name in self._models)):
+                await self._servicer.set(service, _NOT_SERVING)

@@ -10,7 +10,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from typer.testing import CliRunner
 
 from heatlens import TLS, AsyncClient, Client, Health, Retry, UnavailableError
-from heatlens._cli import app
+from heatlens._cli.commands import app
 
 ONCE = Retry(max_attempts=1)
 
@@ -112,6 +112,6 @@ def test_a_certificate_without_its_key_is_a_wrong_option(ca_file, option):
 
 
 def test_every_command_takes_certificates():
-    for command in typer.main.get_command(app).commands.values():
-        options = {option for parameter in command.params for option in parameter.opts}
-        assert {"--server", "--tls", "--ca", "--cert", "--key"} <= options, command.name
+    for command in typer.main.get_command(app).commands:
+        shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
+        assert all(option in shown for option in ("--server", "--tls", "--ca", "--cert", "--key")), command

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from cli_process import start_cli
 from evaluation_peer import SERVED, failing, image_of, measuring, refusing
-from heatlens._cli import app
+from heatlens._cli.commands import app
 
 
 @pytest.fixture

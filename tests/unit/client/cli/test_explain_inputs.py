@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from heatlens._cli import app
+from heatlens._cli.commands import app
 from heatlens._results.images import decode_image
 from heatlens.v1 import explain_pb2
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from heatlens._cli import app
+from heatlens._cli.commands import app
 from heatlens._wire.names import METRICS
 from heatlens.v1 import explain_pb2, faithfulness_pb2, method_pb2
 

@@ -137,6 +137,6 @@ def test_a_film_too_large_for_h264(tmp_path, size):
 
 
 def test_the_command_line_starts_without_the_extra():
-    program = "import sys, heatlens._cli, heatlens._video.record; print('av' in sys.modules)"
+    program = "import sys, heatlens._cli.commands, heatlens._video.record; print('av' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

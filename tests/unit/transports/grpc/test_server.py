@@ -14,7 +14,7 @@ from heatlens_server.config import ModelConfig, ServerConfig
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.fleet.build import BuiltModel
 from heatlens_server.fleet.fleet import Fleet
-from heatlens_server.transports.grpc.server import SERVICES, Health, bind
+from heatlens_server.transports.grpc.server import LIVENESS, READINESS, SERVICES, Health, bind
 
 SERVING, NOT_SERVING, UNKNOWN = "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN"
 MODEL = "heatlens.v1.ExplainService/a"
@@ -63,10 +63,18 @@ async def test_a_model_fails_and_is_unloaded_and_its_watcher_hears_of_it(health)
     watch = stub.Watch(health_pb2.HealthCheckRequest(service=MODEL), timeout=20)
     assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
     await loading
-    assert [await status(stub, name) for name in (MODEL, "", *SERVICES)] == [NOT_SERVING] * 4
+    assert [await status(stub, name) for name in (MODEL, "", READINESS, *SERVICES)] == [NOT_SERVING] * 5
+    assert await status(stub, LIVENESS) == SERVING
     await fleet.unload("a")
     assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
     watch.cancel()
     assert [await status(stub, name) for name in (MODEL, "")] == [UNKNOWN, NOT_SERVING]
+
+
+async def test_a_server_that_drains_is_alive_and_not_ready(health):
+    made, stub = health
+    await made.update(Fleet(build=fail, make_queue=lambda *_: None))
     await made.drain()
-    assert await status(stub, "") == NOT_SERVING
+    await made.update(Fleet(build=fail, make_queue=lambda *_: None))
+    services = (LIVENESS, READINESS, "", *SERVICES)
+    assert [await status(stub, name) for name in services] == [SERVING] + [NOT_SERVING] * 4

@@ -1,0 +1,48 @@
+"""What follows from a server's address and its certificates. Imports little: probes of health pay for it each time."""
+
+import ipaddress
+from os import PathLike
+from pathlib import Path
+
+import grpc
+
+
+def credentials(
+    ca_file: str | PathLike[str] | None, cert_file: str | PathLike[str] | None, key_file: str | PathLike[str] | None
+) -> grpc.ChannelCredentials:
+    """Read PEM files: the authorities to trust (None: those that come with gRPC), a certificate and its key.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    ca, chain, key = (None if name is None else Path(name).read_bytes() for name in (ca_file, cert_file, key_file))
+    return grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=chain)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether every endpoint of a gRPC target is on this machine: loopback addresses, localhost, Unix sockets."""
+    scheme, separator, rest = address.partition(":")
+    if separator and scheme in {"unix", "unix-abstract"}:
+        return True
+    if separator and scheme in {"ipv4", "ipv6"}:
+        return all(_is_loopback_host(endpoint) for endpoint in rest.split(","))
+    if separator and scheme == "dns":
+        # dns:host:port, dns:///host:port or dns://resolver/host:port.
+        rest = rest.rpartition("/")[2]
+        return _is_loopback_host(rest)
+    return _is_loopback_host(address)
+
+
+def _is_loopback_host(endpoint: str) -> bool:
+    if endpoint.startswith("["):
+        host = endpoint[1:].partition("]")[0]
+    elif endpoint.count(":") > 1:
+        host = endpoint
+    else:
+        host = endpoint.partition(":")[0]
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
