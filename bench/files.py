@@ -34,25 +34,29 @@ RATIOS = (
     Target("28x28 layer / forward", MIDDLE, FORWARD, most=2.4, batch_sizes=(8,)),
 )
 STARTS = 3
-_MOST_START_S, _MOST_READY_CPU_S, _MOST_IMPORT_S, _MOST_PEAK = 3.0, 2.0, 0.8, 4.0
+_MOST_START_S, _MOST_READY_CPU_S, _MOST_IMPORT_CPU_S, _MOST_PEAK = 3.0, 2.0, 0.8, 4.0
 
 # Imports what a server imports, reads a file, answers once; tells seconds and memory.
 _PROGRAM = """
 import json, re, sys, time
-begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
+def status_bytes(key):
+    # Of this process alone: getrusage's begins with that of the one that started it.
+    return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+begun_s = time.perf_counter()
 import heatlens_server.app
-imported_s, imported_cpu_s = time.perf_counter() - begun_s, time.process_time()
+imported_cpu_s = time.process_time()
 assert "torch" not in sys.modules
 from heatlens_server.config import ModelConfig
 from heatlens_server.fleet.build import build
+import heatlens_server.backends.onnx.source.load
+imported_bytes = status_bytes("VmRSS")
 built = build(ModelConfig(name="m", source="onnx:" + sys.argv[1]), cache_dir=None, report=lambda line: None)
 assert "torch" not in sys.modules
 print(json.dumps({
-    "import_s": imported_s,
+    "import_cpu_s": imported_cpu_s,
     "ready_cpu_s": time.process_time() - imported_cpu_s,
     "start_s": time.perf_counter() - begun_s,
-    # Of this process alone: getrusage's begins with that of the one that started it.
-    "peak_bytes": int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024,
+    "peak_bytes": status_bytes("VmHWM") - imported_bytes,
 }))
 """
 
@@ -68,10 +72,10 @@ def run(*, turns: int) -> list[Table]:
     for column in (
         "model",
         "file MB",
-        f"import <= {_MOST_IMPORT_S} s",
+        f"import <= {_MOST_IMPORT_CPU_S} CPU-s",
         f"file to ready <= {_MOST_READY_CPU_S} CPU-s",
         f"start to first answer <= {_MOST_START_S} s",
-        f"peak memory / file <= {_MOST_PEAK}",
+        f"peak above imports / file <= {_MOST_PEAK}",
     ):
         starts.add_column(column, justify="right")
     with tempfile.TemporaryDirectory() as folder:
@@ -153,7 +157,7 @@ def _start(path: Path) -> list[str]:
 
     return [
         f"{size_bytes / 1e6:.0f}",
-        cell(median["import_s"], _MOST_IMPORT_S),
+        cell(median["import_cpu_s"], _MOST_IMPORT_CPU_S),
         cell(median["ready_cpu_s"], _MOST_READY_CPU_S),
         cell(median["start_s"], _MOST_START_S),
         cell(median["peak_bytes"] / size_bytes, _MOST_PEAK),

@@ -87,7 +87,8 @@ def _traceback(record: logging.LogRecord) -> str:
 
 def _shown(value: object) -> str:
     """A value as it stands if it is plain text, else with quotes and escapes, so that it stays one word of a line."""
-    return value if isinstance(value, str) and re.fullmatch(r"[^\s='\"]+", value) and value.isprintable() else repr(value)
+    is_plain = isinstance(value, str) and value.isprintable() and re.fullmatch(r"[^\s='\"]+", value)
+    return str(value) if is_plain else repr(value)
 
 
 def _timestamp(record: logging.LogRecord) -> str:

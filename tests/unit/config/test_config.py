@@ -361,7 +361,9 @@ def test_every_field_is_documented():
         documented = {
             field.target.id
             for field, below in itertools.pairwise(definition.body)
-            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+            if isinstance(field, ast.AnnAssign)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
         }
         assert set(section.model_fields) == documented
 

@@ -39,12 +39,15 @@ def fail() -> None:
 def log_all() -> None:
     """A line with fields, one with a traceback, one with a stack."""
     log = logging.getLogger(NAME)
-    log.info("call %s", "one\ntwo", extra={"code": "OK", "count": 2, "text": "a b", "size": (1, 2), "kind": frozenset()})
+    log.info(
+        "call %s", "one\ntwo", extra={"code": "OK", "count": 2, "text": "a b", "size": (1, 2), "kind": frozenset()}
+    )
     try:
         fail()
-    except ValueError as error:
-        log.error("failed", exc_info=error)
-    log.warning("where", exc_info=True, stack_info=True)
+    except ValueError:
+        log.exception("failed")
+    # There is no exception where it asks for one.
+    log.warning("where", exc_info=True, stack_info=True)  # noqa: LOG014
 
 
 def test_json_has_one_object_a_line_with_every_field(capsys):
@@ -65,7 +68,6 @@ def test_json_has_one_object_a_line_with_every_field(capsys):
     assert failed["level"] == "error"
     assert failed["exception"].startswith("Traceback (most recent call last):")
     assert failed["exception"].endswith("ValueError: inner\nlines")
-    # There is no exception where it asks for one.
     assert where["exception"].startswith("Stack (most recent call last):")
 
 
