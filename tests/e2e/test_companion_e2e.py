@@ -18,6 +18,7 @@ from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc, method_pb2
 from in_process_server import batcher_of, engine_of, until
 from messages import Details, distinct, map_of, pixels
+from queue_engines import EachRun
 from raw_stream import PATIENCE_S, RawStream, kinds
 from server_process import wait_settled
 from server_toml import model_toml, server_toml
@@ -69,7 +70,7 @@ def test_torch_comes_when_it_is_needed_and_others_are_answered_meanwhile(launch,
 
 
 class Gate:
-    """Holds every step of a model until it is let go.
+    """Holds every step of a model, which is one run, until it is let go.
 
     Attributes:
         taken: steps that were begun.
@@ -78,6 +79,7 @@ class Gate:
 
     def __init__(self, server: "Server") -> None:
         self.taken = self.live = 0
+        batcher_of(server, MODEL).pace = EachRun()
         self._tickets = threading.Semaphore(0)
         engine = engine_of(server, MODEL)
         steps = engine.steps

@@ -17,6 +17,7 @@ from heatlens_server.core.targets import Target, TopK
 from heatlens_server.scheduling.batcher import Batcher
 from heatlens_server.scheduling.device_threads import DeviceThreads
 from heatlens_server.scheduling.entry import Entry, Outcome, QueueResult
+from heatlens_server.scheduling.pace import Pace
 
 BATCHED = MapSpec(Method.GRAD_CAM, ("layer",), upsample=False)
 STEPPED = MapSpec(Method.SCORE_CAM, ("layer",), upsample=False)
@@ -38,6 +39,18 @@ def result(value: float) -> ImageResult:
     return ImageResult(logits, (0,), np.zeros((1, 1, 1), np.float32), one, one)
 
 
+class EachRun(Pace):
+    """Each run of the model is a step, with all rows, whatever it takes."""
+
+    def rows(self, spec: MapSpec, pixel_count: int, most: int) -> int:
+        """All."""
+        return most
+
+    def most_s(self, *, others_wait: bool) -> float:
+        """No time for another run."""
+        return 0.0
+
+
 class Rig:
     """The threads of a model's devices on a batcher; `start` starts them.
 
@@ -46,7 +59,7 @@ class Rig:
         events: what the observer was told: the event's name and the device.
     """
 
-    def __init__(self, *engines: "BatchEngine", max_batch_size: int = 8) -> None:
+    def __init__(self, *engines: "BatchEngine", max_batch_size: int = 8, pace: Pace | None = None) -> None:
         self.engines = engines
         self.outcomes: dict[Entry, Outcome] = {}
         self.events: list[tuple[str, str]] = []
@@ -58,6 +71,7 @@ class Rig:
             max_queue_length=99,
             deliver=self._deliver,
             device_count=len(engines),
+            pace=pace or EachRun(),
         )
         self._threads = DeviceThreads(
             engines, self.batcher, self._deliver, model="m", step_rows=max_batch_size, observer=_Recorder(self.events)

@@ -10,9 +10,6 @@ from heatlens_server.core.methods import PRESETS, Aggregation, Method, Metric, P
 from heatlens_server.core.targets import Detections, Target
 from heatlens_server.fleet.served_model import ServedModel
 
-_PASSES_IN_ONE_GO = 8
-"""Most backward passes, one per goal and layer, that an image takes as part of a batch."""
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -88,7 +85,7 @@ def plan_options(options: Options, model: ServedModel, limits: Limits, wrong: Vi
         principal=_principal(options, model, preset, wrong),
         metrics=_metrics(options, model, wrong),
         return_mask=options.return_mask,
-        by_goal=_by_goal(preset, layers, target.count, model),
+        divisible=_is_divisible(preset, model),
     )
     return Plan(
         target=target,
@@ -102,15 +99,11 @@ def plan_options(options: Options, model: ServedModel, limits: Limits, wrong: Vi
     )
 
 
-def _by_goal(preset: Preset, layers: tuple[str, ...], count: int, model: ServedModel) -> bool:
-    """Whether one go would take too long from others: explained goal by goal, they have the device in between."""
-    capabilities, traits = model.capabilities, preset.method.traits
+def _is_divisible(preset: Preset, model: ServedModel) -> bool:
+    """Whether the engine that runs it takes steps."""
+    capabilities = model.capabilities
     in_second = preset.method in capabilities.fallback_methods or preset.score in capabilities.fallback_scores
-    if not (capabilities.takes_steps or in_second):
-        return False
-    if traits.always_at_input_size:
-        return count > 1
-    return (count if traits.needs_gradient else 1) * len(layers) > _PASSES_IN_ONE_GO
+    return capabilities.takes_steps or in_second
 
 
 def _method(options: Options, model: ServedModel, wrong: Violations) -> Method:

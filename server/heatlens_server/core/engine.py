@@ -25,7 +25,8 @@ class MapSpec:
         principal: project weighted activations on their first principal component instead of summing them.
         metrics: the measures of faithfulness to compute, in the order of `Metric`.
         return_mask: segmentation: whether the predicted mask is wanted.
-        by_goal: whether each goal is a step of its own: there are many, or each takes long.
+        divisible: whether the engine that runs it could explain it goal by goal.
+        by_goal: whether each goal is a run of its own, between which others may have the device. The queue decides.
         in_steps: whether it takes many runs of the model per image: `SteppingEngine.steps`, not `Engine.explain`. Told
             once, since the queue asks for every image, several times.
     """
@@ -39,12 +40,19 @@ class MapSpec:
     principal: bool = False
     metrics: tuple[Metric, ...] = ()
     return_mask: bool = False
+    divisible: bool = False
     by_goal: bool = False
     in_steps: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         in_steps = self.method.traits.in_steps or self.augment or bool(self.metrics) or self.by_goal
         object.__setattr__(self, "in_steps", in_steps)
+
+    def parts(self, count: int) -> int:
+        """Into how many runs the explanation of so many goals can be divided."""
+        if not self.divisible:
+            return 1
+        return len(self.layers) if self.method.traits.class_free else count
 
 
 Steps = Generator[None, None, ImageResult]

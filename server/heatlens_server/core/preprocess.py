@@ -199,6 +199,11 @@ class FittedImage:
     source_height_px: int
     warnings: tuple[str, ...] = ()
 
+    @property
+    def pixel_count(self) -> int:
+        """Height times width of `pixels`."""
+        return int(self.pixels.shape[0] * self.pixels.shape[1])
+
 
 def _in_toml(value: object) -> str:
     if isinstance(value, tuple):

@@ -34,6 +34,7 @@ from heatlens_server.scheduling.bucket_queue import STEPS, Bucket, BucketQueue
 from heatlens_server.scheduling.device_time import DeviceTime
 from heatlens_server.scheduling.entry import Deliver, Entry, EntryState, Outcome, Source
 from heatlens_server.scheduling.fair_queue import FairQueue
+from heatlens_server.scheduling.pace import Pace
 from heatlens_server.scheduling.step_turns import StepTurns
 
 STACK_S = 0.002
@@ -46,6 +47,9 @@ class Batcher:
     """A bounded queue that hands out batches. Thread-safe.
 
     Every admitted entry is taken in a batch, or delivered an error, or cancelled by its caller: exactly one of these.
+
+    Attributes:
+        pace: what runs of the model take, learned by its devices.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class Batcher:
         max_queue_length: int,
         deliver: Deliver,
         device_count: int = 1,
+        pace: Pace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Make an empty queue.
@@ -66,8 +71,10 @@ class Batcher:
             max_queue_length: most entries admitted and not yet claimed by a batch, those of streams aside.
             deliver: takes the entries that expired in the queue.
             device_count: how many devices run the batches; their indices count from 0.
+            pace: what runs of the model take; None: nothing is known yet.
             clock: seconds, monotonic.
         """
+        self.pace = pace or Pace()
         self._max_batch_size = max_batch_size
         self._max_delay_s = max_delay_s
         self._max_queue_length = max_queue_length
@@ -144,6 +151,9 @@ class Batcher:
                 return
             entry.image = image
             entry.enqueued_at = self._clock()
+            self._count(entry, -1)
+            entry.spec = self.pace.divided(entry.spec, image.pixel_count, entry.target.count)
+            self._count(entry, 1)
             self._buckets.put(entry)
             no_expiry_before = self._no_expiry_before
             self._wait_for(entry)
@@ -243,6 +253,15 @@ class Batcher:
         with self._changed:
             self._devices[device].finish(self._clock())
             self._wake()
+
+    def goes_on(self, device: int, entry: Entry, run_s: float) -> bool:
+        """Whether a device may run more of an entry in the same step. The next run is expected to take `run_s`."""
+        with self._changed:
+            now = self._clock()
+            if entry.state is not EntryState.STEPPING or (entry.expires_at or math.inf) <= now:
+                return False
+            others_wait = len(self._buckets) > 0 or self._batches_ahead > 0
+            return self._devices[device].running_s(now) + run_s <= self.pace.most_s(others_wait=others_wait)
 
     def put_back(self, device: int, entry: Entry) -> bool:
         """Tell that a device has run an entry's step and is free; queue the entry for its next step.

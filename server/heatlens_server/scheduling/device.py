@@ -81,6 +81,7 @@ class Device:
             outcomes = [(entry, as_domain_error(error)) for entry in batch.entries]
         duration_s = self._clock() - started_at
         self._batcher.end_batch(self._index)
+        self._batcher.pace.learn_batch(size, batch.images.shape[1] * batch.images.shape[2], duration_s)
         self._deliver(outcomes)
         failed = sum(isinstance(outcome, Exception) for _, outcome in outcomes)
         self._observer.batch_ended(
@@ -88,12 +89,18 @@ class Device:
         )
 
     def run_step(self, entry: Entry) -> None:
-        """Run an entry's next step, and deliver its outcome if it was the last one."""
+        """Run an entry's next step, which is as many runs of the model as there is time for.
+
+        The outcome is delivered if it was the last one.
+        """
         if not self._batcher.begin(self._index, [entry]):
             self._end(entry)
             return
-        started_at = self._clock()
+        started_at = run_at = self._clock()
         outcome = self._advance(entry)
+        while outcome is None and self._batcher.goes_on(self._index, entry, (now := self._clock()) - run_at):
+            run_at = now
+            outcome = self._advance(entry)
         duration_s = self._clock() - started_at
         if outcome is None:
             if not self._batcher.put_back(self._index, entry):
@@ -151,7 +158,7 @@ class Device:
         return [_finite(result) for result in results]
 
     def _advance(self, entry: Entry) -> Outcome | None:
-        """Run an entry's next step.
+        """Run the model for an entry once more.
 
         Out of memory, the explanation is begun anew with half the rows, when its turn comes again.
 
@@ -165,7 +172,8 @@ class Device:
         progress = entry.steps
         if progress is None:
             queue_s = max(0.0, started_at - entry.enqueued_at)
-            progress = entry.steps = Progress(self._step_rows, queue_s, self._discard)
+            rows = self._batcher.pace.rows(entry.spec, image.pixel_count, self._step_rows)
+            progress = entry.steps = Progress(rows, queue_s, self._discard)
         found: ImageResult | Exception | None = None
         try:
             found = self._next(progress, entry, image)
@@ -173,13 +181,19 @@ class Device:
             self.free(progress)
             if progress.rows == 1:
                 return as_domain_error(error)
-            progress.rows //= 2
+            progress.rows, progress.runs = progress.rows // 2, 0
             _log.warning("model %s: out of memory; begun anew with %d rows a step", self._model, progress.rows)
         except HeatlensError as error:
             return error
         except BaseException as error:
             _log.exception("model %s: the engine failed on an image", self._model)
             return as_domain_error(error)
+        else:
+            # The first run prepares (the forward pass of all goals, sessions), and the last one finishes maps.
+            if progress.runs and found is None:
+                run_s = self._clock() - started_at
+                self._batcher.pace.learn_run(entry.spec, progress.rows, image.pixel_count, run_s)
+            progress.runs += 1
         progress.compute_s += self._clock() - started_at
         if found is None or isinstance(found, Exception):
             return found

@@ -86,6 +86,10 @@ class DeviceTime:
         """When what runs is expected to end; -infinity if nothing runs."""
         return -math.inf if self._since is None else self._since + self._estimate.seconds(self._size)
 
+    def running_s(self, now: float) -> float:
+        """How long what runs has been running, in seconds; 0.0 if nothing runs."""
+        return 0.0 if self._since is None else now - self._since
+
     def hangs_s(self, now: float, *, floor_s: float) -> float:
         """How long what runs has been running, in seconds; 0.0 while that is no sign of a hang.
 
@@ -96,7 +100,7 @@ class DeviceTime:
         """
         if self._since is None:
             return 0.0
-        running_s = now - self._since
+        running_s = self.running_s(now)
         return running_s if running_s > max(floor_s, HANG_FACTOR * self._estimate.seconds(self._size)) else 0.0
 
     def learn_explanation(self, seconds: float) -> None:

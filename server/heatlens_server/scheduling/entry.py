@@ -93,6 +93,7 @@ class Progress:
             returns at once.
         steps: the engine's generator; None before the first step, and before an explanation is begun anew.
         compute_s: seconds that the steps took so far.
+        runs: how often the model ran, since the explanation was begun.
     """
 
     rows: int
@@ -100,6 +101,7 @@ class Progress:
     discard: Callable[["Progress"], None]
     steps: Steps | None = None
     compute_s: float = 0.0
+    runs: int = 0
 
 
 @dataclass(slots=True, eq=False)

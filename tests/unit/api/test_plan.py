@@ -31,7 +31,7 @@ from heatlens_server.fleet.served_model import ServedModel
 def test_nothing_set_is_the_top_class_with_the_defaults():
     plan, image = planned(pb.ExplainRequest(image=PIXELS))
     assert plan.target == TopK(1)
-    assert plan.spec == MapSpec(Method.GRAD_CAM, ("body",), upsample=False)
+    assert plan.spec == MapSpec(Method.GRAD_CAM, ("body",), upsample=False, divisible=True)
     assert (plan.place_on_source, plan.map_type, plan.top_predictions) == (False, MapType.FLOAT32, 0)
     np.testing.assert_array_equal(image.values, np.arange(18, dtype=np.uint8).reshape(2, 3, 3))
 
@@ -208,21 +208,26 @@ def test_smoothing_and_faithfulness_reach_the_spec():
 
 
 @pytest.mark.parametrize(
-    ("options", "by_goal"),
+    ("options", "parts"),
     [
-        ({"top_k": 8}, False),
-        ({"top_k": 9}, True),
-        ({"top_k": 4, "layers": ["body", "stem"]}, False),
-        ({"top_k": 5, "layers": ["body", "stem"]}, True),
-        ({"method": method_pb2.METHOD_FULL_GRAD}, False),
-        ({"method": method_pb2.METHOD_FULL_GRAD, "top_k": 2}, True),
-        ({"method": method_pb2.METHOD_GUIDED_GRAD_CAM, "top_k": 2}, True),
-        ({"method": method_pb2.METHOD_EIGEN_CAM, "top_k": 10}, False),
+        ({}, 1),
+        ({"top_k": 8}, 8),
+        ({"top_k": 4, "layers": ["body", "stem"]}, 4),
+        ({"method": method_pb2.METHOD_FULL_GRAD, "top_k": 2}, 2),
+        ({"method": method_pb2.METHOD_EIGEN_CAM, "top_k": 10}, 1),
+        ({"method": method_pb2.METHOD_EIGEN_CAM, "top_k": 10, "layers": ["body", "stem"]}, 2),
     ],
 )
-def test_what_would_take_long_in_one_go_is_explained_goal_by_goal(options, by_goal):
-    spec = plan_of(request(**options), limits=dataclasses.replace(LIMITS, max_targets=10)).spec
-    assert (spec.by_goal, spec.in_steps) == (by_goal, by_goal)
+def test_an_explanation_is_divided_by_goals_or_by_layers_where_no_goal_matters(options, parts):
+    plan = plan_of(request(**options), limits=dataclasses.replace(LIMITS, max_targets=10))
+    assert plan.spec.parts(plan.target_count) == parts
+    # How, the queue decides by the time that it takes.
+    assert not plan.spec.in_steps
+
+
+def test_what_an_engine_without_steps_runs_is_not_divided():
+    exported = dataclasses.replace(TINY, capabilities=dataclasses.replace(TINY.capabilities, takes_steps=False))
+    assert plan_of(request(top_k=2), exported).spec.parts(2) == 1
 
 
 def test_what_only_torch_does_is_refused_where_there_is_no_torch():

@@ -10,10 +10,11 @@ import pytest
 from heatlens_server.core.engine import MapSpec, Steps
 from heatlens_server.core.errors import DeviceOutOfMemory, InternalError
 from heatlens_server.core.events import Observer
-from heatlens_server.core.targets import Target
+from heatlens_server.core.targets import Target, TopK
 from heatlens_server.scheduling.batcher import Batcher
 from heatlens_server.scheduling.device import Device
 from heatlens_server.scheduling.entry import Entry, EntryState, Outcome, QueueResult
+from heatlens_server.scheduling.pace import ALONE_S, STEP_S
 from queue_engines import (
     BATCHED,
     NOT_FINITE,
@@ -85,45 +86,128 @@ def test_each_gets_its_own_result_after_its_steps(make):
     eventually(lambda: rig.events == [("step ended", "cpu")] * 12)
 
 
+class Timed:
+    """A device with a fake clock, and an engine whose runs take `runs_s`, each in its turn."""
+
+    def __init__(self, *runs_s: float) -> None:
+        self.now = 90.0
+        self.info = SimpleNamespace(device="cpu")
+        self.runs_s = runs_s
+        self.ran = 0
+        self.then: Callable[[], None] = lambda: None
+        self.outcomes: list[tuple[Entry, Outcome]] = []
+        self.batcher = Batcher(
+            max_batch_size=4, max_delay_s=0.0, max_queue_length=9, deliver=self.outcomes.extend, clock=lambda: self.now
+        )
+        self.device = Device(
+            self,
+            self.batcher,
+            index=0,
+            model="m",
+            step_rows=4,
+            deliver=self.outcomes.extend,
+            discard=lambda progress: None,
+            observer=Observer(),
+            clock=lambda: self.now,
+        )
+
+    def steps(self, pixels: np.ndarray, target: Target, spec: MapSpec, *, rows: int) -> Steps:
+        self.rows = rows
+        for left, seconds in enumerate(reversed(self.runs_s)):
+            self.now += seconds
+            self.ran += 1
+            self.then()
+            if left + 1 < len(self.runs_s):
+                yield
+        return result(1)
+
+    def put(self, spec: MapSpec = STEPPED, *, timeout_s: float | None = None, count: int = 1) -> Entry:
+        deadline = None if timeout_s is None else self.now + timeout_s
+        entry = self.batcher.admit(TopK(count), spec, deadline=deadline, resolve=lambda outcome: None)
+        self.batcher.put(entry, image(1))
+        return entry
+
+    def step(self) -> int:
+        """Run a step; how many runs it was."""
+        before = self.ran
+        self.device.run_step(self.batcher.claim()[0])
+        return self.ran - before
+
+
 def test_the_time_is_that_of_the_steps_alone():
-    now = 90.0
-
-    class TimedEngine:
-        info = SimpleNamespace(device="cpu")
-
-        def steps(self, pixels: np.ndarray, target: Target, spec: MapSpec, *, rows: int) -> Steps:
-            nonlocal now
-            for seconds in (1.0, 2.0, 4.0):
-                now += seconds
-                if seconds < 4.0:
-                    yield
-            return result(1)
-
-    def clock() -> float:
-        return now
-
-    outcomes: list[tuple[Entry, Outcome]] = []
-    batcher = Batcher(max_batch_size=1, max_delay_s=0.0, max_queue_length=1, deliver=lambda expired: None, clock=clock)
-    device = Device(
-        TimedEngine(),
-        batcher,
-        index=0,
-        model="m",
-        step_rows=1,
-        deliver=outcomes.extend,
-        discard=lambda progress: None,
-        observer=Observer(),
-        clock=clock,
-    )
-    entry = batcher.admit(None, STEPPED, deadline=None, resolve=lambda outcome: None)
-    batcher.put(entry, image(1))
-    now += 10.0
+    at = Timed(4.0, 2.0, 1.0)
+    at.put()
+    at.now += 10.0
     for _ in range(3):
-        device.run_step(batcher.claim()[0])
-        now += 50.0  # others have the device
-    ((_, outcome),) = outcomes
+        assert at.step() == 1
+        at.now += 50.0  # others have the device
+    ((_, outcome),) = at.outcomes
     assert isinstance(outcome, QueueResult)
     assert (outcome.timing.queue_s, outcome.timing.compute_s) == (10.0, 7.0)
+
+
+def test_a_step_is_as_many_runs_as_there_is_time_for():
+    at = Timed(*[STEP_S / 4.5] * 100)
+    entry, other = at.put(), at.put(dataclasses.replace(STEPPED, layers=("other",)))
+    assert at.step() == 4
+    assert at.batcher.withdraw(other)
+    assert at.step() == int(4.5 * ALONE_S / STEP_S)
+    assert entry.state is EntryState.WAITING
+
+
+def test_a_run_that_takes_longer_is_a_step():
+    at = Timed(*[2 * STEP_S] * 100)
+    at.put()
+    at.put()
+    assert at.step() == 1
+
+
+def test_a_step_ends_soon_after_others_come():
+    at = Timed(*[STEP_S / 4.5] * 100)
+    at.put()
+
+    def come() -> None:
+        if at.ran == 10:
+            at.put(BATCHED)
+
+    at.then = come
+    assert at.step() == 10
+
+
+@pytest.mark.parametrize("leave", ["cancelled", "late"])
+def test_nothing_more_runs_for_a_caller_that_has_left(leave):
+    at = Timed(*[STEP_S / 4.5] * 100)
+    entry = at.put(timeout_s=STEP_S if leave == "late" else None)
+
+    def cancel() -> None:
+        if leave == "cancelled" and at.ran == 5:
+            at.batcher.withdraw(entry)
+
+    at.then = cancel
+    assert at.step() == 5
+    at.batcher.claim()
+    assert entry.state is EntryState.GONE
+
+
+def test_goals_are_explained_together_once_it_is_known_that_they_take_no_time():
+    at = Timed(STEP_S, *[STEP_S / 9.5] * 3, 0.0)
+    several = dataclasses.replace(BATCHED, divisible=True)
+    entry = at.put(several, count=4)
+    assert entry.spec.by_goal
+    at.step()
+    assert isinstance(at.outcomes[0][1], QueueResult)
+    assert not at.put(several, count=9).spec.by_goal
+    assert at.put(several, count=10).spec.by_goal
+
+
+def test_the_rows_of_a_step_are_learned():
+    at = Timed(*[STEP_S / 2.5] * 5)
+    at.put()
+    at.step()
+    assert (at.rows, len(at.outcomes)) == (1, 1)
+    at.put()
+    at.step()
+    assert at.rows == 2
 
 
 def test_a_batch_runs_between_two_steps(make):

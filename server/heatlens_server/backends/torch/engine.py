@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Collection, Sequence
 
 from heatlens_server.backends.torch.goals.table import task_model
-from heatlens_server.backends.torch.network.device import memory_errors, recording_allowed
+from heatlens_server.backends.torch.network.device import memory_errors, recording_allowed, wait_for
 from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.backends.torch.passes.table import PASSES, explain
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
@@ -110,6 +110,8 @@ class TorchEngine:
             with memory_errors(), recording_allowed():
                 try:
                     next(steps)
+                    # How long a step takes is measured, and others have the device after it.
+                    wait_for(self._model.device)
                 except StopIteration as stop:
                     return _as_asked(stop.value, spec)
             yield

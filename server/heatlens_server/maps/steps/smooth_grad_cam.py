@@ -31,6 +31,6 @@ def smooth_grad_cam_plus_plus_in_steps(job: Job) -> MapSteps:
         for k, gradients in enumerate(job.gradients(job.inputs + noise)):
             for power, of_goals in enumerate(totals, start=1):
                 of_goals[k] = of_goals[k] + xp.sum(gradients**power, axis=0)
-        yield
+            yield
     first, second, third = (xp.stack(of_goals)[None] / SAMPLES for of_goals in totals)
     return smooth_grad_cam_plus_plus(features, first, second, third)

@@ -34,6 +34,12 @@ def recording_allowed() -> Iterator[None]:
         yield
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done what it was given: a GPU's work is begun, and goes on, while Python goes on."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 @contextmanager
 def memory_errors() -> Iterator[None]:
     """Turn torch's out-of-memory errors into MemoryError, and give a GPU's unused memory back."""
