@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from heatlens.v1 import explain_pb2_grpc, model_pb2_grpc
 from heatlens_server.allocator import return_freed_memory, return_memory_when_idle
@@ -33,6 +34,10 @@ from heatlens_server.telemetry.log_observer import LogObserver
 from heatlens_server.transports.grpc.hang_up import hang_up
 from heatlens_server.transports.grpc.server import Health, bind, enable_reflection, make_server
 from heatlens_server.transports.grpc.services import ExplainServicer, ModelServicer
+
+if TYPE_CHECKING:
+    from heatlens_server.telemetry.metrics import Metrics
+    from heatlens_server.transports.http.server import MetricsServer
 
 _log = logging.getLogger("heatlens")
 
@@ -82,9 +87,14 @@ class Server:
         )
         self.streams = OpenStreams(max_streams=limits.max_streams)
         self._health = Health()
-        self._observer: Observer = Observers([LogObserver()])
+        observers: list[Observer] = [LogObserver()]
+        self._metrics = _make_metrics() if config.metrics.listen else None
+        if self._metrics is not None:
+            observers.append(self._metrics)
+        self._metrics_server: MetricsServer | None = None
+        self._observer: Observer = Observers(observers)
         self.fleet = Fleet(
-            build=functools.partial(_build, server=config.server),
+            build=functools.partial(_build, server=config.server, observer=self._observer),
             make_queue=self._make_queue,
             default=config.server.default_model,
             observer=self._observer,
@@ -126,6 +136,7 @@ class Server:
         """
         server = cls(config)
         server.port = bind(server._grpc, config.server)
+        server._serve_metrics()
         server._loading = [server.fleet.load(model) for model in config.models]
         server._background = [
             asyncio.create_task(watch(server.fleet, on_hang=lambda _name: server.hung.set())),
@@ -174,8 +185,31 @@ class Server:
         for task in self._background:
             task.cancel()
         closed = await self.fleet.close(timeout_s=_CLOSE_S)
+        if self._metrics_server is not None:
+            await asyncio.to_thread(self._metrics_server.close)
         _log.info("stopped")
         return closed and not self._large_images.busy
+
+    @property
+    def metrics_port(self) -> int:
+        """The bound port of /metrics; 0 if that is off."""
+        return 0 if self._metrics_server is None else self._metrics_server.port
+
+    def _serve_metrics(self) -> None:
+        """Serve /metrics, if it is on.
+
+        Raises:
+            ConfigError: the address cannot be bound.
+        """
+        if self._metrics is None:
+            return
+        from heatlens_server.transports.http.server import MetricsServer  # noqa: PLC0415 - as `_make_metrics`
+        from heatlens_server.transports.http.state import StateCollector  # noqa: PLC0415
+
+        listen = self._config.metrics.listen
+        self._metrics.registry.register(StateCollector(self.fleet, self.streams, self._gate))
+        self._metrics_server = MetricsServer(listen, self._metrics.registry)
+        _log.info("metrics on %s, port %d", listen, self.metrics_port)
 
     def _make_queue(self, config: ModelConfig, engine: SteppingEngine) -> ModelQueue:
         return ModelQueue(
@@ -191,13 +225,23 @@ class Server:
         )
 
 
-def _build(config: ModelConfig, *, server: ServerConfig) -> BuiltModel:
+def _make_metrics() -> "Metrics":
+    # Only where it is wanted: prometheus-client takes time to import.
+    from heatlens_server.telemetry.metrics import Metrics  # noqa: PLC0415
+
+    return Metrics()
+
+
+def _build(config: ModelConfig, *, server: ServerConfig, observer: Observer) -> BuiltModel:
+    started_at = time.monotonic()
     if config.isolation == "process":
-        return build_isolated(
+        built = build_isolated(
             config, cache_dir=server.cache_path, log_format=server.log_format, log_level=server.log_level
         )
-    built = build(config, cache_dir=server.cache_path)
-    return_freed_memory()
+    else:
+        built = build(config, cache_dir=server.cache_path)
+        return_freed_memory()
+    observer.model_built(model=config.name, duration_s=time.monotonic() - started_at, cached=built.export_was_cached)
     return built
 
 

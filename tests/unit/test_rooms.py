@@ -72,6 +72,7 @@ LIBRARIES = {
     ("torch", "torchvision", "timm", "safetensors"): {"backends.torch", "fleet"},
     ("onnxruntime",): {"backends.onnx"},
     ("array_api_compat",): {"maps"},
+    ("prometheus_client",): {"telemetry", "transports"},
     ("grpc", "grpc_health", "grpc_reflection", "grpc_status", "google", "heatlens"): {"transports"},
 }
 """Who may import what from outside."""

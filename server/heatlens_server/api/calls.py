@@ -138,6 +138,11 @@ class CallGate:
             if self._in_flight == 0:
                 self._idle.set()
 
+    @property
+    def in_flight(self) -> int:
+        """How many calls are being answered."""
+        return self._in_flight
+
     def work(self) -> int | None:
         """How many calls have ended so far; None while some are in flight."""
         return None if self._in_flight else self._ended

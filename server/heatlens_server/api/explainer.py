@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ from heatlens_server.api.checks import (
     inspected,
     large_image_bytes,
 )
+from heatlens_server.api.models import known_name
 from heatlens_server.api.plan import Plan, plan_query
 from heatlens_server.api.query import Query
 from heatlens_server.core.events import Observer
@@ -37,7 +39,7 @@ class Explainer:
     Attributes:
         fleet: the models.
         limits: what queries and answers are checked against.
-        observer: is told of frames that are dropped.
+        observer: is told of images that are explained, and of frames.
         admission: what frames of streams hold.
     """
 
@@ -59,11 +61,16 @@ class Explainer:
         Raises:
             HeatlensError: a field is wrong, the model is not ready, or whatever `Ticket.result` raises.
         """
+        told = current_call().fields
+        told["model"] = known_name(self.fleet, query.model)
         with self.fleet.use(query.model) as model:
             plan, image = plan_query(query, model, self.limits)
+            told["explanation"] = str(plan.method)
             await model.queue.load_for(plan.spec)
             ticket = self.submit(image, plan, model, timeout_s=timeout_s)
-            return await self.answer(await ticket.result(), plan, model, encode)
+            done = await ticket.result()
+            told.update(done.timing.told())
+            return await self.answer(done, plan, model, encode)
 
     def submit(
         self,
@@ -111,11 +118,25 @@ class Explainer:
         if held is not None:
             await held.room(_COPIES * size_bytes)
 
+        encode_s = 0.0
+
         def make() -> T:
-            return encode(answer_of(done if revise is None else revise(done), plan, model))
+            nonlocal encode_s
+            started_at = time.monotonic()
+            made = encode(answer_of(done if revise is None else revise(done), plan, model))
+            encode_s = time.monotonic() - started_at
+            return made
 
         # Not the decoders' threads: a finished answer does not queue behind images that are yet to be decoded.
-        return await asyncio.to_thread(make) if plan.place_on_source else make()
+        made = await asyncio.to_thread(make) if plan.place_on_source else make()
+        self.observer.explained(
+            model=model.name,
+            explanation=plan.method,
+            queue_s=done.timing.queue_s,
+            compute_s=done.timing.compute_s,
+            encode_s=encode_s,
+        )
+        return made
 
     def _decode(self, image: SourceImage, plan: Plan, model: ServedModel) -> FittedImage | LargeImage:
         """Decode and fit, or find that this takes long; runs on a decoder thread."""

@@ -49,11 +49,18 @@ def supported_methods(capabilities: Capabilities) -> tuple[MethodSupport, ...]:
 
 def server_info(fleet: Fleet, limits: Limits) -> ServerInfo:
     """What the server is at this moment: its models come and go."""
-    return ServerInfo(_version(), limits, fleet.max_batch_size, fleet.max_delay_s)
+    return ServerInfo(heatlens_version(), limits, fleet.max_batch_size, fleet.max_delay_s)
+
+
+def known_name(fleet: Fleet, name: str) -> str:
+    """The name of the model that a caller's name stands for; empty if there is none."""
+    wanted = name or fleet.default
+    return wanted if any(status.name == wanted for status in fleet) else ""
 
 
 @functools.cache
-def _version() -> str:
+def heatlens_version() -> str:
+    """The version of the installed package."""
     return version("heatlens")
 
 

@@ -6,7 +6,7 @@ from heatlens_server.api.checks import Limits, SourceImage, Violations, check_im
 from heatlens_server.api.query import MapSize, MapType, Options, Query
 from heatlens_server.api.tasks import FinishTarget, check_target
 from heatlens_server.core.engine import MapSpec
-from heatlens_server.core.methods import PRESETS, Aggregation, Method, Metric, Preset, Score
+from heatlens_server.core.methods import PRESETS, Aggregation, Method, Metric, Preset, Score, name_of
 from heatlens_server.core.targets import Detections, Target
 from heatlens_server.fleet.served_model import ServedModel
 
@@ -34,6 +34,11 @@ class Plan:
     masks_overlap: bool = False
     finish_target: FinishTarget | None = None
     reference: bytes | None = None
+
+    @property
+    def method(self) -> Method:
+        """How the maps are made, by the name that requests have for it."""
+        return name_of(self.spec.method, self.spec.score)
 
     @property
     def target_count(self) -> int:

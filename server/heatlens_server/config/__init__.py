@@ -20,6 +20,7 @@ from heatlens_server.config.preprocess import (
     scaled_resize,
 )
 from heatlens_server.config.server import ServerConfig, TlsConfig
+from heatlens_server.config.telemetry import MetricsConfig
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -29,6 +30,7 @@ __all__ = [
     "WEIGHT_FILE_SUFFIXES",
     "BatchingConfig",
     "Config",
+    "MetricsConfig",
     "ModelConfig",
     "PreprocessConfig",
     "ResolvedPreprocess",

@@ -6,6 +6,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsError
 
 from heatlens_server.config.model import ModelConfig
 from heatlens_server.config.server import ServerConfig
+from heatlens_server.config.telemetry import MetricsConfig
 from heatlens_server.core.errors import ConfigError
 
 
@@ -13,6 +14,7 @@ class _Environment(BaseSettings):
     """The top-level keys; their values are checked later, merged with the others."""
 
     server: ServerConfig = ServerConfig()
+    metrics: MetricsConfig = MetricsConfig()
     models: tuple[ModelConfig, ...] = ()
 
 

@@ -14,9 +14,12 @@ from pydantic import ValidationError, field_validator, model_validator
 from heatlens_server.config.model import EMBEDDED_MODEL, EXPORT_PREFIX, ONNX_PREFIX, WEIGHT_FILE_SUFFIXES, ModelConfig
 from heatlens_server.config.section import Section
 from heatlens_server.config.server import ServerConfig
+from heatlens_server.config.telemetry import MetricsConfig
 from heatlens_server.core.errors import ConfigError
 
 _PREFIX, _DELIMITER = "HEATLENS_", "__"
+_SECTIONS = ("SERVER", "METRICS")
+"""Whose keys may be set by environment variables."""
 _PATH_KEYS = frozenset(
     {"token_file", "certificate", "private_key", "client_ca", "labels", "cache_dir", "source_folder"}
 )
@@ -29,6 +32,8 @@ class Config(Section):
 
     server: ServerConfig = ServerConfig()
     """The server's address, limits and logs."""
+    metrics: MetricsConfig = MetricsConfig()
+    """Metrics for Prometheus."""
     models: tuple[ModelConfig, ...] = (_EMBEDDED,)
     """The served models. Empty: the embedded one."""
 
@@ -95,7 +100,7 @@ def _check_environment() -> None:
     for name in sorted(os.environ):
         upper = name.upper()
         nested = upper.startswith(_PREFIX) and _DELIMITER in upper
-        if nested and not upper.startswith(f"{_PREFIX}SERVER{_DELIMITER}"):
+        if nested and not upper.startswith(tuple(f"{_PREFIX}{section}{_DELIMITER}" for section in _SECTIONS)):
             raise ConfigError(f"environment variable {name}: there is no such setting")
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, FilePath, SecretStr, model_validator
 
-from heatlens_server.config.section import Section
+from heatlens_server.config.section import Section, is_host_and_port
 from heatlens_server.core.errors import ConfigError
 from heatlens_server.core.preprocess import MAX_PIXELS_LIMIT
 
@@ -14,8 +14,7 @@ from heatlens_server.core.preprocess import MAX_PIXELS_LIMIT
 def _check_listen(address: str) -> str:
     if address.startswith("unix:") and len(address) > len("unix:"):
         return address
-    host, _, port = address.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+    if not is_host_and_port(address):
         raise ValueError('must be "host:port" with a port from 0 to 65535, or "unix:PATH"')
     return address
 

@@ -54,8 +54,42 @@ class Observer:
     def step_ended(self, *, model: str, device: str, duration_s: float) -> None:
         """A device has run one step of an explanation that takes many."""
 
-    def frame_dropped(self, *, model: str) -> None:
-        """A frame of a stream was given up for a newer one."""
+    def explained(
+        self,
+        *,
+        model: str,
+        explanation: str,
+        queue_s: float,
+        compute_s: float,
+        encode_s: float,
+    ) -> None:
+        """The answer of an image is made: of a call, or of a frame.
+
+        Args:
+            model: that explained it.
+            explanation: the method's name.
+            queue_s: from decoded to running, in seconds.
+            compute_s: how long its batch, or all of its steps, ran, in seconds.
+            encode_s: how long the answer took to make, in seconds.
+        """
+
+    def frame_answered(self, *, model: str, outcome: str, age_s: float) -> None:
+        """A frame of a stream is answered.
+
+        Args:
+            model: the stream's.
+            outcome: "explained", "dropped", "skipped" or "failed".
+            age_s: from the reading of the frame to the end of the writing of its answer, in seconds.
+        """
+
+    def model_built(self, *, model: str, duration_s: float, cached: bool | None) -> None:
+        """A model's engine is made.
+
+        Args:
+            model: which.
+            duration_s: how long that took, in seconds.
+            cached: whether its export was in the cache; None if it has none.
+        """
 
     def model_changed(self, *, model: str, state: str, message: str, fault: Exception | None = None) -> None:
         """A model is "loading", "ready", "failed", "unavailable" or "unloaded" from now on.

@@ -73,6 +73,7 @@ class BuiltModel:
         method: for requests that name none.
         assumptions: what was found or assumed when it was loaded, one sentence each, with the key that overrides it.
         layer_choices: one line for each tensor of a file that may be a layer.
+        export_was_cached: whether its export was in the cache; None if it is served without one, or from a folder.
     """
 
     engine: SteppingEngine
@@ -82,6 +83,7 @@ class BuiltModel:
     method: Method
     assumptions: tuple[str, ...] = ()
     layer_choices: tuple[str, ...] = ()
+    export_was_cached: bool | None = None
 
 
 class _Unfit(Exception):
@@ -321,7 +323,9 @@ def _build_cached(config: ModelConfig, export: Export, *, device: str) -> BuiltM
     """Serve an export that was made of the configured model."""
     grid = export.manifest.graphs[0].grid
     built = _build_exported(config, export, device=device, method=family_method(config, grid))
-    return replace(built, assumptions=(*built.assumptions, *about_family(config, grid)))
+    return replace(
+        built, assumptions=(*built.assumptions, *about_family(config, grid)), export_was_cached=export.was_cached
+    )
 
 
 def _build_exported(config: ModelConfig, export: Export, *, device: str, method: Method) -> BuiltModel:

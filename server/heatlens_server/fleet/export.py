@@ -46,10 +46,12 @@ class Export:
     Attributes:
         folder: it is in.
         manifest: of it.
+        was_cached: whether it was there already.
     """
 
     folder: Path
     manifest: Manifest
+    was_cached: bool = True
 
 
 class TransientError(ExportError):

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -102,7 +103,7 @@ def get_or_export(
     found = _find(cache, key, None)
     if found is None:
         raise TransientError("the export was damaged or removed as soon as it was made")
-    return found
+    return replace(found, was_cached=False)
 
 
 def export_in_process(

@@ -41,6 +41,15 @@ class Timing:
     compute_s: float
     batch_size: int
 
+    def told(self) -> dict[str, object]:
+        """What a call's log line says of it."""
+        return {
+            "decode_ms": round(self.preprocess_s * 1e3, 3),
+            "queue_ms": round(self.queue_s * 1e3, 3),
+            "compute_ms": round(self.compute_s * 1e3, 3),
+            "batch_size": self.batch_size,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class QueueResult:

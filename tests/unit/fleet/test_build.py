@@ -86,6 +86,7 @@ def test_auto_is_onnxruntime_and_exports_once(make, cache_dir, caplog):
     torch_model, _ = make(config(engine="torch"), cache_dir)
     assert [first.engine.info.engine_name, second.engine.info.engine_name] == ["onnxruntime"] * 2
     assert phases == []
+    assert (second.export_was_cached, torch_model.export_was_cached) == (True, None)
     assert caplog.text == ""
     assert torch_model.engine.info.engine_name == "torch"
     assert (first.version, first.labels, first.preprocess) == (

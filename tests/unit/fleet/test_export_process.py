@@ -78,6 +78,7 @@ def test_an_export_for_which_there_is_no_room_goes_to_a_temporary_folder(tmp_pat
     )
     assert full.folder not in export.folder.parents
     assert export.manifest.source == model.source
+    assert not export.was_cached
     assert "No space left on device" in caplog.text
     assert full.folder.is_dir()
     assert not [path for path in full.folder.iterdir() if path.suffix != ".lock"]

@@ -5,7 +5,6 @@ The reader is never cancelled (see `OpenStreams.start_reader`): it looks, before
 
 import asyncio
 import dataclasses
-import functools
 import logging
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from heatlens_server.api.answer import Answer
 from heatlens_server.api.calls import current_call, is_fault
 from heatlens_server.api.checks import SourceImage, Violations, check_image
 from heatlens_server.api.explainer import Explainer
+from heatlens_server.api.models import known_name
 from heatlens_server.api.query import Frame, StreamMessage
 from heatlens_server.api.stream.config import StreamPlan, config_of, plan_stream
 from heatlens_server.api.stream.frames import FrameOrder, FrameSampler, FrameTime, MapSmoother
@@ -65,7 +65,7 @@ class _Counts:
 class _Opened:
     """What a valid configuration makes of a stream."""
 
-    def __init__(self, plan: StreamPlan, model: ServedModel, explainer: Explainer, open_streams: OpenStreams) -> None:
+    def __init__(self, plan: StreamPlan, model: ServedModel, open_streams: OpenStreams) -> None:
         self.plan = plan
         self.model = model
         self.order = FrameOrder()
@@ -76,7 +76,6 @@ class _Opened:
             max_waiting=model.max_batch_size,
             max_unsent=open_streams.max_unsent,
             counters=open_streams.counters,
-            on_drop=functools.partial(explainer.observer.frame_dropped, model=model.name),
         )
         self.source = Source()
         self._smoother = MapSmoother(plan.temporal_smoothing)
@@ -175,9 +174,12 @@ class StreamSession(Generic[T]):
         outcome = frame.error if frame.ticket is None else await self._result(frame, opened)
         if isinstance(outcome, Exception) and not opened.window.holds(frame):
             return
-        self._count(frame.frame_id, outcome)
+        kind = self._count(frame.frame_id, outcome)
         await self._peer.send(frame.frame_id, outcome)
         self._counts.answered += 1
+        self._explainer.observer.frame_answered(
+            model=opened.model.name, outcome=kind, age_s=time.monotonic() - frame.read_at
+        )
         opened.window.pop()
         self._room.set()
 
@@ -199,19 +201,22 @@ class StreamSession(Generic[T]):
             del frame
             return error
 
-    def _count(self, frame_id: int, outcome: T | Exception | None) -> None:
-        """Count what a frame's answer is, and log a fault of ours."""
+    def _count(self, frame_id: int, outcome: T | Exception | None) -> str:
+        """Count what a frame's answer is, log a fault of ours, and return the name of the count."""
         if outcome is None:
             self._counts.skipped += 1
-        elif isinstance(outcome, FrameDropped):
+            return "skipped"
+        if isinstance(outcome, FrameDropped):
             self._counts.dropped += 1
-        elif isinstance(outcome, Exception):
-            self._counts.failed += 1
-            if is_fault(outcome):
-                extra = {"request_id": self._call.request_id, "frame_id": frame_id}
-                _log.error("frame", exc_info=outcome, extra=extra)
-        else:
+            return "dropped"
+        if not isinstance(outcome, Exception):
             self._counts.explained += 1
+            return "explained"
+        self._counts.failed += 1
+        if is_fault(outcome):
+            extra = {"request_id": self._call.request_id, "frame_id": frame_id}
+            _log.error("frame", exc_info=outcome, extra=extra)
+        return "failed"
 
     def _close(self) -> None:
         """Whatever ended the call: hold nothing any more, and say what was done in the call's log line."""
@@ -219,7 +224,7 @@ class StreamSession(Generic[T]):
         self._end(None)
         if self._opened is not None:
             self._opened.window.close(asyncio.InvalidStateError("the stream is over"))
-            self._call.fields["model"] = self._opened.model.name
+            self._call.fields["explanation"] = str(self._opened.plan.explain.method)
         self._call.fields.update({f"frames_{name}": n for name, n in dataclasses.asdict(self._counts).items()})
 
     # The reading side.
@@ -235,9 +240,10 @@ class StreamSession(Generic[T]):
 
     async def _open(self, message: StreamMessage | None) -> _Opened:
         config = config_of(message)
+        self._call.fields["model"] = known_name(self._explainer.fleet, config.model)
         self.model = model = self._explainer.fleet.get(config.model)
         plan = plan_stream(config, model, self._explainer.limits)
-        opened = _Opened(plan, model, self._explainer, self._open_streams)
+        opened = _Opened(plan, model, self._open_streams)
         await model.queue.load_for(plan.explain.spec)
         self._opened = opened
         self._news.set()
@@ -270,15 +276,15 @@ class StreamSession(Generic[T]):
         read_s = time.monotonic()
         frame = opened.order.check(message)
         if not opened.sampler.allows(FrameTime(read_s, frame.captured_s)):
-            return PendingFrame(frame.frame_id)
+            return PendingFrame(frame.frame_id, read_at=read_s)
         held = self._requests.hold(self._call.peer)
         held.keep(0 if frame.image is None else frame.image.size_bytes)
         try:
             ticket = await self._submit(self._image(frame, opened), opened, read_s)
         except Exception as error:
             held.release()
-            return PendingFrame(frame.frame_id, error=error)
-        return PendingFrame(frame.frame_id, ticket, held=held)
+            return PendingFrame(frame.frame_id, error=error, read_at=read_s)
+        return PendingFrame(frame.frame_id, ticket, held=held, read_at=read_s)
 
     async def _submit(self, image: SourceImage, opened: _Opened, read_s: float) -> Ticket:
         while not opened.window.make_room():

@@ -1,7 +1,6 @@
 """The frames of one stream that were read and are not answered yet, and what gives when there are too many."""
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from heatlens_server.api.byte_budget import Held
@@ -19,12 +18,14 @@ class PendingFrame:
         ticket: for its explanation; None if it is not to be explained.
         error: why it is not to be explained.
         held: what its image holds of the budget for requests.
+        read_at: when it was read, on `time.monotonic`, in seconds.
     """
 
     frame_id: int
     ticket: Ticket | None = None
     error: Exception | None = None
     held: Held | None = None
+    read_at: float = 0.0
 
     def release(self) -> None:
         """It holds no image any more. Idempotent."""
@@ -68,7 +69,6 @@ class FrameWindow:
         max_waiting: int,
         max_unsent: int,
         counters: StreamCounters,
-        on_drop: Callable[[], None],
     ) -> None:
         """An empty window.
 
@@ -78,14 +78,12 @@ class FrameWindow:
             max_waiting: with dropping: most frames that wait for the model, >= 1.
             max_unsent: with dropping: how many answers that need no model may wait to be sent, beyond the size.
             counters: where frames and tickets are counted.
-            on_drop: called for each frame that is given up for a newer one.
         """
         self._size = size
         self._drop_oldest = drop_oldest
         self._max_waiting = max_waiting
         self._max_unsent = max_unsent
         self._counters = counters
-        self._on_drop = on_drop
         self._frames: deque[PendingFrame] = deque()
         # Those of them that are live: they are few, and the others may be thousands.
         self._live: deque[PendingFrame] = deque()
@@ -123,7 +121,6 @@ class FrameWindow:
             if frame.drop():
                 self._live.remove(frame)
                 self._counters.tickets.released += 1
-                self._on_drop()
                 return True
         return live_count <= self._size
 

@@ -124,22 +124,23 @@ class Client:
         return [(frame_id, type(outcome).__name__) for frame_id, outcome in self.received]
 
 
-class Drops(Observer):
-    """Collects the models of dropped frames."""
+class Frames(Observer):
+    """Collects what is told of frames."""
 
     def __init__(self) -> None:
-        self.seen: list[str] = []
+        self.seen: list[tuple[str, str]] = []
 
-    def frame_dropped(self, *, model: str) -> None:
-        self.seen.append(model)
+    def frame_answered(self, *, model: str, outcome: str, age_s: float) -> None:
+        assert 0.0 <= age_s < PATIENCE_S
+        self.seen.append((model, outcome))
 
 
 class Rig:
     def __init__(self, engine: Engine, queue: ModelQueue, fleet: Fleet) -> None:
         self.engine, self.queue, self.open_streams = engine, queue, OpenStreams(max_streams=2, max_unsent=64)
         self.fleet = fleet
-        self.drops = Drops()
-        self.explainer = Explainer(fleet, LIMITS, self.drops)
+        self.frames = Frames()
+        self.explainer = Explainer(fleet, LIMITS, self.frames)
 
     def start(self, client: Client) -> "asyncio.Task[None]":
         session = StreamSession(self.explainer, self.open_streams, client)
@@ -417,7 +418,7 @@ async def test_dropped_frames_are_reported_and_their_errors_free_without_the_gar
             await until(lambda count=i: rig.open_streams.counters.frames.created > count)
         await until(lambda: len(client.received) == 4)
         assert client.answers() == [(i, "FrameDropped") for i in range(4)]
-        assert rig.drops.seen == ["m"] * 4
+        assert rig.frames.seen == [("m", "dropped")] * 4
         errors = [weakref.ref(outcome) for _, outcome in client.received]
         client.received.clear()
         await until(lambda: not any(error() for error in errors))

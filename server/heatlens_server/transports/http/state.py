@@ -1,0 +1,56 @@
+"""What a server is at one moment, as metrics: read from its models, streams and budgets at each scrape."""
+
+from collections.abc import Iterable
+
+from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from heatlens_server.api.calls import CallGate
+from heatlens_server.api.models import heatlens_version
+from heatlens_server.api.stream.open_streams import OpenStreams
+from heatlens_server.fleet.fleet import Fleet
+from heatlens_server.fleet.served_model import ModelState, ModelStatus
+
+
+class StateCollector(Collector):
+    """Reads a server on the thread of a scrape, without waiting for the event loop."""
+
+    def __init__(self, fleet: Fleet, streams: OpenStreams, gate: CallGate) -> None:
+        """Read these."""
+        self._fleet = fleet
+        self._streams = streams
+        self._gate = gate
+
+    def collect(self) -> Iterable[Metric]:
+        """The metrics now."""
+        yield InfoMetricFamily("heatlens_build", "The server's version.", {"version": heatlens_version()})
+        yield _gauge("heatlens_calls_in_flight", "Calls that are being answered.", self._gate.in_flight)
+        yield _gauge("heatlens_open_streams", "Streams that are open.", self._streams.counters.streams.open)
+        held = GaugeMetricFamily("heatlens_in_flight_bytes", "Bytes of requests and of answers.", labels=["kind"])
+        held.add_metric(["requests"], self._gate.admission.requests.held_bytes)
+        held.add_metric(["answers"], self._gate.admission.answers.held_bytes)
+        yield held
+        yield from _models(tuple(self._fleet))
+
+
+def _models(statuses: tuple[ModelStatus, ...]) -> Iterable[Metric]:
+    queued = GaugeMetricFamily("heatlens_queue_length", "Images that are decoded or wait to be run.", labels=["model"])
+    state = GaugeMetricFamily("heatlens_model_state", "1 for the state that a model is in.", labels=["model", "state"])
+    engine = InfoMetricFamily(
+        "heatlens_model",
+        "What runs a model that serves.",
+        labels=["model", "version", "engine", "device", "precision"],
+    )
+    for status in statuses:
+        for each in ModelState:
+            state.add_metric([status.name, each.value], status.state is each)
+        served = status.served
+        if served is not None:
+            info = served.capabilities
+            queued.add_metric([status.name], len(served.queue.batcher))
+            engine.add_metric([status.name, served.version, info.engine_name, info.device, info.precision], {})
+    return queued, state, engine
+
+
+def _gauge(name: str, about: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, about, value=value)
