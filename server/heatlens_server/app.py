@@ -84,6 +84,7 @@ class Server:
             max_decoding_bytes=config.server.max_decoding_bytes,
             max_bytes_in_flight=config.server.max_bytes_in_flight,
             max_connection_bytes_in_flight=config.server.max_connection_bytes_in_flight,
+            max_model_runs=config.server.max_model_runs,
         )
         self.streams = OpenStreams(max_streams=limits.max_streams)
         self._health = Health()

@@ -193,6 +193,7 @@ def test_models_and_limits_are_told_alike(server):
     )
     assert (limits.max_image_parts, limits.max_image_samples) == (1_000, 32 * limits.max_image_pixels)
     assert (info.max_image_parts, info.max_image_samples) == (1_000, 32 * info.max_image_pixels)
+    assert info.max_model_runs == limits.max_model_runs == 100_000
 
 
 def test_the_answer_says_the_size_of_the_upright_image(server, chelsea):

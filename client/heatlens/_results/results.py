@@ -275,6 +275,7 @@ class ServerInfo:
             say.
         max_bytes_in_flight: most bytes of requests and answers in flight; 0 if the server is too old to say.
         max_connection_bytes_in_flight: the same of one connection.
+        max_model_runs: most runs of a model, forward or backward, for one image; 0 if the server is too old to say.
     """
 
     version: str
@@ -291,6 +292,7 @@ class ServerInfo:
     max_decoding_bytes: int
     max_bytes_in_flight: int = 0
     max_connection_bytes_in_flight: int = 0
+    max_model_runs: int = 0
 
 
 class Health(StrEnum):

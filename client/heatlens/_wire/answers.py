@@ -271,6 +271,7 @@ def server_info_of(response: model_pb2.GetServerInfoResponse) -> ServerInfo:
         max_decoding_bytes=response.max_decoding_bytes,
         max_bytes_in_flight=response.max_bytes_in_flight,
         max_connection_bytes_in_flight=response.max_connection_bytes_in_flight,
+        max_model_runs=response.max_model_runs,
     )
 
 

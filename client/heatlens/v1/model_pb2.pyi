@@ -126,7 +126,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "max_message_bytes", "max_image_pixels", "max_queue_length", "max_targets", "max_in_flight", "max_batch_size", "max_queue_delay", "max_streams", "max_image_parts", "max_image_samples", "max_decoding_bytes", "max_bytes_in_flight", "max_connection_bytes_in_flight")
+    __slots__ = ("version", "max_message_bytes", "max_image_pixels", "max_queue_length", "max_targets", "max_in_flight", "max_batch_size", "max_queue_delay", "max_streams", "max_image_parts", "max_image_samples", "max_decoding_bytes", "max_bytes_in_flight", "max_connection_bytes_in_flight", "max_model_runs")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_IMAGE_PIXELS_FIELD_NUMBER: _ClassVar[int]
@@ -141,6 +141,7 @@ class GetServerInfoResponse(_message.Message):
     MAX_DECODING_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_BYTES_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     MAX_CONNECTION_BYTES_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_RUNS_FIELD_NUMBER: _ClassVar[int]
     version: str
     max_message_bytes: int
     max_image_pixels: int
@@ -155,4 +156,5 @@ class GetServerInfoResponse(_message.Message):
     max_decoding_bytes: int
     max_bytes_in_flight: int
     max_connection_bytes_in_flight: int
-    def __init__(self, version: _Optional[str] = ..., max_message_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., max_queue_length: _Optional[int] = ..., max_targets: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., max_queue_delay: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_streams: _Optional[int] = ..., max_image_parts: _Optional[int] = ..., max_image_samples: _Optional[int] = ..., max_decoding_bytes: _Optional[int] = ..., max_bytes_in_flight: _Optional[int] = ..., max_connection_bytes_in_flight: _Optional[int] = ...) -> None: ...
+    max_model_runs: int
+    def __init__(self, version: _Optional[str] = ..., max_message_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., max_queue_length: _Optional[int] = ..., max_targets: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., max_queue_delay: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_streams: _Optional[int] = ..., max_image_parts: _Optional[int] = ..., max_image_samples: _Optional[int] = ..., max_decoding_bytes: _Optional[int] = ..., max_bytes_in_flight: _Optional[int] = ..., max_connection_bytes_in_flight: _Optional[int] = ..., max_model_runs: _Optional[int] = ...) -> None: ...

@@ -40,6 +40,7 @@ class Limits:
         max_decoding_bytes: most memory for large images that are decoded or wait for it.
         max_bytes_in_flight: most bytes of requests and answers in flight.
         max_connection_bytes_in_flight: the same of one connection.
+        max_model_runs: most runs of the model for one image, forward or backward.
     """
 
     max_message_bytes: int
@@ -51,6 +52,7 @@ class Limits:
     max_decoding_bytes: int = 1 << 31
     max_bytes_in_flight: int = 2**30
     max_connection_bytes_in_flight: int = 2**29
+    max_model_runs: int = 100_000
 
     @property
     def max_image_parts(self) -> int:

@@ -1,6 +1,6 @@
 """From a query to what can be run, or to every field that is wrong with it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from heatlens_server.api.checks import Limits, SourceImage, Violations, check_image, quoted
 from heatlens_server.api.query import MapSize, MapType, Options, Query
@@ -9,6 +9,7 @@ from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import PRESETS, Aggregation, Method, Metric, Preset, Score, name_of
 from heatlens_server.core.targets import Detections, Target
 from heatlens_server.fleet.served_model import ServedModel
+from heatlens_server.maps.steps.runs import model_runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,7 @@ def plan_options(options: Options, model: ServedModel, limits: Limits, wrong: Vi
         return_mask=options.return_mask,
         divisible=_is_divisible(preset, model),
     )
+    _check_runs(options, spec, target.count, model, limits=limits, wrong=wrong)
     return Plan(
         target=target,
         spec=spec,
@@ -102,6 +104,29 @@ def plan_options(options: Options, model: ServedModel, limits: Limits, wrong: Vi
         finish_target=finish_target,
         reference=None if options.reference_image is None else options.reference_image.encoded,
     )
+
+
+def _check_runs(
+    options: Options, spec: MapSpec, count: int, model: ServedModel, *, limits: Limits, wrong: Violations
+) -> None:
+    """Refuse what would take too many runs of the model, at the option that costs most."""
+
+    def runs(spec: MapSpec, count: int) -> int:
+        return model_runs(spec, count, model.capabilities.layer_shapes)
+
+    asked, most = runs(spec, count), limits.max_model_runs
+    if asked <= most:
+        return
+    without = {
+        "layers": (replace(spec, layers=spec.layers[:1]), count),
+        "top_k" if options.class_ids is None else "class_ids.ids": (spec, 1),
+        "augmentation": (replace(spec, augment=False), count),
+        "metrics": (replace(spec, metrics=()), count),
+    }
+    field = min(without, key=lambda name: runs(*without[name]))
+    if runs(replace(spec, layers=spec.layers[:1], augment=False, metrics=()), 1) > most:
+        field = "method"
+    wrong.add(field, f"the explanation would take {asked} runs of the model; at most {most} are made for one image")
 
 
 def _is_divisible(preset: Preset, model: ServedModel) -> bool:

@@ -51,6 +51,8 @@ class ServerConfig(Section):
     """Most Explain calls admitted per model and not yet running; more are refused."""
     max_targets: int = Field(default=32, ge=1, le=10_000)
     """Most classes explained in one request."""
+    max_model_runs: int = Field(default=100_000, ge=1, le=2**53)
+    """Most runs of a model, forward or backward, that explaining one image may take."""
     max_streams: int = Field(default=64, ge=1, le=10_000)
     """Most streams open at a time; more are refused."""
     max_in_flight: int = Field(default=64, ge=1, le=10_000)

@@ -55,6 +55,9 @@ class MapSpec:
         return len(self.layers) if self.method.traits.class_free else count
 
 
+LayerShape = tuple[int, int, int]
+"""Channels, rows and columns of a layer's map."""
+
 Steps = Generator[None, None, ImageResult]
 """One image's explanation in steps: each `next` runs the model on some rows; the last one raises StopIteration with the
 result. `close` gives it up. Keeps no thread-local state (grad mode, hooks) between steps."""
@@ -89,6 +92,7 @@ class Capabilities:
         runs_one_by_one: whether the network mixes the images of a batch, so that each runs by itself.
         takes_steps: whether the engine itself explains in steps, whatever its second one does.
         refusals: why this model does not have methods that most models of its task have.
+        layer_shapes: of layers, as far as they are known before an image comes, which may change rows and columns.
     """
 
     engine_name: str
@@ -111,6 +115,7 @@ class Capabilities:
     runs_one_by_one: bool = False
     takes_steps: bool = False
     refusals: Mapping[Method, str] = field(default_factory=dict, hash=False)
+    layer_shapes: Mapping[str, LayerShape] = field(default_factory=dict, hash=False)
 
     @property
     def activation(self) -> Activation:

@@ -225,6 +225,35 @@ def test_an_explanation_is_divided_by_goals_or_by_layers_where_no_goal_matters(o
     assert not plan.spec.in_steps
 
 
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"top_k": 4}, "top_k"),
+        ({"class_ids": pb.ClassIds(values=[1, 2, 3, 4])}, "class_ids.values"),
+        ({"method": method_pb2.METHOD_RISE}, "method"),
+        ({"method": method_pb2.METHOD_SMOOTH_GRAD_CAM_PLUS_PLUS, "layers": ["body", "stem"]}, "layers"),
+        ({"smoothing": pb.Smoothing(augmentation=True)}, "smoothing.augmentation"),
+        ({"faithfulness": faithfulness_pb2.FaithfulnessOptions()}, "faithfulness.metrics"),
+    ],
+)
+def test_what_takes_too_many_runs_is_refused_at_the_option_that_costs_most(options, field):
+    # Grad-CAM of one class takes 2, and smooth Grad-CAM++ 9.
+    most = 9 if "layers" in options else 4
+    error = refusal(request(**options), limits=dataclasses.replace(LIMITS, max_model_runs=most))
+    assert (fields(error), error.reason) == ([f"options.{field}"], "INVALID_OPTION")
+    assert f"runs of the model; at most {most}" in error.violations[0].description
+
+
+def test_nothing_that_is_sensible_takes_too_many_runs():
+    """SS-CAM by a layer of 2,048 channels is, of ResNet-50, and smoothing it is not."""
+    shapes = {"body": (2048, 7, 7), "stem": (256, 56, 56)}
+    large = dataclasses.replace(TINY, capabilities=dataclasses.replace(TINY.capabilities, layer_shapes=shapes))
+    ss_cam = request(method=method_pb2.METHOD_SS_CAM, top_k=4)
+    assert planned(ss_cam, large)[0].spec.layers == ("body",)
+    ss_cam.options.smoothing.augmentation = True
+    assert fields(refusal(ss_cam, large)) == ["options.smoothing.augmentation"]
+
+
 def test_what_an_engine_without_steps_runs_is_not_divided():
     exported = dataclasses.replace(TINY, capabilities=dataclasses.replace(TINY.capabilities, takes_steps=False))
     assert plan_of(request(top_k=2), exported).spec.parts(2) == 1

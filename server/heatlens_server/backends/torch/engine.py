@@ -75,6 +75,7 @@ class TorchEngine:
             takes_steps=True,
             refusals=refusals,
             threshold=model.threshold,
+            layer_shapes=self._model.layer_shapes,
         )
 
     @property

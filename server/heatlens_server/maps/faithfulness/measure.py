@@ -4,6 +4,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 from array_api_compat import array_namespace
 
 from heatlens_server.core.methods import Metric
@@ -82,6 +83,12 @@ def measure(
     for name, probe in probes.items():
         answers[name], found = found[: probe.count], found[probe.count :]
     return {metric: _value(metric, answers, saliency, others) for metric in metrics}
+
+
+def runs_to_measure(metrics: Sequence[Metric]) -> int:
+    """How many changed images measuring one map asks the model about."""
+    nothing = np.empty((0, 0))
+    return sum(probe.count for probe in _probes(frozenset(metrics), nothing, nothing).values())
 
 
 @dataclass(frozen=True, slots=True)

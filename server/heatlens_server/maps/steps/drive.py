@@ -37,6 +37,9 @@ STEPPERS: Mapping[Method, Stepper] = MappingProxyType(
 _FACTORS = (0.9, 1.0, 1.1)
 """What the normalised input is multiplied by: test-time augmentation as in the `grad-cam` package 1.5.7."""
 
+VARIANTS = 2 * len(_FACTORS)
+"""How many images augmentation explains: each factor, flipped and not."""
+
 
 def explain_in_steps(network: Network, image: ImageArray, target: Target, spec: MapSpec, *, rows: int) -> Steps:
     """Explain one image with a spec that is `in_steps`; see `core.engine.SteppingEngine.steps`.
@@ -115,4 +118,4 @@ def _smoothed(
         for one, (_, flip) in zip(maps, chosen, strict=True):
             total = total + (xp.flip(one, axis=-1) if flip else one)
         yield
-    return normalize(total / (len(variants) + 1))
+    return normalize(total / VARIANTS)

@@ -120,6 +120,7 @@ def server_info_of(info: ServerInfo) -> model_pb2.GetServerInfoResponse:
         max_decoding_bytes=limits.max_decoding_bytes,
         max_bytes_in_flight=limits.max_bytes_in_flight,
         max_connection_bytes_in_flight=limits.max_connection_bytes_in_flight,
+        max_model_runs=limits.max_model_runs,
         max_batch_size=info.max_batch_size,
         max_queue_delay=timedelta(seconds=info.max_delay_s),
     )

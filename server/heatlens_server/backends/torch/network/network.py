@@ -20,6 +20,7 @@ from heatlens_server.backends.torch.network.replay import first_row, laid_out_li
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.backends.torch.sources.trace import is_quantised
 from heatlens_server.core.arrays import ImageArray
+from heatlens_server.core.engine import LayerShape
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import Method
 from heatlens_server.maps.precision import FP16_GRADIENT_SCALE
@@ -43,6 +44,7 @@ class TorchModel:
         dtype: what it runs in.
         head_weight: (C, A), if the logits are a linear head over the pooled first layer; None until `check` finds it.
         attention: the blocks of a transformer; None until `check` finds them.
+        layer_shapes: of the layers' maps for an image of the usual size; found by `check`.
         mixes_batch: whether images change each other's scores when they are run together; found by `check`.
         without_gradient: the layers behind which the network computes no gradient, and why; found by `check`.
         gradient_scale: what scores are multiplied by before they are differentiated; see `gradients`.
@@ -71,6 +73,7 @@ class TorchModel:
         self._hooks = LayerHooks(self.module, model.layers)
         self._one_row: dict[str, bool] = {}
         self.head_weight: Tensor | None = None
+        self.layer_shapes: dict[str, LayerShape] = {}
         self.attention: AttentionRecorder | None = None
         self.mixes_batch = False
         self.without_gradient: Mapping[str, str] = {}
@@ -261,8 +264,7 @@ class TorchModel:
             inputs = self.inputs(_noise(*preprocess.sample_px, preprocess.channels))
             output, outputs = self.record(inputs, layers, differentiate=True)
             total = self.task.total(output, self.model.class_count)
-            for layer in layers:
-                self._check_layer(layer, outputs)
+            self.layer_shapes = {layer: self._checked_shape(layer, outputs) for layer in layers}
             leaves = {layer: leaf for layer, leaf in outputs.items() if isinstance(leaf, Tensor)}
             gradients: Sequence[Tensor | None] = [None] * len(leaves)
             if total.requires_grad:
@@ -306,13 +308,14 @@ class TorchModel:
                 return True
             return not same(together, torch.cat([first.detach(), self.run(two[1:])]), self.dtype)
 
-    def _check_layer(self, layer: str, outputs: Mapping[str, LayerOutput]) -> None:
+    def _checked_shape(self, layer: str, outputs: Mapping[str, LayerOutput]) -> LayerShape:
         if layer not in outputs:
             raise ModelLoadError(f"layer {layer!r} did not run")
         try:
-            self.features(layer, outputs[layer])
+            _, channels, height, width = self.features(layer, outputs[layer]).shape
         except ValueError as error:
             raise ModelLoadError(f"layer {layer!r}: {error}") from error
+        return channels, height, width
 
     def _depends(self, layer: str, inputs: Tensor, output: Any) -> bool:  # noqa: ANN401 - what a network returns
         """Whether the output is another if a layer's is."""
