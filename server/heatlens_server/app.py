@@ -88,7 +88,7 @@ class Server:
         )
         self.streams = OpenStreams(max_streams=limits.max_streams)
         self._health = Health()
-        observers: list[Observer] = [LogObserver()]
+        observers: list[Observer] = [LogObserver(ok_share=config.server.log_ok_share)]
         self._metrics = _make_metrics() if config.metrics.listen else None
         if self._metrics is not None:
             observers.append(self._metrics)

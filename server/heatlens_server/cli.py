@@ -16,6 +16,7 @@ from heatlens_server.allocator import keep_freed_memory
 from heatlens_server.core.causes import with_causes
 from heatlens_server.core.errors import ConfigError, ExportError, ModelLoadError
 from heatlens_server.telemetry.logs import configure_logging
+from heatlens_server.telemetry.native_lines import take_native_lines
 from heatlens_server.telemetry.output import end_output, queue_output
 
 if TYPE_CHECKING:
@@ -58,8 +59,10 @@ def serve(
         _fail(f"--port-file: there is no folder {port_file.parent}")
     settings = _load(config, {"server": {"listen": listen}} if listen else {})
     queue_output()
-    faulthandler.enable()
     configure_logging(log_format=settings.server.log_format, level=settings.server.log_level)
+    if settings.server.log_format == "json":
+        take_native_lines()
+    faulthandler.enable()
     # Only now: importing torch takes seconds, and a wrong configuration should be told at once.
     from heatlens_server.app import Server  # noqa: PLC0415
     from heatlens_server.app import serve as serve_until_signal  # noqa: PLC0415

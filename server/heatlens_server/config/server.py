@@ -88,6 +88,8 @@ class ServerConfig(Section):
     """Log lines for people or for programs."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least severe level that is logged."""
+    log_ok_share: float = Field(default=1.0, ge=0, le=1)
+    """Of how large a share of the calls that end well a line is logged; all others are always."""
     default_model: str = ""
     """The model that answers requests that name none. Empty: the first."""
 

@@ -15,9 +15,18 @@ _SHOWN_CHARACTERS = 500
 class LogObserver(Observer):
     """Writes log lines. What the lines say beyond their message is in their fields."""
 
+    def __init__(self, *, ok_share: float = 1.0) -> None:
+        """Write the lines of so large a share of the calls that end well, evenly among them, and all others."""
+        self._ok_share = ok_share
+        self._owed = 0.0
+
     def answered(self, call: CallEnd) -> None:
-        """Write the call's line."""
-        _write(call, logging.INFO)
+        """Write the call's line, or leave it out."""
+        self._owed += self._ok_share
+        # Sums of shares such as 0.1 fall short of a whole by their rounding.
+        if self._owed > 1.0 - 1e-9:
+            self._owed -= 1.0
+            _write(call, logging.INFO)
 
     def refused(self, call: CallEnd) -> None:
         """Write the call's line: with the reason, or with the traceback if the fault is the server's."""

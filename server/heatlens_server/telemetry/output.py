@@ -14,6 +14,7 @@ import stat
 import sys
 import threading
 from collections import deque
+from collections.abc import Callable
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ _END_S = 1.0
 """How long what still waits has to be written when the process ends, in seconds."""
 
 _running: list["QueuedOutput"] = []
+_before_end: list[Callable[[], None]] = []
 
 
 class QueuedOutput(io.RawIOBase):
@@ -65,6 +67,10 @@ class QueuedOutput(io.RawIOBase):
     def fileno(self) -> int:
         """The file descriptor that it was made of, for native code that writes to it without the queue."""
         return self._descriptor
+
+    def move(self, descriptor: int) -> None:
+        """Have `fileno` return another descriptor of the same file."""
+        self._descriptor = descriptor
 
     def write(self, data: "bytes | bytearray | memoryview[int]", /) -> int:  # type: ignore[override]
         """Queue some bytes, or drop them if too many wait.
@@ -156,8 +162,20 @@ def queue_output() -> None:
     atexit.register(end_output)
 
 
+def standard_error() -> QueuedOutput:
+    """That of the process; `queue_output` must have been called."""
+    return _running[-1]
+
+
+def before_end(function: Callable[[], None]) -> None:
+    """Have something called once, before the last of the output is written."""
+    _before_end.append(function)
+
+
 def end_output() -> None:
     """Write what waits in the queues, within a second each. To be called before `os._exit`."""
+    while _before_end:
+        _before_end.pop()()
     for output in _running:
         output.end(_END_S)
 

@@ -38,6 +38,21 @@ def test_a_call_that_ended_well(line):
     assert not hasattr(record, "error")
 
 
+@pytest.mark.parametrize(("share", "written"), [(1.0, 100), (0.1, 10), (0.25, 25), (0.0, 0)])
+def test_a_share_of_the_calls_that_end_well_and_all_others(caplog, share, written):
+    caplog.set_level(logging.INFO)
+    observer = LogObserver(ok_share=share)
+    for number in range(100):
+        observer.answered(end(number=number))
+    assert len(caplog.records) == written
+    if written:
+        assert [record.number for record in caplog.records] == list(range(100 // written - 1, 100, 100 // written))
+    caplog.clear()
+    for _ in range(3):
+        observer.refused(end("CANCELLED"))
+    assert len(caplog.records) == 3
+
+
 def test_a_cancelled_call(line):
     LogObserver().refused(end("CANCELLED"))
     assert (line().levelno, line().code, hasattr(line(), "error")) == (logging.INFO, "CANCELLED", False)
