@@ -274,10 +274,16 @@ def _pass_by(model: ir.Model) -> None:
     for node in list(model.graph):
         if node.op_type not in {"Dropout", "Identity"} or node.outputs[0] in outputs:
             continue
-        if len(node.outputs) > 1 and node.outputs[1].uses():
+        if (len(node.outputs) > 1 and node.outputs[1].uses()) or _is_random(node):
             continue
         source = node.inputs[0]
         if source is None:
             continue
         node.outputs[0].replace_all_uses_with(source)
         model.graph.remove(node, safe=True)
+
+
+def _is_random(node: ir.Node) -> bool:
+    """Whether a Dropout may be in training mode, in which it drops values."""
+    training = node.inputs[2] if node.op_type == "Dropout" and len(node.inputs) > 2 else None
+    return training is not None and (training.const_value is None or bool(training.const_value.numpy().any()))

@@ -316,7 +316,7 @@ def _shares(
 def _before_head(scores: ir.Value) -> ir.Value:
     """What the last linear layer reads: the weights of a head that is yet to be trained may be zero."""
     at = scores
-    while (node := at.producer()) is not None and node.op_type in {"Add", "Gemm", "MatMul", *_PASSED_ON_BACK}:
+    while (node := at.producer()) is not None and node.op_type in {"Add", "Gemm", "MatMul", "Unsqueeze", *_PASSED_ON_BACK}:
         computed = [value for value in node.inputs if value is not None and is_computed(value)]
         if len(computed) != 1:
             break
@@ -379,7 +379,7 @@ def layer_of(
     return FoundLayer(value, grid, channels, height, width)
 
 
-_LINEAR = frozenset({"Flatten", "Gemm", "GlobalAveragePool", "MatMul", "ReduceMean", "Reshape", "Squeeze"})
+_LINEAR = frozenset({"Flatten", "Gemm", "GlobalAveragePool", "MatMul", "ReduceMean", "Reshape", "Squeeze", "Unsqueeze"})
 
 
 def has_linear_head(known: Known, layer: FoundLayer, scores: Scores) -> bool:

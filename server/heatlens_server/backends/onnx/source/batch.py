@@ -1,4 +1,4 @@
-"""Files that were exported for a fixed number of images: graphs that take any number instead.
+"""Files that were exported for a fixed number of images: graphs that take any number instead. Files of random scores.
 
 The axis that carries the images is followed from the input on. Where a node names their number, as a Reshape does, it
 is left open. The result is tried: several images at once must give what each of them gives by itself.
@@ -13,6 +13,7 @@ from onnx_ir.passes import common
 from heatlens_server.backends.onnx.gradient.tape import Array, Shape
 from heatlens_server.backends.onnx.gradient.values import facts_of, noise_for, open_graph, part_of
 from heatlens_server.backends.onnx.source.batch_axis import LosesImages, Place, Walk, follow, name_axes
+from heatlens_server.core.errors import ModelLoadError
 
 _BATCH_NAME = "batch"
 
@@ -25,6 +26,13 @@ _SHARE_OF_SPREAD = 1e-3
 
 _LEAST_SPREAD = 4.0
 """How far they must be apart to prove anything, in multiples of the allowed rounding."""
+
+_RANDOM = frozenset(
+    {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+)
+
+_MOST_REPEAT_ERROR = 1e-5
+"""Of two runs on one image, relative to the largest output."""
 
 
 def free_batch(model: ir.Model, image: ir.Value, shape: Sequence[int]) -> bool:
@@ -100,6 +108,34 @@ def runs_in_batches(model: ir.Model, image: ir.Value, shape: Sequence[int], outp
     except Exception:
         return False
     return all(_agree(batch, singles) for batch, singles in zip(together, zip(*each, strict=True), strict=True))
+
+
+def check_repeats(model: ir.Model, image: ir.Value, shape: Sequence[int], outputs: Sequence[ir.Value]) -> None:
+    """Check that a file with random operators gives one image the same outputs each time it runs.
+
+    Args:
+        model: from `read_file`.
+        image: its input.
+        shape: of one image, without the batch.
+        outputs: what is compared: floating point values of the graph.
+
+    Raises:
+        ModelLoadError: it does not; names its random operators. Or the graph cannot be run.
+    """
+    part = part_of(model, outputs)
+    operators = {node.op_type for node in part.graph} & _RANDOM
+    if not operators:
+        return
+    count = image.shape[0] if image.shape is not None and isinstance(image.shape[0], int) else 1
+    # One session: the random numbers of each new one may begin anew.
+    session, feeds = open_graph(part), {str(image.name): noise_for(image, (count, *shape))}
+    for first, second in zip(session.run(None, feeds), session.run(None, feeds), strict=True):
+        bound = _MOST_REPEAT_ERROR * float(np.abs(first).max(initial=0.0))
+        if not np.allclose(first, second, rtol=0.0, atol=bound, equal_nan=True):
+            raise ModelLoadError(
+                f"the file gives one image other scores each time it runs (operators {', '.join(sorted(operators))}): "
+                "no map of it means anything; export the network to ONNX in evaluation mode"
+            )
 
 
 def _agree(batch: Array, singles: Sequence[Array]) -> bool:

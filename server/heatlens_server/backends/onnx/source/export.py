@@ -25,7 +25,7 @@ from heatlens_server.backends.onnx.providers import ON_CPU, load_runtime, open_s
 from heatlens_server.backends.onnx.source.explain import explaining_model
 from heatlens_server.backends.onnx.source.load import LoadedFile
 from heatlens_server.backends.onnx.source.store import stored
-from heatlens_server.backends.onnx.source.verify import MOST_GRADIENT_ERROR, check_repeats, is_wrong, judge_layer
+from heatlens_server.backends.onnx.source.verify import MOST_GRADIENT_ERROR, is_wrong, judge_layer
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import CLASS_INDEX, IMAGE, Format, GraphSpec, InputKind, Output, meanings
@@ -75,7 +75,6 @@ def export_file(
         raise ExportError(f"exports are of classifiers, and this model is for {loaded.info.task}")
     if not loaded.info.takes_batches and spec.classes != 1:
         raise ExportError("the file takes one image at a time, and so one class: export it with --classes 1")
-    check_repeats(loaded)
     if not loaded.info.takes_batches:
         report("the file takes one image at a time, or mixes the images of a batch: the graph takes one image")
     with delivered(folder) as staging:

@@ -23,7 +23,7 @@ from heatlens_server.backends.onnx.gradient.values import know, part_of
 from heatlens_server.backends.onnx.network import NetworkInfo, NetworkLayer
 from heatlens_server.backends.onnx.passes import Passes, Tail
 from heatlens_server.backends.onnx.shuffle import shuffled
-from heatlens_server.backends.onnx.source.batch import free_batch, runs_in_batches
+from heatlens_server.backends.onnx.source.batch import check_repeats, free_batch, runs_in_batches
 from heatlens_server.backends.onnx.source.boxes import cut_suppression
 from heatlens_server.backends.onnx.source.layers import choose_layers
 from heatlens_server.backends.onnx.source.metadata import FileSettings, read_settings
@@ -157,6 +157,7 @@ def load_file(path: Path, config: ModelConfig) -> LoadedFile:
     outputs, known = find_outputs(model, known, image, config, settings=settings, suppression=suppression)
     scores, task = outputs.scores, outputs.task
     looked_at = () if outputs.boxes is None else (outputs.boxes,)
+    check_repeats(model, image.value, shape, [scores.value, *looked_at])
     if task in _OF_PLACES:
         settings = read_settings(path, model, image, config, is_whole=True)
         _check_size(settings, task)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from heatlens_server.backends.onnx.gradient.find import ImageInput, Scores, find_scores
-from heatlens_server.backends.onnx.gradient.tape import Known
+from heatlens_server.backends.onnx.gradient.tape import BATCH, Known
 from heatlens_server.backends.onnx.network import Detector
-from heatlens_server.backends.onnx.source.added import NotReturned
+from heatlens_server.backends.onnx.source.added import Added, NotReturned
 from heatlens_server.backends.onnx.source.boxes import Suppression, find_boxes
 from heatlens_server.backends.onnx.source.metadata import FileSettings
 from heatlens_server.backends.onnx.source.pixels import find_pixels
@@ -84,17 +84,61 @@ def find_outputs(
     try:
         scores = find_scores(model, known, output)
     except ModelLoadError as error:
+        if config.task == "auto":
+            with suppress(NotReturned):
+                return _of_boxes(model, known, image, config, settings=settings, suppression=suppression)
+            with suppress(NotReturned):
+                return _of_pixels(model, known, image, config, output)
+        if (known_with_axis := _with_class_axis(model, known, output)) is not None:
+            scores = find_scores(model, known_with_axis, output)
+            return _of_image(model, known_with_axis, image, scores, config, settings=settings)
         if config.task != "auto":
             raise
-        with suppress(NotReturned):
-            return _of_boxes(model, known, image, config, settings=settings, suppression=suppression)
-        with suppress(NotReturned):
-            return _of_pixels(model, known, image, config, output)
         raise ModelLoadError(
             f'{error}; output = "NAME" says which to explain; of scores of pixels or boxes set task = "segmentation", '
             'or task = "detection" and detector = "yolov8", "yolov5", "detr" or "nms"'
         ) from error
     return _of_image(model, known, image, scores, config, settings=settings)
+
+
+_KEPT_ON_AXIS = frozenset({"Identity", "Sigmoid"})
+
+
+def _with_class_axis(model: ir.Model, known: Known, output: str) -> Known | None:
+    """Give the one output that has a number for each image, (N,), an axis of its one class, (N, 1).
+
+    Args:
+        model: from `read_file`; the output is another value of the same name then.
+        known: its shapes.
+        output: its name; empty to find it.
+
+    Returns:
+        What is known then; None if there is no such output, or there are several.
+    """
+    found = [
+        value
+        for value in model.graph.outputs
+        if output in {"", value.name}
+        and known.shapes.get(value) == (BATCH,)
+        and value.dtype is not None
+        and value.dtype.is_floating_point()
+    ]
+    if len(found) != 1:
+        return None
+    (value,) = found
+    # A sigmoid comes last again, where it is left behind.
+    behind, at = [], value
+    while (node := at.producer()) is not None and node.op_type in _KEPT_ON_AXIS and node.inputs[0] is not None:
+        behind.append(node.op_type)
+        at = node.inputs[0]
+    added = Added(model, known)
+    scores = added.op("Unsqueeze", [at, added.ints(1)], (BATCH, 1))
+    for operator in reversed(behind):
+        scores = added.op(operator, [scores], (BATCH, 1))
+    name, value.name = value.name, f"{value.name}: one of each image"
+    scores.name = name
+    model.graph.outputs[model.graph.outputs.index(value)] = scores
+    return added.finish()
 
 
 def _of_image(

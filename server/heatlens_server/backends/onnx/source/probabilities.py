@@ -29,7 +29,7 @@ _MADE_OF_PROBABILITIES = frozenset(
     | {"Slice", "Squeeze", "Sub", "Transpose", "Unsqueeze"}
 )
 _LINEAR = frozenset({"Conv", "Gemm", "MatMul"})
-_LAID_OUT = frozenset({"Flatten", "Identity", "Reshape", "Squeeze"})
+_LAID_OUT = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 _SIGMOIDS = frozenset({"HardSigmoid", "Sigmoid"})
 
 

@@ -5,19 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from heatlens_server.backends.onnx.gradient.values import noise_for, open_graph, part_of
+from heatlens_server.backends.onnx.gradient.values import noise_for
 from heatlens_server.backends.onnx.packed import open_packed
 from heatlens_server.backends.onnx.providers import load_runtime
 from heatlens_server.backends.onnx.source.judge import Verdict, gradient_by, judge
 from heatlens_server.backends.onnx.source.load import LoadedFile
-from heatlens_server.core.errors import ExportError
 from heatlens_server.core.methods import Method
 
 _log = logging.getLogger(__name__)
-
-_RANDOM = frozenset(
-    {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
-)
 
 MOST_GRADIENT_ERROR = 0.05
 """Relative. A wrong rule is off by about 1; a maximum that changes places between differences, by some thousandths."""
@@ -27,31 +22,6 @@ USUAL_GRADIENT_ERROR = 1e-3
 
 MOST_FORWARD_ERROR = 2e-2
 """Relative; quantised files round otherwise. Where the forward pass in float64 is off by more, it is not the file's."""
-
-_MOST_REPEAT_ERROR = 1e-5
-"""Of two runs on one image, relative to the largest score."""
-
-
-def check_repeats(loaded: LoadedFile) -> None:
-    """Check that a file gives one image the same scores each time it runs.
-
-    Raises:
-        ExportError: it does not; names its random operators.
-        ModelLoadError: the graph cannot be run.
-    """
-    # One session: the random numbers of each new one may begin anew.
-    session = open_graph(part_of(loaded.model, [loaded.scores.value]))
-    shape = (1, *loaded.image.shape(*loaded.info.preprocess.input_px))
-    feeds = {str(loaded.image.value.name): noise_for(loaded.image.value, shape)}
-    first, second = (session.run(None, feeds)[0] for _ in range(2))
-    bound = _MOST_REPEAT_ERROR * float(np.abs(first).max(initial=0.0))
-    if not np.allclose(first, second, rtol=0.0, atol=bound, equal_nan=True):
-        operators = {node.op_type for node in loaded.model.graph if node.op_type in _RANDOM}
-        about = f" (operators {', '.join(sorted(operators))})" if operators else ""
-        raise ExportError(
-            f"the file gives one image other scores each time it runs{about}: no map of it can be verified; "
-            "export the network to ONNX in evaluation mode"
-        )
 
 
 def judge_layer(loaded: LoadedFile, layer: str) -> Verdict | None:

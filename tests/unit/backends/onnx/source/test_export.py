@@ -1,4 +1,4 @@
-"""What is exported of files that mix images, are random, or are quantised."""
+"""What is exported of files that mix images or are quantised."""
 
 import functools
 from dataclasses import replace
@@ -100,18 +100,3 @@ def test_a_quantised_file_is_compared_before_onnxruntime_optimises_it(tmp_path, 
     assert manifest.parity["batch_sizes"] == (1, 3)
     assert manifest.parity["informative_maps"]
     assert max(manifest.parity["figures"][name]["error"] for name in ("logits", "cam")) < 1e-5
-
-
-@pytest.mark.parametrize("verify", [True, False])
-def test_a_file_of_random_scores_is_refused_verified_or_not(tmp_path, verify):
-    model = onnx.load(write_onnx(tiny_models.tiny_mlp(), tmp_path / "m.onnx"))
-    (image,) = (value.name for value in model.graph.input)
-    for node in model.graph.node:
-        node.input[:] = ["noisy" if name == image else name for name in node.input]
-    noise = helper.make_node("RandomUniformLike", [image], ["noise"], dtype=TensorProto.FLOAT)
-    model.graph.node.insert(0, noise)
-    model.graph.node.insert(1, helper.make_node("Add", [image, "noise"], ["noisy"]))
-    onnx.save(model, tmp_path / "random.onnx")
-    with pytest.raises(ExportError, match=r"other scores each time it runs \(operators RandomUniformLike\)"):
-        exported(tmp_path / "random.onnx", tmp_path / "out", verify=verify)
-    assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
 from torch import nn
 
 import tiny_models
@@ -276,3 +277,77 @@ def test_a_second_input_that_scores_need_is_refused_by_name(tmp_path):
         with pytest.raises(ModelLoadError) as caught:
             load(path, **options)
         assert str(caught.value) == "the file has 2 inputs (image, numbers): one, the image, is served"
+
+
+class OneScore(nn.Module):
+    """A network with one score for each image, without an axis of classes."""
+
+    def __init__(self, end, squeezed):
+        super().__init__()
+        self.body, self.end, self.squeezed = tiny_models.tiny(), end, squeezed
+        self.body.head = nn.Linear(16, 1)
+
+    def forward(self, x):
+        scores = self.body(x)
+        return self.end(scores.squeeze(1) if self.squeezed else scores.sum(1))
+
+
+@pytest.mark.parametrize(
+    ("end", "squeezed", "batch", "task", "output"),
+    [
+        (nn.Identity(), True, None, "auto", None),
+        (nn.Identity(), False, 1, "binary-classification", "logits"),
+        (nn.Identity(), True, 1, "regression", None),
+        (nn.Sigmoid(), True, None, "binary-classification", "logits"),
+        (nn.Sigmoid(), False, 1, "auto", None),
+    ],
+)
+def test_one_score_of_each_image_needs_no_axis_of_classes(tmp_path, end, squeezed, batch, task, output):
+    module = OneScore(end, squeezed)
+    loaded = load(write_onnx(module, tmp_path / "m.onnx", batch=batch), task=task, output=output)
+    assert loaded.info.task is (Task.REGRESSION if task == "regression" else Task.BINARY)
+    engine = NetworkEngine(loaded, device="cpu", threads=1)
+    images = noise(3)
+    target = Values((0,)) if task == "regression" else ClassIds((1,))
+    spec = MapSpec(Method.GRAD_CAM, engine.info.layers[:1], upsample=False)
+    results = engine.explain(images, [target] * 3, spec)
+    inputs = torch.from_numpy((images / 255.0 - 0.5) / 0.25).permute(0, 3, 1, 2).float()
+    logits = module.body(inputs)[:, 0].detach().numpy()
+    found = [(result.values if task == "regression" else result.logits)[-1] for result in results]
+    np.testing.assert_allclose(found, logits, atol=1e-5)
+    assert any(result.maps.any() for result in results)
+    if task == "auto":
+        assert any(sentence.startswith("The file has one output") for sentence in loaded.assumptions)
+
+
+@pytest.mark.parametrize("kind", ["input", "dropout"])
+def test_a_file_of_random_scores_is_refused_by_its_operators(tmp_path, kind):
+    model = onnx.load(write_onnx(tiny_models.tiny(), tmp_path / "m.onnx"))
+    (image,) = (value.name for value in model.graph.input)
+    for node in model.graph.node:
+        node.input[:] = ["noisy" if name == image else name for name in node.input]
+    if kind == "input":
+        noise = helper.make_node("RandomUniformLike", [image], ["noise"], dtype=TensorProto.FLOAT)
+        added = [noise, helper.make_node("Add", [image, "noise"], ["noisy"])]
+        operators = "RandomUniformLike"
+    else:
+        model.graph.initializer.extend(
+            [onnx.numpy_helper.from_array(np.float32(0.5), "ratio"), onnx.numpy_helper.from_array(np.True_, "training")]
+        )
+        added = [helper.make_node("Dropout", [image, "ratio", "training"], ["noisy"])]
+        operators = "Dropout"
+    for place, node in enumerate(added):
+        model.graph.node.insert(place, node)
+    onnx.save(model, tmp_path / "random.onnx")
+    with pytest.raises(ModelLoadError, match=rf"other scores each time it runs \(operators {operators}\)"):
+        load(tmp_path / "random.onnx")
+
+
+def test_random_numbers_that_no_score_depends_on_are_no_reason_to_refuse_a_file(tmp_path):
+    model = onnx.load(write_onnx(tiny_models.tiny(), tmp_path / "m.onnx"))
+    (image,) = (value.name for value in model.graph.input)
+    noise = helper.make_node("RandomUniformLike", [image], ["noise"], dtype=TensorProto.FLOAT)
+    model.graph.node.insert(0, noise)
+    model.graph.output.append(helper.make_tensor_value_info("noise", TensorProto.FLOAT, None))
+    onnx.save(model, tmp_path / "random.onnx")
+    assert load(tmp_path / "random.onnx", output="logits").info.class_count == 10
