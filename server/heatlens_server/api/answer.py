@@ -79,6 +79,7 @@ class Answer:
         timing: how long it took.
         mask: segmentation, if asked for: uint8 (h, w), the class of each pixel.
         embedding: embedding models: float32 (D,).
+        warnings: what may be wrong with the image or its explanation.
     """
 
     explanations: tuple[Explanation, ...]
@@ -89,6 +90,7 @@ class Answer:
     timing: Timing
     mask: UInt8Array | None = None
     embedding: Float32Array | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def check_answer_size(plan: Plan, image: FittedImage, limits: Limits, *, map_count: int) -> int:
@@ -148,6 +150,7 @@ def answer_of(done: QueueResult, plan: Plan, model: ServedModel) -> Answer:
         timing=done.timing,
         mask=_on_source(result.mask, plan, image),
         embedding=result.embedding,
+        warnings=(*image.warnings, *plan.warnings),
     )
 
 

@@ -25,6 +25,7 @@ class Plan:
         masks_overlap: segmentation: whether there is a predicted mask per map, and not one of all classes.
         finish_target: makes the target that the engine gets, once an image is decoded; None if `target` is that.
         reference: the encoded image that it decodes for that, if any.
+        warnings: what the caller asked for that changes nothing.
     """
 
     target: Target
@@ -35,6 +36,7 @@ class Plan:
     masks_overlap: bool = False
     finish_target: FinishTarget | None = None
     reference: bytes | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def method(self) -> Method:
@@ -103,7 +105,14 @@ def plan_options(options: Options, model: ServedModel, limits: Limits, wrong: Vi
         masks_overlap=model.capabilities.threshold is not None,
         finish_target=finish_target,
         reference=None if options.reference_image is None else options.reference_image.encoded,
+        warnings=_warnings(options, preset),
     )
+
+
+def _warnings(options: Options, preset: Preset) -> tuple[str, ...]:
+    if not options.layers or preset.method.traits.looks_at_layers:
+        return ()
+    return (f"layers: {preset.method} looks at no layer, so that its map is the same without them",)
 
 
 def _check_runs(

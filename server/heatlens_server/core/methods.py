@@ -1,7 +1,7 @@
 """Methods and all that is known about each, scores, aggregations, metrics, special class ids."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, StrEnum, auto
 from types import MappingProxyType
 
@@ -131,6 +131,7 @@ class MethodTraits:
             instead.
         always_at_input_size: whether its maps are of the model's input size whatever size is asked for: it looks at no
             layer, or at the pixels too.
+        looks_at_layers: whether a request's layers change its map.
         preset: what a preset stands for.
     """
 
@@ -141,6 +142,7 @@ class MethodTraits:
     takes_multi_map_layers: bool = False
     weights_activations: bool = False
     always_at_input_size: bool = False
+    looks_at_layers: bool = True
     preset: Preset | None = None
 
     @property
@@ -162,7 +164,7 @@ class MethodTraits:
 _WEIGHTED_GRADIENTS = MethodTraits(Procedure.CLOSED_FORM, needs_gradient=True, weights_activations=True)
 _CLASS_FREE = MethodTraits(Procedure.CLOSED_FORM, class_free=True, default_layer_only=True, takes_multi_map_layers=True)
 _MASKS = MethodTraits(Procedure.STEPS, takes_multi_map_layers=True)
-_WHOLE_NETWORK = MethodTraits(Procedure.ONE_PASS, needs_gradient=True, always_at_input_size=True)
+_AT_INPUT_SIZE = MethodTraits(Procedure.ONE_PASS, needs_gradient=True, always_at_input_size=True)
 
 _TRAITS: Mapping[Method, MethodTraits] = MappingProxyType(
     {
@@ -189,10 +191,12 @@ _TRAITS: Mapping[Method, MethodTraits] = MappingProxyType(
         Method.IS_CAM: _MASKS,
         Method.ABLATION_CAM: _MASKS,
         Method.RECIPRO_CAM: MethodTraits(Procedure.STEPS),
-        Method.RISE: MethodTraits(Procedure.STEPS, takes_multi_map_layers=True, always_at_input_size=True),
-        Method.FULL_GRAD: _WHOLE_NETWORK,
-        Method.LE_GRAD: MethodTraits(Procedure.ONE_PASS, needs_gradient=True),
-        Method.GUIDED_GRAD_CAM: _WHOLE_NETWORK,
+        Method.RISE: MethodTraits(
+            Procedure.STEPS, takes_multi_map_layers=True, always_at_input_size=True, looks_at_layers=False
+        ),
+        Method.FULL_GRAD: replace(_AT_INPUT_SIZE, looks_at_layers=False),
+        Method.LE_GRAD: MethodTraits(Procedure.ONE_PASS, needs_gradient=True, looks_at_layers=False),
+        Method.GUIDED_GRAD_CAM: _AT_INPUT_SIZE,
     }
 )
 """One row per method."""

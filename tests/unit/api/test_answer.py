@@ -165,3 +165,13 @@ def test_answers_are_refused_from_one_byte_too_many(asked, maps_bytes):
     assert raised.value.reason == "ANSWER_TOO_LARGE"
     assert raised.value.violations[0].field == "map_size"
     assert raised.value.metadata["answer_bytes"] == str(maps_bytes + ENVELOPE_BYTES)
+
+
+def test_warnings_are_those_of_the_image_and_of_what_was_asked():
+    image = dataclasses.replace(FITTED, warnings=("dark",))
+    asked = dataclasses.replace(plan(), warnings=("layers: change nothing",))
+    assert answer_of(dataclasses.replace(done(), image=image), asked, model()).warnings == (
+        "dark",
+        "layers: change nothing",
+    )
+    assert answer_of(done(), plan(), model()).warnings == ()

@@ -180,6 +180,15 @@ def test_cam_wants_the_default_layer_and_a_model_that_has_it():
     assert fields(refusal(request(method=method_pb2.METHOD_CAM), TINY_MLP)) == ["options.method"]
 
 
+@pytest.mark.parametrize("method", [method_pb2.METHOD_RISE, method_pb2.METHOD_FULL_GRAD])
+def test_layers_that_change_nothing_are_said(method):
+    (told,) = plan_of(request(method=method, layers=["stem"])).warnings
+    assert told.startswith("layers: ")
+    assert "looks at no layer" in told
+    assert plan_of(request(method=method)).warnings == ()
+    assert plan_of(request(method=method_pb2.METHOD_GRAD_CAM, layers=["stem"])).warnings == ()
+
+
 def spec_of(**options) -> MapSpec:
     return plan_of(request(**options)).spec
 

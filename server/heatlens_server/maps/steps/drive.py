@@ -76,7 +76,7 @@ def raw_maps(
     if stepper is None:
         return (yield from network.explain(inputs, targets, spec))
     (target,) = targets
-    looks_at_layers = not spec.method.traits.always_at_input_size
+    looks_at_layers = spec.method.traits.looks_at_layers
     if not looks_at_layers:
         spec = dataclasses.replace(spec, layers=spec.layers[:1])
     jobs = network.jobs(inputs, target, spec, rows=rows)

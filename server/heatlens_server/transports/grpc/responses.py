@@ -48,7 +48,7 @@ def response_of(answer: Answer) -> pb.ExplainResponse:
         ),
         predicted_mask=None if answer.mask is None else _tensor(answer.mask),
         embedding=None if answer.embedding is None else _tensor(answer.embedding),
-        warnings=answer.image.warnings,
+        warnings=answer.warnings,
     )
 
 

@@ -31,6 +31,7 @@ _QUANTISERS = frozenset({"ConvInteger", "DynamicQuantizeLinear", "MatMulInteger"
 """Their outputs are integers, whose scales are elsewhere."""
 
 _PASSED_ON_BACK = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze"})
+_BEHIND_FEATURES = frozenset({"Add", "Gemm", "MatMul", "Unsqueeze", *_PASSED_ON_BACK})
 _ACTIVATIONS = {"Softmax": "softmax", "LogSoftmax": "softmax", "Sigmoid": "sigmoid"}
 
 
@@ -316,7 +317,7 @@ def _shares(
 def _before_head(scores: ir.Value) -> ir.Value:
     """What the last linear layer reads: the weights of a head that is yet to be trained may be zero."""
     at = scores
-    while (node := at.producer()) is not None and node.op_type in {"Add", "Gemm", "MatMul", "Unsqueeze", *_PASSED_ON_BACK}:
+    while (node := at.producer()) is not None and node.op_type in _BEHIND_FEATURES:
         computed = [value for value in node.inputs if value is not None and is_computed(value)]
         if len(computed) != 1:
             break

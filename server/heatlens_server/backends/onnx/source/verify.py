@@ -3,8 +3,6 @@
 import logging
 from dataclasses import replace
 
-import numpy as np
-
 from heatlens_server.backends.onnx.gradient.values import noise_for
 from heatlens_server.backends.onnx.packed import open_packed
 from heatlens_server.backends.onnx.providers import load_runtime

@@ -4,10 +4,8 @@ import functools
 from dataclasses import replace
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 from torch import nn
 
@@ -15,7 +13,6 @@ import tiny_models
 from heatlens_server.backends.onnx.source.export import export_file, parity_of
 from heatlens_server.backends.onnx.source.load import load_file
 from heatlens_server.config import ModelConfig
-from heatlens_server.core.errors import ExportError
 from heatlens_server.core.graph_spec import GraphSpec, Output
 from heatlens_server.core.methods import Method
 from heatlens_server.export_command import describe
