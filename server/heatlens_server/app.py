@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from heatlens.v1 import explain_pb2_grpc, model_pb2_grpc
@@ -24,7 +25,7 @@ from heatlens_server.core.errors import ServerDraining
 from heatlens_server.core.events import Observer, Observers
 from heatlens_server.ending import LastResort, ModelHangs, handle_signals
 from heatlens_server.file_descriptors import connections_within_limit
-from heatlens_server.fleet.build import BuiltModel, build
+from heatlens_server.fleet.build import BuiltModel, build, build_export
 from heatlens_server.fleet.fleet import Fleet, batch_size_of
 from heatlens_server.fleet.isolated_engine import build_isolated
 from heatlens_server.fleet.outages import watch
@@ -95,7 +96,9 @@ class Server:
         self._metrics_server: MetricsServer | None = None
         self._observer: Observer = Observers(observers)
         self.fleet = Fleet(
-            build=functools.partial(_build, server=config.server, observer=self._observer),
+            build=functools.partial(_build, config.server, self._observer, build),
+            build_at_once=functools.partial(_build, config.server, self._observer, _build_at_once),
+            build_next=functools.partial(_build, config.server, self._observer, build_export),
             make_queue=self._make_queue,
             default=config.server.default_model,
             observer=self._observer,
@@ -233,17 +236,23 @@ def _make_metrics() -> "Metrics":
     return Metrics()
 
 
-def _build(config: ModelConfig, *, server: ServerConfig, observer: Observer) -> BuiltModel:
+def _build(
+    server: ServerConfig, observer: Observer, make: Callable[..., BuiltModel], config: ModelConfig
+) -> BuiltModel:
     started_at = time.monotonic()
     if config.isolation == "process":
         built = build_isolated(
             config, cache_dir=server.cache_path, log_format=server.log_format, log_level=server.log_level
         )
     else:
-        built = build(config, cache_dir=server.cache_path)
+        built = make(config, cache_dir=server.cache_path)
         return_freed_memory()
     observer.model_built(model=config.name, duration_s=time.monotonic() - started_at, cached=built.export_was_cached)
     return built
+
+
+def _build_at_once(config: ModelConfig, *, cache_dir: Path | None) -> BuiltModel:
+    return build(config, cache_dir=cache_dir, at_once=not config.wait_for_export)
 
 
 async def serve(config: Config, *, on_start: Callable[[Server], None] = lambda _server: None) -> bool:

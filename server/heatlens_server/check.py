@@ -2,6 +2,7 @@
 
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ def check_model(
 ) -> bool:
     """Load a model and explain one noise image with every method it supports, or run the first steps of it.
 
+    A model that is not exported yet is run by torch, as a server does until it is.
+
     Args:
         config: the model.
         write: takes one line of report.
@@ -33,7 +36,9 @@ def check_model(
         if config.isolation == "process":
             built = build_isolated(config, cache_dir=cache_dir, log_format="console", log_level="error")
         else:
-            built = build(config, cache_dir=cache_dir, report=lambda line: write(f"{config.name}: {line}"))
+            at_once = not config.wait_for_export
+            tell = partial(_tell, write, config)
+            built = build(config, cache_dir=cache_dir, report=tell, at_once=at_once)
     except (Exception, SystemExit) as error:
         write(f"{config.name}: FAILED: {_reason(error)}")
         return False
@@ -46,6 +51,23 @@ def check_model(
     finally:
         built.engine.close()
     return True
+
+
+def warm_model(config: ModelConfig, write: Callable[[str], None], *, cache_dir: Path | None) -> bool:
+    """Put a model's export into the cache, if it needs one, and open it once; arguments and result as `check_model`."""
+    tell = partial(_tell, write, config)
+    try:
+        built = build(config, cache_dir=cache_dir, report=tell)
+    except (Exception, SystemExit) as error:
+        tell(f"FAILED: {_reason(error)}")
+        return False
+    built.engine.close()
+    tell(f"ready for {built.engine.info.engine_name}")
+    return True
+
+
+def _tell(write: Callable[[str], None], config: ModelConfig, line: str) -> None:
+    write(f"{config.name}: {line}")
 
 
 def _report(model: BuiltModel, photo: Path | None, overlay: Path) -> Iterator[str]:
@@ -66,6 +88,11 @@ def _report(model: BuiltModel, photo: Path | None, overlay: Path) -> Iterator[st
     yield f"preprocess: {model.preprocess.in_words()}"
     if photo is not None:
         yield from explain_photo(model, photo, overlay)
+    if model.next_engine:
+        yield (
+            f"{model.next_engine} takes over once the model is exported, which a server does beside its calls and "
+            "`heatlens-server warm` beforehand"
+        )
     size = f"{info.input_width_px}x{info.input_height_px} px" if info.input_width_px else "any size"
     yield (
         f"ok: {info.engine_name} on {info.device} in {info.precision}, "

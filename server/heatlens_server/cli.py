@@ -116,6 +116,19 @@ def check(
 
 
 @app.command()
+def warm(config: ConfigOption = None) -> None:
+    """Export the models that are not in the cache yet, and exit: servers that share it start in seconds."""
+    settings = _load(config, {})
+    configure_logging(log_format=settings.server.log_format, level="warning")
+    from heatlens_server.check import warm_model  # noqa: PLC0415
+
+    cache = settings.server.cache_path
+    passed = [warm_model(one, lambda line: typer.echo(line, err=True), cache_dir=cache) for one in settings.models]
+    if not all(passed):
+        raise typer.Exit(1)
+
+
+@app.command()
 def export(
     *,
     model: Annotated[

@@ -67,7 +67,7 @@ def exported_twice(tmp_path_factory):
 
     def check(_: int) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "heatlens_server", "check", "-c", folder / "server.toml"],
+            [sys.executable, "-m", "heatlens_server", "warm", "-c", folder / "server.toml"],
             capture_output=True,
             text=True,
             timeout=280,
@@ -84,7 +84,7 @@ def exported_twice(tmp_path_factory):
 @pytest.mark.timeout(300)
 def test_two_processes_that_need_the_same_export_make_it_once(exported_twice):
     cache, logs = exported_twice
-    assert all("tiny: ok: onnxruntime" in log for log in logs)
+    assert all("tiny: ready for onnxruntime" in log for log in logs)
     assert sum("translating to ONNX" in log for log in logs) == 1
     assert len(entries(cache)) == 1
 

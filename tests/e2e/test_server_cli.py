@@ -54,6 +54,9 @@ def test_version():
     assert (done.stdout, done.stderr) == (f"{version('heatlens')}\n", "")
 
 
+OWN_CACHE = '[server]\ncache_dir = "cache"\n'
+
+
 def test_no_arguments_is_help():
     done = subprocess.run([COMMAND], capture_output=True, text=True, check=False)
     assert "serve" in done.stdout + done.stderr
@@ -61,18 +64,35 @@ def test_no_arguments_is_help():
 
 
 def test_check_prints_the_effective_configuration_and_nothing_else_on_stdout(run):
-    done = run("check", '[server]\nmax_targets = 7\ntoken = "s3cret"' + TINY, exit_code=0, HEATLENS_SERVER__GRACE_S="5")
+    done = run(
+        "check",
+        '[server]\nmax_targets = 7\ntoken = "s3cret"\ncache_dir = "cache"' + TINY,
+        exit_code=0,
+        HEATLENS_SERVER__GRACE_S="5",
+    )
     effective = json.loads(done.stdout)
     assert (effective["server"]["max_targets"], effective["server"]["grace_s"]) == (7, 5.0)
     assert effective["server"]["max_queue_length"] == Config().server.max_queue_length
     assert [model["name"] for model in effective["models"]] == ["tiny"]
     assert effective["server"]["token"] == "**********"
     assert "s3cret" not in done.stdout + done.stderr
-    *_, report = done.stderr.splitlines()  # an export tells its phases before
+    *_, follows, report = done.stderr.splitlines()
+    assert follows.startswith("tiny: onnxruntime takes over once the model is exported")
     assert report.startswith(
-        "tiny: ok: onnxruntime on cpu in fp32, classification, 64x64 px, 10 classes, layers body, stem; methods cam, "
-        "grad-cam,"
+        "tiny: ok: torch on cpu in fp32, classification, 64x64 px, 10 classes, layers body, stem; methods cam, "
     )
+
+
+def test_warm_fills_the_cache_for_what_comes_after_it_reports_all_and_fails_if_one_model_does(run):
+    warmed = run("warm", OWN_CACHE + BROKEN + TINY, exit_code=1)
+    assert warmed.stdout == ""
+    lines = warmed.stderr.splitlines()
+    assert lines[0].startswith("broken: FAILED: ")
+    assert "tiny: exporting for onnx, which is done once: later starts take it from the cache" in lines
+    assert lines[-1] == "tiny: ready for onnxruntime"
+    assert run("warm", OWN_CACHE + TINY, exit_code=0).stderr.splitlines()[-1:] == ["tiny: ready for onnxruntime"]
+    *_, report = run("check", OWN_CACHE + TINY, exit_code=0).stderr.splitlines()
+    assert report.startswith("tiny: ok: onnxruntime on cpu in fp32")
 
 
 def test_check_fails_if_one_model_does_reports_all_and_explains_a_photo_by_the_others(run, tmp_path):

@@ -1,6 +1,7 @@
 """Fleets for tests: of models that are there at once, and of engines whose building and running the test holds up."""
 
 import asyncio
+import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -90,8 +91,11 @@ class Rig:
         self.changes = Changes()
         self.published = 0
         self.ended: list[tuple[object, Exception]] = []
+        self.next_engine = ""
         self.fleet = Fleet(
             build=self.build,
+            build_at_once=lambda config: dataclasses.replace(self.build(config), next_engine=self.next_engine),
+            build_next=self.build_next,
             make_queue=lambda config, engine: ModelQueue(
                 [engine],
                 name=config.name,
@@ -113,6 +117,10 @@ class Rig:
             raise self.errors[config.name]
         self.engines.append(Engine(len(self.engines) + 1))
         return BuiltModel(self.engines[-1], PREPROCESS, config.version, (), Method.GRAD_CAM)
+
+    def build_next(self, config: ModelConfig) -> BuiltModel:
+        """As `build`, by gates and errors of the name and "+"."""
+        return self.build(config.model_copy(update={"name": f"{config.name}+"}))
 
     async def publish(self) -> None:
         self.published += 1

@@ -78,13 +78,13 @@ def until(condition: Callable[[], object]) -> None:
 
 
 def wait_settled(address: str, *, token: str | None = None) -> None:
-    """Wait until no model is loading."""
+    """Wait until no model is loading, and none is run by an engine that another takes over from."""
     metadata = [] if token is None else [("authorization", f"Bearer {token}")]
     with grpc.insecure_channel(address) as channel:
         stub = model_pb2_grpc.ModelServiceStub(channel)
         deadline = time.monotonic() + SETTLE_TIMEOUT_S
         while any(
-            m.state == model_pb2.Model.STATE_LOADING
+            m.state == model_pb2.Model.STATE_LOADING or m.next_engine
             for m in stub.ListModels(
                 model_pb2.ListModelsRequest(), timeout=10, wait_for_ready=True, metadata=metadata
             ).models

@@ -31,7 +31,11 @@ def test_the_size_of_a_models_input(monkeypatch, size_px, said):
     closed = []
     engine = SimpleNamespace(info=info, explain=lambda *_: [result], close=lambda: closed.append(True))
     model = SimpleNamespace(
-        engine=engine, assumptions=("one output: taken as binary",), preprocess=PREPROCESS, layer_choices=()
+        engine=engine,
+        assumptions=("one output: taken as binary",),
+        preprocess=PREPROCESS,
+        layer_choices=(),
+        next_engine="",
     )
     monkeypatch.setattr(check, "build", lambda *_args, **_kwargs: model)
     lines: list[str] = []

@@ -51,7 +51,7 @@ def _as_table(found: tuple[ModelInfo, ...]) -> str:
             model.task or "-",
             _input(model),
             str(model.class_count or "-"),
-            model.engine or "-",
+            f"{model.engine or '-'}{', soon ' if model.next_engine else ''}{model.next_engine}",
             f"{model.device} {model.precision}".strip() or "-",
             _methods(model) or "-",
         )

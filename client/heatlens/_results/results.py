@@ -226,6 +226,7 @@ class ModelInfo:
             configuration that overrides it.
         input_channels: of the model's input: 1 is gray, 3 is RGB, 4 is RGBA; 0 if the server is too old to say.
         preprocess: how images become its input; None if the server is too old to say.
+        next_engine: what takes over once the model's export is made, beside its calls; empty if `engine` stays.
     """
 
     name: str
@@ -251,6 +252,7 @@ class ModelInfo:
     assumptions: tuple[str, ...] = ()
     input_channels: int = 0
     preprocess: Preprocess | None = None
+    next_engine: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -221,6 +221,7 @@ def models_of(response: model_pb2.ListModelsResponse) -> tuple[ModelInfo, ...]:
             methods_in_steps=tuple(_method_name(item.method) for item in model.method_support if item.in_steps),
             activation=model.activation,
             assumptions=tuple(model.assumptions),
+            next_engine=model.next_engine,
             input_channels=model.input_channels,
             preprocess=_preprocess_of(model.preprocess) if model.HasField("preprocess") else None,
         )

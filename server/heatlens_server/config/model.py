@@ -256,6 +256,9 @@ class ModelConfig(Section):
     """Whether torch may be loaded beside onnxruntime or torchscript, when a request first needs it, for the methods and
     options that exported graphs lack. It takes the memory of the model once more. Without it they are not offered;
     an export ("export:DIR") never has it."""
+    wait_for_export: bool = False
+    """Whether a model is ready only once it is exported. Without it torch answers as soon as the model is loaded, and
+    onnxruntime takes over. Models with `isolation = "process"`, or an `engine`, are always waited for."""
     preprocess: PreprocessConfig = PreprocessConfig()
     """How images become the model's input."""
     batching: BatchingConfig = BatchingConfig()

@@ -25,7 +25,7 @@ from heatlens_server.core.methods import Method, name_of
 from heatlens_server.core.preprocess import PreprocessSpec
 from heatlens_server.core.tasks import Task
 from heatlens_server.fleet.export import Export, Report, importing_torch, labels_of, load_network
-from heatlens_server.fleet.export_process import Make, get_or_export
+from heatlens_server.fleet.export_process import Make, export_in_process, get_or_export, is_missing
 from heatlens_server.fleet.fallback_engine import ExportEngine, about_missing, with_torch_fallback
 from heatlens_server.fleet.torch_record import read_record
 from heatlens_server.fleet.warm_up import (
@@ -57,6 +57,9 @@ _ONE_BY_ONE_FILE = (
     "batching.max_batch_size = 1."
 )
 
+_BACKGROUND_NICENESS = 10
+"""Of processes that export models while torch answers."""
+
 _ENGINES = {Format.ONNX: "onnxruntime", Format.TORCHSCRIPT: "torchscript"}
 _FORMATS = {engine: file_format for file_format, engine in _ENGINES.items()}
 
@@ -74,6 +77,7 @@ class BuiltModel:
         assumptions: what was found or assumed when it was loaded, one sentence each, with the key that overrides it.
         layer_choices: one line for each tensor of a file that may be a layer.
         export_was_cached: whether its export was in the cache; None if it is served without one, or from a folder.
+        next_engine: what takes over once `build_export` has made its graphs; empty if this is what stays.
     """
 
     engine: SteppingEngine
@@ -84,6 +88,7 @@ class BuiltModel:
     assumptions: tuple[str, ...] = ()
     layer_choices: tuple[str, ...] = ()
     export_was_cached: bool | None = None
+    next_engine: str = ""
 
 
 class _Unfit(Exception):
@@ -91,7 +96,12 @@ class _Unfit(Exception):
 
 
 def build(
-    config: ModelConfig, *, cache_dir: Path | None, report: Report | None = None, make: Make | None = None
+    config: ModelConfig,
+    *,
+    cache_dir: Path | None,
+    report: Report | None = None,
+    make: Make | None = None,
+    at_once: bool = False,
 ) -> BuiltModel:
     """Load a model, make its engine and warm it up with a batch of one and, on a GPU, a full one.
 
@@ -100,19 +110,39 @@ def build(
         cache_dir: where exports are kept; None for nowhere.
         report: told each phase of an export, which takes a while; None to log them, and what is assumed.
         make: makes exports; None for a process that does.
+        at_once: make no export that a model can do without: torch runs it, and `next_engine` says what is to follow.
 
     Raises:
         ModelLoadError: with a message that may be shown to clients.
     """
     tell = report or (lambda line: _log.info("model %s: %s", config.name, line))
-    built = _build(config, cache_dir=cache_dir, tell=tell, make=make)
+    built = _build(config, cache_dir=cache_dir, tell=tell, make=make, at_once=at_once)
     # Who takes the phases shows these too.
     for assumption in built.assumptions if report is None else ():
         _log.warning("model %s: %s", config.name, assumption)
     return built
 
 
-def _build(config: ModelConfig, *, cache_dir: Path | None, tell: Report, make: Make | None) -> BuiltModel:
+def build_export(config: ModelConfig, *, cache_dir: Path | None) -> BuiltModel:
+    """Export a model whose `next_engine` is onnxruntime, in a process of low priority, and open its graphs.
+
+    Raises:
+        ModelLoadError: it cannot be exported, or its graphs cannot be run; torch goes on.
+    """
+    cache, load = ExportCache(cache_dir), functools.cache(functools.partial(load_network, config))
+    tell = functools.partial(_log.info, "model %s: %s", config.name)
+    make = functools.partial(export_in_process, niceness=_BACKGROUND_NICENESS)
+    try:
+        export = get_or_export(config, Format.ONNX, load=load, cache=cache, retry=False, report=tell, make=make)
+        serve = functools.partial(_build_cached, config, _checked(config, export))
+        return _try_onnxruntime(config, serve, _device_for_onnxruntime(config))
+    except (_Unfit, ExportError) as error:
+        raise ModelLoadError(str(error)) from error
+
+
+def _build(
+    config: ModelConfig, *, cache_dir: Path | None, tell: Report, make: Make | None, at_once: bool
+) -> BuiltModel:
     if config.source.startswith(EXPORT_PREFIX):
         return _build_from_folder(config)
     if config.source.startswith(ONNX_PREFIX):
@@ -136,14 +166,20 @@ def _build(config: ModelConfig, *, cache_dir: Path | None, tell: Report, make: M
         except ExportError as error:
             raise ModelLoadError(f"the model cannot be exported for {config.engine}: {error}") from error
         return serve(device=config.device)
+    next_engine = ""
     try:
         device = _device_for_onnxruntime(config)
-        return _try_onnxruntime(config, graphs(Format.ONNX, retry=False), device)
+        if at_once and embedded is None and is_missing(config, Format.ONNX, cache, load):
+            next_engine = _ENGINES[Format.ONNX]
+        else:
+            return _try_onnxruntime(config, graphs(Format.ONNX, retry=False), device)
     except (_Unfit, ExportError) as error:
         if not is_installed("torch"):
             raise ModelLoadError(f"onnxruntime does not run the model, and torch is not installed: {error}") from error
         _log.warning("model %s is run by torch, not by onnxruntime: %s", config.name, error)
-    return _build_torch(config, load())
+    built = _build_torch(config, load())
+    # Only models of some tasks are exported.
+    return replace(built, next_engine=next_engine if built.engine.info.task.traits.exportable else "")
 
 
 def _checked(config: ModelConfig, export: Export) -> Export:

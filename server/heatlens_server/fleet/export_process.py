@@ -106,10 +106,20 @@ def get_or_export(
     return replace(found, was_cached=False)
 
 
+def is_missing(config: ModelConfig, file_format: Format, cache: ExportCache, load: "Callable[[], LoadedModel]") -> bool:
+    """Whether the cache holds neither a model's export nor why there is none.
+
+    Raises:
+        ModelLoadError: the model has to be loaded to be known, and cannot be.
+    """
+    key = export_key(config, file_format, None if is_settled(config) else load())
+    return cache.find(key) is None and cache.failure(key) is None
+
+
 def export_in_process(
-    config: ModelConfig, file_format: Format, *, cache: ExportCache, retry: bool, report: Report
+    config: ModelConfig, file_format: Format, *, cache: ExportCache, retry: bool, report: Report, niceness: int = 0
 ) -> str:
-    """Do what `make_export` does, in a process of its own.
+    """Do what `make_export` does, in a process of its own, of so much lower priority than this one.
 
     Raises:
         ExportError, ModelLoadError: as `make_export`; TransientError also if the process died.
@@ -119,6 +129,7 @@ def export_in_process(
         "format": file_format,
         "cache": os.fspath(cache.folder or ""),
         "retry": retry,
+        "niceness": niceness,
         # Code of the operator's is to be found there as it is here.
         "path": sys.path if config.source.startswith("python:") else [],
     }
@@ -208,6 +219,7 @@ def main() -> int:
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with, args=(sys.stdin,), daemon=True).start()
     sys.path[:] = order["path"] or sys.path
+    os.nice(order["niceness"])
 
     def answer(**said: str | list[str]) -> None:
         answers.write(json.dumps(said) + "\n")

@@ -3,16 +3,17 @@
 A name has one status. Behind a READY one is a `ServedModel` with a generation: loading a name again gives the next.
 
 * `load` builds in a thread. What goes wrong stays with the model: it is FAILED, and may be loaded again.
+  What serves may have a better engine to follow: that is built beside it, and takes its place.
 * `replace` builds beside what serves, puts the new model in its place once it is ready, and lets the old one finish.
 * `unload` takes a model out at once: calls that wait are answered ModelUnloaded, batches that run are finished.
 
-Whatever its way out, the old model's streams end with ModelUnloaded, its queue is closed, and then its engine.
+Streams of a model that is replaced or unloaded end with ModelUnloaded; those that began before an engine took over go
+on. Whatever the old one's way out, its queue is closed once no call uses it, and then its engine.
 """
 
 import asyncio
 import contextlib
 import logging
-import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import replace
@@ -32,6 +33,7 @@ from heatlens_server.core.errors import (
 )
 from heatlens_server.core.events import Observer
 from heatlens_server.fleet.build import BuiltModel
+from heatlens_server.fleet.builds import Builds, UnexpectedLoadError, close_aside, fault_of
 from heatlens_server.fleet.served_model import ModelState, ModelStatus, ServedModel
 from heatlens_server.scheduling.model_queue import ModelQueue
 
@@ -59,6 +61,8 @@ class Fleet:
         *,
         build: Callable[[ModelConfig], BuiltModel],
         make_queue: Callable[[ModelConfig, SteppingEngine], ModelQueue],
+        build_at_once: Callable[[ModelConfig], BuiltModel] | None = None,
+        build_next: Callable[[ModelConfig], BuiltModel] | None = None,
         default: str = "",
         observer: Observer | None = None,
         publish: Callable[[], Awaitable[None]] = _tell_nobody,
@@ -69,6 +73,8 @@ class Fleet:
         Args:
             build: makes a model's engine, on a thread of its own; raises ModelLoadError with a message for clients.
             make_queue: starts the threads that run an engine, which the queue owns from then on.
+            build_at_once: does what `build` does for `load`, which need not wait for the engine that stays.
+            build_next: makes the engine that a model's `next_engine` names; raises as `build`.
             default: the name that an empty name stands for; empty for the first model's.
             observer: told of every change of a model's state.
             publish: awaited after every change: whatever shows the states to clients.
@@ -76,13 +82,14 @@ class Fleet:
         """
         self._build = build
         self._make_queue = make_queue
+        self._build_at_once = build_at_once or build
+        self._build_next = build_next or build
         self._default = default
         self._observer = observer or Observer()
         self._publish = publish
         self._end_streams = end_streams
         self._statuses: dict[str, ModelStatus] = {}
-        self._builds: dict[str, asyncio.Future[BuiltModel]] = {}
-        self._threads: set[threading.Thread] = set()
+        self._builds = Builds()
         self._tasks: set[asyncio.Task[None]] = set()
         self._generations = Counter[str]()
         # Of models that serve no longer and are not closed yet.
@@ -157,7 +164,7 @@ class Fleet:
         if status is not None and status.state is not ModelState.FAILED:
             raise ConfigError(f"there is a model {config.name!r} already")
         self._change(config.name, ModelStatus(config))
-        return self._start(self._load(config, self._start_build(config)))
+        return self._start(self._load(config, self._builds.start(config, self._build_at_once)))
 
     async def replace(self, config: ModelConfig) -> None:
         """Load a model beside the one of the same name, and let it serve in its place once it is ready.
@@ -174,17 +181,23 @@ class Fleet:
         self._check_open()
         if config.name not in self._statuses:
             raise ModelNotFound(config.name, list(self._statuses))
+        status = self._statuses[config.name]
         if config.name in self._builds:
-            raise ConfigError(f"the model {config.name!r} is being loaded or replaced")
+            if not status.next_engine:
+                raise ConfigError(f"the model {config.name!r} is being loaded or replaced")
+            # What was to follow is of the old one.
+            self._builds.give_up(config.name, ModelUnloaded(config.name, "is replaced"))
         try:
-            served = await self._served(config, self._start_build(config))
+            status = await self._ready(config, self._builds.start(config, self._build))
         except ModelLoadError as error:
-            _log.error("model %s is not replaced: %s", config.name, with_causes(error), exc_info=_fault(error))
+            _log.error("model %s is not replaced: %s", config.name, with_causes(error), exc_info=fault_of(error))
             raise
         old = self._statuses[config.name].served
-        self._serve(config, served)
+        self._serve(status)
         if old is not None:
-            self._retire(old, ModelUnloaded(config.name, "was replaced; the new one answers", retry_after_s=0.0))
+            unloaded = _replaced(config.name)
+            self._end_streams(old, unloaded)
+            self._retire(old, unloaded)
         await self._publish()
 
     async def unload(self, name: str) -> None:
@@ -199,10 +212,11 @@ class Fleet:
         if status is None:
             raise ModelNotFound(name[:_SHOWN_CHARACTERS], list(self._statuses))
         error = ModelUnloaded(name, "was unloaded")
-        self._give_up_build(name, error)
+        self._builds.give_up(name, error)
         self._change(name, None)
         closing = None
         if status.served is not None:
+            self._end_streams(status.served, error)
             closing = self._retire(status.served, error)
             status.served.queue.give_up(error)
         await self._publish()
@@ -231,8 +245,7 @@ class Fleet:
     def stop_loading(self) -> None:
         """Load nothing any more, and give up what is being loaded. Models that are ready go on. Idempotent."""
         self._closed = True
-        for name in list(self._builds):
-            self._give_up_build(name, ServerDraining())
+        self._builds.give_up_all(ServerDraining())
 
     def give_up(self, error: Exception, *, running: bool = False) -> None:
         """Answer with an error all that waits for a model; with `running` also what is in a batch that runs."""
@@ -247,7 +260,7 @@ class Fleet:
         """
         self.stop_loading()
         closed = await asyncio.gather(*(queue.close(timeout_s=timeout_s) for queue in self._queues()))
-        return all(closed) and not any(thread.is_alive() for thread in self._threads)
+        return all(closed) and not self._builds.are_running
 
     def _queues(self) -> list[ModelQueue]:
         serving = [status.served.queue for status in self if status.served is not None]
@@ -274,15 +287,44 @@ class Fleet:
         state = "unloaded" if status is None else status.state.value
         self._observer.model_changed(model=name, state=state, message=message, fault=fault)
 
-    def _serve(self, config: ModelConfig, served: ServedModel) -> None:
-        engine = served.capabilities
+    def _serve(self, status: ModelStatus) -> None:
+        assert status.served is not None
+        engine = status.served.capabilities
         how = f"{engine.engine_name} on {engine.device} in {engine.precision}, layer {engine.layers[0]}"
-        self._change(config.name, ModelStatus(config, ModelState.READY, served), how)
+        if status.next_engine:
+            how += f"; {status.next_engine} takes over once the model is exported"
+        self._change(status.name, status, how)
+        if status.next_engine and not self._closed:
+            self._start(self._follow(status.config, self._builds.start(status.config, self._build_next)))
+
+    async def _follow(self, config: ModelConfig, build: "asyncio.Future[BuiltModel]") -> None:
+        """Let the engine that was to follow take over. Calls and streams that began before are finished as they are."""
+        try:
+            status = await self._ready(config, build)
+        except (ModelUnloaded, ServerDraining):
+            return
+        except ModelLoadError as error:
+            serving = self._statuses[config.name]
+            why = with_causes(error)
+            _log.warning(
+                "model %s is run by torch, not by %s: %s",
+                config.name,
+                serving.next_engine,
+                why,
+                exc_info=fault_of(error),
+            )
+            self._statuses[config.name] = replace(serving, next_engine="")
+            return
+        old = self._statuses[config.name].served
+        self._serve(status)
+        if old is not None:
+            self._retire(old, _replaced(config.name))
+        await self._publish()
 
     async def _load(self, config: ModelConfig, build: "asyncio.Future[BuiltModel]") -> None:
         await self._publish()
         try:
-            served = await self._served(config, build)
+            status = await self._ready(config, build)
         except (ModelUnloaded, ServerDraining):
             return
         except asyncio.CancelledError:
@@ -292,27 +334,27 @@ class Fleet:
             raise
         except ModelLoadError as error:
             status = ModelStatus(config, ModelState.FAILED, message=str(error))
-            self._change(config.name, status, with_causes(error), fault=_fault(error))
+            self._change(config.name, status, with_causes(error), fault=fault_of(error))
         else:
-            self._serve(config, served)
+            self._serve(status)
         await self._publish()
 
-    async def _served(self, config: ModelConfig, build: "asyncio.Future[BuiltModel]") -> ServedModel:
+    async def _ready(self, config: ModelConfig, build: "asyncio.Future[BuiltModel]") -> ModelStatus:
         """Wait for a build, and make what serves of it.
 
         Raises:
             ModelLoadError: whatever went wrong.
             ModelUnloaded, ServerDraining: it was given up.
         """
-        built = await self._built(config, build)
+        built = await self._builds.wait(config, build)
         try:
             queue = self._make_queue(config, built.engine)
         except Exception as error:
-            self._close_aside(built.engine)
-            raise _Unexpected from error
+            close_aside(built.engine)
+            raise UnexpectedLoadError from error
         self._generations[config.name] += 1
         self._users[queue] = _Users()
-        return ServedModel(
+        served = ServedModel(
             name=config.name,
             version=built.version,
             labels=built.labels,
@@ -326,82 +368,11 @@ class Fleet:
             assumptions=built.assumptions,
             generation=self._generations[config.name],
         )
-
-    async def _built(self, config: ModelConfig, build: "asyncio.Future[BuiltModel]") -> BuiltModel:
-        """Wait for a build; what was given up, or is waited for no longer, is closed.
-
-        Raises: as `_served`.
-        """
-        try:
-            built = await build
-        except (ModelLoadError, ModelUnloaded, ServerDraining):
-            raise
-        except Exception as error:
-            raise _Unexpected from error
-        except asyncio.CancelledError:
-            if build.done() and not build.cancelled() and build.exception() is None:
-                self._close_aside(build.result().engine)
-            raise
-        finally:
-            is_wanted = self._builds.get(config.name) is build
-            if is_wanted:
-                del self._builds[config.name]
-        if not is_wanted:
-            # Given up between the end of the thread and this task's turn.
-            self._close_aside(built.engine)
-            raise ModelUnloaded(config.name, "was unloaded")
-        return built
-
-    def _start_build(self, config: ModelConfig) -> "asyncio.Future[BuiltModel]":
-        """Build in a daemon thread: a download may hang for minutes, and must not keep a draining process alive."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[BuiltModel] = loop.create_future()
-
-        def settle(built: BuiltModel | None, error: Exception | None) -> None:
-            self._threads.discard(thread)
-            if future.done():
-                if built is not None:
-                    self._close_aside(built.engine)
-            elif built is None:
-                future.set_exception(error or RuntimeError("nothing was built"))
-            else:
-                future.set_result(built)
-
-        def run() -> None:
-            built, error = None, None
-            try:
-                built = self._build(config)
-            except Exception as raised:
-                error = raised
-            except BaseException as raised:
-                error = ModelLoadError(f"the model's code raised {type(raised).__name__}")
-                error.__cause__ = raised
-            # After the server's end the loop is closed and no task waits for this model.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(settle, built, error)
-
-        thread = threading.Thread(target=run, name=f"load-{config.name}", daemon=True)
-        self._threads.add(thread)
-        self._builds[config.name] = future
-        thread.start()
-        return future
-
-    @staticmethod
-    def _close_aside(engine: SteppingEngine) -> None:
-        """Close an engine that never served: on another thread, as that may take a moment."""
-        asyncio.get_running_loop().run_in_executor(None, engine.close)
-
-    def _give_up_build(self, name: str, error: Exception) -> None:
-        build = self._builds.pop(name, None)
-        if build is not None and not build.done():
-            build.set_exception(error)
-            # Counts as retrieved, should the task that waits for it be cancelled.
-            build.exception()
+        return ModelStatus(config, ModelState.READY, served, next_engine=built.next_engine)
 
     def _retire(self, model: ServedModel, error: Exception) -> "asyncio.Task[None]":
         """Close a model that serves no longer, once its calls are done."""
         self._retired.add(model.queue)
-        self._end_streams(model, error)
         return self._start(self._finish(model, error))
 
     async def _finish(self, model: ServedModel, error: Exception) -> None:
@@ -417,16 +388,8 @@ class Fleet:
         del self._users[queue]
 
 
-class _Unexpected(ModelLoadError):
-    """Loading failed in a way that nobody expected: its cause may hold anything, and goes to the log alone."""
-
-    def __init__(self) -> None:
-        super().__init__("an unexpected error while loading; the server's log has it")
-
-
-def _fault(error: ModelLoadError) -> Exception | None:
-    """What the log shows the traceback of."""
-    return error if isinstance(error, _Unexpected) else None
+def _replaced(name: str) -> ModelUnloaded:
+    return ModelUnloaded(name, "was replaced; the new one answers", retry_after_s=0.0)
 
 
 class _Users:

@@ -73,6 +73,7 @@ class ModelStatus:
         served: what answers; None unless READY or UNAVAILABLE.
         message: why it is FAILED or UNAVAILABLE, for clients; empty otherwise.
         outage: what callers are told while it is UNAVAILABLE; None otherwise.
+        next_engine: what takes over once the export that is being made is verified; empty if nothing does.
     """
 
     config: ModelConfig
@@ -80,6 +81,7 @@ class ModelStatus:
     served: ServedModel | None = None
     message: str = ""
     outage: ModelInterrupted | None = None
+    next_engine: str = ""
 
     @property
     def name(self) -> str:

@@ -4,6 +4,7 @@ The reader is never cancelled (see `OpenStreams.start_reader`): it looks, before
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import time
@@ -111,6 +112,8 @@ class StreamSession(Generic[T]):
         self._open_streams = open_streams
         self._peer = peer
         self.model: ServedModel | None = None
+        # A model that is replaced finishes the streams that go on.
+        self._uses = contextlib.ExitStack()
         self._call = current_call()
         self._requests = explainer.admission.requests
         self._opened: _Opened | None = None
@@ -222,6 +225,7 @@ class StreamSession(Generic[T]):
         """Whatever ended the call: hold nothing any more, and say what was done in the call's log line."""
         self._closed = True
         self._end(None)
+        self._uses.close()
         if self._opened is not None:
             self._opened.window.close(asyncio.InvalidStateError("the stream is over"))
             self._call.fields["explanation"] = str(self._opened.plan.explain.method)
@@ -237,11 +241,14 @@ class StreamSession(Generic[T]):
         except Exception as raised:
             error = raised
         self._end(error)
+        if self._closed:
+            # The call was over before the model was known.
+            self._uses.close()
 
     async def _open(self, message: StreamMessage | None) -> _Opened:
         config = config_of(message)
         self._call.fields["model"] = known_name(self._explainer.fleet, config.model)
-        self.model = model = self._explainer.fleet.get(config.model)
+        self.model = model = self._uses.enter_context(self._explainer.fleet.use(config.model))
         plan = plan_stream(config, model, self._explainer.limits)
         opened = _Opened(plan, model, self._open_streams)
         await model.queue.load_for(plan.explain.spec)

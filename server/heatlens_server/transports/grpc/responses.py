@@ -80,6 +80,7 @@ def model_of(status: ModelStatus) -> model_pb2.Model:
         max_batch_size=served.max_batch_size,
         max_queue_delay=timedelta(seconds=served.max_delay_s),
         assumptions=served.assumptions,
+        next_engine=status.next_engine,
         activation=capabilities.activation.value,
         runs_one_by_one=capabilities.runs_one_by_one,
         input_channels=capabilities.input_channels,
