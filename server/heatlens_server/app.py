@@ -121,10 +121,11 @@ class Server:
             self._observer, token=None if token is None else token.get_secret_value(), admission=admission
         )
         max_connections = connections_within_limit(config.server.max_connections)
-        self._grpc = make_server(config.server, self._gate, max_connections=max_connections)
-        explain_pb2_grpc.add_ExplainServiceServicer_to_server(
-            ExplainServicer(Explainer(self.fleet, limits, self._observer, admission), self.streams), self._grpc
+        explainer = Explainer(self.fleet, limits, self._observer, admission)
+        self._grpc = make_server(
+            config.server, self._gate, max_connections=max_connections, refuse_if_full=explainer.refuse_if_full
         )
+        explain_pb2_grpc.add_ExplainServiceServicer_to_server(ExplainServicer(explainer, self.streams), self._grpc)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.fleet, limits), self._grpc)
         self._health.add_to(self._grpc)
         if config.server.reflection:

@@ -23,7 +23,7 @@ from heatlens_server.api.query import Query
 from heatlens_server.core.events import Observer
 from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.fleet.fleet import Fleet
-from heatlens_server.fleet.served_model import ServedModel
+from heatlens_server.fleet.served_model import ModelState, ServedModel
 from heatlens_server.scheduling.entry import LargeImage, QueueResult, Source
 from heatlens_server.scheduling.ticket import Ticket
 
@@ -49,6 +49,22 @@ class Explainer:
         self.limits = limits
         self.observer = observer
         self.admission = admission or Admission()
+
+    def refuse_if_full(self) -> None:
+        """Refuse a call before it is known which model it is for, if every model would refuse it.
+
+        Raises:
+            QueueFull: they would.
+        """
+        full = None
+        for status in self.fleet:
+            if status.state is not ModelState.READY or status.served is None:
+                return
+            full = status.served.queue.batcher.refusal()
+            if full is None:
+                return
+        if full is not None:
+            raise full
 
     async def explain(self, query: Query, encode: Callable[[Answer], T], *, timeout_s: float | None) -> T:
         """Explain one image.

@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from heatlens_server.core.engine import MapSpec
-from heatlens_server.core.errors import DeadlineExpired, QueueFull, ServerDraining
+from heatlens_server.core.errors import QueueFull, ServerDraining
 from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.core.targets import Target
 from heatlens_server.scheduling.bucket_queue import STEPS, Bucket, BucketQueue
@@ -129,20 +129,21 @@ class Batcher:
             if self._closed:
                 raise self._refusal.with_traceback(None)
             # A stream is bounded by its own window: its images neither need nor take the places of callers.
-            expired = self._sweep() if source is None and self._callers >= self._max_queue_length else []
-            full = source is None and self._callers >= self._max_queue_length
+            expired, full = self._no_place() if source is None else ([], None)
             entry = Entry(target=target, spec=spec, deadline=deadline, resolve=resolve, source=source)
-            if not full:
+            if full is None:
                 self._count(entry, 1)
-            wait_s = self._place_s() if full else 0.0
         self._deliver_expired(expired)
-        if full:
-            raise QueueFull(
-                f"{self._max_queue_length} requests are waiting already",
-                metadata={"max_queue_length": str(self._max_queue_length)},
-                retry_after_s=max(_MIN_RETRY_S, wait_s),
-            )
+        if full is not None:
+            raise full
         return entry
+
+    def refusal(self) -> QueueFull | None:
+        """What `admit` would raise for want of a place; None if there is one."""
+        with self._changed:
+            expired, full = self._no_place()
+        self._deliver_expired(expired)
+        return full
 
     def put(self, entry: Entry, image: FittedImage) -> None:
         """Queue an admitted entry with its decoded image. Does nothing if it was cancelled meanwhile."""
@@ -172,7 +173,7 @@ class Batcher:
         with self._changed:
             if entry.state is EntryState.STEPPING:
                 # The device that runs the step learns of it when the step ends.
-                _give_up(entry)
+                entry.give_up()
                 return True
             if entry.state is EntryState.WAITING:
                 self._buckets.remove(entry)
@@ -310,6 +311,19 @@ class Batcher:
 
     # All below: the caller holds the lock.
 
+    def _no_place(self) -> tuple[list[Entry], QueueFull | None]:
+        """Entries that have expired, if callers take all places, and what is raised if they still do."""
+        if self._callers < self._max_queue_length:
+            return [], None
+        expired = self._sweep()
+        if self._callers < self._max_queue_length:
+            return expired, None
+        return expired, QueueFull(
+            f"{self._max_queue_length} requests are waiting already",
+            metadata={"max_queue_length": str(self._max_queue_length)},
+            retry_after_s=max(_MIN_RETRY_S, self._place_s()),
+        )
+
     def _wake(self) -> None:
         """Have `take` look again, if it could find something: not while something is claimed ahead for every device."""
         ahead = self._batches_ahead + self._steps_ahead
@@ -424,7 +438,7 @@ class Batcher:
     def _drop(self, entry: Entry) -> None:
         """Give up an entry that waits."""
         self._count(entry, -1)
-        _give_up(entry)
+        entry.give_up()
         if entry.steps is not None:
             entry.steps.discard(entry.steps)
             entry.steps = None
@@ -432,16 +446,4 @@ class Batcher:
     def _deliver_expired(self, entries: list[Entry]) -> None:
         """Give their error to entries that expired. Called without the lock, unlike the methods above."""
         if entries:
-            self._deliver([(entry, _expired(entry)) for entry in entries])
-
-
-def _give_up(entry: Entry) -> None:
-    entry.state = EntryState.GONE
-    # No thread needs them any more; the entry itself may be held for long.
-    entry.decode = entry.finish_target = entry.image = None
-
-
-def _expired(entry: Entry) -> DeadlineExpired:
-    if entry.begun:
-        return DeadlineExpired("the deadline passed before the last step of the explanation was done")
-    return DeadlineExpired("the deadline passed while the request was waiting for the model")
+            self._deliver([(entry, entry.expiry()) for entry in entries])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from heatlens_server.core.engine import MapSpec, Steps
+from heatlens_server.core.errors import DeadlineExpired
 from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import Target
@@ -163,6 +164,18 @@ class Entry:
         A caller is gone after its deadline. A stream stays: its deadline is how long an image may wait to be begun.
         """
         return None if self.begun and self.source is not None else self.deadline
+
+    def expiry(self) -> DeadlineExpired:
+        """What the caller is told if the entry has expired."""
+        if self.begun:
+            return DeadlineExpired("the deadline passed before the last step of the explanation was done")
+        return DeadlineExpired("the deadline passed while the request was waiting for the model")
+
+    def give_up(self) -> None:
+        """Be GONE: the batcher's to say."""
+        self.state = EntryState.GONE
+        # No thread needs them any more; the entry itself may be held for long.
+        self.decode = self.finish_target = self.image = None
 
 
 Deliver = Callable[[Sequence[tuple[Entry, Outcome]]], None]

@@ -7,13 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import pytest_asyncio
 
-from fleets import Rig, config
+from fleets import SPEC, Rig, config
 from heatlens_server.api.answer import Answer
 from heatlens_server.api.checks import Limits
 from heatlens_server.api.explainer import Explainer
 from heatlens_server.api.query import Image, MapSize, Options, Query, Tensor
-from heatlens_server.core.errors import InvalidArgument, ModelNotFound
+from heatlens_server.core.errors import InvalidArgument, ModelLoadError, ModelNotFound, QueueFull
 from heatlens_server.core.events import Observer
+from heatlens_server.core.targets import TopK
 
 IMAGE = Image(pixels=Tensor("UINT8", (2, 2, 3), bytes(12)))
 
@@ -64,3 +65,22 @@ async def test_what_cannot_be_answered_is_refused_before_the_model_runs(rig):
         await explained(rig, Query("a", IMAGE, Options(map_size=MapSize.SOURCE)), max_message_bytes=64 * 1024)
     assert raised.value.reason == "ANSWER_TOO_LARGE"
     assert not rig.engines[0].entered.is_set()
+
+
+async def test_a_call_is_refused_before_its_model_is_known_if_every_model_would(rig):
+    explainer = Explainer(rig.fleet, limits(), Observer())
+    await rig.fleet.load(config("b"))
+    batchers = [rig.fleet.get(name).queue.batcher for name in ("a", "b")]
+    entries = []
+    for batcher in batchers:
+        explainer.refuse_if_full()
+        while batcher.refusal() is None:
+            entries.append((batcher, batcher.admit(TopK(1), SPEC, deadline=None, resolve=lambda outcome: None)))
+    with pytest.raises(QueueFull):
+        explainer.refuse_if_full()
+    # One that cannot answer has something else to say.
+    rig.errors["c"] = ModelLoadError("no")
+    await rig.fleet.load(config("c"))
+    explainer.refuse_if_full()
+    for batcher, entry in entries:
+        assert batcher.withdraw(entry)

@@ -7,7 +7,7 @@ import pytest
 from batching import IMAGE, OTHER, Bench
 from heatlens_server.core.errors import DeadlineExpired, QueueFull, ServerDraining
 from heatlens_server.scheduling.batcher import STACK_S
-from heatlens_server.scheduling.entry import Entry, EntryState
+from heatlens_server.scheduling.entry import Entry, EntryState, Source
 
 
 def test_idle_device_takes_a_single_image_at_once():
@@ -110,6 +110,21 @@ def test_full_queue_refuses_at_once_says_when_to_come_back_and_recovers():
     assert refused.value.retry_after_s == 1.0
     assert bench.batcher.take() is not None
     bench.admit()
+
+
+def test_a_full_queue_says_so_before_anybody_asks_for_a_place():
+    bench = Bench(max_queue_length=2)
+    bench.put(timeout_s=0.01)
+    assert bench.batcher.refusal() is None
+    bench.admit(source=Source())
+    assert bench.batcher.refusal() is None
+    bench.put()
+    refusal = bench.batcher.refusal()
+    assert isinstance(refusal, QueueFull)
+    assert (refusal.retry_after_s, refusal.metadata) == (1.0, {"max_queue_length": "2"})
+    bench.clock.now += 0.02
+    assert bench.batcher.refusal() is None
+    assert len(bench.delivered) == 1
 
 
 def test_expired_entries_do_not_keep_a_queue_full():

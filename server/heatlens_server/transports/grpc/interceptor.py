@@ -7,7 +7,7 @@ of any other before a handler could refuse the call, or count the message's byte
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, NoReturn
 
 import grpc
@@ -29,9 +29,16 @@ Context = Any  # grpc.aio.ServicerContext, whose type parameters differ per meth
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps unary and bidirectional handlers of every service."""
 
-    def __init__(self, gate: CallGate) -> None:
-        """Wrap calls, which the gate lets in and counts."""
+    def __init__(self, gate: CallGate, before_reading: Mapping[str, Callable[[], None]] | None = None) -> None:
+        """Wrap calls.
+
+        Args:
+            gate: lets calls in and counts them.
+            before_reading: by method, what may refuse a single request by raising a HeatlensError before its message is
+                read.
+        """
         self._gate = gate
+        self._before_reading = before_reading or {}
         self._health = HealthCalls(gate.admission)
 
     async def intercept_service(
@@ -59,6 +66,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _unary(self, handler: Any, method: str) -> Callable[..., Awaitable[None]]:  # noqa: ANN401 - grpc's handler type
         deserialize, serialize = _tolerant(handler.request_deserializer), handler.response_serializer
         admission = self._gate.admission
+        check = self._before_reading.get(method)
 
         async def answer(call: Call, context: Context) -> bytes:
             with await admission.requests.await_message(call.peer, admission.max_message_bytes) as held:
@@ -77,6 +85,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             call, authorization = self._begin(method, context)
             try:
                 with self._gate.admit(authorization):
+                    if check is not None:
+                        check()
                     response = await answer(call, context)
                     with admission.sending(call.peer):
                         await context.write(response)

@@ -11,6 +11,7 @@ Health is told for the server as a whole, per service and per model:
 import asyncio
 import logging
 import os
+from collections.abc import Callable
 
 import grpc
 import grpc.aio
@@ -58,16 +59,19 @@ _LOOKAHEAD_BYTES = 256 * 1024
 logging.getLogger("grpc._cython.cygrpc").addFilter(lambda record: not str(record.msg).startswith("Invalid encoding on"))
 
 
-def make_server(config: ServerConfig, gate: CallGate, *, max_connections: int) -> grpc.aio.Server:
+def make_server(
+    config: ServerConfig, gate: CallGate, *, max_connections: int, refuse_if_full: Callable[[], None] = lambda: None
+) -> grpc.aio.Server:
     """Make a server with limits, keepalive and the call interceptor, without services and without a port.
 
     Args:
         config: its limits.
         gate: lets calls in.
         max_connections: most connections at a time: those of the configuration, or as many as there are files for.
+        refuse_if_full: refuses requests to explain before their messages are read: see `api.explainer.Explainer`.
     """
     return grpc.aio.server(
-        interceptors=[CallInterceptor(gate)],
+        interceptors=[CallInterceptor(gate, {f"/{EXPLAIN_SERVICE}/Explain": refuse_if_full})],
         options=[
             ("grpc.max_receive_message_length", config.max_message_bytes),
             ("grpc.max_send_message_length", config.max_message_bytes),
