@@ -18,7 +18,9 @@ from heatlens_server.core.preprocess import MAX_CHANNELS
 _MOST_PREFIX_TOKENS = 8
 """Tokens before the grid: class, distillation, registers."""
 
-_LAST_CANDIDATES = 12
+_LAST_CANDIDATES, _MOST_CANDIDATES = 12, 48
+"""Of so many of the last ones at a time, and of so many in all, it is asked whether scores depend on their places."""
+
 _LEAST_SHARE = 0.5
 """The share of a map's places on which scores must depend."""
 
@@ -207,11 +209,17 @@ def last_telling(
     """The last of some values on whose places the scores depend; see `find_layers`."""
     if not candidates:
         raise ModelLoadError("no tensor of the file lies on the image like a map")
-    last = candidates[-_LAST_CANDIDATES:]
-    shares = _shares(model, known, image, scores, last)
-    telling = [layer for layer, share in zip(last, shares, strict=True) if share > _LEAST_SHARE]
-    if not telling:
-        raise ModelLoadError("the scores depend on no tensor of the file that lies on the image like a map")
+    telling: list[FoundLayer] = []
+    # Networks of several branches whose scores are of class tokens have many behind the last that tells of places.
+    for last in range(0, min(len(candidates), _MOST_CANDIDATES), _LAST_CANDIDATES):
+        asked = candidates[max(len(candidates) - last - _LAST_CANDIDATES, 0) : len(candidates) - last]
+        shares = _shares(model, known, image, scores, asked)
+        if telling := [layer for layer, share in zip(asked, shares, strict=True) if share > _LEAST_SHARE]:
+            break
+    else:
+        raise ModelLoadError(
+            "the scores depend on no tensor of the file that lies on the image like a map: layers names one"
+        )
     is_bypassed = telling[-1].value not in bottlenecks(scores.value, by_gradient=True)
     return replace(telling[-1], is_bypassed=is_bypassed)
 

@@ -85,7 +85,7 @@ def find_inside(model: ir.Model, image: ImageInput, size_px: tuple[int, int]) ->
     Raises:
         ModelLoadError: the part does not run.
     """
-    first = _first_layers_input(model, image.value)
+    first = first_layers_input(model, image.value)
     if first is None:
         return None
     if first is image.value:
@@ -148,7 +148,8 @@ def part_before(model: ir.Model, value: ir.Value, image: ImageInput) -> Callable
     return run
 
 
-def _first_layers_input(model: ir.Model, image: ir.Value) -> ir.Value | None:
+def first_layers_input(model: ir.Model, image: ir.Value) -> ir.Value | None:
+    """What the first layer of a graph gets: an image that is prepared, or the input; None if there is no layer."""
     prepared = {image}
     for node in model.graph:
         read = [value for value in node.inputs if value in prepared]

@@ -28,6 +28,7 @@ from heatlens_server.backends.onnx.source.boxes import cut_suppression
 from heatlens_server.backends.onnx.source.layers import choose_layers
 from heatlens_server.backends.onnx.source.metadata import FileSettings, read_settings
 from heatlens_server.backends.onnx.source.outputs import find_outputs
+from heatlens_server.backends.onnx.source.placement import about_placement
 from heatlens_server.backends.onnx.source.rows import keeps_images_apart
 from heatlens_server.backends.onnx.source.split import split, tail_of
 from heatlens_server.config import ModelConfig
@@ -168,6 +169,7 @@ def load_file(path: Path, config: ModelConfig) -> LoadedFile:
     refusals = {method: chosen.why_not for method in Method if method.traits.needs_gradient} if chosen.why_not else {}
     layers = tuple(_named_layer(model, known, image, name, config) for name in config.layers) or chosen.layers
     labels, about_labels = settings.labels_for(outputs.class_count, config)
+    about_places = about_placement(model, image, settings.preprocess.input_px, layers[0])
     info = NetworkInfo(
         task=task,
         class_count=outputs.class_count,
@@ -188,6 +190,7 @@ def load_file(path: Path, config: ModelConfig) -> LoadedFile:
         assumptions=(
             *outputs.assumptions,
             *(() if config.layers else (chosen.told,)),
+            *filter(None, (about_places,)),
             *settings.assumptions,
             *about_labels,
         ),

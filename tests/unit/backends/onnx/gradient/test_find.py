@@ -114,9 +114,11 @@ def test_keys_of_an_attention_are_no_layer_where_their_shape_is_computed(tmp_pat
     assert [(layer.height, layer.width) for layer in layers] == [(4, 4)]
 
 
-def test_what_a_class_token_reads_alone_is_no_layer(tmp_path):
+@pytest.mark.parametrize("behind", [0, 20, 60])
+def test_what_a_class_token_reads_alone_is_no_layer(tmp_path, behind):
     """A transformer block behind a patch embedding: behind the attention, scores read the class token alone."""
-    text = """net (float[N, 3, 32, 32] x) => (float[N, 5] y) {
+    more = "\n".join(f"last{number + 1} = Add(last{number}, s)" for number in range(behind))
+    text = f"""net (float[N, 3, 32, 32] x) => (float[N, 5] y) {{
         e = Conv <strides: ints = [8, 8]> (x, w1)
         shape = Constant <value_ints: ints = [0, 16, -1]> ()
         r = Reshape(e, shape)
@@ -134,16 +136,21 @@ def test_what_a_class_token_reads_alone_is_no_layer(tmp_path):
         qk = MatMul(q, kt)
         attention = Softmax(qk)
         o = MatMul(attention, v)
-        last = Add(s, o)
+        last0 = Add(s, o)
+        {more}
         zero = Constant <value_int: int = 0> ()
-        head = Gather <axis: int = 1> (last, zero)
+        head = Gather <axis: int = 1> (last{behind}, zero)
         y = MatMul(head, w3)
-    }"""
+    }}"""
     weights = {"w1": (16, 3, 8, 8), "cls": (1, 1, 16), "scale": (16,), "w3": (16, 5)}
     square = dict.fromkeys(("wq", "wk", "wv"), (16, 16))
+    if behind == 60:
+        with pytest.raises(ModelLoadError, match="layers names one"):
+            found_in(tmp_path, text, **weights, **square)
+        return
     _image, scores, layers = found_in(tmp_path, text, **weights, **square)
     assert scores.class_count == 5
-    # Not "last", of which the class token alone is read; not q, k, v or the attention, 17 by 17.
+    # Not the last ones, of which the class token alone is read; not q, k, v or the attention, 17 by 17.
     # Not "s" either: what goes around "n" is of its class token alone.
     assert names(layers) == ["n"]
     assert layers[0].grid == Grid(Layout.TOKENS, 1, 4, 4)

@@ -286,6 +286,8 @@ class OneScore(nn.Module):
         super().__init__()
         self.body, self.end, self.squeezed = tiny_models.tiny(), end, squeezed
         self.body.head = nn.Linear(16, 1)
+        # All of the activations count for the score, so that no map is flat.
+        nn.init.constant_(self.body.head.weight, 0.1)
 
     def forward(self, x):
         scores = self.body(x)
