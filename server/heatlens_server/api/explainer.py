@@ -158,8 +158,8 @@ class Explainer:
         """Decode and fit, or find that this takes long; runs on a decoder thread."""
         source = inspected(image, model.preprocess, self.limits)
         sources = [source]
-        if plan.reference is not None:
-            sources.append(inspected(plan.reference, model.preprocess, self.limits, field="reference_image"))
+        if plan.reference is not None and (reference := plan.reference.inspected()) is not None:
+            sources.append(reference)
         fit = functools.partial(self._fit, source, plan, model)
         large_bytes = large_image_bytes(sources)
         return LargeImage(large_bytes, fit) if large_bytes else fit()

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from heatlens_server.api.checks import Limits, SourceImage, Violations, check_image, quoted
 from heatlens_server.api.query import MapSize, MapType, Options, Query
+from heatlens_server.api.reference_image import ReferenceImage
 from heatlens_server.api.tasks import FinishTarget, check_target
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.methods import PRESETS, Aggregation, Method, Metric, Preset, Score, name_of
@@ -24,7 +25,7 @@ class Plan:
         top_predictions: how many classes to list.
         masks_overlap: segmentation: whether there is a predicted mask per map, and not one of all classes.
         finish_target: makes the target that the engine gets, once an image is decoded; None if `target` is that.
-        reference: the encoded image that it decodes for that, if any.
+        reference: the image that it decodes for that, if any.
         warnings: what the caller asked for that changes nothing.
     """
 
@@ -35,7 +36,7 @@ class Plan:
     top_predictions: int = 0
     masks_overlap: bool = False
     finish_target: FinishTarget | None = None
-    reference: bytes | None = None
+    reference: ReferenceImage | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -104,7 +105,7 @@ def plan_options(options: Options, model: ServedModel, limits: Limits, wrong: Vi
         top_predictions=options.top_predictions,
         masks_overlap=model.capabilities.threshold is not None,
         finish_target=finish_target,
-        reference=None if options.reference_image is None else options.reference_image.encoded,
+        reference=finish_target if isinstance(finish_target, ReferenceImage) else None,
         warnings=_warnings(options, preset),
     )
 

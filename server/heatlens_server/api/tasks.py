@@ -6,8 +6,9 @@ from types import MappingProxyType
 
 import numpy as np
 
-from heatlens_server.api.checks import Limits, Violations, check_image, fit_image, quoted
+from heatlens_server.api.checks import Limits, Violations, check_image, quoted
 from heatlens_server.api.query import Options
+from heatlens_server.api.reference_image import ReferenceImage
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.core.targets import (
@@ -116,15 +117,14 @@ def _embedding(
             wrong.add_error(error)
             return _NO_REFERENCE, None
         return Similarity(vector), None
-    field = "reference_image"
     if options.reference_image is None:
         wrong.add(
             "reference_embedding",
             "required: an embedding model explains the similarity to a reference, an embedding or an image",
         )
         return _NO_REFERENCE, None
-    image = check_image(options.reference_image, model.preprocess, limits, wrong, field=field)
-    return _NO_REFERENCE, lambda _image: Similarity(fit_image(image, model.preprocess, limits, field=field).pixels)
+    image = check_image(options.reference_image, model.preprocess, limits, wrong, field="reference_image")
+    return _NO_REFERENCE, ReferenceImage(image, model.preprocess, limits)
 
 
 def _regression(

@@ -1,6 +1,7 @@
 """What requests may ask of models of each task, and which of their options belong to other tasks."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 import explain_requests
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import faithfulness_pb2, method_pb2
+from heatlens_server.api import reference_image
 from heatlens_server.api.checks import Violations
 from heatlens_server.api.plan import plan_options
 from heatlens_server.api.query import Options
@@ -179,6 +181,24 @@ def test_an_embedding_wants_something_to_compare_with():
     with pytest.raises(InvalidArgument) as raised:
         broken.finish_target(FITTED)
     assert [violation.field for violation in raised.value.violations] == ["reference_image.encoded"]
+
+
+def test_a_reference_image_is_decoded_once(monkeypatch):
+    decoded = []
+    fit = reference_image.fit_image
+    monkeypatch.setattr(reference_image, "fit_image", lambda *given, **named: decoded.append(1) or fit(*given, **named))
+    plan = plan_of(Task.EMBEDDING, reference_image=IMAGE)
+    assert plan.reference.inspected() is not None
+    with ThreadPoolExecutor(4) as threads:
+        first, *others = threads.map(plan.finish_target, [FITTED] * 8)
+    assert all(other is first for other in others)
+    assert plan.reference.inspected() is None  # nothing of it is left to decode, or to wait for
+    assert decoded == [1]
+    broken = plan_of(Task.EMBEDDING, reference_image=pb.Image(encoded=b"no image"))
+    for _ in range(3):
+        with pytest.raises(InvalidArgument):
+            broken.finish_target(FITTED)
+    assert decoded == [1, 1]
 
 
 @pytest.mark.parametrize("task", [Task.SEGMENTATION, Task.DETECTION])
