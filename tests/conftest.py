@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: real photos, a real server process, and a server on the test's own loop."""
 
+import asyncio
 import os
 
 # Small tensors: one thread per operation is faster, on a busy machine a hundred times. NumPy reads this when imported.
@@ -118,6 +119,8 @@ async def start_server(tmp_path: Path) -> AsyncIterator[StartServer]:
         server = await Server.start(load_config(path))
         running.append(server)
         await server.wait_loaded()
+        while any(status.next_engine for status in server.fleet):  # noqa: ASYNC110 - a process makes it
+            await asyncio.sleep(0.02)
         return server
 
     yield start
