@@ -29,6 +29,7 @@ from heatlens_server.fleet.build import BuiltModel, build, build_export
 from heatlens_server.fleet.fleet import Fleet, batch_size_of
 from heatlens_server.fleet.isolated_engine import build_isolated
 from heatlens_server.fleet.outages import watch
+from heatlens_server.fleet.reload import Reloader
 from heatlens_server.scheduling.large_images import LargeImages
 from heatlens_server.scheduling.model_queue import ModelQueue
 from heatlens_server.telemetry.log_observer import LogObserver
@@ -256,14 +257,21 @@ def _build_at_once(config: ModelConfig, *, cache_dir: Path | None) -> BuiltModel
     return build(config, cache_dir=cache_dir, at_once=not config.wait_for_export)
 
 
-async def serve(config: Config, *, on_start: Callable[[Server], None] = lambda _server: None) -> bool:
+async def serve(
+    config: Config,
+    *,
+    on_start: Callable[[Server], None] = lambda _server: None,
+    read: Callable[[], Config] | None = None,
+) -> bool:
     """Serve until SIGTERM or SIGINT, then drain within the configured grace; a second signal ends the grace.
 
-    From the first signal on the process ends within the grace and `ending.END_S`, whatever runs. SIGHUP is ignored.
+    From the first signal on the process ends within the grace and `ending.END_S`, whatever runs. SIGHUP reloads the
+    configuration.
 
     Args:
         config: what to serve.
         on_start: called once the port is bound.
+        read: reads the configuration again, and raises ConfigError; None: it stays as it is.
 
     Returns:
         What `Server.drain` returns.
@@ -284,8 +292,16 @@ async def serve(config: Config, *, on_start: Callable[[Server], None] = lambda _
             loop.call_soon_threadsafe(end)
 
     handle_signals(wake, last_resort)
-    loop.add_signal_handler(signal.SIGHUP, _log.warning, "SIGHUP is ignored: a restart changes what is served")
+    reloads: set[asyncio.Task[None]] = set()
     server = await Server.start(config)
+    reloader = Reloader(server.fleet, config, read or (lambda: config))
+
+    def reload() -> None:
+        task = loop.create_task(reloader.reload())
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, reload)
     on_start(server)
     waits = [asyncio.create_task(stop.wait())]
     if config.server.exit_on_hang:
@@ -295,6 +311,10 @@ async def serve(config: Config, *, on_start: Callable[[Server], None] = lambda _
         _log.critical("the server ends, as a model hangs and server.exit_on_hang is set")
         stop.set()
         last_resort.tell()
+    loop.remove_signal_handler(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for task in reloads:
+        task.cancel()
     ended = await server.drain(config.server.grace_s, hurry=hurry)
     last_resort.tell()
     if config.server.exit_on_hang and server.hung.is_set():

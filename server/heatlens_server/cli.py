@@ -57,7 +57,8 @@ def serve(
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if port_file is not None and not port_file.parent.is_dir():
         _fail(f"--port-file: there is no folder {port_file.parent}")
-    settings = _load(config, {"server": {"listen": listen}} if listen else {})
+    overrides: dict[str, Any] = {"server": {"listen": listen}} if listen else {}
+    settings = _load(config, overrides)
     queue_output()
     configure_logging(log_format=settings.server.log_format, level=settings.server.log_level)
     if settings.server.log_format == "json":
@@ -66,7 +67,11 @@ def serve(
     # Only now: importing torch takes seconds, and a wrong configuration should be told at once.
     from heatlens_server.app import Server  # noqa: PLC0415
     from heatlens_server.app import serve as serve_until_signal  # noqa: PLC0415
+    from heatlens_server.config import load_config  # noqa: PLC0415
     from heatlens_server.ending import ModelHangs  # noqa: PLC0415
+
+    def read() -> "Config":
+        return load_config(config, overrides)
 
     def announce(server: Server) -> None:
         if port_file is not None:
@@ -75,7 +80,7 @@ def serve(
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             try:
-                ended, exit_code = runner.run(serve_until_signal(settings, on_start=announce)), 0
+                ended, exit_code = runner.run(serve_until_signal(settings, on_start=announce, read=read)), 0
             except ModelHangs:
                 ended, exit_code = False, 1
             if not ended:

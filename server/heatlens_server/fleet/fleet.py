@@ -106,6 +106,10 @@ class Fleet:
         """The name that an empty name stands for; empty if there is no model."""
         return self._default or next(iter(self._statuses), "")
 
+    @default.setter
+    def default(self, name: str) -> None:
+        self._default = name
+
     @property
     def max_batch_size(self) -> int:
         """The largest of any model; 0 if there is none."""

@@ -1,0 +1,130 @@
+"""From a fleet to what its configuration says by now: models are loaded, replaced and unloaded, one after the other."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from heatlens_server.config import EXPORT_PREFIX, ONNX_PREFIX, WEIGHT_FILE_SUFFIXES, Config, ModelConfig
+from heatlens_server.core.errors import ConfigError, HeatlensError, ModelLoadError
+from heatlens_server.fleet.fleet import Fleet
+from heatlens_server.fleet.served_model import ModelState
+
+_log = logging.getLogger(__name__)
+
+Files = tuple[tuple[str, int, int], ...]
+"""Of each file its path, its size in bytes and when it was written, in nanoseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What a configuration changes.
+
+    Attributes:
+        load: models that there are not, or that have failed.
+        replace: models whose section or files are others.
+        unload: names of models that the configuration lacks.
+    """
+
+    load: tuple[ModelConfig, ...]
+    replace: tuple[ModelConfig, ...]
+    unload: tuple[str, ...]
+
+
+class Reloader:
+    """Keeps a fleet as its configuration is. Belongs to the event loop."""
+
+    def __init__(self, fleet: Fleet, config: Config, read: Callable[[], Config]) -> None:
+        """Remember what is served.
+
+        Args:
+            fleet: whose models were loaded from `config`.
+            config: in force.
+            read: reads it again; raises ConfigError.
+        """
+        self._fleet = fleet
+        self._config = config
+        self._read = read
+        self._files = {model.name: files_of(model) for model in config.models}
+        self._one_at_a_time = asyncio.Lock()
+
+    async def reload(self) -> None:
+        """Read the configuration, and load, replace and unload models; what goes wrong with one harms no other.
+
+        A configuration that is wrong changes nothing. Never raises: the log says what was done.
+        """
+        async with self._one_at_a_time:
+            try:
+                config = await asyncio.to_thread(self._read)
+            except ConfigError as error:
+                _log.error("the configuration is not reloaded, and nothing changes: %s", error)
+                return
+            self._warn_of_other_sections(config)
+            files = {model.name: files_of(model) for model in config.models}
+            changes = self._changes(config.models, files)
+            for name in changes.unload:
+                await self._do("unload", name, self._fleet.unload(name))
+            for model in changes.replace:
+                if not await self._do("replace", model.name, self._fleet.replace(model)):
+                    # The next reload tries again.
+                    files[model.name] = self._files.get(model.name, ())
+            loads = [self._fleet.load(model) for model in changes.load]
+            self._config, self._files = config, files
+            self._fleet.default = config.server.default_model
+            await asyncio.gather(*loads)
+            _log.info(
+                "the configuration is reloaded: %d models loaded, %d replaced, %d unloaded, %d as before",
+                len(changes.load),
+                len(changes.replace),
+                len(changes.unload),
+                len(config.models) - len(changes.load) - len(changes.replace),
+            )
+
+    def _changes(self, models: Iterable[ModelConfig], files: dict[str, Files]) -> Changes:
+        served = {status.name: status for status in self._fleet}
+        load, replace = [], []
+        for model in models:
+            status = served.pop(model.name, None)
+            if status is None or status.state is ModelState.FAILED:
+                load.append(model)
+            elif status.config != model or files[model.name] != self._files.get(model.name, ()):
+                replace.append(model)
+        return Changes(tuple(load), tuple(replace), tuple(served))
+
+    @staticmethod
+    async def _do(what: str, name: str, change: Awaitable[None]) -> bool:
+        try:
+            await change
+        except (HeatlensError, ConfigError, ModelLoadError) as error:
+            _log.error("reload: cannot %s the model %s: %s", what, name, error)
+            return False
+        return True
+
+    def _warn_of_other_sections(self, config: Config) -> None:
+        for section in ("server", "metrics"):
+            before, now = (getattr(one, section).model_dump() for one in (self._config, config))
+            keys = [f"{section}.{key}" for key in now if now[key] != before[key] and key != "default_model"]
+            if keys:
+                _log.warning("%s changed, which takes a restart", ", ".join(keys))
+
+
+def files_of(model: ModelConfig) -> Files:
+    """The files that a model is made of, as far as its configuration names them."""
+    return tuple(
+        (str(path), found.st_size, found.st_mtime_ns)
+        for path in _paths(model)
+        for found in [path.stat() if path.exists() else None]
+        if found is not None
+    )
+
+
+def _paths(model: ModelConfig) -> Iterator[Path]:
+    if model.weights.endswith(WEIGHT_FILE_SUFFIXES):
+        yield Path(model.weights)
+    if model.labels is not None:
+        yield model.labels
+    if model.source.startswith(ONNX_PREFIX):
+        yield Path(model.source.removeprefix(ONNX_PREFIX))
+    if model.source.startswith(EXPORT_PREFIX):
+        yield from sorted(Path(model.source.removeprefix(EXPORT_PREFIX)).glob("*"))
