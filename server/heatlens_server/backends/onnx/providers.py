@@ -31,6 +31,8 @@ SessionOptions = Any
 
 _PROVIDERS = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}
 
+_NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
+
 # All of these install the import package `onnxruntime`.
 _DISTRIBUTIONS = (
     "onnxruntime",
@@ -84,7 +86,10 @@ ON_CPU = Choice(name=CPU, device="cpu", required=False, providers=((CPU, {}),))
 
 
 def load_runtime() -> Runtime:
-    """Import onnxruntime.
+    """Import onnxruntime, without its telemetry unless `ORT_DISABLE_TELEMETRY` says otherwise.
+
+    From 1.32 on it keeps an identifier of the machine in a file and sends events about sessions over HTTPS, which is
+    for the operator to want; its Privacy.md says how to turn that off.
 
     Returns:
         The module.
@@ -92,6 +97,7 @@ def load_runtime() -> Runtime:
     Raises:
         ModelLoadError: it is not installed, or more than once.
     """
+    os.environ.setdefault(_NO_TELEMETRY, "1")
     installed = installed_distributions()
     if len(installed) > 1:
         raise ModelLoadError(

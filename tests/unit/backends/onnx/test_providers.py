@@ -1,6 +1,8 @@
 """Which onnxruntime, and where it runs: nothing falls back unsaid."""
 
 import logging
+import os
+import subprocess
 import sys
 from importlib import metadata
 from types import SimpleNamespace
@@ -195,3 +197,24 @@ def test_the_missing_library_is_named_without_its_path(tmp_path):
     library = tmp_path / "capi" / "libonnxruntime_providers_cuda.so"
     library.write_bytes(b"not a library")
     assert missing_library(runtime, CUDA) == "libonnxruntime_providers_cuda.so cannot be loaded"
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_onnxruntime_keeps_no_identifier_of_the_machine_and_sends_nothing_unless_it_is_told_to(tmp_path, wanted):
+    program = """
+from onnx import TensorProto, helper
+from heatlens_server.backends.onnx.providers import load_runtime
+value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+same = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", [value], [same])
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+runtime = load_runtime()
+runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    # What is wanted is sent nowhere: no certificate is trusted.
+    environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "SSL_CERT_FILE": os.devnull}
+    if wanted:
+        environment["ORT_DISABLE_TELEMETRY"] = "0"
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=60)
+    assert (tmp_path / "cache").exists() == wanted
