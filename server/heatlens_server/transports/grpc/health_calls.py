@@ -11,10 +11,10 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError
 
 from heatlens_server.api.admission import Admission
-from heatlens_server.core.errors import HeatlensError
+from heatlens_server.core.errors import HeatlensError, InvalidArgument
+from heatlens_server.transports.grpc.parsing import parsed, tolerant
 
 HEALTH_PREFIX = "/grpc.health.v1.Health/"
 
@@ -66,11 +66,11 @@ class HealthCalls:
             with await admission.public.await_message(context.peer(), admission.max_message_bytes) as held:
                 data = await admission.receive(held, context.read())
             if data is not grpc.aio.EOF:
-                return handler.request_deserializer(data)
+                return parsed(tolerant(handler.request_deserializer)(data))
+        except InvalidArgument as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.message)
         except HeatlensError as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, error.message)
-        except DecodeError:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the message is not valid protobuf")
         return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message")
 
 

@@ -12,12 +12,12 @@ from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError
 
 from heatlens_server.api.admission import Admission
 from heatlens_server.api.calls import Call, CallGate
 from heatlens_server.core.errors import FieldViolation, InvalidArgument
 from heatlens_server.transports.grpc.health_calls import HEALTH_PREFIX, HealthCalls
+from heatlens_server.transports.grpc.parsing import parsed, tolerant
 from heatlens_server.transports.grpc.status import REQUEST_ID_KEY, WireStatus, to_wire
 
 _COPIES = 2
@@ -58,13 +58,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler.stream_stream is not None:
             return grpc.stream_stream_rpc_method_handler(
                 self._stream(handler.stream_stream, method),
-                _tolerant(handler.request_deserializer),
+                tolerant(handler.request_deserializer),
                 handler.response_serializer,
             )
         return handler
 
     def _unary(self, handler: Any, method: str) -> Callable[..., Awaitable[None]]:  # noqa: ANN401 - grpc's handler type
-        deserialize, serialize = _tolerant(handler.request_deserializer), handler.response_serializer
+        deserialize, serialize = tolerant(handler.request_deserializer), handler.response_serializer
         admission = self._gate.admission
         check = self._before_reading.get(method)
 
@@ -74,7 +74,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 if data is grpc.aio.EOF:
                     raise InvalidArgument([FieldViolation("", "the call has no message")], reason="MESSAGE_MISSING")
                 held.keep(len(data))
-                request = _parsed(deserialize(data))
+                request = parsed(deserialize(data))
                 del data
                 response = serialize(await handler.unary_unary(request, context))
             if call.answer is not None:
@@ -144,24 +144,6 @@ async def _abort(context: Context, status: WireStatus) -> NoReturn:
     raise AssertionError("abort returned")
 
 
-def _tolerant(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """A deserializer that returns its error, so that the handler can answer it; gRPC itself would say INTERNAL."""
-
-    def deserialize(data: bytes) -> Any:  # noqa: ANN401 - any message
-        try:
-            return deserializer(data)
-        except DecodeError as error:
-            return error
-
-    return deserialize
-
-
-def _parsed(request: Any) -> Any:  # noqa: ANN401 - any message
-    if isinstance(request, DecodeError):
-        raise InvalidArgument([FieldViolation("", "the message is not valid protobuf")], reason="MESSAGE_UNDECODABLE")
-    return request
-
-
 class _Sending:
     """A call's context whose writes are watched: see `Admission.sending`."""
 
@@ -191,7 +173,7 @@ class _Requests:
         request = await self._context.read()
         if request is grpc.aio.EOF:
             raise StopAsyncIteration
-        return _parsed(request)
+        return parsed(request)
 
 
 def _writing(behavior: Callable[..., AsyncIterator[Any]]) -> Callable[..., Awaitable[None]]:
