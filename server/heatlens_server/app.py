@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from heatlens_server.api.explainer import Explainer
 from heatlens_server.api.stream.open_streams import OpenStreams
 from heatlens_server.config import Config, ModelConfig, ServerConfig
 from heatlens_server.core.engine import SteppingEngine
-from heatlens_server.core.errors import ServerDraining
+from heatlens_server.core.errors import ConfigError, ServerDraining
 from heatlens_server.core.events import Observer, Observers
 from heatlens_server.ending import LastResort, ModelHangs, handle_signals
 from heatlens_server.file_descriptors import connections_within_limit
@@ -39,6 +40,7 @@ from heatlens_server.transports.grpc.services import ExplainServicer, ModelServi
 
 if TYPE_CHECKING:
     from heatlens_server.telemetry.metrics import Metrics
+    from heatlens_server.telemetry.tracing import Tracing
     from heatlens_server.transports.http.server import MetricsServer
 
 _log = logging.getLogger("heatlens")
@@ -52,6 +54,9 @@ _FLUSH_S = 1.0
 _GIVE_UP_S = 0.5
 """How long calls that outlived the grace have to hear why they are given up: those that wait, then those that run; in
 seconds."""
+
+_SEND_S = 1.0
+"""How long the last spans may take to be sent, in seconds."""
 
 _CLOSE_S = 2.0
 """How long engines may take to end once no call is left, in seconds."""
@@ -94,6 +99,9 @@ class Server:
         self._metrics = _make_metrics() if config.metrics.listen else None
         if self._metrics is not None:
             observers.append(self._metrics)
+        self._tracing = _make_tracing() if config.tracing.enabled else None
+        if self._tracing is not None:
+            observers.append(self._tracing)
         self._metrics_server: MetricsServer | None = None
         self._observer: Observer = Observers(observers)
         self.fleet = Fleet(
@@ -193,6 +201,11 @@ class Server:
         closed = await self.fleet.close(timeout_s=_CLOSE_S)
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
+        if self._tracing is not None:
+            # A collector that does not answer must not keep the process.
+            sending = threading.Thread(target=self._tracing.close, name="send-spans", daemon=True)
+            sending.start()
+            await asyncio.to_thread(sending.join, _SEND_S)
         _log.info("stopped")
         return closed and not self._large_images.busy
 
@@ -236,6 +249,16 @@ def _make_metrics() -> "Metrics":
     from heatlens_server.telemetry.metrics import Metrics  # noqa: PLC0415
 
     return Metrics()
+
+
+def _make_tracing() -> "Tracing":
+    try:
+        from heatlens_server.telemetry.tracing import Tracing, otlp_exporter  # noqa: PLC0415 - an extra
+
+        return Tracing(otlp_exporter())
+    except ImportError as error:
+        message = f"tracing.enabled: this needs {error.name}, which is not installed: pip install 'heatlens[otel]'"
+        raise ConfigError(message) from error
 
 
 def _build(

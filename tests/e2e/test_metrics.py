@@ -210,7 +210,7 @@ async def test_models_and_the_process(served):
 
 
 async def test_an_export_of_an_earlier_start_is_a_hit(start_server):
-    toml = server_toml(model_toml("tiny", engine=None, layers=("body", "stem")))
+    toml = server_toml(model_toml("tiny", engine=None, layers=("body", "stem")) + "\nwait_for_export = true")
     first, second = [await start_server(toml + METRICS) for _ in range(2)]
     assert named(await scrape(first), "export_cache_lookups_total").keys() < {("tiny", "hit"), ("tiny", "miss")}
     assert named(await scrape(second), "export_cache_lookups_total") == {("tiny", "hit"): 1}

@@ -118,12 +118,14 @@ class _Recorder(Observer):
     def batch_started(self, *, model: str, device: str, size: int) -> None:
         self._events.append((f"batch of {size} started", device))
 
-    def batch_ended(self, *, model: str, device: str, size: int, failed: int, duration_s: float) -> None:
+    def batch_ended(
+        self, *, model: str, device: str, size: int, failed: int, duration_s: float, traces: object
+    ) -> None:
         assert model == "m"
         assert duration_s >= 0
         self._events.append((f"batch of {size} ended, {failed} failed", device))
 
-    def step_ended(self, *, model: str, device: str, duration_s: float) -> None:
+    def step_ended(self, *, model: str, device: str, duration_s: float, trace: object) -> None:
         assert model == "m"
         assert duration_s >= 0
         self._events.append(("step ended", device))

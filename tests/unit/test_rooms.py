@@ -73,6 +73,7 @@ LIBRARIES = {
     ("onnxruntime",): {"backends.onnx"},
     ("array_api_compat",): {"maps"},
     ("prometheus_client",): {"telemetry", "transports"},
+    ("opentelemetry",): {"telemetry"},
     ("grpc", "grpc_health", "grpc_reflection", "grpc_status", "google", "heatlens"): {"transports"},
 }
 """Who may import what from outside."""

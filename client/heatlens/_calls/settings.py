@@ -1,6 +1,7 @@
 """How to reach a server: checked settings, and the gRPC channel options that follow from them."""
 
 import json
+import sys
 import uuid
 from dataclasses import dataclass, field
 from enum import Enum
@@ -133,7 +134,18 @@ class Settings:
         if self.token is not None:
             # As metadata: gRPC refuses call credentials on plaintext channels, even to this machine.
             metadata += (("authorization", f"Bearer {self.token}"),)
-        return request_id, metadata
+        return request_id, (*metadata, *_trace_context())
+
+
+def _trace_context() -> tuple[tuple[str, str], ...]:
+    """The trace that the caller is in, as OpenTelemetry passes it on; nothing in a program that does not use it."""
+    if "opentelemetry.trace" not in sys.modules:
+        return ()
+    from opentelemetry.propagate import inject  # noqa: PLC0415 - the caller's, if it has it
+
+    headers: dict[str, str] = {}
+    inject(headers)
+    return tuple((name.lower(), value) for name, value in headers.items())
 
 
 def make_settings(

@@ -5,7 +5,7 @@ import hmac
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from heatlens_server.api.admission import Admission
 from heatlens_server.api.byte_budget import Held
 from heatlens_server.core.errors import HeatlensError, InternalError, ServerDraining, Unauthenticated
-from heatlens_server.core.events import CallEnd, Observer
+from heatlens_server.core.events import CallEnd, Observer, Trace
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -28,6 +28,7 @@ class Call:
         peer: the caller's address.
         answer: what the call's answer, or a stream's present one, holds of the budget for answers; None: nobody counts.
         fields: what the handler adds to what observers are told.
+        trace: what observers keep of it.
         started_at: on `time.perf_counter`, in seconds.
     """
 
@@ -36,6 +37,7 @@ class Call:
     peer: str
     answer: Held | None = None
     fields: dict[str, object] = field(default_factory=dict)
+    trace: Trace = field(default_factory=Trace)
     started_at: float = field(default_factory=time.perf_counter)
 
 
@@ -76,17 +78,19 @@ class CallGate:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def begin(self, method: str, *, peer: str, request_id: object) -> Call:
+    def begin(self, method: str, *, peer: str, request_id: object, headers: Mapping[str, object] | None = None) -> Call:
         """A call has come: from now on this task, and the tasks that it starts, handle it. `end` must follow.
 
         Args:
             method: what is called, as the transport names it.
             peer: the caller's address.
             request_id: what the caller sent for one. Anything but 1 to 64 of A-Z a-z 0-9 . _ - is replaced.
+            headers: what the caller sent beside its message, for observers.
         """
         known = isinstance(request_id, str) and _REQUEST_ID.fullmatch(request_id)
         call = Call(method, str(request_id) if known else uuid.uuid4().hex, peer, self.admission.answers.hold(peer))
         _current.set(call)
+        self._observer.call_began(method=method, request_id=call.request_id, headers=headers or {}, trace=call.trace)
         return call
 
     def end(self, call: Call, code: str, *, error: Exception | None = None) -> None:
@@ -108,6 +112,7 @@ class CallGate:
             fields=call.fields,
             error=error,
             is_fault=error is not None and is_fault(error),
+            trace=call.trace,
         )
         if code == "OK":
             self._observer.answered(end)

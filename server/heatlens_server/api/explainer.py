@@ -20,7 +20,7 @@ from heatlens_server.api.checks import (
 from heatlens_server.api.models import known_name
 from heatlens_server.api.plan import Plan, plan_query
 from heatlens_server.api.query import Query
-from heatlens_server.core.events import Observer
+from heatlens_server.core.events import Observer, Trace
 from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.fleet.fleet import Fleet
 from heatlens_server.fleet.served_model import ModelState, ServedModel
@@ -77,16 +77,17 @@ class Explainer:
         Raises:
             HeatlensError: a field is wrong, the model is not ready, or whatever `Ticket.result` raises.
         """
-        told = current_call().fields
+        call = current_call()
+        told = call.fields
         told["model"] = known_name(self.fleet, query.model)
         with self.fleet.use(query.model) as model:
             plan, image = plan_query(query, model, self.limits)
             told["explanation"] = str(plan.method)
             await model.queue.load_for(plan.spec)
-            ticket = self.submit(image, plan, model, timeout_s=timeout_s)
+            ticket = self.submit(image, plan, model, timeout_s=timeout_s, trace=call.trace)
             done = await ticket.result()
             told.update(done.timing.told())
-            return await self.answer(done, plan, model, encode)
+            return await self.answer(done, plan, model, encode, trace=call.trace)
 
     def submit(
         self,
@@ -95,6 +96,7 @@ class Explainer:
         model: ServedModel,
         *,
         timeout_s: float | None,
+        trace: Trace,
         source: Source | None = None,
     ) -> Ticket:
         """Send an image on its way; what its plan needs must be loaded. Arguments, errors: as `ModelQueue.submit`."""
@@ -105,6 +107,7 @@ class Explainer:
             timeout_s=timeout_s,
             source=source,
             finish_target=plan.finish_target,
+            trace=trace,
         )
 
     async def answer(
@@ -114,6 +117,7 @@ class Explainer:
         model: ServedModel,
         encode: Callable[[Answer], T],
         *,
+        trace: Trace | None,
         revise: Callable[[QueueResult], QueueResult] | None = None,
     ) -> T:
         """Make the answer, on another thread if that takes long: if maps are placed on the source image.
@@ -123,6 +127,7 @@ class Explainer:
             plan: how the image was explained.
             model: that explained it.
             encode: makes the transport's message of the answer, on the same thread.
+            trace: that of the call or frame.
             revise: changes the result before, on the same thread.
 
         Raises:
@@ -151,6 +156,9 @@ class Explainer:
             queue_s=done.timing.queue_s,
             compute_s=done.timing.compute_s,
             encode_s=encode_s,
+            began_at=done.timing.began_at,
+            ended_at=done.timing.ended_at,
+            trace=trace,
         )
         return made
 

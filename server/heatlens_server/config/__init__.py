@@ -20,7 +20,7 @@ from heatlens_server.config.preprocess import (
     scaled_resize,
 )
 from heatlens_server.config.server import ServerConfig, TlsConfig
-from heatlens_server.config.telemetry import MetricsConfig
+from heatlens_server.config.telemetry import MetricsConfig, TracingConfig
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -36,6 +36,7 @@ __all__ = [
     "ResolvedPreprocess",
     "ServerConfig",
     "TlsConfig",
+    "TracingConfig",
     "find_threshold",
     "given_channels",
     "lay_over",

@@ -6,7 +6,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsError
 
 from heatlens_server.config.model import ModelConfig
 from heatlens_server.config.server import ServerConfig
-from heatlens_server.config.telemetry import MetricsConfig
+from heatlens_server.config.telemetry import MetricsConfig, TracingConfig
 from heatlens_server.core.errors import ConfigError
 
 
@@ -15,6 +15,7 @@ class _Environment(BaseSettings):
 
     server: ServerConfig = ServerConfig()
     metrics: MetricsConfig = MetricsConfig()
+    tracing: TracingConfig = TracingConfig()
     models: tuple[ModelConfig, ...] = ()
 
 

@@ -14,11 +14,11 @@ from pydantic import ValidationError, field_validator, model_validator
 from heatlens_server.config.model import EMBEDDED_MODEL, EXPORT_PREFIX, ONNX_PREFIX, WEIGHT_FILE_SUFFIXES, ModelConfig
 from heatlens_server.config.section import Section
 from heatlens_server.config.server import ServerConfig
-from heatlens_server.config.telemetry import MetricsConfig
+from heatlens_server.config.telemetry import MetricsConfig, TracingConfig
 from heatlens_server.core.errors import ConfigError
 
 _PREFIX, _DELIMITER = "HEATLENS_", "__"
-_SECTIONS = ("SERVER", "METRICS")
+_SECTIONS = ("SERVER", "METRICS", "TRACING")
 """Whose keys may be set by environment variables."""
 _PATH_KEYS = frozenset(
     {"token_file", "certificate", "private_key", "client_ca", "labels", "cache_dir", "source_folder"}
@@ -34,6 +34,8 @@ class Config(Section):
     """The server's address, limits and logs."""
     metrics: MetricsConfig = MetricsConfig()
     """Metrics for Prometheus."""
+    tracing: TracingConfig = TracingConfig()
+    """Traces for OpenTelemetry."""
     models: tuple[ModelConfig, ...] = (_EMBEDDED,)
     """The served models. Empty: the embedded one."""
 

@@ -1,4 +1,4 @@
-"""What others may watch of a server: its metrics."""
+"""What others may watch of a server: its metrics and traces."""
 
 from typing import Annotated
 
@@ -18,3 +18,10 @@ class MetricsConfig(Section):
 
     listen: Annotated[str, AfterValidator(_check_listen)] = ""
     """Where /metrics is served, without a token: "host:port", port 0 for any free one. Empty: nowhere."""
+
+
+class TracingConfig(Section):
+    """Traces for OpenTelemetry. Where they go, and how many, is set by OpenTelemetry's OTEL_* variables."""
+
+    enabled: bool = False
+    """Whether spans of calls, frames, batches and their stages are made and sent by OTLP."""

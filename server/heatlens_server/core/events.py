@@ -4,11 +4,18 @@ Each event is reported from one place. An observer overrides the methods that it
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Trace:
+    """What an observer keeps of one call or frame from its beginning to its end, as a tracer its span."""
+
+    span: object = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +31,7 @@ class CallEnd:
         fields: what the handler adds: the model, the numbers of a stream's frames.
         error: what it failed with; None if it did not, or was cancelled.
         is_fault: whether the error is the server's.
+        trace: that of `Observer.call_began`.
     """
 
     method: str
@@ -34,25 +42,38 @@ class CallEnd:
     fields: dict[str, object] = field(default_factory=dict)
     error: Exception | None = None
     is_fault: bool = False
+    trace: Trace | None = None
 
 
 class Observer:
     """Is told what happens, on the thread where it happens. Must return at once; `model` is the model's name."""
 
+    def call_began(self, *, method: str, request_id: str, headers: Mapping[str, object], trace: Trace) -> None:
+        """A call has come; `answered` or `refused` follows.
+
+        Args:
+            method: what is called, as the transport names it.
+            request_id: the caller's, or a random one.
+            headers: what the caller sent beside its message, by names in lower case.
+            trace: goes with the call.
+        """
+
     def admitted(self, *, model: str, in_stream: bool) -> None:
         """An image took a place in a model's queue."""
 
-    def decoded(self, *, model: str, duration_s: float) -> None:
-        """An image was decoded and fitted to the model's input."""
+    def decoded(self, *, model: str, duration_s: float, trace: Trace | None) -> None:
+        """An image was decoded and fitted to the model's input; `trace` is that of its call or frame."""
 
     def batch_started(self, *, model: str, device: str, size: int) -> None:
         """A device begins to run a batch of `size` images."""
 
-    def batch_ended(self, *, model: str, device: str, size: int, failed: int, duration_s: float) -> None:
-        """A device has run a batch; `failed` of its images have no result."""
+    def batch_ended(
+        self, *, model: str, device: str, size: int, failed: int, duration_s: float, traces: Sequence[Trace]
+    ) -> None:
+        """A device has run a batch; `failed` of its images have no result. `traces` are those of its images."""
 
-    def step_ended(self, *, model: str, device: str, duration_s: float) -> None:
-        """A device has run one step of an explanation that takes many."""
+    def step_ended(self, *, model: str, device: str, duration_s: float, trace: Trace | None) -> None:
+        """A device has run one step of an explanation that takes many; `trace` is that of its call or frame."""
 
     def explained(
         self,
@@ -62,6 +83,9 @@ class Observer:
         queue_s: float,
         compute_s: float,
         encode_s: float,
+        began_at: float,
+        ended_at: float,
+        trace: Trace | None,
     ) -> None:
         """The answer of an image is made: of a call, or of a frame.
 
@@ -71,15 +95,25 @@ class Observer:
             queue_s: from decoded to running, in seconds.
             compute_s: how long its batch, or all of its steps, ran, in seconds.
             encode_s: how long the answer took to make, in seconds.
+            began_at: when its batch or first step began to run, on `time.monotonic`, in seconds.
+            ended_at: when its batch or last step ended, on the same.
+            trace: that of its call or frame.
         """
 
-    def frame_answered(self, *, model: str, outcome: str, age_s: float) -> None:
+    def frame_began(self, *, model: str, frame_id: int, call: Trace, trace: Trace) -> None:
+        """A frame that is to be explained was read: `call` is the trace of its stream, `trace` goes with the frame.
+
+        If the frame is answered, `frame_answered` follows.
+        """
+
+    def frame_answered(self, *, model: str, outcome: str, age_s: float, trace: Trace | None) -> None:
         """A frame of a stream is answered.
 
         Args:
             model: the stream's.
             outcome: "explained", "dropped", "skipped" or "failed".
             age_s: from the reading of the frame to the end of the writing of its answer, in seconds.
+            trace: that of `frame_began`; None if it was skipped.
         """
 
     def model_built(self, *, model: str, duration_s: float, cached: bool | None) -> None:
@@ -114,7 +148,9 @@ class Observers(Observer):
     def __init__(self, observers: Sequence[Observer] = ()) -> None:
         """Tell `observers`, in order."""
         for event in (name for name in vars(Observer) if not name.startswith("_")):
-            setattr(self, event, partial(_tell, event, [getattr(observer, event) for observer in observers]))
+            # Those that do not override it need not be called.
+            hearing = [one for one in observers if getattr(type(one), event) is not getattr(Observer, event)]
+            setattr(self, event, partial(_tell, event, [getattr(observer, event) for observer in hearing]))
 
 
 def _tell(event: str, methods: Sequence[Callable[..., None]], *call: CallEnd, **values: object) -> None:

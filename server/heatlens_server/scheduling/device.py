@@ -85,7 +85,12 @@ class Device:
         self._deliver(outcomes)
         failed = sum(isinstance(outcome, Exception) for _, outcome in outcomes)
         self._observer.batch_ended(
-            model=self._model, device=self._name, size=size, failed=failed, duration_s=duration_s
+            model=self._model,
+            device=self._name,
+            size=size,
+            failed=failed,
+            duration_s=duration_s,
+            traces=[entry.trace for entry in batch.entries if entry.trace is not None],
         )
 
     def run_step(self, entry: Entry) -> None:
@@ -109,7 +114,7 @@ class Device:
             self._end(entry)
             if self._batcher.finish(self._index, entry):
                 self._deliver([(entry, outcome)])
-        self._observer.step_ended(model=self._model, device=self._name, duration_s=duration_s)
+        self._observer.step_ended(model=self._model, device=self._name, duration_s=duration_s, trace=entry.trace)
 
     def free(self, progress: Progress) -> None:
         """Free what an unfinished explanation holds; nothing happens if it holds nothing."""
@@ -135,6 +140,8 @@ class Device:
                 queue_s=max(0.0, started_at - entry.enqueued_at),
                 compute_s=compute_s,
                 batch_size=len(batch.entries),
+                began_at=started_at,
+                ended_at=started_at + compute_s,
             )
             outcomes.append((entry, QueueResult(result, entry.image, timing)))
         return outcomes
@@ -198,7 +205,12 @@ class Device:
         if found is None or isinstance(found, Exception):
             return found
         timing = Timing(
-            preprocess_s=entry.preprocess_s, queue_s=progress.queue_s, compute_s=progress.compute_s, batch_size=1
+            preprocess_s=entry.preprocess_s,
+            queue_s=progress.queue_s,
+            compute_s=progress.compute_s,
+            batch_size=1,
+            began_at=entry.enqueued_at + progress.queue_s,
+            ended_at=self._clock(),
         )
         return QueueResult(found, image, timing)
 

@@ -6,6 +6,7 @@ from enum import Enum, auto
 
 from heatlens_server.core.engine import MapSpec, Steps
 from heatlens_server.core.errors import DeadlineExpired
+from heatlens_server.core.events import Trace
 from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import Target
@@ -35,12 +36,16 @@ class Timing:
         queue_s: seconds from decoded to running; in steps, until the first step runs.
         compute_s: seconds that the batch ran; in steps, the sum over the steps.
         batch_size: images in the batch.
+        began_at: when the batch or the first step began, on the batcher's clock, in seconds.
+        ended_at: when the batch or the last step ended, on the same.
     """
 
     preprocess_s: float
     queue_s: float
     compute_s: float
     batch_size: int
+    began_at: float = 0.0
+    ended_at: float = 0.0
 
     def told(self) -> dict[str, object]:
         """What a call's log line says of it."""
@@ -134,6 +139,7 @@ class Entry:
         device: index of the device that runs its steps; None before the first step is claimed, and for batches.
         stepped_s: seconds that its steps took so far.
         steps: what is kept between two of its steps; None before the first, after the last, and for batches.
+        trace: what observers keep of its call or frame.
     """
 
     target: Target
@@ -151,6 +157,7 @@ class Entry:
     device: int | None = None
     stepped_s: float = 0.0
     steps: Progress | None = None
+    trace: Trace | None = None
 
     @property
     def owner(self) -> object:

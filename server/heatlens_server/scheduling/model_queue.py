@@ -10,7 +10,7 @@ from concurrent.futures import Executor
 
 from heatlens_server.core.engine import MapSpec, SteppingEngine
 from heatlens_server.core.errors import DeadlineExpired, ImageMemoryFull
-from heatlens_server.core.events import Observer
+from heatlens_server.core.events import Observer, Trace
 from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.core.targets import Target
 from heatlens_server.scheduling.batcher import Batcher
@@ -104,6 +104,7 @@ class ModelQueue:
         timeout_s: float | None,
         source: Source | None = None,
         finish_target: Callable[[FittedImage], Target] | None = None,
+        trace: Trace | None = None,
     ) -> Ticket:
         """Send one image on its way and return at once.
 
@@ -118,6 +119,7 @@ class ModelQueue:
                 streams take no place in the queue from callers: the owner of the stream bounds them.
             finish_target: makes the target that the engine gets from the decoded image, on the decoder thread; None if
                 `target` is that. What it raises is raised by `Ticket.result`.
+            trace: that of the call or frame, for the observer.
 
         Raises:
             QueueFull: too many are waiting; never for an image of a stream.
@@ -132,7 +134,7 @@ class ModelQueue:
             source=source,
         )
         self._observer.admitted(model=self._name, in_stream=source is not None)
-        entry.decode, entry.finish_target = decode, finish_target
+        entry.decode, entry.finish_target, entry.trace = decode, finish_target, trace
         try:
             self._decode_queue.add(entry)
         except BaseException:
@@ -214,7 +216,7 @@ class ModelQueue:
             return
         entry.preprocess_s = time.monotonic() - started_at
         entry.decode = entry.finish_target = None
-        self._observer.decoded(model=self._name, duration_s=entry.preprocess_s)
+        self._observer.decoded(model=self._name, duration_s=entry.preprocess_s, trace=entry.trace)
         self.batcher.put(entry, image)
 
     def _deliver(self, outcomes: Sequence[tuple[Entry, Outcome]]) -> None:

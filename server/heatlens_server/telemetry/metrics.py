@@ -5,11 +5,12 @@ A label's value is a name of the configuration or one of a fixed few, never a ca
 series.
 """
 
+from collections.abc import Sequence
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, disable_created_metrics
 
-from heatlens_server.core.events import CallEnd, Observer
+from heatlens_server.core.events import CallEnd, Observer, Trace
 
 # They would double the number of series, and Prometheus finds resets by itself.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -72,29 +73,40 @@ class Metrics(Observer):
             "export_cache_lookups", "Models that were loaded by an export: a hit, or a miss.", *("model", "result")
         )
 
-    def decoded(self, *, model: str, duration_s: float) -> None:
+    def decoded(self, *, model: str, duration_s: float, trace: Trace | None) -> None:  # noqa: ARG002 - the event's
         """Count an image."""
         self._decode_s.labels(model).observe(duration_s)
 
-    def batch_ended(self, *, model: str, device: str, size: int, failed: int, duration_s: float) -> None:
+    def batch_ended(
+        self,
+        *,
+        model: str,
+        device: str,
+        size: int,
+        failed: int,
+        duration_s: float,
+        traces: Sequence[Trace],  # noqa: ARG002 - the event's
+    ) -> None:
         """Count a batch."""
         self._batches.labels(model).observe(size)
         self._busy_s.labels(model, device).inc(duration_s)
         self._failed.labels(model).inc(failed)
 
-    def step_ended(self, *, model: str, device: str, duration_s: float) -> None:
+    def step_ended(self, *, model: str, device: str, duration_s: float, trace: Trace | None) -> None:  # noqa: ARG002 - the event's
         """Count a step."""
         self._steps.labels(model).inc()
         self._busy_s.labels(model, device).inc(duration_s)
 
-    def explained(self, *, model: str, explanation: str, queue_s: float, compute_s: float, encode_s: float) -> None:
+    def explained(
+        self, *, model: str, explanation: str, queue_s: float, compute_s: float, encode_s: float, **_rest: object
+    ) -> None:
         """Count an image."""
         self._explained.labels(model, explanation).inc()
         self._queue_s.labels(model).observe(queue_s)
         self._compute_s.labels(model).observe(compute_s)
         self._encode_s.labels(model).observe(encode_s)
 
-    def frame_answered(self, *, model: str, outcome: str, age_s: float) -> None:
+    def frame_answered(self, *, model: str, outcome: str, age_s: float, trace: Trace | None) -> None:  # noqa: ARG002 - the event's
         """Count a frame."""
         self._frames.labels(model, outcome).inc()
         if outcome == "explained":

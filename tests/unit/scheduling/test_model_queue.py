@@ -30,7 +30,7 @@ class Recorder(Observer):
     def admitted(self, *, model: str, in_stream: bool) -> None:
         self.events.append(f"{model}: admitted{' in a stream' if in_stream else ''}")
 
-    def decoded(self, *, model: str, duration_s: float) -> None:
+    def decoded(self, *, model: str, duration_s: float, trace: object) -> None:
         assert duration_s >= 0
         self.events.append(f"{model}: decoded")
 

@@ -17,8 +17,8 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 def test_images_that_fail_in_a_batch_are_counted_and_the_device_was_busy(metrics):
     for failed in (0, 2):
-        metrics.batch_ended(model="m", device="cpu", size=4, failed=failed, duration_s=0.25)
-    metrics.step_ended(model="m", device="cpu", duration_s=0.5)
+        metrics.batch_ended(model="m", device="cpu", size=4, failed=failed, duration_s=0.25, traces=())
+    metrics.step_ended(model="m", device="cpu", duration_s=0.5, trace=None)
     assert value(metrics, "images_failed_total", model="m") == 2
     assert value(metrics, "batch_size_images_sum", model="m") == 8
     assert value(metrics, "device_busy_seconds_total", model="m", device="cpu") == 1.0
@@ -35,7 +35,7 @@ def test_loads_are_timed_and_looked_up_only_where_there_is_an_export(metrics):
 
 def test_only_explained_frames_have_an_age(metrics):
     for outcome in ("explained", "skipped", "dropped", "failed"):
-        metrics.frame_answered(model="m", outcome=outcome, age_s=0.02)
+        metrics.frame_answered(model="m", outcome=outcome, age_s=0.02, trace=None)
         assert value(metrics, "frames_total", model="m", outcome=outcome) == 1
     assert value(metrics, "frame_age_seconds_count", model="m") == 1
     assert value(metrics, "frame_age_seconds_bucket", model="m", le="0.01") == 0

@@ -23,6 +23,7 @@ from heatlens_server.api.stream.frames import FrameOrder, FrameSampler, FrameTim
 from heatlens_server.api.stream.open_streams import OpenStreams
 from heatlens_server.api.stream.window import FrameWindow, PendingFrame
 from heatlens_server.core.errors import FrameDropped, ServerDraining
+from heatlens_server.core.events import Trace
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.scheduling.entry import QueueResult, Source
 from heatlens_server.scheduling.ticket import Ticket
@@ -181,7 +182,7 @@ class StreamSession(Generic[T]):
         await self._peer.send(frame.frame_id, outcome)
         self._counts.answered += 1
         self._explainer.observer.frame_answered(
-            model=opened.model.name, outcome=kind, age_s=time.monotonic() - frame.read_at
+            model=opened.model.name, outcome=kind, age_s=time.monotonic() - frame.read_at, trace=frame.trace
         )
         opened.window.pop()
         self._room.set()
@@ -196,6 +197,7 @@ class StreamSession(Generic[T]):
                 opened.plan.explain,
                 opened.model,
                 self._peer.encode,
+                trace=frame.trace,
                 revise=opened.revise,
             )
         except Exception as error:
@@ -284,16 +286,20 @@ class StreamSession(Generic[T]):
         frame = opened.order.check(message)
         if not opened.sampler.allows(FrameTime(read_s, frame.captured_s)):
             return PendingFrame(frame.frame_id, read_at=read_s)
+        trace = Trace()
+        self._explainer.observer.frame_began(
+            model=opened.model.name, frame_id=frame.frame_id, call=self._call.trace, trace=trace
+        )
         held = self._requests.hold(self._call.peer)
         held.keep(0 if frame.image is None else frame.image.size_bytes)
         try:
-            ticket = await self._submit(self._image(frame, opened), opened, read_s)
+            ticket = await self._submit(self._image(frame, opened), opened, read_s, trace)
         except Exception as error:
             held.release()
-            return PendingFrame(frame.frame_id, error=error, read_at=read_s)
-        return PendingFrame(frame.frame_id, ticket, held=held, read_at=read_s)
+            return PendingFrame(frame.frame_id, error=error, read_at=read_s, trace=trace)
+        return PendingFrame(frame.frame_id, ticket, held=held, read_at=read_s, trace=trace)
 
-    async def _submit(self, image: SourceImage, opened: _Opened, read_s: float) -> Ticket:
+    async def _submit(self, image: SourceImage, opened: _Opened, read_s: float, trace: Trace) -> Ticket:
         while not opened.window.make_room():
             await self._wait(self._room)
             if self._over:
@@ -302,7 +308,7 @@ class StreamSession(Generic[T]):
         if timeout_s is not None:
             timeout_s -= time.monotonic() - read_s
         return self._explainer.submit(
-            image, opened.plan.explain, opened.model, timeout_s=timeout_s, source=opened.source
+            image, opened.plan.explain, opened.model, timeout_s=timeout_s, source=opened.source, trace=trace
         )
 
     def _image(self, frame: Frame, opened: _Opened) -> SourceImage:

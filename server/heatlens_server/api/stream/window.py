@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from heatlens_server.api.byte_budget import Held
 from heatlens_server.api.stream.open_streams import StreamCounters
 from heatlens_server.core.errors import FrameDropped
+from heatlens_server.core.events import Trace
 from heatlens_server.scheduling.ticket import Ticket
 
 
@@ -19,6 +20,7 @@ class PendingFrame:
         error: why it is not to be explained.
         held: what its image holds of the budget for requests.
         read_at: when it was read, on `time.monotonic`, in seconds.
+        trace: what observers keep of it; None if it was left out.
     """
 
     frame_id: int
@@ -26,6 +28,7 @@ class PendingFrame:
     error: Exception | None = None
     held: Held | None = None
     read_at: float = 0.0
+    trace: Trace | None = None
 
     def release(self) -> None:
         """It holds no image any more. Idempotent."""

@@ -115,7 +115,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _begin(self, method: str, context: Context) -> tuple[Call, str | bytes]:
         """The call, and what its caller sent as `authorization`: nothing if that was several, which proxies may mix."""
         sent = tuple(context.invocation_metadata() or ())
-        call = self._gate.begin(method, peer=context.peer(), request_id=dict(sent).get(REQUEST_ID_KEY, ""))
+        headers = dict(sent)
+        call = self._gate.begin(
+            method, peer=context.peer(), request_id=headers.get(REQUEST_ID_KEY, ""), headers=headers
+        )
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
         authorizations = [value for key, value in sent if key == "authorization"]
         return call, authorizations[0] if len(authorizations) == 1 else ""

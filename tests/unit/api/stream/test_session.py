@@ -130,7 +130,7 @@ class Frames(Observer):
     def __init__(self) -> None:
         self.seen: list[tuple[str, str]] = []
 
-    def frame_answered(self, *, model: str, outcome: str, age_s: float) -> None:
+    def frame_answered(self, *, model: str, outcome: str, age_s: float, trace: object) -> None:
         assert 0.0 <= age_s < PATIENCE_S
         self.seen.append((model, outcome))
 
