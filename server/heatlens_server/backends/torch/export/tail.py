@@ -1,9 +1,8 @@
-"""The gradient of a class score with respect to the target layer, as a graph of ordinary forward operators.
+"""The gradient of a class score with respect to the target layer, as a graph of PyTorch's operators.
 
 Only the tail, what follows the target layer, is differentiated: its nodes are run one by one under autograd while
-`make_fx` writes down every operator of the forward and of the backward pass, with `gradients.table` in place of the
-backward operators that no format knows. Wherever a node of the tail reads something computed before the layer (a skip
-connection), that value is an input of the traced function.
+`make_fx` writes down every operator of the forward and of the backward pass. Wherever a node of the tail reads
+something computed before the layer (a skip connection), that value is an input of the traced function.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from heatlens_server.backends.torch.cam.saliency import saliency
 from heatlens_server.backends.torch.cam.targets import resolve, seeds
 from heatlens_server.backends.torch.export.capture import MARK, Captured
-from heatlens_server.backends.torch.export.gradients.table import SUBSTITUTES, TABLE
+from heatlens_server.backends.torch.export.gradients.table import SUBSTITUTES
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.methods import ABSENT, Method, Score
 from heatlens_server.maps.methods import raw_map
@@ -191,16 +190,14 @@ def trace_activation_map(method: Method, activations: Tensor, class_id: Tensor) 
 
 
 def traced(function: Callable[..., object], values: Sequence[object]) -> GraphModule:
-    """Write down what a function does to fake tensors, with our gradients in place of the backward operators.
+    """Write down what a function does to fake tensors.
 
     Raises:
         ExportError: it cannot be traced for every batch size.
     """
     try:
         with torch.no_grad():
-            graph_module = make_fx(
-                function, tracing_mode="symbolic", decomposition_table=dict(TABLE), _allow_non_fake_inputs=True
-            )(*values)
+            graph_module = make_fx(function, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*values)
     except ExportError:
         raise
     # Torch's operators raise what they like.

@@ -1,1 +1,1 @@
-"""Backward rules of operators."""
+"""Operators in forms whose gradients can be exported."""

@@ -1,4 +1,4 @@
-"""What the tracer makes of TABLE and SUBSTITUTES: graphs of torch.export and TorchScript, right at any batch size."""
+"""What the tracer makes of operators and SUBSTITUTES: graphs of TorchScript and pt2, right at every batch size."""
 
 import copy
 import io
@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from heatlens_server.backends.torch.export.gradients.table import SUBSTITUTES, TABLE
+from heatlens_server.backends.torch.export.gradients.table import SUBSTITUTES
 
 aten = torch.ops.aten
 
@@ -62,9 +62,7 @@ def trace(net: nn.Module, image: Tensor) -> GraphModule:
     with x.fake_mode:
         seed = torch.empty(result.meta["val"].shape, dtype=image.dtype)
     with torch.no_grad():
-        graph_module = make_fx(
-            run, tracing_mode="symbolic", decomposition_table=dict(TABLE), _allow_non_fake_inputs=True
-        )(x, seed)
+        graph_module = make_fx(run, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x, seed)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     return graph_module.eval()
@@ -179,12 +177,11 @@ names = pytest.mark.parametrize("name", list(NETS))
 
 
 @names
-def test_a_trace_has_no_backward_operator_and_is_right_at_another_batch_size(name: str) -> None:
+def test_a_trace_is_right_at_another_batch_size(name: str) -> None:
     net, shape = copy.deepcopy(NETS[name])
     net.double()
     torch.manual_seed(1)
     graph_module = trace(net, torch.randn(TRACED, *shape, dtype=torch.float64))
-    assert [str(node.target) for node in graph_module.graph.nodes if "backward" in str(node.target)] == []
     x, seed = inputs(net, shape, torch.float64)
     for got, want in zip(graph_module(x, seed), autograd(net, x, seed), strict=True):
         torch.testing.assert_close(got, want, atol=TOLERANCE[name], rtol=TOLERANCE[name])
