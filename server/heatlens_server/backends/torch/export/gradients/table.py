@@ -1,10 +1,11 @@
 """Forward operators that are replaced before autograd records them: their gradients are no operators of formats."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
 
@@ -28,11 +29,28 @@ def copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor: 
     return source.to(target.dtype).expand_as(target)
 
 
+def adaptive_avg_pool(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Average over windows, two- or three-dimensional: where each channel is one window, as a mean.
+
+    PyTorch lays that mean out by its input's strides, with an operator that autograd records the traced strides of.
+
+    Args:
+        values: (..., C, h, w) or (..., C, d, h, w).
+        sizes: of the result's last dimensions.
+    """
+    if all(size == 1 for size in sizes):
+        return values.mean(tuple(range(-len(sizes), 0)), keepdim=True)
+    pool = F.adaptive_avg_pool2d if len(sizes) == 2 else F.adaptive_avg_pool3d
+    return pool(values, list(sizes))
+
+
 SUBSTITUTES: Mapping[OpOverload, Callable[..., Any]] = MappingProxyType(
     {
         # A recorded view presumes the strides of the trace.
         aten.view.default: reshape,
         aten._unsafe_view.default: reshape,  # noqa: SLF001 - an operator all the same
+        aten.adaptive_avg_pool2d.default: adaptive_avg_pool,
+        aten.adaptive_avg_pool3d.default: adaptive_avg_pool,
         aten.copy.default: copy,
         aten.linear.default: linear,
         # Its gradient asks for the larger of two sizes, which TorchScript has no operator for.

@@ -93,14 +93,15 @@ def masked_attention(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def windows(x: Tensor, position: Tensor, weight: Tensor) -> Tensor:
-    """Swin's attention: shifted, in windows, with a position bias; then patches merged by slices."""
+    """Swin's attention: shifted, in windows, with a position bias; then patches merged by slices, and pooled."""
     n, c, h, w = x.shape
     x = x.roll((-1, -1), (2, 3)).permute(0, 2, 3, 1)
     cut = x.reshape(n, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(n * (h // 2) * (w // 2), 4, c)
     weights = ((cut * 0.5) @ cut.transpose(-1, -2) + position).softmax(-1)
     x = (weights @ cut).reshape(n, h, w, c)
     merged = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], -1)
-    return merged @ weight
+    # Channels last: PyTorch's pooling to one value lays its result out alike.
+    return F.adaptive_avg_pool2d((merged @ weight).permute(0, 3, 1, 2), 1).flatten(1)
 
 
 def activations(x: Tensor) -> Tensor:
