@@ -21,7 +21,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from heatlens_server.backends.torch.cam.saliency import saliency
 from heatlens_server.backends.torch.cam.targets import resolve, seeds
 from heatlens_server.backends.torch.export.capture import MARK, Captured
-from heatlens_server.backends.torch.export.gradients.table import SUBSTITUTES
+from heatlens_server.backends.torch.export.substitutes import SUBSTITUTES
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.methods import ABSENT, Method, Score
 from heatlens_server.maps.methods import raw_map

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from heatlens_server.backends.torch.export.gradients.table import SUBSTITUTES
+from heatlens_server.backends.torch.export.substitutes import SUBSTITUTES
 
 aten = torch.ops.aten
 
@@ -89,7 +89,10 @@ def self_attention(x: Tensor, qkv: Tensor, bias: Tensor) -> Tensor:
 def masked_attention(x: Tensor, bias: Tensor) -> Tensor:
     q = x.flatten(2).reshape(x.shape[0], 2, 2, -1).transpose(-1, -2)
     biased = F.scaled_dot_product_attention(q, q, q, attn_mask=bias, scale=0.3)
-    return biased + F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    # The first query attends to no key.
+    earlier = torch.ones(9, 9, dtype=torch.bool).tril(-1)
+    masked = F.scaled_dot_product_attention(q, q[:, :1], q[:, :1], attn_mask=earlier, enable_gqa=True)
+    return biased + masked + F.scaled_dot_product_attention(q, q, q, is_causal=True)
 
 
 def windows(x: Tensor, position: Tensor, weight: Tensor) -> Tensor:

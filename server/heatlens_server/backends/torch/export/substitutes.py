@@ -1,18 +1,21 @@
-"""Forward operators that are replaced before autograd records them: their gradients are no operators of formats."""
+"""Forward operators that are replaced before autograd records them: what it would record holds for the trace alone."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
 
-from heatlens_server.backends.torch.export.gradients.attention import scaled_dot_product_attention
-from heatlens_server.backends.torch.export.gradients.products import linear, matmul, reshape
+# ruff: noqa: SLF001 - operators with an underscore are operators all the same
 
 aten = torch.ops.aten
+
+
+def reshape(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Give (...) another shape, with a copy where the strides ask for one."""
+    return values.reshape(tuple(sizes))
 
 
 def copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:  # noqa: ARG001 - the operator's signature
@@ -40,23 +43,37 @@ def adaptive_avg_pool(values: Tensor, sizes: Sequence[int]) -> Tensor:
     """
     if all(size == 1 for size in sizes):
         return values.mean(tuple(range(-len(sizes), 0)), keepdim=True)
-    pool = F.adaptive_avg_pool2d if len(sizes) == 2 else F.adaptive_avg_pool3d
-    return pool(values, list(sizes))
+    pooled: Tensor = (aten._adaptive_avg_pool2d if len(sizes) == 2 else aten._adaptive_avg_pool3d)(values, sizes)
+    return pooled
+
+
+def attention(  # noqa: PLR0917 - the operator's signature
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,  # noqa: ANN401 - the operator's, by name
+) -> Tensor:
+    """Attend by products and a softmax, PyTorch's own: of the fused kernels, which one depends on the device."""
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        # The operator converts masks before it chooses a kernel; this one adds what it is given.
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
+    operands = (query, key, value, attn_mask, dropout_p, is_causal)
+    attended: Tensor = aten._scaled_dot_product_attention_math(*operands, None, **options)[0]
+    return attended
 
 
 SUBSTITUTES: Mapping[OpOverload, Callable[..., Any]] = MappingProxyType(
     {
         # A recorded view presumes the strides of the trace.
         aten.view.default: reshape,
-        aten._unsafe_view.default: reshape,  # noqa: SLF001 - an operator all the same
+        aten._unsafe_view.default: reshape,
         aten.adaptive_avg_pool2d.default: adaptive_avg_pool,
         aten.adaptive_avg_pool3d.default: adaptive_avg_pool,
         aten.copy.default: copy,
-        aten.linear.default: linear,
-        # Its gradient asks for the larger of two sizes, which TorchScript has no operator for.
-        aten.matmul.default: matmul,
-        # Which kernel it takes depends on the device that it is traced on.
-        aten.scaled_dot_product_attention.default: scaled_dot_product_attention,
+        aten.scaled_dot_product_attention.default: attention,
     }
 )
 """By operator, a function of the same arguments."""

@@ -1,1 +1,0 @@
-"""Operators in forms whose gradients can be exported."""
