@@ -65,7 +65,9 @@ class Assembly:
         self._graph.output(tuple(outputs))
         self._graph.eliminate_dead_code()
         for node in self._graph.nodes:
-            _name_plainly(node)
+            if node.target in _VIEWS:
+                # A view is of the strides that were traced; callers' tensors may be channels_last or transposed.
+                node.target = aten.reshape.default
         self._graph.lint()
         return GraphModule(self._root, self._graph, class_name="Explainer")
 
@@ -118,21 +120,6 @@ class Assembly:
                 known = self._graph.get_attr(name)
             self._tensors[id(value)] = known
         return known
-
-
-def _name_plainly(node: Node) -> None:
-    """Say with operators that every format knows what few have a form of."""
-    if node.target in _VIEWS:
-        # A view is of the strides that were traced; callers' tensors may be channels_last or transposed.
-        node.target = aten.reshape.default
-    elif node.target is aten.adaptive_avg_pool2d.default and list(cast("list[int]", node.args[1])) == [1, 1]:
-        node.target, node.args = aten.mean.dim, (node.args[0], [-2, -1], True)
-    elif node.target is aten.rsub.Scalar and len(node.args) == 2:
-        # The same to the last bit: 1 - x is (-x) + 1.
-        with node.graph.inserting_before(node):
-            negative = node.graph.call_function(aten.neg.default, (node.args[0],))
-        negative.meta["val"] = node.meta["val"]
-        node.target, node.args = aten.add.Scalar, (negative, node.args[1])
 
 
 def _is_view(node: Node) -> bool:

@@ -2,14 +2,13 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir
 import torch
 from onnx_ir.passes import common
-from onnxscript import opset20 as op
 from onnxscript import optimizer
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
@@ -19,9 +18,6 @@ from torch.onnx._internal.fx.passes import type_promotion
 from heatlens_server.core.errors import ExportError
 
 OPSET = 20
-
-# Protobuf's limit is 2 GiB for a message: larger weights go to a file of their own.
-_LARGEST_SINGLE_FILE_BYTES = 1_900_000_000
 
 
 def to_onnx(
@@ -48,7 +44,6 @@ def to_onnx(
                 input_names=list(input_names),
                 output_names=list(output_names),
                 opset_version=OPSET,
-                custom_translation_table=dict(_TRANSLATIONS),
                 # Its rewrite rules take time in the square of the graph's size; `_simplify` does the rest.
                 optimize=False,
                 verbose=False,
@@ -132,31 +127,3 @@ def _simplify(model: onnx_ir.Model) -> None:
         common.OutputFixPass(),
         common.NameFixPass(),
     )(model)
-
-
-def _sort_stable(values: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:  # noqa: ANN401, ARG001
-    """aten.sort.stable: among equals, ONNX's TopK puts the lower index first, which is what stable means."""
-    count = op.Shape(values, start=dim, end=dim + 1 or None)
-    return op.TopK(values, count, axis=dim, largest=1 if descending else 0, sorted=1)
-
-
-def _layer_norm(values: Any, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Any:  # noqa: ANN401
-    """aten.native_layer_norm: in half precision ONNX gives mean and deviation in float32, torch on a CPU in half."""
-    axis = -len(shape)
-    if weight is None:
-        one: Any = op.Constant(value_float=1.0)
-        weight = op.Expand(op.CastLike(one, values), op.Shape(values, start=axis))
-    result: Any
-    mean: Any
-    deviation: Any
-    result, mean, deviation = op.LayerNormalization(values, weight, bias, axis=axis, epsilon=eps)
-    if values.dtype == onnx_ir.DataType.FLOAT16:
-        mean, deviation = op.CastLike(mean, values), op.CastLike(deviation, values)
-    return result, mean, deviation
-
-
-_TRANSLATIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {
-    torch.ops.aten.sort.stable: _sort_stable,
-    torch.ops.aten.native_layer_norm.default: _layer_norm,
-}
-"""Operators that torch's exporter does not know, or translates to other types."""

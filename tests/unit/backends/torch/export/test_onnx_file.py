@@ -5,7 +5,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from torch.export import Dim
 
 import export_networks
 from export_networks import assert_true, make, normalised, pixels, tells_no_path, truth
@@ -59,19 +58,6 @@ def test_nothing_of_this_machine_is_in_a_file():
     assert not any(node.metadata_props or node.doc_string for node in onnx.load(path).graph.node)
     folder, _ = network(make(export_networks.Staged, "last", "first"))
     assert all(tells_no_path(file) for file in folder.iterdir())
-
-
-class Ranking(torch.nn.Module):
-    def forward(self, values):
-        return torch.sort(values, dim=1, descending=True, stable=True).indices
-
-
-def test_equal_values_rank_by_index(tmp_path):
-    values = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0, 1.0]] * 2)
-    program = torch.export.export(Ranking(), (values,), dynamic_shapes=({0: Dim("batch")},))
-    onnx_file.to_onnx(program, input_names=["values"], output_names=["order"]).save(tmp_path / "rank.onnx")
-    (order,) = onnxruntime.InferenceSession(tmp_path / "rank.onnx").run(None, {"values": values[:1].numpy()})
-    assert order.tolist() == [[1, 2, 4, 3, 0, 5]]
 
 
 class Complex(torch.nn.Module):
