@@ -158,5 +158,3 @@ _TRAITS: Mapping[Task, TaskTraits] = MappingProxyType(
 
 if missing := [task for task in Task if task not in _TRAITS]:
     raise TypeError(f"tasks without traits: {', '.join(missing)}")
-
-EXPORTABLE_TASKS = tuple(task for task in Task if task.traits.exportable)

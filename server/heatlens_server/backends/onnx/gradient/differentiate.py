@@ -88,17 +88,6 @@ def differentiate(
     return Backward(tuple(tape.nodes), tuple(tape.initializers), found)
 
 
-def operators_without_rule(nodes: Sequence[ir.Node], by: Sequence[ir.Value]) -> tuple[str, ...]:
-    """The operators, sorted, that `differentiate` would refuse on the ways from some values on.
-
-    Args:
-        nodes: a forward pass, as for `differentiate`.
-        by: what to differentiate by.
-    """
-    moving = depending(nodes, by)
-    return tuple(sorted({_name_of(node) for node in nodes if _is_on_the_way(node, moving) and not _rule_of(node)}))
-
-
 def _is_on_the_way(node: ir.Node, moving: set[ir.Value]) -> bool:
     return not moving.isdisjoint(node.outputs) and not moving.isdisjoint(node.inputs)
 

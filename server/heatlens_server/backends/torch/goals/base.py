@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from heatlens_server.backends.torch.cam.saliency import WHOLE, Part
 from heatlens_server.core.arrays import Float32Array, UInt8Array
 from heatlens_server.core.errors import ModelLoadError
-from heatlens_server.core.methods import ABSENT, Score
+from heatlens_server.core.methods import Score
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import Target
 
@@ -130,8 +130,3 @@ def sum_of(output: Tensor, class_count: int) -> Tensor:
     if output.ndim != 2 or output.shape[1] != class_count:
         raise ModelLoadError(f"the model gives an output of shape {tuple(output.shape)}, not (1, {class_count})")
     return output.sum()
-
-
-def has_goals(goals: Goals) -> bool:
-    """Whether any image has a goal: where none does, nothing needs to be run."""
-    return bool((goals.class_ids != ABSENT).any())

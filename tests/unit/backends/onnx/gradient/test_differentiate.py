@@ -7,7 +7,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import AddDefaultAttributesPass
 
-from heatlens_server.backends.onnx.gradient.differentiate import differentiate, operators_without_rule
+from heatlens_server.backends.onnx.gradient.differentiate import differentiate
 from heatlens_server.backends.onnx.gradient.tape import BATCH, Known, NotDifferentiable
 
 SHAPE = (2, 4)
@@ -80,16 +80,6 @@ def test_an_operator_without_a_rule_is_named_with_its_node():
         gradient_of([node("Det", "x", "y")], {"x": X})
     with pytest.raises(NotDifferentiable, match=r"operator com\.microsoft\.Gelu of node 'node_y'"):
         gradient_of([node("Gelu", "x", "y", domain="com.microsoft")], {"x": X})
-
-
-def test_operators_without_a_rule_are_told_beforehand():
-    """Those on the ways from a value on, with their domains."""
-    nodes = [node("Det", "x", "a"), node("Gelu", "a", "b", domain="com.microsoft"), node("Exp", "b", "y")]
-    parsed = list(ir.from_proto(helper.make_graph(nodes, "net", [], [])))
-    x, a, b = parsed[0].inputs[0], parsed[0].outputs[0], parsed[1].outputs[0]
-    assert operators_without_rule(parsed, [x]) == ("Det", "com.microsoft.Gelu")
-    assert operators_without_rule(parsed, [a]) == ("com.microsoft.Gelu",)
-    assert operators_without_rule(parsed, [b]) == ()
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,10 @@ from torchvision.ops import box_iou
 
 from heatlens_server.backends.torch.cam.saliency import Part
 from heatlens_server.backends.torch.engine import TorchEngine
-from heatlens_server.backends.torch.goals.base import has_goals
 from heatlens_server.backends.torch.goals.detection import BoxGoals, Detection
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import InvalidArgument, ModelLoadError
-from heatlens_server.core.methods import Method, Metric, Score
+from heatlens_server.core.methods import ABSENT, Method, Metric, Score
 from heatlens_server.core.targets import Boxes, Detections, TopK
 from heatlens_server.maps.steps import rise
 from task_models import DETECTORS, LABELS, PX, by_hand, detector, photos, raw, recorded
@@ -284,7 +283,7 @@ class TestMatching:
         assert self.goals(Detections(0.0, 2)).class_ids.tolist() == [[2, 3]]
         assert self.goals(Detections(0.0, 5, (1, 3))).class_ids.tolist() == [[3, 1]]
         nothing = self.goals(Detections(0.95, 5))
-        assert not has_goals(nothing)
+        assert nothing.class_ids.tolist() == [[ABSENT]]
         (gradient,) = torch.autograd.grad(nothing.score(0), FOUND["scores"])
         assert not gradient.any()
 
