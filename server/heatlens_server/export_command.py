@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from heatlens_server.backends.onnx.delivery import check_target
+from heatlens_server.backends.onnx.delivery import check_folder
 from heatlens_server.backends.onnx.manifest import Manifest
 from heatlens_server.config import EXPORT_PREFIX, ONNX_PREFIX, ModelConfig, load_config
 from heatlens_server.core.errors import ConfigError, ExportError, ModelLoadError
@@ -157,7 +157,7 @@ def run_export(config: ModelConfig, options: ExportOptions, *, tell: Callable[[s
         tell(f"{time.monotonic() - started:6.1f} s  {line}")
 
     try:
-        check_target(options.folder)
+        check_folder(options.folder)
     except ExportError as error:
         raise ConfigError(f"--output: {error}") from error
     layers = (options.layer,) if options.layer else config.layers

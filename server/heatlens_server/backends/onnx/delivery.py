@@ -25,13 +25,13 @@ def delivered(folder: Path) -> Iterator[Path]:
     Raises:
         ExportError: the folder holds something else, or cannot be written. It is as it was.
     """
-    check_target(folder)
+    check_folder(folder)
     with _staged(folder) as staging:
         yield staging
         _deliver(staging, folder)
 
 
-def check_target(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """Raise ExportError unless a folder is new and can be made, is empty, or holds an earlier export."""
     anchor = _anchor(folder)
     if not anchor.is_dir():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from heatlens_server.backends.onnx.delivery import check_target, delivered
+from heatlens_server.backends.onnx.delivery import check_folder, delivered
 from heatlens_server.backends.onnx.manifest import Manifest, read_manifest
 from heatlens_server.backends.onnx.source.export import export_file
 from heatlens_server.backends.torch.engine import TorchEngine
@@ -49,7 +49,7 @@ def export_model(
     """
     if not model.task.traits.exportable:
         raise ExportError(f"exports are of classifiers, and this model is for {model.task}")
-    check_target(folder)
+    check_folder(folder)
     judge = partial(verify_export, model, report=report) if verify else None
     if file_format is Format.ONNX:
         loaded = as_file(

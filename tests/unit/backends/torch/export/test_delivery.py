@@ -8,7 +8,7 @@ import pytest
 import export_networks
 import tiny_models
 from export_networks import make
-from heatlens_server.backends.onnx.delivery import check_target
+from heatlens_server.backends.onnx.delivery import check_folder
 from heatlens_server.backends.onnx.manifest import read_manifest
 from heatlens_server.backends.torch.export import delivery
 from heatlens_server.backends.torch.export.delivery import export_model, methods_of
@@ -115,9 +115,9 @@ def test_other_folders_are_refused(tmp_path):
     with pytest.raises(ExportError, match="is not empty and holds no earlier export"):
         export(tmp_path)
     with pytest.raises(ExportError, match="is not a folder"):
-        check_target(tmp_path / "file")
+        check_folder(tmp_path / "file")
     with pytest.raises(ExportError, match="file is not a folder"):
-        check_target(tmp_path / "file" / "child" / "grandchild")
+        check_folder(tmp_path / "file" / "child" / "grandchild")
     assert names(tmp_path) == ["file"]
 
 
