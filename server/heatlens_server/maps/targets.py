@@ -7,10 +7,8 @@ from typing import Any
 
 from array_api_compat import array_namespace, device
 
-from heatlens_server.core.methods import ABSENT, RANKED, Score
+from heatlens_server.core.methods import RANKED, Score
 from heatlens_server.maps.precision import at_least_float32
-
-__all__ = ["ABSENT", "RANKED", "class_scores", "probabilities", "resolve", "seeds"]
 
 CONTRASTED = 3
 """How many classes `Score.CONTRAST` compares a class with, as in the `grad-cam` package."""
@@ -50,7 +48,7 @@ def resolve(logits: Array, wanted: Array) -> Array:
     else:
         # A gather, not a slice: sliced strides make a traced graph doubt that K may be any number.
         positions = xp.broadcast_to(xp.arange(count, device=device(logits)), (logits.shape[0], count))
-        ranked = xp.take_along_axis(xp.argsort(logits, axis=1, descending=True, stable=True), positions, axis=1)
+        ranked = _at(xp.argsort(logits, axis=1, descending=True, stable=True), positions)
     return xp.where(xp.equal(wanted, RANKED), ranked, wanted)
 
 
@@ -150,7 +148,15 @@ def _chosen(logits: Array, class_ids: Array) -> Array:
     """The logits of the wanted classes, (N, K, 1)."""
     xp = array_namespace(logits, class_ids)
     placed = xp.where(class_ids < 0, 0, class_ids)
-    return xp.expand_dims(xp.take_along_axis(logits, placed, axis=1), axis=2)
+    return xp.expand_dims(_at(logits, placed), axis=2)
+
+
+def _at(values: Array, places: Array) -> Array:
+    """Entries (N, K) of values (N, C)."""
+    # Of torch, take_along_axis broadcasts: while it is traced it asks for N, and the graph is right for no other.
+    if hasattr(values, "gather"):
+        return values.gather(1, places)
+    return array_namespace(values, places).take_along_axis(values, places, axis=1)
 
 
 def _others(logits: Array, class_ids: Array) -> tuple[Array, Array]:

@@ -18,6 +18,7 @@ from heatlens_server.core.preprocess import PreprocessSpec
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import ClassTarget, TopK
 from heatlens_server.imaging.preprocess import normalise
+from heatlens_server.maps.targets import resolve
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -130,12 +131,6 @@ def run_wanted(run: RunGraph, images: ImageArray, wanted: Int64Array, classes: i
         offsets=gathered(first.maps.offsets, [part.offsets for part in parts]),
     )
     return GraphRows(first.logits, ids.reshape(len(images), -1), maps)
-
-
-def resolve(logits: Float32Array, wanted: Int64Array) -> Int64Array:
-    """Turn (N, K) wanted into class ids, as `cam.targets.resolve` does: equal logits rank by class id."""
-    ranked = np.argsort(-logits, axis=1, kind="stable")[:, : wanted.shape[1]]
-    return np.where(wanted == RANKED, ranked, wanted)
 
 
 def _padded(ids: Int64Array, classes: int) -> Int64Array:

@@ -11,15 +11,14 @@ from heatlens_server.backends.onnx.graph_rows import (
     normalisation_table,
     normalised_planes,
     planes,
-    resolve,
     run_wanted,
 )
 from heatlens_server.backends.onnx.map_finish import Maps
-from heatlens_server.backends.torch.cam import targets
 from heatlens_server.core.methods import ABSENT, RANKED
 from heatlens_server.core.preprocess import Interpolation, PreprocessSpec
 from heatlens_server.core.targets import ClassIds, TopK
 from heatlens_server.imaging.preprocess import normalise
+from heatlens_server.maps import targets
 from loaded_models import MEAN, STD, noise
 
 CLASSES = 12
@@ -64,18 +63,6 @@ def test_short_rows_are_padded_with_absent():
     index = class_index([TopK(2), ClassIds((5, 0, 1)), TopK(1)])
     assert index.dtype == np.int64
     np.testing.assert_array_equal(index, [[RANKED, RANKED, ABSENT], [5, 0, 1], [RANKED, ABSENT, ABSENT]])
-
-
-def test_constants_are_those_that_graphs_know():
-    assert (targets.RANKED, targets.ABSENT) == (RANKED, ABSENT)
-
-
-def test_ranks_are_those_of_the_graph_equal_logits_too():
-    logits = logits_of(np.stack([image(n) for n in range(20)]))
-    wanted = np.where(np.arange(20 * CLASSES).reshape(20, CLASSES) % 3 == 0, RANKED, 4).astype(np.int64)
-    wanted[:, -2:] = ABSENT
-    expected = targets.resolve(torch.from_numpy(logits), torch.from_numpy(wanted))
-    np.testing.assert_array_equal(resolve(logits, wanted), expected)
 
 
 @pytest.mark.parametrize("classes", [None, 1, 2, 3, 5, CLASSES])

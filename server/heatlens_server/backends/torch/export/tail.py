@@ -19,13 +19,13 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from heatlens_server.backends.torch.cam.saliency import saliency
-from heatlens_server.backends.torch.cam.targets import resolve, seeds
 from heatlens_server.backends.torch.export.capture import MARK, Captured
 from heatlens_server.backends.torch.export.substitutes import SUBSTITUTES
 from heatlens_server.core.errors import ExportError
 from heatlens_server.core.methods import ABSENT, Method, Score
 from heatlens_server.maps.methods import raw_map
 from heatlens_server.maps.precision import FP16_GRADIENT_SCALE, at_least_float32
+from heatlens_server.maps.targets import resolve, seeds
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,8 +252,8 @@ def _gradient(logits: Tensor, leaf: Tensor, class_id: Tensor, goal: Goal, *, ret
         size = own.abs().amax(dim=1, keepdim=True)
         seed = (own / torch.where(size == 0, 1.0, size) * scale).to(logits.dtype)
         (gradient,) = torch.autograd.grad(logits, [leaf], seed, retain_graph=retain)
-        return at_least_float32(gradient) * (size / scale)[:, :, None, None]
-    # A one-hot seed rather than the derivative of a gather, which is a scatter that TensorRT does not have.
+        found: Tensor = at_least_float32(gradient) * (size / scale)[:, :, None, None]
+        return found
     hot = class_id == torch.arange(logits.shape[1])
     seed = torch.where(hot, scale, 0.0).to(logits.dtype)
     (gradient,) = torch.autograd.grad(logits, [leaf], seed, retain_graph=retain)

@@ -5,14 +5,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from heatlens_server.backends.torch.cam.targets import class_scores, probabilities, resolve
+from heatlens_server.backends.onnx.graph_rows import class_index
+from heatlens_server.backends.torch.cam.targets import class_scores
 from heatlens_server.backends.torch.goals.base import Goals, RunImages, TaskModel, sum_of
 from heatlens_server.backends.torch.sources.output_reading import OutputReading
 from heatlens_server.core.arrays import Float32Array
-from heatlens_server.core.methods import ABSENT, RANKED, Score
+from heatlens_server.core.methods import Score
 from heatlens_server.core.results import ImageResult
-from heatlens_server.core.targets import ClassIds, ClassTarget, Target, TopK, class_targets
+from heatlens_server.core.targets import ClassIds, ClassTarget, Target, class_targets
 from heatlens_server.core.tasks import Activation
+from heatlens_server.maps.targets import probabilities, resolve
 
 
 class ClassGoals(Goals):
@@ -31,7 +33,8 @@ class ClassGoals(Goals):
         self._counts = [target.count for target in targets]
         self._kind = score
         self._sigmoid = sigmoid
-        self._ids = resolve(logits.detach(), _wanted(targets, logits.device))
+        wanted = torch.from_numpy(class_index(targets)).to(logits.device)
+        self._ids: Tensor = resolve(logits.detach(), wanted)
         self._scores = class_scores(logits, self._ids, score, sigmoid=sigmoid)
 
     @property
@@ -54,7 +57,8 @@ class ClassGoals(Goals):
 
     def probabilities(self, n: int, output: Tensor) -> Tensor:
         """Probabilities (R, K) of image n's classes in logits (R, C)."""
-        return probabilities(output, sigmoid=self._sigmoid)[:, self._ids_of(n)]
+        found: Tensor = probabilities(output, sigmoid=self._sigmoid)[:, self._ids_of(n)]
+        return found
 
     def by_name(self, n: int) -> ClassIds:
         """Image n's classes by id."""
@@ -103,10 +107,3 @@ class Classification(TaskModel):
     def total(self, output: Tensor, class_count: int) -> Tensor:
         """The sum of the logits."""
         return sum_of(output, class_count)
-
-
-def _wanted(targets: Sequence[ClassTarget], device: torch.device) -> Tensor:
-    """The targets as int64 (N, K) for `cam.targets.resolve`, short rows padded with ABSENT."""
-    rows = [[RANKED] * target.k if isinstance(target, TopK) else list(target.ids) for target in targets]
-    width = max(len(row) for row in rows)
-    return torch.tensor([row + [ABSENT] * (width - len(row)) for row in rows], dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""Scores of classes and their derivatives: `class_scores`, `probabilities` and `seeds` of `cam.targets`."""
+"""Scores of classes and their derivatives: `class_scores`, and `maps.targets` on tensors."""
 
 import pytest
 import torch
@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from pytorch_grad_cam.utils.model_targets import FinerWeightedTarget
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from heatlens_server.backends.torch.cam.targets import class_scores, probabilities, seeds
+from heatlens_server.backends.torch.cam.targets import class_scores
 from heatlens_server.core.methods import ABSENT, Score
+from heatlens_server.maps.targets import probabilities, seeds
 
 IDS = torch.tensor([[3, 0, 6], [1, ABSENT, 2], [5, 4, ABSENT]])
 

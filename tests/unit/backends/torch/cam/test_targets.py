@@ -3,7 +3,9 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from heatlens_server.backends.torch.cam.targets import ABSENT, RANKED, class_scores, resolve
+from heatlens_server.backends.torch.cam.targets import class_scores
+from heatlens_server.core.methods import ABSENT, RANKED
+from heatlens_server.maps.targets import resolve
 
 LOGITS = torch.tensor([[0.1, 3.0, -1.0, 2.0], [5.0, 1.0, 6.0, 0.0]])  # ranked: 1 3 0 2, and 2 0 1 3
 
