@@ -7,6 +7,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
 from heatlens_server.backends.torch.network.attention import open_attention
+from heatlens_server.backends.torch.network.convolution import grouped_convolutions
 from heatlens_server.backends.torch.network.hooks import Substitutes, Substitution
 from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.backends.torch.passes.one_pass import PassSteps, RawMaps, leaf_of
@@ -89,5 +90,5 @@ def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
     return x.copy_(result) if inplace else result
 
 
-_TWICE: Substitutes = {**open_attention(), F.hardsigmoid: _hardsigmoid}
-"""For the common operations whose derivative torch cannot differentiate again."""
+_TWICE: Substitutes = {**open_attention(), **grouped_convolutions(), F.hardsigmoid: _hardsigmoid}
+"""For the common operations whose derivative torch cannot differentiate again, or only at a great price."""
