@@ -13,7 +13,9 @@ from heatlens_server.allocator import keep_freed_memory
 def main(
     turns: Annotated[int, typer.Option(help="How often each candidate runs; medians are printed.")] = 7,
     seconds: Annotated[float, typer.Option(help="How long each load lasts, in seconds.")] = 4.0,
-    only: Annotated[str, typer.Option(help="One of wire, engine, files, decode, served, stream; empty for all.")] = "",
+    only: Annotated[
+        str, typer.Option(help="One of wire, engine, files, decode, served, stream, watched; empty for all.")
+    ] = "",
 ) -> None:
     """Print speed ratios measured in one run on this machine."""
     # What the server does at its start, before torch is imported. Every candidate in this process profits from it,
@@ -21,7 +23,7 @@ def main(
     keep_freed_memory()
     import torch  # noqa: PLC0415 - after malloc is told
 
-    from bench import decode, engine, files, served, stream, wire  # noqa: PLC0415 - after malloc is told
+    from bench import decode, engine, files, served, stream, watched, wire  # noqa: PLC0415 - after malloc is told
     from bench.models import photo_paths  # noqa: PLC0415 - after malloc is told
 
     console = Console(width=None if os.isatty(1) else 120)
@@ -46,6 +48,8 @@ def main(
             if only in {"", "stream"}:
                 for table in stream.run(service, turns=turns, seconds=seconds):
                     console.print(table)
+    if only in {"", "watched"}:
+        console.print(watched.run(turns=turns, seconds=seconds))
 
 
 typer.run(main)

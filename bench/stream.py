@@ -165,9 +165,9 @@ def _overhead(*, turns: int, seconds: float) -> Table:
             spent_ms: list[float] = []
             alone_ms: list[float] = []
             for _ in range(turns):
-                before_s = _cpu_s(process)
+                before_s = cpu_s(process)
                 measured.append(load(seconds))
-                spent_ms.append((_cpu_s(process) - before_s) / len(measured[-1].timings) * 1e3)
+                spent_ms.append((cpu_s(process) - before_s) / len(measured[-1].timings) * 1e3)
                 alone_ms.append(engine.cpu_s(frames, measured[-1].batch_size, seconds=seconds / 2) * 1e3)
             overhead_ms = statistics.median(spent - alone for spent, alone in zip(spent_ms, alone_ms, strict=True))
             verdict = ("met" if overhead_ms <= MAX_OVERHEAD_MS else "MISSED") if name == judged else ""
@@ -186,14 +186,15 @@ def _bare(frames: Images, *, turns: int, seconds: float) -> list[str]:
         process, service = psutil.Process(pid), Service(address, pid, Path(folder))
         measure_streams(service, frames, 1, window=WINDOW, seconds=1.0)
         for _ in range(turns):
-            before_s = _cpu_s(process)
+            before_s = cpu_s(process)
             measured.append(measure_streams(service, frames, 1, window=WINDOW, seconds=seconds))
-            spent_ms.append((_cpu_s(process) - before_s) / len(measured[-1].timings) * 1e3)
+            spent_ms.append((cpu_s(process) - before_s) / len(measured[-1].timings) * 1e3)
     spent = f"{statistics.median(spent_ms):.3f}"
     return [f"{statistics.median(load.images_per_s for load in measured):.1f}", "", spent, "", spent]
 
 
-def _cpu_s(process: psutil.Process) -> float:
+def cpu_s(process: psutil.Process) -> float:
+    """CPU seconds of a process so far, on all its cores."""
     times = process.cpu_times()
     return float(times.user + times.system)
 
