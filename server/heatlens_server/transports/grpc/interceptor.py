@@ -74,8 +74,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 if data is grpc.aio.EOF:
                     raise InvalidArgument([FieldViolation("", "the call has no message")], reason="MESSAGE_MISSING")
                 held.keep(len(data))
-                request = parsed(deserialize(data))
-                del data
+                request = deserialize(data)
+                del data  # also where it is refused: the error's traceback would keep it
+                request = parsed(request)
                 response = serialize(await handler.unary_unary(request, context))
             if call.answer is not None:
                 call.answer.keep(_COPIES * len(response))

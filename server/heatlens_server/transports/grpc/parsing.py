@@ -35,7 +35,7 @@ def tolerant(parse: Any) -> Callable[[bytes], Any]:  # noqa: ANN401 - protobuf's
             _Budget().count(data, 0, len(data), kind)
             return parse(data)
         except InvalidArgument as error:
-            return error
+            return error.with_traceback(None)  # which holds the message
         except (DecodeError, IndexError):
             return _refusal("the message is not valid protobuf", "MESSAGE_UNDECODABLE")
 

@@ -1,5 +1,7 @@
 """Messages that cost far more to parse than to send are refused before protobuf sees them."""
 
+import sys
+
 import pytest
 from grpc_health.v1 import health_pb2
 
@@ -96,3 +98,11 @@ def test_what_is_no_message_is_undecodable(garbage):
 def test_an_empty_message_is_one():
     parse = tolerant(health_pb2.HealthCheckRequest.FromString)
     assert parsed(parse(b"")) == health_pb2.HealthCheckRequest()
+
+
+def test_what_is_refused_is_not_kept():
+    bomb = BOMBS["texts"]
+    before = sys.getrefcount(bomb)
+    error = tolerant(pb.ExplainRequest.FromString)(bomb)
+    assert isinstance(error, InvalidArgument)
+    assert sys.getrefcount(bomb) == before
