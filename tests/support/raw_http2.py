@@ -97,14 +97,18 @@ class RawConnection:
         """Send data of a call as far as the server lets it.
 
         Returns:
-            Whether all was sent: False once the server has ended the call, or has granted nothing for `patience_s`.
+            Whether all was sent: False once the server has ended the call, has hung up, or has granted nothing for
+            `patience_s`.
         """
         sent = 0
         self.socket.settimeout(patience_s)
         while sent < len(data):
             size = min(self._room, self._initial + self._extra[stream_id], _MAX_FRAME_BYTES, len(data) - sent)
             if size > 0:
-                self.send(frame(DATA, 0, stream_id, data[sent : sent + size]))
+                try:
+                    self.send(frame(DATA, 0, stream_id, data[sent : sent + size]))
+                except ConnectionError:
+                    return False
                 sent += size
                 self._room -= size
                 self._extra[stream_id] -= size
