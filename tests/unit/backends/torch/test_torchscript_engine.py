@@ -40,6 +40,7 @@ def test_it_says_what_it_can_do():
         has_options=False,
         takes_steps=False,
         layers_by_method=dict.fromkeys((m for m in methods if m.traits.default_layer_only), ("body",)),
+        layer_shapes={},
     )
     plain = MapSpec(Method.EIGEN_CAM, ("body",), upsample=False)
     assert engine.can(plain)
