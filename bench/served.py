@@ -231,15 +231,16 @@ def _jpegs() -> list[bytes]:
 
 
 @contextmanager
-def serve(models: str = DEFAULT_MODEL) -> Iterator[Service]:
+def serve(models: str = DEFAULT_MODEL, *, within: Path | None = None) -> Iterator[Service]:
     """Run a server in a process of its own.
 
     Args:
         models: the [[models]] of its configuration, TOML.
+        within: its folder, whose cache it uses; None for an empty one.
     """
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        config, port_file = folder / "server.toml", folder / "port"
+        folder = within or Path(name)
+        config, port_file = folder / "server.toml", Path(name) / "port"
         config.write_text(_SERVER + models)
         process = subprocess.Popen(
             [sys.executable, "-m", "heatlens_server", "serve", "-c", str(config), "--port-file", str(port_file)],
