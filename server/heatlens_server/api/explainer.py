@@ -33,6 +33,11 @@ _COPIES = 3
 """How often an answer is in memory at a time: as arrays, as a message, and as bytes, twice, when those are gone."""
 
 
+def _owner(peer: str) -> str:
+    """Who takes turns with others. Peers on a unix socket have one name, and are not told apart."""
+    return "" if peer.startswith("unix") else peer
+
+
 class Explainer:
     """Explains images. Belongs to the event loop.
 
@@ -99,13 +104,17 @@ class Explainer:
         trace: Trace,
         source: Source | None = None,
     ) -> Ticket:
-        """Send an image on its way; what its plan needs must be loaded. Arguments, errors: as `ModelQueue.submit`."""
+        """Send an image on its way, by the connection of the present call; what its plan needs must be loaded.
+
+        Arguments, errors: as `ModelQueue.submit`.
+        """
         return model.queue.submit(
             lambda: self._decode(image, plan, model),
             plan.target,
             plan.spec,
             timeout_s=timeout_s,
             source=source,
+            peer=_owner(current_call().peer),
             finish_target=plan.finish_target,
             trace=trace,
         )

@@ -129,6 +129,7 @@ class Entry:
         deadline: on the batcher's clock, in seconds; None for no deadline. See `expires_at`.
         resolve: gives the outcome to the caller; called at most once, on the caller's event loop.
         source: the sender; None for a caller with this image only.
+        peer: the connection that the image of such a caller came by; empty if that is not known.
         decode: makes `image`, or says that it is large; None once that is done or not wanted any more.
         finish_target: makes the target that the engine gets from the decoded image; None if `target` is that.
         image: the image as the model sees it; None while it is being decoded, and when the entry is gone.
@@ -147,6 +148,7 @@ class Entry:
     deadline: float | None
     resolve: Callable[[Outcome], None]
     source: Source | None = None
+    peer: str = ""
     decode: Callable[[], FittedImage | LargeImage] | None = None
     finish_target: Callable[[FittedImage], Target] | None = None
     image: FittedImage | None = None
@@ -161,8 +163,8 @@ class Entry:
 
     @property
     def owner(self) -> object:
-        """Which sender takes turns with others: the source, or the entry itself for a caller with this image only."""
-        return self.source or self
+        """Who takes turns with others: the source, a connection with its single images, or else the entry itself."""
+        return self.source or self.peer or self
 
     @property
     def expires_at(self) -> float | None:

@@ -103,6 +103,7 @@ class ModelQueue:
         *,
         timeout_s: float | None,
         source: Source | None = None,
+        peer: str = "",
         finish_target: Callable[[FittedImage], Target] | None = None,
         trace: Trace | None = None,
     ) -> Ticket:
@@ -115,8 +116,9 @@ class ModelQueue:
             spec: how; everything that it needs is loaded.
             timeout_s: how long the caller will wait; the model is not run for it after that. With a source, how long
                 the image may wait to be begun. None: for ever.
-            source: the stream that the image belongs to. Streams and callers without one take turns, and images of
-                streams take no place in the queue from callers: the owner of the stream bounds them.
+            source: the stream that the image belongs to. Streams and connections of callers without one take turns,
+                and images of streams take no place in the queue from callers: the owner of the stream bounds them.
+            peer: the connection that an image without a source came by; empty: it takes turns by itself.
             finish_target: makes the target that the engine gets from the decoded image, on the decoder thread; None if
                 `target` is that. What it raises is raised by `Ticket.result`.
             trace: that of the call or frame, for the observer.
@@ -134,7 +136,7 @@ class ModelQueue:
             source=source,
         )
         self._observer.admitted(model=self._name, in_stream=source is not None)
-        entry.decode, entry.finish_target, entry.trace = decode, finish_target, trace
+        entry.decode, entry.finish_target, entry.trace, entry.peer = decode, finish_target, trace, peer
         try:
             self._decode_queue.add(entry)
         except BaseException:
