@@ -18,8 +18,11 @@ _RETRY_S = 1.0
 
 _UNLIMITED_BYTES = 2**62
 
-_PUBLIC_MESSAGES = 8
+_PUBLIC_MESSAGES = 2
 """How many messages of callers that showed no token may be awaited at a time: those of health checks are tiny."""
+
+_PUBLIC_WAITING = 64
+"""How many more may wait for that: the newest of them."""
 
 
 class Admission:
@@ -58,7 +61,9 @@ class Admission:
             "answers", total_bytes=half, peer_bytes=peer_half, relieve=lambda: self._end_slowest(SLOW_S)
         )
         public_bytes = _PUBLIC_MESSAGES * max_message_bytes
-        self.public = ByteBudget("health checks", total_bytes=public_bytes, peer_bytes=public_bytes)
+        self.public = ByteBudget(
+            "health checks", total_bytes=public_bytes, peer_bytes=public_bytes, most_waiting=_PUBLIC_WAITING
+        )
         self.max_message_bytes = max_message_bytes
         self._receive_timeout_s = receive_timeout_s
         self._send_timeout_s = send_timeout_s

@@ -24,9 +24,6 @@ _LOOK_S = 0.25
 _ROOM_S = 10.0
 """How long one may wait for room, in seconds."""
 
-_MOST_WAITING = 1024
-"""Most that wait for room: the transport has some of each already."""
-
 _MOST_CUTS = 4096
 """Of how many peers it is remembered that they were cut off."""
 
@@ -88,7 +85,13 @@ class ByteBudget:
     """Bytes of one kind that are in flight. One that is alone is let in, whatever its size."""
 
     def __init__(
-        self, what: str, *, total_bytes: int, peer_bytes: int, relieve: Callable[[], None] = lambda: None
+        self,
+        what: str,
+        *,
+        total_bytes: int,
+        peer_bytes: int,
+        most_waiting: int = 1024,
+        relieve: Callable[[], None] = lambda: None,
     ) -> None:
         """Nothing is held.
 
@@ -96,11 +99,13 @@ class ByteBudget:
             what: what is counted, for messages: "requests".
             total_bytes: most in all.
             peer_bytes: most of one peer.
+            most_waiting: most that wait for room: the transport has some of each already.
             relieve: called again and again while some wait for what others hold.
         """
         self._what = what
         self._total_bytes = total_bytes
         self._peer_bytes = peer_bytes
+        self._most_waiting = most_waiting
         self._relieve = relieve
         self._held = 0
         self._of_peers: Counter[str] = Counter()
@@ -170,7 +175,7 @@ class ByteBudget:
         loop = asyncio.get_running_loop()
         one = _Waiting((self._cuts[held.peer], -next(self._numbers)), held, size_bytes, loop.create_future())
         heapq.heappush(self._waiting, one)
-        if len(self._waiting) > _MOST_WAITING:
+        if len(self._waiting) > self._most_waiting:
             self._drop(max(self._waiting))
         self._serve()
         until = loop.time() + _ROOM_S

@@ -116,9 +116,8 @@ async def test_who_waits_in_vain_is_refused_and_who_leaves_holds_nothing(monkeyp
     assert made.held_bytes == 100
 
 
-async def test_too_many_that_wait_are_refused_the_oldest_first(monkeypatch):
-    monkeypatch.setattr(byte_budget, "_MOST_WAITING", 2)
-    made = budget()
+async def test_too_many_that_wait_are_refused_the_oldest_first():
+    made = budget(most_waiting=2)
     everything = made.hold("a")
     everything.keep(100)
     waits = [asyncio.create_task(made.wait(made.hold(peer), 10)) for peer in "bcd"]
