@@ -62,6 +62,21 @@ def test_neither_torch_nor_onnx_is_needed(tmp_path):
     subprocess.run([sys.executable, "-W", "error", "-c", PROGRAM, str(tmp_path / "copy")], check=True)
 
 
+def test_its_folder_is_only_read(tmp_path):
+    folder, manifest = tiny()
+    manifest.write(shutil.copytree(folder, tmp_path / "copy"))
+
+    def files():
+        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")}
+
+    before = files()
+    engine = open_engine((tmp_path / "copy", manifest))
+    for layer in ("body", "stem"):
+        assert engine.explain(noise(2), [TopK(2)] * 2, dataclasses.replace(SPEC, layers=(layer,)))
+    engine.close()
+    assert files() == before
+
+
 def test_what_bypasses_a_layer_is_computed_before_it():
     class Bypassed(nn.Module):
         def __init__(self) -> None:
