@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 from heatlens.v1 import explain_pb2_grpc, model_pb2_grpc
 from heatlens_server.allocator import return_freed_memory, return_memory_when_idle
 from heatlens_server.api.admission import Admission
-from heatlens_server.api.calls import CallGate
+from heatlens_server.api.calls import Administrators, CallGate
 from heatlens_server.api.checks import Limits
 from heatlens_server.api.explainer import Explainer
 from heatlens_server.api.stream.open_streams import OpenStreams
-from heatlens_server.config import Config, ModelConfig, ServerConfig
+from heatlens_server.config import AdminConfig, Config, ModelConfig, ServerConfig
 from heatlens_server.core.engine import SteppingEngine
 from heatlens_server.core.errors import ConfigError, ServerDraining
 from heatlens_server.core.events import Observer, Observers
@@ -68,12 +68,13 @@ class Server:
     Attributes:
         fleet: its models.
         streams: its open streams.
+        reloader: changes them as the configuration says by then.
         hung: set once a model has begun to hang.
         port: bound.
     """
 
-    def __init__(self, config: Config) -> None:
-        """Wire everything; nothing runs yet."""
+    def __init__(self, config: Config, read: Callable[[], Config] | None = None) -> None:
+        """Wire everything; nothing runs yet. Arguments: as `serve`."""
         self._config = config
         self._decoder_count = config.server.decode_threads or os.cpu_count() or 1
         # One more than large images may take, so that small ones never wait behind them.
@@ -127,7 +128,10 @@ class Server:
             hang_up=hang_up,
         )
         self._gate = CallGate(
-            self._observer, token=None if token is None else token.get_secret_value(), admission=admission
+            self._observer,
+            token=None if token is None else token.get_secret_value(),
+            admission=admission,
+            administrators=_administrators(config.admin) if config.admin.enabled else None,
         )
         max_connections = connections_within_limit(config.server.max_connections)
         explainer = Explainer(self.fleet, limits, self._observer, admission)
@@ -135,20 +139,21 @@ class Server:
             config.server, self._gate, max_connections=max_connections, refuse_if_full=explainer.refuse_if_full
         )
         explain_pb2_grpc.add_ExplainServiceServicer_to_server(ExplainServicer(explainer, self.streams), self._grpc)
-        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.fleet, limits), self._grpc)
+        self.reloader = Reloader(self.fleet, config, read or (lambda: config))
+        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.fleet, limits, self.reloader), self._grpc)
         self._health.add_to(self._grpc)
         if config.server.reflection:
             enable_reflection(self._grpc)
         self.port = 0
 
     @classmethod
-    async def start(cls, config: Config) -> "Server":
-        """Bind, answer, and load the models meanwhile.
+    async def start(cls, config: Config, read: Callable[[], Config] | None = None) -> "Server":
+        """Bind, answer, and load the models meanwhile. Arguments: as `serve`.
 
         Raises:
             ConfigError: the address cannot be bound, or a file of the configuration cannot be read.
         """
-        server = cls(config)
+        server = cls(config, read)
         server.port = bind(server._grpc, config.server)
         server._serve_metrics()
         server._loading = [server.fleet.load(model) for model in config.models]
@@ -244,6 +249,11 @@ class Server:
         )
 
 
+def _administrators(admin: AdminConfig) -> Administrators:
+    token = admin.read_token()
+    return Administrators(None if token is None else token.get_secret_value(), frozenset(admin.client_names))
+
+
 def _make_metrics() -> "Metrics":
     # Only where it is wanted: prometheus-client takes time to import.
     from heatlens_server.telemetry.metrics import Metrics  # noqa: PLC0415
@@ -316,11 +326,10 @@ async def serve(
 
     handle_signals(wake, last_resort)
     reloads: set[asyncio.Task[None]] = set()
-    server = await Server.start(config)
-    reloader = Reloader(server.fleet, config, read or (lambda: config))
+    server = await Server.start(config, read)
 
     def reload() -> None:
-        task = loop.create_task(reloader.reload())
+        task = loop.create_task(server.reloader.reload())
         reloads.add(task)
         task.add_done_callback(reloads.discard)
 

@@ -15,7 +15,7 @@ from heatlens._stream.async_link import AsyncLink
 from heatlens._stream.async_stream import AsyncStream
 from heatlens._stream.calls import async_run
 from heatlens._wire import answers
-from heatlens._wire.requests import ALL, ExplainOptions, explain_request, health_request, keep_metrics_of
+from heatlens._wire.requests import ALL, ExplainOptions, explain_request, health_request, keep_metrics_of, model_name
 from heatlens._wire.status import unknown_model
 from heatlens._wire.streams import StreamOptions, stream_plan
 from heatlens.v1 import model_pb2
@@ -190,6 +190,41 @@ class AsyncClient:
         return answers.server_info_of(
             await self._connection.call(self._connection.stubs.models.GetServerInfo, request, timeout)
         )
+
+    async def load_model(self, name: str, *, timeout: Timeout = UNSET) -> None:
+        """Load a model of the server's configuration that is not loaded, or has failed; for administrators.
+
+        Args:
+            name: of the model.
+            timeout: seconds until it is ready; when they have passed the server goes on loading it.
+
+        Raises:
+            PermissionDeniedError: the client's token and certificate are no administrator's.
+            NotFoundError: the configuration has no such model.
+            FailedPreconditionError: the model is loaded already, cannot be loaded, or the configuration is wrong.
+            HeatlensError: any other failure.
+        """
+        request = model_pb2.LoadModelRequest(name=model_name(name))
+        await self._connection.call(self._connection.stubs.models.LoadModel, request, timeout)
+
+    async def reload_model(self, name: str, *, timeout: Timeout = UNSET) -> None:
+        """Load a model again, as the configuration and its files are by now, beside the one that serves.
+
+        Arguments and errors are those of `load_model`; if the new one cannot be loaded, the old one goes on.
+        """
+        request = model_pb2.ReloadModelRequest(name=model_name(name))
+        await self._connection.call(self._connection.stubs.models.ReloadModel, request, timeout)
+
+    async def unload_model(self, name: str, *, timeout: Timeout = UNSET) -> None:
+        """Take a model out of the server, once its running calls are finished; for administrators.
+
+        Raises:
+            PermissionDeniedError: the client's token and certificate are no administrator's.
+            NotFoundError: the server has no such model.
+            HeatlensError: any other failure.
+        """
+        request = model_pb2.UnloadModelRequest(name=model_name(name))
+        await self._connection.call(self._connection.stubs.models.UnloadModel, request, timeout)
 
     async def health(self, model: str | None = None, *, timeout: Timeout = UNSET) -> Health:
         """Return whether the server, or one model, serves. Never retried: it says how things are now.

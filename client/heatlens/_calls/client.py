@@ -14,7 +14,7 @@ from heatlens._stream.calls import run
 from heatlens._stream.link import Link
 from heatlens._stream.stream import Stream
 from heatlens._wire import answers
-from heatlens._wire.requests import ALL, ExplainOptions, explain_request, health_request, keep_metrics_of
+from heatlens._wire.requests import ALL, ExplainOptions, explain_request, health_request, keep_metrics_of, model_name
 from heatlens._wire.status import unknown_model
 from heatlens._wire.streams import StreamOptions, stream_plan
 from heatlens.v1 import model_pb2
@@ -187,6 +187,41 @@ class Client:
         return answers.server_info_of(
             self._connection.call(self._connection.stubs.models.GetServerInfo, request, timeout)
         )
+
+    def load_model(self, name: str, *, timeout: Timeout = UNSET) -> None:
+        """Load a model of the server's configuration that is not loaded, or has failed; for administrators.
+
+        Args:
+            name: of the model.
+            timeout: seconds until it is ready; when they have passed the server goes on loading it.
+
+        Raises:
+            PermissionDeniedError: the client's token and certificate are no administrator's.
+            NotFoundError: the configuration has no such model.
+            FailedPreconditionError: the model is loaded already, cannot be loaded, or the configuration is wrong.
+            HeatlensError: any other failure.
+        """
+        request = model_pb2.LoadModelRequest(name=model_name(name))
+        self._connection.call(self._connection.stubs.models.LoadModel, request, timeout)
+
+    def reload_model(self, name: str, *, timeout: Timeout = UNSET) -> None:
+        """Load a model again, as the configuration and its files are by now, beside the one that serves.
+
+        Arguments and errors are those of `load_model`; if the new one cannot be loaded, the old one goes on.
+        """
+        request = model_pb2.ReloadModelRequest(name=model_name(name))
+        self._connection.call(self._connection.stubs.models.ReloadModel, request, timeout)
+
+    def unload_model(self, name: str, *, timeout: Timeout = UNSET) -> None:
+        """Take a model out of the server, once its running calls are finished; for administrators.
+
+        Raises:
+            PermissionDeniedError: the client's token and certificate are no administrator's.
+            NotFoundError: the server has no such model.
+            HeatlensError: any other failure.
+        """
+        request = model_pb2.UnloadModelRequest(name=model_name(name))
+        self._connection.call(self._connection.stubs.models.UnloadModel, request, timeout)
 
     def health(self, model: str | None = None, *, timeout: Timeout = UNSET) -> Health:
         """Return whether the server, or one model, serves. Never retried: it says how things are now.

@@ -234,7 +234,8 @@ def service_config(retry: Retry) -> str:
             {
                 "name": [
                     {"service": "heatlens.v1.ExplainService", "method": "Explain"},
-                    {"service": "heatlens.v1.ModelService"},
+                    {"service": "heatlens.v1.ModelService", "method": "ListModels"},
+                    {"service": "heatlens.v1.ModelService", "method": "GetServerInfo"},
                 ],
                 "retryPolicy": {
                     "maxAttempts": int(retry.max_attempts),

@@ -8,7 +8,7 @@ from heatlens._cli.bench import bench
 from heatlens._cli.evaluate import evaluate
 from heatlens._cli.explain import explain
 from heatlens._cli.health import run
-from heatlens._cli.models import models
+from heatlens._cli.models import app as models
 from heatlens._cli.video import video
 from heatlens._version import __version__
 
@@ -21,8 +21,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (explain, evaluate, video, models, bench):
+for _command in (explain, evaluate, video, bench):
     app.command()(_command)
+app.add_typer(models, name="models")
 
 
 # Its arguments are its own: probes run it without typer.

@@ -1,7 +1,9 @@
-"""`heatlens models`: list the served models."""
+"""`heatlens models`: list the served models, and load, unload and reload them."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
+from typing import Annotated
 
 import typer
 
@@ -20,8 +22,14 @@ from heatlens._cli.connection import (
 )
 from heatlens._results.results import ModelInfo, ModelState
 
+app = typer.Typer(no_args_is_help=False)
 
+_NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="As the server's configuration has it.")]
+
+
+@app.callback(invoke_without_command=True)
 def models(
+    context: typer.Context,
     *,
     server: ServerOption = DEFAULT_SERVER,
     as_json: JsonOption = False,
@@ -36,9 +44,37 @@ def models(
     After "torch:" come those for which torch is loaded when they are first asked for; after "in steps:" those that take
     many runs of the model. Below the table is what the server assumed about models. With --json, a list of objects.
     """
+    if context.invoked_subcommand is not None:
+        return
     with reporting(), Client(**client_options(server, tls=tls, ca=ca, cert=cert, key=key, timeout=timeout)) as client:
         found = client.models()
     typer.echo(json.dumps([asdict(model) for model in found], indent=2) if as_json else _as_table(found))
+
+
+def _changing(change: Callable[[Client, str], None], said: str, about: str) -> None:
+    """Add the command that makes a change, for administrators: their token is in HEATLENS_TOKEN."""
+
+    def command(
+        name: _NameArgument,
+        *,
+        server: ServerOption = DEFAULT_SERVER,
+        timeout: TimeoutOption = 600.0,
+        tls: TlsOption = False,
+        ca: CaOption = None,
+        cert: CertOption = None,
+        key: KeyOption = None,
+    ) -> None:
+        connection = client_options(server, tls=tls, ca=ca, cert=cert, key=key, timeout=timeout)
+        with reporting(), Client(**connection) as client:
+            change(client, name)
+        typer.echo(f"{name} is {said}")
+
+    app.command(said.removesuffix("ed"), help=about)(command)
+
+
+_changing(Client.load_model, "loaded", "Load a model of the server's configuration, and wait until it is ready.")
+_changing(Client.unload_model, "unloaded", "Take a model out, once its running calls are finished.")
+_changing(Client.reload_model, "reloaded", "Load a model again, beside the one that serves, and wait until it serves.")
 
 
 def _as_table(found: tuple[ModelInfo, ...]) -> str:

@@ -45,6 +45,21 @@ class ModelServiceStub(object):
                 request_serializer=heatlens_dot_v1_dot_model__pb2.GetServerInfoRequest.SerializeToString,
                 response_deserializer=heatlens_dot_v1_dot_model__pb2.GetServerInfoResponse.FromString,
                 _registered_method=True)
+        self.LoadModel = channel.unary_unary(
+                '/heatlens.v1.ModelService/LoadModel',
+                request_serializer=heatlens_dot_v1_dot_model__pb2.LoadModelRequest.SerializeToString,
+                response_deserializer=heatlens_dot_v1_dot_model__pb2.LoadModelResponse.FromString,
+                _registered_method=True)
+        self.UnloadModel = channel.unary_unary(
+                '/heatlens.v1.ModelService/UnloadModel',
+                request_serializer=heatlens_dot_v1_dot_model__pb2.UnloadModelRequest.SerializeToString,
+                response_deserializer=heatlens_dot_v1_dot_model__pb2.UnloadModelResponse.FromString,
+                _registered_method=True)
+        self.ReloadModel = channel.unary_unary(
+                '/heatlens.v1.ModelService/ReloadModel',
+                request_serializer=heatlens_dot_v1_dot_model__pb2.ReloadModelRequest.SerializeToString,
+                response_deserializer=heatlens_dot_v1_dot_model__pb2.ReloadModelResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer(object):
@@ -65,6 +80,33 @@ class ModelServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadModel(self, request, context):
+        """The following change what is served, within what the server's configuration says by then. They are for
+        administrators alone: others get PERMISSION_DENIED. A change goes on when its caller leaves.
+
+        Loads a model that is not loaded, or has failed, and returns once it is ready. NOT_FOUND if the configuration lacks
+        it; FAILED_PRECONDITION if it is loaded already, or cannot be.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadModel(self, request, context):
+        """Takes a model out, and returns once its running calls are finished; those that wait get UNAVAILABLE,
+        MODEL_UNLOADED. A restart, or a reload of the configuration, loads it again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReloadModel(self, request, context):
+        """Loads a model again, beside the one that serves, and returns once it serves in its place. If it cannot be loaded,
+        FAILED_PRECONDITION, the old one goes on. Streams of the old one end with UNAVAILABLE, MODEL_UNLOADED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +119,21 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.GetServerInfo,
                     request_deserializer=heatlens_dot_v1_dot_model__pb2.GetServerInfoRequest.FromString,
                     response_serializer=heatlens_dot_v1_dot_model__pb2.GetServerInfoResponse.SerializeToString,
+            ),
+            'LoadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadModel,
+                    request_deserializer=heatlens_dot_v1_dot_model__pb2.LoadModelRequest.FromString,
+                    response_serializer=heatlens_dot_v1_dot_model__pb2.LoadModelResponse.SerializeToString,
+            ),
+            'UnloadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadModel,
+                    request_deserializer=heatlens_dot_v1_dot_model__pb2.UnloadModelRequest.FromString,
+                    response_serializer=heatlens_dot_v1_dot_model__pb2.UnloadModelResponse.SerializeToString,
+            ),
+            'ReloadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReloadModel,
+                    request_deserializer=heatlens_dot_v1_dot_model__pb2.ReloadModelRequest.FromString,
+                    response_serializer=heatlens_dot_v1_dot_model__pb2.ReloadModelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +191,87 @@ class ModelService(object):
             '/heatlens.v1.ModelService/GetServerInfo',
             heatlens_dot_v1_dot_model__pb2.GetServerInfoRequest.SerializeToString,
             heatlens_dot_v1_dot_model__pb2.GetServerInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/heatlens.v1.ModelService/LoadModel',
+            heatlens_dot_v1_dot_model__pb2.LoadModelRequest.SerializeToString,
+            heatlens_dot_v1_dot_model__pb2.LoadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/heatlens.v1.ModelService/UnloadModel',
+            heatlens_dot_v1_dot_model__pb2.UnloadModelRequest.SerializeToString,
+            heatlens_dot_v1_dot_model__pb2.UnloadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/heatlens.v1.ModelService/ReloadModel',
+            heatlens_dot_v1_dot_model__pb2.ReloadModelRequest.SerializeToString,
+            heatlens_dot_v1_dot_model__pb2.ReloadModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

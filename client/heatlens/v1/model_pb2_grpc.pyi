@@ -37,6 +37,21 @@ class ModelServiceStub:
     """Lists the models, in the order of the configuration, whatever their state."""
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_model_pb2.GetServerInfoRequest, _model_pb2.GetServerInfoResponse]
     """Returns the server's version and every limit in force."""
+    LoadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]
+    """The following change what is served, within what the server's configuration says by then. They are for
+    administrators alone: others get PERMISSION_DENIED. A change goes on when its caller leaves.
+
+    Loads a model that is not loaded, or has failed, and returns once it is ready. NOT_FOUND if the configuration lacks
+    it; FAILED_PRECONDITION if it is loaded already, or cannot be.
+    """
+    UnloadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]
+    """Takes a model out, and returns once its running calls are finished; those that wait get UNAVAILABLE,
+    MODEL_UNLOADED. A restart, or a reload of the configuration, loads it again.
+    """
+    ReloadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.ReloadModelRequest, _model_pb2.ReloadModelResponse]
+    """Loads a model again, beside the one that serves, and returns once it serves in its place. If it cannot be loaded,
+    FAILED_PRECONDITION, the old one goes on. Streams of the old one end with UNAVAILABLE, MODEL_UNLOADED.
+    """
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
@@ -47,6 +62,21 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """Lists the models, in the order of the configuration, whatever their state."""
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_model_pb2.GetServerInfoRequest, _model_pb2.GetServerInfoResponse]  # type: ignore[assignment]
     """Returns the server's version and every limit in force."""
+    LoadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]  # type: ignore[assignment]
+    """The following change what is served, within what the server's configuration says by then. They are for
+    administrators alone: others get PERMISSION_DENIED. A change goes on when its caller leaves.
+
+    Loads a model that is not loaded, or has failed, and returns once it is ready. NOT_FOUND if the configuration lacks
+    it; FAILED_PRECONDITION if it is loaded already, or cannot be.
+    """
+    UnloadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]  # type: ignore[assignment]
+    """Takes a model out, and returns once its running calls are finished; those that wait get UNAVAILABLE,
+    MODEL_UNLOADED. A restart, or a reload of the configuration, loads it again.
+    """
+    ReloadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.ReloadModelRequest, _model_pb2.ReloadModelResponse]  # type: ignore[assignment]
+    """Loads a model again, beside the one that serves, and returns once it serves in its place. If it cannot be loaded,
+    FAILED_PRECONDITION, the old one goes on. Streams of the old one end with UNAVAILABLE, MODEL_UNLOADED.
+    """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     """Describes a server and its models."""
@@ -66,5 +96,38 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.GetServerInfoResponse, _abc.Awaitable[_model_pb2.GetServerInfoResponse]]:
         """Returns the server's version and every limit in force."""
+
+    @_abc_1.abstractmethod
+    def LoadModel(
+        self,
+        request: _model_pb2.LoadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.LoadModelResponse, _abc.Awaitable[_model_pb2.LoadModelResponse]]:
+        """The following change what is served, within what the server's configuration says by then. They are for
+        administrators alone: others get PERMISSION_DENIED. A change goes on when its caller leaves.
+
+        Loads a model that is not loaded, or has failed, and returns once it is ready. NOT_FOUND if the configuration lacks
+        it; FAILED_PRECONDITION if it is loaded already, or cannot be.
+        """
+
+    @_abc_1.abstractmethod
+    def UnloadModel(
+        self,
+        request: _model_pb2.UnloadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.UnloadModelResponse, _abc.Awaitable[_model_pb2.UnloadModelResponse]]:
+        """Takes a model out, and returns once its running calls are finished; those that wait get UNAVAILABLE,
+        MODEL_UNLOADED. A restart, or a reload of the configuration, loads it again.
+        """
+
+    @_abc_1.abstractmethod
+    def ReloadModel(
+        self,
+        request: _model_pb2.ReloadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.ReloadModelResponse, _abc.Awaitable[_model_pb2.ReloadModelResponse]]:
+        """Loads a model again, beside the one that serves, and returns once it serves in its place. If it cannot be loaded,
+        FAILED_PRECONDITION, the old one goes on. Streams of the old one end with UNAVAILABLE, MODEL_UNLOADED.
+        """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

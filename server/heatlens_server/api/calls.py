@@ -5,14 +5,14 @@ import hmac
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from heatlens_server.api.admission import Admission
 from heatlens_server.api.byte_budget import Held
-from heatlens_server.core.errors import HeatlensError, InternalError, ServerDraining, Unauthenticated
+from heatlens_server.core.errors import HeatlensError, InternalError, PermissionDenied, ServerDraining, Unauthenticated
 from heatlens_server.core.events import CallEnd, Observer, Trace
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -54,6 +54,19 @@ def is_fault(error: BaseException) -> bool:
     return not isinstance(error, HeatlensError) or isinstance(error, InternalError)
 
 
+@dataclass(frozen=True, slots=True)
+class Administrators:
+    """Who may change models.
+
+    Attributes:
+        token: what they send as bearer token; None: none has one.
+        client_names: of certificates that need no token.
+    """
+
+    token: str | None = field(default=None, repr=False)
+    client_names: frozenset[str] = frozenset()
+
+
 class CallGate:
     """Lets calls in while the server serves, and tells the observer how each ended. Belongs to the event loop.
 
@@ -61,17 +74,26 @@ class CallGate:
         admission: what calls hold.
     """
 
-    def __init__(self, observer: Observer, *, token: str | None = None, admission: Admission | None = None) -> None:
+    def __init__(
+        self,
+        observer: Observer,
+        *,
+        token: str | None = None,
+        admission: Admission | None = None,
+        administrators: Administrators | None = None,
+    ) -> None:
         """Make an open gate.
 
         Args:
             observer: is told of the end of every call.
             token: what callers must send; None lets everybody in.
             admission: see the attribute; None: without limits.
+            administrators: who may make calls that change models; None: nobody.
         """
         self._observer = observer
         self.admission = admission or Admission()
         self._token = None if token is None else token.encode()
+        self._administrators = administrators
         self._in_flight = 0
         self._ended = 0
         self._draining = False
@@ -120,17 +142,25 @@ class CallGate:
             self._observer.refused(end)
 
     @contextmanager
-    def admit(self, authorization: object) -> Iterator[None]:
+    def admit(
+        self, authorization: object, *, changes_models: bool = False, client_names: Iterable[str] = ()
+    ) -> Iterator[None]:
         """Count a call in, until the end of the block.
 
         Args:
             authorization: what the caller sent as such: "Bearer <token>".
+            changes_models: whether the call is for administrators.
+            client_names: those of the caller's certificate.
 
         Raises:
             Unauthenticated: a token is required, and this is another.
+            PermissionDenied: the call is for administrators, and this is none.
             ServerDraining: the gate is closed.
         """
-        self._authenticate(str(authorization))
+        if changes_models:
+            self._check_administrator(str(authorization), client_names)
+        else:
+            self._authenticate(str(authorization))
         if self._draining:
             raise ServerDraining
         self._in_flight += 1
@@ -169,9 +199,19 @@ class CallGate:
             wait.cancel()
         return self._idle.is_set()
 
+    def _check_administrator(self, authorization: str, client_names: Iterable[str]) -> None:
+        known = self._administrators
+        if known is None:
+            raise PermissionDenied("models are changed by the server's operator alone: admin.enabled is not set")
+        has_token = known.token is not None and _is_token(authorization, known.token.encode())
+        if not has_token and known.client_names.isdisjoint(client_names):
+            raise PermissionDenied("only administrators change models: send their token, or their certificate")
+
     def _authenticate(self, authorization: str) -> None:
-        if self._token is None:
-            return
-        scheme, _, token = authorization.partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(token.encode(), self._token):
+        if self._token is not None and not _is_token(authorization, self._token):
             raise Unauthenticated("send the server's token as metadata `authorization: Bearer <token>`")
+
+
+def _is_token(authorization: str, token: bytes) -> bool:
+    scheme, _, sent = authorization.partition(" ")
+    return scheme.lower() == "bearer" and hmac.compare_digest(sent.encode(), token)

@@ -19,7 +19,7 @@ from heatlens_server.config.preprocess import (
     resized,
     scaled_resize,
 )
-from heatlens_server.config.server import ServerConfig, TlsConfig
+from heatlens_server.config.server import AdminConfig, ServerConfig, TlsConfig
 from heatlens_server.config.telemetry import MetricsConfig, TracingConfig
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "IMAGENET_PREPROCESS",
     "ONNX_PREFIX",
     "WEIGHT_FILE_SUFFIXES",
+    "AdminConfig",
     "BatchingConfig",
     "Config",
     "MetricsConfig",

@@ -13,12 +13,12 @@ from pydantic import ValidationError, field_validator, model_validator
 
 from heatlens_server.config.model import EMBEDDED_MODEL, EXPORT_PREFIX, ONNX_PREFIX, WEIGHT_FILE_SUFFIXES, ModelConfig
 from heatlens_server.config.section import Section
-from heatlens_server.config.server import ServerConfig
+from heatlens_server.config.server import AdminConfig, ServerConfig
 from heatlens_server.config.telemetry import MetricsConfig, TracingConfig
 from heatlens_server.core.errors import ConfigError
 
 _PREFIX, _DELIMITER = "HEATLENS_", "__"
-_SECTIONS = ("SERVER", "METRICS", "TRACING")
+_SECTIONS = ("SERVER", "ADMIN", "METRICS", "TRACING")
 """Whose keys may be set by environment variables."""
 _PATH_KEYS = frozenset(
     {"token_file", "certificate", "private_key", "client_ca", "labels", "cache_dir", "source_folder"}
@@ -32,6 +32,8 @@ class Config(Section):
 
     server: ServerConfig = ServerConfig()
     """The server's address, limits and logs."""
+    admin: AdminConfig = AdminConfig()
+    """Who may change models while the server runs."""
     metrics: MetricsConfig = MetricsConfig()
     """Metrics for Prometheus."""
     tracing: TracingConfig = TracingConfig()

@@ -117,12 +117,41 @@ class ServerConfig(Section):
         Raises:
             ConfigError: the file is unreadable or empty.
         """
-        if self.token_file is None:
-            return self.token
-        try:
-            token = self.token_file.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError("server.token_file: cannot be read") from error
-        if not token:
-            raise ConfigError("server.token_file: is empty")
-        return SecretStr(token)
+        return _read_token(self, "server")
+
+
+class AdminConfig(Section):
+    """Who may load, unload and reload models while the server runs."""
+
+    enabled: bool = False
+    """Whether anybody may."""
+    token: SecretStr | None = Field(default=None, min_length=1)
+    """The bearer token of administrators, which they send in place of `server.token`."""
+    token_file: FilePath | None = None
+    """A file that holds that token."""
+    client_names: tuple[str, ...] = ()
+    """With `server.tls.client_ca`: names (common or alternative) of clients' certificates that need no token."""
+
+    @model_validator(mode="after")
+    def _has_an_administrator(self) -> Self:
+        if self.token is not None and self.token_file is not None:
+            raise ValueError("set token or token_file, not both")
+        if self.enabled and self.token is None and self.token_file is None and not self.client_names:
+            raise ValueError("enabled needs token, token_file or client_names")
+        return self
+
+    def read_token(self) -> SecretStr | None:
+        """Return the administrators' token; None if there is none. Raises: as `ServerConfig.read_token`."""
+        return _read_token(self, "admin")
+
+
+def _read_token(section: ServerConfig | AdminConfig, name: str) -> SecretStr | None:
+    if section.token_file is None:
+        return section.token
+    try:
+        token = section.token_file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name}.token_file: cannot be read") from error
+    if not token:
+        raise ConfigError(f"{name}.token_file: is empty")
+    return SecretStr(token)

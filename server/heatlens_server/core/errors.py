@@ -121,6 +121,18 @@ class Unauthenticated(HeatlensError):
     reason = "UNAUTHENTICATED"
 
 
+class PermissionDenied(HeatlensError):
+    """The call is for administrators."""
+
+    reason = "ADMIN_REQUIRED"
+
+
+class ModelChangeRefused(HeatlensError):
+    """A model cannot be loaded, unloaded or replaced as things are. Reasons: MODEL_CHANGE_REFUSED, CONFIG_INVALID."""
+
+    reason = "MODEL_CHANGE_REFUSED"
+
+
 class ModelNotFound(HeatlensError):
     """No model of that name is configured."""
 

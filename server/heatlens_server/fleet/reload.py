@@ -2,16 +2,26 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from heatlens_server.config import EXPORT_PREFIX, ONNX_PREFIX, WEIGHT_FILE_SUFFIXES, Config, ModelConfig
-from heatlens_server.core.errors import ConfigError, HeatlensError, ModelLoadError
+from heatlens_server.core.errors import (
+    ConfigError,
+    HeatlensError,
+    ModelChangeRefused,
+    ModelFailed,
+    ModelLoadError,
+    ModelNotFound,
+)
 from heatlens_server.fleet.fleet import Fleet
-from heatlens_server.fleet.served_model import ModelState
+from heatlens_server.fleet.served_model import ModelState, ModelStatus
 
 _log = logging.getLogger(__name__)
+
+_SHOWN = 80
+"""How much of a caller's text is repeated, in characters."""
 
 Files = tuple[tuple[str, int, int], ...]
 """Of each file its path, its size in bytes and when it was written, in nanoseconds."""
@@ -81,6 +91,55 @@ class Reloader:
                 len(config.models) - len(changes.load) - len(changes.replace),
             )
 
+    # One model at a time, for administrators. A change goes on when its caller leaves.
+
+    async def load(self, name: str) -> ModelStatus:
+        """Load a model that is not loaded, or has failed; what it is once it is ready.
+
+        Raises:
+            ModelNotFound: the configuration has no such model.
+            ModelChangeRefused: the configuration is wrong, or the model is loaded already.
+            ModelFailed: it cannot be loaded.
+            ModelUnloaded: it was unloaded meanwhile.
+        """
+
+        async def change(model: ModelConfig) -> None:
+            await self._fleet.load(model)
+
+        return await self._change_one(name, change)
+
+    async def replace(self, name: str) -> ModelStatus:
+        """Load a model again beside the one that serves; what it is once it serves. Raises: as `load`."""
+        return await self._change_one(name, self._fleet.replace)
+
+    async def unload(self, name: str) -> None:
+        """Take a model out. Raises ModelNotFound."""
+        async with self._one_at_a_time:
+            await _to_the_end(self._fleet.unload(name))
+
+    async def _change_one(self, name: str, change: Callable[[ModelConfig], Coroutine[None, None, None]]) -> ModelStatus:
+        async with self._one_at_a_time:
+            try:
+                config = await asyncio.to_thread(self._read)
+            except ConfigError as error:
+                # Its message may name paths.
+                _log.error("the model %s is not loaded, as the configuration is wrong: %s", name[:_SHOWN], error)
+                message = "the configuration is wrong: the log says how"
+                raise ModelChangeRefused(message, reason="CONFIG_INVALID") from error
+            model = next((one for one in config.models if one.name == name), None)
+            if model is None:
+                raise ModelNotFound(name[:_SHOWN], [one.name for one in config.models])
+            try:
+                files = files_of(model)
+                await _to_the_end(change(model))
+            except ConfigError as error:
+                raise ModelChangeRefused(str(error), metadata={"model": name}) from error
+            except ModelLoadError as error:
+                raise ModelFailed(name, str(error)) from error
+            self._files[name] = files
+            self._fleet.get(name)
+            return next(status for status in self._fleet if status.name == name)
+
     def _changes(self, models: Iterable[ModelConfig], files: dict[str, Files]) -> Changes:
         served = {status.name: status for status in self._fleet}
         load, replace = [], []
@@ -107,6 +166,17 @@ class Reloader:
             keys = [f"{section}.{key}" for key in now if now[key] != before[key] and key != "default_model"]
             if keys:
                 _log.warning("%s changed, which takes a restart", ", ".join(keys))
+
+
+async def _to_the_end(change: Coroutine[None, None, None]) -> None:
+    """Await a change; if that is cancelled, the change goes on."""
+    task = asyncio.ensure_future(change)
+    _going_on.add(task)
+    task.add_done_callback(_going_on.discard)
+    await asyncio.shield(task)
+
+
+_going_on: set["asyncio.Future[None]"] = set()
 
 
 def files_of(model: ModelConfig) -> Files:

@@ -7,7 +7,7 @@ of any other before a handler could refuse the call, or count the message's byte
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Mapping
 from typing import Any, NoReturn
 
 import grpc
@@ -29,16 +29,24 @@ Context = Any  # grpc.aio.ServicerContext, whose type parameters differ per meth
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps unary and bidirectional handlers of every service."""
 
-    def __init__(self, gate: CallGate, before_reading: Mapping[str, Callable[[], None]] | None = None) -> None:
+    def __init__(
+        self,
+        gate: CallGate,
+        before_reading: Mapping[str, Callable[[], None]] | None = None,
+        *,
+        for_administrators: Container[str] = (),
+    ) -> None:
         """Wrap calls.
 
         Args:
             gate: lets calls in and counts them.
             before_reading: by method, what may refuse a single request by raising a HeatlensError before its message is
                 read.
+            for_administrators: the methods that change models.
         """
         self._gate = gate
         self._before_reading = before_reading or {}
+        self._for_administrators = for_administrators
         self._health = HealthCalls(gate.admission)
 
     async def intercept_service(
@@ -67,6 +75,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         deserialize, serialize = tolerant(handler.request_deserializer), handler.response_serializer
         admission = self._gate.admission
         check = self._before_reading.get(method)
+        changes_models = method in self._for_administrators
 
         async def answer(call: Call, context: Context) -> bytes:
             with await admission.requests.await_message(call.peer, admission.max_message_bytes) as held:
@@ -84,8 +93,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         async def handle(requests: object, context: Context) -> None:  # noqa: ARG001 - read through the context
             call, authorization = self._begin(method, context)
+            names = _client_names(context) if changes_models else ()
             try:
-                with self._gate.admit(authorization):
+                with self._gate.admit(authorization, changes_models=changes_models, client_names=names):
                     if check is not None:
                         check()
                     response = await answer(call, context)
@@ -138,6 +148,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         status = to_wire(error, call.request_id)
         self._gate.end(call, status.code.name, error=error)
         await _abort(context, status)
+
+
+def _client_names(context: Context) -> list[str]:
+    """The names of the caller's certificate, which TLS has verified."""
+    known = context.auth_context()
+    keys = ("x509_common_name", "x509_subject_alternative_name")
+    return [name.decode(errors="replace") for key in keys for name in known.get(key, ())]
 
 
 async def _abort(context: Context, status: WireStatus) -> NoReturn:

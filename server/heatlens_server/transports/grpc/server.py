@@ -35,6 +35,10 @@ SERVICES = tuple(
 
 EXPLAIN_SERVICE = explain_pb2.DESCRIPTOR.services_by_name["ExplainService"].full_name
 
+_FOR_ADMINISTRATORS = frozenset(
+    f"/heatlens.v1.ModelService/{method}" for method in ("LoadModel", "UnloadModel", "ReloadModel")
+)
+
 LIVENESS, READINESS = "liveness", "readiness"
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -71,7 +75,11 @@ def make_server(
         refuse_if_full: refuses requests to explain before their messages are read: see `api.explainer.Explainer`.
     """
     return grpc.aio.server(
-        interceptors=[CallInterceptor(gate, {f"/{EXPLAIN_SERVICE}/Explain": refuse_if_full})],
+        interceptors=[
+            CallInterceptor(
+                gate, {f"/{EXPLAIN_SERVICE}/Explain": refuse_if_full}, for_administrators=_FOR_ADMINISTRATORS
+            )
+        ],
         options=[
             ("grpc.max_receive_message_length", config.max_message_bytes),
             ("grpc.max_send_message_length", config.max_message_bytes),

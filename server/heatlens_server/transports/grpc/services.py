@@ -17,6 +17,7 @@ from heatlens_server.api.stream.open_streams import OpenStreams
 from heatlens_server.api.stream.session import StreamSession
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.fleet.fleet import Fleet
+from heatlens_server.fleet.reload import Reloader
 from heatlens_server.transports.grpc.requests import explain_path, query_of, stream_message_of, stream_path
 from heatlens_server.transports.grpc.responses import model_of, response_of, server_info_of
 from heatlens_server.transports.grpc.status import to_status
@@ -50,12 +51,13 @@ class ExplainServicer(explain_pb2_grpc.ExplainServiceServicer):
 
 
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
-    """Describes the models of a fleet and the server's limits."""
+    """Describes the models of a fleet and the server's limits; changes them for administrators."""
 
-    def __init__(self, fleet: Fleet, limits: Limits) -> None:
-        """Describe `fleet` and `limits`."""
+    def __init__(self, fleet: Fleet, limits: Limits, reloader: Reloader) -> None:
+        """Describe `fleet` and `limits`; change the fleet by `reloader`."""
         self._fleet = fleet
         self._limits = limits
+        self._reloader = reloader
 
     async def ListModels(  # noqa: N802 - the contract's name
         self,
@@ -74,6 +76,31 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     ) -> model_pb2.GetServerInfoResponse:
         """Return the version and every limit in force."""
         return server_info_of(server_info(self._fleet, self._limits))
+
+    async def LoadModel(  # noqa: N802 - the contract's name
+        self,
+        request: model_pb2.LoadModelRequest,
+        context: object,  # noqa: ARG002 - unused
+    ) -> model_pb2.LoadModelResponse:
+        """Load a model of the configuration."""
+        return model_pb2.LoadModelResponse(model=model_of(await self._reloader.load(request.name)))
+
+    async def UnloadModel(  # noqa: N802 - the contract's name
+        self,
+        request: model_pb2.UnloadModelRequest,
+        context: object,  # noqa: ARG002 - unused
+    ) -> model_pb2.UnloadModelResponse:
+        """Take a model out."""
+        await self._reloader.unload(request.name)
+        return model_pb2.UnloadModelResponse()
+
+    async def ReloadModel(  # noqa: N802 - the contract's name
+        self,
+        request: model_pb2.ReloadModelRequest,
+        context: object,  # noqa: ARG002 - unused
+    ) -> model_pb2.ReloadModelResponse:
+        """Load a model again, beside the one that serves."""
+        return model_pb2.ReloadModelResponse(model=model_of(await self._reloader.replace(request.name)))
 
 
 class GrpcStream:

@@ -17,6 +17,8 @@ REQUEST_ID_KEY = "x-request-id"
 _CODES: dict[type[errors.HeatlensError], grpc.StatusCode] = {
     errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
+    errors.ModelChangeRefused: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ModelNotFound: grpc.StatusCode.NOT_FOUND,
     errors.ModelLoading: grpc.StatusCode.UNAVAILABLE,
     errors.ModelFailed: grpc.StatusCode.FAILED_PRECONDITION,

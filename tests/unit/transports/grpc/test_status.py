@@ -20,6 +20,12 @@ EXAMPLES: dict[type[HeatlensError], tuple[HeatlensError, grpc.StatusCode, str]] 
         grpc.StatusCode.INVALID_ARGUMENT,
         "INVALID_OPTION",
     ),
+    errors.PermissionDenied: (errors.PermissionDenied("no"), grpc.StatusCode.PERMISSION_DENIED, "ADMIN_REQUIRED"),
+    errors.ModelChangeRefused: (
+        errors.ModelChangeRefused("no"),
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "MODEL_CHANGE_REFUSED",
+    ),
     errors.Unauthenticated: (errors.Unauthenticated("no"), grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
     ModelNotFound: (ModelNotFound("b", ["a"]), grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"),
     errors.ModelLoading: (
