@@ -107,7 +107,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(server, stub):
 
 # tests/unit/imaging/test_decode.py has the others.
 SHAPES = {
-    "rank 10000": ([1] * 10_000, 1),
+    "rank 9000": ([1] * 9_000, 1),
     "channels first": ([3, 64, 64], 64 * 64 * 3),
     "negative": ([-64, 64, 3], 64 * 64 * 3),
     "smallest int64": ([-(2**63), 1, 3], 0),
@@ -152,15 +152,22 @@ def test_pixels_of_other_types(stub, data_type):
 # tests/unit/api/test_validation_of_anything.py has the range of every field; these are huge, or of several models.
 OPTIONS = {
     "17 class ids": (asking("efficientnet_lite0", class_ids=ids(*range(17))), ["options.class_ids.values"]),
-    "a million class ids": (asking(class_ids=ids(*[1] * 1_000_000)), ["options.class_ids.values"]),
+    "nine thousand class ids": (asking(class_ids=ids(*[1] * 9_000)), ["options.class_ids.values"]),
     "top_k over max_targets": (asking("efficientnet_lite0", top_k=17), ["options.top_k"]),
     "layer of another model": (asking("tiny_mlp", layers=["stem"]), ["options.layers[0]"]),
-    "a hundred thousand layers": (asking(layers=["body"] * 100_000), ["options.layers"]),
+    "nine thousand layers": (asking(layers=["body"] * 9_000), ["options.layers"]),
     "layer of emoji": (asking(layers=["\N{CAT FACE}" * 9999, "body"]), ["options.layers[0]"]),
     "CAM of a model with a hidden layer": (asking("tiny_mlp", method=method_pb2.METHOD_CAM), ["options.method"]),
     "unknown target score": (asking(target_score=9), ["options.target_score"]),
     "mask for a classifier": (asking(mask=pb.Tensor()), ["options.mask"]),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "request_", [asking(class_ids=ids(*[1] * 1_000_000)), asking(layers=["body"] * 100_000)], ids=["classes", "layers"]
+)
+def test_messages_of_more_parts_than_any_needs(stub, request_):
+    refusal(stub, request_, reason="MESSAGE_TOO_COMPLEX", fields=[""])
 
 
 @pytest.mark.parametrize(("request_", "fields"), OPTIONS.values(), ids=OPTIONS)

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import heatlens
 from heatlens import _exceptions as exceptions
 from heatlens._cli.commands import app as client_app
+from heatlens._cli.health import parser as health_parser
 from heatlens._wire.requests import ExplainOptions
 from heatlens_server.cli import app as server_app
 from heatlens_server.config import Config, load_config
@@ -230,6 +231,8 @@ def options_of(app):
 
 
 OPTIONS = {"heatlens": options_of(client_app), "heatlens-server": options_of(server_app)}
+# Its parser is not typer's.
+OPTIONS["heatlens"]["health"] = set(health_parser()._option_string_actions)
 
 
 @pytest.mark.parametrize("line", SHELL)

@@ -21,20 +21,20 @@ _STATES = {b"\x08\x01": ("serving", 0), b"\x08\x02": ("not-serving", 1)}
 
 def run(arguments: Sequence[str]) -> int:
     """Ask, print, and return the exit code."""
-    parser = _parser()
-    given = parser.parse_args(arguments)
+    options = parser()
+    given = options.parse_args(arguments)
     if (given.cert is None) != (given.key is None):
-        parser.error("give --cert and --key, or neither")
+        options.error("give --cert and --key, or neither")
     if given.live and given.model is not None:
-        parser.error("give --live or --model")
+        options.error("give --live or --model")
     service = "liveness" if given.live else "" if given.model is None else _MODEL_PREFIX + given.model
-    options = [("grpc.enable_http_proxy", 0)] if is_loopback(given.server) else []
+    channel_options = [("grpc.enable_http_proxy", 0)] if is_loopback(given.server) else []
     try:
         if given.tls or given.ca is not None or given.cert is not None:
             secrets = credentials(given.ca, given.cert, given.key)
-            channel = grpc.secure_channel(given.server, secrets, options)
+            channel = grpc.secure_channel(given.server, secrets, channel_options)
         else:
-            channel = grpc.insecure_channel(given.server, options)
+            channel = grpc.insecure_channel(given.server, channel_options)
         with channel:
             # Without serializers: bytes to bytes.
             check: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(_CHECK)
@@ -47,14 +47,15 @@ def run(arguments: Sequence[str]) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    made = argparse.ArgumentParser(
         prog="heatlens health",
         allow_abbrev=False,
         description='Print "serving" or "not-serving". '
         "Exits with 0 if serving, 1 if not, 2 if unreachable or unknown. Asks whether the server is ready.",
     )
-    add = parser.add_argument
+    add = made.add_argument
     address = os.environ.get("HEATLENS_ADDRESS", "localhost:50051")
     add("-s", "--server", default=address, metavar="HOST:PORT", help="The server. [env: HEATLENS_ADDRESS]")
     add("--model", metavar="TEXT", help="Ask about this model, instead of the whole server.")
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--ca", metavar="FILE", help="PEM file with the certificate authorities to trust.")
     add("--cert", metavar="FILE", help="PEM file with this client's certificate; with --key.")
     add("--key", metavar="FILE", help="PEM file with the certificate's private key.")
-    return parser
+    return made
 
 
 def _request(service: str) -> bytes:
