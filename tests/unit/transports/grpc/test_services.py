@@ -6,8 +6,10 @@ from explain_requests import LIMITS, TINY
 from fleets import fleet_of
 from heatlens.v1 import method_pb2
 from heatlens.v1 import model_pb2 as pb
+from heatlens_server.config import Config
 from heatlens_server.core.engine import Capabilities
 from heatlens_server.core.methods import Method, Score
+from heatlens_server.fleet.reload import Reloader
 from heatlens_server.transports.grpc.services import ModelServicer
 
 EXPORT = Capabilities("onnxruntime", "cpu", "fp32", 4, 4, 10, (Method.GRAD_CAM,), ("body", "stem"))
@@ -15,7 +17,8 @@ EXPORT = Capabilities("onnxruntime", "cpu", "fp32", 4, 4, 10, (Method.GRAD_CAM,)
 
 async def listed(capabilities: Capabilities) -> pb.Model:
     model = dataclasses.replace(TINY, capabilities=capabilities, default_method=capabilities.requestable_methods[0])
-    servicer = ModelServicer(await fleet_of(model), LIMITS)
+    fleet = await fleet_of(model)
+    servicer = ModelServicer(fleet, LIMITS, Reloader(fleet, Config(), Config))
     (model,) = (await servicer.ListModels(pb.ListModelsRequest(), None)).models
     return model
 
