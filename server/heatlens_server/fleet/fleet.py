@@ -185,16 +185,19 @@ class Fleet:
         self._check_open()
         if config.name not in self._statuses:
             raise ModelNotFound(config.name, list(self._statuses))
-        status = self._statuses[config.name]
-        if config.name in self._builds:
-            if not status.next_engine:
-                raise ConfigError(f"the model {config.name!r} is being loaded or replaced")
+        before = self._statuses[config.name]
+        followed = config.name in self._builds and bool(before.next_engine)
+        if followed:
             # What was to follow is of the old one.
             self._builds.give_up(config.name, ModelUnloaded(config.name, "is replaced"))
+        elif config.name in self._builds:
+            raise ConfigError(f"the model {config.name!r} is being loaded or replaced")
         try:
             status = await self._ready(config, self._builds.start(config, self._build))
         except ModelLoadError as error:
             _log.error("model %s is not replaced: %s", config.name, with_causes(error), exc_info=fault_of(error))
+            if followed:
+                self._start(self._follow(before.config, self._builds.start(before.config, self._build_next)))
             raise
         old = self._statuses[config.name].served
         self._serve(status)

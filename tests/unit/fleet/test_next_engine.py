@@ -82,3 +82,15 @@ async def test_what_was_to_follow_is_given_up_with_its_model(rig, way):
     if way == "replace":
         assert await rig.ask("a") == 2
         assert rig.fleet.get("a").generation == 2
+
+
+async def test_a_replacement_that_fails_leaves_what_was_to_follow(rig):
+    rig.next_engine = "faster"
+    rig.gates["a+"] = threading.Event()
+    await rig.fleet.load(config("a"))
+    rig.errors["a"] = ModelLoadError("no weights")
+    with pytest.raises(ModelLoadError, match="no weights"):
+        await rig.fleet.replace(config("a"))
+    rig.gates["a+"].set()
+    await until(lambda: rig.fleet.get("a").generation == 2)
+    assert next(iter(rig.fleet)).next_engine == ""
