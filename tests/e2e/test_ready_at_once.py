@@ -76,16 +76,6 @@ def test_calls_and_streams_go_on_while_onnxruntime_takes_over(launch, chelsea):
     assert "takes over once the model is exported" in running.log()
 
 
-def test_torch_goes_on_where_the_network_cannot_be_exported(launch, chelsea):
-    running = launch(TINY.replace("NETWORK", "poisonous"))
-    with Client(running.address) as client:
-        wait_ready(client)
-        wait_settled(running.address)
-        assert client.models()[0].engine == "torch"
-        assert client.explain(chelsea).explanations
-    assert "model tiny is run by torch, not by onnxruntime: the network cannot be recorded" in running.log()
-
-
 @pytest.mark.parametrize("key", ["wait_for_export = true", 'engine = "onnxruntime"'])
 def test_an_operator_can_wait_for_the_export(launch, key):
     running = launch(TINY.replace("NETWORK", "tiny").replace("layers =", f"{key}\nlayers ="))

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from heatlens_server.config import EXPORT_PREFIX, ONNX_PREFIX, WEIGHT_FILE_SUFFIXES, Config, ModelConfig
 from heatlens_server.core.errors import (
@@ -19,6 +20,8 @@ from heatlens_server.fleet.fleet import Fleet
 from heatlens_server.fleet.served_model import ModelState, ModelStatus
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _SHOWN = 80
 """How much of a caller's text is repeated, in characters."""
@@ -58,6 +61,7 @@ class Reloader:
         self._read = read
         self._files = {model.name: files_of(model) for model in config.models}
         self._one_at_a_time = asyncio.Lock()
+        self._going_on: set[asyncio.Task[Any]] = set()
 
     async def reload(self) -> None:
         """Read the configuration, and load, replace and unload models; what goes wrong with one harms no other.
@@ -91,7 +95,7 @@ class Reloader:
                 len(config.models) - len(changes.load) - len(changes.replace),
             )
 
-    # One model at a time, for administrators. A change goes on when its caller leaves.
+    # One model at a time, for administrators. A change, and its turn, goes on when its caller leaves.
 
     async def load(self, name: str) -> ModelStatus:
         """Load a model that is not loaded, or has failed; what it is once it is ready.
@@ -106,16 +110,27 @@ class Reloader:
         async def change(model: ModelConfig) -> None:
             await self._fleet.load(model)
 
-        return await self._change_one(name, change)
+        return await self._to_the_end(self._change_one(name, change))
 
     async def replace(self, name: str) -> ModelStatus:
         """Load a model again beside the one that serves; what it is once it serves. Raises: as `load`."""
-        return await self._change_one(name, self._fleet.replace)
+        return await self._to_the_end(self._change_one(name, self._fleet.replace))
 
     async def unload(self, name: str) -> None:
         """Take a model out. Raises ModelNotFound."""
-        async with self._one_at_a_time:
-            await _to_the_end(self._fleet.unload(name))
+
+        async def change() -> None:
+            async with self._one_at_a_time:
+                await self._fleet.unload(name)
+
+        await self._to_the_end(change())
+
+    async def _to_the_end(self, change: Coroutine[None, None, T]) -> T:
+        """Await a change; if that is cancelled, the change goes on."""
+        task = asyncio.create_task(change)
+        self._going_on.add(task)
+        task.add_done_callback(self._going_on.discard)
+        return await asyncio.shield(task)
 
     async def _change_one(self, name: str, change: Callable[[ModelConfig], Coroutine[None, None, None]]) -> ModelStatus:
         async with self._one_at_a_time:
@@ -129,9 +144,9 @@ class Reloader:
             model = next((one for one in config.models if one.name == name), None)
             if model is None:
                 raise ModelNotFound(name[:_SHOWN], [one.name for one in config.models])
+            files = files_of(model)
             try:
-                files = files_of(model)
-                await _to_the_end(change(model))
+                await change(model)
             except ConfigError as error:
                 raise ModelChangeRefused(str(error), metadata={"model": name}) from error
             except ModelLoadError as error:
@@ -161,22 +176,11 @@ class Reloader:
         return True
 
     def _warn_of_other_sections(self, config: Config) -> None:
-        for section in ("server", "metrics"):
+        for section in sorted(Config.model_fields.keys() - {"models"}):
             before, now = (getattr(one, section).model_dump() for one in (self._config, config))
             keys = [f"{section}.{key}" for key in now if now[key] != before[key] and key != "default_model"]
             if keys:
                 _log.warning("%s changed, which takes a restart", ", ".join(keys))
-
-
-async def _to_the_end(change: Coroutine[None, None, None]) -> None:
-    """Await a change; if that is cancelled, the change goes on."""
-    task = asyncio.ensure_future(change)
-    _going_on.add(task)
-    task.add_done_callback(_going_on.discard)
-    await asyncio.shield(task)
-
-
-_going_on: set["asyncio.Future[None]"] = set()
 
 
 def files_of(model: ModelConfig) -> Files:

@@ -1,5 +1,7 @@
 """What a configuration that is read again changes of a fleet: real queues and threads, engines behind gates."""
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,7 +9,7 @@ import pytest
 import pytest_asyncio
 
 from fleets import PATIENCE_S, Rig
-from heatlens_server.config import Config, ModelConfig, ServerConfig
+from heatlens_server.config import AdminConfig, Config, ModelConfig, ServerConfig
 from heatlens_server.core.errors import ConfigError, ModelLoadError
 from heatlens_server.fleet.fleet import ModelState
 from heatlens_server.fleet.reload import Reloader
@@ -107,3 +109,26 @@ async def test_keys_that_take_a_restart_are_named(rig, caplog):
     operator.config = configuration(model("a"), model("b"), max_targets=3, default_model="b")
     await operator.reloader.reload()
     assert "server.max_targets changed, which takes a restart" in caplog.text
+
+
+async def test_every_section_but_the_models_takes_a_restart(rig, caplog):
+    operator = Operator(rig, "a", "b")
+    operator.config = operator.config.model_copy(update={"admin": AdminConfig(enabled=True, token="t")})
+    await operator.reloader.reload()
+    assert "admin.enabled, admin.token changed, which takes a restart" in caplog.text
+
+
+async def test_a_change_whose_caller_leaves_goes_on_and_keeps_its_turn(rig):
+    operator = Operator(rig, "a", "b")
+    rig.gates["a"] = threading.Event()
+    leaving = asyncio.create_task(operator.reloader.replace("a"))
+    await asyncio.sleep(0.05)
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    other = asyncio.create_task(operator.reloader.unload("b"))
+    await asyncio.sleep(0.05)
+    assert [name for name, _ in rig.states()] == ["a", "b"]
+    rig.gates["a"].set()
+    await other
+    assert [(status.name, status.served.generation) for status in rig.fleet] == [("a", 2)]
