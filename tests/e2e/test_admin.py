@@ -1,8 +1,10 @@
 """Models that administrators load, unload and reload over the wire: who may, what is said, and that no call fails."""
 
 import asyncio
+import time
 
 import pytest
+import trustme
 from typer.testing import CliRunner
 
 import heatlens
@@ -114,3 +116,29 @@ def test_the_command_line(edited):
     refused = CliRunner().invoke(app, ["models", "load", "b", "--server", running.address])
     assert refused.exit_code == 1
     assert "ADMIN_REQUIRED" in refused.output
+
+
+def test_a_certificate_of_an_administrators_name_needs_no_token(tmp_path, launch):
+    authority = trustme.CA()
+    for name in ("localhost", "ops", "other"):
+        issued = authority.issue_cert(name)
+        issued.private_key_pem.write_to_path(tmp_path / f"{name}.key")
+        issued.cert_chain_pems[0].write_to_path(tmp_path / f"{name}.pem")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    tls = '[server.tls]\ncertificate = "localhost.pem"\nprivate_key = "localhost.key"\nclient_ca = "ca.pem"'
+    running = launch(server_toml(tls, '[admin]\nenabled = true\nclient_names = ["ops"]', A))
+    address = running.address.replace("127.0.0.1", "localhost")
+
+    def client(name: str) -> Client:
+        files = {"cert_file": tmp_path / f"{name}.pem", "key_file": tmp_path / f"{name}.key"}
+        return Client(address, tls=heatlens.TLS(ca_file=tmp_path / "ca.pem", **files))
+
+    with client("ops") as admin, client("other") as other:
+        deadline = time.monotonic() + 60
+        while admin.health("a") != "serving":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with pytest.raises(PermissionDeniedError):
+            other.unload_model("a")
+        admin.unload_model("a")
+        assert other.models() == ()
