@@ -5,6 +5,8 @@ import os
 
 # Small tensors: one thread per operation is faster, on a busy machine a hundred times. NumPy reads this when imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# As servers do: tests import onnxruntime themselves.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import gc
 from collections.abc import AsyncIterator, Callable, Iterator
