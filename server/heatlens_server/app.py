@@ -31,8 +31,10 @@ from heatlens_server.fleet.fleet import Fleet, batch_size_of
 from heatlens_server.fleet.isolated_engine import build_isolated
 from heatlens_server.fleet.outages import watch
 from heatlens_server.fleet.reload import Reloader
+from heatlens_server.fleet.served_model import ModelState
 from heatlens_server.scheduling.large_images import LargeImages
 from heatlens_server.scheduling.model_queue import ModelQueue
+from heatlens_server.service_manager import ServiceManager
 from heatlens_server.telemetry.log_observer import LogObserver
 from heatlens_server.transports.grpc.hang_up import hang_up
 from heatlens_server.transports.grpc.server import Health, bind, enable_reflection, make_server
@@ -215,6 +217,12 @@ class Server:
         return closed and not self._large_images.busy
 
     @property
+    def status(self) -> str:
+        """How many of its models are ready, as a sentence."""
+        states = [model.state for model in self.fleet]
+        return f"{states.count(ModelState.READY)} of {len(states)} models are ready"
+
+    @property
     def metrics_port(self) -> int:
         """The bound port of /metrics; 0 if that is off."""
         return 0 if self._metrics_server is None else self._metrics_server.port
@@ -325,15 +333,26 @@ async def serve(
             loop.call_soon_threadsafe(end)
 
     handle_signals(wake, last_resort)
-    reloads: set[asyncio.Task[None]] = set()
+    manager = ServiceManager(os.environ)
+    alive = asyncio.create_task(manager.show_life())
     server = await Server.start(config, read)
 
-    def reload() -> None:
-        task = loop.create_task(server.reloader.reload())
-        reloads.add(task)
-        task.add_done_callback(reloads.discard)
+    async def load() -> None:
+        await server.wait_loaded()
+        manager.ready(server.status)
 
-    loop.add_signal_handler(signal.SIGHUP, reload)
+    async def reload() -> None:
+        manager.reloading()
+        await server.reloader.reload()
+        manager.ready(server.status)
+
+    changes = {asyncio.create_task(load())}
+
+    def reload_now() -> None:
+        changes.add(task := loop.create_task(reload()))
+        task.add_done_callback(changes.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, reload_now)
     on_start(server)
     waits = [asyncio.create_task(stop.wait())]
     if config.server.exit_on_hang:
@@ -345,9 +364,11 @@ async def serve(
         last_resort.tell()
     loop.remove_signal_handler(signal.SIGHUP)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    for task in reloads:
+    for task in changes:
         task.cancel()
+    manager.stopping()
     ended = await server.drain(config.server.grace_s, hurry=hurry)
+    alive.cancel()
     last_resort.tell()
     if config.server.exit_on_hang and server.hung.is_set():
         raise ModelHangs

@@ -5,6 +5,7 @@ import collections.abc
 import os
 import re
 import shlex
+import socket
 import subprocess
 import tomllib
 import types
@@ -35,7 +36,14 @@ from video_files import picture, write_video
 
 ROOT = Path(__file__).parents[2]
 # The README and the pages that go on where it ends.
-PAGES = ("README.md", "docs/configuration.md", "docs/client.md", "docs/streams.md", "docs/maps.md", "docs/operation.md")
+PAGES = (
+    "README.md",
+    "docs/configuration.md",
+    "docs/client.md",
+    "docs/streams.md",
+    "docs/maps.md",
+    "docs/operations.md",
+)
 README = "\n".join((ROOT / page).read_text() for page in PAGES)
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
@@ -93,6 +101,18 @@ def folder(tmp_path, monkeypatch, cat, clip):
     return tmp_path
 
 
+@pytest.fixture
+def free_port():
+    """Return ports that nobody listens on."""
+
+    def free() -> int:
+        with socket.socket() as bound:
+            bound.bind(("127.0.0.1", 0))
+            return bound.getsockname()[1]
+
+    return free
+
+
 def run_python(code, address):
     """Execute a block against the server; returns its names."""
     names = {"__name__": "__main__"}
@@ -122,6 +142,20 @@ def test_error_example_prints_its_comment(folder, address, capsys):
     (code,) = [code for code in PYTHON if "IMAGE_UNDECODABLE" in code]
     run_python(code, address)
     assert capsys.readouterr().out.strip() == re.search(r"# (IMAGE_.*)", code)[1]
+
+
+def test_the_setup_with_tls_and_tokens_runs_as_it_stands(folder, free_port):
+    """In a shell that ends at the first command that fails."""
+    (setup,) = [code for language, code in BLOCKS if language == "bash"]
+    for port in ("50051", "9090"):
+        setup = setup.replace(port, str(free_port()))
+    done = subprocess.run(
+        ["bash", "-e", "-m", "-c", setup], capture_output=True, text=True, timeout=100, check=False, env=os.environ
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "photos is reloaded" in done.stdout
+    assert re.search(r"^Explain +photos ", done.stdout, re.MULTILINE)
+    assert [path.suffix for path in (folder / "maps").iterdir()]
 
 
 def test_sdk_and_raw_stubs_agree(folder, address):

@@ -9,6 +9,7 @@ from heatlens._cli.evaluate import evaluate
 from heatlens._cli.explain import explain
 from heatlens._cli.health import run
 from heatlens._cli.models import app as models
+from heatlens._cli.top import top
 from heatlens._cli.video import video
 from heatlens._version import __version__
 
@@ -21,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (explain, evaluate, video, bench):
+for _command in (explain, evaluate, video, bench, top):
     app.command()(_command)
 app.add_typer(models, name="models")
 

@@ -84,7 +84,7 @@ def load_config(path: Path | None = None, overrides: Mapping[str, object] | None
         # A tenth of the time in which a server starts.
         from heatlens_server.config.environment import read_environment  # noqa: PLC0415
 
-        raw = _merge(raw, read_environment(_PREFIX, _DELIMITER))
+        raw = _merge(raw, read_environment(Config, _PREFIX, _DELIMITER))
     raw = _merge(raw, _nest(overrides or {}))
     try:
         return Config.model_validate(raw)

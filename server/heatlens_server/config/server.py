@@ -37,7 +37,7 @@ class ServerConfig(Section):
     """Address to listen on: "host:port", port 0 for any free one, or "unix:PATH"."""
     socket_mode: str = Field(default="0600", pattern=r"^0[0-7]{3}$")
     """Who may connect to a "unix:" address: the mode of its socket, in octal. "0660": the group as well."""
-    grace_s: float = Field(default=30.0, ge=0, le=3600)
+    grace_s: float = Field(default=20.0, ge=0, le=3600)
     """How long running calls may take to finish at shutdown, in seconds."""
     exit_on_hang: bool = False
     """Whether the server drains and ends with exit code 1 when a model hangs, for orchestrators that start it anew."""

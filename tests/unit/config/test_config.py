@@ -134,6 +134,17 @@ def test_overrides_beat_environment_beats_file_beats_defaults(folder, monkeypatc
     assert (server.listen, server.grace_s, server.max_targets, server.max_queue_length) == ("c:3", 2.0, 1, 256)
 
 
+def test_the_environment_reaches_every_section_and_nested_tables(monkeypatch, folder):
+    values = {"ADMIN__ENABLED": "true", "ADMIN__TOKEN": "t", "METRICS__LISTEN": "a:1", "TRACING__ENABLED": "true"}
+    values["SERVER__TLS__CERTIFICATE"] = values["SERVER__TLS__PRIVATE_KEY"] = str(folder / "secrets" / "token")
+    for name, value in values.items():
+        monkeypatch.setenv(f"HEATLENS_{name}", value)
+    config = load_config()
+    assert (config.admin.enabled, config.metrics.listen, config.tracing.enabled) == (True, "a:1", True)
+    assert config.admin.read_token().get_secret_value() == "t"
+    assert config.server.tls.certificate == folder / "secrets" / "token"
+
+
 def test_dotted_overrides():
     server = load_config(overrides={"server.listen": "c:0", "server.log_level": "debug"}).server
     assert (server.listen, server.log_level) == ("c:0", "debug")
