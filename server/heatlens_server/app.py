@@ -60,6 +60,9 @@ seconds."""
 _SEND_S = 1.0
 """How long the last spans may take to be sent, in seconds."""
 
+_LARGE_NICENESS = 10
+"""Of threads that decode large images: while small images, models and calls want a core, they get a tenth of it."""
+
 _CLOSE_S = 2.0
 """How long engines may take to end once no call is left, in seconds."""
 
@@ -79,10 +82,12 @@ class Server:
         """Wire everything; nothing runs yet. Arguments: as `serve`."""
         self._config = config
         self._decoder_count = config.server.decode_threads or os.cpu_count() or 1
-        # One more than large images may take, so that small ones never wait behind them.
-        self._decoders = ThreadPoolExecutor(self._decoder_count + 1, thread_name_prefix="decode-image")
+        self._decoders = ThreadPoolExecutor(self._decoder_count, thread_name_prefix="decode-image")
+        self._large_decoders = ThreadPoolExecutor(
+            self._decoder_count, thread_name_prefix="decode-large", initializer=_yield_to_others
+        )
         self._large_images = LargeImages(
-            self._decoders, at_once=self._decoder_count, max_bytes=config.server.max_decoding_bytes
+            self._large_decoders, at_once=self._decoder_count, max_bytes=config.server.max_decoding_bytes
         )
         limits = Limits(
             max_message_bytes=config.server.max_message_bytes,
@@ -202,7 +207,8 @@ class Server:
             finished = await self._gate.close(_GIVE_UP_S)
         await asyncio.sleep(min(_REFUSE_WINDOW_S, max(0.0, deadline - time.monotonic())))
         await self._grpc.stop(_FLUSH_S if finished else 0.0)
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        for decoders in (self._decoders, self._large_decoders):
+            decoders.shutdown(wait=False, cancel_futures=True)
         for task in self._background:
             task.cancel()
         closed = await self.fleet.close(timeout_s=_CLOSE_S)
@@ -255,6 +261,12 @@ class Server:
             max_queue_length=self._config.server.max_queue_length,
             observer=self._observer,
         )
+
+
+def _yield_to_others() -> None:
+    """Have this thread run where others leave the processors to it: on Linux each thread has a priority of its own."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LARGE_NICENESS)
 
 
 def _administrators(admin: AdminConfig) -> Administrators:

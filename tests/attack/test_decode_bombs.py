@@ -24,13 +24,22 @@ pytestmark = pytest.mark.serial
 SMALL = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 PATIENCE_S = 100
 OPTIONS = [("grpc.enable_retries", 0)]
+APART = [*OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
 BUSY, INVALID = grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INVALID_ARGUMENT
 
 
 @pytest.fixture
-def attacked(launch):
+def channels():
+    """Channels that are closed when the test is over."""
+    made = []
+    yield made
+    for channel in made:
+        channel.close()
+
+
+@pytest.fixture
+def attacked(launch, channels):
     """A server of the given keys, and a stub that sends it files: `server, send = attacked(...)`."""
-    channels = []
 
     def start(**keys):
         server = launch(server_toml(**keys))
@@ -46,9 +55,7 @@ def attacked(launch):
 
         return server, send
 
-    yield start
-    for channel in channels:
-        channel.close()
+    return start
 
 
 def cpu_s(server):
@@ -130,6 +137,25 @@ def test_small_images_are_answered_before_large_ones_that_came_first(attacked, s
     assert [outcome(call) for call in large] == [("OK", "")] * count
 
 
+def test_small_images_pass_those_that_are_not_very_large_from_as_many_connections(attacked, channels, sized):
+    server, _ = attacked(decode_threads=2)
+    count = sized(16, 48)
+    # 47 million samples, a third of a second, and some kilobytes.
+    request = pb.ExplainRequest(image=pb.Image(encoded=saved(Image.new("RGB", (4_000, 3_900)), "PNG")))
+    ways = [grpc.insecure_channel(server.address, options=APART) for _ in range(count)]
+    channels.extend(ways)
+    for way in ways:
+        grpc.channel_ready_future(way).result(PATIENCE_S)
+    before_s = cpu_s(server)
+    calls = [explain_pb2_grpc.ExplainServiceStub(way).Explain.future(request, timeout=PATIENCE_S) for way in ways]
+    wait_decoding(server, before_s)
+    with Client(server.address) as client:
+        assert client.explain(distinct(1)[0], timeout=PATIENCE_S).explanations
+    # In turns of connections it would come last.
+    assert sum(not call.done() for call in calls) > count // 2
+    assert [outcome(call) for call in calls] == [("OK", "")] * count
+
+
 def test_large_images_beyond_the_memory_for_them_are_told_to_come_again(attacked, sized):
     _, send = attacked(max_decoding_bytes=300_000_000)
     flat = saved(Image.new("RGB", (5_000, 5_000)), "JPEG")
@@ -144,8 +170,9 @@ def test_good_images_are_not_said_to_be_corrupt_where_memory_is_short(attacked, 
     server, send = attacked(decode_threads=4)
     process = psutil.Process(server.process.pid)
     files = [saved(Image.new("RGB", (5_000, 5_000)), "JPEG", progressive=way) for way in (False, True)]
-    # So that all threads have begun. A large image would leave its memory to the allocator.
-    assert [outcome(call) for call in [send(saved(SMALL, "PNG")) for _ in range(40)]] == [("OK", "")] * 40
+    # So that all threads have begun. An image of many pixels would leave its memory to the allocator.
+    for file in (saved(SMALL, "PNG"), hostile.jpeg_of_scans(1_000, 1_000, 30)):
+        assert [outcome(call) for call in [send(file) for _ in range(40)]] == [("OK", "")] * 40
     # Room for one of the images, and not for all.
     limit = process.memory_info().vms + (200 << 20)
     process.rlimit(psutil.RLIMIT_AS, (limit, limit))

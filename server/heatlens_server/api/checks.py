@@ -1,6 +1,6 @@
 """What queries are checked against, what is found wrong, and the checks of images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from heatlens_server.api.query import Image
@@ -12,6 +12,7 @@ from heatlens_server.imaging.limits import MAX_PARTS, PASSES, TooComplex, too_co
 from heatlens_server.imaging.preprocess import fit_source
 from heatlens_server.imaging.tensor import pixels_from_tensor
 from heatlens_server.imaging.walk.plain import PlainFile
+from heatlens_server.scheduling.entry import LargeImage
 
 SourceImage = bytes | SourcePixels
 """An encoded file, or pixels."""
@@ -19,8 +20,8 @@ SourceImage = bytes | SourcePixels
 InspectedImage = PlainFile | SourcePixels
 """The same, once it is known what decoding it takes."""
 
-# A photo of 12 megapixels in JPEG has 36 million samples at most, and takes a tenth of a second.
-_SMALL_SAMPLES = 48_000_000
+# As long as a step of a model. A photo of 12 megapixels takes as long, in JPEG without its colours halved longer.
+_SMALL_S = 0.05
 _SMALL_BYTES = 128 << 20
 
 _SHOWN_CHARACTERS = 80
@@ -147,12 +148,14 @@ def inspected(
     return file
 
 
-def large_image_bytes(images: Sequence[InspectedImage]) -> int:
-    """The memory that decoding images of one request takes together; 0 if they are small, and decoded at once."""
+def large_image(images: Sequence[InspectedImage], decode: Callable[[], FittedImage]) -> LargeImage | None:
+    """What `decode` takes for the images of one request together; None if they are small, and decoded at once."""
     files = [image for image in images if isinstance(image, PlainFile)]
-    decoded_bytes = sum(file.decoded_bytes for file in files)
-    is_large = decoded_bytes > _SMALL_BYTES or sum(file.samples for file in files) > _SMALL_SAMPLES
-    return max(1, decoded_bytes) if is_large else 0
+    decoded_bytes, decode_s = sum(file.decoded_bytes for file in files), sum(file.decode_s for file in files)
+    takes_memory = decoded_bytes > _SMALL_BYTES
+    if not takes_memory and decode_s <= _SMALL_S:
+        return None
+    return LargeImage(decoded_bytes if takes_memory else 0, decode_s, decode)
 
 
 def fit_image(

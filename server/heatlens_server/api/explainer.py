@@ -15,7 +15,7 @@ from heatlens_server.api.checks import (
     SourceImage,
     fit_image,
     inspected,
-    large_image_bytes,
+    large_image,
 )
 from heatlens_server.api.models import known_name
 from heatlens_server.api.plan import Plan, plan_query
@@ -178,8 +178,7 @@ class Explainer:
         if plan.reference is not None and (reference := plan.reference.inspected()) is not None:
             sources.append(reference)
         fit = functools.partial(self._fit, source, plan, model)
-        large_bytes = large_image_bytes(sources)
-        return LargeImage(large_bytes, fit) if large_bytes else fit()
+        return large_image(sources, fit) or fit()
 
     def _fit(self, image: InspectedImage, plan: Plan, model: ServedModel) -> FittedImage:
         fitted = fit_image(image, model.preprocess, self.limits)

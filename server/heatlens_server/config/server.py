@@ -72,7 +72,7 @@ class ServerConfig(Section):
     send_timeout_s: float = Field(default=120.0, ge=0.1, le=86_400)
     """How long an answer may take to be taken, in seconds; then its connection is closed."""
     decode_threads: int = Field(default=0, ge=0, le=1024)
-    """Threads that decode and resize images. 0: one per core. One more is kept for images that are not large."""
+    """Threads that decode and resize images. 0: one per core. As many, of low priority, are for large images."""
     max_decoding_bytes: int = Field(default=1 << 31, ge=1, le=2**63 - 1)
     """Most memory for large images that are decoded or wait for it, in bytes; more are refused."""
     token: SecretStr | None = Field(default=None, min_length=1)

@@ -1,15 +1,15 @@
-"""The images of one model that are to be decoded, on threads that all models share."""
+"""Images that are to be decoded, those of one model or large ones, on threads that all models share."""
 
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor
 
+from heatlens_server.scheduling.cost_queue import CostQueue
 from heatlens_server.scheduling.entry import Entry
-from heatlens_server.scheduling.fair_queue import FairQueue
 
 
 class DecodeQueue:
-    """Has entries decoded on an executor's threads, their owners in turns. Thread-safe.
+    """Has entries decoded on an executor's threads, their owners and costs in turns. Thread-safe.
 
     An executor works first come, first served: a stream that sends a whole window at once would keep all others
     waiting. So entries wait here, and the executor gets at most `at_once` calls, each of which asks for the next entry
@@ -28,7 +28,7 @@ class DecodeQueue:
         self._decode = decode
         self._at_once = at_once
         self._lock = threading.Lock()
-        self._waiting: FairQueue[Entry] = FairQueue()
+        self._waiting: CostQueue[Entry] = CostQueue()
         self._calls = 0
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class DecodeQueue:
             RuntimeError: the executor is shut down.
         """
         with self._lock:
-            self._waiting.put(entry.owner, entry)
+            self._waiting.put(entry.owner, entry, cost=entry.decode_s)
             if self._calls == self._at_once:
                 return
             self._calls += 1
@@ -62,7 +62,8 @@ class DecodeQueue:
             False if it is being decoded or gone.
         """
         with self._lock:
-            return self._waiting.remove(entry.owner, entry, keep_turn=entry.source is not None)
+            keep_turn = entry.source is not None
+            return self._waiting.remove(entry.owner, entry, cost=entry.decode_s, keep_turn=keep_turn)
 
     def _decode_next(self) -> None:
         while True:

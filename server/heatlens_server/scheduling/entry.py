@@ -89,11 +89,13 @@ class LargeImage:
     """An image that was looked at and is yet to be decoded.
 
     Attributes:
-        decoded_bytes: the memory that decoding it takes.
+        decoded_bytes: the memory that decoding it takes; 0 if that is as little as that of others.
+        decode_s: how long decoding it takes, about, in seconds.
         decode: decodes and resizes it.
     """
 
     decoded_bytes: int
+    decode_s: float
     decode: Callable[[], FittedImage]
 
 
@@ -131,6 +133,7 @@ class Entry:
         source: the sender; None for a caller with this image only.
         peer: the connection that the image of such a caller came by; empty if that is not known.
         decode: makes `image`, or says that it is large; None once that is done or not wanted any more.
+        decode_s: how long that takes, about, in seconds; 0 before it is known to be long.
         finish_target: makes the target that the engine gets from the decoded image; None if `target` is that.
         image: the image as the model sees it; None while it is being decoded, and when the entry is gone.
         preprocess_s: seconds of decoding and resizing.
@@ -150,6 +153,7 @@ class Entry:
     source: Source | None = None
     peer: str = ""
     decode: Callable[[], FittedImage | LargeImage] | None = None
+    decode_s: float = 0.0
     finish_target: Callable[[FittedImage], Target] | None = None
     image: FittedImage | None = None
     preprocess_s: float = 0.0

@@ -1,4 +1,7 @@
-"""Large images of all models: few are decoded at a time, their memory is bounded, and small images pass them."""
+"""Large images of all models: few are decoded at a time, their memory is bounded, and small images pass them.
+
+Large is what takes long to decode, or much memory.
+"""
 
 import threading
 from collections.abc import Callable
@@ -12,16 +15,13 @@ _RETRY_AFTER_S = 1.0
 
 
 class LargeImages:
-    """Has large images decoded on the executor that decodes all others, their owners in turns. Thread-safe.
-
-    With one more thread than `at_once`, a thread is always left for small images.
-    """
+    """Has large images decoded, those of each cost and each owner in turns. Thread-safe."""
 
     def __init__(self, threads: Executor, *, at_once: int, max_bytes: int) -> None:
         """Start nothing yet.
 
         Args:
-            threads: where to decode.
+            threads: where to decode; not those of small images, which would wait.
             at_once: most large images decoded at the same time.
             max_bytes: most memory of those that are decoded or wait for it. One is let in whatever it takes.
         """
@@ -51,7 +51,7 @@ class LargeImages:
         """
         with self._lock:
             held_bytes = sum(size for size, _ in self._held.values())
-            if held_bytes and held_bytes + image.decoded_bytes > self._max_bytes:
+            if held_bytes and image.decoded_bytes and held_bytes + image.decoded_bytes > self._max_bytes:
                 raise ImageMemoryFull(
                     f"large images that take {held_bytes} bytes are being decoded or wait for it, and this one takes "
                     f"{image.decoded_bytes}; at most {self._max_bytes} are used for them",
@@ -59,6 +59,7 @@ class LargeImages:
                     retry_after_s=_RETRY_AFTER_S,
                 )
             self._held[entry] = (image.decoded_bytes, decode)
+        entry.decode_s = image.decode_s
         try:
             self._queue.add(entry)
         except BaseException:

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from explain_requests import LIMITS, TINY
-from heatlens_server.api.checks import Limits, inspected, large_image_bytes
+from heatlens_server.api.checks import Limits, inspected, large_image
 from heatlens_server.core.errors import InvalidArgument
 from image_files import saved
 
@@ -24,13 +24,32 @@ def header_of(width_px, height_px, file_format="JPEG", **options):
     return bytes(whole)
 
 
+def fit():
+    raise AssertionError("nothing is decoded")
+
+
 def test_a_photo_of_twelve_megapixels_is_small_and_larger_ones_are_large():
-    assert large_image_bytes([inspected(header_of(4000, 3000, subsampling=0), SPEC, ROOMY)]) == 0
-    large = inspected(header_of(8000, 8000), SPEC, ROOMY)
-    assert large_image_bytes([large]) == large.decoded_bytes > 8000 * 8000 * 3
+    photo = inspected(header_of(4000, 3000, subsampling=2), SPEC, ROOMY)
+    assert large_image([photo], fit) is None
+    # What takes long and little memory leaves that to others.
+    long = large_image([inspected(header_of(4000, 3000, subsampling=0), SPEC, ROOMY)], fit)
+    assert long is not None
+    assert long.decoded_bytes == 0
+    assert long.decode_s == pytest.approx(36e6 * 2.5e-9, rel=0.01)
+    file = inspected(header_of(8000, 8000), SPEC, ROOMY)
+    large = large_image([file], fit)
+    assert large is not None
+    assert large.decoded_bytes == file.decoded_bytes > 8000 * 8000 * 3
     # The image and its reference together.
-    half = inspected(header_of(4000, 3000, subsampling=0), SPEC, ROOMY)
-    assert large_image_bytes([half, half]) == 2 * half.decoded_bytes
+    both = large_image([photo, photo], fit)
+    assert both is not None
+    assert both.decoded_bytes == 2 * photo.decoded_bytes > 128 << 20
+
+
+def test_a_sample_of_other_formats_takes_longer_than_one_of_jpeg():
+    gray = Image.new("RGB", (2000, 1200))
+    files = [inspected(saved(gray, file_format), SPEC, ROOMY) for file_format in ("JPEG", "PNG")]
+    assert [large_image([file], fit) is None for file in files] == [True, False]
 
 
 def test_an_image_that_takes_more_than_all_the_memory_is_refused_for_good():

@@ -33,8 +33,8 @@ class Slow:
 
 class Rig:
     def __init__(self):
-        self.threads = ThreadPoolExecutor(AT_ONCE + 1)
-        self.large = LargeImages(self.threads, at_once=AT_ONCE, max_bytes=MAX_BYTES)
+        self.threads, self.large_threads = ThreadPoolExecutor(AT_ONCE), ThreadPoolExecutor(AT_ONCE)
+        self.large = LargeImages(self.large_threads, at_once=AT_ONCE, max_bytes=MAX_BYTES)
         self.queues = [self.queue(), self.queue()]
         self.slow = []
 
@@ -53,10 +53,10 @@ class Rig:
     def submit(self, decode, *, queue=0, timeout_s=None):
         return self.queues[queue].submit(decode, TopK(1), BATCHED, timeout_s=timeout_s)
 
-    def submit_large(self, value=1, *, size=100, queue=0, timeout_s=None):
+    def submit_large(self, value=1, *, size=100, decode_s=1.0, queue=0, timeout_s=None):
         slow = Slow(value)
         self.slow.append(slow)
-        return slow, self.submit(lambda: LargeImage(size, slow), queue=queue, timeout_s=timeout_s)
+        return slow, self.submit(lambda: LargeImage(size, decode_s, slow), queue=queue, timeout_s=timeout_s)
 
     async def close(self):
         for slow in self.slow:
@@ -64,6 +64,7 @@ class Rig:
         for queue in self.queues:
             assert await queue.close(timeout_s=PATIENCE_S)
         self.threads.shutdown()
+        self.large_threads.shutdown()
         assert not self.large.busy
 
 
@@ -89,6 +90,26 @@ async def test_small_images_pass_large_ones_of_every_model(rig):
         slow.release.set()
     assert [await value_of(ticket) for _, ticket in large] == [0, 1, 2, 3, 4, 5]
     await until(lambda: not rig.large.busy)
+
+
+async def test_one_that_takes_less_long_passes_those_that_take_longer(rig):
+    running = [rig.submit_large() for _ in range(AT_ONCE)]
+    await until(lambda: all(slow.started.is_set() for slow, _ in running))
+    waiting = [rig.submit_large(size=0) for _ in range(8)]
+    await until(lambda: len(rig.large._held) == AT_ONCE + 8)
+    short, _ = rig.submit_large(size=0, decode_s=0.1)
+    await until(lambda: len(rig.large._held) == AT_ONCE + 9)
+    running[0][0].release.set()
+    await until(short.started.is_set)
+    assert not any(slow.started.is_set() for slow, _ in waiting)
+
+
+async def test_those_that_take_little_memory_need_no_room(rig):
+    whole, _ = rig.submit_large(size=MAX_BYTES)
+    await until(whole.started.is_set)
+    slow, ticket = rig.submit_large(5, size=0)
+    slow.release.set()
+    assert await value_of(ticket) == 5
 
 
 async def test_what_does_not_fit_is_refused_with_a_time_to_try_again_and_fits_later(rig):
@@ -145,7 +166,7 @@ async def test_too_little_memory_is_no_fault_of_the_image(rig):
     def really_fail():
         np.empty(1 << 62, np.uint8)
 
-    for decode in (fail, really_fail, lambda: LargeImage(1, fail)):
+    for decode in (fail, really_fail, lambda: LargeImage(1, 1.0, fail)):
         with pytest.raises(ImageMemoryFull) as caught:
             await rig.submit(decode).result()
         assert caught.value.retry_after_s > 0

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 RESIZING_BYTES = 7
 """Of a pixel of three colours of 8 bits: three as decoded, four as resized."""
 
+_JPEG_SAMPLE_S, _SAMPLE_S = 2.5e-9, 8e-9
+"""What decoders take per sample at most, in seconds of one core of 2020's: `python -m bench --only decode`."""
+
 SizeCheck = Callable[[int, int], None]
 """Raises if a width and height, in pixels, are not accepted. A walk calls it as soon as it knows them."""
 
@@ -36,6 +39,11 @@ class PlainFile:
     orientation: int = 1
     is_deep: bool = False
     significant_bits: int | None = None
+
+    @property
+    def decode_s(self) -> float:
+        """How long decoding it takes, about, in seconds."""
+        return self.samples * (_JPEG_SAMPLE_S if self.file_format == "JPEG" else _SAMPLE_S)
 
 
 @dataclass(slots=True)
