@@ -1,11 +1,14 @@
 """An engine in a process of its own answers as the same engine in this one, which the other contracts judge."""
 
 import dataclasses
+import time
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from safetensors.torch import save_file
 
+import tiny_models
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.engine import MapSpec, SteppingEngine
 from heatlens_server.core.errors import ModelLoadError
@@ -128,6 +131,22 @@ def test_what_is_needed_later_is_loaded_there():
 
 def test_an_engine_that_loads_nothing_later_is_not_asked(engines):
     assert engines[0].is_loaded_for(BODY)
+
+
+def test_a_process_that_is_started_again_takes_no_other_weights(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(SUPPORT))
+    file = tmp_path / "weights.safetensors"
+    save_file(tiny_models.tiny_mlp().state_dict(), file)
+    engine = isolated(CONFIG.model_copy(update={"weights": str(file), "version": "1"})).engine
+    try:
+        save_file({name: one + 1 for name, one in tiny_models.tiny_mlp().state_dict().items()}, file)
+        engine.restart()
+        deadline = time.monotonic() + 60
+        while "reload the model" not in str(engine.outage):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        engine.close()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@
   * ModelFailed           the model could not be loaded
   * ModelUnloaded         the model was unloaded or replaced while the caller waited
   * ModelInterrupted      the model served, and cannot for now: it hangs, or its process has ended
+  * ModelFilesChanged     the model answers, but what this request needs is read from a file that was overwritten
   * CompanionFailed       the model answers, but PyTorch, which this request needs, could not be loaded
   * ServerDraining        the server is shutting down: try another server
   * QueueFull             too many requests are waiting
@@ -180,6 +181,15 @@ class ModelInterrupted(HeatlensError):
     def __init__(self, name: str, what: str, *, reason: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(f"model {name!r} {what}", reason=reason, metadata={"model": name}, retry_after_s=retry_after_s)
         self.name = name
+
+
+class ModelFilesChanged(HeatlensError):
+    """The model answers other requests, but a file that this one needs first was overwritten since it was loaded."""
+
+    reason = "MODEL_FILES_CHANGED"
+
+    def __init__(self, file: str) -> None:
+        super().__init__(f"{file} is not the file that was there when the model was loaded; reload the model")
 
 
 class CompanionFailed(HeatlensError):

@@ -71,13 +71,14 @@ class BuiltModel:
     Attributes:
         engine: runs it.
         preprocess: from source image to input pixels.
-        version: of the weights.
+        version: what clients see.
         labels: one per class; empty if unknown.
         method: for requests that name none.
         assumptions: what was found or assumed when it was loaded, one sentence each, with the key that overrides it.
         layer_choices: one line for each tensor of a file that may be a layer.
         export_was_cached: whether its export was in the cache; None if it is served without one, or from a folder.
         next_engine: what takes over once `build_export` has made its graphs; empty if this is what stays.
+        weights_version: of the weights, whatever the configuration says.
     """
 
     engine: SteppingEngine
@@ -89,6 +90,7 @@ class BuiltModel:
     layer_choices: tuple[str, ...] = ()
     export_was_cached: bool | None = None
     next_engine: str = ""
+    weights_version: str = ""
 
 
 class _Unfit(Exception):
@@ -371,9 +373,11 @@ def _build_exported(config: ModelConfig, export: Export, *, device: str, method:
     default, base = manifest.layers[0], method.as_preset.method
     # The engine opens the first graph now, and the others when they are asked for.
     graphs = sorted(manifest.graphs, key=lambda graph: (graph.layer != default, graph.method is not base))
-    primary = _open(export.folder, replace(manifest, graphs=tuple(graphs)), device=device, provider=config.provider)
+    is_cached = not config.source.startswith(EXPORT_PREFIX)
+    ordered = replace(manifest, graphs=tuple(graphs))
+    primary = _open(export.folder, ordered, device=device, provider=config.provider, is_owned=is_cached)
     # An exported folder holds no network.
-    record = None if config.source.startswith(EXPORT_PREFIX) else read_record(export.folder, manifest)
+    record = read_record(export.folder, manifest) if is_cached else None
     engine = with_torch_fallback(
         config,
         primary,
@@ -392,9 +396,9 @@ def _build_exported(config: ModelConfig, export: Export, *, device: str, method:
     )
 
 
-def _open(folder: Path, manifest: Manifest, *, device: str, provider: str) -> ExportEngine:
+def _open(folder: Path, manifest: Manifest, *, device: str, provider: str, is_owned: bool) -> ExportEngine:
     if manifest.is_network:
-        return NetworkEngine(read_network(folder, manifest), device=device, provider=provider)
+        return NetworkEngine(read_network(folder, manifest, is_owned=is_owned), device=device, provider=provider)
     if manifest.format is Format.ONNX:
         raise ModelLoadError(
             "the export was made by a version of heatlens that stored no passes: export the model again"
@@ -428,4 +432,13 @@ def _finish(
     except BaseException:
         engine.close()
         raise
-    return BuiltModel(engine, preprocess, config.version or version, labels, method, assumptions, layer_choices)
+    return BuiltModel(
+        engine,
+        preprocess,
+        config.version or version,
+        labels,
+        method,
+        assumptions,
+        layer_choices,
+        weights_version=version,
+    )

@@ -202,9 +202,9 @@ def _check(found: Capabilities, said: Capabilities) -> None:
     """
     missing = [method for method in said.fallback_methods if method not in found.methods]
     if missing:
-        raise ModelLoadError(f"the network, as it is now, has no {', '.join(sorted(missing))}; restart the server")
+        raise ModelLoadError(f"the network, as it is now, has no {', '.join(sorted(missing))}; reload the model")
     if (found.class_count, found.task) != (said.class_count, said.task) or not set(said.layers) <= set(found.layers):
-        raise ModelLoadError("the network, as it is now, is not the one that was exported; restart the server")
+        raise ModelLoadError("the network, as it is now, is not the one that was exported; reload the model")
 
 
 def with_torch_fallback(
@@ -248,7 +248,7 @@ def _load(config: ModelConfig, weights_version: str, *, device: str) -> Stepping
 
     model = load_network(config)
     if model.version != weights_version:
-        raise ModelLoadError("its source gives other weights than those that were exported; restart the server")
+        raise ModelLoadError("its source gives other weights than those that were loaded; reload the model")
     if config.device == "auto" and device != "cpu" and not torch.cuda.is_available():
         _log.warning("model %s: torch runs on the CPU although there is a GPU: it cannot use it", config.name)
         device = "cpu"

@@ -51,6 +51,10 @@ class Loaded:
         """What there is to tell about a model."""
         return cls(built.engine.info, replace(built, engine=cast("SteppingEngine", None)))
 
+    def is_same_as(self, other: Self) -> bool:
+        """Whether both tell of one model, with the same weights."""
+        return (self.info, self.built.weights_version) == (other.info, other.built.weights_version)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Child:
@@ -286,10 +290,10 @@ class IsolatedEngine:
     def _try_start(self, wait_s: float) -> _Child | None:
         try:
             child, loaded = self._start()
-            if loaded.info == self.info:
+            if loaded.is_same_as(self.loaded):
                 return child
             child.end()
-            why = "the model is another than at the start; restart the server"
+            why = "the model's files hold another than was loaded; reload the model"
         except ModelLoadError as error:
             why = str(error)
         _log.error("model %s: its process cannot be started again: %s", self._config.name, why)

@@ -4,11 +4,9 @@ import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import pytest_asyncio
 
 from fleets import IMAGE, PATIENCE_S, PREPROCESS, SPEC, Engine, Rig, closed, config, until
 from heatlens_server.config import ModelConfig
@@ -26,17 +24,6 @@ from heatlens_server.core.targets import TopK
 from heatlens_server.fleet.build import BuiltModel
 from heatlens_server.fleet.fleet import Fleet, ModelState
 from heatlens_server.scheduling.model_queue import ModelQueue
-
-
-@pytest_asyncio.fixture
-async def rig() -> AsyncIterator[Rig]:
-    with ThreadPoolExecutor(4) as decoders:
-        made = Rig(decoders)
-        yield made
-        for gate in [*made.gates.values(), *(engine.gate for engine in made.engines)]:
-            gate.set()
-        await made.fleet.close(timeout_s=PATIENCE_S)
-
 
 # Loading.
 

@@ -2,26 +2,13 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import pytest_asyncio
 
-from fleets import IMAGE, PATIENCE_S, SPEC, Rig, closed, config, until
+from fleets import IMAGE, SPEC, closed, config, until
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.targets import TopK
 from heatlens_server.fleet.fleet import ModelState
-
-
-@pytest_asyncio.fixture
-async def rig() -> AsyncIterator[Rig]:
-    with ThreadPoolExecutor(4) as decoders:
-        made = Rig(decoders)
-        yield made
-        for gate in [*made.gates.values(), *(engine.gate for engine in made.engines)]:
-            gate.set()
-        await made.fleet.close(timeout_s=PATIENCE_S)
 
 
 async def test_the_engine_that_follows_takes_over_and_what_began_is_finished(rig):

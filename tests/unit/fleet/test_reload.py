@@ -2,13 +2,11 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import pytest_asyncio
 
-from fleets import PATIENCE_S, Rig
+from fleets import Rig
 from heatlens_server.config import AdminConfig, Config, ModelConfig, ServerConfig
 from heatlens_server.core.errors import ConfigError, ModelLoadError
 from heatlens_server.fleet.fleet import ModelState
@@ -37,14 +35,10 @@ def configuration(*models: ModelConfig, **server: object) -> Config:
     return Config(models=models, server=ServerConfig(**server))
 
 
-@pytest_asyncio.fixture
-async def rig() -> AsyncIterator[Rig]:
-    with ThreadPoolExecutor(4) as decoders:
-        made = Rig(decoders)
-        for name in "ab":
-            await made.fleet.load(model(name))
-        yield made
-        await made.fleet.close(timeout_s=PATIENCE_S)
+@pytest_asyncio.fixture(autouse=True)
+async def loaded(rig: Rig) -> None:
+    for name in "ab":
+        await rig.fleet.load(model(name))
 
 
 async def test_models_are_loaded_replaced_and_unloaded_and_the_others_left_alone(rig, caplog):

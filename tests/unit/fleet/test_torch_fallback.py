@@ -189,7 +189,7 @@ def test_other_weights_than_those_that_were_exported_are_not_taken(make, monkeyp
     engine = make()
     monkeypatch.setattr(tiny_models, "tiny", tiny_models.tiny_mlp)
     spec = dataclasses.replace(NEEDS_TORCH, score=Score.CONTRAST)
-    with pytest.raises(ModelLoadError, match="gives other weights than those that were exported"):
+    with pytest.raises(ModelLoadError, match="gives other weights than those that were loaded; reload the model"):
         engine.load_for(spec)
     assert explained(engine, noise(1)[0], PLAIN).maps.max() == 1
     monkeypatch.undo()

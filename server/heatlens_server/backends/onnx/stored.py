@@ -7,6 +7,7 @@ backward pass by the first k layers, and what comes behind it; the forward pass 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,13 @@ class StoredNetwork:
 
     Attributes:
         info: what is known about it.
-        folder: where its graphs are.
+        graphs: files of graphs, by name: what is written to its folder later changes nothing.
         content: what `source/store.py` wrote about them.
         weights: by their names in the graphs. Constants of one graph alone have that behind "FILE: ".
     """
 
     info: NetworkInfo
-    folder: Path
+    graphs: Mapping[str, bytes]
     content: Mapping[str, Any]
     weights: Mapping[str, Array]
 
@@ -99,7 +100,7 @@ class StoredNetwork:
 
     def twin(self) -> "StoredNetwork":
         """The same network with its weights in another order; not what its backward pass has of its own."""
-        own = external_initializers((self.folder / FORWARD_FILE).read_bytes())
+        own = external_initializers(self.graphs[FORWARD_FILE])
         return replace(self, weights={**self.weights, **shuffled({name: self.weights[name] for name in own})})
 
     def _layer(self, name: str) -> Mapping[str, Any]:
@@ -107,7 +108,7 @@ class StoredNetwork:
         return layer
 
     def _packed(self, file: str, *, outputs: Sequence[str] | None = None) -> PackedGraph:
-        graph = (self.folder / file).read_bytes()
+        graph = self.graphs[file]
         if outputs is not None:
             graph = returning(graph, outputs)
         return PackedGraph(
@@ -119,12 +120,20 @@ class StoredNetwork:
         )
 
 
-def read_network(folder: Path, manifest: Manifest) -> StoredNetwork:
-    """Read a stored network. Its weights are mapped into memory, and read when they are needed.
+def read_graphs(folder: Path) -> dict[str, bytes]:
+    """The graphs of a stored network, by their files' names. They hold no weights."""
+    patterns = (FORWARD_FILE, "backward-*.onnx", "tail-*.onnx", "before-*.onnx")
+    return {path.name: path.read_bytes() for pattern in patterns for path in folder.glob(pattern)}
+
+
+def read_network(folder: Path, manifest: Manifest, *, is_owned: bool = False) -> StoredNetwork:
+    """Read a stored network.
 
     Args:
         folder: of the export.
         manifest: of the export, from `read_manifest`.
+        is_owned: whether nobody writes to the folder: weights are then mapped into memory, and read when they are
+            needed. What is mapped would change, or be lost, with its file.
     """
     content = json.loads((folder / NETWORK_FILE).read_text(encoding="utf-8"))
     layers = network_layers(content)
@@ -143,7 +152,8 @@ def read_network(folder: Path, manifest: Manifest) -> StoredNetwork:
         score=None if score is Score.LOGIT else score,
         left_out=frozenset(_left_out(manifest)),
     )
-    return StoredNetwork(info, folder, content, _weights(folder, content["weights"]))
+    weights = _weights(folder, content["weights"], is_owned=is_owned)
+    return StoredNetwork(info, read_graphs(folder), content, weights)
 
 
 def has_linear_head(content: Mapping[str, Any], layers: Sequence[str]) -> bool:
@@ -163,9 +173,10 @@ def network_layers(content: Mapping[str, Any]) -> dict[str, NetworkLayer]:
     }
 
 
-def _weights(folder: Path, places: Mapping[str, Mapping[str, Any]]) -> dict[str, Array]:
+def _weights(folder: Path, places: Mapping[str, Mapping[str, Any]], *, is_owned: bool) -> dict[str, Array]:
     """The weights, from where they are in the folder's files."""
-    data = {file: np.memmap(folder / file, np.uint8, "r") for file in {place["file"] for place in places.values()}}
+    read = partial(np.memmap, mode="r") if is_owned else np.fromfile
+    data = {file: read(folder / file, dtype=np.uint8) for file in {place["file"] for place in places.values()}}
     weights = {}
     for name, place in places.items():
         count = int(np.prod(place["shape"], dtype=np.int64))

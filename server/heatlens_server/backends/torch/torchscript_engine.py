@@ -20,13 +20,13 @@ from heatlens_server.backends.onnx.graph_rows import (
     normalisation_table,
     normalised_planes,
 )
-from heatlens_server.backends.onnx.manifest import GraphFile, Manifest
+from heatlens_server.backends.onnx.manifest import GraphFile, Manifest, sha256_of
 from heatlens_server.backends.onnx.map_finish import Maps
 from heatlens_server.backends.torch.cam.saliency import saliency
 from heatlens_server.backends.torch.network.device import memory_errors, resolve_device
 from heatlens_server.core.arrays import Float32Array, ImageArray
 from heatlens_server.core.engine import Capabilities, MapSpec
-from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.core.errors import ModelFilesChanged, ModelLoadError
 from heatlens_server.core.graph_spec import Format, InputKind, Output
 from heatlens_server.core.methods import RANKED, Method
 from heatlens_server.core.results import ImageResult
@@ -146,9 +146,15 @@ class TorchScriptEngine:
         return graph
 
     def _loaded(self, file: str) -> _Loaded:
-        """A file's module: loaded now, or kept from before."""
+        """A file's module: loaded now, or kept from before.
+
+        Raises:
+            ModelFilesChanged: the file was overwritten since the first was loaded.
+        """
         with self._lock:
             if file not in self._modules:
+                if self._modules and sha256_of(self._folder / file) != self._manifest.files[file]:
+                    raise ModelFilesChanged(file)
                 module = self._load(self._folder / file)
                 self._modules[file] = _Loaded(module, self._find_layout(file, module))
             return self._modules[file]

@@ -24,6 +24,7 @@ _CODES: dict[type[errors.HeatlensError], grpc.StatusCode] = {
     errors.ModelFailed: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ModelUnloaded: grpc.StatusCode.UNAVAILABLE,
     errors.ModelInterrupted: grpc.StatusCode.UNAVAILABLE,
+    errors.ModelFilesChanged: grpc.StatusCode.FAILED_PRECONDITION,
     errors.CompanionFailed: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ServerDraining: grpc.StatusCode.UNAVAILABLE,
     errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,6 +123,21 @@ class Resizing(nn.Module):
         large = nn.functional.interpolate(self.body(x).relu(), (32, 32), mode="bilinear")
         small = nn.functional.interpolate(x.sigmoid(), (24, 24), mode="bilinear")
         return self.head(large.square().mean((-2, -1)) + small.square().mean((-2, -1)))
+
+
+def test_files_that_are_overwritten_change_nothing_of_a_network_that_was_read(tmp_path):
+    source, manifest = tiny()
+    folder = Path(shutil.copytree(source, tmp_path / "export"))
+    engine, reference = (open_engine((one, manifest)) for one in (folder, source))
+    for file in folder.iterdir():
+        # In place: what is mapped from a file that becomes shorter kills the process.
+        file.write_bytes(b"another")
+    for layer in ("body", "stem"):
+        asked = noise(1), [TopK(1)], MapSpec(Method.GRAD_CAM, (layer,), upsample=False)
+        (one,), (other,) = engine.explain(*asked), reference.explain(*asked)
+        np.testing.assert_array_equal(one.maps, other.maps)
+    engine.close()
+    reference.close()
 
 
 def test_constants_of_backward_passes_are_kept_apart():

@@ -2,8 +2,10 @@
 
 import dataclasses
 import gc
+import shutil
 import warnings
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import tiny_models
 from heatlens_server.backends.torch.engine import TorchEngine
 from heatlens_server.backends.torch.torchscript_engine import TorchScriptEngine
 from heatlens_server.core.engine import MapSpec
-from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.core.errors import ModelFilesChanged, ModelLoadError
 from heatlens_server.core.graph_spec import Format, GraphSpec, InputKind, Output
 from heatlens_server.core.methods import CLOSED_FORMS, Method, Score
 from heatlens_server.core.targets import ClassIds, TopK
@@ -69,6 +71,18 @@ def modules(monkeypatch):
 
     monkeypatch.setattr(torch.jit, "load", noting)
     return loaded_modules
+
+
+def test_a_layer_whose_file_was_overwritten_is_refused_and_the_others_go_on(tmp_path):
+    source, manifest = bundle(loaded(tiny_models.tiny_mlp(), ("body", "stem")))
+    folder = Path(shutil.copytree(source, tmp_path / "export"))
+    engine = TorchScriptEngine(folder, manifest, device="cpu")
+    for file in {graph.file for graph in manifest.graphs}:
+        (folder / file).write_bytes(b"another")
+    assert len(engine.explain(noise(1), [TopK(1)], SPEC)) == 1
+    with pytest.raises(ModelFilesChanged, match="reload the model"):
+        engine.explain(noise(1), [TopK(1)], dataclasses.replace(SPEC, layers=("stem",)))
+    engine.close()
 
 
 def test_one_module_per_layer_serves_every_method(modules):

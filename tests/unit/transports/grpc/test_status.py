@@ -44,6 +44,11 @@ EXAMPLES: dict[type[HeatlensError], tuple[HeatlensError, grpc.StatusCode, str]] 
         grpc.StatusCode.UNAVAILABLE,
         "MODEL_HUNG",
     ),
+    errors.ModelFilesChanged: (
+        errors.ModelFilesChanged("layer-2.pt"),
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "MODEL_FILES_CHANGED",
+    ),
     errors.CompanionFailed: (
         errors.CompanionFailed("a", "no file"),
         grpc.StatusCode.FAILED_PRECONDITION,

@@ -10,7 +10,7 @@ import numpy as np
 from heatlens_server.backends.onnx.manifest import NETWORK_FILE
 from heatlens_server.backends.onnx.network import NetworkInfo
 from heatlens_server.backends.onnx.packed import Array
-from heatlens_server.backends.onnx.stored import StoredNetwork, has_linear_head, network_layers
+from heatlens_server.backends.onnx.stored import StoredNetwork, has_linear_head, network_layers, read_graphs
 from heatlens_server.backends.onnx.torch_weights import read_weights, weights_version
 from heatlens_server.config import EMBEDDED_MODEL, ModelConfig
 from heatlens_server.config.preprocess import lay_over
@@ -87,7 +87,7 @@ def embedded_network(config: ModelConfig) -> EmbeddedNetwork | None:
             preprocess=preprocess,
             has_linear_head=has_linear_head(content, config.layers or tuple(layers)),
         ),
-        folder=FOLDER,
+        graphs=read_graphs(FOLDER),
         content=content,
         weights=weights,
         labels=tuple(content["labels"]),

@@ -34,7 +34,7 @@ _FLOATS = frozenset({_FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataTyp
 def read_file(path: Path) -> ir.Model:
     """Read a file, check it, and bring its graph into the form that rules know.
 
-    Weights stay where they are until they are read: in the file's bytes, or mapped from files beside it.
+    Weights are in memory then: what is written to the file, or to files beside it, later changes nothing.
 
     Args:
         path: of the file. Weights outside of it must lie in its folder.
@@ -89,7 +89,9 @@ def _take_weights(proto: onnx.ModelProto, folder: Path) -> dict[str, ir.TensorPr
         read = ir.serde.deserialize_tensor(tensor, str(folder))
         is_outside = isinstance(read, ir.ExternalTensor)
         if read.nbytes > _SMALL_BYTES:
-            weights[tensor.name] = read if is_outside else ir.Tensor(read.numpy(), dtype=read.dtype, name=tensor.name)
+            # A tensor outside is mapped from its file.
+            values = read.numpy().copy() if is_outside else read.numpy()
+            weights[tensor.name] = ir.Tensor(values, dtype=read.dtype, name=tensor.name)
             inputs.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         elif is_outside:
             small.append(onnx.numpy_helper.from_array(read.numpy(), tensor.name))
