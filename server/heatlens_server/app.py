@@ -121,6 +121,7 @@ class Server:
             observer=self._observer,
             publish=lambda: self._health.update(self.fleet),
             end_streams=self.streams.end_streams_of,
+            replaced_streams_s=config.server.replaced_streams_s,
         )
         self._loading: list[asyncio.Task[None]] = []
         self.hung = asyncio.Event()

@@ -31,8 +31,9 @@ async def refusal(call) -> tuple[grpc.StatusCode, str]:
 
 
 async def test_a_model_is_replaced_under_calls_and_streams(live, channel, stub):
-    stream, other = RawStream(stub), RawStream(stub)
-    await stream.open(model="mlp")
+    stays, stream, other = RawStream(stub), RawStream(stub), RawStream(stub)
+    began = await stays.open(model="mlp")
+    await stream.open(model="mlp", replacement_policy=pb.REPLACEMENT_POLICY_END)
     await other.open(model="poisonous")
     await stream.send(1, distinct(1)[0])
     assert kinds([await stream.answer()]) == [(1, "result")]
@@ -50,8 +51,11 @@ async def test_a_model_is_replaced_under_calls_and_streams(live, channel, stub):
     await asyncio.gather(*callers)
     assert len(set(versions)) <= 2
     code, details, answers = await stream.failure()
-    assert (code, details.info.reason, answers) == (grpc.StatusCode.UNAVAILABLE, "MODEL_UNLOADED", [])
+    assert (code, details.info.reason, answers) == (grpc.StatusCode.UNAVAILABLE, "MODEL_REPLACED", [])
     assert details.has_retry
+    await stays.send(1, distinct(1)[0])
+    assert (await stays.answer()).result.model_version == began.model_version != "new"
+    assert await stays.finish() == []
     reopened = RawStream(stub)
     assert (await reopened.open(model="mlp")).model_version == "new"
     for one in (reopened, other):

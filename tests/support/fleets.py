@@ -84,13 +84,15 @@ class Changes(Observer):
 class Rig:
     """A fleet, the engines that it made, and ways to hold up or fail a build."""
 
-    def __init__(self, decoders: ThreadPoolExecutor, *, default: str = "") -> None:
+    def __init__(self, decoders: ThreadPoolExecutor, *, default: str = "", replaced_streams_s: float = 60.0) -> None:
         self.engines: list[Engine] = []
         self.gates: dict[str, threading.Event] = {}
         self.errors: dict[str, BaseException] = {}
         self.changes = Changes()
         self.published = 0
+        # Of models whose streams all end; and of those whose streams may ask for it.
         self.ended: list[tuple[object, Exception]] = []
+        self.replaced: list[tuple[object, Exception]] = []
         self.next_engine = ""
         self.fleet = Fleet(
             build=self.build,
@@ -107,7 +109,8 @@ class Rig:
             default=default,
             observer=self.changes,
             publish=self.publish,
-            end_streams=lambda model, error: self.ended.append((model, error)),
+            end_streams=self.end_streams,
+            replaced_streams_s=replaced_streams_s,
         )
 
     def build(self, config: ModelConfig) -> BuiltModel:
@@ -121,6 +124,9 @@ class Rig:
     def build_next(self, config: ModelConfig) -> BuiltModel:
         """As `build`, by gates and errors of the name and "+"."""
         return self.build(config.model_copy(update={"name": f"{config.name}+"}))
+
+    def end_streams(self, model: ServedModel, error: Exception, *, only_if_asked: bool = False) -> None:
+        (self.replaced if only_if_asked else self.ended).append((model, error))
 
     async def publish(self) -> None:
         self.published += 1

@@ -155,6 +155,8 @@ class Client:
             max_fps: explain at most so many frames per second, by capture time, and answer the others `skipped`.
             smooth: weight of the past in the moving average of a class's maps, in [0, 1); 0: none.
             frame_timeout: seconds that a frame may wait in the server; after that it fails. None: no limit.
+            on_replace: when the model is replaced: "finish": go on with the one that the stream began with, as long as
+                the server keeps it; "end": end with UnavailableError, reason MODEL_REPLACED.
             jpeg_quality: 1 to 100: pixels travel as JPEG of this quality. None: as they are. Files do in any case.
             top_k: explain the k most probable classes of each frame, as for `explain`; so are all that follow.
             class_ids: explain this class or these classes, by id or label.

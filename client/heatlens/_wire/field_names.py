@@ -16,6 +16,7 @@ _ARGUMENTS = {
     "explain_every": "every",
     "max_frames_per_second": "max_fps",
     "overflow_policy": "overflow",
+    "replacement_policy": "on_replace",
     "temporal_smoothing": "smooth",
     "max_in_flight": "max_in_flight",
     "frame_timeout": "frame_timeout",

@@ -25,6 +25,7 @@ METHODS = _names(method_pb2.Method.items(), "METHOD_")
 MAP_SIZES = _names(explain_pb2.MapSize.items(), "MAP_SIZE_")
 MAP_TYPES = {name: _names(explain_pb2.DataType.items(), "DATA_TYPE_")[name] for name in get_args(MapTypeName)}
 OVERFLOW_POLICIES = _names(explain_pb2.OverflowPolicy.items(), "OVERFLOW_POLICY_")
+REPLACEMENT_POLICIES = _names(explain_pb2.ReplacementPolicy.items(), "REPLACEMENT_POLICY_")
 TARGET_SCORES = _names(method_pb2.TargetScore.items(), "TARGET_SCORE_")
 DIRECTIONS = _names(explain_pb2.Direction.items(), "DIRECTION_")
 AGGREGATIONS = _names(method_pb2.Aggregation.items(), "AGGREGATION_")

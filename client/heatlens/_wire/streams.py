@@ -14,12 +14,13 @@ from heatlens._results.images import ImageSource, encode_jpeg, is_file, is_rgb, 
 from heatlens._results.results import Result
 from heatlens._wire.answers import result_of
 from heatlens._wire.arguments import MAX_SECONDS, as_float, checked_int, number_of
-from heatlens._wire.names import OVERFLOW_POLICIES
+from heatlens._wire.names import OVERFLOW_POLICIES, REPLACEMENT_POLICIES
 from heatlens._wire.requests import MapOptions, check_size, fill_image, model_name, write_options
 from heatlens._wire.status import frame_error_of
 from heatlens.v1 import explain_pb2
 
 OverflowName = Literal["block", "drop-oldest"]
+OnReplaceName = Literal["finish", "end"]
 CaptureTime: TypeAlias = datetime | float
 
 _MAX_FPS = 1e9
@@ -85,6 +86,7 @@ class StreamOptions(MapOptions, total=False):
     smooth: float
     frame_timeout: float | None
     jpeg_quality: int | None
+    on_replace: OnReplaceName
 
 
 def stream_plan(
@@ -100,6 +102,7 @@ def stream_plan(
     smooth: float = 0.0,
     frame_timeout: float | None = None,
     jpeg_quality: int | None = None,
+    on_replace: str = "finish",
     **options: Unpack[MapOptions],
 ) -> StreamPlan:
     """Check a stream's arguments, which `Client.stream` documents. `caller` is the function called, for errors.
@@ -108,8 +111,12 @@ def stream_plan(
         InvalidArgumentError: an argument is wrong; names it.
         TypeError: there is no option of that name.
     """
-    if overflow is None:
-        raise InvalidArgumentError.of("overflow", f"expected one of {', '.join(OVERFLOW_POLICIES)}; got None")
+    for name, value, known in (
+        ("overflow", overflow, OVERFLOW_POLICIES),
+        ("on_replace", on_replace, REPLACEMENT_POLICIES),
+    ):
+        if value is None:
+            raise InvalidArgumentError.of(name, f"expected one of {', '.join(known)}; got None")
     weight = as_float(smooth)
     # The wire has 32 bits for it: what rounds to 1 there would never move.
     if not (0 <= weight < 1 and np.float32(weight) < 1):
@@ -126,6 +133,7 @@ def stream_plan(
         explain_every=checked_int("every", every, at_least=1),
         max_frames_per_second=frames_per_s,
         temporal_smoothing=weight,
+        replacement_policy=number_of("on_replace", on_replace, REPLACEMENT_POLICIES),
     )
     write_options(config.options, options, known=MapOptions.__optional_keys__, caller=caller)
     if frame_timeout is not None:

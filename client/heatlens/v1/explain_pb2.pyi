@@ -40,6 +40,12 @@ class OverflowPolicy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OVERFLOW_POLICY_UNSPECIFIED: _ClassVar[OverflowPolicy]
     OVERFLOW_POLICY_BLOCK: _ClassVar[OverflowPolicy]
     OVERFLOW_POLICY_DROP_OLDEST: _ClassVar[OverflowPolicy]
+
+class ReplacementPolicy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REPLACEMENT_POLICY_UNSPECIFIED: _ClassVar[ReplacementPolicy]
+    REPLACEMENT_POLICY_FINISH: _ClassVar[ReplacementPolicy]
+    REPLACEMENT_POLICY_END: _ClassVar[ReplacementPolicy]
 MAP_SIZE_UNSPECIFIED: MapSize
 MAP_SIZE_LAYER: MapSize
 MAP_SIZE_INPUT: MapSize
@@ -55,6 +61,9 @@ DIRECTION_DECREASE: Direction
 OVERFLOW_POLICY_UNSPECIFIED: OverflowPolicy
 OVERFLOW_POLICY_BLOCK: OverflowPolicy
 OVERFLOW_POLICY_DROP_OLDEST: OverflowPolicy
+REPLACEMENT_POLICY_UNSPECIFIED: ReplacementPolicy
+REPLACEMENT_POLICY_FINISH: ReplacementPolicy
+REPLACEMENT_POLICY_END: ReplacementPolicy
 
 class ExplainRequest(_message.Message):
     __slots__ = ("model", "image", "options")
@@ -239,7 +248,7 @@ class StreamExplainRequest(_message.Message):
     def __init__(self, config: _Optional[_Union[StreamConfig, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
 
 class StreamConfig(_message.Message):
-    __slots__ = ("model", "options", "overflow_policy", "max_in_flight", "frame_timeout", "explain_every", "max_frames_per_second", "temporal_smoothing")
+    __slots__ = ("model", "options", "overflow_policy", "max_in_flight", "frame_timeout", "explain_every", "max_frames_per_second", "temporal_smoothing", "replacement_policy")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     OVERFLOW_POLICY_FIELD_NUMBER: _ClassVar[int]
@@ -248,6 +257,7 @@ class StreamConfig(_message.Message):
     EXPLAIN_EVERY_FIELD_NUMBER: _ClassVar[int]
     MAX_FRAMES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     TEMPORAL_SMOOTHING_FIELD_NUMBER: _ClassVar[int]
+    REPLACEMENT_POLICY_FIELD_NUMBER: _ClassVar[int]
     model: str
     options: ExplainOptions
     overflow_policy: OverflowPolicy
@@ -256,7 +266,8 @@ class StreamConfig(_message.Message):
     explain_every: int
     max_frames_per_second: float
     temporal_smoothing: float
-    def __init__(self, model: _Optional[str] = ..., options: _Optional[_Union[ExplainOptions, _Mapping]] = ..., overflow_policy: _Optional[_Union[OverflowPolicy, str]] = ..., max_in_flight: _Optional[int] = ..., frame_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., explain_every: _Optional[int] = ..., max_frames_per_second: _Optional[float] = ..., temporal_smoothing: _Optional[float] = ...) -> None: ...
+    replacement_policy: ReplacementPolicy
+    def __init__(self, model: _Optional[str] = ..., options: _Optional[_Union[ExplainOptions, _Mapping]] = ..., overflow_policy: _Optional[_Union[OverflowPolicy, str]] = ..., max_in_flight: _Optional[int] = ..., frame_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., explain_every: _Optional[int] = ..., max_frames_per_second: _Optional[float] = ..., temporal_smoothing: _Optional[float] = ..., replacement_policy: _Optional[_Union[ReplacementPolicy, str]] = ...) -> None: ...
 
 class Frame(_message.Message):
     __slots__ = ("frame_id", "image", "capture_time")

@@ -48,9 +48,9 @@ class ExplainServiceStub:
     The stream ends with OK once the client half-closed and every frame is answered. It ends with INVALID_ARGUMENT after
     a protocol violation (a frame before the configuration, a second configuration, frame ids that do not increase),
     with NOT_FOUND for an unknown model, with RESOURCE_EXHAUSTED when the server has no room for another stream, and
-    with UNAVAILABLE when the server shuts down or the model is unloaded. Frames that were read before are answered
-    first. At a shutdown, or when the model is unloaded, the server answers only frames that run by then. Send the
-    others again after the last answer. A gRPC deadline would cover the whole stream: use StreamConfig.frame_timeout.
+    with UNAVAILABLE when the server shuts down, the model is unloaded, or the model is replaced and the configuration
+    asks for it. Frames that were read before are answered first. In these cases the server answers only frames that
+    run by then. Send the others again after the last answer. A gRPC deadline would cover the whole stream: use StreamConfig.frame_timeout.
     """
 
 @_typing.type_check_only
@@ -73,9 +73,9 @@ class ExplainServiceAsyncStub(ExplainServiceStub):
     The stream ends with OK once the client half-closed and every frame is answered. It ends with INVALID_ARGUMENT after
     a protocol violation (a frame before the configuration, a second configuration, frame ids that do not increase),
     with NOT_FOUND for an unknown model, with RESOURCE_EXHAUSTED when the server has no room for another stream, and
-    with UNAVAILABLE when the server shuts down or the model is unloaded. Frames that were read before are answered
-    first. At a shutdown, or when the model is unloaded, the server answers only frames that run by then. Send the
-    others again after the last answer. A gRPC deadline would cover the whole stream: use StreamConfig.frame_timeout.
+    with UNAVAILABLE when the server shuts down, the model is unloaded, or the model is replaced and the configuration
+    asks for it. Frames that were read before are answered first. In these cases the server answers only frames that
+    run by then. Send the others again after the last answer. A gRPC deadline would cover the whole stream: use StreamConfig.frame_timeout.
     """
 
 class ExplainServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -107,9 +107,9 @@ class ExplainServiceServicer(metaclass=_abc_1.ABCMeta):
         The stream ends with OK once the client half-closed and every frame is answered. It ends with INVALID_ARGUMENT after
         a protocol violation (a frame before the configuration, a second configuration, frame ids that do not increase),
         with NOT_FOUND for an unknown model, with RESOURCE_EXHAUSTED when the server has no room for another stream, and
-        with UNAVAILABLE when the server shuts down or the model is unloaded. Frames that were read before are answered
-        first. At a shutdown, or when the model is unloaded, the server answers only frames that run by then. Send the
-        others again after the last answer. A gRPC deadline would cover the whole stream: use StreamConfig.frame_timeout.
+        with UNAVAILABLE when the server shuts down, the model is unloaded, or the model is replaced and the configuration
+        asks for it. Frames that were read before are answered first. In these cases the server answers only frames that
+        run by then. Send the others again after the last answer. A gRPC deadline would cover the whole stream: use StreamConfig.frame_timeout.
         """
 
 def add_ExplainServiceServicer_to_server(servicer: ExplainServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -101,7 +101,7 @@ class ModelServiceServicer(object):
 
     def ReloadModel(self, request, context):
         """Loads a model again, beside the one that serves, and returns once it serves in its place. If it cannot be loaded,
-        FAILED_PRECONDITION, the old one goes on. Streams of the old one end with UNAVAILABLE, MODEL_UNLOADED.
+        FAILED_PRECONDITION, the old one goes on. Streams of the old one do as their StreamConfig.replacement_policy says.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

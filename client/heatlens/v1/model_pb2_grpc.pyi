@@ -50,7 +50,7 @@ class ModelServiceStub:
     """
     ReloadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.ReloadModelRequest, _model_pb2.ReloadModelResponse]
     """Loads a model again, beside the one that serves, and returns once it serves in its place. If it cannot be loaded,
-    FAILED_PRECONDITION, the old one goes on. Streams of the old one end with UNAVAILABLE, MODEL_UNLOADED.
+    FAILED_PRECONDITION, the old one goes on. Streams of the old one do as their StreamConfig.replacement_policy says.
     """
 
 @_typing.type_check_only
@@ -75,7 +75,7 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """
     ReloadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.ReloadModelRequest, _model_pb2.ReloadModelResponse]  # type: ignore[assignment]
     """Loads a model again, beside the one that serves, and returns once it serves in its place. If it cannot be loaded,
-    FAILED_PRECONDITION, the old one goes on. Streams of the old one end with UNAVAILABLE, MODEL_UNLOADED.
+    FAILED_PRECONDITION, the old one goes on. Streams of the old one do as their StreamConfig.replacement_policy says.
     """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -127,7 +127,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.ReloadModelResponse, _abc.Awaitable[_model_pb2.ReloadModelResponse]]:
         """Loads a model again, beside the one that serves, and returns once it serves in its place. If it cannot be loaded,
-        FAILED_PRECONDITION, the old one goes on. Streams of the old one end with UNAVAILABLE, MODEL_UNLOADED.
+        FAILED_PRECONDITION, the old one goes on. Streams of the old one do as their StreamConfig.replacement_policy says.
         """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

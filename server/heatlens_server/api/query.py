@@ -37,6 +37,13 @@ class OverflowPolicy(StrEnum):
     DROP_OLDEST = "drop-oldest"
 
 
+class ReplacementPolicy(StrEnum):
+    """What a stream does when its model is replaced: it goes on with the old one, or ends."""
+
+    FINISH = "finish"
+    END = "end"
+
+
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """Raw elements, row-major and little-endian.
@@ -147,6 +154,7 @@ class StreamConfig:
         explain_every: explain the first of so many frames; 0 for each.
         max_frames_per_second: explain at most so many; 0 for no limit.
         temporal_smoothing: weight of the past in the maps.
+        replacement_policy: what happens when the model is replaced.
     """
 
     model: str = ""
@@ -157,6 +165,7 @@ class StreamConfig:
     explain_every: int = 0
     max_frames_per_second: float = 0.0
     temporal_smoothing: float = 0.0
+    replacement_policy: ReplacementPolicy | int = ReplacementPolicy.FINISH
 
 
 @dataclass(frozen=True, slots=True)

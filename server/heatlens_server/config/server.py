@@ -90,6 +90,8 @@ class ServerConfig(Section):
     """The least severe level that is logged."""
     log_ok_share: float = Field(default=1.0, ge=0, le=1)
     """Of how large a share of the calls that end well a line is logged; all others are always."""
+    replaced_streams_s: float = Field(default=300.0, ge=0, le=86_400)
+    """How long streams may go on with a model that was replaced, which is kept for them, in seconds."""
     default_model: str = ""
     """The model that answers requests that name none. Empty: the first."""
 

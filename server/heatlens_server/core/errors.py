@@ -164,13 +164,21 @@ class ModelFailed(HeatlensError):
 
 
 class ModelUnloaded(HeatlensError):
-    """The model was unloaded or replaced while a call waited for it or a stream used it."""
+    """The model was unloaded or replaced while a call waited for it or a stream used it.
+
+    Reasons: MODEL_UNLOADED, MODEL_REPLACED.
+    """
 
     reason = "MODEL_UNLOADED"
 
-    def __init__(self, name: str, what: str, *, retry_after_s: float | None = None) -> None:
-        super().__init__(f"model {name!r} {what}", metadata={"model": name}, retry_after_s=retry_after_s)
+    def __init__(self, name: str, what: str, *, reason: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(f"model {name!r} {what}", reason=reason, metadata={"model": name}, retry_after_s=retry_after_s)
         self.name = name
+
+    @classmethod
+    def by_another(cls, name: str) -> "ModelUnloaded":
+        """The error of what used a model that was replaced, and may have the new one at once."""
+        return cls(name, "was replaced; the new one answers", reason="MODEL_REPLACED", retry_after_s=0.0)
 
 
 class ModelInterrupted(HeatlensError):

@@ -7,8 +7,9 @@ A name has one status. Behind a READY one is a `ServedModel` with a generation: 
 * `replace` builds beside what serves, puts the new model in its place once it is ready, and lets the old one finish.
 * `unload` takes a model out at once: calls that wait are answered ModelUnloaded, batches that run are finished.
 
-Streams of a model that is replaced or unloaded end with ModelUnloaded; those that began before an engine took over go
-on. Whatever the old one's way out, its queue is closed once no call uses it, and then its engine.
+Streams of a model that is unloaded end with ModelUnloaded; those of one that is replaced go on for a while, unless they
+asked to end; those that began before an engine took over go on. Whatever the old one's way out, its queue is closed
+once no call uses it, and then its engine.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import replace
+from typing import Protocol
 
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.causes import with_causes
@@ -49,6 +51,17 @@ def batch_size_of(config: ModelConfig, info: Capabilities) -> int:
     return 1 if info.runs_one_by_one else config.batching.max_batch_size
 
 
+class EndStreams(Protocol):
+    """Ends streams of a model, with an error: all, or those that asked to end when their model is replaced."""
+
+    def __call__(self, model: ServedModel, error: Exception, *, only_if_asked: bool = False) -> None:
+        """See `api.stream.open_streams.OpenStreams.end_streams_of`."""
+
+
+def _end_nothing(model: ServedModel, error: Exception, *, only_if_asked: bool = False) -> None:
+    pass
+
+
 async def _tell_nobody() -> None:
     pass
 
@@ -66,7 +79,8 @@ class Fleet:
         default: str = "",
         observer: Observer | None = None,
         publish: Callable[[], Awaitable[None]] = _tell_nobody,
-        end_streams: Callable[[ServedModel, Exception], None] = lambda _model, _error: None,
+        end_streams: EndStreams = _end_nothing,
+        replaced_streams_s: float = 300.0,
     ) -> None:
         """Make a fleet without models.
 
@@ -79,6 +93,7 @@ class Fleet:
             observer: told of every change of a model's state.
             publish: awaited after every change: whatever shows the states to clients.
             end_streams: ends the streams of a model that serves no longer, with an error.
+            replaced_streams_s: how long streams may go on with a model that was replaced, in seconds.
         """
         self._build = build
         self._make_queue = make_queue
@@ -88,6 +103,7 @@ class Fleet:
         self._observer = observer or Observer()
         self._publish = publish
         self._end_streams = end_streams
+        self._replaced_streams_s = replaced_streams_s
         self._statuses: dict[str, ModelStatus] = {}
         self._builds = Builds()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -202,9 +218,7 @@ class Fleet:
         old = self._statuses[config.name].served
         self._serve(status)
         if old is not None:
-            unloaded = _replaced(config.name)
-            self._end_streams(old, unloaded)
-            self._retire(old, unloaded)
+            self._supersede(old)
         await self._publish()
 
     async def unload(self, name: str) -> None:
@@ -325,7 +339,7 @@ class Fleet:
         old = self._statuses[config.name].served
         self._serve(status)
         if old is not None:
-            self._retire(old, _replaced(config.name))
+            self._retire(old, ModelUnloaded.by_another(config.name))
         await self._publish()
 
     async def _load(self, config: ModelConfig, build: "asyncio.Future[BuiltModel]") -> None:
@@ -377,6 +391,14 @@ class Fleet:
         )
         return ModelStatus(config, ModelState.READY, served, next_engine=built.next_engine)
 
+    def _supersede(self, old: ServedModel) -> None:
+        """Retire a model in whose place another answers: its streams go on for a while, unless they asked to end."""
+        error = ModelUnloaded.by_another(old.name)
+        self._end_streams(old, error, only_if_asked=True)
+        loop = asyncio.get_running_loop()
+        ending = loop.call_later(self._replaced_streams_s, self._end_streams, old, error)
+        self._retire(old, error).add_done_callback(lambda _: ending.cancel())
+
     def _retire(self, model: ServedModel, error: Exception) -> "asyncio.Task[None]":
         """Close a model that serves no longer, once its calls are done."""
         self._retired.add(model.queue)
@@ -393,10 +415,6 @@ class Fleet:
             _log.error("model %s: what it runs does not end, and keeps its thread and memory", model.name)
         self._retired.discard(queue)
         del self._users[queue]
-
-
-def _replaced(name: str) -> ModelUnloaded:
-    return ModelUnloaded(name, "was replaced; the new one answers", retry_after_s=0.0)
 
 
 class _Users:

@@ -255,7 +255,10 @@ async def test_no_call_is_lost_while_models_are_replaced(rig):
     for engine in rig.engines[:-1]:
         assert await closed(engine)
     assert not rig.engines[-1].closed.is_set()
-    assert [model.generation for model, _ in rig.ended] == [1, 2, 3, 4]
+    assert [(model.generation, error.reason) for model, error in rig.replaced] == [
+        (generation, "MODEL_REPLACED") for generation in (1, 2, 3, 4)
+    ]
+    assert rig.ended == []
     assert {state for _, state, _ in rig.changes.seen} == {"loading", "ready"}
 
 
@@ -270,6 +273,20 @@ async def test_a_call_that_began_with_the_old_model_is_finished_by_it(rig):
         assert explained.result.logits[0] == 1
         assert not old.closed.is_set()
     assert await closed(old)
+
+
+async def test_streams_of_a_model_that_was_replaced_end_when_their_time_is_over():
+    with ThreadPoolExecutor(1) as decoders:
+        rig = Rig(decoders, replaced_streams_s=0.0)
+        await rig.fleet.load(config("a"))
+        with rig.fleet.use("a") as model:
+            await rig.fleet.replace(config("a"))
+            await until(lambda: rig.ended)
+            assert not rig.engines[0].closed.is_set()
+        ((ended, error),) = rig.ended
+        assert (ended, error.reason, error.retry_after_s) == (model, "MODEL_REPLACED", 0.0)
+        assert await closed(rig.engines[0])
+        assert await rig.fleet.close()
 
 
 async def test_the_old_model_serves_while_the_new_one_loads_and_goes_on_if_that_fails(rig):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from heatlens_server.api.checks import Limits, Violations
 from heatlens_server.api.plan import Plan, plan_options
-from heatlens_server.api.query import OverflowPolicy, StreamConfig, StreamMessage
+from heatlens_server.api.query import OverflowPolicy, ReplacementPolicy, StreamConfig, StreamMessage
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.fleet.served_model import ServedModel
 
@@ -31,6 +31,7 @@ class StreamPlan:
         explain_every: explain the first of so many frames, >= 1.
         max_frames_per_second: explain at most so many; 0 for no limit.
         temporal_smoothing: weight of the past in the maps, in [0, 1).
+        ends_when_replaced: whether the stream ends when its model is replaced.
     """
 
     explain: Plan
@@ -40,6 +41,7 @@ class StreamPlan:
     explain_every: int
     max_frames_per_second: float
     temporal_smoothing: float
+    ends_when_replaced: bool
 
 
 def config_of(message: StreamMessage | None) -> StreamConfig:
@@ -68,6 +70,8 @@ def plan_stream(config: StreamConfig, model: ServedModel, limits: Limits) -> Str
     explain = plan_options(config.options, model, limits, wrong)
     if not isinstance(config.overflow_policy, OverflowPolicy):
         wrong.add("overflow_policy", f"unknown overflow policy {config.overflow_policy}")
+    if not isinstance(config.replacement_policy, ReplacementPolicy):
+        wrong.add("replacement_policy", f"unknown replacement policy {config.replacement_policy}")
     if config.max_in_flight < 0:
         wrong.add("max_in_flight", f"must be >= 0, 0 for the default; got {config.max_in_flight}")
     timeout_s = config.frame_timeout_s
@@ -90,6 +94,7 @@ def plan_stream(config: StreamConfig, model: ServedModel, limits: Limits) -> Str
         explain_every=max(1, config.explain_every),
         max_frames_per_second=config.max_frames_per_second,
         temporal_smoothing=config.temporal_smoothing,
+        ends_when_replaced=config.replacement_policy is ReplacementPolicy.END,
     )
 
 

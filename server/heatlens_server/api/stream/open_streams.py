@@ -56,6 +56,10 @@ class OpenStream(Protocol):
     def model(self) -> ServedModel | None:
         """What explains its frames; None until that is known."""
 
+    @property
+    def ends_when_replaced(self) -> bool:
+        """Whether it asked to end when its model is replaced."""
+
     def end(self, error: Exception) -> None:
         """Read no more, answer the frames that run, and end with `error`."""
 
@@ -125,10 +129,16 @@ class OpenStreams:
         for stream in tuple(self._open):
             stream.end(ServerDraining())
 
-    def end_streams_of(self, model: ServedModel, error: Exception) -> None:
-        """End the streams of a model that serves no longer. Those that are opened by its name later get another."""
+    def end_streams_of(self, model: ServedModel, error: Exception, *, only_if_asked: bool = False) -> None:
+        """End the streams of a model that serves no longer. Those that are opened by its name later get another.
+
+        Args:
+            model: whose.
+            error: what they end with.
+            only_if_asked: end only those that asked to end when their model is replaced.
+        """
         for stream in tuple(self._open):
-            if stream.model is model:
+            if stream.model is model and (stream.ends_when_replaced or not only_if_asked):
                 stream.end(error)
 
     def _reader_ended(self, task: "asyncio.Task[None]") -> None:

@@ -156,6 +156,11 @@ class StreamSession(Generic[T]):
             # The client had half-closed, and did not get all that it asked for.
             self._end_error = error
 
+    @property
+    def ends_when_replaced(self) -> bool:
+        """Whether the stream ends when its model is replaced."""
+        return self._opened is not None and self._opened.plan.ends_when_replaced
+
     # The answering side.
 
     async def _wait_opened(self) -> _Opened:

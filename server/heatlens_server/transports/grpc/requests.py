@@ -18,6 +18,7 @@ from heatlens_server.api.query import (
     Options,
     OverflowPolicy,
     Query,
+    ReplacementPolicy,
     StreamConfig,
     StreamMessage,
     Tensor,
@@ -41,6 +42,9 @@ METRIC_FROM_PROTO = _by_number(faithfulness_pb2.FaithfulnessMetric, "FAITHFULNES
 MAP_SIZES = {pb.MAP_SIZE_UNSPECIFIED: MapSize.LAYER} | _by_number(pb.MapSize, "MAP_SIZE", MapSize)
 OVERFLOW_POLICIES = {pb.OVERFLOW_POLICY_UNSPECIFIED: OverflowPolicy.BLOCK} | _by_number(
     pb.OverflowPolicy, "OVERFLOW_POLICY", OverflowPolicy
+)
+REPLACEMENT_POLICIES = {pb.REPLACEMENT_POLICY_UNSPECIFIED: ReplacementPolicy.FINISH} | _by_number(
+    pb.ReplacementPolicy, "REPLACEMENT_POLICY", ReplacementPolicy
 )
 DIRECTIONS = _by_number(pb.Direction, "DIRECTION", Direction)
 MAP_TYPES: dict[int, MapType] = {
@@ -80,6 +84,7 @@ def _config(config: pb.StreamConfig) -> StreamConfig:
         explain_every=config.explain_every,
         max_frames_per_second=config.max_frames_per_second,
         temporal_smoothing=config.temporal_smoothing,
+        replacement_policy=REPLACEMENT_POLICIES.get(config.replacement_policy, int(config.replacement_policy)),
     )
 
 

@@ -6,7 +6,15 @@ import pytest
 
 from heatlens_server.api.checks import Limits
 from heatlens_server.api.plan import Plan
-from heatlens_server.api.query import EmptyMessage, Frame, Options, OverflowPolicy, StreamConfig, Tensor
+from heatlens_server.api.query import (
+    EmptyMessage,
+    Frame,
+    Options,
+    OverflowPolicy,
+    ReplacementPolicy,
+    StreamConfig,
+    Tensor,
+)
 from heatlens_server.api.stream.config import StreamPlan, config_of, plan_stream
 from heatlens_server.core.engine import Capabilities, MapSpec
 from heatlens_server.core.errors import InvalidArgument
@@ -49,6 +57,7 @@ def test_nothing_set_explains_every_frame_and_loses_none():
         explain_every=1,
         max_frames_per_second=0.0,
         temporal_smoothing=0.0,
+        ends_when_replaced=False,
     )
 
 
@@ -61,7 +70,9 @@ def test_everything_set():
         explain_every=4,
         max_frames_per_second=12.5,
         temporal_smoothing=0.5,
+        replacement_policy=ReplacementPolicy.END,
     )
+    assert made.ends_when_replaced
     assert made.explain.target == TopK(2)
     assert (made.window, made.drop_oldest, made.frame_timeout_s) == (5, True, 1.5)
     assert (made.explain_every, made.max_frames_per_second, made.temporal_smoothing) == (4, 12.5, 0.5)
@@ -124,6 +135,7 @@ def test_what_recurs_from_frame_to_frame_is_smoothed_unless_it_is_measured(task,
     ("changes", "field"),
     [
         ({"overflow_policy": 7}, "overflow_policy"),
+        ({"replacement_policy": 7}, "replacement_policy"),
         ({"max_in_flight": -1}, "max_in_flight"),
         ({"frame_timeout_s": 0.0}, "frame_timeout_s"),
         ({"frame_timeout_s": -1.0}, "frame_timeout_s"),

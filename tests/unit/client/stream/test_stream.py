@@ -30,7 +30,7 @@ async def test_the_configuration_is_what_was_asked_for(connect, peer):
     options = {
         "model": "tiny", "max_in_flight": 3, "overflow": "drop-oldest", "every": 2, "max_fps": 12.5, "smooth": 0.75,
         "frame_timeout": 0.25, "top_k": 2, "method": "grad-cam", "layers": "body", "map_size": "source",
-        "map_type": "uint8", "top_predictions": 3,
+        "map_type": "uint8", "top_predictions": 3, "on_replace": "end",
     }  # fmt: skip
     async with connect().stream(**options) as stream:
         assert (stream.window, stream.model, stream.model_version) == (3, "tiny", "7")
@@ -40,6 +40,7 @@ async def test_the_configuration_is_what_was_asked_for(connect, peer):
         model="tiny",
         max_in_flight=3,
         overflow_policy=explain_pb2.OVERFLOW_POLICY_DROP_OLDEST,
+        replacement_policy=explain_pb2.REPLACEMENT_POLICY_END,
         explain_every=2,
         max_frames_per_second=12.5,
         temporal_smoothing=0.75,
@@ -60,6 +61,7 @@ async def test_the_configuration_is_what_was_asked_for(connect, peer):
     [
         ("max_in_flight", [0, -1, 1.5, "4", True, 2**31, NAN]),
         ("overflow", ["drop", "", None, 1, "BLOCK"]),
+        ("on_replace", ["stop", "", None, 1, "END"]),
         ("every", [0, -1, 1.0, None, True, NAN, 2**31]),
         ("max_fps", [0, -1, NAN, INF, "30", True, 10**400]),
         ("smooth", [1, 1.0, -0.1, NAN, INF, None, "0.5", 1 - 1e-9, 10**400, True, np.bool_(False), np.array([0.5])]),

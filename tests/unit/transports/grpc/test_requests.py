@@ -14,6 +14,7 @@ from heatlens_server.api.query import (
     Options,
     OverflowPolicy,
     Query,
+    ReplacementPolicy,
     StreamConfig,
     Tensor,
 )
@@ -157,8 +158,8 @@ def test_numbers_that_stand_for_nothing_stay_numbers():
     options = query_of(pb.ExplainRequest(options=sent)).options
     assert (options.method, options.map_size, options.map_type) == (99, 9, -1)
     assert (options.target_score, options.aggregation, options.metrics) == (9, -2, (0, 99))
-    config = stream_message_of(pb.StreamExplainRequest(config=pb.StreamConfig(overflow_policy=7)))
-    assert config.overflow_policy == 7
+    config = stream_message_of(pb.StreamExplainRequest(config=pb.StreamConfig(overflow_policy=7, replacement_policy=9)))
+    assert (config.overflow_policy, config.replacement_policy) == (7, 9)
 
 
 def test_messages_of_a_stream():
@@ -172,6 +173,7 @@ def test_messages_of_a_stream():
         model="m",
         options=pb.ExplainOptions(top_k=2),
         overflow_policy=pb.OVERFLOW_POLICY_DROP_OLDEST,
+        replacement_policy=pb.REPLACEMENT_POLICY_END,
         max_in_flight=5,
         explain_every=4,
         max_frames_per_second=12.5,
@@ -183,6 +185,7 @@ def test_messages_of_a_stream():
         model="m",
         options=Options(top_k=2),
         overflow_policy=OverflowPolicy.DROP_OLDEST,
+        replacement_policy=ReplacementPolicy.END,
         max_in_flight=5,
         frame_timeout_s=float(2**63),
         explain_every=4,
