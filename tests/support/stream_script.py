@@ -73,7 +73,8 @@ class StreamScript:
     Attributes:
         window: what StreamStarted grants; None: what was asked for, or 4.
         reply: `reply(frame, index, config)` makes the answer; None: none at all.
-        breaks: (count, code, reason): after so many answers the stream ends.
+        breaks: (count, code, reason): after so many answers the stream ends; a list of them: of each stream its own,
+            and of those that follow none.
         refuses: (code, reason): no stream is started.
         starts: cleared: StreamStarted is not sent.
         frames: what arrived, of all streams, in order; `configs` likewise.
@@ -129,9 +130,11 @@ class StreamScript:
         window = self.window if self.window is not None else first.config.max_in_flight or 4
         yield pb.StreamExplainResponse(started=pb.StreamStarted(model="tiny", model_version="7", max_in_flight=window))
         count = 0
+        own = [self.breaks.pop(0) if self.breaks else None] if isinstance(self.breaks, list) else None
         while True:
-            if self.breaks and count == self.breaks[0]:
-                abort(context, *self.breaks[1:])
+            breaks = own[0] if own else self.breaks
+            if breaks and count == breaks[0]:
+                abort(context, *breaks[1:])
             request = arrived.get()
             if isinstance(request, str):
                 return request

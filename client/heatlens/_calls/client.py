@@ -1,6 +1,7 @@
 # Generated from heatlens/_calls/async_client.py by client/unasync.py; do not edit.
 """The client for threads."""
 
+from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
 from typing import Self, Unpack
@@ -28,6 +29,8 @@ class Client:
 
     Args:
         address: "host:port", or a gRPC target: "dns:///models.example:50051" spreads calls over all its addresses.
+            A list of "host:port": calls are spread over these servers, but not to those that are not ready, and not for
+            a while to those whose calls fail. Their names are resolved once.
         timeout: seconds for a call that names none, all retries included; None: no limit.
         token: bearer token. Never sent in plaintext, except to this machine.
         tls: TLS settings; True: the default ones; False: plaintext. None: encrypt if a token goes to another machine.
@@ -42,7 +45,7 @@ class Client:
 
     def __init__(
         self,
-        address: str = "localhost:50051",
+        address: str | Sequence[str] = "localhost:50051",
         *,
         timeout: float | None = 30.0,
         token: str | None = None,
@@ -141,9 +144,9 @@ class Client:
         """Explain the frames of a video, in order. See `heatlens.Stream`.
 
         The stream opens with its `with` statement or first use, within the client's timeout, and raises then what
-        is wrong with its configuration. From there on it has no time limit. Opening is not tried again by itself,
-        neither after a break nor when the server refuses: a model that is loading (UnavailableError) and too many
-        streams (ResourceExhaustedError) raise at once, with `retry_after_s`.
+        is wrong with its configuration. From there on it has no time limit. Opening is not tried again by itself: a
+        model that is loading (UnavailableError) and too many streams (ResourceExhaustedError) raise at once, with
+        `retry_after_s`.
 
         Args:
             model: name of a served model. None: the server's default.
@@ -157,6 +160,10 @@ class Client:
             frame_timeout: seconds that a frame may wait in the server; after that it fails. None: no limit.
             on_replace: when the model is replaced: "finish": go on with the one that the stream began with, as long as
                 the server keeps it; "end": end with UnavailableError, reason MODEL_REPLACED.
+            resume: when the server drains, is gone or gives up a frame (UnavailableError), the stream goes on by
+                another call, to another server where the address has several, with the frames that have no answer. It
+                gives up once no frame was answered for the client's timeout. What it sent is kept until it is answered.
+                `smooth` begins anew then. Not with `every`.
             jpeg_quality: 1 to 100: pixels travel as JPEG of this quality. None: as they are. Files do in any case.
             top_k: explain the k most probable classes of each frame, as for `explain`; so are all that follow.
             class_ids: explain this class or these classes, by id or label.

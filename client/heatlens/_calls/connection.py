@@ -30,9 +30,9 @@ class Connection:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._channel = (
-            grpc.insecure_channel(settings.address, settings.options)
+            grpc.insecure_channel(settings.target, settings.options)
             if settings.credentials is None
-            else grpc.secure_channel(settings.address, settings.credentials, settings.options)
+            else grpc.secure_channel(settings.target, settings.credentials, settings.options)
         )
         self._stubs = Stubs(
             explain_pb2_grpc.ExplainServiceStub(self._channel),
@@ -111,9 +111,9 @@ class AsyncConnection:
         if self._opened is None:
             settings = self._settings
             channel = (
-                grpc.aio.insecure_channel(settings.address, settings.options)
+                grpc.aio.insecure_channel(settings.target, settings.options)
                 if settings.credentials is None
-                else grpc.aio.secure_channel(settings.address, settings.credentials, settings.options)
+                else grpc.aio.secure_channel(settings.target, settings.credentials, settings.options)
             )
             stubs = AsyncStubs(
                 explain_pb2_grpc.ExplainServiceStub(channel),

@@ -3,6 +3,7 @@
 import json
 import sys
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from os import PathLike
@@ -15,7 +16,7 @@ from heatlens._results.images import checked_path
 from heatlens._version import __version__
 from heatlens._wire.arguments import MAX_SECONDS, as_float, checked_int, checked_timeout, is_text
 from heatlens._wire.status import REQUEST_ID_KEY
-from heatlens._wire.target import credentials, is_loopback
+from heatlens._wire.target import credentials, is_loopback, target_of
 
 DEFAULT_MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 
@@ -97,7 +98,8 @@ class Settings:
     """Everything a client needs to make its channel and its calls. Made by `make_settings`.
 
     Attributes:
-        address: gRPC target, as given.
+        address: as given; several, with commas between.
+        target: gRPC's.
         timeout: seconds for a call that names none; None: no limit.
         token: bearer token.
         credentials: for a secure channel; None: plaintext.
@@ -107,6 +109,7 @@ class Settings:
     """
 
     address: str
+    target: str
     timeout: float | None
     token: str | None = field(repr=False)
     credentials: grpc.ChannelCredentials | None
@@ -149,7 +152,7 @@ def _trace_context() -> tuple[tuple[str, str], ...]:
 
 
 def make_settings(
-    address: str,
+    address: str | Sequence[str],
     *,
     timeout: float | None,
     token: str | None,
@@ -164,13 +167,7 @@ def make_settings(
         InvalidArgumentError: an argument is wrong, or a token would travel in plaintext to another machine.
         FileNotFoundError: a certificate file does not exist (another OSError if it cannot be read).
     """
-    if (
-        not is_text(address)
-        or not address
-        or "\0" in address
-        or address.partition("://")[0].lower() in {"http", "https", "grpc", "grpcs"}
-    ):
-        raise InvalidArgumentError.of("address", f"expected 'host:port' or a gRPC target, got {address!r}")
+    target = _target(address)
     if not isinstance(retry, Retry):
         raise InvalidArgumentError.of("retry", f"expected a Retry, got {retry!r}; Retry(max_attempts=1) is no retry")
     if not isinstance(tls, TLS | bool | None):
@@ -182,21 +179,32 @@ def make_settings(
         isinstance(token, str) and token.isascii() and token.isprintable() and token and " " not in token
     ):
         raise InvalidArgumentError.of("token", "expected printable ASCII without spaces")
-    loopback = is_loopback(address)
+    shown = address if isinstance(address, str) else ",".join(address)
+    loopback = is_loopback(target)
     if tls is None:
         tls = token is not None and not loopback
     if tls is False and token is not None and not loopback:
         raise InvalidArgumentError.of(
-            "token", f"refusing to send it in plaintext to {address}: set tls", reason="PLAINTEXT_TOKEN"
+            "token", f"refusing to send it in plaintext to {shown}: set tls", reason="PLAINTEXT_TOKEN"
         )
-    options = channel_options(retry, max_message_bytes)
+    several = not isinstance(address, str)
+    options = channel_options(retry, max_message_bytes, balanced=several)
     if loopback:
         # Calls to this machine, with their plaintext token, must not go through a proxy.
         options += (("grpc.enable_http_proxy", 0),)
+    if several and tls:
+        # The target's own addresses are no names that a certificate has.
+        hosts = {one.rpartition(":")[0] for one in address}
+        if len(hosts) > 1 and (tls is True or tls.server_name is None):
+            raise InvalidArgumentError.of(
+                "tls", "several hosts need TLS(server_name=...), the name in their certificates"
+            )
+        options += (("grpc.default_authority", hosts.pop()),)
     if isinstance(tls, TLS) and tls.server_name is not None:
         options += (("grpc.ssl_target_name_override", tls.server_name),)
     return Settings(
-        address=address,
+        address=shown,
+        target=target,
         timeout=checked_timeout(timeout),
         token=token,
         credentials=_credentials(TLS() if tls is True else tls) if tls else None,
@@ -206,10 +214,31 @@ def make_settings(
     )
 
 
-def channel_options(retry: Retry, max_message_bytes: int) -> tuple[tuple[str, str | int], ...]:
-    """Return the gRPC channel options that every client uses."""
+def _target(address: str | Sequence[str]) -> str:
+    if isinstance(address, list | tuple) and address and all(is_text(one) for one in address):
+        try:
+            return target_of(address)
+        except ValueError as error:
+            raise InvalidArgumentError.of("address", str(error)) from None
+    if (
+        not isinstance(address, str)
+        or not is_text(address)
+        or not address
+        or "\0" in address
+        or address.partition("://")[0].lower() in {"http", "https", "grpc", "grpcs"}
+    ):
+        raise InvalidArgumentError.of(
+            "address", f"expected 'host:port', a gRPC target, or a list of 'host:port'; got {address!r}"
+        )
+    return address
+
+
+def channel_options(
+    retry: Retry, max_message_bytes: int, *, balanced: bool = False
+) -> tuple[tuple[str, str | int], ...]:
+    """Return the gRPC channel options that every client uses; `balanced`: for several servers."""
     return (
-        ("grpc.service_config", service_config(retry)),
+        ("grpc.service_config", service_config(retry, balanced=balanced)),
         # Without this, gRPC silently drops retries of requests over 256 KiB: of most photos.
         ("grpc.per_rpc_retry_buffer_size", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
@@ -221,14 +250,32 @@ def channel_options(retry: Retry, max_message_bytes: int) -> tuple[tuple[str, st
     )
 
 
-def service_config(retry: Retry) -> str:
+_OUTLIERS = {
+    "interval": "5s",
+    "baseEjectionTime": "15s",
+    "maxEjectionPercent": 50,
+    "failurePercentageEjection": {"threshold": 50, "enforcementPercentage": 100, "minimumHosts": 2, "requestVolume": 5},
+}
+"""When a server is left alone for a while: half of its calls within five seconds failed (gRPC proposal A50)."""
+
+
+def service_config(retry: Retry, *, balanced: bool = False) -> str:
     """Return the gRPC service config (JSON): round robin over all addresses of the target, and the retry policy.
 
-    Without healthCheckConfig on purpose: it would turn "model X is loading, try again in 2 s" into a bare
-    "unavailable", and would keep `health()` and `models()` from reaching the very server they ask about.
+    `balanced`: servers that are not ready, as they load or drain, get no calls, and servers whose calls fail get none
+    for a while. For one server this would turn "model X is loading, try again in 2 s" into a bare "unavailable", and
+    would keep `health()` and `models()` from reaching the very server they ask about.
     Health itself is never retried: it says how things are now.
     """
-    config: dict[str, object] = {"loadBalancingConfig": [{"round_robin": {}}]}
+    round_robin: dict[str, object] = {"round_robin": {}}
+    config: dict[str, object] = {"loadBalancingConfig": [round_robin]}
+    if balanced:
+        config["healthCheckConfig"] = {"serviceName": "readiness"}
+        # gRPC before 1.49 lacks the first.
+        config["loadBalancingConfig"] = [
+            {"outlier_detection_experimental": {**_OUTLIERS, "childPolicy": [round_robin]}},
+            round_robin,
+        ]
     if retry.max_attempts > 1:
         config["methodConfig"] = [
             {

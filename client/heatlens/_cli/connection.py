@@ -16,7 +16,14 @@ from heatlens._calls.settings import TLS
 from heatlens._exceptions import HeatlensError
 
 ServerOption: TypeAlias = Annotated[
-    str, typer.Option("--server", "-s", envvar="HEATLENS_ADDRESS", metavar="HOST:PORT", help="The server.")
+    str,
+    typer.Option(
+        "--server",
+        "-s",
+        envvar="HEATLENS_ADDRESS",
+        metavar="HOST:PORT",
+        help="The server, or several: a:1,b:1.",
+    ),
 ]
 TlsOption: TypeAlias = Annotated[
     bool, typer.Option("--tls", help="Encrypt. Implied by --ca, --cert, and a token for another machine.")
@@ -48,7 +55,7 @@ class Overflow(StrEnum):
 class ClientOptions(TypedDict):
     """The arguments of `Client` that the command line sets."""
 
-    address: str
+    address: str | list[str]
     timeout: float
     token: str | None
     tls: TLS | bool | None
@@ -65,8 +72,10 @@ def client_options(
     if (cert is None) != (key is None):
         raise typer.BadParameter("give --cert and --key, or neither")
     files = ca is not None or cert is not None
+    # A target such as "ipv4:..." may have commas of its own.
+    several = "," in server and not server.startswith(("ipv4:", "ipv6:"))
     return ClientOptions(
-        address=server,
+        address=server.split(",") if several else server,
         timeout=timeout,
         token=os.environ.get("HEATLENS_TOKEN") or None,
         tls=TLS(ca_file=ca, cert_file=cert, key_file=key) if files else (True if tls else None),

@@ -1,18 +1,24 @@
 """One call of StreamExplain under an `AsyncStream`: opens it, sends what the window lets out, takes the answers."""
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from heatlens._exceptions import CallCancelledError, DeadlineExceededError, HeatlensError
+from heatlens._exceptions import CallCancelledError, DeadlineExceededError, HeatlensError, UnavailableError
 from heatlens._results.images import ImageSource
 from heatlens._results.results import FrameResult
 from heatlens._stream.calls import AsyncCall, AsyncCondition, AsyncLock, AsyncStartCall, async_run
 from heatlens._stream.window import Window, state_error
 from heatlens._wire.streams import Started, StreamPlan, answer_of, config_request, frame_request, takes_time
 from heatlens.v1.explain_pb2 import StreamExplainRequest, StreamExplainResponse
+
+# Between a break and the calls that try to go on, in seconds, unless the server says how long.
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 2.0
+
+STREAM_LIMIT = "STREAM_LIMIT"
 
 
 class AsyncLink:
@@ -33,7 +39,9 @@ class AsyncLink:
     """
 
     def __init__(self, start: AsyncStartCall, plan: StreamPlan, *, timeout_s: float | None) -> None:
-        self.window: Window[StreamExplainRequest] = Window(drop_oldest=plan.drop_oldest, every=plan.every)
+        self.window: Window[StreamExplainRequest] = Window(
+            drop_oldest=plan.drop_oldest, every=plan.every, keeps_sent=plan.resume
+        )
         self.window.outgoing.append(config_request(plan))
         self.lock = AsyncLock()
         self.started: Started | None = None
@@ -46,6 +54,10 @@ class AsyncLink:
         self._plan = plan
         self._timeout_s = timeout_s
         self._call: AsyncCall | None = None
+        # The call that is current, how many failed since the last answer, and until when others may follow.
+        self._number = 0
+        self._failures = 0
+        self._resume_until_s = math.inf
 
     def notify(self, *, all_waiting: bool = False) -> None:
         """Wake what waits for a change of the window, after one; or all that waits. `lock` must be held."""
@@ -183,18 +195,21 @@ class AsyncLink:
         if call is not None:
             await call.join()
 
-    async def _next_request(self) -> StreamExplainRequest | None:
-        """Wait for the next message to send; None: no more follow."""
+    async def _next_request(self, number: int) -> StreamExplainRequest | None:
+        """Wait for the next message that a call sends; None: no more follow."""
         window = self.window
         with self.lock:
-            await self._outgoing.wait_for(lambda: window.outgoing or window.ended or window.half_closed)
-            return window.outgoing.popleft() if window.outgoing else None
+            await self._outgoing.wait_for(
+                lambda: window.outgoing or window.ended or window.half_closed or number != self._number
+            )
+            return window.outgoing.popleft() if window.outgoing and number == self._number else None
 
     def _handle(self, response: StreamExplainResponse, request_id: str) -> None:
         """Tell the window what the server sent.
 
         Raises:
             InternalError: it breaks the contract.
+            UnavailableError: the server cannot explain a frame that another one may.
         """
         answer = answer_of(response, self._plan, request_id)
         with self.lock:
@@ -203,7 +218,10 @@ class AsyncLink:
             if isinstance(answer, Started):
                 self.window.start(answer.window)
                 self.started = answer
+            elif self._plan.resume and isinstance(answer.error, UnavailableError):
+                raise answer.error
             else:
+                self._failures = 0
                 self.window.answer(
                     answer.frame_id,
                     now_s=time.monotonic(),
@@ -213,8 +231,28 @@ class AsyncLink:
                 )
             self.notify(all_waiting=isinstance(answer, Started))
 
-    def _end(self, error: HeatlensError | None) -> None:
-        """End the window; None: the server says that everything is answered."""
+    def _end(self, error: HeatlensError | None) -> float | None:
+        """End the window (None: the server says that everything is answered), or say when another call goes on."""
         with self.lock:
-            self.window.end(error)
-            self.notify()
+            wait_s = self._wait_to_resume(error)
+            if wait_s is None:
+                self.window.end(error)
+            else:
+                self._number += 1
+                self.window.resume(config_request(self._plan))
+            self.notify(all_waiting=True)
+        return wait_s
+
+    def _wait_to_resume(self, error: HeatlensError | None) -> float | None:
+        """In how many seconds another call goes on where this one broke; None: none does."""
+        breaks = isinstance(error, UnavailableError) or (error is not None and error.reason == STREAM_LIMIT)
+        if not self._plan.resume or not breaks or self.started is None or self.window.ended or self.closed:
+            return None
+        now_s = time.monotonic()
+        if not self._failures:
+            self._resume_until_s = math.inf if self._timeout_s is None else now_s + self._timeout_s
+        wait_s = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**self._failures)
+        if error is not None and error.retry_after_s is not None:
+            wait_s = error.retry_after_s
+        self._failures += 1
+        return wait_s if now_s + wait_s < self._resume_until_s else None

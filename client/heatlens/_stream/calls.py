@@ -25,7 +25,7 @@ _POLL_S = 0.5
 _MADE_UP = (grpc.StatusCode.INTERNAL, "Internal error from Core")
 
 OnResponse: TypeAlias = Callable[[StreamExplainResponse, str], None]
-OnEnd: TypeAlias = Callable[[HeatlensError | None], None]
+OnEnd: TypeAlias = Callable[[HeatlensError | None], float | None]
 
 # Reentrant: a generator of `map` may be collected in any thread.
 Lock = threading.RLock
@@ -112,42 +112,59 @@ class Call:
 
     Args:
         start: makes the call; returns it and its request id.
-        next_request: waits for the next message to send; None: no more follow.
+        next_request: waits for the next message to send; None: no more follow. Told which call asks, from 0 on.
         on_response: told what the server sends, and the request id. Raises HeatlensError if that breaks the contract.
-        on_end: told why the call ended; None: it ended well.
+        on_end: told why the call ended (None: well); says in how many seconds another one follows, None: never.
     """
 
     def __init__(
         self,
         start: StartCall,
         *,
-        next_request: Callable[[], StreamExplainRequest | None],
+        next_request: Callable[[int], StreamExplainRequest | None],
         on_response: OnResponse,
         on_end: OnEnd,
     ) -> None:
+        self._start = start
         self._next_request = next_request
         self._on_response = on_response
         self._on_end = on_end
-        self._call, self.request_id = start(self._requests())
+        self._cancelled = threading.Event()
+        self._call, self.request_id = start(self._requests(0))
         self._reader = threading.Thread(target=self._read, name="heatlens-stream-reader", daemon=True)
         self._reader.start()
 
     def cancel(self) -> None:
-        """End the call. Idempotent."""
+        """End the call, and let no other one follow. Idempotent."""
+        self._cancelled.set()
         self._call.cancel()
 
     def join(self) -> None:
         """Wait for the reader, at most JOIN_TIMEOUT_S."""
         join(self._reader)
 
-    def _requests(self) -> Iterator[StreamExplainRequest]:
+    def _requests(self, number: int) -> Iterator[StreamExplainRequest]:
         """Yield what is sent. When it returns, gRPC half-closes."""
-        while (request := self._next_request()) is not None:
+        while (request := self._next_request(number)) is not None:
             yield request
             # Free its megabytes while this waits for the next.
             del request
 
     def _read(self) -> None:
+        number = 0
+        while (wait_s := self._read_one()) is not None and not self._cancelled.wait(wait_s):
+            number += 1
+            try:
+                self._call, self.request_id = self._start(self._requests(number))
+            except HeatlensError as error:
+                # The client is closed.
+                self._on_end(error)
+                return
+            if self._cancelled.is_set():
+                # Meanwhile: that cancelled the call before.
+                self._call.cancel()
+
+    def _read_one(self) -> float | None:
         error: HeatlensError | None = InternalError("the stream's reader failed", request_id=self.request_id)
         try:
             for response in self._call:
@@ -160,7 +177,8 @@ class Call:
             error = failure
             self._call.cancel()
         finally:
-            self._on_end(error)
+            wait_s = self._on_end(error)
+        return wait_s
 
 
 def join(thread: threading.Thread | None) -> None:
@@ -177,33 +195,29 @@ class AsyncCall:
         self,
         start: AsyncStartCall,
         *,
-        next_request: Callable[[], Awaitable[StreamExplainRequest | None]],
+        next_request: Callable[[int], Awaitable[StreamExplainRequest | None]],
         on_response: OnResponse,
         on_end: OnEnd,
     ) -> None:
+        self._start = start
         self._next_request = next_request
         self._on_response = on_response
         self._on_end = on_end
         self._call, self.request_id = start()
-        reader = asyncio.create_task(self._read(), name="heatlens-stream-reader")
-        writer = asyncio.create_task(self._write(), name="heatlens-stream-writer")
-        # While a call waits for its connection, a write does not notice that the call has ended.
-        reader.add_done_callback(lambda _: writer.cancel())
-        self._tasks = (reader, writer)
+        self._reader = asyncio.create_task(self._read(), name="heatlens-stream-reader")
 
     def cancel(self) -> None:
-        """End the call. Idempotent."""
+        """End the call, and let no other one follow. Idempotent."""
         self._call.cancel()
-        for task in self._tasks:
-            task.cancel()
+        self._reader.cancel()
 
     async def join(self) -> None:
-        """Wait for the reader and the writer, at most JOIN_TIMEOUT_S."""
-        await wait_done(*self._tasks)
+        """Wait for the reader, at most JOIN_TIMEOUT_S."""
+        await wait_done(self._reader)
 
-    async def _write(self) -> None:
+    async def _write(self, number: int) -> None:
         try:
-            while (request := await self._next_request()) is not None:
+            while (request := await self._next_request(number)) is not None:
                 await self._call.write(request)
                 # Free its megabytes while this waits for the next.
                 del request
@@ -216,6 +230,19 @@ class AsyncCall:
                 raise
 
     async def _read(self) -> None:
+        number = 0
+        while (wait_s := await self._read_one(number)) is not None:
+            await asyncio.sleep(wait_s)
+            number += 1
+            try:
+                self._call, self.request_id = self._start()
+            except HeatlensError as error:
+                # The client is closed.
+                self._on_end(error)
+                return
+
+    async def _read_one(self, number: int) -> float | None:
+        writer = asyncio.create_task(self._write(number), name="heatlens-stream-writer")
         status = CallStatus(self._call)
         error: HeatlensError | None = InternalError("the stream's reader failed", request_id=self.request_id)
         try:
@@ -235,7 +262,10 @@ class AsyncCall:
             if _cancelled():
                 raise
         finally:
-            self._on_end(error)
+            # While a call waits for its connection, a write does not notice that the call has ended.
+            writer.cancel()
+            wait_s = self._on_end(error)
+        return wait_s
 
 
 def _cancelled() -> bool:

@@ -27,7 +27,8 @@ class Stream:
 
     Use `map`, or `send` and `receive`; these two may be called from different threads. A frame that fails is a value,
     `FrameResult.error`. A stream that breaks raises, after the answers that came before, a HeatlensError whose
-    `last_frame_id` tells where a new stream can go on. The stream never sends a frame twice.
+    `last_frame_id` tells where a new stream can go on. The stream sends no frame twice,
+    unless it is asked to `resume`.
 
     The stream opens with the `with` statement or at its first use, within the client's timeout.
     """

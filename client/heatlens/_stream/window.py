@@ -9,6 +9,7 @@ Two bounds:
 - overflow "drop-oldest": at most 2 * `size` are sent and unanswered, or explained and not taken by the caller. The
   server drops frames of its own window; the second half of ours keeps it supplied while answers travel. Beyond that,
   only the newest frame is held back for later, so a slow reader gets fresh answers instead of a longer queue.
+A stream that is to be resumed keeps what it sent until the answer comes, to send it again on another call.
 In both, all that is accepted and not taken is bounded by `backlog`. With "block", so are the bytes of the maps not
 taken, if there are more than `size` of them: maps may be as large as photos.
 """
@@ -44,6 +45,7 @@ class _Frame:
     frame: Any
     accepted_s: float
     sent: bool = False
+    message: Any = None
     answer: FrameResult | None = None
     forgotten: bool = False
 
@@ -54,6 +56,7 @@ class Window(Generic[Message]):
     Args:
         drop_oldest: the overflow policy; False: "block".
         every: the server explains the first of so many frames that reach it.
+        keeps_sent: whether what is sent is kept until it is answered, for `resume`.
 
     Attributes:
         size: the window in force, in frames; None before the server started the stream.
@@ -64,7 +67,7 @@ class Window(Generic[Message]):
         error: why it ended; None: every frame was answered.
     """
 
-    def __init__(self, *, drop_oldest: bool, every: int) -> None:
+    def __init__(self, *, drop_oldest: bool, every: int, keeps_sent: bool = False) -> None:
         self.size: int | None = None
         self.outgoing: deque[Message] = deque()
         self.last_frame_id: int | None = None
@@ -73,6 +76,7 @@ class Window(Generic[Message]):
         self.error: HeatlensError | None = None
         self._drop_oldest = drop_oldest
         self._every = every
+        self._keeps_sent = keeps_sent
         self._last_accepted_id = -1
         self._sent_count = 0
         self._unanswered = 0
@@ -139,6 +143,15 @@ class Window(Generic[Message]):
         if self.size is not None or size < 1:
             raise InternalError(f"the server started the stream with a window of {size}", reason="INVALID_RESPONSE")
         self.size = size
+
+    def resume(self, first: Message) -> None:
+        """Begin again on another call: send `first`, then what was sent and has no answer. Needs `keeps_sent`."""
+        self.size = None
+        self._pending = deque(entry for entry in self._pending if not entry.forgotten)
+        unanswered = [entry.message for entry in self._pending if entry.sent and entry.answer is None]
+        self._unanswered = len(unanswered)
+        self.outgoing.clear()
+        self.outgoing.extend((first, *unanswered))
 
     def checked_id(self, frame_id: int | None) -> int:
         """Return the id for the next frame. None: one more than the last.
@@ -300,6 +313,7 @@ class Window(Generic[Message]):
         entry, message = self._held
         self._held = None
         entry.sent = True
+        entry.message = message if self._keeps_sent else None
         self._unanswered += 1
         self._sent_count += 1
         self.outgoing.append(message)

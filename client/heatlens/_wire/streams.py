@@ -39,6 +39,7 @@ class StreamPlan:
         drop_oldest: whether frames may be dropped (overflow="drop-oldest").
         every: the server explains the first of so many frames.
         jpeg_quality: pixels travel as JPEG of this quality; None: as they are.
+        resume: whether a stream that breaks goes on by another call.
         placed: whether maps of the source image's size were asked for.
         max_message_bytes: largest message.
     """
@@ -47,6 +48,7 @@ class StreamPlan:
     drop_oldest: bool
     every: int
     jpeg_quality: int | None
+    resume: bool
     placed: bool
     max_message_bytes: int
 
@@ -87,6 +89,7 @@ class StreamOptions(MapOptions, total=False):
     frame_timeout: float | None
     jpeg_quality: int | None
     on_replace: OnReplaceName
+    resume: bool
 
 
 def stream_plan(
@@ -103,6 +106,7 @@ def stream_plan(
     frame_timeout: float | None = None,
     jpeg_quality: int | None = None,
     on_replace: str = "finish",
+    resume: bool = False,
     **options: Unpack[MapOptions],
 ) -> StreamPlan:
     """Check a stream's arguments, which `Client.stream` documents. `caller` is the function called, for errors.
@@ -117,6 +121,11 @@ def stream_plan(
     ):
         if value is None:
             raise InvalidArgumentError.of(name, f"expected one of {', '.join(known)}; got None")
+    if not isinstance(resume, bool):
+        raise InvalidArgumentError.of("resume", f"expected True or False, got {resume!r}")
+    if resume and every != 1:
+        # Another server counts from the first frame that reaches it.
+        raise InvalidArgumentError.of("resume", "a stream with every > 1 cannot be resumed")
     weight = as_float(smooth)
     # The wire has 32 bits for it: what rounds to 1 there would never move.
     if not (0 <= weight < 1 and np.float32(weight) < 1):
@@ -145,6 +154,7 @@ def stream_plan(
         jpeg_quality=(
             None if jpeg_quality is None else checked_int("jpeg_quality", jpeg_quality, at_least=1, at_most=100)
         ),
+        resume=resume,
         placed=config.options.map_size == explain_pb2.MAP_SIZE_SOURCE,
         max_message_bytes=max_message_bytes,
     )

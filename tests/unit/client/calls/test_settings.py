@@ -52,6 +52,30 @@ def test_not_loopback(address):
     assert caught.value.reason == "PLAINTEXT_TOKEN"
 
 
+def test_several_servers_are_one_target_by_their_addresses():
+    made = settings(["127.0.0.1:1", "127.0.0.2:2", "127.0.0.1:1"], token="t")
+    assert (made.target, made.credentials) == ("ipv4:127.0.0.1:1,127.0.0.2:2", None)
+    assert made.address == "127.0.0.1:1,127.0.0.2:2,127.0.0.1:1"
+    assert settings(["[::1]:1", "[::1]:2"]).target == "ipv6:[::1]:1,[::1]:2"
+    assert settings(["10.0.0.1:1", "10.0.0.1:2"], token="t").credentials is not None
+
+
+def test_several_hosts_need_one_name_for_their_certificates():
+    with pytest.raises(InvalidArgumentError, match="server_name") as caught:
+        settings(["127.0.0.1:1", "127.0.0.2:1"], tls=True)
+    assert caught.value.field_violations[0].field == "tls"
+    assert settings(["127.0.0.1:1", "127.0.0.2:1"], tls=TLS(server_name="models.example")).credentials is not None
+    assert ("grpc.default_authority", "127.0.0.1") in settings(["127.0.0.1:1", "127.0.0.1:2"], tls=True).options
+
+
+def test_servers_that_are_not_ready_are_left_alone_where_there_are_several():
+    assert "healthCheckConfig" not in json.loads(service_config(Retry()))
+    config = json.loads(service_config(Retry(), balanced=True))
+    assert config["healthCheckConfig"] == {"serviceName": "readiness"}
+    (outliers, plain) = config["loadBalancingConfig"]
+    assert outliers["outlier_detection_experimental"]["childPolicy"] == [plain] == [{"round_robin": {}}]
+
+
 def test_tls_on_request():
     assert settings(tls=True).credentials is not None
     assert settings(tls=TLS()).credentials is not None
@@ -75,7 +99,11 @@ def test_server_name_and_files(tmp_path):
 
 
 WRONG = {
-    "address": ["", "http://localhost:50051", 5, b"localhost:1", "\ud800", "local\0host:1"],
+    "address": [
+        *("", "http://localhost:50051", 5, b"localhost:1", "\ud800", "local\0host:1"),
+        *([], [""], ["localhost"], ["localhost:x"], ["dns:///localhost:1"], [5], ["no-such-host.invalid:1"]),
+        ["127.0.0.1:1", "[::1]:1"],
+    ],
     "timeout": [0, -1.0, 1e10, float("nan"), float("inf")],
     "token": ["", "two words", "line\nbreak", "ümlaut", 5],
     "max_message_bytes": [0, 2**31, 1.5],

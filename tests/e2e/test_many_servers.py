@@ -1,0 +1,130 @@
+"""Several plain servers behind one client: one is killed and one drains under load, and nothing is lost."""
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import trustme
+
+from heatlens import TLS, AsyncClient, Client, UnavailableError
+from messages import distinct
+from server_process import ServerProcess, start_server_process, until, wait_settled
+from server_toml import model_toml, server_toml
+
+TOML = server_toml(model_toml("mlp", "tiny_mlp", max_batch_size=4), log_format="json")
+IMAGES = distinct(8)
+CALLERS = 4
+
+
+@pytest.fixture
+def servers(tmp_path) -> Iterator[list[ServerProcess]]:
+    started = []
+    try:
+        for number in range(3):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            started.append(start_server_process(folder, TOML))
+        for server in started:
+            wait_settled(server.address)
+        yield started
+    finally:
+        for server in started:
+            server.process.kill()
+            server.process.wait()
+
+
+def explained_by(server: ServerProcess) -> int:
+    """How many images a server has explained, by its log."""
+    return server.log().count('"method": "/heatlens.v1.ExplainService/Explain"')
+
+
+def test_one_killed_and_one_drained_under_load_lose_no_answer(servers):
+    over, answered, frames = threading.Event(), Counter(), []
+    with Client([server.address for server in servers], timeout=60.0) as client:
+        expected = [client.explain(image).explanations[0].heatmap.values for image in IMAGES]
+
+        def call(number: int) -> None:
+            while not over.is_set():
+                index = answered[number] % len(IMAGES)
+                values = client.explain(IMAGES[index]).explanations[0].heatmap.values
+                assert np.allclose(values, expected[index], atol=1e-5)
+                answered[number] += 1
+
+        def film() -> Iterator[np.ndarray]:
+            while not over.is_set():
+                yield IMAGES[len(frames) % len(IMAGES)]
+
+        def watch() -> None:
+            with client.stream(resume=True, max_in_flight=4) as stream:
+                for item in stream.map(film()):
+                    assert item.result is not None, item.error
+                    frames.append(item.frame_id)
+
+        def goes_on() -> None:
+            """All callers and the stream get further."""
+            before, seen = Counter(answered), len(frames)
+            until(lambda: all(answered[n] > before[n] + 5 for n in range(CALLERS)) and len(frames) > seen + 20)
+
+        with ThreadPoolExecutor(CALLERS + 1) as pool:
+            work = [pool.submit(call, number) for number in range(CALLERS)] + [pool.submit(watch)]
+            try:
+                goes_on()
+                assert all(explained_by(server) for server in servers)
+                servers[0].process.kill()
+                goes_on()
+                servers[1].process.terminate()
+                assert servers[1].process.wait(60) == 0
+                goes_on()
+            finally:
+                over.set()
+            for done in work:
+                done.result(60)
+    assert frames == list(range(len(frames)))
+
+
+async def test_a_server_that_does_not_serve_gets_no_calls(servers, tmp_path):
+    """It loads for ever: its model fails."""
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    broken = start_server_process(folder, server_toml(model_toml("broken"), log_format="json"))
+    try:
+        async with AsyncClient([broken.address, servers[0].address]) as client:
+            for image in IMAGES * 3:
+                await client.explain(image)
+        with Client([broken.address, broken.address], timeout=5.0) as client, pytest.raises(UnavailableError):
+            client.explain(IMAGES[0])
+        assert not explained_by(broken)
+    finally:
+        broken.process.kill()
+        broken.process.wait()
+
+
+def test_several_servers_by_tls_are_known_by_one_name(tmp_path):
+    authority = trustme.CA()
+    certificate = authority.issue_cert("models.example")
+    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "chain.pem")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    toml = f'{TOML}\n[server.tls]\ncertificate = "{tmp_path}/chain.pem"\nprivate_key = "{tmp_path}/key.pem"\n'
+    server = start_server_process(tmp_path, toml)
+    try:
+        names = [server.address, server.address.replace("127.0.0.1", "127.0.0.2")]
+        tls = TLS(ca_file=tmp_path / "ca.pem", server_name="models.example")
+        with Client(names, tls=tls, wait_for_ready=True) as client:
+            client.explain(IMAGES[0])
+        with (
+            Client(names, tls=TLS(ca_file=tmp_path / "ca.pem", server_name="other.example"), timeout=5.0) as client,
+            pytest.raises(UnavailableError),
+        ):
+            client.explain(IMAGES[0])
+    finally:
+        server.process.kill()
+        server.process.wait()
+
+
+def test_the_command_line_takes_several(run, servers):
+    done = run("models", "--server", ",".join(server.address for server in servers))
+    assert "mlp*" in done.stdout
