@@ -24,6 +24,7 @@ from heatlens_server.config import AdminConfig, Config, ModelConfig, ServerConfi
 from heatlens_server.core.engine import SteppingEngine
 from heatlens_server.core.errors import ConfigError, ServerDraining
 from heatlens_server.core.events import Observer, Observers
+from heatlens_server.core.peers import host_of
 from heatlens_server.ending import LastResort, ModelHangs, handle_signals
 from heatlens_server.file_descriptors import connections_within_limit
 from heatlens_server.fleet.build import BuiltModel, build, build_export
@@ -101,7 +102,8 @@ class Server:
             max_connection_bytes_in_flight=config.server.max_connection_bytes_in_flight,
             max_model_runs=config.server.max_model_runs,
         )
-        self.streams = OpenStreams(max_streams=limits.max_streams)
+        self._host_of = host_of if config.server.share_by_host else _everybody
+        self.streams = OpenStreams(max_streams=limits.max_streams, host_of=self._host_of)
         self._health = Health()
         observers: list[Observer] = [LogObserver(ok_share=config.server.log_ok_share)]
         self._metrics = _make_metrics() if config.metrics.listen else None
@@ -134,6 +136,7 @@ class Server:
             receive_timeout_s=config.server.receive_timeout_s,
             send_timeout_s=config.server.send_timeout_s,
             hang_up=hang_up,
+            host_of=self._host_of,
         )
         self._gate = CallGate(
             self._observer,
@@ -261,7 +264,12 @@ class Server:
             max_delay_s=config.batching.max_delay_ms / 1e3,
             max_queue_length=self._config.server.max_queue_length,
             observer=self._observer,
+            host_of=self._host_of,
         )
+
+
+def _everybody(_peer: str) -> str:
+    return ""
 
 
 def _yield_to_others() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from heatlens import Client
 from messages import distinct
-from raw_http2 import RST_STREAM, SETTINGS, headers
+from raw_http2 import GOAWAY, PING, RST_STREAM, SETTINGS, frame, headers
 from server_process import wait_settled
 from server_toml import server_toml
 
@@ -29,6 +29,20 @@ def test_calls_beyond_the_limit_of_a_connection_are_reset_and_others_are_answere
             assert client.explain(image, timeout=60).explanations
     # And some of the others, which say nothing while others wait for room.
     flood.until(RST_STREAM, count - LIMIT)
+
+
+def test_pings_without_number_are_answered_and_hold_up_no_other(launch, connect, sized):
+    server = launch(server_toml())
+    wait_settled(server.address)
+    count = sized(100_000, 400_000)
+    floods = [connect(server.address) for _ in range(4)]
+    for flood in floods:
+        flood.send(frame(PING, 0, 0, bytes(8)) * (count // 4))
+    with Client(server.address) as client:
+        for image in distinct(10):
+            assert client.explain(image, timeout=60).explanations
+    for flood in floods:
+        assert flood.until(PING, count // 4)[GOAWAY] == 0
 
 
 def test_connections_beyond_the_limit_are_closed_and_those_that_are_open_are_served(launch, connect, sized):

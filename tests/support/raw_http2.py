@@ -56,16 +56,19 @@ def _string(text: str) -> bytes:
 class RawConnection:
     """A connection that has told the server its settings, and confirms the server's in `upload` alone."""
 
-    def __init__(self, address: str, *, window_bytes: int = 65_535, timeout_s: float = 20.0) -> None:
+    def __init__(self, address: str, *, window_bytes: int = 65_535, timeout_s: float = 20.0, source: str = "") -> None:
         """Connect.
 
         Args:
             address: "host:port".
             window_bytes: how many bytes of each answer the server may send unasked.
             timeout_s: longest wait for the server to read or say something.
+            source: the address of this end, "127.0.0.2" for a host of its own; empty: that of everybody.
         """
         host, _, port = address.rpartition(":")
-        self.socket = socket.create_connection((host, int(port)), timeout=timeout_s)
+        self.socket = socket.create_connection(
+            (host, int(port)), timeout=timeout_s, source_address=(source, 0) if source else None
+        )
         setting = _INITIAL_WINDOW_SIZE.to_bytes(2, "big") + window_bytes.to_bytes(4, "big")
         self.socket.sendall(_PREFACE + frame(SETTINGS, 0, 0, setting))
         self._rest = b""

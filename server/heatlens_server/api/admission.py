@@ -11,12 +11,16 @@ from typing import Any, TypeVar
 
 from heatlens_server.api.byte_budget import SLOW_S, ByteBudget, Held
 from heatlens_server.core.errors import PeerTooSlow
+from heatlens_server.core.peers import host_of
 
 T = TypeVar("T")
 
 _RETRY_S = 1.0
 
 _UNLIMITED_BYTES = 2**62
+
+_PUBLIC_SLOW_S = 0.1
+"""How long such a message may take while others wait: it is some bytes, which come with the headers."""
 
 _PUBLIC_MESSAGES = 2
 """How many messages of callers that showed no token may be awaited at a time: those of health checks are tiny."""
@@ -44,6 +48,7 @@ class Admission:
         receive_timeout_s: float = 60.0,
         send_timeout_s: float = 60.0,
         hang_up: Callable[[str], bool] = lambda _peer: False,
+        host_of: Callable[[str], str] = host_of,
     ) -> None:
         """Nothing is in flight.
 
@@ -54,15 +59,21 @@ class Admission:
             receive_timeout_s: how long a message may take to come, in seconds.
             send_timeout_s: how long an answer may take to be taken, in seconds.
             hang_up: closes a peer's connection; False if it cannot.
+            host_of: of a connection, the host that comes last once it was slow.
         """
         half, peer_half = max_bytes // 2, max_peer_bytes // 2
-        self.requests = ByteBudget("requests", total_bytes=half, peer_bytes=peer_half)
+        self.requests = ByteBudget("requests", total_bytes=half, peer_bytes=peer_half, host_of=host_of)
         self.answers = ByteBudget(
             "answers", total_bytes=half, peer_bytes=peer_half, relieve=lambda: self._end_slowest(SLOW_S)
         )
         public_bytes = _PUBLIC_MESSAGES * max_message_bytes
         self.public = ByteBudget(
-            "health checks", total_bytes=public_bytes, peer_bytes=public_bytes, most_waiting=_PUBLIC_WAITING
+            "health checks",
+            total_bytes=public_bytes,
+            peer_bytes=public_bytes,
+            most_waiting=_PUBLIC_WAITING,
+            slow_s=_PUBLIC_SLOW_S,
+            host_of=host_of,
         )
         self.max_message_bytes = max_message_bytes
         self._receive_timeout_s = receive_timeout_s

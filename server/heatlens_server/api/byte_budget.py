@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from heatlens_server.core.errors import BytesInFlight
+from heatlens_server.core.peers import host_of
 
 _RETRY_S = 0.5
 """When to try again after a refusal, in seconds: most requests are answered within it."""
@@ -25,7 +26,7 @@ _ROOM_S = 10.0
 """How long one may wait for room, in seconds."""
 
 _MOST_CUTS = 4096
-"""Of how many peers it is remembered that they were cut off."""
+"""Of how many hosts it is remembered that they were cut off."""
 
 
 class Held:
@@ -70,7 +71,7 @@ class Held:
 
 @dataclass(slots=True, order=True)
 class _Waiting:
-    """One that waits for room. Peers that were cut off come last; of the others the newest comes first.
+    """One that waits for room. Hosts that were cut off come last; of the others the newest comes first.
 
     When more come than can be served, the newest are those whose callers still wait.
     """
@@ -91,6 +92,8 @@ class ByteBudget:
         total_bytes: int,
         peer_bytes: int,
         most_waiting: int = 1024,
+        slow_s: float = SLOW_S,
+        host_of: Callable[[str], str] = host_of,
         relieve: Callable[[], None] = lambda: None,
     ) -> None:
         """Nothing is held.
@@ -100,12 +103,16 @@ class ByteBudget:
             total_bytes: most in all.
             peer_bytes: most of one peer.
             most_waiting: most that wait for room: the transport has some of each already.
+            slow_s: while others wait for room, how long a message may take to come, in seconds.
+            host_of: of a peer, the host that comes last once it was cut off.
             relieve: called again and again while some wait for what others hold.
         """
         self._what = what
         self._total_bytes = total_bytes
         self._peer_bytes = peer_bytes
         self._most_waiting = most_waiting
+        self._slow_s = slow_s
+        self._host_of = host_of
         self._relieve = relieve
         self._held = 0
         self._of_peers: Counter[str] = Counter()
@@ -173,15 +180,17 @@ class ByteBudget:
             self.change(held, size_bytes)
             return
         loop = asyncio.get_running_loop()
-        one = _Waiting((self._cuts[held.peer], -next(self._numbers)), held, size_bytes, loop.create_future())
+        one = _Waiting(
+            (self._cuts[self._host_of(held.peer)], -next(self._numbers)), held, size_bytes, loop.create_future()
+        )
         heapq.heappush(self._waiting, one)
         if len(self._waiting) > self._most_waiting:
-            self._drop(max(self._waiting))
+            self._drop(self._last())
         self._serve()
         until = loop.time() + _ROOM_S
         try:
             while not one.ready.done():
-                await asyncio.wait([one.ready], timeout=_LOOK_S)
+                await asyncio.wait([one.ready], timeout=min(_LOOK_S, self._slow_s))
                 if one.ready.done():
                     break
                 self._cut_slowest(held.peer, size_bytes)
@@ -237,15 +246,20 @@ class ByteBudget:
         if slowest is not None:
             assert slowest.since is not None
             assert slowest.cut is not None
-            if asyncio.get_running_loop().time() - slowest.since > SLOW_S:
+            if asyncio.get_running_loop().time() - slowest.since > self._slow_s:
                 if len(self._cuts) >= _MOST_CUTS:
                     self._cuts.clear()
-                self._cuts[slowest.peer] += 1
+                self._cuts[self._host_of(slowest.peer)] += 1
                 if not slowest.cut.done():
                     slowest.cut.set_result(None)
                 slowest.release()
         if everybody:
             self._relieve()
+
+    def _last(self) -> _Waiting:
+        """The one that waits and is the first to be refused: the oldest of the host of which most wait."""
+        counts = Counter(self._host_of(one.held.peer) for one in self._waiting)
+        return max(self._waiting, key=lambda one: (one.order[0], counts[self._host_of(one.held.peer)], one.order))
 
     def _drop(self, one: _Waiting) -> None:
         """Refuse one that waits."""

@@ -55,8 +55,11 @@ class Explainer:
         self.observer = observer
         self.admission = admission or Admission()
 
-    def refuse_if_full(self) -> None:
+    def refuse_if_full(self, peer: str) -> None:
         """Refuse a call before it is known which model it is for, if every model would refuse it.
+
+        Args:
+            peer: the caller's address.
 
         Raises:
             QueueFull: they would.
@@ -65,7 +68,7 @@ class Explainer:
         for status in self.fleet:
             if status.state is not ModelState.READY or status.served is None:
                 return
-            full = status.served.queue.batcher.refusal()
+            full = status.served.queue.refusal(_owner(peer))
             if full is None:
                 return
         if full is not None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import itertools
 import os
 import time
 import weakref
@@ -9,8 +10,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
 from heatlens_server.core.engine import MapSpec, SteppingEngine
-from heatlens_server.core.errors import DeadlineExpired, ImageMemoryFull
+from heatlens_server.core.errors import DeadlineExpired, ImageMemoryFull, QueueFull
 from heatlens_server.core.events import Observer, Trace
+from heatlens_server.core.peers import gives_way, host_of
 from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.core.targets import Target
 from heatlens_server.scheduling.batcher import Batcher
@@ -44,6 +46,7 @@ class ModelQueue:
         max_decoding: int | None = None,
         large_images: LargeImages | None = None,
         observer: Observer | None = None,
+        host_of: Callable[[str], str] = host_of,
     ) -> None:
         """Start the model's threads. Must be called on the event loop.
 
@@ -57,6 +60,7 @@ class ModelQueue:
             max_decoding: most images decoded at the same time, large ones aside; None: one per CPU.
             large_images: where large images wait for their turn; None: they are decoded as all others are.
             observer: is told of images, batches and steps; must not raise (see `core.events.Observers`).
+            host_of: of a connection, the host that places in the queue are shared between.
         """
         self.engines = tuple(engines)
         self._name = name
@@ -81,8 +85,10 @@ class ModelQueue:
             observer=self._observer,
         )
         self._threads.start()
-        # Weak: a ticket whose caller has left needs no answer.
-        self._tickets: weakref.WeakSet[Ticket] = weakref.WeakSet()
+        self._host_of = host_of
+        # In the order they came. Weak: a ticket whose caller has left needs no answer.
+        self._tickets: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()
+        self._numbers = itertools.count()
 
     async def load_for(self, spec: MapSpec) -> None:
         """Load everything that a spec needs; to be awaited before `submit`. Returns at once if it is loaded.
@@ -118,7 +124,8 @@ class ModelQueue:
                 the image may wait to be begun. None: for ever.
             source: the stream that the image belongs to. Streams and connections of callers without one take turns,
                 and images of streams take no place in the queue from callers: the owner of the stream bounds them.
-            peer: the connection that an image without a source came by; empty: it takes turns by itself.
+            peer: the connection that an image without a source came by; empty: it takes turns by itself. Where all
+                places are taken, those of the host that holds most are given to others.
             finish_target: makes the target that the engine gets from the decoded image, on the decoder thread; None if
                 `target` is that. What it raises is raised by `Ticket.result`.
             trace: that of the call or frame, for the observer.
@@ -128,6 +135,8 @@ class ModelQueue:
             ServerDraining: the queue is closing.
         """
         future: asyncio.Future[QueueResult] = self._loop.create_future()
+        if source is None:
+            self._make_place(peer)
         entry = self.batcher.admit(
             target,
             spec,
@@ -143,8 +152,13 @@ class ModelQueue:
             self.batcher.withdraw(entry)
             raise
         ticket = Ticket(entry, future, withdraw=self._withdraw)
-        self._tickets.add(ticket)
+        self._tickets[next(self._numbers)] = ticket
         return ticket
+
+    def refusal(self, peer: str) -> QueueFull | None:
+        """What `submit` would raise for want of a place for an image of a connection; None if there is one."""
+        full = self.batcher.refusal()
+        return None if full is None or self._gives_way(peer) is not None else full
 
     def give_up(self, error: Exception, *, running: bool = False) -> None:
         """Refuse new work, and answer with an error all that was admitted.
@@ -157,12 +171,12 @@ class ModelQueue:
         self._loader.give_up(error)
         if running:
             self.answer_all(error)
-        for ticket in list(self._tickets):
+        for ticket in list(self._tickets.values()):
             ticket.give_up(error)
 
     def answer_all(self, error: Exception) -> None:
         """Answer with an error all that was admitted, also what runs, and go on admitting."""
-        for ticket in list(self._tickets):
+        for ticket in list(self._tickets.values()):
             ticket.abandon(error)
 
     async def close(self, refusal: Exception | None = None, *, timeout_s: float | None = None) -> bool:
@@ -182,6 +196,17 @@ class ModelQueue:
             for engine in self.engines:
                 engine.close()
         return finished and not self._loader.loading
+
+    def _make_place(self, peer: str) -> None:
+        """Where all places are taken, take one from who holds most, if that is not the newcomer."""
+        full = self.batcher.refusal()
+        other = None if full is None else self._gives_way(peer)
+        if full is not None and other is not None:
+            other.give_up(full)
+
+    def _gives_way(self, peer: str) -> Ticket | None:
+        tickets = [ticket for ticket in list(self._tickets.values()) if ticket.waiting]
+        return gives_way(((one.peer, one) for one in tickets if one.peer is not None), peer, self._host_of)
 
     def _withdraw(self, entry: Entry) -> bool:
         withdrawn = self.batcher.withdraw(entry)

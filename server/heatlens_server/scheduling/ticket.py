@@ -27,6 +27,11 @@ class Ticket:
         self._withdraw = withdraw
 
     @property
+    def peer(self) -> str | None:
+        """The connection that the image came by, empty if that is not known; None for an image of a stream."""
+        return self._entry.peer if self._entry.source is None else None
+
+    @property
     def waiting(self) -> bool:
         """Whether the image is being decoded or waits to be run. Afterwards it runs, is answered or is given up.
 

@@ -10,13 +10,12 @@ from heatlens_server.core.errors import BytesInFlight
 
 
 def budget(**changes) -> ByteBudget:
-    return ByteBudget("requests", **({"total_bytes": 100, "peer_bytes": 60} | changes))
+    return ByteBudget("requests", **({"total_bytes": 100, "peer_bytes": 60, "slow_s": 0.01} | changes))
 
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    """Slow is what takes ten milliseconds; who waits looks as often."""
-    monkeypatch.setattr(byte_budget, "SLOW_S", 0.01)
+    """Who waits looks every ten milliseconds."""
     monkeypatch.setattr(byte_budget, "_LOOK_S", 0.01)
 
 
@@ -87,6 +86,38 @@ async def test_a_peer_that_is_slow_to_send_is_cut_off_while_others_wait_and_come
     held.release()
     await asyncio.gather(*waits)
     assert order == ["c", "a"]
+
+
+async def test_a_host_that_was_cut_off_comes_last_by_whichever_connection():
+    made = budget()
+    await made.await_message("ipv4:10.0.0.1:1", 60)
+    held = await made.await_message("ipv4:10.0.0.1:2", 60)
+    order = []
+
+    async def wait(peer: str) -> None:
+        with await made.await_message(peer, 60):
+            order.append(peer)
+
+    waits = [asyncio.create_task(wait(f"ipv4:10.0.0.{host}")) for host in ("2:1", "1:3", "1:4")]
+    await asyncio.sleep(0)
+    held.release()
+    await asyncio.gather(*waits)
+    assert order[0] == "ipv4:10.0.0.2:1"
+
+
+async def test_where_too_many_wait_those_of_the_host_of_which_most_do_are_refused_first():
+    made = budget(most_waiting=3, slow_s=10)
+    first = await made.await_message("ipv4:10.0.0.9:1", 60)
+    waits = [
+        asyncio.create_task(made.await_message(f"ipv4:10.0.0.{host}", 60)) for host in ("2:1", "1:1", "1:2", "1:3")
+    ]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    assert [wait.done() for wait in waits] == [False, True, False, False]
+    assert isinstance(waits[1].exception(), BytesInFlight)
+    first.release()
+    (await waits[3]).release()
+    (await waits[2]).release()
+    (await waits[0]).release()
 
 
 async def test_nobody_is_cut_off_for_a_peer_that_holds_too_much_itself():

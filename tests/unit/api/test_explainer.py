@@ -73,14 +73,14 @@ async def test_a_call_is_refused_before_its_model_is_known_if_every_model_would(
     batchers = [rig.fleet.get(name).queue.batcher for name in ("a", "b")]
     entries = []
     for batcher in batchers:
-        explainer.refuse_if_full()
+        explainer.refuse_if_full("ipv4:127.0.0.1:1")
         while batcher.refusal() is None:
             entries.append((batcher, batcher.admit(TopK(1), SPEC, deadline=None, resolve=lambda outcome: None)))
     with pytest.raises(QueueFull):
-        explainer.refuse_if_full()
+        explainer.refuse_if_full("ipv4:127.0.0.1:1")
     # One that cannot answer has something else to say.
     rig.errors["c"] = ModelLoadError("no")
     await rig.fleet.load(config("c"))
-    explainer.refuse_if_full()
+    explainer.refuse_if_full("ipv4:127.0.0.1:1")
     for batcher, entry in entries:
         assert batcher.withdraw(entry)

@@ -332,6 +332,30 @@ async def test_an_outcome_after_the_caller_left_is_dropped(queue, engine, caplog
     assert "exception was never retrieved" not in caplog.text
 
 
+async def test_where_all_places_are_taken_the_newest_of_the_host_that_has_most_is_refused_for_others(queue, engine):
+    running = await busy(queue, engine)
+
+    def submit(host: int):
+        spec = {"timeout_s": None, "peer": f"ipv4:10.0.0.{host}:1"}
+        return queue.submit(lambda: image(host), TopK(1), BATCHED, **spec)
+
+    first = [submit(1) for _ in range(4)]
+    with pytest.raises(QueueFull):
+        submit(1)
+    for host in (2, 3):
+        assert queue.refusal(f"ipv4:10.0.0.{host}:1") is None
+    others = [submit(2), submit(3)]
+    for ticket in first[2:]:
+        with pytest.raises(QueueFull):
+            await ticket.result()
+    with pytest.raises(QueueFull):
+        submit(2)
+    assert queue.refusal("ipv4:10.0.0.2:1") is not None
+    engine.gate.set()
+    assert [value_of(await ticket.result()) for ticket in (*first[:2], *others)] == [1, 1, 2, 3]
+    await asyncio.gather(*running)
+
+
 async def test_states_end_where_they_should(queue):
     entries = []
     admit = queue.batcher.admit

@@ -1,12 +1,13 @@
 """All open streams: how many there may be, what they hold, and how they are ended."""
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from heatlens_server.core.errors import ServerDraining, StreamLimit
+from heatlens_server.core.peers import gives_way, host_of
 from heatlens_server.fleet.served_model import ServedModel
 
 _RETRY_S = 1.0
@@ -75,23 +76,32 @@ class OpenStreams:
             network's buffers.
     """
 
-    def __init__(self, *, max_streams: int, max_unsent: int = _MAX_UNSENT) -> None:
+    def __init__(
+        self, *, max_streams: int, max_unsent: int = _MAX_UNSENT, host_of: Callable[[str], str] = host_of
+    ) -> None:
         """No stream is open.
 
         Args:
-            max_streams: most streams open at a time.
+            max_streams: most streams open at a time, those aside that are told to end.
             max_unsent: see the attribute.
+            host_of: of a connection, the host that places are shared between.
         """
         self.counters = StreamCounters()
         self.max_unsent = max_unsent
         self._max_streams = max_streams
-        self._open: set[OpenStream] = set()
+        self._host_of = host_of
+        self._open: dict[OpenStream, str] = {}
+        self._ending: set[OpenStream] = set()
         self._readers: set[asyncio.Task[None]] = set()
         self._draining = False
 
     @contextmanager
-    def admit(self, stream: OpenStream) -> Iterator[None]:
-        """Let a stream in, until the end of the block.
+    def admit(self, stream: OpenStream, peer: str = "") -> Iterator[None]:
+        """Let a stream in, until the end of the block. Where there are too many, another may end for it.
+
+        Args:
+            stream: what is let in.
+            peer: the connection that it came by.
 
         Raises:
             StreamLimit: there are too many.
@@ -99,18 +109,26 @@ class OpenStreams:
         """
         if self._draining:
             raise ServerDraining
-        if len(self._open) >= self._max_streams:
-            raise StreamLimit(
+        if len(self._open) - len(self._ending) >= self._max_streams:
+            full = StreamLimit(
                 f"{self._max_streams} streams are open already",
                 metadata={"max_streams": str(self._max_streams)},
                 retry_after_s=_RETRY_S,
             )
-        self._open.add(stream)
+            held = [(peer, one) for one, peer in self._open.items() if one not in self._ending]
+            other = gives_way(held, peer, self._host_of)
+            # Those that do not read their last answers end late.
+            if other is None or len(self._ending) >= self._max_streams:
+                raise full
+            self._ending.add(other)
+            other.end(full)
+        self._open[stream] = peer
         self.counters.streams.created += 1
         try:
             yield
         finally:
-            self._open.discard(stream)
+            del self._open[stream]
+            self._ending.discard(stream)
             self.counters.streams.released += 1
 
     def start_reader(self, reader: Coroutine[object, object, None]) -> None:

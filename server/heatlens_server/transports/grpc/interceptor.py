@@ -32,7 +32,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def __init__(
         self,
         gate: CallGate,
-        before_reading: Mapping[str, Callable[[], None]] | None = None,
+        before_reading: Mapping[str, Callable[[str], None]] | None = None,
         *,
         for_administrators: Container[str] = (),
     ) -> None:
@@ -40,8 +40,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         Args:
             gate: lets calls in and counts them.
-            before_reading: by method, what may refuse a single request by raising a HeatlensError before its message is
-                read.
+            before_reading: by method, what may refuse a single request of a peer by raising a HeatlensError before its
+                message is read.
             for_administrators: the methods that change models.
         """
         self._gate = gate
@@ -97,7 +97,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             try:
                 with self._gate.admit(authorization, changes_models=changes_models, client_names=names):
                     if check is not None:
-                        check()
+                        check(call.peer)
                     response = await answer(call, context)
                     with admission.sending(call.peer):
                         await context.write(response)

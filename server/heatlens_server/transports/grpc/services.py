@@ -46,7 +46,7 @@ class ExplainServicer(explain_pb2_grpc.ExplainServiceServicer):
     ) -> None:
         """Explain the frames of a stream."""
         session = StreamSession(self._explainer, self._open_streams, GrpcStream(request_iterator, context.write))
-        with _fields_as(stream_path), self._open_streams.admit(session):
+        with _fields_as(stream_path), self._open_streams.admit(session, context.peer()):
             await session.run()
 
 
