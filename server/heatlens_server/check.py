@@ -1,5 +1,6 @@
 """A dry run of one model: load it, explain one image, say what happened."""
 
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -40,13 +41,13 @@ def check_model(
             tell = partial(_tell, write, config)
             built = build(config, cache_dir=cache_dir, report=tell, at_once=at_once)
     except (Exception, SystemExit) as error:
-        write(f"{config.name}: FAILED: {_reason(error)}")
+        write(f"{config.key}: FAILED: {_reason(error)}")
         return False
     try:
-        for line in _report(built, photo, Path(f"{config.name}-check.png")):
-            write(f"{config.name}: {line}")
+        for line in _report(built, photo, Path(f"{re.sub(r'[^A-Za-z0-9._-]', '_', config.key)}-check.png")):
+            write(f"{config.key}: {line}")
     except (Exception, SystemExit) as error:
-        write(f"{config.name}: FAILED: {_reason(error)}")
+        write(f"{config.key}: FAILED: {_reason(error)}")
         return False
     finally:
         built.engine.close()
@@ -67,7 +68,7 @@ def warm_model(config: ModelConfig, write: Callable[[str], None], *, cache_dir: 
 
 
 def _tell(write: Callable[[str], None], config: ModelConfig, line: str) -> None:
-    write(f"{config.name}: {line}")
+    write(f"{config.key}: {line}")
 
 
 def _report(model: BuiltModel, photo: Path | None, overlay: Path) -> Iterator[str]:

@@ -126,7 +126,10 @@ def find_model(model: str, config: Path | None, weights: str) -> ModelConfig:
     else:
         if weights:
             raise ConfigError("--weights: goes with a source such as torchvision:resnet50; a configuration has its own")
-        models = {chosen.name: chosen for chosen in load_config(config).models}
+        models = {chosen.key: chosen for chosen in load_config(config).models}
+        # A name stands for its first version.
+        for chosen in list(models.values()):
+            models.setdefault(chosen.name, chosen)
         if model not in models:
             raise ConfigError(
                 f"MODEL: there is no model {model!r}, only {', '.join(models)}{_did_you_mean(model, models)}"

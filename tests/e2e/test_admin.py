@@ -64,7 +64,7 @@ def test_models_are_loaded_reloaded_and_unloaded_as_the_configuration_says_by_th
             admin.unload_model("b")
         with pytest.raises(NotFoundError, match="'c'"):
             admin.load_model("c")
-        with pytest.raises(FailedPreconditionError, match="there is a model 'a' already") as raised:
+        with pytest.raises(FailedPreconditionError, match="there is a model 'a:2' already") as raised:
             admin.load_model("a")
         assert raised.value.reason == "MODEL_CHANGE_REFUSED"
 

@@ -139,8 +139,8 @@ def test_missing_ca_file(run, tmp_path):
 
 def test_models(run_on):
     lines = run_on("models").stdout.splitlines()
-    assert lines[0].split() == ["NAME", "STATE", "TASK", "INPUT", "CLASSES", "ENGINE", "DEVICE", "METHODS"]
-    assert re.match(r"tiny\*\s+ready\s+classification\s+64x64\s+10\s", lines[1])
+    assert lines[0].split() == ["NAME", "VERSION", "STATE", "TASK", "INPUT", "CLASSES", "ENGINE", "DEVICE", "METHODS"]
+    assert re.match(r"tiny\*\s+\w+\s+ready\s+classification\s+64x64\s+10\s", lines[1])
     assert any(line.startswith("broken") and "failed" in line for line in lines)
     models = json.loads(run_on("models", "--json").stdout)
     assert [model["name"] for model in models if model["is_default"]] == ["tiny"]

@@ -48,7 +48,9 @@ README = "\n".join((ROOT / page).read_text() for page in PAGES)
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 SHELL = [line for language, code in BLOCKS if language == "sh" for line in code.splitlines()]
-(*OWN_MODELS, TOML) = [code for language, code in BLOCKS if language == "toml"]
+TOMLS = [code for language, code in BLOCKS if language == "toml"]
+OWN_MODELS = [code for code in TOMLS if not code.startswith("[server]")]
+(TOML,) = (code for code in TOMLS if code not in OWN_MODELS)
 (PRINTED,) = [code for language, code in BLOCKS if language == "text"]
 ADDRESS = "localhost:50051"
 UNSET_LINE = re.compile(r"^# (?=\[|\w+ = )", re.MULTILINE)
@@ -174,10 +176,14 @@ def test_the_examples_of_own_networks_are_configurations(folder):
     for toml in OWN_MODELS:
         (folder / "own.toml").write_text(toml)
         models += load_config(folder / "own.toml").models
-    network, file = models
+    network, file, old, new = models
     assert (network.source, network.weights) == ("torchvision:resnet50", str(folder / "parts.pth"))
     assert network.labels == folder / "parts.txt"
     assert file.source == f"onnx:{folder / 'parts.onnx'}"
+    assert [(one.key, one.default, one.weight) for one in (old, new)] == [
+        ("photos:1", True, 0.0),
+        ("photos:2", False, 0.1),
+    ]
 
 
 def model_of(annotation):

@@ -75,7 +75,9 @@ class Changes(Observer):
         self.seen: list[tuple[str, str, str]] = []
         self.faults: list[Exception] = []
 
-    def model_changed(self, *, model: str, state: str, message: str, fault: Exception | None = None) -> None:
+    def model_changed(
+        self, *, model: str, version: str = "", state: str, message: str, fault: Exception | None = None
+    ) -> None:
         self.seen.append((model, state, message))
         if fault is not None:
             self.faults.append(fault)

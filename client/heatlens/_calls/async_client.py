@@ -16,7 +16,15 @@ from heatlens._stream.async_link import AsyncLink
 from heatlens._stream.async_stream import AsyncStream
 from heatlens._stream.calls import async_run
 from heatlens._wire import answers
-from heatlens._wire.requests import ALL, ExplainOptions, explain_request, health_request, keep_metrics_of, model_name
+from heatlens._wire.requests import (
+    ALL,
+    ExplainOptions,
+    explain_request,
+    health_request,
+    keep_metrics_of,
+    model_name,
+    version_name,
+)
 from heatlens._wire.status import unknown_model
 from heatlens._wire.streams import StreamOptions, stream_plan
 from heatlens.v1 import model_pb2
@@ -86,6 +94,7 @@ class AsyncClient:
         image: ImageSource,
         *,
         model: str | None = None,
+        version: str | None = None,
         timeout: Timeout = UNSET,
         **options: Unpack[ExplainOptions],
     ) -> Result:
@@ -96,6 +105,7 @@ class AsyncClient:
                 (height, width, channels) or (height, width): uint8, uint16 or floats in [0, 1]; of any values if the
                 model has a window.
             model: name of a served model. None: the server's default.
+            version: of the model. None: the server chooses, the same for equal images; `Result.model_version` tells.
             top_k: explain the k most probable classes, k >= 1. Not with `class_ids`. Neither: the most probable one.
             class_ids: explain this class or these classes, by id or label, in this order, but ids before labels.
             method: how the map is made: "grad-cam", "layer-cam", ... None: the model's default.
@@ -128,12 +138,12 @@ class AsyncClient:
         Raises:
             InvalidArgumentError: an argument is wrong; found before the call where possible.
             FileNotFoundError: there is no such file (another OSError if it cannot be read).
-            NotFoundError: no model of that name.
+            NotFoundError: no model of that name and version.
             UnavailableError, ResourceExhaustedError: still failing after all retries.
             DeadlineExceededError: no answer within the timeout.
             HeatlensError: any other failure; see `heatlens.HeatlensError` and its subclasses.
         """
-        build = partial(explain_request, image, "AsyncClient.explain", model=model, **options)
+        build = partial(explain_request, image, "AsyncClient.explain", model=model, version=version, **options)
         sources = (image, options.get("mask"), options.get("reference"))
         request = await async_run(build, blocks=any(may_block(one) for one in sources))
         if isinstance(metrics := options.get("faithfulness"), str) and metrics == ALL:
@@ -141,7 +151,9 @@ class AsyncClient:
         response = await self._connection.call(self._connection.stubs.explain.Explain, request, timeout)
         return answers.result_of(response, placed=options.get("map_size") == "source")
 
-    def stream(self, *, model: str | None = None, **options: Unpack[StreamOptions]) -> AsyncStream:
+    def stream(
+        self, *, model: str | None = None, version: str | None = None, **options: Unpack[StreamOptions]
+    ) -> AsyncStream:
         """Explain the frames of a video, in order. See `heatlens.AsyncStream`.
 
         The stream opens with its `async with` statement or first use, within the client's timeout, and raises then what
@@ -151,6 +163,7 @@ class AsyncClient:
 
         Args:
             model: name of a served model. None: the server's default.
+            version: of the model. None: the server chooses, for the whole stream; `model_version` tells.
             max_in_flight: the window: most unanswered frames. None: the server's choice; it may grant less.
             overflow: when frames come faster than they are explained: "block": wait, none is lost; "drop-oldest":
                 drop the oldest that wait, answers stay fresh.
@@ -183,7 +196,7 @@ class AsyncClient:
             InvalidArgumentError: an argument is wrong.
         """
         limit = self._settings.max_message_bytes
-        plan = stream_plan("AsyncClient.stream", model=model, max_message_bytes=limit, **options)
+        plan = stream_plan("AsyncClient.stream", model=model, version=version, max_message_bytes=limit, **options)
         return AsyncStream(AsyncLink(self._connection.start_stream, plan, timeout_s=self._settings.timeout))
 
     async def models(self, *, timeout: Timeout = UNSET) -> tuple[ModelInfo, ...]:
@@ -200,39 +213,43 @@ class AsyncClient:
             await self._connection.call(self._connection.stubs.models.GetServerInfo, request, timeout)
         )
 
-    async def load_model(self, name: str, *, timeout: Timeout = UNSET) -> None:
+    async def load_model(self, name: str, *, version: str | None = None, timeout: Timeout = UNSET) -> None:
         """Load a model of the server's configuration that is not loaded, or has failed; for administrators.
 
         Args:
             name: of the model.
+            version: of the model; None: the only one.
             timeout: seconds until it is ready; when they have passed the server goes on loading it.
 
         Raises:
             PermissionDeniedError: the client's token and certificate are no administrator's.
             NotFoundError: the configuration has no such model.
-            FailedPreconditionError: the model is loaded already, cannot be loaded, or the configuration is wrong.
+            FailedPreconditionError: the model is loaded already, cannot be loaded, or the configuration is wrong; or
+                there are several versions, and none is named.
             HeatlensError: any other failure.
         """
-        request = model_pb2.LoadModelRequest(name=model_name(name))
+        request = model_pb2.LoadModelRequest(name=model_name(name), version=version_name(version))
         await self._connection.call(self._connection.stubs.models.LoadModel, request, timeout)
 
-    async def reload_model(self, name: str, *, timeout: Timeout = UNSET) -> None:
+    async def reload_model(self, name: str, *, version: str | None = None, timeout: Timeout = UNSET) -> None:
         """Load a model again, as the configuration and its files are by now, beside the one that serves.
 
         Arguments and errors are those of `load_model`; if the new one cannot be loaded, the old one goes on.
         """
-        request = model_pb2.ReloadModelRequest(name=model_name(name))
+        request = model_pb2.ReloadModelRequest(name=model_name(name), version=version_name(version))
         await self._connection.call(self._connection.stubs.models.ReloadModel, request, timeout)
 
-    async def unload_model(self, name: str, *, timeout: Timeout = UNSET) -> None:
+    async def unload_model(self, name: str, *, version: str | None = None, timeout: Timeout = UNSET) -> None:
         """Take a model out of the server, once its running calls are finished; for administrators.
+
+        Arguments are those of `load_model`.
 
         Raises:
             PermissionDeniedError: the client's token and certificate are no administrator's.
             NotFoundError: the server has no such model.
             HeatlensError: any other failure.
         """
-        request = model_pb2.UnloadModelRequest(name=model_name(name))
+        request = model_pb2.UnloadModelRequest(name=model_name(name), version=version_name(version))
         await self._connection.call(self._connection.stubs.models.UnloadModel, request, timeout)
 
     async def health(self, model: str | None = None, *, timeout: Timeout = UNSET) -> Health:

@@ -34,7 +34,7 @@ from heatlens._cli.connection import (
     progress,
     reporting,
 )
-from heatlens._cli.explaining import ModelOption, chosen, takes
+from heatlens._cli.explaining import ModelOption, VersionOption, chosen, takes
 from heatlens._cli.load import (
     Call,
     Sources,
@@ -72,6 +72,7 @@ def bench(
     ] = None,
     server: ServerOption = DEFAULT_SERVER,
     model: ModelOption = None,
+    model_version: VersionOption = None,
     concurrency: Annotated[
         int | None, typer.Option(metavar="N", min=1, show_default="8", help="Closed loop: calls kept open.")
     ] = None,
@@ -133,7 +134,7 @@ def bench(
     if rate is not None and concurrency is not None:
         raise typer.BadParameter("give --concurrency (closed loop) or --rate (open loop), not both")
     duration_s = _DEFAULT_DURATION_S if duration is None and requests is None else duration
-    what = {"model": model, **chosen(options)}
+    what = {"model": model, "version": model_version, **chosen(options)}
     columns = MofNCompleteColumn(), TimeElapsedColumn()
     mode: dict[str, Any]
     with reporting():

@@ -25,7 +25,7 @@ from heatlens._cli.connection import (
     reporting,
     warn,
 )
-from heatlens._cli.explaining import SCORE_OPTIONS, ModelOption, chosen, listed, takes
+from heatlens._cli.explaining import SCORE_OPTIONS, ModelOption, VersionOption, chosen, listed, takes
 from heatlens._cli.interrupt import INTERRUPTED
 from heatlens._evaluation.evaluate import evaluate as run
 from heatlens._video.inputs import SERVER_SUFFIXES, images_of
@@ -37,6 +37,7 @@ def evaluate(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Image files, folders, quoted globs.")],
     server: ServerOption = DEFAULT_SERVER,
     model: ModelOption = None,
+    model_version: VersionOption = None,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -86,6 +87,7 @@ def evaluate(
                     client,
                     [path for text in images for path in images_of(text, suffixes=SERVER_SUFFIXES) or [Path(text)]],
                     model=model,
+                    version=model_version,
                     methods=listed(methods),
                     metrics=listed(metrics),
                     **chosen(options),

@@ -28,7 +28,7 @@ from heatlens._cli.connection import (
     reporting,
     warn,
 )
-from heatlens._cli.explaining import IMAGE_OPTIONS, MAP_OPTIONS, ModelOption, chosen, takes
+from heatlens._cli.explaining import IMAGE_OPTIONS, MAP_OPTIONS, ModelOption, VersionOption, chosen, takes
 from heatlens._cli.interrupt import INTERRUPTED
 from heatlens._exceptions import HeatlensError
 from heatlens._results.answer_json import NO_FILES, AnswerFiles, answer_json
@@ -52,6 +52,7 @@ def explain(
     ],
     server: ServerOption = DEFAULT_SERVER,
     model: ModelOption = None,
+    model_version: VersionOption = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -82,7 +83,7 @@ def explain(
     with reporting():
         named = [one for text in images for one in _named(text)]
         folder = None if output is None else _folder(output, named, colormap, alpha)
-        wanted = {"model": model, **chosen(options)}
+        wanted = {"model": model, "version": model_version, **chosen(options)}
         with (
             Client(**client_options(server, tls=tls, ca=ca, cert=cert, key=key, timeout=timeout)) as client,
             _thread_pool(client) as pool,

@@ -16,6 +16,11 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 ModelOption: TypeAlias = Annotated[str | None, typer.Option(show_default="the server's", help="A served model.")]
 
+VersionOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--model-version", metavar="VERSION", show_default="the server's", help="A version of the model."),
+]
+
 
 def _option(name: str, kind: Any, *flags: str, **shown: Any) -> Any:  # noqa: ANN401 - a type and what typer makes of it
     return Annotated[kind, typer.Option(*flags, help=OPTIONS[name].help, **shown)]

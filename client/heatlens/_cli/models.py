@@ -20,6 +20,7 @@ from heatlens._cli.connection import (
     client_options,
     reporting,
 )
+from heatlens._cli.explaining import VersionOption
 from heatlens._results.results import ModelInfo, ModelState
 
 app = typer.Typer(no_args_is_help=False)
@@ -51,12 +52,13 @@ def models(
     typer.echo(json.dumps([asdict(model) for model in found], indent=2) if as_json else _as_table(found))
 
 
-def _changing(change: Callable[[Client, str], None], said: str, about: str) -> None:
+def _changing(change: Callable[..., None], said: str, about: str) -> None:
     """Add the command that makes a change, for administrators: their token is in HEATLENS_TOKEN."""
 
     def command(
         name: _NameArgument,
         *,
+        model_version: VersionOption = None,
         server: ServerOption = DEFAULT_SERVER,
         timeout: TimeoutOption = 600.0,
         tls: TlsOption = False,
@@ -66,8 +68,8 @@ def _changing(change: Callable[[Client, str], None], said: str, about: str) -> N
     ) -> None:
         connection = client_options(server, tls=tls, ca=ca, cert=cert, key=key, timeout=timeout)
         with reporting(), Client(**connection) as client:
-            change(client, name)
-        typer.echo(f"{name} is {said}")
+            change(client, name, version=model_version)
+        typer.echo(f"{name}{'' if model_version is None else f':{model_version}'} is {said}")
 
     app.command(said.removesuffix("ed"), help=about)(command)
 
@@ -78,11 +80,12 @@ _changing(Client.reload_model, "reloaded", "Load a model again, beside the one t
 
 
 def _as_table(found: tuple[ModelInfo, ...]) -> str:
-    """Return aligned columns; the default model is marked with a star."""
-    rows = [("NAME", "STATE", "TASK", "INPUT", "CLASSES", "ENGINE", "DEVICE", "METHODS")]
+    """Return aligned columns; the default model, and of several versions the default one, is marked with a star."""
+    rows = [("NAME", "VERSION", "STATE", "TASK", "INPUT", "CLASSES", "ENGINE", "DEVICE", "METHODS")]
     rows += [
         (
             f"{model.name}{'*' if model.is_default else ''}",
+            _version(model, found),
             f"{model.state}{': ' if model.state_message else ''}{model.state_message}",
             model.task or "-",
             _input(model),
@@ -96,6 +99,13 @@ def _as_table(found: tuple[ModelInfo, ...]) -> str:
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines + [f"{model.name}: {assumption}" for model in found for assumption in model.assumptions])
+
+
+def _version(model: ModelInfo, found: tuple[ModelInfo, ...]) -> str:
+    """Return "2", of several versions "2*" for the default one and "2 10%" for one that has a share of its requests."""
+    if model.is_default_version and any(one.name == model.name for one in found if one is not model):
+        return f"{model.version}*"
+    return f"{model.version or '-'}{f' {100 * model.weight:g}%' if model.weight else ''}"
 
 
 def _input(model: ModelInfo) -> str:

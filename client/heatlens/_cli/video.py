@@ -28,7 +28,7 @@ from heatlens._cli.connection import (
     reporting,
     warn,
 )
-from heatlens._cli.explaining import MAP_OPTIONS, ModelOption, chosen, takes
+from heatlens._cli.explaining import MAP_OPTIONS, ModelOption, VersionOption, chosen, takes
 from heatlens._cli.interrupt import INTERRUPTED, TERMINATED, Interrupts, Terminated
 from heatlens._exceptions import HeatlensError, InvalidArgumentError
 from heatlens._results.overlay import color_table
@@ -66,6 +66,7 @@ def video(
     ] = None,
     server: ServerOption = DEFAULT_SERVER,
     model: ModelOption = None,
+    model_version: VersionOption = None,
     every: Annotated[int, typer.Option(metavar="N", min=1, help="Explain the first of every N frames.")] = 1,
     max_fps: Annotated[
         float | None, typer.Option(metavar="F", help="Explain at most F frames per second of film.")
@@ -136,6 +137,7 @@ def video(
         raise typer.BadParameter("must be from 0.01 to 1000", param_hint="--fps")
     stream: dict[str, Any] = {
         "model": model,
+        "version": model_version,
         **chosen(options),
         "every": every,
         "max_fps": max_fps,

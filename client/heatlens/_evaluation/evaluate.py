@@ -54,6 +54,7 @@ def evaluate(
     images: Iterable[ImageSource],
     *,
     model: str | None = None,
+    version: str | None = None,
     methods: str | Sequence[str] | None = None,
     metrics: str | Sequence[str] | None = None,
     layers: str | Sequence[str] | None = None,
@@ -81,6 +82,7 @@ def evaluate(
         client: a client of the server; it stays open.
         images: as for `Client.explain`, at least one.
         model: name of a served model. None: the server's default.
+        version: of the model. None: the default version.
         methods: their names; "all": every one that the model supports. None: those that take a single pass.
         metrics: their names, as in `heatlens.Faithfulness`, with hyphens. None, "all": all that the model's task has.
         layers: as for `Client.explain`; so are those that follow.
@@ -111,11 +113,15 @@ def evaluate(
     if metrics is not None:
         metrics = _each_once("metrics", metrics, METRICS)
     workers = checked_int("max_in_flight", max_in_flight, at_least=1, at_most=1024)
-    served = _served(client.models(timeout=timeout), model)
+    models = client.models(timeout=timeout)
+    served = _served(models, model, version)
+    others = {one.name for one in models if one is not served}
     wanted = metrics_of(served.task) if metrics is None else tuple(metrics)
     chosen = _methods(methods, served)
     options: dict[str, Any] = {
         "model": served.name,
+        # Else a version that takes a share of the images would be measured along with it.
+        "version": served.version if version or served.name in others else None,
         "layers": layers,
         "target_score": target_score,
         "aggregation": aggregation,
@@ -214,16 +220,18 @@ def _each_once(argument: str, names: str | Sequence[str], known: Iterable[str]) 
     return tuple(name for name in known if name in given)
 
 
-def _served(models: Sequence[ModelInfo], name: str | None) -> ModelInfo:
+def _served(models: Sequence[ModelInfo], name: str | None, version: str | None) -> ModelInfo:
     """Return the model that is to be evaluated.
 
     Raises:
-        NotFoundError: there is none of that name.
+        NotFoundError: there is none of that name and version.
         UnavailableError: it is loading, or cannot answer for now.
         FailedPreconditionError: it failed to load.
     """
+    default = next((model.name for model in models if model.is_default), "")
     for model in models:
-        if model.is_default if name is None else model.name == name:
+        is_named = model.name == (name or default)
+        if is_named and (model.is_default_version if version is None else model.version == version):
             if model.state is ModelState.FAILED:
                 raise FailedPreconditionError(
                     f"the model {model.name!r} failed to load: {model.state_message}", reason="MODEL_FAILED"
@@ -233,7 +241,7 @@ def _served(models: Sequence[ModelInfo], name: str | None) -> ModelInfo:
             if model.state is not ModelState.READY:
                 raise UnavailableError(f"the model {model.name!r} is loading", reason="MODEL_LOADING")
             return model
-    available = ", ".join(model.name for model in models)
+    available = ", ".join(dict.fromkeys(model.name for model in models))
     raise NotFoundError(
         f"the server has no model {name!r}; it has {available}",
         reason="MODEL_NOT_FOUND",

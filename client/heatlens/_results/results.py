@@ -199,8 +199,8 @@ class ModelInfo:
 
     Attributes:
         name: what `explain(model=...)` takes.
-        version: from the server's configuration, or derived from the weights.
-        is_default: whether it answers calls that name no model.
+        version: from the server's configuration, or derived from the weights; what `explain(version=...)` takes.
+        is_default: whether it answers calls that name no model and no version.
         state: whether it can answer.
         state_message: why it cannot; empty if it can.
         task: "classification", "multi-label-classification", "binary-classification", "regression", "segmentation",
@@ -227,6 +227,8 @@ class ModelInfo:
         input_channels: of the model's input: 1 is gray, 3 is RGB, 4 is RGBA; 0 if the server is too old to say.
         preprocess: how images become its input; None if the server is too old to say.
         next_engine: what takes over once the model's export is made, beside its calls; empty if `engine` stays.
+        is_default_version: whether it answers calls for the model that name no version, but for others' weights.
+        weight: the share of such calls that it answers, not being the default version.
     """
 
     name: str
@@ -253,6 +255,8 @@ class ModelInfo:
     input_channels: int = 0
     preprocess: Preprocess | None = None
     next_engine: str = ""
+    is_default_version: bool = True
+    weight: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

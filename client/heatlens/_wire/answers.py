@@ -198,11 +198,14 @@ def _faithfulness_of(measured: faithfulness_pb2.Faithfulness) -> Faithfulness:
 
 def models_of(response: model_pb2.ListModelsResponse) -> tuple[ModelInfo, ...]:
     """Read the list of models."""
+    names = [model.name for model in response.models]
+    # Servers that know no versions do not say which is the default.
+    defaults = [model.is_default_version or names.count(model.name) == 1 for model in response.models]
     return tuple(
         ModelInfo(
             name=model.name,
             version=model.version,
-            is_default=model.name == response.default_model,
+            is_default=is_default_version and model.name == response.default_model,
             state=_MODEL_STATES.get(model.state, ModelState.UNKNOWN),
             state_message=model.state_message,
             task=model.task,
@@ -222,10 +225,12 @@ def models_of(response: model_pb2.ListModelsResponse) -> tuple[ModelInfo, ...]:
             activation=model.activation,
             assumptions=tuple(model.assumptions),
             next_engine=model.next_engine,
+            is_default_version=is_default_version,
+            weight=model.weight,
             input_channels=model.input_channels,
             preprocess=_preprocess_of(model.preprocess) if model.HasField("preprocess") else None,
         )
-        for model in response.models
+        for model, is_default_version in zip(response.models, defaults, strict=True)
     )
 
 

@@ -21,6 +21,7 @@ _ARGUMENTS = {
     "max_in_flight": "max_in_flight",
     "frame_timeout": "frame_timeout",
     "model": "model",
+    "model_version": "version",
 }
 # The lists whose elements are the caller's own, in the caller's order.
 _ELEMENT = re.compile(r"(?:\.values|\.metrics)?(\[\d+\])$")

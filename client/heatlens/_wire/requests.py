@@ -82,6 +82,7 @@ def explain_request(
     /,
     *,
     model: str | None = None,
+    version: str | None = None,
     **options: Unpack[ExplainOptions],
 ) -> explain_pb2.ExplainRequest:
     """Build the request for `Client.explain`, which documents the arguments. Reads the file if the image is a path.
@@ -93,7 +94,7 @@ def explain_request(
         TypeError: there is no option of that name.
         FileNotFoundError: there is no such file (another OSError if it cannot be read).
     """
-    request = explain_pb2.ExplainRequest(model=model_name(model))
+    request = explain_pb2.ExplainRequest(model=model_name(model), model_version=version_name(version))
     write_options(request.options, options, known=ExplainOptions.__optional_keys__, caller=caller)
     fill_image(request.image, load_image(image))
     return request
@@ -141,7 +142,10 @@ def metrics_of(task: str) -> tuple[str, ...]:
 
 def keep_metrics_of(models: Iterable[ModelInfo], request: explain_pb2.ExplainRequest) -> None:
     """Reduce a request for all metrics to those that its model's task has; left as it is if the task is not known."""
-    task = next((one.task for one in models if (one.name == request.model if request.model else one.is_default)), "")
+    models, version = list(models), request.model_version
+    name = request.model or next((one.name for one in models if one.is_default), "")
+    asked = [one for one in models if one.name == name]
+    task = next((one.task for one in asked if (one.version == version if version else one.is_default_version)), "")
     if task:
         del request.options.faithfulness.metrics[:]
         request.options.faithfulness.metrics.extend(
@@ -194,6 +198,17 @@ def model_name(model: str | None) -> str:
     if model is not None and not is_text(model):
         raise InvalidArgumentError.of("model", f"expected a name, got {model!r}")
     return model or ""
+
+
+def version_name(version: str | None) -> str:
+    """Return a version as sent; None is the one that the server chooses, the empty one.
+
+    Raises:
+        InvalidArgumentError: not a text.
+    """
+    if version is not None and not is_text(version):
+        raise InvalidArgumentError.of("version", f"expected a text, got {version!r}")
+    return version or ""
 
 
 @dataclass(frozen=True, slots=True)

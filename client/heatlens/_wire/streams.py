@@ -15,7 +15,7 @@ from heatlens._results.results import Result
 from heatlens._wire.answers import result_of
 from heatlens._wire.arguments import MAX_SECONDS, as_float, checked_int, number_of
 from heatlens._wire.names import OVERFLOW_POLICIES, REPLACEMENT_POLICIES
-from heatlens._wire.requests import MapOptions, check_size, fill_image, model_name, write_options
+from heatlens._wire.requests import MapOptions, check_size, fill_image, model_name, version_name, write_options
 from heatlens._wire.status import frame_error_of
 from heatlens.v1 import explain_pb2
 
@@ -98,6 +98,7 @@ def stream_plan(
     *,
     max_message_bytes: int,
     model: str | None = None,
+    version: str | None = None,
     max_in_flight: int | None = None,
     overflow: str = "block",
     every: int = 1,
@@ -137,6 +138,7 @@ def stream_plan(
         )
     config = explain_pb2.StreamConfig(
         model=model_name(model),
+        model_version=version_name(version),
         overflow_policy=number_of("overflow", overflow, OVERFLOW_POLICIES),
         max_in_flight=0 if max_in_flight is None else checked_int("max_in_flight", max_in_flight, at_least=1),
         explain_every=checked_int("every", every, at_least=1),

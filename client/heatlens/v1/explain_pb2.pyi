@@ -66,14 +66,16 @@ REPLACEMENT_POLICY_FINISH: ReplacementPolicy
 REPLACEMENT_POLICY_END: ReplacementPolicy
 
 class ExplainRequest(_message.Message):
-    __slots__ = ("model", "image", "options")
+    __slots__ = ("model", "image", "options", "model_version")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
     model: str
     image: Image
     options: ExplainOptions
-    def __init__(self, model: _Optional[str] = ..., image: _Optional[_Union[Image, _Mapping]] = ..., options: _Optional[_Union[ExplainOptions, _Mapping]] = ...) -> None: ...
+    model_version: str
+    def __init__(self, model: _Optional[str] = ..., image: _Optional[_Union[Image, _Mapping]] = ..., options: _Optional[_Union[ExplainOptions, _Mapping]] = ..., model_version: _Optional[str] = ...) -> None: ...
 
 class Image(_message.Message):
     __slots__ = ("encoded", "pixels")
@@ -248,7 +250,7 @@ class StreamExplainRequest(_message.Message):
     def __init__(self, config: _Optional[_Union[StreamConfig, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
 
 class StreamConfig(_message.Message):
-    __slots__ = ("model", "options", "overflow_policy", "max_in_flight", "frame_timeout", "explain_every", "max_frames_per_second", "temporal_smoothing", "replacement_policy")
+    __slots__ = ("model", "options", "overflow_policy", "max_in_flight", "frame_timeout", "explain_every", "max_frames_per_second", "temporal_smoothing", "replacement_policy", "model_version")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     OVERFLOW_POLICY_FIELD_NUMBER: _ClassVar[int]
@@ -258,6 +260,7 @@ class StreamConfig(_message.Message):
     MAX_FRAMES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     TEMPORAL_SMOOTHING_FIELD_NUMBER: _ClassVar[int]
     REPLACEMENT_POLICY_FIELD_NUMBER: _ClassVar[int]
+    MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
     model: str
     options: ExplainOptions
     overflow_policy: OverflowPolicy
@@ -267,7 +270,8 @@ class StreamConfig(_message.Message):
     max_frames_per_second: float
     temporal_smoothing: float
     replacement_policy: ReplacementPolicy
-    def __init__(self, model: _Optional[str] = ..., options: _Optional[_Union[ExplainOptions, _Mapping]] = ..., overflow_policy: _Optional[_Union[OverflowPolicy, str]] = ..., max_in_flight: _Optional[int] = ..., frame_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., explain_every: _Optional[int] = ..., max_frames_per_second: _Optional[float] = ..., temporal_smoothing: _Optional[float] = ..., replacement_policy: _Optional[_Union[ReplacementPolicy, str]] = ...) -> None: ...
+    model_version: str
+    def __init__(self, model: _Optional[str] = ..., options: _Optional[_Union[ExplainOptions, _Mapping]] = ..., overflow_policy: _Optional[_Union[OverflowPolicy, str]] = ..., max_in_flight: _Optional[int] = ..., frame_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., explain_every: _Optional[int] = ..., max_frames_per_second: _Optional[float] = ..., temporal_smoothing: _Optional[float] = ..., replacement_policy: _Optional[_Union[ReplacementPolicy, str]] = ..., model_version: _Optional[str] = ...) -> None: ...
 
 class Frame(_message.Message):
     __slots__ = ("frame_id", "image", "capture_time")

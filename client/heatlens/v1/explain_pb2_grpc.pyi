@@ -47,7 +47,7 @@ class ExplainServiceStub:
 
     The stream ends with OK once the client half-closed and every frame is answered. It ends with INVALID_ARGUMENT after
     a protocol violation (a frame before the configuration, a second configuration, frame ids that do not increase),
-    with NOT_FOUND for an unknown model, with RESOURCE_EXHAUSTED when the server has no room for another stream, and
+    with NOT_FOUND for an unknown model or version, with RESOURCE_EXHAUSTED when the server has no room for another stream, and
     with UNAVAILABLE when the server shuts down, the model is unloaded, or the model is replaced and the configuration
     asks for it. Frames that were read before are answered first. In these cases the server answers only frames that
     run by then. Send the others again after the last answer. A gRPC deadline would cover the whole stream: use StreamConfig.frame_timeout.
@@ -72,7 +72,7 @@ class ExplainServiceAsyncStub(ExplainServiceStub):
 
     The stream ends with OK once the client half-closed and every frame is answered. It ends with INVALID_ARGUMENT after
     a protocol violation (a frame before the configuration, a second configuration, frame ids that do not increase),
-    with NOT_FOUND for an unknown model, with RESOURCE_EXHAUSTED when the server has no room for another stream, and
+    with NOT_FOUND for an unknown model or version, with RESOURCE_EXHAUSTED when the server has no room for another stream, and
     with UNAVAILABLE when the server shuts down, the model is unloaded, or the model is replaced and the configuration
     asks for it. Frames that were read before are answered first. In these cases the server answers only frames that
     run by then. Send the others again after the last answer. A gRPC deadline would cover the whole stream: use StreamConfig.frame_timeout.
@@ -106,7 +106,7 @@ class ExplainServiceServicer(metaclass=_abc_1.ABCMeta):
 
         The stream ends with OK once the client half-closed and every frame is answered. It ends with INVALID_ARGUMENT after
         a protocol violation (a frame before the configuration, a second configuration, frame ids that do not increase),
-        with NOT_FOUND for an unknown model, with RESOURCE_EXHAUSTED when the server has no room for another stream, and
+        with NOT_FOUND for an unknown model or version, with RESOURCE_EXHAUSTED when the server has no room for another stream, and
         with UNAVAILABLE when the server shuts down, the model is unloaded, or the model is replaced and the configuration
         asks for it. Frames that were read before are answered first. In these cases the server answers only frames that
         run by then. Send the others again after the last answer. A gRPC deadline would cover the whole stream: use StreamConfig.frame_timeout.

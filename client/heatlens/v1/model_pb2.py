@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from heatlens.v1 import method_pb2 as heatlens_dot_v1_dot_method__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17heatlens/v1/model.proto\x12\x0bheatlens.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18heatlens/v1/method.proto\" \n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x11LoadModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.heatlens.v1.Model\"\"\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13UnloadModelResponse\"\"\n\x12ReloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"8\n\x13ReloadModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.heatlens.v1.Model\"\x13\n\x11ListModelsRequest\"O\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.heatlens.v1.Model\x12\x15\n\rdefault_model\x18\x02 \x01(\t\"\xd9\x05\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.heatlens.v1.Model.State\x12\x0c\n\x04task\x18\x04 \x01(\t\x12\x17\n\x0finput_height_px\x18\x05 \x01(\x05\x12\x16\n\x0einput_width_px\x18\x06 \x01(\x05\x12\x13\n\x0b\x63lass_count\x18\x07 \x01(\x05\x12$\n\x07methods\x18\x08 \x03(\x0e\x32\x13.heatlens.v1.Method\x12\x0e\n\x06layers\x18\t \x03(\t\x12\x0e\n\x06\x65ngine\x18\n \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x12\x11\n\tprecision\x18\x0c \x01(\t\x12\x15\n\rstate_message\x18\r \x01(\t\x12+\n\x0e\x64\x65\x66\x61ult_method\x18\x0e \x01(\x0e\x32\x13.heatlens.v1.Method\x12\x16\n\x0emax_batch_size\x18\x0f \x01(\x05\x12\x32\n\x0fmax_queue_delay\x18\x10 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0emethod_support\x18\x11 \x03(\x0b\x32\x1a.heatlens.v1.MethodSupport\x12\x12\n\nactivation\x18\x12 \x01(\t\x12\x16\n\x0einput_channels\x18\x13 \x01(\x05\x12+\n\npreprocess\x18\x14 \x01(\x0b\x32\x17.heatlens.v1.Preprocess\x12\x13\n\x0b\x61ssumptions\x18\x15 \x03(\t\x12\x17\n\x0fruns_one_by_one\x18\x16 \x01(\x08\x12\x13\n\x0bnext_engine\x18\x17 \x01(\t\"k\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_LOADING\x10\x01\x12\x0f\n\x0bSTATE_READY\x10\x02\x12\x10\n\x0cSTATE_FAILED\x10\x03\x12\x15\n\x11STATE_UNAVAILABLE\x10\x04\"\xee\x01\n\nPreprocess\x12\x0e\n\x06window\x18\x01 \x03(\x02\x12\x13\n\x0bwindow_auto\x18\x02 \x01(\x08\x12\x11\n\tresize_px\x18\x03 \x03(\x05\x12\x0f\n\x07\x63rop_px\x18\x04 \x03(\x05\x12\x13\n\x0bmax_side_px\x18\x05 \x01(\x05\x12\x15\n\rinterpolation\x18\x06 \x01(\t\x12\x11\n\tletterbox\x18\x07 \x01(\x08\x12\x17\n\x0fpad_to_multiple\x18\x08 \x01(\x05\x12\x15\n\rchannel_order\x18\t \x01(\t\x12\r\n\x05scale\x18\n \x01(\x02\x12\x0c\n\x04mean\x18\x0b \x03(\x02\x12\x0b\n\x03std\x18\x0c \x03(\x02\"V\n\rMethodSupport\x12#\n\x06method\x18\x01 \x01(\x0e\x32\x13.heatlens.v1.Method\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x10\n\x08in_steps\x18\x03 \x01(\x08\"\x16\n\x14GetServerInfoRequest\"\xb1\x03\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x19\n\x11max_message_bytes\x18\x02 \x01(\x03\x12\x18\n\x10max_image_pixels\x18\x03 \x01(\x03\x12\x18\n\x10max_queue_length\x18\x04 \x01(\x05\x12\x13\n\x0bmax_targets\x18\x05 \x01(\x05\x12\x15\n\rmax_in_flight\x18\x06 \x01(\x05\x12\x16\n\x0emax_batch_size\x18\x07 \x01(\x05\x12\x32\n\x0fmax_queue_delay\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bmax_streams\x18\t \x01(\x05\x12\x17\n\x0fmax_image_parts\x18\n \x01(\x05\x12\x19\n\x11max_image_samples\x18\x0b \x01(\x03\x12\x1a\n\x12max_decoding_bytes\x18\x0c \x01(\x03\x12\x1b\n\x13max_bytes_in_flight\x18\r \x01(\x03\x12&\n\x1emax_connection_bytes_in_flight\x18\x0e \x01(\x03\x12\x16\n\x0emax_model_runs\x18\x0f \x01(\x03\x32\xaf\x03\n\x0cModelService\x12R\n\nListModels\x12\x1e.heatlens.v1.ListModelsRequest\x1a\x1f.heatlens.v1.ListModelsResponse\"\x03\x90\x02\x01\x12[\n\rGetServerInfo\x12!.heatlens.v1.GetServerInfoRequest\x1a\".heatlens.v1.GetServerInfoResponse\"\x03\x90\x02\x01\x12J\n\tLoadModel\x12\x1d.heatlens.v1.LoadModelRequest\x1a\x1e.heatlens.v1.LoadModelResponse\x12P\n\x0bUnloadModel\x12\x1f.heatlens.v1.UnloadModelRequest\x1a .heatlens.v1.UnloadModelResponse\x12P\n\x0bReloadModel\x12\x1f.heatlens.v1.ReloadModelRequest\x1a .heatlens.v1.ReloadModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17heatlens/v1/model.proto\x12\x0bheatlens.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18heatlens/v1/method.proto\"1\n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"6\n\x11LoadModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.heatlens.v1.Model\"3\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\x15\n\x13UnloadModelResponse\"3\n\x12ReloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"8\n\x13ReloadModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.heatlens.v1.Model\"\x13\n\x11ListModelsRequest\"O\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.heatlens.v1.Model\x12\x15\n\rdefault_model\x18\x02 \x01(\t\"\x85\x06\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.heatlens.v1.Model.State\x12\x0c\n\x04task\x18\x04 \x01(\t\x12\x17\n\x0finput_height_px\x18\x05 \x01(\x05\x12\x16\n\x0einput_width_px\x18\x06 \x01(\x05\x12\x13\n\x0b\x63lass_count\x18\x07 \x01(\x05\x12$\n\x07methods\x18\x08 \x03(\x0e\x32\x13.heatlens.v1.Method\x12\x0e\n\x06layers\x18\t \x03(\t\x12\x0e\n\x06\x65ngine\x18\n \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x12\x11\n\tprecision\x18\x0c \x01(\t\x12\x15\n\rstate_message\x18\r \x01(\t\x12+\n\x0e\x64\x65\x66\x61ult_method\x18\x0e \x01(\x0e\x32\x13.heatlens.v1.Method\x12\x16\n\x0emax_batch_size\x18\x0f \x01(\x05\x12\x32\n\x0fmax_queue_delay\x18\x10 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0emethod_support\x18\x11 \x03(\x0b\x32\x1a.heatlens.v1.MethodSupport\x12\x12\n\nactivation\x18\x12 \x01(\t\x12\x16\n\x0einput_channels\x18\x13 \x01(\x05\x12+\n\npreprocess\x18\x14 \x01(\x0b\x32\x17.heatlens.v1.Preprocess\x12\x13\n\x0b\x61ssumptions\x18\x15 \x03(\t\x12\x17\n\x0fruns_one_by_one\x18\x16 \x01(\x08\x12\x13\n\x0bnext_engine\x18\x17 \x01(\t\x12\x1a\n\x12is_default_version\x18\x18 \x01(\x08\x12\x0e\n\x06weight\x18\x19 \x01(\x01\"k\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_LOADING\x10\x01\x12\x0f\n\x0bSTATE_READY\x10\x02\x12\x10\n\x0cSTATE_FAILED\x10\x03\x12\x15\n\x11STATE_UNAVAILABLE\x10\x04\"\xee\x01\n\nPreprocess\x12\x0e\n\x06window\x18\x01 \x03(\x02\x12\x13\n\x0bwindow_auto\x18\x02 \x01(\x08\x12\x11\n\tresize_px\x18\x03 \x03(\x05\x12\x0f\n\x07\x63rop_px\x18\x04 \x03(\x05\x12\x13\n\x0bmax_side_px\x18\x05 \x01(\x05\x12\x15\n\rinterpolation\x18\x06 \x01(\t\x12\x11\n\tletterbox\x18\x07 \x01(\x08\x12\x17\n\x0fpad_to_multiple\x18\x08 \x01(\x05\x12\x15\n\rchannel_order\x18\t \x01(\t\x12\r\n\x05scale\x18\n \x01(\x02\x12\x0c\n\x04mean\x18\x0b \x03(\x02\x12\x0b\n\x03std\x18\x0c \x03(\x02\"V\n\rMethodSupport\x12#\n\x06method\x18\x01 \x01(\x0e\x32\x13.heatlens.v1.Method\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x10\n\x08in_steps\x18\x03 \x01(\x08\"\x16\n\x14GetServerInfoRequest\"\xb1\x03\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x19\n\x11max_message_bytes\x18\x02 \x01(\x03\x12\x18\n\x10max_image_pixels\x18\x03 \x01(\x03\x12\x18\n\x10max_queue_length\x18\x04 \x01(\x05\x12\x13\n\x0bmax_targets\x18\x05 \x01(\x05\x12\x15\n\rmax_in_flight\x18\x06 \x01(\x05\x12\x16\n\x0emax_batch_size\x18\x07 \x01(\x05\x12\x32\n\x0fmax_queue_delay\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bmax_streams\x18\t \x01(\x05\x12\x17\n\x0fmax_image_parts\x18\n \x01(\x05\x12\x19\n\x11max_image_samples\x18\x0b \x01(\x03\x12\x1a\n\x12max_decoding_bytes\x18\x0c \x01(\x03\x12\x1b\n\x13max_bytes_in_flight\x18\r \x01(\x03\x12&\n\x1emax_connection_bytes_in_flight\x18\x0e \x01(\x03\x12\x16\n\x0emax_model_runs\x18\x0f \x01(\x03\x32\xaf\x03\n\x0cModelService\x12R\n\nListModels\x12\x1e.heatlens.v1.ListModelsRequest\x1a\x1f.heatlens.v1.ListModelsResponse\"\x03\x90\x02\x01\x12[\n\rGetServerInfo\x12!.heatlens.v1.GetServerInfoRequest\x1a\".heatlens.v1.GetServerInfoResponse\"\x03\x90\x02\x01\x12J\n\tLoadModel\x12\x1d.heatlens.v1.LoadModelRequest\x1a\x1e.heatlens.v1.LoadModelResponse\x12P\n\x0bUnloadModel\x12\x1f.heatlens.v1.UnloadModelRequest\x1a .heatlens.v1.UnloadModelResponse\x12P\n\x0bReloadModel\x12\x1f.heatlens.v1.ReloadModelRequest\x1a .heatlens.v1.ReloadModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,33 +38,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELSERVICE'].methods_by_name['GetServerInfo']._loaded_options = None
   _globals['_MODELSERVICE'].methods_by_name['GetServerInfo']._serialized_options = b'\220\002\001'
   _globals['_LOADMODELREQUEST']._serialized_start=98
-  _globals['_LOADMODELREQUEST']._serialized_end=130
-  _globals['_LOADMODELRESPONSE']._serialized_start=132
-  _globals['_LOADMODELRESPONSE']._serialized_end=186
-  _globals['_UNLOADMODELREQUEST']._serialized_start=188
-  _globals['_UNLOADMODELREQUEST']._serialized_end=222
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=224
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=245
-  _globals['_RELOADMODELREQUEST']._serialized_start=247
-  _globals['_RELOADMODELREQUEST']._serialized_end=281
-  _globals['_RELOADMODELRESPONSE']._serialized_start=283
-  _globals['_RELOADMODELRESPONSE']._serialized_end=339
-  _globals['_LISTMODELSREQUEST']._serialized_start=341
-  _globals['_LISTMODELSREQUEST']._serialized_end=360
-  _globals['_LISTMODELSRESPONSE']._serialized_start=362
-  _globals['_LISTMODELSRESPONSE']._serialized_end=441
-  _globals['_MODEL']._serialized_start=444
-  _globals['_MODEL']._serialized_end=1173
-  _globals['_MODEL_STATE']._serialized_start=1066
-  _globals['_MODEL_STATE']._serialized_end=1173
-  _globals['_PREPROCESS']._serialized_start=1176
-  _globals['_PREPROCESS']._serialized_end=1414
-  _globals['_METHODSUPPORT']._serialized_start=1416
-  _globals['_METHODSUPPORT']._serialized_end=1502
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=1504
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=1526
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=1529
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=1962
-  _globals['_MODELSERVICE']._serialized_start=1965
-  _globals['_MODELSERVICE']._serialized_end=2396
+  _globals['_LOADMODELREQUEST']._serialized_end=147
+  _globals['_LOADMODELRESPONSE']._serialized_start=149
+  _globals['_LOADMODELRESPONSE']._serialized_end=203
+  _globals['_UNLOADMODELREQUEST']._serialized_start=205
+  _globals['_UNLOADMODELREQUEST']._serialized_end=256
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=258
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=279
+  _globals['_RELOADMODELREQUEST']._serialized_start=281
+  _globals['_RELOADMODELREQUEST']._serialized_end=332
+  _globals['_RELOADMODELRESPONSE']._serialized_start=334
+  _globals['_RELOADMODELRESPONSE']._serialized_end=390
+  _globals['_LISTMODELSREQUEST']._serialized_start=392
+  _globals['_LISTMODELSREQUEST']._serialized_end=411
+  _globals['_LISTMODELSRESPONSE']._serialized_start=413
+  _globals['_LISTMODELSRESPONSE']._serialized_end=492
+  _globals['_MODEL']._serialized_start=495
+  _globals['_MODEL']._serialized_end=1268
+  _globals['_MODEL_STATE']._serialized_start=1161
+  _globals['_MODEL_STATE']._serialized_end=1268
+  _globals['_PREPROCESS']._serialized_start=1271
+  _globals['_PREPROCESS']._serialized_end=1509
+  _globals['_METHODSUPPORT']._serialized_start=1511
+  _globals['_METHODSUPPORT']._serialized_end=1597
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=1599
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=1621
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=1624
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=2057
+  _globals['_MODELSERVICE']._serialized_start=2060
+  _globals['_MODELSERVICE']._serialized_end=2491
 # @@protoc_insertion_point(module_scope)

@@ -12,10 +12,12 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class LoadModelRequest(_message.Message):
-    __slots__ = ("name",)
+    __slots__ = ("name", "version")
     NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     name: str
-    def __init__(self, name: _Optional[str] = ...) -> None: ...
+    version: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class LoadModelResponse(_message.Message):
     __slots__ = ("model",)
@@ -24,20 +26,24 @@ class LoadModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
 
 class UnloadModelRequest(_message.Message):
-    __slots__ = ("name",)
+    __slots__ = ("name", "version")
     NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     name: str
-    def __init__(self, name: _Optional[str] = ...) -> None: ...
+    version: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class UnloadModelResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class ReloadModelRequest(_message.Message):
-    __slots__ = ("name",)
+    __slots__ = ("name", "version")
     NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     name: str
-    def __init__(self, name: _Optional[str] = ...) -> None: ...
+    version: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class ReloadModelResponse(_message.Message):
     __slots__ = ("model",)
@@ -58,7 +64,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., default_model: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "state", "task", "input_height_px", "input_width_px", "class_count", "methods", "layers", "engine", "device", "precision", "state_message", "default_method", "max_batch_size", "max_queue_delay", "method_support", "activation", "input_channels", "preprocess", "assumptions", "runs_one_by_one", "next_engine")
+    __slots__ = ("name", "version", "state", "task", "input_height_px", "input_width_px", "class_count", "methods", "layers", "engine", "device", "precision", "state_message", "default_method", "max_batch_size", "max_queue_delay", "method_support", "activation", "input_channels", "preprocess", "assumptions", "runs_one_by_one", "next_engine", "is_default_version", "weight")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[Model.State]
@@ -94,6 +100,8 @@ class Model(_message.Message):
     ASSUMPTIONS_FIELD_NUMBER: _ClassVar[int]
     RUNS_ONE_BY_ONE_FIELD_NUMBER: _ClassVar[int]
     NEXT_ENGINE_FIELD_NUMBER: _ClassVar[int]
+    IS_DEFAULT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     state: Model.State
@@ -117,7 +125,9 @@ class Model(_message.Message):
     assumptions: _containers.RepeatedScalarFieldContainer[str]
     runs_one_by_one: bool
     next_engine: str
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., state: _Optional[_Union[Model.State, str]] = ..., task: _Optional[str] = ..., input_height_px: _Optional[int] = ..., input_width_px: _Optional[int] = ..., class_count: _Optional[int] = ..., methods: _Optional[_Iterable[_Union[_method_pb2.Method, str]]] = ..., layers: _Optional[_Iterable[str]] = ..., engine: _Optional[str] = ..., device: _Optional[str] = ..., precision: _Optional[str] = ..., state_message: _Optional[str] = ..., default_method: _Optional[_Union[_method_pb2.Method, str]] = ..., max_batch_size: _Optional[int] = ..., max_queue_delay: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., method_support: _Optional[_Iterable[_Union[MethodSupport, _Mapping]]] = ..., activation: _Optional[str] = ..., input_channels: _Optional[int] = ..., preprocess: _Optional[_Union[Preprocess, _Mapping]] = ..., assumptions: _Optional[_Iterable[str]] = ..., runs_one_by_one: bool = ..., next_engine: _Optional[str] = ...) -> None: ...
+    is_default_version: bool
+    weight: float
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., state: _Optional[_Union[Model.State, str]] = ..., task: _Optional[str] = ..., input_height_px: _Optional[int] = ..., input_width_px: _Optional[int] = ..., class_count: _Optional[int] = ..., methods: _Optional[_Iterable[_Union[_method_pb2.Method, str]]] = ..., layers: _Optional[_Iterable[str]] = ..., engine: _Optional[str] = ..., device: _Optional[str] = ..., precision: _Optional[str] = ..., state_message: _Optional[str] = ..., default_method: _Optional[_Union[_method_pb2.Method, str]] = ..., max_batch_size: _Optional[int] = ..., max_queue_delay: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., method_support: _Optional[_Iterable[_Union[MethodSupport, _Mapping]]] = ..., activation: _Optional[str] = ..., input_channels: _Optional[int] = ..., preprocess: _Optional[_Union[Preprocess, _Mapping]] = ..., assumptions: _Optional[_Iterable[str]] = ..., runs_one_by_one: bool = ..., next_engine: _Optional[str] = ..., is_default_version: bool = ..., weight: _Optional[float] = ...) -> None: ...
 
 class Preprocess(_message.Message):
     __slots__ = ("window", "window_auto", "resize_px", "crop_px", "max_side_px", "interpolation", "letterbox", "pad_to_multiple", "channel_order", "scale", "mean", "std")

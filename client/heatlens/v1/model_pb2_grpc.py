@@ -67,7 +67,7 @@ class ModelServiceServicer(object):
     """
 
     def ListModels(self, request, context):
-        """Lists the models, in the order of the configuration, whatever their state.
+        """Lists the models, every version of each, in the order of the configuration, whatever their state.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -93,7 +93,8 @@ class ModelServiceServicer(object):
 
     def UnloadModel(self, request, context):
         """Takes a model out, and returns once its running calls are finished; those that wait get UNAVAILABLE,
-        MODEL_UNLOADED. A restart, or a reload of the configuration, loads it again.
+        MODEL_UNLOADED. A version beside which another answers goes as one that is replaced: its calls are all finished. A
+        restart, or a reload of the configuration, loads it again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,7 +34,7 @@ class ModelServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ModelServiceAsyncStub: ...
     ListModels: _grpc.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]
-    """Lists the models, in the order of the configuration, whatever their state."""
+    """Lists the models, every version of each, in the order of the configuration, whatever their state."""
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_model_pb2.GetServerInfoRequest, _model_pb2.GetServerInfoResponse]
     """Returns the server's version and every limit in force."""
     LoadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]
@@ -46,7 +46,8 @@ class ModelServiceStub:
     """
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]
     """Takes a model out, and returns once its running calls are finished; those that wait get UNAVAILABLE,
-    MODEL_UNLOADED. A restart, or a reload of the configuration, loads it again.
+    MODEL_UNLOADED. A version beside which another answers goes as one that is replaced: its calls are all finished. A
+    restart, or a reload of the configuration, loads it again.
     """
     ReloadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.ReloadModelRequest, _model_pb2.ReloadModelResponse]
     """Loads a model again, beside the one that serves, and returns once it serves in its place. If it cannot be loaded,
@@ -59,7 +60,7 @@ class ModelServiceAsyncStub(ModelServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]  # type: ignore[assignment]
-    """Lists the models, in the order of the configuration, whatever their state."""
+    """Lists the models, every version of each, in the order of the configuration, whatever their state."""
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_model_pb2.GetServerInfoRequest, _model_pb2.GetServerInfoResponse]  # type: ignore[assignment]
     """Returns the server's version and every limit in force."""
     LoadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]  # type: ignore[assignment]
@@ -71,7 +72,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]  # type: ignore[assignment]
     """Takes a model out, and returns once its running calls are finished; those that wait get UNAVAILABLE,
-    MODEL_UNLOADED. A restart, or a reload of the configuration, loads it again.
+    MODEL_UNLOADED. A version beside which another answers goes as one that is replaced: its calls are all finished. A
+    restart, or a reload of the configuration, loads it again.
     """
     ReloadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.ReloadModelRequest, _model_pb2.ReloadModelResponse]  # type: ignore[assignment]
     """Loads a model again, beside the one that serves, and returns once it serves in its place. If it cannot be loaded,
@@ -87,7 +89,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.ListModelsResponse, _abc.Awaitable[_model_pb2.ListModelsResponse]]:
-        """Lists the models, in the order of the configuration, whatever their state."""
+        """Lists the models, every version of each, in the order of the configuration, whatever their state."""
 
     @_abc_1.abstractmethod
     def GetServerInfo(
@@ -117,7 +119,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.UnloadModelResponse, _abc.Awaitable[_model_pb2.UnloadModelResponse]]:
         """Takes a model out, and returns once its running calls are finished; those that wait get UNAVAILABLE,
-        MODEL_UNLOADED. A restart, or a reload of the configuration, loads it again.
+        MODEL_UNLOADED. A version beside which another answers goes as one that is replaced: its calls are all finished. A
+        restart, or a reload of the configuration, loads it again.
         """
 
     @_abc_1.abstractmethod

@@ -24,6 +24,7 @@ from heatlens_server.core.events import Observer, Trace
 from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.fleet.fleet import Fleet
 from heatlens_server.fleet.served_model import ModelState, ServedModel
+from heatlens_server.fleet.versions import point_of
 from heatlens_server.scheduling.entry import LargeImage, QueueResult, Source
 from heatlens_server.scheduling.ticket import Ticket
 
@@ -36,6 +37,11 @@ _COPIES = 3
 def _owner(peer: str) -> str:
     """Who takes turns with others. Peers on a unix socket have one name, and are not told apart."""
     return "" if peer.startswith("unix") else peer
+
+
+def _point(query: Query) -> float:
+    """Equal images get equal versions, however often they are sent."""
+    return point_of(b"" if query.image is None else query.image.data)
 
 
 class Explainer:
@@ -88,7 +94,8 @@ class Explainer:
         call = current_call()
         told = call.fields
         told["model"] = known_name(self.fleet, query.model)
-        with self.fleet.use(query.model) as model:
+        with self.fleet.use(query.model, query.model_version, functools.partial(_point, query)) as model:
+            told["model_version"] = model.version
             plan, image = plan_query(query, model, self.limits)
             told["explanation"] = str(plan.method)
             await model.queue.load_for(plan.spec)

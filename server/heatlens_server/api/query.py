@@ -72,9 +72,14 @@ class Image:
     pixels: Tensor | None = None
 
     @property
+    def data(self) -> bytes:
+        """What it came in."""
+        return self.encoded or (b"" if self.pixels is None else self.pixels.data)
+
+    @property
     def size_bytes(self) -> int:
         """How many bytes it came in."""
-        return len(self.encoded or b"") + (0 if self.pixels is None else len(self.pixels.data))
+        return len(self.data)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,11 +139,13 @@ class Query:
         model: the model's name; empty for the default model.
         image: what to explain; None if the caller sent none.
         options: how.
+        model_version: of the model; empty for the one that the server chooses.
     """
 
     model: str
     image: Image | None
     options: Options
+    model_version: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +162,7 @@ class StreamConfig:
         max_frames_per_second: explain at most so many; 0 for no limit.
         temporal_smoothing: weight of the past in the maps.
         replacement_policy: what happens when the model is replaced.
+        model_version: of the model; empty for the one that the server chooses.
     """
 
     model: str = ""
@@ -166,6 +174,7 @@ class StreamConfig:
     max_frames_per_second: float = 0.0
     temporal_smoothing: float = 0.0
     replacement_policy: ReplacementPolicy | int = ReplacementPolicy.FINISH
+    model_version: str = ""
 
 
 @dataclass(frozen=True, slots=True)

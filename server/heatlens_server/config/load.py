@@ -5,7 +5,7 @@ Relative paths in the file are relative to the file's folder, elsewhere to the w
 
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self, cast
 
@@ -44,10 +44,8 @@ class Config(Section):
     @field_validator("models")
     @classmethod
     def _named_apart(cls, models: tuple[ModelConfig, ...]) -> tuple[ModelConfig, ...]:
-        names = [model.name for model in models]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two models are named {name!r}")
+        for name in dict.fromkeys(model.name for model in models):
+            _check_versions(name, [model for model in models if model.name == name])
         return models or (_EMBEDDED,)
 
     @model_validator(mode="after")
@@ -63,6 +61,28 @@ class Config(Section):
     def default_model(self) -> str:
         """The name of the model that answers requests that name none."""
         return self.server.default_model or self.models[0].name
+
+
+def _check_versions(name: str, versions: Sequence[ModelConfig]) -> None:
+    """Check what several versions of one model say of each other. Raises ValueError."""
+    known = [model.version for model in versions]
+    if len(versions) > 1 and "" in known:
+        raise ValueError(f"two models are named {name!r}: each of them needs a version")
+    for version in known:
+        if known.count(version) > 1:
+            raise ValueError(f"two models are named {name!r} and have version {version!r}")
+    defaults = [model for model in versions if model.default]
+    if len(defaults) > 1:
+        found = " and ".join(repr(model.version) for model in defaults)
+        raise ValueError(f"one version of the model {name!r} can be its default, not {found}")
+    default = (defaults or versions)[0]
+    if default.weight:
+        raise ValueError(
+            f"weight of the model {name!r}, version {default.version!r}: it is the default, which answers what the "
+            "weights of other versions leave"
+        )
+    if sum(model.weight for model in versions) > 1:
+        raise ValueError(f"the weights of the versions of the model {name!r} make more than 1")
 
 
 def load_config(path: Path | None = None, overrides: Mapping[str, object] | None = None) -> Config:

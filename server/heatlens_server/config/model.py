@@ -31,6 +31,9 @@ ONNX_PREFIX = "onnx:"
 
 _MAX_SIDE_PX = 8192
 
+_WITHOUT_LOADING = ("default", "weight")
+"""Keys that say which requests a model gets, and nothing about the model."""
+
 
 def _check_source(source: str) -> str:
     kind, _, rest = source.partition(":")
@@ -233,7 +236,13 @@ class ModelConfig(Section):
     """The method used when a request names none. Unset: Grad-CAM, element-wise Grad-CAM for networks of tokens, or
     HiResCAM for detectors."""
     version: str = Field(default="", max_length=128)
-    """What clients see as the model's version. Empty: derived from the weights."""
+    """What clients see as the model's version. Empty: derived from the weights. Several models may share a name if each
+    has a version of its own."""
+    default: bool = False
+    """Whether this version answers requests for the model that name no version. Of several, unset: the first."""
+    weight: float = Field(default=0.0, ge=0, lt=1)
+    """The share of requests for the model that name no version and that this one answers, not being the default: a
+    canary. Which ones is decided by a hash of the image."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
     """"auto" (cuda if there is one), "cpu", "cuda" or "cuda:N"."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
@@ -263,6 +272,15 @@ class ModelConfig(Section):
     """How images become the model's input."""
     batching: BatchingConfig = BatchingConfig()
     """How requests share a run."""
+
+    @property
+    def key(self) -> str:
+        """What tells it from other models and other versions: names hold no colon."""
+        return f"{self.name}:{self.version}" if self.version else self.name
+
+    def routed_as(self, other: Self) -> Self:
+        """The same model, with the keys of another that take no loading."""
+        return self.model_copy(update={key: getattr(other, key) for key in _WITHOUT_LOADING})
 
     @field_validator("layers")
     @classmethod

@@ -4,6 +4,7 @@
   * InvalidArgument       the request is wrong, whatever the state of the server; names the fields
   * Unauthenticated       the token is missing or wrong
   * ModelNotFound         there is no model of that name
+    * VersionNotFound     there is one, and not in that version
   * ModelLoading          the model is not ready yet: try again
   * ModelFailed           the model could not be loaded
   * ModelUnloaded         the model was unloaded or replaced while the caller waited
@@ -27,6 +28,9 @@ Clients see the message of a `ModelLoadError` in a `ModelFailed`; they never see
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+_SHOWN_CHARACTERS = 80
+"""How much of a caller's text an error repeats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,16 +139,31 @@ class ModelChangeRefused(HeatlensError):
 
 
 class ModelNotFound(HeatlensError):
-    """No model of that name is configured."""
+    """No model of that name is configured, or not in that version. Reasons: MODEL_NOT_FOUND, VERSION_NOT_FOUND."""
 
     reason = "MODEL_NOT_FOUND"
 
     def __init__(self, name: str, available: Sequence[str]) -> None:
+        available = list(dict.fromkeys(available))
+        name = name[:_SHOWN_CHARACTERS]
         super().__init__(
             f"there is no model {name!r}; this server has: {', '.join(available) or 'none'}",
             metadata={"model": name, "available": ",".join(available)},
         )
         self.name = name
+
+
+class VersionNotFound(ModelNotFound):
+    """There is a model of that name, and not in that version."""
+
+    reason = "VERSION_NOT_FOUND"
+
+    def __init__(self, name: str, version: str, available: Sequence[str]) -> None:
+        super().__init__(name, available)
+        version = version[:_SHOWN_CHARACTERS]
+        self.message = f"there is no version {version!r} of the model {name!r}; this server has: {', '.join(available)}"
+        self.args = (self.message,)
+        self.metadata["version"] = version
 
 
 class ModelLoading(HeatlensError):

@@ -125,11 +125,14 @@ class Observer:
             cached: whether its export was in the cache; None if it has none.
         """
 
-    def model_changed(self, *, model: str, state: str, message: str, fault: Exception | None = None) -> None:
+    def model_changed(
+        self, *, model: str, version: str = "", state: str, message: str, fault: Exception | None = None
+    ) -> None:
         """A model is "loading", "ready", "failed", "unavailable" or "unloaded" from now on.
 
         Args:
             model: which.
+            version: of several of its name, which; empty: the only one.
             state: its new state.
             message: why or how, for the operator: it may hold paths.
             fault: what it failed with, if that was unexpected.

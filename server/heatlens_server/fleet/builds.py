@@ -12,23 +12,25 @@ from heatlens_server.fleet.build import BuiltModel
 
 
 class Builds:
-    """The builds that go on, at most one for a name. Belongs to the event loop."""
+    """The builds that go on, at most one for a key of a model. Belongs to the event loop."""
 
     def __init__(self) -> None:
         """Nothing is being built."""
         self._futures: dict[str, asyncio.Future[BuiltModel]] = {}
         self._threads: set[threading.Thread] = set()
 
-    def __contains__(self, name: str) -> bool:
-        """Whether a model of that name is being built."""
-        return name in self._futures
+    def __contains__(self, key: str) -> bool:
+        """Whether a model is being built that is to have the place of that key."""
+        return key in self._futures
 
     @property
     def are_running(self) -> bool:
         """Whether a thread still builds, wanted or not."""
         return any(thread.is_alive() for thread in self._threads)
 
-    def start(self, config: ModelConfig, build: Callable[[ModelConfig], BuiltModel]) -> "asyncio.Future[BuiltModel]":
+    def start(
+        self, key: str, config: ModelConfig, build: Callable[[ModelConfig], BuiltModel]
+    ) -> "asyncio.Future[BuiltModel]":
         """Build in a daemon thread: a download may hang for minutes, and must not keep a draining process alive."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[BuiltModel] = loop.create_future()
@@ -56,13 +58,13 @@ class Builds:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(settle, built, error)
 
-        thread = threading.Thread(target=run, name=f"load-{config.name}", daemon=True)
+        thread = threading.Thread(target=run, name=f"load-{key}", daemon=True)
         self._threads.add(thread)
-        self._futures[config.name] = future
+        self._futures[key] = future
         thread.start()
         return future
 
-    async def wait(self, config: ModelConfig, build: "asyncio.Future[BuiltModel]") -> BuiltModel:
+    async def wait(self, key: str, config: ModelConfig, build: "asyncio.Future[BuiltModel]") -> BuiltModel:
         """Wait for a build; what was given up, or is waited for no longer, is closed.
 
         Raises:
@@ -80,18 +82,18 @@ class Builds:
                 close_aside(build.result().engine)
             raise
         finally:
-            is_wanted = self._futures.get(config.name) is build
+            is_wanted = self._futures.get(key) is build
             if is_wanted:
-                del self._futures[config.name]
+                del self._futures[key]
         if not is_wanted:
             # Given up between the end of the thread and this task's turn.
             close_aside(built.engine)
             raise ModelUnloaded(config.name, "was unloaded")
         return built
 
-    def give_up(self, name: str, error: Exception) -> None:
-        """Let a build, if there is one of that name, end with an error for those who wait for it."""
-        build = self._futures.pop(name, None)
+    def give_up(self, key: str, error: Exception) -> None:
+        """Let a build, if there is one of that key, end with an error for those who wait for it."""
+        build = self._futures.pop(key, None)
         if build is not None and not build.done():
             build.set_exception(error)
             # Counts as retrieved, should the task that waits for it be cancelled.
@@ -99,8 +101,8 @@ class Builds:
 
     def give_up_all(self, error: Exception) -> None:
         """`give_up` of every build."""
-        for name in list(self._futures):
-            self.give_up(name, error)
+        for key in list(self._futures):
+            self.give_up(key, error)
 
 
 def close_aside(engine: SteppingEngine) -> None:

@@ -1,11 +1,13 @@
 """The models of a server as state: loaded, replaced and unloaded while others serve. Knows no transport.
 
-A name has one status. Behind a READY one is a `ServedModel` with a generation: loading a name again gives the next.
+A version of a model has one status, and several may share a name; `versions.py` says which one a request gets. Behind a
+READY one is a `ServedModel` with a generation: loading a name again gives the next.
 
 * `load` builds in a thread. What goes wrong stays with the model: it is FAILED, and may be loaded again.
   What serves may have a better engine to follow: that is built beside it, and takes its place.
 * `replace` builds beside what serves, puts the new model in its place once it is ready, and lets the old one finish.
-* `unload` takes a model out at once: calls that wait are answered ModelUnloaded, batches that run are finished.
+* `unload` takes a model out at once: calls that wait are answered ModelUnloaded, batches that run are finished. A
+  version beside which another answers goes as one that is replaced.
 
 Streams of a model that is unloaded end with ModelUnloaded; those of one that is replaced go on for a while, unless they
 asked to end; those that began before an engine took over go on. Whatever the old one's way out, its queue is closed
@@ -16,7 +18,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Container, Coroutine, Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -29,7 +31,6 @@ from heatlens_server.core.errors import (
     ModelInterrupted,
     ModelLoadError,
     ModelLoading,
-    ModelNotFound,
     ModelUnloaded,
     ServerDraining,
 )
@@ -37,13 +38,13 @@ from heatlens_server.core.events import Observer
 from heatlens_server.fleet.build import BuiltModel
 from heatlens_server.fleet.builds import Builds, UnexpectedLoadError, close_aside, fault_of
 from heatlens_server.fleet.served_model import ModelState, ModelStatus, ServedModel
+from heatlens_server.fleet.uses import Uses
+from heatlens_server.fleet.versions import Point, at_the_start, choose, find
 from heatlens_server.scheduling.model_queue import ModelQueue
 
 _log = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
-_SHOWN_CHARACTERS = 80
-"""How much of a caller's text an error repeats."""
 
 
 def batch_size_of(config: ModelConfig, info: Capabilities) -> int:
@@ -108,9 +109,7 @@ class Fleet:
         self._builds = Builds()
         self._tasks: set[asyncio.Task[None]] = set()
         self._generations = Counter[str]()
-        # Of models that serve no longer and are not closed yet.
-        self._retired: set[ModelQueue] = set()
-        self._users: dict[ModelQueue, _Users] = {}
+        self._uses = Uses()
         self._closed = False
 
     def __iter__(self) -> Iterator[ModelStatus]:
@@ -120,7 +119,7 @@ class Fleet:
     @property
     def default(self) -> str:
         """The name that an empty name stands for; empty if there is no model."""
-        return self._default or next(iter(self._statuses), "")
+        return self._default or next((status.name for status in self), "")
 
     @default.setter
     def default(self, name: str) -> None:
@@ -136,8 +135,30 @@ class Fleet:
         """The longest batching window of any model, in seconds."""
         return max((status.config.batching.max_delay_ms for status in self), default=0.0) / 1e3
 
-    def get(self, name: str) -> ServedModel:
-        """The ready model of that name; the default one for an empty name.
+    def arrange(self, models: Sequence[ModelConfig], *, routed: Container[str] | None = None) -> None:
+        """Take over from a configuration what takes no loading: the models' order, and which requests versions get.
+
+        Args:
+            models: of the configuration.
+            routed: names of the models whose requests are to go as it says; None for all.
+        """
+        for model in models:
+            status = self._statuses.get(model.key)
+            if status is not None and (routed is None or model.name in routed):
+                self._statuses[model.key] = replace(status, config=status.config.routed_as(model))
+        # Of a version that could not be replaced, the place is that of the others of its name.
+        names, keys = [model.name for model in models], [model.key for model in models]
+        places = {name: names.index(name) for name in names} | {key: keys.index(key) for key in keys}
+        ordered = sorted(self, key=lambda one: places.get(one.key, places.get(one.name, len(models))))
+        self._statuses = {status.key: status for status in ordered}
+
+    def get(self, name: str, version: str = "", point: Point = at_the_start) -> ServedModel:
+        """The ready model for a request.
+
+        Args:
+            name: of the model; empty for the default one.
+            version: of the model; empty for the one that its weights and `point` say, or the default one.
+            point: where the request lies; see `versions.choose`.
 
         Raises:
             ModelNotFound: there is none.
@@ -145,9 +166,7 @@ class Fleet:
             ModelFailed: it could not be loaded.
             ModelInterrupted: it served, and cannot for now.
         """
-        status = self._statuses.get(name or self.default)
-        if status is None:
-            raise ModelNotFound(name[:_SHOWN_CHARACTERS], list(self._statuses))
+        status = choose(self, name or self.default, version, point)
         if status.outage is not None:
             raise status.outage.with_traceback(None)
         if status.served is not None:
@@ -157,14 +176,13 @@ class Fleet:
         raise ModelLoading(f"model {status.name!r} is loading", metadata={"model": status.name}, retry_after_s=_RETRY_S)
 
     @contextlib.contextmanager
-    def use(self, name: str) -> Iterator[ServedModel]:
+    def use(self, name: str, version: str = "", point: Point = at_the_start) -> Iterator[ServedModel]:
         """`get` for one call: the model finishes it even if it is replaced meanwhile.
 
         Raises:
             HeatlensError: as `get`.
         """
-        model = self.get(name)
-        with self._users[model.queue]:
+        with self._uses.of(self.get(name, version, point)) as model:
             yield model
 
     # Loading.
@@ -176,20 +194,24 @@ class Fleet:
             A task that ends once the model is READY, FAILED or unloaded, and raises nothing.
 
         Raises:
-            ConfigError: there is a model of that name, and it has not FAILED.
+            ConfigError: there is a model of that name and version, and it has not FAILED.
             ServerDraining: the fleet is closed.
         """
         self._check_open()
-        status = self._statuses.get(config.name)
+        status = self._statuses.get(config.key)
         if status is not None and status.state is not ModelState.FAILED:
-            raise ConfigError(f"there is a model {config.name!r} already")
-        self._change(config.name, ModelStatus(config))
-        return self._start(self._load(config, self._builds.start(config, self._build_at_once)))
+            raise ConfigError(f"there is a model {config.key!r} already")
+        self._change(config.key, ModelStatus(config))
+        return self._start(self._load(config, self._builds.start(config.key, config, self._build_at_once)))
 
-    async def replace(self, config: ModelConfig) -> None:
-        """Load a model beside the one of the same name, and let it serve in its place once it is ready.
+    async def replace(self, config: ModelConfig, *, key: str = "") -> None:
+        """Load a model beside another of the same name, and let it serve in its place once it is ready.
 
         Calls that began with the old model are finished by it. If the new one cannot be loaded, the old one goes on.
+
+        Args:
+            config: the new one.
+            key: of the old one; empty for the same version, or for the only one that there is.
 
         Raises:
             ConfigError: the model is being loaded or replaced.
@@ -199,46 +221,47 @@ class Fleet:
             ServerDraining: the fleet is closed.
         """
         self._check_open()
-        if config.name not in self._statuses:
-            raise ModelNotFound(config.name, list(self._statuses))
-        before = self._statuses[config.name]
-        followed = config.name in self._builds and bool(before.next_engine)
+        key = key or (config.key if config.key in self._statuses else find(self, config.name, "").key)
+        before = self._statuses[key]
+        followed = key in self._builds and bool(before.next_engine)
         if followed:
             # What was to follow is of the old one.
-            self._builds.give_up(config.name, ModelUnloaded(config.name, "is replaced"))
-        elif config.name in self._builds:
-            raise ConfigError(f"the model {config.name!r} is being loaded or replaced")
+            self._builds.give_up(key, ModelUnloaded(config.name, "is replaced"))
+        elif key in self._builds:
+            raise ConfigError(f"the model {key!r} is being loaded or replaced")
         try:
-            status = await self._ready(config, self._builds.start(config, self._build))
+            status = await self._ready(key, config, self._builds.start(key, config, self._build))
         except ModelLoadError as error:
-            _log.error("model %s is not replaced: %s", config.name, with_causes(error), exc_info=fault_of(error))
+            _log.error("model %s is not replaced: %s", key, with_causes(error), exc_info=fault_of(error))
             if followed:
-                self._start(self._follow(before.config, self._builds.start(before.config, self._build_next)))
+                self._start(self._follow(key, self._builds.start(key, before.config, self._build_next)))
             raise
-        old = self._statuses[config.name].served
-        self._serve(status)
+        old = self._statuses[key].served
+        self._serve(key, status)
         if old is not None:
             self._supersede(old)
         await self._publish()
 
-    async def unload(self, name: str) -> None:
+    async def unload(self, name: str, version: str = "") -> None:
         """Take a model out of the fleet, and close it; one that is being loaded is closed once it is.
 
-        Returns when the batch that runs is finished and the engine is closed, or when the batch hangs.
+        Returns when the batch that runs is finished and the engine is closed, or when the batch hangs; of a version
+        beside which another answers, at once.
 
         Raises:
-            ModelNotFound: there is none of that name.
+            ModelNotFound: there is none of that name and version.
+            ModelChangeRefused: there are several versions, and none is named.
         """
-        status = self._statuses.get(name)
-        if status is None:
-            raise ModelNotFound(name[:_SHOWN_CHARACTERS], list(self._statuses))
+        status = find(self, name, version)
         error = ModelUnloaded(name, "was unloaded")
-        self._builds.give_up(name, error)
-        self._change(name, None)
+        self._builds.give_up(status.key, error)
+        self._change(status.key, None)
         closing = None
-        if status.served is not None:
+        if status.served is not None and any(one.name == name and one.can_answer for one in self):
+            self._supersede(status.served)
+        elif status.served is not None:
             self._end_streams(status.served, error)
-            closing = self._retire(status.served, error)
+            closing = self._uses.retire(status.served, error)
             status.served.queue.give_up(error)
         await self._publish()
         if closing is not None:
@@ -252,11 +275,11 @@ class Fleet:
             outage: what its callers are told from now on.
             message: why, for the operator.
         """
-        if self._statuses.get(status.name) is not status or status.served is None:
+        if self._statuses.get(status.key) is not status or status.served is None:
             return
         state = ModelState.READY if outage is None else ModelState.UNAVAILABLE
         told = "" if outage is None else outage.message
-        self._change(status.name, replace(status, state=state, message=told, outage=outage), message)
+        self._change(status.key, replace(status, state=state, message=told, outage=outage), message)
         if outage is not None:
             self._end_streams(status.served, outage)
         await self._publish()
@@ -285,7 +308,7 @@ class Fleet:
 
     def _queues(self) -> list[ModelQueue]:
         serving = [status.served.queue for status in self if status.served is not None]
-        return [*serving, *self._retired]
+        return [*serving, *self._uses.retired]
 
     def _check_open(self) -> None:
         if self._closed:
@@ -298,83 +321,93 @@ class Fleet:
         return task
 
     def _change(
-        self, name: str, status: ModelStatus | None, message: str = "", *, fault: Exception | None = None
+        self, key: str, status: ModelStatus | None, message: str = "", *, fault: Exception | None = None
     ) -> None:
-        """The only place where a model's state changes: None takes the model out."""
-        if status is None:
-            del self._statuses[name]
-        else:
-            self._statuses[name] = status
-        state = "unloaded" if status is None else status.state.value
-        self._observer.model_changed(model=name, state=state, message=message, fault=fault)
+        """The only place where a model's state changes.
 
-    def _serve(self, status: ModelStatus) -> None:
+        Args:
+            key: of the model, whose place a status of another version takes.
+            status: its new one; None takes it out.
+            message: why or how, for the operator.
+            fault: what was unexpected.
+        """
+        about = status or self._statuses[key]
+        if status is None:
+            del self._statuses[key]
+        elif status.key == key:
+            self._statuses[key] = status
+        else:
+            self._statuses = {one.key: one for one in (status if old.key == key else old for old in self)}
+        state = "unloaded" if status is None else status.state.value
+        self._observer.model_changed(
+            model=about.name, version=about.config.version, state=state, message=message, fault=fault
+        )
+
+    def _serve(self, key: str, status: ModelStatus) -> None:
         assert status.served is not None
         engine = status.served.capabilities
         how = f"{engine.engine_name} on {engine.device} in {engine.precision}, layer {engine.layers[0]}"
         if status.next_engine:
             how += f"; {status.next_engine} takes over once the model is exported"
-        self._change(status.name, status, how)
+        self._change(key, status, how)
         if status.next_engine and not self._closed:
-            self._start(self._follow(status.config, self._builds.start(status.config, self._build_next)))
+            self._start(self._follow(status.key, self._builds.start(status.key, status.config, self._build_next)))
 
-    async def _follow(self, config: ModelConfig, build: "asyncio.Future[BuiltModel]") -> None:
+    async def _follow(self, key: str, build: "asyncio.Future[BuiltModel]") -> None:
         """Let the engine that was to follow take over. Calls and streams that began before are finished as they are."""
         try:
-            status = await self._ready(config, build)
+            status = await self._ready(key, self._statuses[key].config, build)
         except (ModelUnloaded, ServerDraining):
             return
         except ModelLoadError as error:
-            serving = self._statuses[config.name]
+            serving = self._statuses[key]
             why = with_causes(error)
             _log.warning(
-                "model %s is run by torch, not by %s: %s",
-                config.name,
-                serving.next_engine,
-                why,
-                exc_info=fault_of(error),
+                "model %s is run by torch, not by %s: %s", key, serving.next_engine, why, exc_info=fault_of(error)
             )
-            self._statuses[config.name] = replace(serving, next_engine="")
+            self._statuses[key] = replace(serving, next_engine="")
             return
-        old = self._statuses[config.name].served
-        self._serve(status)
-        if old is not None:
-            self._retire(old, ModelUnloaded.by_another(config.name))
+        before = self._statuses[key]
+        self._serve(key, replace(status, config=before.config))
+        if before.served is not None:
+            self._uses.retire(before.served, ModelUnloaded.by_another(before.name))
         await self._publish()
 
     async def _load(self, config: ModelConfig, build: "asyncio.Future[BuiltModel]") -> None:
         await self._publish()
+        key = config.key
         try:
-            status = await self._ready(config, build)
+            status = await self._ready(key, config, build)
         except (ModelUnloaded, ServerDraining):
             return
         except asyncio.CancelledError:
-            if self._statuses.get(config.name) == ModelStatus(config):
+            loading = self._statuses.get(key)
+            if loading is not None and loading.state is ModelState.LOADING:
                 message = "its loading was cancelled"
-                self._change(config.name, ModelStatus(config, ModelState.FAILED, message=message), message)
+                self._change(key, replace(loading, state=ModelState.FAILED, message=message), message)
             raise
         except ModelLoadError as error:
-            status = ModelStatus(config, ModelState.FAILED, message=str(error))
-            self._change(config.name, status, with_causes(error), fault=fault_of(error))
+            failed = replace(self._statuses[key], state=ModelState.FAILED, message=str(error))
+            self._change(key, failed, with_causes(error), fault=fault_of(error))
         else:
-            self._serve(status)
+            self._serve(key, replace(status, config=self._statuses[key].config))
         await self._publish()
 
-    async def _ready(self, config: ModelConfig, build: "asyncio.Future[BuiltModel]") -> ModelStatus:
+    async def _ready(self, key: str, config: ModelConfig, build: "asyncio.Future[BuiltModel]") -> ModelStatus:
         """Wait for a build, and make what serves of it.
 
         Raises:
             ModelLoadError: whatever went wrong.
             ModelUnloaded, ServerDraining: it was given up.
         """
-        built = await self._builds.wait(config, build)
+        built = await self._builds.wait(key, config, build)
         try:
             queue = self._make_queue(config, built.engine)
         except Exception as error:
             close_aside(built.engine)
             raise UnexpectedLoadError from error
         self._generations[config.name] += 1
-        self._users[queue] = _Users()
+        self._uses.begin(queue)
         served = ServedModel(
             name=config.name,
             version=built.version,
@@ -397,39 +430,4 @@ class Fleet:
         self._end_streams(old, error, only_if_asked=True)
         loop = asyncio.get_running_loop()
         ending = loop.call_later(self._replaced_streams_s, self._end_streams, old, error)
-        self._retire(old, error).add_done_callback(lambda _: ending.cancel())
-
-    def _retire(self, model: ServedModel, error: Exception) -> "asyncio.Task[None]":
-        """Close a model that serves no longer, once its calls are done."""
-        self._retired.add(model.queue)
-        return self._start(self._finish(model, error))
-
-    async def _finish(self, model: ServedModel, error: Exception) -> None:
-        queue, users = model.queue, self._users[model.queue]
-        while not users.gone.is_set():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(users.gone.wait(), model.hang_after_s)
-            if queue.batcher.hangs_s(model.hang_after_s):
-                queue.give_up(error, running=True)
-        if not await queue.close(error, timeout_s=model.hang_after_s):
-            _log.error("model %s: what it runs does not end, and keeps its thread and memory", model.name)
-        self._retired.discard(queue)
-        del self._users[queue]
-
-
-class _Users:
-    """Counts the calls that use a model: `with users:` around each."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self.gone = asyncio.Event()
-        self.gone.set()
-
-    def __enter__(self) -> None:
-        self._count += 1
-        self.gone.clear()
-
-    def __exit__(self, *_error: object) -> None:
-        self._count -= 1
-        if not self._count:
-            self.gone.set()
+        self._uses.retire(old, error).add_done_callback(lambda _: ending.cancel())

@@ -15,9 +15,11 @@ from heatlens_server.core.errors import (
     ModelFailed,
     ModelLoadError,
     ModelNotFound,
+    VersionNotFound,
 )
 from heatlens_server.fleet.fleet import Fleet
 from heatlens_server.fleet.served_model import ModelState, ModelStatus
+from heatlens_server.fleet.versions import refuse_several
 
 _log = logging.getLogger(__name__)
 
@@ -36,13 +38,13 @@ class Changes:
 
     Attributes:
         load: models that there are not, or that have failed.
-        replace: models whose section or files are others.
-        unload: names of models that the configuration lacks.
+        replace: models whose section or files are others, each with the key of the one in whose place it comes.
+        unload: models that the configuration lacks.
     """
 
     load: tuple[ModelConfig, ...]
-    replace: tuple[ModelConfig, ...]
-    unload: tuple[str, ...]
+    replace: tuple[tuple[ModelConfig, str], ...]
+    unload: tuple[ModelConfig, ...]
 
 
 class Reloader:
@@ -59,7 +61,7 @@ class Reloader:
         self._fleet = fleet
         self._config = config
         self._read = read
-        self._files = {model.name: files_of(model) for model in config.models}
+        self._files = {model.key: files_of(model) for model in config.models}
         self._one_at_a_time = asyncio.Lock()
         self._going_on: set[asyncio.Task[Any]] = set()
 
@@ -75,17 +77,18 @@ class Reloader:
                 _log.error("the configuration is not reloaded, and nothing changes: %s", error)
                 return
             self._warn_of_other_sections(config)
-            files = {model.name: files_of(model) for model in config.models}
+            files = {model.key: files_of(model) for model in config.models}
             changes = self._changes(config.models, files)
-            for name in changes.unload:
-                await self._do("unload", name, self._fleet.unload(name))
-            for model in changes.replace:
-                if not await self._do("replace", model.name, self._fleet.replace(model)):
+            for model in changes.unload:
+                await self._do("unload", model.key, self._fleet.unload(model.name, model.version))
+            for model, key in changes.replace:
+                if not await self._do("replace", key, self._fleet.replace(model, key=key)):
                     # The next reload tries again.
-                    files[model.name] = self._files.get(model.name, ())
+                    files[model.key] = self._files.get(key, ())
             loads = [self._fleet.load(model) for model in changes.load]
             self._config, self._files = config, files
             self._fleet.default = config.server.default_model
+            self._fleet.arrange(config.models)
             await asyncio.gather(*loads)
             _log.info(
                 "the configuration is reloaded: %d models loaded, %d replaced, %d unloaded, %d as before",
@@ -97,12 +100,16 @@ class Reloader:
 
     # One model at a time, for administrators. A change, and its turn, goes on when its caller leaves.
 
-    async def load(self, name: str) -> ModelStatus:
+    async def load(self, name: str, version: str = "") -> ModelStatus:
         """Load a model that is not loaded, or has failed; what it is once it is ready.
+
+        Args:
+            name: of the model.
+            version: of the model; empty for the only one.
 
         Raises:
             ModelNotFound: the configuration has no such model.
-            ModelChangeRefused: the configuration is wrong, or the model is loaded already.
+            ModelChangeRefused: the configuration is wrong, the model is loaded already, or there are several versions.
             ModelFailed: it cannot be loaded.
             ModelUnloaded: it was unloaded meanwhile.
         """
@@ -110,18 +117,18 @@ class Reloader:
         async def change(model: ModelConfig) -> None:
             await self._fleet.load(model)
 
-        return await self._to_the_end(self._change_one(name, change))
+        return await self._to_the_end(self._change_one(name, version, change))
 
-    async def replace(self, name: str) -> ModelStatus:
-        """Load a model again beside the one that serves; what it is once it serves. Raises: as `load`."""
-        return await self._to_the_end(self._change_one(name, self._fleet.replace))
+    async def replace(self, name: str, version: str = "") -> ModelStatus:
+        """Load a model again beside the one that serves; what it is once it serves. Arguments, errors: as `load`."""
+        return await self._to_the_end(self._change_one(name, version, self._fleet.replace))
 
-    async def unload(self, name: str) -> None:
-        """Take a model out. Raises ModelNotFound."""
+    async def unload(self, name: str, version: str = "") -> None:
+        """Take a model out. Raises ModelNotFound, and ModelChangeRefused if there are several versions."""
 
         async def change() -> None:
             async with self._one_at_a_time:
-                await self._fleet.unload(name)
+                await self._fleet.unload(name, version)
 
         await self._to_the_end(change())
 
@@ -132,7 +139,9 @@ class Reloader:
         task.add_done_callback(self._going_on.discard)
         return await asyncio.shield(task)
 
-    async def _change_one(self, name: str, change: Callable[[ModelConfig], Coroutine[None, None, None]]) -> ModelStatus:
+    async def _change_one(
+        self, name: str, version: str, change: Callable[[ModelConfig], Coroutine[None, None, None]]
+    ) -> ModelStatus:
         async with self._one_at_a_time:
             try:
                 config = await asyncio.to_thread(self._read)
@@ -141,9 +150,7 @@ class Reloader:
                 _log.error("the model %s is not loaded, as the configuration is wrong: %s", name[:_SHOWN], error)
                 message = "the configuration is wrong: the log says how"
                 raise ModelChangeRefused(message, reason="CONFIG_INVALID") from error
-            model = next((one for one in config.models if one.name == name), None)
-            if model is None:
-                raise ModelNotFound(name[:_SHOWN], [one.name for one in config.models])
+            model = self._meant(config, name, version)
             files = files_of(model)
             try:
                 await change(model)
@@ -151,20 +158,40 @@ class Reloader:
                 raise ModelChangeRefused(str(error), metadata={"model": name}) from error
             except ModelLoadError as error:
                 raise ModelFailed(name, str(error)) from error
-            self._files[name] = files
-            self._fleet.get(name)
-            return next(status for status in self._fleet if status.name == name)
+            self._files[model.key] = files
+            self._fleet.arrange(config.models, routed={name})
+            self._fleet.get(name, model.version)
+            return next(status for status in self._fleet if status.key == model.key)
+
+    def _meant(self, config: Config, name: str, version: str) -> ModelConfig:
+        """The configured model that an administrator means. Raises: as `load`."""
+        models = [model for model in config.models if model.name == name]
+        if not models:
+            raise ModelNotFound(name, [model.name for model in config.models])
+        if not version and len(models) > 1:
+            refuse_several(name, [model.version for model in models])
+        # What the configuration gives no version has the one that it is served with.
+        served = {status.key: status.version for status in self._fleet}
+        versions = {model.version or served.get(model.key, ""): model for model in models}
+        if version and version not in versions:
+            raise VersionNotFound(name, version, list(versions))
+        return versions[version] if version else models[0]
 
     def _changes(self, models: Iterable[ModelConfig], files: dict[str, Files]) -> Changes:
-        served = {status.name: status for status in self._fleet}
+        served = {status.key: status for status in self._fleet}
+        kept = {model.key: served.pop(model.key) for model in models if model.key in served}
         load, replace = [], []
         for model in models:
-            status = served.pop(model.name, None)
-            if status is None or status.state is ModelState.FAILED:
+            status = kept.get(model.key)
+            # A version comes in the place of one that goes, whose calls and streams have somewhere to go.
+            goes = next((one for one in served.values() if one.name == model.name and one.can_answer), None)
+            if status is None and goes is not None:
+                replace.append((model, served.pop(goes.key).key))
+            elif status is None or status.state is ModelState.FAILED:
                 load.append(model)
-            elif status.config != model or files[model.name] != self._files.get(model.name, ()):
-                replace.append(model)
-        return Changes(tuple(load), tuple(replace), tuple(served))
+            elif status.config.routed_as(model) != model or files[model.key] != self._files.get(model.key, ()):
+                replace.append((model, model.key))
+        return Changes(tuple(load), tuple(replace), tuple(status.config for status in served.values()))
 
     @staticmethod
     async def _do(what: str, name: str, change: Awaitable[None]) -> bool:

@@ -16,7 +16,7 @@ class ServedModel:
     """A ready model.
 
     Attributes:
-        name: unique name.
+        name: shared by its versions.
         version: of the weights.
         labels: one per class; empty if unknown.
         preprocess: from source image to input pixels.
@@ -85,5 +85,20 @@ class ModelStatus:
 
     @property
     def name(self) -> str:
-        """The model's unique name."""
+        """The model's name."""
         return self.config.name
+
+    @property
+    def version(self) -> str:
+        """Its version; empty as long as nothing tells."""
+        return self.config.version if self.served is None else self.served.version
+
+    @property
+    def key(self) -> str:
+        """What tells it from other models and other versions."""
+        return self.config.key
+
+    @property
+    def can_answer(self) -> bool:
+        """Whether a request that may go to another version may go to this one."""
+        return self.state is ModelState.READY

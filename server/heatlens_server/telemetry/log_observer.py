@@ -38,11 +38,14 @@ class LogObserver(Observer):
         else:
             _write(call, logging.ERROR, exc_info=error, error=repr(error)[:_SHOWN_CHARACTERS])
 
-    def model_changed(self, *, model: str, state: str, message: str, fault: Exception | None = None) -> None:
+    def model_changed(
+        self, *, model: str, version: str = "", state: str, message: str, fault: Exception | None = None
+    ) -> None:
         """Write that a model is ready, failed to load, is unavailable or is unloaded.
 
         With the traceback of what was unexpected.
         """
+        model = f"{model}:{version}" if version else model
         if state == "ready":
             _models.info("model %s ready: %s", model, message)
         elif state == "failed":

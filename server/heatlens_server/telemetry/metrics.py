@@ -118,7 +118,7 @@ class Metrics(Observer):
         if cached is not None:
             self._exports.labels(model, "hit" if cached else "miss").inc()
 
-    def model_changed(self, *, model: str, state: str, message: str, fault: Exception | None = None) -> None:  # noqa: ARG002 - the event's
+    def model_changed(self, *, model: str, state: str, **_rest: object) -> None:
         """Count a change."""
         self._changes.labels(model, state).inc()
 

@@ -217,6 +217,13 @@ def test_every_mistake_gets_one_line_with_its_path(folder):
     assert "server.tls.certificate: the file does not exist" in lines
 
 
+def versions(*texts: str, keys: str = "") -> str:
+    """Models named a, as a TOML list has them."""
+    return ", ".join(
+        f'{{name = "a", source = "timm:x", version = "{text}"{", " if keys else ""}{keys}}}' for text in texts
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -287,8 +294,25 @@ def test_every_mistake_gets_one_line_with_its_path(folder):
         ),
         (
             'models = [{name = "a", source = "timm:x"}, {name = "a", source = "timm:y"}]',
-            "models: two models are named 'a'",
+            "models: two models are named 'a': each of them needs a version",
         ),
+        (
+            f"models = [{versions('1', '1')}]",
+            "models: two models are named 'a' and have version '1'",
+        ),
+        (
+            f"models = [{versions('1', '2', '3', keys='default = true')}]",
+            "models: one version of the model 'a' can be its default, not '1' and '2' and '3'",
+        ),
+        (
+            f"models = [{versions('1', '2', keys='weight = 0.5')}]",
+            "models: weight of the model 'a', version '1': it is the default",
+        ),
+        (
+            f"models = [{versions('1')}, {versions('2', '3', keys='weight = 0.6')}]",
+            "models: the weights of the versions of the model 'a' make more than 1",
+        ),
+        (f"models = [{versions('1', keys='weight = 1.0')}]", "models[0].weight: "),
     ],
 )
 def test_mistakes(folder, text, expected):

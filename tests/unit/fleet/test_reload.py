@@ -8,7 +8,7 @@ import pytest_asyncio
 
 from fleets import Rig
 from heatlens_server.config import AdminConfig, Config, ModelConfig, ServerConfig
-from heatlens_server.core.errors import ConfigError, ModelLoadError
+from heatlens_server.core.errors import ConfigError, ModelChangeRefused, ModelLoadError, VersionNotFound
 from heatlens_server.fleet.fleet import ModelState
 from heatlens_server.fleet.reload import Reloader
 
@@ -126,3 +126,80 @@ async def test_a_change_whose_caller_leaves_goes_on_and_keeps_its_turn(rig):
     rig.gates["a"].set()
     await other
     assert [(status.name, status.served.generation) for status in rig.fleet] == [("a", 2)]
+
+
+# Versions.
+
+
+def versions(*texts: str, **keys: object) -> list[ModelConfig]:
+    return [model("a", version=text, **keys) for text in texts]
+
+
+def listed(rig: Rig) -> list[tuple[str, int]]:
+    return [(status.key, status.served.generation) for status in rig.fleet]
+
+
+async def test_versions_come_beside_each_other_in_the_order_of_the_configuration(rig):
+    operator = Operator(rig, "a", "b")
+    operator.config = configuration(*versions("1", "2"), model("b"))
+    await operator.reloader.reload()
+    # What had no version has given its place to one that has, and what is new came after b.
+    assert listed(rig) == [("a:1", 2), ("a:2", 3), ("b", 1)]
+    assert (rig.fleet.get("a").version, rig.fleet.get("a", "2").version) == ("1", "2")
+    operator.config = configuration(*versions("2", "3"))
+    await operator.reloader.reload()
+    assert listed(rig) == [("a:2", 3), ("a:3", 4)]
+    assert rig.fleet.get("a").version == "2"
+    # Nobody who had version 1 was sent away: version 3 came in its place.
+    assert [(model.version, error.reason) for model, error in rig.replaced] == [
+        ("", "MODEL_REPLACED"),
+        ("1", "MODEL_REPLACED"),
+    ]
+
+
+async def test_weights_and_the_default_take_no_loading(rig):
+    operator = Operator(rig, "a", "b")
+    operator.config = configuration(*versions("1", "2"))
+    await operator.reloader.reload()
+    engines = len(rig.engines)
+    operator.config = configuration(model("a", version="2", default=True), model("a", version="1", weight=0.25))
+    await operator.reloader.reload()
+    assert len(rig.engines) == engines
+    assert [key for key, _ in listed(rig)] == ["a:2", "a:1"]
+    assert [rig.fleet.get("a", "", lambda at=at: at).version for at in (0.0, 0.24, 0.25)] == ["1", "1", "2"]
+    # A change of another model leaves them as they are.
+    operator.config = configuration(model("a", version="2", default=True), model("a", version="1"), model("b"))
+    await operator.reloader.load("b")
+    assert rig.fleet.get("a", "", lambda: 0.0).version == "1"
+
+
+async def test_a_version_beside_another_is_unloaded_without_a_word_to_its_calls(rig):
+    operator = Operator(rig, "a", "b")
+    operator.config = configuration(*versions("1", "2"))
+    await operator.reloader.reload()
+    engine = rig.engines[-2]
+    engine.gate.clear()
+    calls = [asyncio.create_task(rig.ask("a")) for _ in range(5)]
+    assert await asyncio.to_thread(engine.entered.wait, 20)
+    with rig.fleet.use("a", "1"):
+        await operator.reloader.unload("a", "1")
+        assert await rig.ask("a") == engine.number + 1
+        engine.gate.set()
+        assert await asyncio.gather(*calls) == [engine.number] * 5
+    assert [model.name for model, _ in rig.ended] == ["b"]
+
+
+async def test_administrators_name_one_of_several_versions(rig):
+    operator = Operator(rig, "a", "b")
+    operator.config = configuration(*versions("1", "2"), model("b"))
+    await operator.reloader.reload()
+    for change in (operator.reloader.load, operator.reloader.replace, operator.reloader.unload):
+        with pytest.raises(ModelChangeRefused, match="several versions of the model 'a', 1, 2: say which"):
+            await change("a")
+        with pytest.raises(VersionNotFound, match="no version '3' of the model 'a'"):
+            await change("a", "3")
+    assert (await operator.reloader.replace("a", "2")).served.generation == 4
+    await operator.reloader.unload("a", "2")
+    assert (await operator.reloader.load("a", "2")).version == "2"
+    with pytest.raises(ModelChangeRefused, match="there is a model 'a:2' already"):
+        await operator.reloader.load("a", "2")

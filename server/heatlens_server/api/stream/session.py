@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from heatlens_server.api.answer import Answer
@@ -25,6 +26,7 @@ from heatlens_server.api.stream.window import FrameWindow, PendingFrame
 from heatlens_server.core.errors import FrameDropped, ServerDraining
 from heatlens_server.core.events import Trace
 from heatlens_server.fleet.served_model import ServedModel
+from heatlens_server.fleet.versions import point_of
 from heatlens_server.scheduling.entry import QueueResult, Source
 from heatlens_server.scheduling.ticket import Ticket
 
@@ -255,7 +257,10 @@ class StreamSession(Generic[T]):
     async def _open(self, message: StreamMessage | None) -> _Opened:
         config = config_of(message)
         self._call.fields["model"] = known_name(self._explainer.fleet, config.model)
-        self.model = model = self._uses.enter_context(self._explainer.fleet.use(config.model))
+        point = partial(point_of, self._call.request_id.encode())
+        used = self._explainer.fleet.use(config.model, config.model_version, point)
+        self.model = model = self._uses.enter_context(used)
+        self._call.fields["model_version"] = model.version
         plan = plan_stream(config, model, self._explainer.limits)
         opened = _Opened(plan, model, self._open_streams)
         await model.queue.load_for(plan.explain.spec)

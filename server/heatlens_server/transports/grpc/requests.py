@@ -57,7 +57,7 @@ MAP_TYPES: dict[int, MapType] = {
 
 def query_of(request: pb.ExplainRequest) -> Query:
     """The query that a request makes."""
-    return Query(request.model, _image(request.image), _options(request.options))
+    return Query(request.model, _image(request.image), _options(request.options), request.model_version)
 
 
 def stream_message_of(request: pb.StreamExplainRequest) -> StreamMessage:
@@ -77,6 +77,7 @@ def _config(config: pb.StreamConfig) -> StreamConfig:
     timeout = config.frame_timeout if config.HasField("frame_timeout") else None
     return StreamConfig(
         model=config.model,
+        model_version=config.model_version,
         options=_options(config.options),
         overflow_policy=OVERFLOW_POLICIES.get(config.overflow_policy, int(config.overflow_policy)),
         max_in_flight=config.max_in_flight,

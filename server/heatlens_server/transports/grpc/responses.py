@@ -12,7 +12,7 @@ from heatlens_server.api.models import ServerInfo, supported_methods
 from heatlens_server.api.query import MapType
 from heatlens_server.core.geometry import PixelBox
 from heatlens_server.core.preprocess import PreprocessSpec
-from heatlens_server.fleet.served_model import ModelState, ModelStatus
+from heatlens_server.fleet.served_model import ModelState, ModelStatus, ServedModel
 from heatlens_server.transports.grpc.requests import METHOD_TO_PROTO
 
 _DATA_TYPES = {
@@ -52,17 +52,31 @@ def response_of(answer: Answer) -> pb.ExplainResponse:
     )
 
 
-def model_of(status: ModelStatus) -> model_pb2.Model:
-    """A model as ListModels tells it."""
-    served = status.served
-    if served is None:
-        return model_pb2.Model(name=status.name, state=_STATES[status.state], state_message=status.message)
+def model_of(status: ModelStatus, *, is_default_version: bool = True) -> model_pb2.Model:
+    """A model as ListModels tells it.
+
+    Args:
+        status: of the model.
+        is_default_version: whether it is the version that answers for the others of its name.
+    """
+    told = model_pb2.Model(
+        name=status.name,
+        version=status.version,
+        state=_STATES[status.state],
+        state_message=status.message,
+        is_default_version=is_default_version,
+        weight=status.config.weight,
+        next_engine=status.next_engine,
+    )
+    if status.served is not None:
+        told.MergeFrom(_about(status.served))
+    return told
+
+
+def _about(served: ServedModel) -> model_pb2.Model:
     capabilities = served.capabilities
     support = supported_methods(capabilities)
     return model_pb2.Model(
-        name=status.name,
-        version=served.version,
-        state=_STATES[status.state],
         task=capabilities.task.value,
         input_height_px=capabilities.input_height_px,
         input_width_px=capabilities.input_width_px,
@@ -80,7 +94,6 @@ def model_of(status: ModelStatus) -> model_pb2.Model:
         max_batch_size=served.max_batch_size,
         max_queue_delay=timedelta(seconds=served.max_delay_s),
         assumptions=served.assumptions,
-        next_engine=status.next_engine,
         activation=capabilities.activation.value,
         runs_one_by_one=capabilities.runs_one_by_one,
         input_channels=capabilities.input_channels,

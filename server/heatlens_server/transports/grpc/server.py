@@ -5,7 +5,8 @@ Health is told for the server as a whole, per service and per model:
 * "", "readiness" and each heatlens service: SERVING once no model is loading for the first time and at least one is
   ready, until the server drains.
 * "liveness": SERVING as long as the server answers at all, also while it loads and while it drains.
-* "heatlens.v1.ExplainService/<model>": SERVING once that model is ready; SERVICE_UNKNOWN once it is unloaded.
+* "heatlens.v1.ExplainService/<model>": SERVING once a version of that model is ready; SERVICE_UNKNOWN once
+  all are unloaded.
 """
 
 import asyncio
@@ -25,6 +26,7 @@ from heatlens_server.config import ServerConfig, TlsConfig
 from heatlens_server.core.errors import ConfigError
 from heatlens_server.fleet.fleet import Fleet
 from heatlens_server.fleet.served_model import ModelState
+from heatlens_server.fleet.versions import default_of
 from heatlens_server.transports.grpc.interceptor import CallInterceptor
 
 SERVICES = tuple(
@@ -167,7 +169,9 @@ class Health:
             if self._draining:
                 return
             await self._servicer.set(LIVENESS, _SERVING)
-            states = {status.name: status.state for status in fleet}
+            names = dict.fromkeys(status.name for status in fleet)
+            # A version that is loaded beside one that answers keeps nobody waiting.
+            states = {name: default_of([one for one in fleet if one.name == name]).state for name in names}
             is_settled = ModelState.LOADING not in states.values()
             overall = _SERVING if is_settled and ModelState.READY in states.values() else _NOT_SERVING
             for service in ("", READINESS, *SERVICES):

@@ -18,6 +18,8 @@ from heatlens_server.api.stream.session import StreamSession
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.fleet.fleet import Fleet
 from heatlens_server.fleet.reload import Reloader
+from heatlens_server.fleet.served_model import ModelStatus
+from heatlens_server.fleet.versions import is_default
 from heatlens_server.transports.grpc.requests import explain_path, query_of, stream_message_of, stream_path
 from heatlens_server.transports.grpc.responses import model_of, response_of, server_info_of
 from heatlens_server.transports.grpc.status import to_status
@@ -66,7 +68,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     ) -> model_pb2.ListModelsResponse:
         """List the models, in the order of the configuration."""
         return model_pb2.ListModelsResponse(
-            models=[model_of(status) for status in self._fleet], default_model=self._fleet.default
+            models=[self._model_of(status) for status in self._fleet], default_model=self._fleet.default
         )
 
     async def GetServerInfo(  # noqa: N802 - the contract's name
@@ -83,7 +85,9 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         context: object,  # noqa: ARG002 - unused
     ) -> model_pb2.LoadModelResponse:
         """Load a model of the configuration."""
-        return model_pb2.LoadModelResponse(model=model_of(await self._reloader.load(request.name)))
+        return model_pb2.LoadModelResponse(
+            model=self._model_of(await self._reloader.load(request.name, request.version))
+        )
 
     async def UnloadModel(  # noqa: N802 - the contract's name
         self,
@@ -91,7 +95,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         context: object,  # noqa: ARG002 - unused
     ) -> model_pb2.UnloadModelResponse:
         """Take a model out."""
-        await self._reloader.unload(request.name)
+        await self._reloader.unload(request.name, request.version)
         return model_pb2.UnloadModelResponse()
 
     async def ReloadModel(  # noqa: N802 - the contract's name
@@ -100,7 +104,11 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         context: object,  # noqa: ARG002 - unused
     ) -> model_pb2.ReloadModelResponse:
         """Load a model again, beside the one that serves."""
-        return model_pb2.ReloadModelResponse(model=model_of(await self._reloader.replace(request.name)))
+        status = await self._reloader.replace(request.name, request.version)
+        return model_pb2.ReloadModelResponse(model=self._model_of(status))
+
+    def _model_of(self, status: ModelStatus) -> model_pb2.Model:
+        return model_of(status, is_default_version=is_default(status, self._fleet))
 
 
 class GrpcStream:

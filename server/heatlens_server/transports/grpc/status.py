@@ -20,6 +20,7 @@ _CODES: dict[type[errors.HeatlensError], grpc.StatusCode] = {
     errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     errors.ModelChangeRefused: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ModelNotFound: grpc.StatusCode.NOT_FOUND,
+    errors.VersionNotFound: grpc.StatusCode.NOT_FOUND,
     errors.ModelLoading: grpc.StatusCode.UNAVAILABLE,
     errors.ModelFailed: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ModelUnloaded: grpc.StatusCode.UNAVAILABLE,

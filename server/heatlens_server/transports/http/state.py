@@ -35,19 +35,25 @@ class StateCollector(Collector):
 
 def _models(statuses: tuple[ModelStatus, ...]) -> Iterable[Metric]:
     queued = GaugeMetricFamily("heatlens_queue_length", "Images that are decoded or wait to be run.", labels=["model"])
-    state = GaugeMetricFamily("heatlens_model_state", "1 for the state that a model is in.", labels=["model", "state"])
+    state = GaugeMetricFamily(
+        "heatlens_model_state", "How many versions of a model are in a state.", labels=["model", "state"]
+    )
     engine = InfoMetricFamily(
         "heatlens_model",
         "What runs a model that serves.",
         labels=["model", "version", "engine", "device", "precision"],
     )
-    for status in statuses:
+    for name in dict.fromkeys(status.name for status in statuses):
+        versions = [status for status in statuses if status.name == name]
         for each in ModelState:
-            state.add_metric([status.name, each.value], status.state is each)
+            state.add_metric([name, each.value], sum(status.state is each for status in versions))
+        lengths = [len(status.served.queue.batcher) for status in versions if status.served is not None]
+        if lengths:
+            queued.add_metric([name], sum(lengths))
+    for status in statuses:
         served = status.served
         if served is not None:
             info = served.capabilities
-            queued.add_metric([status.name], len(served.queue.batcher))
             engine.add_metric([status.name, served.version, info.engine_name, info.device, info.precision], {})
     return queued, state, engine
 

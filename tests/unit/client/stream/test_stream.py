@@ -31,6 +31,7 @@ async def test_the_configuration_is_what_was_asked_for(connect, peer):
         "model": "tiny", "max_in_flight": 3, "overflow": "drop-oldest", "every": 2, "max_fps": 12.5, "smooth": 0.75,
         "frame_timeout": 0.25, "top_k": 2, "method": "grad-cam", "layers": "body", "map_size": "source",
         "map_type": "uint8", "top_predictions": 3, "on_replace": "end",
+        "version": "7",
     }  # fmt: skip
     async with connect().stream(**options) as stream:
         assert (stream.window, stream.model, stream.model_version) == (3, "tiny", "7")
@@ -38,6 +39,7 @@ async def test_the_configuration_is_what_was_asked_for(connect, peer):
     (config,) = peer.streams.configs
     assert config == explain_pb2.StreamConfig(
         model="tiny",
+        model_version="7",
         max_in_flight=3,
         overflow_policy=explain_pb2.OVERFLOW_POLICY_DROP_OLDEST,
         replacement_policy=explain_pb2.REPLACEMENT_POLICY_END,

@@ -59,6 +59,13 @@ def test_classes_by_label(given, ids, labels):
     assert (list(sent.values), list(sent.labels)) == (ids, labels)
 
 
+def test_a_version_is_a_text():
+    assert explain_request(b"x", model="m", version="2").model_version == "2"
+    for version in (2, "\ud800"):
+        with pytest.raises(InvalidArgumentError, match="version"):
+            explain_request(b"x", version=version)
+
+
 def test_options_by_name():
     options = explain_request(
         b"x", model="m", method="layer-cam", layers=["a", "b"], map_size="source", map_type="uint8", top_predictions=0

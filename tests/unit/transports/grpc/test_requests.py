@@ -171,6 +171,7 @@ def test_messages_of_a_stream():
     assert stream_message_of(pb.StreamExplainRequest(config=pb.StreamConfig())) == StreamConfig()
     config = pb.StreamConfig(
         model="m",
+        model_version="2",
         options=pb.ExplainOptions(top_k=2),
         overflow_policy=pb.OVERFLOW_POLICY_DROP_OLDEST,
         replacement_policy=pb.REPLACEMENT_POLICY_END,
@@ -183,6 +184,7 @@ def test_messages_of_a_stream():
     config.frame_timeout.seconds, config.frame_timeout.nanos = 2**63 - 1, -1
     assert stream_message_of(pb.StreamExplainRequest(config=config)) == StreamConfig(
         model="m",
+        model_version="2",
         options=Options(top_k=2),
         overflow_policy=OverflowPolicy.DROP_OLDEST,
         replacement_policy=ReplacementPolicy.END,

@@ -28,6 +28,11 @@ EXAMPLES: dict[type[HeatlensError], tuple[HeatlensError, grpc.StatusCode, str]] 
     ),
     errors.Unauthenticated: (errors.Unauthenticated("no"), grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
     ModelNotFound: (ModelNotFound("b", ["a"]), grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"),
+    errors.VersionNotFound: (
+        errors.VersionNotFound("a", "3", ["1", "2"]),
+        grpc.StatusCode.NOT_FOUND,
+        "VERSION_NOT_FOUND",
+    ),
     errors.ModelLoading: (
         errors.ModelLoading("soon", retry_after_s=1.0),
         grpc.StatusCode.UNAVAILABLE,
