@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from heatlens._cli.batch import batch
 from heatlens._cli.bench import bench
 from heatlens._cli.evaluate import evaluate
 from heatlens._cli.explain import explain
@@ -22,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (explain, evaluate, video, bench, top):
+for _command in (explain, batch, evaluate, video, bench, top):
     app.command()(_command)
 app.add_typer(models, name="models")
 

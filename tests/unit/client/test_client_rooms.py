@@ -17,6 +17,7 @@ ROOMS = [
     "_calls",
     "_evaluation",
     "_video",
+    "_batch",
     "_cli",
 ]
 

@@ -1,0 +1,1 @@
+"""Explaining stored images in bulk: what goes in, and the table that comes out."""
