@@ -31,6 +31,10 @@ _FLOAT = ir.DataType.FLOAT
 _FLOATS = frozenset({_FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
+FILE_BESIDE = "file"
+"""Where a weight's `meta` has the path of the file beside the graph's that it was read from."""
+
+
 def read_file(path: Path) -> ir.Model:
     """Read a file, check it, and bring its graph into the form that rules know.
 
@@ -92,6 +96,8 @@ def _take_weights(proto: onnx.ModelProto, folder: Path) -> dict[str, ir.TensorPr
             # A tensor outside is mapped from its file.
             values = read.numpy().copy() if is_outside else read.numpy()
             weights[tensor.name] = ir.Tensor(values, dtype=read.dtype, name=tensor.name)
+            if isinstance(read, ir.ExternalTensor):
+                weights[tensor.name].meta[FILE_BESIDE] = Path(read.path)
             inputs.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         elif is_outside:
             small.append(onnx.numpy_helper.from_array(read.numpy(), tensor.name))

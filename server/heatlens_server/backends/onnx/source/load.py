@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from heatlens_server.backends.onnx.gradient.file import read_file
+from heatlens_server.backends.onnx.gradient.file import FILE_BESIDE, read_file
 from heatlens_server.backends.onnx.gradient.find import (
     FoundLayer,
     ImageInput,
@@ -262,8 +262,8 @@ def _dtype(image: ImageInput) -> str:
 
 def _version(path: Path, model: ir.Model) -> str:
     digest = hashlib.sha256()
-    tensors = (value.const_value for value in model.graph.initializers.values())
-    beside = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    beside = {tensor.meta[FILE_BESIDE] for tensor in tensors if FILE_BESIDE in tensor.meta}
     for one in (path, *sorted(beside)):
         with one.open("rb") as file:
             while chunk := file.read(_CHUNK_BYTES):

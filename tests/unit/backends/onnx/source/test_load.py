@@ -61,6 +61,16 @@ def test_everything_of_a_classifier_is_found_and_said(tiny):
     assert len(served) == 2
 
 
+def test_weights_beside_a_file_are_part_of_its_version(tmp_path, tiny):
+    split = tmp_path / "split.onnx"
+    onnx.save(onnx.load(tiny), split, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    before, again = (load(split).version for _ in range(2))
+    beside = bytearray((tmp_path / "weights.bin").read_bytes())
+    beside[:4] = np.float32(0.5).tobytes()
+    (tmp_path / "weights.bin").write_bytes(beside)
+    assert before == again != load(split).version
+
+
 @pytest.mark.parametrize(
     ("end", "outputs", "task", "class_count"),
     [
