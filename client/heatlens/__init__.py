@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from heatlens._results.heatmap import Heatmap
     from heatlens._results.results import (
         ClassScore,
+        DeviceInfo,
         Explanation,
         Faithfulness,
         FrameResult,
@@ -64,6 +65,7 @@ __all__ = [
     "ClassScore",
     "Client",
     "DeadlineExceededError",
+    "DeviceInfo",
     "Evaluation",
     "Explanation",
     "FailedPreconditionError",
@@ -113,8 +115,8 @@ _MODULES = {
     "_results.geometry": "PixelBox place_map",
     "_results.heatmap": "Heatmap",
     "_results.results": (
-        "ClassScore Explanation Faithfulness FrameResult Health ModelInfo ModelState Preprocess Result ServerInfo "
-        "Timing"
+        "ClassScore DeviceInfo Explanation Faithfulness FrameResult Health ModelInfo ModelState Preprocess Result "
+        "ServerInfo Timing"
     ),
     "_stream.async_stream": "AsyncStream",
     "_stream.stream": "Stream",

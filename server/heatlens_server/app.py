@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,12 +27,14 @@ from heatlens_server.core.events import Observer, Observers
 from heatlens_server.core.peers import host_of
 from heatlens_server.ending import LastResort, ModelHangs, handle_signals
 from heatlens_server.file_descriptors import connections_within_limit
-from heatlens_server.fleet.build import BuiltModel, build, build_export
+from heatlens_server.fleet.build import build, build_export
+from heatlens_server.fleet.built_model import BuiltModel
 from heatlens_server.fleet.fleet import Fleet, batch_size_of
 from heatlens_server.fleet.isolated_engine import build_isolated
 from heatlens_server.fleet.outages import watch
 from heatlens_server.fleet.reload import Reloader
 from heatlens_server.fleet.served_model import ModelState
+from heatlens_server.fleet.warm_up import try_out
 from heatlens_server.scheduling.large_images import LargeImages
 from heatlens_server.scheduling.model_queue import ModelQueue
 from heatlens_server.service_manager import ServiceManager
@@ -253,18 +255,19 @@ class Server:
         self._metrics_server = MetricsServer(listen, self._metrics.registry)
         _log.info("metrics on %s, port %d", listen, self.metrics_port)
 
-    def _make_queue(self, config: ModelConfig, engine: SteppingEngine) -> ModelQueue:
+    def _make_queue(self, config: ModelConfig, engines: Sequence[SteppingEngine]) -> ModelQueue:
         return ModelQueue(
-            [engine],
+            engines,
             name=config.name,
             decoders=self._decoders,
             max_decoding=self._decoder_count,
             large_images=self._large_images,
-            max_batch_size=batch_size_of(config, engine.info),
+            max_batch_size=batch_size_of(config, engines[0].info),
             max_delay_s=config.batching.max_delay_ms / 1e3,
             max_queue_length=self._config.server.max_queue_length,
             observer=self._observer,
             host_of=self._host_of,
+            try_out=try_out,
         )
 
 

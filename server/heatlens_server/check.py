@@ -12,9 +12,11 @@ from heatlens_server.check_photo import explain_photo
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.causes import with_causes
 from heatlens_server.core.errors import HeatlensError, ModelLoadError
-from heatlens_server.fleet.build import BuiltModel, build
+from heatlens_server.fleet.build import build
+from heatlens_server.fleet.built_model import BuiltModel
 from heatlens_server.fleet.isolated_engine import build_isolated
 from heatlens_server.fleet.warm_up import run_trial, trial_shape
+from heatlens_server.scheduling.device_threads import device_names
 
 
 def check_model(
@@ -50,7 +52,7 @@ def check_model(
         write(f"{config.key}: FAILED: {_reason(error)}")
         return False
     finally:
-        built.engine.close()
+        built.close()
     return True
 
 
@@ -62,7 +64,7 @@ def warm_model(config: ModelConfig, write: Callable[[str], None], *, cache_dir: 
     except (Exception, SystemExit) as error:
         tell(f"FAILED: {_reason(error)}")
         return False
-    built.engine.close()
+    built.close()
     tell(f"ready for {built.engine.info.engine_name}")
     return True
 
@@ -96,7 +98,7 @@ def _report(model: BuiltModel, photo: Path | None, overlay: Path) -> Iterator[st
         )
     size = f"{info.input_width_px}x{info.input_height_px} px" if info.input_width_px else "any size"
     yield (
-        f"ok: {info.engine_name} on {info.device} in {info.precision}, "
+        f"ok: {info.engine_name} on {', '.join(device_names(model.engines))} in {info.precision}, "
         f"{info.task}, {size}, {info.class_count or len(model.labels) or 'an unknown number of'} classes, "
         f"layers {', '.join(info.layers)}; methods {', '.join(info.requestable_methods)}"
     )

@@ -12,7 +12,7 @@ from heatlens_server.core.engine import Capabilities
 from heatlens_server.core.methods import Method
 from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.core.results import ImageResult
-from heatlens_server.fleet.build import BuiltModel
+from heatlens_server.fleet.built_model import BuiltModel
 from heatlens_server.fleet.warm_up import run_trial
 from heatlens_server.imaging.decode import decode_image
 from heatlens_server.imaging.preprocess import fit_source

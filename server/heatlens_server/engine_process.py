@@ -52,6 +52,10 @@ class Worker:
         """As the engine's."""
         self.engine.load_for(*arguments)
 
+    def use_threads(self, count: int | None) -> None:
+        """As the engine's."""
+        self.engine.use_threads(count)
+
     def begin(self, key: int, image: Any, target: Any, spec: Any, rows: int) -> None:  # noqa: ANN401
         """Begin an explanation in steps, which goes by `key` from now on."""
         self.steps[key] = self.engine.steps(image, target, spec, rows=rows)
@@ -99,6 +103,8 @@ def main(run: Connection, load: Connection) -> None:
         nonlocal worker
         built = build(ModelConfig.model_validate_json(order["config"]), cache_dir=order["cache_dir"])
         worker = Worker(built.engine)
+        if order["threads"]:
+            worker.use_threads(order["threads"])
         return_freed_memory()
         return Loaded.of(built)
 

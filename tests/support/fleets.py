@@ -28,8 +28,14 @@ IMAGE = FittedImage(np.zeros((2, 2, 3), np.uint8), PixelBox(0, 0, 2, 2), source_
 PREPROCESS = PreprocessSpec(2, (2, 2), (0.5,) * 3, (0.5,) * 3, Interpolation.BILINEAR)
 
 
+class Idle:
+    """The queue of a model that nothing is asked of."""
+
+    devices = ()
+
+
 async def fleet_of(*models: ServedModel) -> Fleet:
-    """A fleet in which each model is READY, with the queue that it has."""
+    """A fleet in which each model is READY, with the queue that it has, if any."""
     named = {model.name: model for model in models}
 
     def built(config: ModelConfig) -> BuiltModel:
@@ -37,7 +43,7 @@ async def fleet_of(*models: ServedModel) -> Fleet:
         engine = SimpleNamespace(info=model.capabilities, close=lambda: None)
         return BuiltModel(engine, model.preprocess, model.version, model.labels, model.default_method)
 
-    fleet = Fleet(build=built, make_queue=lambda config, _engine: named[config.name].queue)
+    fleet = Fleet(build=built, make_queue=lambda config, _engines: named[config.name].queue or Idle())
     for model in models:
         batching = {"max_batch_size": model.max_batch_size, "max_delay_ms": model.max_delay_s * 1e3}
         await fleet.load(ModelConfig(name=model.name, source="embedded:efficientnet_lite0", batching=batching))
@@ -100,8 +106,8 @@ class Rig:
             build=self.build,
             build_at_once=lambda config: dataclasses.replace(self.build(config), next_engine=self.next_engine),
             build_next=self.build_next,
-            make_queue=lambda config, engine: ModelQueue(
-                [engine],
+            make_queue=lambda config, engines: ModelQueue(
+                engines,
                 name=config.name,
                 decoders=decoders,
                 max_batch_size=config.batching.max_batch_size,
@@ -120,8 +126,10 @@ class Rig:
             assert self.gates[config.name].wait(PATIENCE_S)
         if config.name in self.errors:
             raise self.errors[config.name]
-        self.engines.append(Engine(len(self.engines) + 1))
-        return BuiltModel(self.engines[-1], PREPROCESS, config.version, (), Method.GRAD_CAM)
+        count = config.instances if isinstance(config.instances, int) else 1
+        made = [Engine(len(self.engines) + 1 + i) for i in range(count)]
+        self.engines += made
+        return BuiltModel(made[0], PREPROCESS, config.version, (), Method.GRAD_CAM, others=tuple(made[1:]))
 
     def build_next(self, config: ModelConfig) -> BuiltModel:
         """As `build`, by gates and errors of the name and "+"."""

@@ -57,12 +57,20 @@ class Rig:
     Attributes:
         outcomes: of each entry that was delivered.
         events: what the observer was told: the event's name and the device.
+        changes: the devices that were taken out, and why, or put in.
     """
 
-    def __init__(self, *engines: "BatchEngine", max_batch_size: int = 8, pace: Pace | None = None) -> None:
+    def __init__(
+        self,
+        *engines: "BatchEngine",
+        max_batch_size: int = 8,
+        pace: Pace | None = None,
+        try_out: Callable[["BatchEngine"], None] = lambda _engine: None,
+    ) -> None:
         self.engines = engines
         self.outcomes: dict[Entry, Outcome] = {}
         self.events: list[tuple[str, str]] = []
+        self.changes: list[tuple[int, str]] = []
         self.failures_to_raise = 0
         self._changed = threading.Condition()
         self.batcher = Batcher(
@@ -71,10 +79,17 @@ class Rig:
             max_queue_length=99,
             deliver=self._deliver,
             device_count=len(engines),
+            on_device=lambda index, fault: self.changes.append((index, fault)),
             pace=pace or EachRun(),
         )
         self._threads = DeviceThreads(
-            engines, self.batcher, self._deliver, model="m", step_rows=max_batch_size, observer=_Recorder(self.events)
+            engines,
+            self.batcher,
+            self._deliver,
+            model="m",
+            step_rows=max_batch_size,
+            observer=_Recorder(self.events),
+            try_out=try_out,
         )
         self.start, self.join = self._threads.start, self._threads.join
 

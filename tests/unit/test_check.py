@@ -32,6 +32,8 @@ def test_the_size_of_a_models_input(monkeypatch, size_px, said):
     engine = SimpleNamespace(info=info, explain=lambda *_: [result], close=lambda: closed.append(True))
     model = SimpleNamespace(
         engine=engine,
+        engines=(engine,),
+        close=engine.close,
         assumptions=("one output: taken as binary",),
         preprocess=PREPROCESS,
         layer_choices=(),

@@ -86,12 +86,12 @@ def _as_table(found: tuple[ModelInfo, ...]) -> str:
         (
             f"{model.name}{'*' if model.is_default else ''}",
             _version(model, found),
-            f"{model.state}{': ' if model.state_message else ''}{model.state_message}",
+            f"{model.state}{': ' if model.state_message else ''}{model.state_message}{_degraded(model)}",
             model.task or "-",
             _input(model),
             str(model.class_count or "-"),
             f"{model.engine or '-'}{', soon ' if model.next_engine else ''}{model.next_engine}",
-            f"{model.device} {model.precision}".strip() or "-",
+            f"{', '.join(device.name for device in model.devices) or model.device} {model.precision}".strip() or "-",
             _methods(model) or "-",
         )
         for model in found
@@ -106,6 +106,11 @@ def _version(model: ModelInfo, found: tuple[ModelInfo, ...]) -> str:
     if model.is_default_version and any(one.name == model.name for one in found if one is not model):
         return f"{model.version}*"
     return f"{model.version or '-'}{f' {100 * model.weight:g}%' if model.weight else ''}"
+
+
+def _degraded(model: ModelInfo) -> str:
+    out = [f"{device.name} is out: {device.message}" for device in model.devices if not device.in_service]
+    return f", degraded: {'; '.join(out)}" if model.is_degraded else ""
 
 
 def _input(model: ModelInfo) -> str:

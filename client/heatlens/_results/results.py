@@ -194,6 +194,21 @@ class Preprocess:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """One engine of a model.
+
+    Attributes:
+        name: "cpu", "cuda:0"; "cpu#0", "cpu#1" where several engines share a device.
+        in_service: whether it runs requests; one that fails is taken out, and tried again, while others go on.
+        message: why it does not; empty if it does.
+    """
+
+    name: str
+    in_service: bool
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """One served model. What is only known once it is loaded is zero or empty before.
 
@@ -213,7 +228,7 @@ class ModelInfo:
         default_method: the method used when a call names none.
         layers: what `explain(layers=...)` takes, the default first.
         engine: what runs the model.
-        device: where it runs.
+        device: where it runs; of several devices, the first.
         precision: "fp32", "fp16", "bf16".
         max_batch_size: most images run at once.
         max_queue_delay_ms: how long an image may wait for others while the device is busy.
@@ -229,6 +244,7 @@ class ModelInfo:
         next_engine: what takes over once the model's export is made, beside its calls; empty if `engine` stays.
         is_default_version: whether it answers calls for the model that name no version, but for others' weights.
         weight: the share of such calls that it answers, not being the default version.
+        devices: all that run it; empty if the server is too old to say.
     """
 
     name: str
@@ -257,6 +273,12 @@ class ModelInfo:
     next_engine: str = ""
     is_default_version: bool = True
     weight: float = 0.0
+    devices: tuple[DeviceInfo, ...] = ()
+
+    @property
+    def is_degraded(self) -> bool:
+        """Whether it answers with fewer devices than it has."""
+        return self.state is ModelState.READY and not all(device.in_service for device in self.devices)
 
 
 @dataclass(frozen=True, slots=True)

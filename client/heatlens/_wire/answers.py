@@ -15,6 +15,7 @@ from heatlens._results.heatmap import Heatmap
 from heatlens._results.images import UInt8Array
 from heatlens._results.results import (
     ClassScore,
+    DeviceInfo,
     Explanation,
     Faithfulness,
     Health,
@@ -227,6 +228,10 @@ def models_of(response: model_pb2.ListModelsResponse) -> tuple[ModelInfo, ...]:
             next_engine=model.next_engine,
             is_default_version=is_default_version,
             weight=model.weight,
+            devices=tuple(
+                DeviceInfo(name=device.name, in_service=device.in_service, message=device.message)
+                for device in model.devices
+            ),
             input_channels=model.input_channels,
             preprocess=_preprocess_of(model.preprocess) if model.HasField("preprocess") else None,
         )

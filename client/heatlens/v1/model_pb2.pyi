@@ -64,7 +64,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., default_model: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "state", "task", "input_height_px", "input_width_px", "class_count", "methods", "layers", "engine", "device", "precision", "state_message", "default_method", "max_batch_size", "max_queue_delay", "method_support", "activation", "input_channels", "preprocess", "assumptions", "runs_one_by_one", "next_engine", "is_default_version", "weight")
+    __slots__ = ("name", "version", "state", "task", "input_height_px", "input_width_px", "class_count", "methods", "layers", "engine", "device", "precision", "state_message", "default_method", "max_batch_size", "max_queue_delay", "method_support", "activation", "input_channels", "preprocess", "assumptions", "runs_one_by_one", "next_engine", "is_default_version", "weight", "devices")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[Model.State]
@@ -102,6 +102,7 @@ class Model(_message.Message):
     NEXT_ENGINE_FIELD_NUMBER: _ClassVar[int]
     IS_DEFAULT_VERSION_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     state: Model.State
@@ -127,7 +128,18 @@ class Model(_message.Message):
     next_engine: str
     is_default_version: bool
     weight: float
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., state: _Optional[_Union[Model.State, str]] = ..., task: _Optional[str] = ..., input_height_px: _Optional[int] = ..., input_width_px: _Optional[int] = ..., class_count: _Optional[int] = ..., methods: _Optional[_Iterable[_Union[_method_pb2.Method, str]]] = ..., layers: _Optional[_Iterable[str]] = ..., engine: _Optional[str] = ..., device: _Optional[str] = ..., precision: _Optional[str] = ..., state_message: _Optional[str] = ..., default_method: _Optional[_Union[_method_pb2.Method, str]] = ..., max_batch_size: _Optional[int] = ..., max_queue_delay: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., method_support: _Optional[_Iterable[_Union[MethodSupport, _Mapping]]] = ..., activation: _Optional[str] = ..., input_channels: _Optional[int] = ..., preprocess: _Optional[_Union[Preprocess, _Mapping]] = ..., assumptions: _Optional[_Iterable[str]] = ..., runs_one_by_one: bool = ..., next_engine: _Optional[str] = ..., is_default_version: bool = ..., weight: _Optional[float] = ...) -> None: ...
+    devices: _containers.RepeatedCompositeFieldContainer[Device]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., state: _Optional[_Union[Model.State, str]] = ..., task: _Optional[str] = ..., input_height_px: _Optional[int] = ..., input_width_px: _Optional[int] = ..., class_count: _Optional[int] = ..., methods: _Optional[_Iterable[_Union[_method_pb2.Method, str]]] = ..., layers: _Optional[_Iterable[str]] = ..., engine: _Optional[str] = ..., device: _Optional[str] = ..., precision: _Optional[str] = ..., state_message: _Optional[str] = ..., default_method: _Optional[_Union[_method_pb2.Method, str]] = ..., max_batch_size: _Optional[int] = ..., max_queue_delay: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., method_support: _Optional[_Iterable[_Union[MethodSupport, _Mapping]]] = ..., activation: _Optional[str] = ..., input_channels: _Optional[int] = ..., preprocess: _Optional[_Union[Preprocess, _Mapping]] = ..., assumptions: _Optional[_Iterable[str]] = ..., runs_one_by_one: bool = ..., next_engine: _Optional[str] = ..., is_default_version: bool = ..., weight: _Optional[float] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ...) -> None: ...
+
+class Device(_message.Message):
+    __slots__ = ("name", "in_service", "message")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    IN_SERVICE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    in_service: bool
+    message: str
+    def __init__(self, name: _Optional[str] = ..., in_service: bool = ..., message: _Optional[str] = ...) -> None: ...
 
 class Preprocess(_message.Message):
     __slots__ = ("window", "window_auto", "resize_px", "crop_px", "max_side_px", "interpolation", "letterbox", "pad_to_multiple", "channel_order", "scale", "mean", "std")

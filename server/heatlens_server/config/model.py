@@ -103,6 +103,28 @@ def _parse_window(value: object) -> object:
 Window = Annotated[tuple[float, float] | Literal["auto"], BeforeValidator(_parse_window)]
 
 
+_MAX_DEVICES = 64
+
+
+def _parse_devices(value: object) -> object:
+    """Accept a device's name or a list of them. By hand: a union would report every alternative's error."""
+    if isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value):
+        return value
+    names = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
+    if not 1 <= len(names) <= _MAX_DEVICES or not all(re.fullmatch(r"cpu|cuda:\d{1,3}", str(name)) for name in names):
+        raise ValueError('must be "auto", "cpu", "cuda" or "cuda:N", or a list of "cpu" and "cuda:N"')
+    if len(set(names)) < len(names):
+        raise ValueError("names a device twice: instances runs several engines on one")
+    return tuple(names)
+
+
+def _parse_instances(value: object) -> object:
+    """Accept a number or "auto". By hand, as above."""
+    if value != "auto" and not (isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MAX_DEVICES):
+        raise ValueError(f'must be a number from 1 to {_MAX_DEVICES}, or "auto"')
+    return value
+
+
 class PreprocessConfig(Section):
     """How images become the model's input, where it differs from what the model's source says."""
 
@@ -243,8 +265,8 @@ class ModelConfig(Section):
     weight: float = Field(default=0.0, ge=0, lt=1)
     """The share of requests for the model that name no version and that this one answers, not being the default: a
     canary. Which ones is decided by a hash of the image."""
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
-    """"auto" (cuda if there is one), "cpu", "cuda" or "cuda:N"."""
+    device: Annotated[str | tuple[str, ...], BeforeValidator(_parse_devices)] = "auto"
+    """"auto" (cuda if there is one), "cpu", "cuda" or "cuda:N"; or a list of "cpu" and "cuda:N", with one queue."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """The precision the model runs in."""
     engine: Literal["auto", "onnxruntime", "torchscript", "torch"] = "auto"
@@ -255,6 +277,9 @@ class ModelConfig(Section):
     isolation: Literal["none", "process"] = "none"
     """Where the model runs: "none": in the server's process. "process": in one of its own, which is started again when
     it crashes; other models do not notice."""
+    instances: Annotated[int | Literal["auto"], BeforeValidator(_parse_instances)] = 1
+    """How many engines run the model on each device. On a CPU they divide the cores and, unless each has a process of
+    its own, share the weights. "auto": one, or one per core if that explains more images a second, as is measured."""
     max_rss_bytes: int = Field(default=0, ge=0)
     """With isolation = "process": the resident memory beyond which its process is started again, between batches, in
     bytes. 0: no limit."""
@@ -281,6 +306,11 @@ class ModelConfig(Section):
     def routed_as(self, other: Self) -> Self:
         """The same model, with the keys of another that take no loading."""
         return self.model_copy(update={key: getattr(other, key) for key in _WITHOUT_LOADING})
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The names in `device`, as a list."""
+        return (self.device,) if isinstance(self.device, str) else self.device
 
     @field_validator("layers")
     @classmethod
@@ -383,6 +413,13 @@ class ModelConfig(Section):
         ):
             raise ValueError('is for engine = "onnxruntime" only')
         return provider
+
+    @field_validator("instances")
+    @classmethod
+    def _instances_are_measured_here(cls, instances: int | str, info: ValidationInfo) -> int | str:
+        if instances == "auto" and info.data.get("isolation") == "process":
+            raise ValueError('must be a number for isolation = "process"')
+        return instances
 
     @field_validator("max_rss_bytes")
     @classmethod

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, Self
 
 from heatlens_server.core.arrays import ImageArray
 from heatlens_server.core.methods import PRESETS, Aggregation, Method, Metric, Score, name_of
@@ -151,7 +151,10 @@ class Capabilities:
 
 
 class Engine(Protocol):
-    """Runs one model. Called by one thread at a time; stores nothing about a call on the model."""
+    """Runs one model. Called by one thread at a time; stores nothing about a call on the model.
+
+    Several threads run one model by an engine each: see `another`.
+    """
 
     @property
     def info(self) -> Capabilities:
@@ -174,8 +177,20 @@ class Engine(Protocol):
         """
         ...
 
+    def use_threads(self, count: int | None) -> None:
+        """Run on so many threads of a CPU from now on, None for one per core. Called while nothing runs."""
+        ...
+
+    def another(self) -> Self:
+        """Make an engine of the same model on the same device, for another thread. It shares the weights.
+
+        Raises:
+            ModelLoadError: it cannot be made.
+        """
+        ...
+
     def close(self) -> None:
-        """Release the model and every hook on it. Idempotent."""
+        """Release the model and every hook on it; those made by `another` go on. Idempotent."""
         ...
 
 

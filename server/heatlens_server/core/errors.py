@@ -201,7 +201,7 @@ class ModelUnloaded(HeatlensError):
 
 
 class ModelInterrupted(HeatlensError):
-    """The model served, and cannot for now. Reasons: MODEL_HUNG, MODEL_CRASHED."""
+    """The model served, and cannot for now. Reasons: MODEL_HUNG, MODEL_CRASHED, DEVICES_FAILED."""
 
     reason = "MODEL_HUNG"
 

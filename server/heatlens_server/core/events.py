@@ -138,6 +138,9 @@ class Observer:
             fault: what it failed with, if that was unexpected.
         """
 
+    def device_changed(self, *, model: str, device: str, fault: str) -> None:
+        """A device of a model was taken out because of a fault or, without one, works again."""
+
     def answered(self, call: CallEnd) -> None:
         """A call has ended well."""
 

@@ -6,7 +6,7 @@ No torch is imported until a model has to be loaded: a cached export needs none.
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,9 +24,11 @@ from heatlens_server.core.graph_spec import Format
 from heatlens_server.core.methods import Method, name_of
 from heatlens_server.core.preprocess import PreprocessSpec
 from heatlens_server.core.tasks import Task
+from heatlens_server.fleet.built_model import BuiltModel
 from heatlens_server.fleet.export import Export, Report, importing_torch, labels_of, load_network
 from heatlens_server.fleet.export_process import Make, export_in_process, get_or_export, is_missing
 from heatlens_server.fleet.fallback_engine import ExportEngine, about_missing, with_torch_fallback
+from heatlens_server.fleet.instances import on_all_devices
 from heatlens_server.fleet.torch_record import read_record
 from heatlens_server.fleet.warm_up import (
     about_family,
@@ -64,35 +66,6 @@ _ENGINES = {Format.ONNX: "onnxruntime", Format.TORCHSCRIPT: "torchscript"}
 _FORMATS = {engine: file_format for file_format, engine in _ENGINES.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class BuiltModel:
-    """A loaded, warmed-up model.
-
-    Attributes:
-        engine: runs it.
-        preprocess: from source image to input pixels.
-        version: what clients see.
-        labels: one per class; empty if unknown.
-        method: for requests that name none.
-        assumptions: what was found or assumed when it was loaded, one sentence each, with the key that overrides it.
-        layer_choices: one line for each tensor of a file that may be a layer.
-        export_was_cached: whether its export was in the cache; None if it is served without one, or from a folder.
-        next_engine: what takes over once `build_export` has made its graphs; empty if this is what stays.
-        weights_version: of the weights, whatever the configuration says.
-    """
-
-    engine: SteppingEngine
-    preprocess: PreprocessSpec
-    version: str
-    labels: tuple[str, ...]
-    method: Method
-    assumptions: tuple[str, ...] = ()
-    layer_choices: tuple[str, ...] = ()
-    export_was_cached: bool | None = None
-    next_engine: str = ""
-    weights_version: str = ""
-
-
 class _Unfit(Exception):
     """Why "auto" does not take onnxruntime for a model. The message names no path of this machine."""
 
@@ -105,7 +78,7 @@ def build(
     make: Make | None = None,
     at_once: bool = False,
 ) -> BuiltModel:
-    """Load a model, make its engine and warm it up with a batch of one and, on a GPU, a full one.
+    """Load a model, make its engines and warm each up with a batch of one and, on a GPU, a full one.
 
     Args:
         config: the model.
@@ -118,7 +91,8 @@ def build(
         ModelLoadError: with a message that may be shown to clients.
     """
     tell = report or (lambda line: _log.info("model %s: %s", config.name, line))
-    built = _build(config, cache_dir=cache_dir, tell=tell, make=make, at_once=at_once)
+    build_one = functools.partial(_build, cache_dir=cache_dir, tell=tell, make=make, at_once=at_once)
+    built = on_all_devices(config, build_one)
     # Who takes the phases shows these too.
     for assumption in built.assumptions if report is None else ():
         _log.warning("model %s: %s", config.name, assumption)
@@ -131,7 +105,11 @@ def build_export(config: ModelConfig, *, cache_dir: Path | None) -> BuiltModel:
     Raises:
         ModelLoadError: it cannot be exported, or its graphs cannot be run; torch goes on.
     """
-    cache, load = ExportCache(cache_dir), functools.cache(functools.partial(load_network, config))
+    return on_all_devices(config, functools.partial(_build_export, ExportCache(cache_dir)))
+
+
+def _build_export(cache: ExportCache, config: ModelConfig) -> BuiltModel:
+    load = functools.cache(functools.partial(load_network, config))
     tell = functools.partial(_log.info, "model %s: %s", config.name)
     make = functools.partial(export_in_process, niceness=_BACKGROUND_NICENESS)
     try:
@@ -167,7 +145,7 @@ def _build(
             serve = graphs(_FORMATS[config.engine], retry=True)
         except ExportError as error:
             raise ModelLoadError(f"the model cannot be exported for {config.engine}: {error}") from error
-        return serve(device=config.device)
+        return serve(device=config.devices[0])
     next_engine = ""
     try:
         device = _device_for_onnxruntime(config)
@@ -225,10 +203,11 @@ def _device_for_onnxruntime(config: ModelConfig) -> str:
     except ModelLoadError as error:
         raise _Unfit(str(error)) from error
     # The driver is asked only if need be: that alone takes memory on a GPU.
-    has_gpu = config.device != "cpu" and (config.device != "auto" or cuda_device_count() > 0)
+    device = config.devices[0]
+    has_gpu = device != "cpu" and (device != "auto" or cuda_device_count() > 0)
     if has_gpu and CUDA in runtime.get_available_providers():
-        return "cuda:0" if config.device == "auto" else config.device
-    if has_gpu and (config.device != "auto" or _torch_has_gpu()):
+        return "cuda:0" if device == "auto" else device
+    if has_gpu and (device != "auto" or _torch_has_gpu()):
         raise _Unfit(f"this onnxruntime has no {CUDA}: install onnxruntime-gpu in its place")
     if config.precision == "fp16":
         raise _Unfit("fp16 makes it slower on a CPU, not faster")
@@ -264,7 +243,7 @@ def _build_torch(config: ModelConfig, model: "LoadedModel") -> BuiltModel:
     with importing_torch():
         from heatlens_server.backends.torch.engine import TorchEngine  # noqa: PLC0415 - imports torch
 
-    engine = TorchEngine(model, device=config.device, precision=config.precision)
+    engine = TorchEngine(model, device=config.devices[0], precision=config.precision)
     method, assumptions = default_method(config, engine.info, model.grid(model.layers[0]))
     if engine.info.runs_one_by_one:
         assumptions = (*assumptions, _ONE_BY_ONE)
@@ -309,7 +288,7 @@ def _build_from_folder(config: ModelConfig) -> BuiltModel:
     graph = manifest.graphs[0]
     method = config.method if "method" in config.model_fields_set else name_of(graph.method, graph.score)
     try:
-        return _build_exported(config, Export(folder, manifest), device=config.device, method=method)
+        return _build_exported(config, Export(folder, manifest), device=config.devices[0], method=method)
     except ModelLoadError:
         raise
     # Runtimes raise all sorts, with paths in their messages.
@@ -325,7 +304,7 @@ def _build_from_file(config: ModelConfig) -> BuiltModel:
         from heatlens_server.backends.onnx.source.verify import verified  # noqa: PLC0415 - imports onnx
 
     loaded = verified(load_file(Path(config.source.removeprefix(ONNX_PREFIX)), config))
-    device = config.device if config.provider != "cpu" else "cpu"
+    device = config.devices[0] if config.provider != "cpu" else "cpu"
     engine = NetworkEngine(loaded, device=device, provider=config.provider)
     grid = loaded.info.layers[0].grid
     method, about = default_method(config, engine.info, grid)

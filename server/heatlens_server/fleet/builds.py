@@ -6,9 +6,8 @@ import threading
 from collections.abc import Callable
 
 from heatlens_server.config import ModelConfig
-from heatlens_server.core.engine import SteppingEngine
 from heatlens_server.core.errors import ModelLoadError, ModelUnloaded, ServerDraining
-from heatlens_server.fleet.build import BuiltModel
+from heatlens_server.fleet.built_model import BuiltModel
 
 
 class Builds:
@@ -39,7 +38,7 @@ class Builds:
             self._threads.discard(thread)
             if future.done():
                 if built is not None:
-                    close_aside(built.engine)
+                    close_aside(built)
             elif built is None:
                 future.set_exception(error or RuntimeError("nothing was built"))
             else:
@@ -79,7 +78,7 @@ class Builds:
             raise UnexpectedLoadError from error
         except asyncio.CancelledError:
             if build.done() and not build.cancelled() and build.exception() is None:
-                close_aside(build.result().engine)
+                close_aside(build.result())
             raise
         finally:
             is_wanted = self._futures.get(key) is build
@@ -87,7 +86,7 @@ class Builds:
                 del self._futures[key]
         if not is_wanted:
             # Given up between the end of the thread and this task's turn.
-            close_aside(built.engine)
+            close_aside(built)
             raise ModelUnloaded(config.name, "was unloaded")
         return built
 
@@ -105,9 +104,9 @@ class Builds:
             self.give_up(key, error)
 
 
-def close_aside(engine: SteppingEngine) -> None:
-    """Close an engine that never served: on another thread, as that may take a moment."""
-    asyncio.get_running_loop().run_in_executor(None, engine.close)
+def close_aside(built: BuiltModel) -> None:
+    """Close a model that never served: on another thread, as that may take a moment."""
+    asyncio.get_running_loop().run_in_executor(None, built.close)
 
 
 class UnexpectedLoadError(ModelLoadError):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Protocol, cast
+from typing import Protocol, Self, cast
 
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.arrays import ImageArray
@@ -62,6 +62,8 @@ class FallbackEngine:
         """
         self.primary = primary
         self._make = make_fallback
+        self._methods, self._layers = methods, layers
+        self._threads: int | None = None
         # Held while the fallback is being loaded; `_state` only for an instant.
         self._loading = threading.Lock()
         self._state = threading.Lock()
@@ -107,6 +109,19 @@ class FallbackEngine:
         if not self.is_loaded_for(spec):
             self._loaded(spec)
 
+    def use_threads(self, count: int | None) -> None:
+        """Have both run on so many threads of a CPU from now on."""
+        self.primary.use_threads(count)
+        self._threads = count
+        if self._fallback is not None:
+            self._fallback.use_threads(count)
+
+    def another(self) -> Self:
+        """An engine for another thread, both parts of which share the weights."""
+        make, another = self._make, self.primary.another()
+        of_both = None if make is None else lambda: self._fallback_of(make).another()
+        return type(self)(another, of_both, methods=self._methods, layers=self._layers)
+
     def close(self) -> None:
         """Close both. A fallback that is being loaded is closed once it is. Idempotent."""
         with self._state:
@@ -117,9 +132,6 @@ class FallbackEngine:
         self.primary.close()
 
     def _loaded(self, spec: MapSpec) -> SteppingEngine:
-        fallback = self._fallback
-        if fallback is not None:
-            return fallback
         if self._make is None:
             layers = ", ".join(repr(layer) for layer in spec.layers)
             raise InvalidArgument.of(
@@ -127,12 +139,19 @@ class FallbackEngine:
                 f"the export has no graph for {spec.method} of {layers} with these options",
                 reason="INVALID_OPTION",
             )
+        return self._fallback_of(self._make)
+
+    def _fallback_of(self, make: Callable[[], SteppingEngine]) -> SteppingEngine:
+        if self._fallback is not None:
+            return self._fallback
         with self._loading:
-            return self._fallback or self._load(self._make)
+            return self._fallback or self._load(make)
 
     def _load(self, make: Callable[[], SteppingEngine]) -> SteppingEngine:
         started_at = time.monotonic()
         fallback = make()
+        if self._threads is not None:
+            fallback.use_threads(self._threads)
         try:
             _check(fallback.info, self._info)
             self._adopt(fallback)

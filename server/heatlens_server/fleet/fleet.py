@@ -35,8 +35,8 @@ from heatlens_server.core.errors import (
     ServerDraining,
 )
 from heatlens_server.core.events import Observer
-from heatlens_server.fleet.build import BuiltModel
 from heatlens_server.fleet.builds import Builds, UnexpectedLoadError, close_aside, fault_of
+from heatlens_server.fleet.built_model import BuiltModel
 from heatlens_server.fleet.served_model import ModelState, ModelStatus, ServedModel
 from heatlens_server.fleet.uses import Uses
 from heatlens_server.fleet.versions import Point, at_the_start, choose, find
@@ -74,7 +74,7 @@ class Fleet:
         self,
         *,
         build: Callable[[ModelConfig], BuiltModel],
-        make_queue: Callable[[ModelConfig, SteppingEngine], ModelQueue],
+        make_queue: Callable[[ModelConfig, Sequence[SteppingEngine]], ModelQueue],
         build_at_once: Callable[[ModelConfig], BuiltModel] | None = None,
         build_next: Callable[[ModelConfig], BuiltModel] | None = None,
         default: str = "",
@@ -87,7 +87,7 @@ class Fleet:
 
         Args:
             build: makes a model's engine, on a thread of its own; raises ModelLoadError with a message for clients.
-            make_queue: starts the threads that run an engine, which the queue owns from then on.
+            make_queue: starts the threads that run engines, which the queue owns from then on.
             build_at_once: does what `build` does for `load`, which need not wait for the engine that stays.
             build_next: makes the engine that a model's `next_engine` names; raises as `build`.
             default: the name that an empty name stands for; empty for the first model's.
@@ -346,7 +346,8 @@ class Fleet:
     def _serve(self, key: str, status: ModelStatus) -> None:
         assert status.served is not None
         engine = status.served.capabilities
-        how = f"{engine.engine_name} on {engine.device} in {engine.precision}, layer {engine.layers[0]}"
+        devices = ", ".join(device.name for device in status.served.queue.devices)
+        how = f"{engine.engine_name} on {devices} in {engine.precision}, layer {engine.layers[0]}"
         if status.next_engine:
             how += f"; {status.next_engine} takes over once the model is exported"
         self._change(key, status, how)
@@ -402,9 +403,9 @@ class Fleet:
         """
         built = await self._builds.wait(key, config, build)
         try:
-            queue = self._make_queue(config, built.engine)
+            queue = self._make_queue(config, built.engines)
         except Exception as error:
-            close_aside(built.engine)
+            close_aside(built)
             raise UnexpectedLoadError from error
         self._generations[config.name] += 1
         self._uses.begin(queue)

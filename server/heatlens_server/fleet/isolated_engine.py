@@ -26,7 +26,8 @@ from heatlens_server.core.engine import Capabilities, MapSpec, SteppingEngine, S
 from heatlens_server.core.errors import ModelInterrupted, ModelLoadError
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import Target
-from heatlens_server.fleet.build import BuiltModel
+from heatlens_server.fleet.built_model import BuiltModel
+from heatlens_server.fleet.instances import on_all_devices
 
 _log = logging.getLogger(__name__)
 
@@ -96,11 +97,12 @@ class IsolatedEngine:
             ModelLoadError: it cannot be loaded, or the process ended.
         """
         self._config = config
-        self._order = {
+        self._order: dict[str, Any] = {
             "config": config.model_dump_json(),
             "cache_dir": cache_dir,
             "log_format": log_format,
             "log_level": log_level,
+            "threads": None,
             # Code of the operator's is to be found there as it is here.
             "path": sys.path if config.source.startswith("python:") else [],
         }
@@ -188,6 +190,22 @@ class IsolatedEngine:
         if len(self._loaded_for) >= _KNOWN_SPECS:
             self._loaded_for.clear()
         self._loaded_for.add(spec)
+
+    def use_threads(self, count: int | None) -> None:
+        """Have the process, and those that come after it, run on so many threads of a CPU."""
+        self._order["threads"] = count
+        child = self._child
+        if child is not None:
+            self._ask(child.load, "use_threads", count)
+
+    def another(self) -> Self:
+        """An engine for another thread: it has a process of its own, and weights of its own."""
+        order = self._order
+        made = type(self)(
+            self._config, cache_dir=order["cache_dir"], log_format=order["log_format"], log_level=order["log_level"]
+        )
+        made.use_threads(order["threads"])
+        return made
 
     def restart(self) -> None:
         """End the process, whatever it runs, and start it again. Any thread may call this."""
@@ -329,13 +347,17 @@ class IsolatedEngine:
 
 
 def build_isolated(config: ModelConfig, *, cache_dir: Path | None, log_format: str, log_level: str) -> BuiltModel:
-    """Load a model in a process of its own; as `build`.
+    """Load a model in a process of its own, or several; as `build`.
 
     Raises:
         ModelLoadError: with a message that may be shown to clients.
     """
-    engine = IsolatedEngine(config, cache_dir=cache_dir, log_format=log_format, log_level=log_level)
-    return replace(engine.loaded.built, engine=engine)
+
+    def build_one(config: ModelConfig) -> BuiltModel:
+        engine = IsolatedEngine(config, cache_dir=cache_dir, log_format=log_format, log_level=log_level)
+        return replace(engine.loaded.built, engine=engine)
+
+    return on_all_devices(config, build_one)
 
 
 def _name_of(code: int) -> str:

@@ -54,7 +54,7 @@ class Uses:
         while not users.gone.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(users.gone.wait(), model.hang_after_s)
-            if queue.batcher.hangs_s(model.hang_after_s):
+            if queue.batcher.devices.hangs_s(model.hang_after_s):
                 queue.give_up(error, running=True)
         if not await queue.close(error, timeout_s=model.hang_after_s):
             _log.error("model %s: what it runs does not end, and keeps its thread and memory", model.name)

@@ -86,6 +86,18 @@ def warm_up(engine: SteppingEngine, config: ModelConfig, method: Method) -> None
             raise ModelLoadError("the model gives scores or maps that are not finite: are its weights right?")
 
 
+def try_out(engine: SteppingEngine) -> None:
+    """Have an engine explain one image of nothing; whatever that raises says that it does not work.
+
+    Raises:
+        ValueError: what comes out is not finite.
+    """
+    info = engine.info
+    image = np.zeros((1, *trial_shape(info)), np.uint8)
+    if not all(result.is_finite for result in run_trial(engine, image, info.requestable_methods[0])):
+        raise ValueError("scores or maps are not finite")
+
+
 def run_trial(
     engine: SteppingEngine, images: ImageArray, method: Method, *, layer: str | None = None
 ) -> list[ImageResult]:

@@ -32,6 +32,7 @@ from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.core.targets import Target
 from heatlens_server.scheduling.bucket_queue import STEPS, Bucket, BucketQueue
 from heatlens_server.scheduling.device_time import DeviceTime
+from heatlens_server.scheduling.devices import Devices
 from heatlens_server.scheduling.entry import Deliver, Entry, EntryState, Outcome, Source
 from heatlens_server.scheduling.fair_queue import FairQueue
 from heatlens_server.scheduling.pace import Pace
@@ -50,6 +51,7 @@ class Batcher:
 
     Attributes:
         pace: what runs of the model take, learned by its devices.
+        devices: which of them serve.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Batcher:
         max_queue_length: int,
         deliver: Deliver,
         device_count: int = 1,
+        on_device: Callable[[int, str], None] = lambda _index, _fault: None,
         pace: Pace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -71,6 +74,7 @@ class Batcher:
             max_queue_length: most entries admitted and not yet claimed by a batch, those of streams aside.
             deliver: takes the entries that expired in the queue.
             device_count: how many devices run the batches; their indices count from 0.
+            on_device: told why a device is taken out or, with "", that it works again; must return at once.
             pace: what runs of the model take; None: nothing is known yet.
             clock: seconds, monotonic.
         """
@@ -89,7 +93,7 @@ class Batcher:
         self._no_expiry_before = math.inf
         self._closed = False
         self._refusal: Exception = ServerDraining()
-        self._devices = [DeviceTime(index) for index in range(device_count)]
+        self.devices = Devices(device_count, self._changed, clock, self._begin_anew, on_device)
         # Batches and steps that are claimed, and that no device has begun.
         self._batches_ahead = 0
         self._steps_ahead = 0
@@ -207,7 +211,7 @@ class Batcher:
             with self._changed:
                 expired, claimed = self._sweep(), self._claim_due()
                 if claimed is None and not expired:
-                    if self._closed and not (self._admitted or any(device.step_claimed for device in self._devices)):
+                    if self._closed and not (self._admitted or any(device.step_claimed for device in self.devices)):
                         return None
                     self._changed.wait(self.seconds_until_due())
                     continue
@@ -235,11 +239,11 @@ class Batcher:
                 self._batches_ahead -= 1
             else:
                 self._steps_ahead -= 1
-                self._devices[device].reserved = False
+                self.devices[device].reserved = None
                 if first.state is EntryState.GONE:
                     self._end_step(first, device)
                     return False
-            self._devices[device].start(self._clock(), len(claimed), step=step)
+            self.devices[device].start(self._clock(), len(claimed), step=step, entries=claimed)
             self._wake()
             return True
 
@@ -249,10 +253,11 @@ class Batcher:
             self._batches_ahead -= 1
             self._wake()
 
-    def end_batch(self, device: int) -> None:
-        """Tell that a device has run its batch and is free."""
+    def end_batch(self, device: int, *, again: bool = False) -> None:
+        """Tell that a device has run its batch and is free; with `again` another one will begin the same batch."""
         with self._changed:
-            self._devices[device].finish(self._clock())
+            self._batches_ahead += again
+            self.devices[device].finish(self._clock())
             self._wake()
 
     def goes_on(self, device: int, entry: Entry, run_s: float) -> bool:
@@ -262,9 +267,9 @@ class Batcher:
             if entry.state is not EntryState.STEPPING or (entry.expires_at or math.inf) <= now:
                 return False
             others_wait = len(self._buckets) > 0 or self._batches_ahead > 0
-            return self._devices[device].running_s(now) + run_s <= self.pace.most_s(others_wait=others_wait)
+            return self.devices[device].running_s(now) + run_s <= self.pace.most_s(others_wait=others_wait)
 
-    def put_back(self, device: int, entry: Entry) -> bool:
+    def put_back(self, device: int, entry: Entry, *, anew: bool = False) -> bool:
         """Tell that a device has run an entry's step and is free; queue the entry for its next step.
 
         Returns:
@@ -274,6 +279,8 @@ class Batcher:
             if not self._end_step(entry, device):
                 return False
             self._count(entry, 1)
+            if anew:  # the step has failed, and nothing is kept: another device begins from the start
+                entry.device = None
             self._buckets.put_back(entry)
             self._wait_for(entry)
             self._wake()  # again: now an entry waits
@@ -289,14 +296,8 @@ class Batcher:
             if not self._end_step(entry, device):
                 return False
             entry.state = EntryState.CLAIMED
-            self._devices[device].learn_explanation(entry.stepped_s)
+            self.devices[device].learn_explanation(entry.stepped_s)
             return True
-
-    def hangs_s(self, floor_s: float) -> float:
-        """How long a batch or step has been running that hangs, in seconds; 0.0 if none does. See `DeviceTime`."""
-        with self._changed:
-            now = self._clock()
-            return max(device.hangs_s(now, floor_s=floor_s) for device in self._devices)
 
     def close(self, refusal: Exception | None = None) -> None:
         """Admit nothing more; `take` hands out what is left and then None. Idempotent.
@@ -321,13 +322,14 @@ class Batcher:
         return expired, QueueFull(
             f"{self._max_queue_length} requests are waiting already",
             metadata={"max_queue_length": str(self._max_queue_length)},
-            retry_after_s=max(_MIN_RETRY_S, self._place_s()),
+            retry_after_s=max(
+                _MIN_RETRY_S, self.devices.place_s(self._max_batch_size, self._callers, self._callers_in_steps)
+            ),
         )
 
     def _wake(self) -> None:
         """Have `take` look again, if it could find something: not while something is claimed ahead for every device."""
-        ahead = self._batches_ahead + self._steps_ahead
-        if self._closed or (len(self._buckets) and ahead < len(self._devices)):
+        if self._closed or (len(self._buckets) and self._batches_ahead + self._steps_ahead < len(self.devices)):
             self._changed.notify_all()
 
     def _wait_for(self, entry: Entry) -> None:
@@ -336,10 +338,18 @@ class Batcher:
         if entry.expires_at is not None:
             self._no_expiry_before = min(self._no_expiry_before, entry.expires_at)
 
+    def _begin_anew(self, device: int) -> None:
+        """A device was taken out: others begin the explanations that it has begun."""
+        for entry in [entry for entry in self._buckets if entry.device == device]:
+            self._buckets.remove(entry)
+            self._free(entry)
+            entry.device = None
+            self._buckets.put_back(entry)
+
     def _end_step(self, entry: Entry, device: int) -> bool:
         """An entry's step has ended; False if its caller has left."""
-        entry.stepped_s += self._devices[device].finish(self._clock())
-        self._devices[device].step_claimed = False
+        entry.stepped_s += self.devices[device].finish(self._clock())
+        self.devices[device].step_claimed = False
         self._buckets.end_step(entry)
         self._wake()
         return entry.state is EntryState.STEPPING
@@ -357,7 +367,7 @@ class Batcher:
                 entry.state = EntryState.CLAIMED
             if key is STEPS:
                 claimed[0].state, claimed[0].device = EntryState.STEPPING, device.index
-                device.step_claimed = device.reserved = True
+                device.step_claimed, device.reserved = True, claimed[0]
                 self._steps_ahead += 1
             else:
                 self._batches_ahead += 1
@@ -368,11 +378,7 @@ class Batcher:
         """Each bucket, in turn order, when its batch is to be closed, on the clock, and which device it is due for."""
         if not len(self._buckets):
             return
-        free = [device for device in self._devices if not device.reserved]
-        if len(free) > 1:
-            free.sort(key=DeviceTime.ends_at)
-        # The devices that are free first take what is ahead.
-        free = free[self._batches_ahead :]
+        free = self.devices.free(self._batches_ahead, closed=self._closed)
         if not free:
             return
         not_before = -math.inf
@@ -419,15 +425,6 @@ class Batcher:
             self._drop(entry)
         return expired
 
-    def _place_s(self) -> float:
-        """When there will be a place for a caller, roughly, in seconds from now: all devices make places."""
-        in_steps = self._callers_in_steps
-        waits = (
-            device.place_s(self._max_batch_size, batched=self._callers > in_steps, in_steps=in_steps > 0)
-            for device in self._devices
-        )
-        return 1 / sum(1 / wait_s for wait_s in waits)
-
     def _count(self, entry: Entry, places: int) -> None:
         """An entry takes its place in the queue, 1, or leaves it, -1."""
         self._admitted += places
@@ -439,6 +436,10 @@ class Batcher:
         """Give up an entry that waits."""
         self._count(entry, -1)
         entry.give_up()
+        self._free(entry)
+
+    def _free(self, entry: Entry) -> None:
+        """Have its device free what is kept of an entry between two of its steps."""
         if entry.steps is not None:
             entry.steps.discard(entry.steps)
             entry.steps = None

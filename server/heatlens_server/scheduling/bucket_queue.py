@@ -56,7 +56,10 @@ class BucketQueue:
         self._count += 1
 
     def put_back(self, entry: Entry) -> None:
-        """Add an entry that was taken for a step, which has ended, and has further ones."""
+        """Add an entry that was taken for a step, which has ended, and has further ones: all, if it has no device."""
+        if entry.device is None:
+            self.put(entry)
+            return
         self._buckets.setdefault(STEPS, self._steps)
         self._steps.put_back(entry)
         self._count += 1

@@ -1,6 +1,7 @@
 """One device of a model: runs batches and single steps on its engine, and reports what ran.
 
-Whatever an engine raises, the device goes on with the next batch.
+Whatever an engine raises, the device goes on with the next batch: unless the model has other devices, and the engine
+fails on an image of its own as well. Then the device is taken out, and another one runs what it has failed to run.
 """
 
 import logging
@@ -18,6 +19,9 @@ from heatlens_server.scheduling.batcher import Batcher
 from heatlens_server.scheduling.entry import Deliver, Entry, Outcome, Progress, QueueResult, Timing
 
 _log = logging.getLogger(__name__)
+
+_TRIALS = 2
+"""How often an engine that has failed on a batch, or a step, is tried before its device is taken out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,9 @@ class Device:
         step_rows: int,
         deliver: Deliver,
         discard: Callable[[Progress], None],
+        hand_back: Callable[[Batch], None],
+        try_out: Callable[[SteppingEngine], None],
+        name: str,
         observer: Observer,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -54,6 +61,9 @@ class Device:
             step_rows: the most rows that a step runs the model on.
             deliver: takes outcomes; must not raise.
             discard: see `Progress.discard`; must lead to `free`.
+            hand_back: has another device run a batch.
+            try_out: has an engine explain an image of nobody's; raises anything if it cannot.
+            name: the device's, for events.
             observer: is told of batches and steps; must not raise.
             clock: the batcher's: seconds, monotonic.
         """
@@ -61,10 +71,12 @@ class Device:
         self._batcher = batcher
         self._index = index
         self._model = model
-        self._name = engine.info.device
+        self._name = name
         self._step_rows = step_rows
         self._deliver = deliver
         self._discard = discard
+        self._hand_back = hand_back
+        self._try_out = try_out
         self._observer = observer
         self._clock = clock
 
@@ -80,7 +92,11 @@ class Device:
             _log.exception("model %s: a batch of %d failed", self._model, size)
             outcomes = [(entry, as_domain_error(error)) for entry in batch.entries]
         duration_s = self._clock() - started_at
-        self._batcher.end_batch(self._index)
+        again = all(_is_fault(outcome) for _, outcome in outcomes) and self._is_out(outcomes[0][1])
+        self._batcher.end_batch(self._index, again=again)
+        if again:
+            outcomes = []
+            self._hand_back(batch)
         self._batcher.pace.learn_batch(size, batch.images.shape[1] * batch.images.shape[2], duration_s)
         self._deliver(outcomes)
         failed = sum(isinstance(outcome, Exception) for _, outcome in outcomes)
@@ -110,11 +126,30 @@ class Device:
         if outcome is None:
             if not self._batcher.put_back(self._index, entry):
                 self._end(entry)
+        elif _is_fault(outcome) and self._is_out(outcome):
+            self._end(entry)
+            self._batcher.put_back(self._index, entry, anew=True)
         else:
             self._end(entry)
             if self._batcher.finish(self._index, entry):
                 self._deliver([(entry, outcome)])
         self._observer.step_ended(model=self._model, device=self._name, duration_s=duration_s, trace=entry.trace)
+
+    def works(self) -> bool:
+        """Whether the engine explains an image of nobody's."""
+        try:
+            self._try_out(self._engine)
+        except BaseException as error:
+            _log.warning("model %s: %s fails: %r", self._model, self._name, error)
+            return False
+        return True
+
+    def refuse_step(self, entry: Entry) -> None:
+        """Leave an entry to another device, as this one was taken out since its step was claimed."""
+        waits = self._batcher.begin(self._index, [entry])
+        self._end(entry)
+        if waits:
+            self._batcher.put_back(self._index, entry, anew=True)
 
     def free(self, progress: Progress) -> None:
         """Free what an unfinished explanation holds; nothing happens if it holds nothing."""
@@ -125,6 +160,22 @@ class Device:
             steps.close()
         except BaseException:
             _log.exception("model %s: an explanation could not be given up cleanly", self._model)
+
+    def _is_out(self, fault: Outcome) -> bool:
+        """Find out whether a fault is the device's, and take it out then.
+
+        An image of nobody's tells: an image that no engine can explain harms its own caller alone.
+
+        Returns:
+            Whether another device is to run what has failed. What has ended a process is not given to another one.
+        """
+        if len(self._batcher.devices) == 1 or self._batcher.closed:
+            return False
+        crashed = isinstance(fault, ModelInterrupted)
+        if not crashed and any(self.works() for _ in range(_TRIALS)):
+            return False
+        others = self._batcher.devices.take_out(self._index, "its process has ended" if crashed else "its runs fail")
+        return others and not crashed
 
     def _outcomes(self, batch: Batch, started_at: float) -> list[tuple[Entry, Outcome]]:
         results = self._explain(batch.entries, batch.images)
@@ -240,6 +291,11 @@ def as_domain_error(error: BaseException) -> HeatlensError:
     if isinstance(error, MemoryError):
         return DeviceOutOfMemory("the device has not enough memory for this image", retry_after_s=1.0)
     return InternalError(f"the engine failed: {error!r}")
+
+
+def _is_fault(outcome: Outcome) -> bool:
+    """Whether it may be the device that has failed, and not what was asked of it."""
+    return isinstance(outcome, InternalError | DeviceOutOfMemory | ModelInterrupted)
 
 
 def _finite(result: ImageResult) -> ImageResult | Exception:

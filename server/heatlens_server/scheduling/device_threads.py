@@ -18,8 +18,21 @@ from heatlens_server.scheduling.entry import Deliver, Entry, Outcome, Progress
 
 _log = logging.getLogger(__name__)
 
+FIRST_RETRY_S = 1.0
+"""How long a device that was taken out rests before it is tried again, in seconds; then twice as long, and so on."""
+
+_LONGEST_RETRY_S = 60.0
+
 Work = Batch | Entry | Progress
 """What a device does next: run a batch, run an entry's step, or free what an explanation holds."""
+
+
+def device_names(engines: Sequence[SteppingEngine]) -> tuple[str, ...]:
+    """What the devices of a model are called, in order: "cuda:0"; "cpu#0", "cpu#1" where several engines share one."""
+    names = [engine.info.device for engine in engines]
+    return tuple(
+        f"{name}#{names[:index].count(name)}" if names.count(name) > 1 else name for index, name in enumerate(names)
+    )
 
 
 class ReadyWork:
@@ -49,6 +62,16 @@ class ReadyWork:
         """Tell that no work will follow."""
         self._closed = True
         self._tell_all()
+
+    def get_own(self, device: int, timeout_s: float) -> Entry | Progress | None:
+        """Wait for what is put for a device alone, and take it; None if nothing comes, or if there may be a batch."""
+        try:
+            work = self._of_devices[device].get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        if work is None:
+            self._told[device] = False
+        return work
 
     def get(self, device: int) -> Work | None:
         """Wait for work for a device and take it; None once it is closed and there is none."""
@@ -86,6 +109,7 @@ class DeviceThreads:
         model: str,
         step_rows: int,
         observer: Observer | None = None,
+        try_out: Callable[[SteppingEngine], None] = lambda _engine: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Make the threads; `start` starts them.
@@ -97,6 +121,7 @@ class DeviceThreads:
             model: the model's name, for thread names, logs and events.
             step_rows: the most rows that a step runs the model on.
             observer: is told of batches and steps; must not raise.
+            try_out: has an engine explain an image of nobody's; raises anything if it cannot.
             clock: the batcher's: seconds, monotonic.
         """
         self._batcher = batcher
@@ -104,6 +129,7 @@ class DeviceThreads:
         self._model = model
         self._ready = ReadyWork(len(engines))
         self._threads = [threading.Thread(target=self._stack_batches, name=f"batch-{model}", daemon=True)]
+        names = device_names(engines)
         for index, engine in enumerate(engines):
             device = Device(
                 engine,
@@ -113,6 +139,9 @@ class DeviceThreads:
                 step_rows=step_rows,
                 deliver=self._deliver_safely,
                 discard=functools.partial(self._ready.put, index),
+                hand_back=self._ready.put_batch,
+                try_out=try_out,
+                name=names[index],
                 observer=observer or Observer(),
                 clock=clock,
             )
@@ -164,6 +193,25 @@ class DeviceThreads:
             else:
                 device.run_step(work)
             del work  # it would keep its pixels until there is work again
+            if not self._batcher.devices.serves(index):
+                self._rest(device, index)
+
+    def _rest(self, device: Device, index: int) -> None:
+        """Try a device that was taken out, again and again at growing intervals, until it works or the end has come."""
+        wait_s = FIRST_RETRY_S
+        next_at = time.monotonic() + wait_s
+        while not self._batcher.closed:
+            work = self._ready.get_own(index, max(0.0, next_at - time.monotonic()))
+            if isinstance(work, Progress):
+                device.free(work)
+            elif work is not None:
+                device.refuse_step(work)
+            elif time.monotonic() >= next_at:
+                if device.works():
+                    self._batcher.devices.put_in(index)
+                    return
+                wait_s = min(_LONGEST_RETRY_S, 2 * wait_s)
+                next_at = time.monotonic() + wait_s
 
     def _deliver_safely(self, outcomes: Sequence[tuple[Entry, Outcome]]) -> None:
         try:

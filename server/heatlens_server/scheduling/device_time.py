@@ -1,6 +1,9 @@
 """What a device runs, since when, and how long batches and steps take, learned from those that ran."""
 
 import math
+from collections.abc import Sequence
+
+from heatlens_server.scheduling.entry import Entry
 
 _NEWEST_WEIGHT = 0.25
 """Weight of the newest batch in the moving average."""
@@ -49,7 +52,8 @@ class DeviceTime:
         batches: how long batches take.
         steps: how long steps take; apart from batches, as a step runs the model on as many rows as it likes.
         step_claimed: whether a step is claimed for this device and has not ended.
-        reserved: whether a step is claimed for this device and has not begun.
+        reserved: the entry whose step is claimed for this device and has not begun; None if there is none.
+        entries: what it runs.
     """
 
     def __init__(self, index: int = 0) -> None:
@@ -58,7 +62,8 @@ class DeviceTime:
         self.batches = BatchTimeEstimate()
         self.steps = BatchTimeEstimate()
         self.step_claimed = False
-        self.reserved = False
+        self.reserved: Entry | None = None
+        self.entries: Sequence[Entry] = ()
         self._explanation_s = BatchTimeEstimate()
         self._since: float | None = None
         self._size = 0
@@ -69,9 +74,9 @@ class DeviceTime:
         """Whether the device runs something."""
         return self._since is not None
 
-    def start(self, now: float, size: int, *, step: bool) -> None:
+    def start(self, now: float, size: int, *, step: bool, entries: Sequence[Entry] = ()) -> None:
         """The device begins to run a batch of a size, or a step."""
-        self._since, self._size, self._step = now, size, step
+        self._since, self._size, self._step, self.entries = now, size, step, entries
 
     def finish(self, now: float) -> float:
         """The device is free; how long it ran, in seconds, is learned and returned. 0.0 if nothing ran."""
@@ -79,7 +84,7 @@ class DeviceTime:
             return 0.0
         seconds = now - self._since
         self._estimate.add(self._size, seconds)
-        self._since = None
+        self._since, self.entries = None, ()
         return seconds
 
     def ends_at(self) -> float:

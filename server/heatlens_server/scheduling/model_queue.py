@@ -6,8 +6,9 @@ import itertools
 import os
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass
 
 from heatlens_server.core.engine import MapSpec, SteppingEngine
 from heatlens_server.core.errors import DeadlineExpired, ImageMemoryFull, QueueFull
@@ -17,13 +18,26 @@ from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.core.targets import Target
 from heatlens_server.scheduling.batcher import Batcher
 from heatlens_server.scheduling.decode_queue import DecodeQueue
-from heatlens_server.scheduling.device_threads import DeviceThreads
+from heatlens_server.scheduling.device_threads import DeviceThreads, device_names
 from heatlens_server.scheduling.entry import Entry, EntryState, LargeImage, Outcome, QueueResult, Source
 from heatlens_server.scheduling.large_images import LargeImages
 from heatlens_server.scheduling.loader import EngineLoader
 from heatlens_server.scheduling.ticket import Ticket, resolve
 
 _RETRY_AFTER_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStatus:
+    """One device of a model, at one moment.
+
+    Attributes:
+        name: "cuda:0"; "cpu#0" where several engines share one.
+        fault: why it takes no work; empty if it serves.
+    """
+
+    name: str
+    fault: str
 
 
 class ModelQueue:
@@ -47,11 +61,12 @@ class ModelQueue:
         large_images: LargeImages | None = None,
         observer: Observer | None = None,
         host_of: Callable[[str], str] = host_of,
+        try_out: Callable[[SteppingEngine], None] = lambda _engine: None,
     ) -> None:
         """Start the model's threads. Must be called on the event loop.
 
         Args:
-            engines: at least one, each on a device of its own; owned by the queue from now on.
+            engines: at least one, each for a thread of its own; owned by the queue from now on.
             name: the model's name.
             decoders: threads that decode and resize.
             max_batch_size: most images in a batch, and most rows in a step.
@@ -61,6 +76,7 @@ class ModelQueue:
             large_images: where large images wait for their turn; None: they are decoded as all others are.
             observer: is told of images, batches and steps; must not raise (see `core.events.Observers`).
             host_of: of a connection, the host that places in the queue are shared between.
+            try_out: has an engine explain an image of nobody's; raises anything if it cannot.
         """
         self.engines = tuple(engines)
         self._name = name
@@ -74,6 +90,7 @@ class ModelQueue:
             max_queue_length=max_queue_length,
             deliver=self._deliver,
             device_count=len(self.engines),
+            on_device=self._on_device,
         )
         self._loader = EngineLoader(self.engines, model=name, max_waiting=max_queue_length)
         self._threads = DeviceThreads(
@@ -83,12 +100,18 @@ class ModelQueue:
             model=name,
             step_rows=max_batch_size,
             observer=self._observer,
+            try_out=try_out,
         )
         self._threads.start()
         self._host_of = host_of
         # In the order they came. Weak: a ticket whose caller has left needs no answer.
         self._tickets: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()
         self._numbers = itertools.count()
+
+    @property
+    def devices(self) -> tuple[DeviceStatus, ...]:
+        """The devices of the model, now. Any thread may ask."""
+        return tuple(map(DeviceStatus, device_names(self.engines), self.batcher.devices.faults))
 
     async def load_for(self, spec: MapSpec) -> None:
         """Load everything that a spec needs; to be awaited before `submit`. Returns at once if it is loaded.
@@ -179,6 +202,12 @@ class ModelQueue:
         for ticket in list(self._tickets.values()):
             ticket.abandon(error)
 
+    def answer(self, entries: Collection[Entry], error: Exception) -> None:
+        """Answer some of what was admitted with an error, also what runs."""
+        for ticket in list(self._tickets.values()):
+            if ticket.entry in entries:
+                ticket.abandon(error)
+
     async def close(self, refusal: Exception | None = None, *, timeout_s: float | None = None) -> bool:
         """Refuse new work, finish what was admitted, stop the threads and close the engines. Idempotent.
 
@@ -207,6 +236,9 @@ class ModelQueue:
     def _gives_way(self, peer: str) -> Ticket | None:
         tickets = [ticket for ticket in list(self._tickets.values()) if ticket.waiting]
         return gives_way(((one.peer, one) for one in tickets if one.peer is not None), peer, self._host_of)
+
+    def _on_device(self, index: int, fault: str) -> None:
+        self._observer.device_changed(model=self._name, device=device_names(self.engines)[index], fault=fault)
 
     def _withdraw(self, entry: Entry) -> bool:
         withdrawn = self.batcher.withdraw(entry)

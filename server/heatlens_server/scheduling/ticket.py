@@ -32,6 +32,11 @@ class Ticket:
         return self._entry.peer if self._entry.source is None else None
 
     @property
+    def entry(self) -> Entry:
+        """Its place in the queue."""
+        return self._entry
+
+    @property
     def waiting(self) -> bool:
         """Whether the image is being decoded or waits to be run. Afterwards it runs, is answered or is given up.
 

@@ -55,6 +55,13 @@ class LogObserver(Observer):
         elif state == "unloaded":
             _models.info("model %s unloaded", model)
 
+    def device_changed(self, *, model: str, device: str, fault: str) -> None:
+        """Write that a device was taken out, or works again."""
+        if fault:
+            _models.error("model %s is degraded: %s is taken out, as %s", model, device, fault)
+        else:
+            _models.info("model %s: %s works again", model, device)
+
 
 def _write(call: CallEnd, level: int, *, exc_info: Exception | None = None, **fields: str) -> None:
     if not _calls.isEnabledFor(level):

@@ -240,7 +240,19 @@ def versions(*texts: str, keys: str = "") -> str:
         ('models = [{name = "a", source = "python:os.system"}]', "models[0].source: must be"),
         ('models = [{name = "a", source = "timm:x y"}]', "models[0].source: must be"),
         ('models = [{name = "a", source = "timm:x", method = "cma"}]', "models[0].method: "),
-        ('models = [{name = "a", source = "timm:x", device = "gpu"}]', "models[0].device: "),
+        ('models = [{name = "a", source = "timm:x", device = "gpu"}]', 'models[0].device: must be "auto", "cpu"'),
+        ('models = [{name = "a", source = "timm:x", device = ["auto"]}]', 'models[0].device: must be "auto", "cpu"'),
+        ('models = [{name = "a", source = "timm:x", device = []}]', 'models[0].device: must be "auto", "cpu"'),
+        (
+            'models = [{name = "a", source = "timm:x", device = ["cuda:1", "cuda:1"]}]',
+            "models[0].device: names a device twice: instances",
+        ),
+        ('models = [{name = "a", source = "timm:x", instances = 0}]', "models[0].instances: must be a number from 1"),
+        ('models = [{name = "a", source = "timm:x", instances = true}]', "models[0].instances: must be a number"),
+        (
+            'models = [{name = "a", source = "timm:x", isolation = "process", instances = "auto"}]',
+            'models[0].instances: must be a number for isolation = "process"',
+        ),
         ('models = [{name = "a", source = "timm:x", layers = ["l", "l"]}]', "models[0].layers: names a layer twice"),
         (
             'models = [{name = "a", source = "timm:x", weights = "../x.bin"}]',

@@ -107,6 +107,9 @@ class Timed:
             step_rows=4,
             deliver=self.outcomes.extend,
             discard=lambda progress: None,
+            hand_back=lambda batch: None,
+            try_out=lambda engine: None,
+            name="cpu",
             observer=Observer(),
             clock=lambda: self.now,
         )

@@ -84,6 +84,18 @@ def test_states_of_models(line, state, level, text):
     assert (line().name, line().levelno, line().getMessage()) == ("heatlens", level, text)
 
 
+@pytest.mark.parametrize(
+    ("fault", "level", "text"),
+    [
+        ("its runs fail", logging.ERROR, "model m is degraded: cuda:1 is taken out, as its runs fail"),
+        ("", logging.INFO, "model m: cuda:1 works again"),
+    ],
+)
+def test_devices_of_models(line, fault, level, text):
+    LogObserver().device_changed(model="m", device="cuda:1", fault=fault)
+    assert (line().name, line().levelno, line().getMessage()) == ("heatlens", level, text)
+
+
 def test_an_unexpected_failure_to_load_has_its_traceback_in_the_same_line(line):
     fault = RuntimeError("unexpected")
     LogObserver().model_changed(model="m", state="failed", message="why", fault=fault)

@@ -47,6 +47,11 @@ class _Recent(Generic[_T]):
         self._made: OrderedDict[Hashable, _T] = OrderedDict()
         self._lock = Lock()
 
+    def forget(self) -> None:
+        """Make everything anew."""
+        with self._lock:
+            self._made.clear()
+
     def get(self, key: Hashable, make: Callable[[], _T]) -> _T:
         """What was made for a key, or is made now."""
         with self._lock:
@@ -87,7 +92,7 @@ class GraphMaps:
 
 
 class GraphNetwork:
-    """A network. Implements `maps.steps.network.Network`.
+    """A network. Implements `maps.steps.network.Network`. Thread-safe, but for `use_threads`.
 
     Inputs are normalised images (N, C, H, W) in float32, however the network takes them.
     """
@@ -126,6 +131,12 @@ class GraphNetwork:
     def device(self) -> str:
         """Where it runs."""
         return self._choice.device
+
+    def use_threads(self, count: int | None) -> None:
+        """Have so many threads from now on, for one run on a CPU: sessions are opened anew."""
+        self._threads, self._twin = count, None
+        self._passes.forget()
+        self._tails.forget()
 
     def has_gradient(self, layer: str) -> bool:
         """Whether the scores can be differentiated by a layer; opens its sessions."""

@@ -3,9 +3,11 @@
 It needs neither torch nor, once graphs are written, onnx.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Self
 
 from heatlens_server.backends.onnx.graph_network import Array, GraphNetwork
 from heatlens_server.backends.onnx.network import NetworkGraphs, NetworkInfo
@@ -112,6 +114,14 @@ class NetworkEngine:
 
     def load_for(self, spec: MapSpec) -> None:
         """Nothing is loaded beforehand."""
+
+    def use_threads(self, count: int | None) -> None:
+        """Open all sessions anew, when they are next asked for, with so many threads."""
+        self._network.use_threads(count)
+
+    def another(self) -> Self:
+        """An engine for another thread; the two have the same sessions, which may be run at once."""
+        return copy.copy(self)
 
     def factors(
         self, images: ImageArray, targets: Sequence[Target], layer: str

@@ -4,10 +4,13 @@ It is the reference that every other engine is compared with, and the one that h
 """
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Sequence
+from typing import Self
 
 from heatlens_server.backends.torch.goals.table import task_model
-from heatlens_server.backends.torch.network.device import memory_errors, recording_allowed, wait_for
+from heatlens_server.backends.torch.network.device import memory_errors, recording_allowed, run_on_threads, wait_for
+from heatlens_server.backends.torch.network.hooks import copied
 from heatlens_server.backends.torch.network.network import TorchModel
 from heatlens_server.backends.torch.passes.table import PASSES, explain
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
@@ -39,6 +42,7 @@ class TorchEngine:
         task = task_model(model)
         if precision != "fp32" and not model.task.traits.runs_in_half_precision:
             raise ModelLoadError(f"precision: a model for {model.task} runs in fp32, not {precision}")
+        self._threads: int | None = None
         self._model = TorchModel(model, task, device=device, precision=precision)
         try:
             self._model.check()
@@ -96,6 +100,7 @@ class TorchEngine:
         if self._info.runs_one_by_one and len(images) > 1:
             places = range(len(images))
             return [self.explain(images[n : n + 1], [targets[n]], spec)[0] for n in places]
+        run_on_threads(self._threads)
         with memory_errors(), recording_allowed():
             explained = at_once(explain(self._model, self._model.inputs(images), targets, spec))
             found = results(explained.goals, explained.maps(spec, (images.shape[1], images.shape[2])))
@@ -107,6 +112,7 @@ class TorchEngine:
         rows = 1 if self._info.runs_one_by_one else rows
         steps = explain_in_steps(TorchNetwork(self._model), image, target, spec, rows=rows)
         while True:
+            run_on_threads(self._threads)
             # Never across a yield: other work is done on this thread meanwhile.
             with memory_errors(), recording_allowed():
                 try:
@@ -123,6 +129,27 @@ class TorchEngine:
 
     def load_for(self, spec: MapSpec) -> None:
         """Everything is loaded already."""
+
+    def use_threads(self, count: int | None) -> None:
+        """Run on so many threads of a CPU from now on."""
+        self._threads = count
+
+    def another(self) -> Self:
+        """An engine for another thread: a copy of the network, which keeps what it likes on itself, with the weights.
+
+        Raises:
+            ModelLoadError: the network cannot be copied.
+        """
+        module = self._model.module
+        try:
+            own = copied(module, shared=itertools.chain(module.parameters(), module.buffers()))
+        # Foreign code may refuse in any way.
+        except Exception as error:
+            raise ModelLoadError(f"instances: the network cannot be copied ({type(error).__name__})") from error
+        model = dataclasses.replace(self._model.model, module=own)
+        made = type(self)(model, device=self._info.device, precision=self._info.precision)
+        made.use_threads(self._threads)
+        return made
 
     def close(self) -> None:
         """Take every hook off the model and let go of it. Idempotent."""

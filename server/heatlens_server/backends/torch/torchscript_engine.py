@@ -1,5 +1,6 @@
 """The TorchScript engine: runs exported modules, which return activations and gradients; the map is made in torch."""
 
+import copy
 import logging
 import threading
 import warnings
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from heatlens_server.backends.onnx.graph_rows import (
 from heatlens_server.backends.onnx.manifest import GraphFile, Manifest, sha256_of
 from heatlens_server.backends.onnx.map_finish import Maps
 from heatlens_server.backends.torch.cam.saliency import saliency
-from heatlens_server.backends.torch.network.device import memory_errors, resolve_device
+from heatlens_server.backends.torch.network.device import memory_errors, resolve_device, run_on_threads
 from heatlens_server.core.arrays import Float32Array, ImageArray
 from heatlens_server.core.engine import Capabilities, MapSpec
 from heatlens_server.core.errors import ModelFilesChanged, ModelLoadError
@@ -76,6 +78,7 @@ class TorchScriptEngine:
         self._folder = folder
         self._modules: dict[str, _Loaded] = {}
         self._lock = threading.Lock()
+        self._threads: int | None = None
         self._loaded(manifest.graphs[0].file)
         self._info = served_info(manifest, engine_name="torchscript", device=str(self._device))
 
@@ -97,6 +100,7 @@ class TorchScriptEngine:
         """
         runs = [partial(self._run, self._graph(layer, spec.method)) for layer in spec.layers]
         size = (images.shape[1], images.shape[2]) if spec.upsample else None
+        run_on_threads(self._threads)
         with memory_errors():
             return explain_batch(
                 runs,
@@ -107,11 +111,19 @@ class TorchScriptEngine:
                 aggregation=spec.aggregation,
             )
 
+    def use_threads(self, count: int | None) -> None:
+        """Run on so many threads of a CPU from now on."""
+        self._threads = count
+
+    def another(self) -> Self:
+        """An engine for another thread; the two have the same modules, which may be run at once."""
+        return copy.copy(self)
+
     def close(self) -> None:
         """Let go of the modules. Idempotent."""
         with self._lock:
-            self._graphs.clear()
-            self._modules.clear()
+            # Others may have the same ones.
+            self._graphs, self._modules = {}, {}
 
     @torch.inference_mode()
     def _run(self, graph: GraphFile, images: ImageArray, class_index: Int64Array) -> GraphRows:

@@ -94,6 +94,10 @@ def _about(served: ServedModel) -> model_pb2.Model:
         max_batch_size=served.max_batch_size,
         max_queue_delay=timedelta(seconds=served.max_delay_s),
         assumptions=served.assumptions,
+        devices=[
+            model_pb2.Device(name=device.name, in_service=not device.fault, message=device.fault)
+            for device in served.queue.devices
+        ],
         activation=capabilities.activation.value,
         runs_one_by_one=capabilities.runs_one_by_one,
         input_channels=capabilities.input_channels,

@@ -43,6 +43,11 @@ def _models(statuses: tuple[ModelStatus, ...]) -> Iterable[Metric]:
         "What runs a model that serves.",
         labels=["model", "version", "engine", "device", "precision"],
     )
+    serves = GaugeMetricFamily(
+        "heatlens_device_in_service",
+        "1, or 0 while the device is taken out.",
+        labels=["model", "version", "device"],
+    )
     for name in dict.fromkeys(status.name for status in statuses):
         versions = [status for status in statuses if status.name == name]
         for each in ModelState:
@@ -55,7 +60,9 @@ def _models(statuses: tuple[ModelStatus, ...]) -> Iterable[Metric]:
         if served is not None:
             info = served.capabilities
             engine.add_metric([status.name, served.version, info.engine_name, info.device, info.precision], {})
-    return queued, state, engine
+            for device in served.queue.devices:
+                serves.add_metric([status.name, served.version, device.name], not device.fault)
+    return queued, state, engine, serves
 
 
 def _gauge(name: str, about: str, value: float) -> GaugeMetricFamily:

@@ -2,7 +2,7 @@
 
 import re
 
-from heatlens import ModelInfo, ModelState
+from heatlens import DeviceInfo, ModelInfo, ModelState
 from heatlens._cli.models import _as_table
 
 
@@ -53,3 +53,11 @@ def test_versions_are_listed_with_the_default_one_and_the_shares_of_others():
     old, new = info("a", is_default=True), info("a", version="2", is_default_version=False, weight=0.1)
     lines = _as_table((old, new, info("b", version=""))).splitlines()
     assert [re.split("  +", line)[:2] for line in lines[1:]] == [["a*", "1*"], ["a", "2 10%"], ["b", "-"]]
+
+
+def test_the_table_says_which_devices_are_out():
+    devices = DeviceInfo("cuda:0", in_service=True), DeviceInfo("cuda:1", in_service=False, message="its runs fail")
+    row = _as_table((info("a", devices=devices),)).splitlines()[1]
+    assert row.split()[2:10] == ["ready,", "degraded:", "cuda:1", "is", "out:", "its", "runs", "fail"]
+    assert "cuda:0, cuda:1 fp32" in row
+    assert "degraded" not in _as_table((info("a", devices=devices[:1]),))

@@ -1,6 +1,7 @@
 """From answers to responses: every field, and the element type of every map."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ from heatlens_server.core.preprocess import ChannelOrder, FittedImage, Interpola
 from heatlens_server.fleet.fleet import ModelState, ModelStatus
 from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.scheduling.entry import Timing
+from heatlens_server.scheduling.model_queue import DeviceStatus
 from heatlens_server.transports.grpc.responses import model_of, response_of
 
 IMAGE = FittedImage(np.zeros((4, 4, 3), np.uint8), PixelBox(2, 0, 10, 8), source_width_px=12, source_height_px=8)
+QUEUE = SimpleNamespace(devices=(DeviceStatus("cpu#0", ""), DeviceStatus("cpu#1", "its runs fail")))
 VALUES = np.array([[0.0, 0.25], [0.5, 1.0]], np.float32)
 TIMING = Timing(preprocess_s=0.5, queue_s=0.001, compute_s=0.25, batch_size=3)
 SCORE = ClassScore(2, "bird", 3.0, 0.75)
@@ -101,18 +104,23 @@ def test_the_sdk_reads_what_a_models_preprocessing_is(changes, sent):
     info = Capabilities(
         "torch", "cpu", "fp32", 224, 192, 4, (Method.GRAD_CAM,), ("body",), input_channels=spec.channels
     )
-    served = ServedModel("m", "7", (), spec, info, Method.GRAD_CAM, 1, 0.0, queue=None)
+    served = ServedModel("m", "7", (), spec, info, Method.GRAD_CAM, 1, 0.0, queue=QUEUE)
     status = ModelStatus(ModelConfig(name="m", source="timm:x"), ModelState.READY, served)
     (model,) = models_of(model_pb2.ListModelsResponse(models=[model_of(status)]))
     assert model.input_channels == spec.channels
     assert model.preprocess.interpolation == "bicubic"
     assert {name: getattr(model.preprocess, name) for name in sent} == sent
+    assert [(device.name, device.in_service, device.message) for device in model.devices] == [
+        ("cpu#0", True, ""),
+        ("cpu#1", False, "its runs fail"),
+    ]
+    assert model.is_degraded
 
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_whether_images_run_one_by_one(alone):
     spec = PreprocessSpec(256, (224, 192), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), Interpolation.BICUBIC)
     info = Capabilities("torch", "cpu", "fp32", 224, 192, 4, (Method.GRAD_CAM,), ("body",), runs_one_by_one=alone)
-    served = ServedModel("m", "7", (), spec, info, Method.GRAD_CAM, 1, 0.0, queue=None)
+    served = ServedModel("m", "7", (), spec, info, Method.GRAD_CAM, 1, 0.0, queue=QUEUE)
     sent = model_of(ModelStatus(ModelConfig(name="m", source="timm:x"), ModelState.READY, served))
     assert sent.runs_one_by_one is alone

@@ -1,11 +1,15 @@
 """Devices by name, out-of-memory errors, and recording of gradients in any mode of the caller."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from heatlens_server.core.errors import ModelLoadError
+
+_local = threading.local()
+_setting = threading.Lock()
 
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA out of memory")
 
@@ -32,6 +36,27 @@ def recording_allowed() -> Iterator[None]:
     """Record gradients, also where the caller is in `no_grad` or `inference_mode`."""
     with torch.inference_mode(mode=False), torch.enable_grad():
         yield
+
+
+def run_on_threads(count: int | None) -> None:
+    """Have what this thread runs on a CPU use so many threads; None for as many as other threads use.
+
+    PyTorch keeps that number for each thread. A thread that sets it sets it for those that begin later as well.
+    """
+    if getattr(_local, "count", None) == count:
+        return
+    with _setting:
+        usual: list[int] = []
+        aside = threading.Thread(target=lambda: usual.append(torch.get_num_threads()))
+        aside.start()
+        aside.join()
+        # A thread takes the number of others when it first asks: later that would undo this.
+        torch.get_num_threads()
+        torch.set_num_threads(count or usual[0])
+        aside = threading.Thread(target=torch.set_num_threads, args=usual)
+        aside.start()
+        aside.join()
+    _local.count = count
 
 
 def wait_for(device: torch.device) -> None:

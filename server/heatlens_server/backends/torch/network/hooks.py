@@ -9,8 +9,9 @@ Functions are replaced wherever in the network they are called, for the thread t
 modules keep their hooks, classes and attributes, and threads that share a network do not meet.
 """
 
+import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,6 +92,16 @@ class LayerHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def copied(module: nn.Module, *, shared: Iterable[Tensor] = ()) -> nn.Module:
+    """A network's copy, which shares some of its tensors and has no hook of `LayerHooks`; others are the network's."""
+    copy_of: nn.Module = copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
+    for child in copy_of.modules():
+        hooks = child._forward_hooks  # noqa: SLF001 - copied with the module, and there is no other way
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__module__", "") == __name__]:
+            del hooks[key]
+    return copy_of
 
 
 def _copies(levels: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """A network on its device, as everything that explains with torch uses it: run it, record layers, change them."""
 
-import copy
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from heatlens_server.backends.torch.cam.saliency import cut
 from heatlens_server.backends.torch.goals.base import TaskModel
 from heatlens_server.backends.torch.network.attention_blocks import AttentionRecorder, find_attention
 from heatlens_server.backends.torch.network.device import recording_allowed, resolve_device
-from heatlens_server.backends.torch.network.hooks import Change, LayerHooks, Recording
+from heatlens_server.backends.torch.network.hooks import Change, LayerHooks, Recording, copied
 from heatlens_server.backends.torch.network.replay import first_row, laid_out_like, same, two_rows
 from heatlens_server.backends.torch.sources.loaded_model import LoadedModel
 from heatlens_server.backends.torch.sources.trace import is_quantised
@@ -206,15 +205,12 @@ class TorchModel:
         For the sanity check of Adebayo et al. 2018, arXiv:1810.03292. Made when it is first asked for, and kept.
         """
         if self._twin is None:
-            module = copy.deepcopy(self.module)
+            module = copied(self.module)
             generator = torch.Generator().manual_seed(_SHUFFLE_SEED)
             with torch.no_grad():
                 for parameter in module.parameters():
                     order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
                     parameter.copy_(parameter.flatten()[order].view_as(parameter))
-            for child in module.modules():
-                # The copied hooks would write to this network's recordings.
-                child._forward_hooks.clear()  # noqa: SLF001 - copied with the module, and there is no other way
             twin = TorchModel(
                 dataclasses.replace(self.model, module=module),
                 self.task,

@@ -34,7 +34,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
         ModelLoadError: it cannot be loaded; the message names no path.
     """
     source = load_source(config)
-    module = _placed(source.module, config.device).eval().requires_grad_(False)
+    module = _placed(source.module, config.devices[0]).eval().requires_grad_(False)
     with _inputs_moved(module):
         resolved = resolve_preprocess(
             source.preprocess,
