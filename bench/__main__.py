@@ -14,7 +14,7 @@ def main(
     turns: Annotated[int, typer.Option(help="How often each candidate runs; medians are printed.")] = 7,
     seconds: Annotated[float, typer.Option(help="How long each load lasts, in seconds.")] = 4.0,
     only: Annotated[
-        str, typer.Option(help="One of wire, engine, files, decode, served, stream, watched; empty for all.")
+        str, typer.Option(help="One of wire, engine, files, decode, served, stream, watched, instances; empty for all.")
     ] = "",
 ) -> None:
     """Print speed ratios measured in one run on this machine."""
@@ -23,7 +23,7 @@ def main(
     keep_freed_memory()
     import torch  # noqa: PLC0415 - after malloc is told
 
-    from bench import decode, engine, files, served, stream, watched, wire  # noqa: PLC0415 - after malloc is told
+    from bench import decode, engine, files, instances, served, stream, watched, wire  # noqa: PLC0415 - after malloc is told
     from bench.models import photo_paths  # noqa: PLC0415 - after malloc is told
 
     console = Console(width=None if os.isatty(1) else 120)
@@ -50,6 +50,9 @@ def main(
                     console.print(table)
     if only in {"", "watched"}:
         console.print(watched.run(turns=turns, seconds=seconds))
+    if only in {"", "instances"}:
+        for table in instances.run(turns=turns, seconds=seconds):
+            console.print(table)
 
 
 typer.run(main)
