@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LIGHT_VENV := .venv-light
+TRITON_VENV := .venv-triton
 PROTO_VENV := .venv-proto
 PROTO_BIN := $(PROTO_VENV)/bin
 PROTOS := $(sort $(wildcard proto/heatlens/v1/*.proto))
@@ -35,6 +36,12 @@ $(LIGHT_VENV)/.ready: pyproject.toml
 	$(LIGHT_VENV)/bin/pip install --disable-pip-version-check --no-compile -q -e '.[server]'
 	@touch $@
 
+# A stock client of the v2 protocol. Beside the server's own packages its pins would change theirs.
+$(TRITON_VENV)/.ready: tests/triton-requirements.txt
+	$(PYTHON) -m venv $(TRITON_VENV)
+	$(TRITON_VENV)/bin/pip install --disable-pip-version-check --no-compile -q -r tests/triton-requirements.txt
+	@touch $@
+
 demo: ## Explain a photo of a cat end to end and write out/demo/: half a minute, 450 MB
 	@start=$$(date +%s.%N) && $(MAKE) --no-print-directory $(LIGHT_VENV)/.ready \
 	  && $(LIGHT_VENV)/bin/python examples/demo.py --since "$$start"
@@ -45,7 +52,7 @@ demo-video: setup ## Explain a film clip frame by frame and write out/demo-video
 gallery: setup ## Draw one photo explained by every method: out/gallery/methods.jpg (some minutes)
 	$(BIN)/python examples/gallery.py
 
-test: setup $(LIGHT_VENV)/.ready ## Run the tests
+test: setup $(LIGHT_VENV)/.ready $(TRITON_VENV)/.ready ## Run the tests
 	$(BIN)/python tests/run.py
 
 attack: setup ## Attack real servers in full (tests/attack): some minutes

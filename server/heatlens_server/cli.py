@@ -140,9 +140,13 @@ def export(
         str, typer.Argument(metavar="MODEL", help="A model's name in the configuration, or a source: torchvision:NAME.")
     ],
     output: Annotated[
-        Path,
+        Path | None,
         typer.Option("--output", "-o", metavar="DIR", help="Folder to write; an earlier export in it is replaced."),
-    ],
+    ] = None,
+    triton: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Triton model repository to write to instead, with the model's config.pbtxt."),
+    ] = None,
     config: ConfigOption = None,
     weights: Annotated[
         str, typer.Option(metavar="WEIGHTS", help='Of a source: "default", "none", a name or a file.')
@@ -186,6 +190,7 @@ def export(
             input_kind=input_kind,
             verify=verify,
             folder=output,
+            triton=triton,
         )
         found = export_command.find_model(model, config, weights)
         stderr = sys.stderr
@@ -194,7 +199,7 @@ def export(
         _fail(error)
     except (ExportError, ModelLoadError) as error:
         _fail(with_causes(error), exit_code=1)
-    for line in export_command.describe(manifest, output):
+    for line in export_command.describe(manifest, options.folder_of(found.name), triton=triton is not None):
         typer.echo(line)
 
 

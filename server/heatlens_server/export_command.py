@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from heatlens_server.backends.onnx.delivery import check_folder
 from heatlens_server.backends.onnx.manifest import Manifest
+from heatlens_server.backends.onnx.triton import CONFIG_FILE, version_folder, write_config
 from heatlens_server.config import EXPORT_PREFIX, ONNX_PREFIX, ModelConfig, load_config
 from heatlens_server.core.errors import ConfigError, ExportError, ModelLoadError
 from heatlens_server.core.extras import brought_by
@@ -45,7 +46,8 @@ class ExportOptions:
         gradients_named: whether `gradients` is among them by name, and not because all are.
         input: what `image` holds.
         verify: whether to verify.
-        folder: where to.
+        folder: where to; None for `triton`.
+        triton: the Triton model repository to write to; None for `folder`.
     """
 
     file_format: Format
@@ -58,7 +60,21 @@ class ExportOptions:
     gradients_named: bool
     input: InputKind
     verify: bool
-    folder: Path
+    folder: Path | None
+    triton: Path | None
+
+    def folder_of(self, model: str) -> Path:
+        """Where the export of a model goes.
+
+        Raises:
+            ConfigError: something else is there.
+        """
+        try:
+            folder = cast("Path", self.folder) if self.triton is None else version_folder(self.triton, model)
+            check_folder(folder)
+        except ExportError as error:
+            raise ConfigError(f"{'--output' if self.triton is None else '--triton'}: {error}") from error
+        return folder
 
 
 def parse_options(
@@ -72,7 +88,8 @@ def parse_options(
     outputs: str,
     input_kind: str,
     verify: bool,
-    folder: Path,
+    folder: Path | None = None,
+    triton: Path | None = None,
 ) -> ExportOptions:
     """Check options as typed.
 
@@ -87,6 +104,10 @@ def parse_options(
     wanted = {_member("--outputs", Output, name, also=[_ALL]) for name in names if name != _ALL}
     if not names:
         raise ConfigError(f"--outputs: names none of {', '.join(Output)}")
+    if (folder is None) == (triton is None):
+        raise ConfigError("--output: give it or --triton, one of the two")
+    if triton is not None and file_format != Format.ONNX:
+        raise ConfigError(f"--format: what Triton's onnxruntime backend runs is onnx, not {file_format!r}")
     return ExportOptions(
         file_format=_member("--format", Format, file_format),
         layer=layer,
@@ -99,6 +120,7 @@ def parse_options(
         input=_member("--input", InputKind, input_kind),
         verify=verify,
         folder=folder,
+        triton=triton,
     )
 
 
@@ -159,22 +181,36 @@ def run_export(config: ModelConfig, options: ExportOptions, *, tell: Callable[[s
     def report(line: str) -> None:
         tell(f"{time.monotonic() - started:6.1f} s  {line}")
 
-    try:
-        check_folder(options.folder)
-    except ExportError as error:
-        raise ConfigError(f"--output: {error}") from error
+    folder = options.folder_of(config.name)
     layers = (options.layer,) if options.layer else config.layers
     export = _export_file if config.source.startswith(ONNX_PREFIX) else _export_network
     try:
-        return export(config.model_copy(update={"layers": layers}), options, method, score, report)
+        config = config.model_copy(update={"layers": layers})
+        manifest = export(config, options, folder, method=method, score=score, report=report)
     except ModelLoadError as error:
         if options.layer and str(error).startswith("layers:"):
             raise ConfigError(f"--layer:{str(error).removeprefix('layers:')}") from error
         raise
+    if options.triton is not None:
+        write_config(
+            folder,
+            manifest,
+            max_batch_size=config.batching.max_batch_size,
+            devices=config.devices,
+            # What is measured is our engine.
+            instances=1 if config.instances == "auto" else config.instances,
+        )
+    return manifest
 
 
 def _export_network(
-    config: ModelConfig, options: ExportOptions, method: Method, score: Score, report: Callable[[str], None]
+    config: ModelConfig,
+    options: ExportOptions,
+    folder: Path,
+    *,
+    method: Method,
+    score: Score,
+    report: Callable[[str], None],
 ) -> Manifest:
     """Export a network of torch's."""
     # Only now: they import torch, which takes seconds, and a wrong option should be told at once.
@@ -193,14 +229,20 @@ def _export_network(
             _spec(options, method, score, model.layers[0], model.task),
             file_format=options.file_format,
             source=config.source,
-            folder=options.folder,
+            folder=folder,
             verify=options.verify,
             report=report,
         )
 
 
 def _export_file(
-    config: ModelConfig, options: ExportOptions, method: Method, score: Score, report: Callable[[str], None]
+    config: ModelConfig,
+    options: ExportOptions,
+    folder: Path,
+    *,
+    method: Method,
+    score: Score,
+    report: Callable[[str], None],
 ) -> Manifest:
     """Export the explaining file of an ONNX file."""
     with brought_by("onnx"):
@@ -228,7 +270,7 @@ def _export_file(
         spec,
         name=config.name,
         source=config.source,
-        folder=options.folder,
+        folder=folder,
         judge=functools.partial(parity_of, loaded, spec, report) if options.verify else None,
         report=report,
     )
@@ -256,14 +298,21 @@ def _check_classes(options: ExportOptions, name: str, class_count: int) -> None:
         raise ConfigError(f'--classes: {name} has 1 class, so "{_ANY}" is no choice')
 
 
-def describe(manifest: Manifest, folder: Path) -> list[str]:
-    """Say in a few lines what an export is, where it is, and how right."""
+def describe(manifest: Manifest, folder: Path, *, triton: bool = False) -> list[str]:
+    """Say in a few lines what an export is, where it is, and how right.
+
+    Args:
+        manifest: of the export.
+        folder: that it is in.
+        triton: whether that is a version's in a Triton model repository.
+    """
     graph = manifest.graphs[0]
     classes = "any number of classes" if manifest.classes is None else f"classes: {manifest.classes}"
     score = "" if graph.score is Score.LOGIT else f" of the {graph.score}"
     lines = [f"{manifest.model} by {graph.layer}, {graph.method}{score}, {manifest.precision}, {classes}"]
     files = [folder / name for name in (*manifest.files, MANIFEST_FILE)]
     lines += [f"{path}  {path.stat().st_size / 1e6:.2f} MB" for path in files]
+    lines += [str(folder.parent / CONFIG_FILE)] * triton
     parity = manifest.parity
     if not parity:
         return [*lines, "not verified"]
