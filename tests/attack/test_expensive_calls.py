@@ -63,6 +63,7 @@ class Record:
 EXPENSIVE = {
     "full-grad": pb.ExplainOptions(method=method_pb2.METHOD_FULL_GRAD, top_k=CLASSES),
     "guided-grad-cam": pb.ExplainOptions(method=method_pb2.METHOD_GUIDED_GRAD_CAM, top_k=CLASSES),
+    "shapley-cam": pb.ExplainOptions(method=method_pb2.METHOD_SHAPLEY_CAM, top_k=CLASSES // 3, layers=["body", "stem"]),
     "grad-cam of many classes": pb.ExplainOptions(top_k=CLASSES),
     "two layers, augmented": pb.ExplainOptions(
         top_k=CLASSES, layers=["body", "stem"], smoothing=pb.Smoothing(augmentation=True)

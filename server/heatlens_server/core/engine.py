@@ -52,7 +52,10 @@ class MapSpec:
         """Into how many runs the explanation of so many goals can be divided."""
         if not self.divisible:
             return 1
-        return len(self.layers) if self.method.traits.class_free else count
+        if self.method.traits.class_free:
+            return len(self.layers)
+        # All gradients are one run, and each layer's second derivative is another.
+        return count * (1 + len(self.layers)) if self.method.traits.differentiates_twice else count
 
 
 LayerShape = tuple[int, int, int]

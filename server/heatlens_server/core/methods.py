@@ -132,6 +132,7 @@ class MethodTraits:
         always_at_input_size: whether its maps are of the model's input size whatever size is asked for: it looks at no
             layer, or at the pixels too.
         looks_at_layers: whether a request's layers change its map.
+        differentiates_twice: whether it differentiates each layer's gradient again, which takes long.
         preset: what a preset stands for.
     """
 
@@ -143,6 +144,7 @@ class MethodTraits:
     weights_activations: bool = False
     always_at_input_size: bool = False
     looks_at_layers: bool = True
+    differentiates_twice: bool = False
     preset: Preset | None = None
 
     @property
@@ -184,7 +186,9 @@ _TRAITS: Mapping[Method, MethodTraits] = MappingProxyType(
         Method.REFINE_CAM: MethodTraits(
             Procedure.PRESET, preset=Preset(Method.GRAD_CAM, aggregation=Aggregation.PRODUCT, all_layers=True)
         ),
-        Method.SHAPLEY_CAM: MethodTraits(Procedure.ONE_PASS, needs_gradient=True, weights_activations=True),
+        Method.SHAPLEY_CAM: MethodTraits(
+            Procedure.ONE_PASS, needs_gradient=True, weights_activations=True, differentiates_twice=True
+        ),
         Method.SMOOTH_GRAD_CAM_PLUS_PLUS: MethodTraits(Procedure.STEPS, needs_gradient=True),
         Method.SCORE_CAM: _MASKS,
         Method.SS_CAM: _MASKS,

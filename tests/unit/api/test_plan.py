@@ -223,6 +223,8 @@ def test_smoothing_and_faithfulness_reach_the_spec():
         ({"top_k": 8}, 8),
         ({"top_k": 4, "layers": ["body", "stem"]}, 4),
         ({"method": method_pb2.METHOD_FULL_GRAD, "top_k": 2}, 2),
+        ({"method": method_pb2.METHOD_SHAPLEY_CAM}, 2),
+        ({"method": method_pb2.METHOD_SHAPLEY_CAM, "top_k": 4, "layers": ["body", "stem"]}, 12),
         ({"method": method_pb2.METHOD_EIGEN_CAM, "top_k": 10}, 1),
         ({"method": method_pb2.METHOD_EIGEN_CAM, "top_k": 10, "layers": ["body", "stem"]}, 2),
     ],

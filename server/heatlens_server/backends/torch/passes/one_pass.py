@@ -49,7 +49,7 @@ class RawMaps:
 
 
 PassSteps = Generator[None, None, RawMaps]
-"""Yields after each goal, so that others may have the device; changes no state of the thread across a yield."""
+"""Yields after each goal or more often, so that others may have the device; changes nothing of the thread across it."""
 
 OnePass = Callable[[TorchModel, Tensor, Sequence[Target], MapSpec], PassSteps]
 """Explains inputs (N, C, H, W). Resumed with gradients enabled."""

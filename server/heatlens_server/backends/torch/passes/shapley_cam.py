@@ -1,6 +1,7 @@
 """Shapley-CAM: gradients, and how they change along the activations. Two differentiations of the tail per class."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
@@ -33,41 +34,42 @@ def shapley_cam(model: TorchModel, inputs: Tensor, targets: Sequence[Target], sp
     goals = model.task.goals(output, targets, score=spec.score, run=model.run_images)
     leaves = [leaf_of(outputs[layer]) for layer in spec.layers]
     maps: list[list[Tensor]] = [[] for _ in leaves]
+    yield
     for k in range(goals.width):
-        both = _gradients(model, goals.score(k), leaves, retain_graph=k + 1 < goals.width)
-        with torch.no_grad():
-            for of_layer, layer, leaf, (gradient, curvature) in zip(maps, spec.layers, leaves, both, strict=True):
+        # The graph of the gradients holds that of the score: both go when the last of them is let go of.
+        gradients = list(_derivatives(goals.score(k) * model.gradient_scale, leaves, create_graph=True))
+        yield
+        for index, (of_layer, layer, leaf) in enumerate(zip(maps, spec.layers, leaves, strict=True)):
+            keep = k + 1 < goals.width or index + 1 < len(leaves)
+            gradient, curvature = _curved(model, gradients[index], leaf, retain_graph=keep)
+            with torch.no_grad():
                 activations, g, c = (model.features(layer, t.detach()) for t in (leaf, gradient, curvature))
                 of_layer.append(_map(spec, activations, g[:, None], c[:, None]))
-        yield
+            yield
     return RawMaps(goals, [torch.cat(of_layer, dim=1) for of_layer in maps])
 
 
-def _gradients(
-    model: TorchModel, score: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool
-) -> list[tuple[Tensor, Tensor]]:
-    """Of each leaf A its gradient g, and the derivative of `sum(g * A)` for a fixed A: the Hessian times A."""
+def _curved(model: TorchModel, gradient: Tensor, leaf: Tensor, *, retain_graph: bool) -> tuple[Tensor, Tensor]:
+    """A leaf's gradient g, and the derivative of `sum(g * A)` for a fixed A, the leaf's values: the Hessian times A."""
+    found = None
+    if gradient.requires_grad:
+        values = leaf.detach()
+        (found,) = _derivatives(gradient, leaf, values, retain_graph=retain_graph, allow_unused=True)
+        # Nothing but the leaf has a gradient: what depends on something else is marked once_differentiable.
+        if found is None and leaf.is_leaf:
+            raise _impossible()
+    curvature = torch.zeros_like(gradient) if found is None else found
     scale = model.gradient_scale
+    return (gradient, curvature) if scale == 1.0 else (gradient.float() / scale, curvature.float() / scale)
+
+
+def _derivatives(*args: Any, **options: Any) -> tuple[Any, ...]:  # noqa: ANN401 - torch's own
     try:
-        # The graph of the gradients holds that of the score: both go when the last of them is let go of.
-        gradients = torch.autograd.grad(score * scale, leaves, create_graph=True)
-        curvatures: list[Tensor] = []
-        for index, (gradient, leaf) in enumerate(zip(gradients, leaves, strict=True)):
-            found = None
-            if gradient.requires_grad:
-                keep = retain_graph or index + 1 < len(leaves)
-                (found,) = torch.autograd.grad(gradient, leaf, leaf.detach(), retain_graph=keep, allow_unused=True)
-                # Nothing but the leaf has a gradient: what depends on something else is marked once_differentiable.
-                if found is None and leaf.is_leaf:
-                    raise _impossible()
-            curvatures.append(torch.zeros_like(gradient) if found is None else found)
+        return tuple(torch.autograd.grad(*args, **options))
     except RuntimeError as error:
         if "is not implemented" not in str(error):
             raise
         raise _impossible() from error
-    if scale == 1.0:
-        return list(zip(gradients, curvatures, strict=True))
-    return [(g.float() / scale, c.float() / scale) for g, c in zip(gradients, curvatures, strict=True)]
 
 
 def _impossible() -> InvalidArgument:
