@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import tiny_models
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.engine import MapSpec, SteppingEngine
-from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.core.errors import ModelInterrupted, ModelLoadError
 from heatlens_server.core.methods import CLOSED_FORMS, Method, Metric
 from heatlens_server.core.results import ImageResult
 from heatlens_server.core.targets import ClassIds
@@ -161,3 +161,23 @@ def test_what_cannot_be_loaded_says_why(monkeypatch, changes, message):
     monkeypatch.syspath_prepend(str(SUPPORT))
     with pytest.raises(ModelLoadError, match=message):
         isolated(CONFIG.model_copy(update=changes))
+
+
+def test_instances_have_a_process_each_and_divide_the_cores():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SUPPORT))
+        built = isolated(CONFIG.model_copy(update={"instances": 2}))
+    try:
+        one, other = built.engines
+        for theirs, ours in zip(
+            one.explain(noise(2), TARGETS, BODY), other.explain(noise(2), TARGETS, BODY), strict=True
+        ):
+            equal(theirs, ours)
+        # Each has its own: what ends one leaves the other.
+        one.restart()
+        with pytest.raises(ModelInterrupted):
+            one.explain(noise(2), TARGETS, BODY)
+        assert other.explain(noise(2), TARGETS, BODY)
+        assert other.outage is None
+    finally:
+        built.close()

@@ -9,13 +9,14 @@ import pytest
 
 from fleets import PREPROCESS
 from heatlens_server.config import ModelConfig
-from heatlens_server.core.engine import Capabilities
+from heatlens_server.core.engine import Capabilities, MapSpec
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import Method
 from heatlens_server.core.results import ImageResult
 from heatlens_server.fleet import instances
 from heatlens_server.fleet.built_model import BuiltModel
 from heatlens_server.fleet.instances import on_all_devices
+from heatlens_server.fleet.warm_up import try_out
 
 INFO = Capabilities("fake", "cpu", "fp32", 2, 2, 1, (Method.GRAD_CAM,), ("layer",))
 
@@ -165,3 +166,24 @@ def test_auto_is_one_on_a_gpu_and_on_one_core(engines, monkeypatch, keys):
         monkeypatch.setattr(instances, "usable_cores", lambda: 1)
     built = on_all_devices(config(instances="auto", **keys), engines.build)
     assert (len(built.engines), built.assumptions) == (1, ())
+
+
+def test_an_engine_is_tried_by_a_method_of_its_own(engines):
+    """A second engine, which takes seconds to load, is not."""
+    ran = []
+    info = dataclasses.replace(
+        INFO, methods=(Method.GRAD_CAM, Method.LAYER_CAM), fallback_methods=frozenset({Method.GRAD_CAM})
+    )
+    engine = Made(info, engines)
+    explain = engine.explain
+
+    def explained(images: np.ndarray, targets: object, spec: MapSpec) -> list[ImageResult]:
+        ran.append(spec.method)
+        results = explain(images, targets, spec)
+        results[0].logits[:] = np.nan
+        return results
+
+    engine.explain = explained
+    with pytest.raises(ValueError, match="not finite"):
+        try_out(engine)
+    assert ran == [Method.LAYER_CAM]
