@@ -79,7 +79,11 @@ def _with_instances(built: BuiltModel, config: ModelConfig) -> BuiltModel:
     is_on_cpu, cores = built.engine.info.device == "cpu", usable_cores()
     try:
         if config.instances != "auto":
-            return _several(built, config, config.instances, threads=cores if is_on_cpu else None)
+            several = _several(built, config, config.instances, threads=cores if is_on_cpu else None)
+            if config.instances > 1:
+                each = f", with {_share(cores, config.instances)} of {cores} cores each" if is_on_cpu else ""
+                _log.info("model %s: %d engines on %s%s", config.name, config.instances, built.engine.info.device, each)
+            return several
         if not is_on_cpu or cores == 1:
             return built
         return _best(built, config, cores)
@@ -102,7 +106,7 @@ def _several(built: BuiltModel, config: ModelConfig, count: int, *, threads: int
     others: list[SteppingEngine] = []
     try:
         if threads is not None:
-            built.engine.use_threads(max(1, threads // count))
+            built.engine.use_threads(_share(threads, count))
         others += (built.engine.another() for _ in range(count - 1))
         for engine in (built.engine, *others):
             warm_up(engine, config, built.method)
@@ -110,9 +114,11 @@ def _several(built: BuiltModel, config: ModelConfig, count: int, *, threads: int
         for engine in others:
             engine.close()
         raise
-    told = "" if threads is None else f" with {max(1, threads // count)} of {threads} cores each"
-    _log.info("model %s: %d engines on %s%s", config.name, count, built.engine.info.device, told)
     return replace(built, others=tuple(others))
+
+
+def _share(cores: int, count: int) -> int:
+    return max(1, cores // count)
 
 
 def _best(built: BuiltModel, config: ModelConfig, cores: int) -> BuiltModel:
@@ -124,11 +130,15 @@ def _best(built: BuiltModel, config: ModelConfig, cores: int) -> BuiltModel:
     images = np.repeat(image, max(1, min(most, int(_MEASURED_RUN_S / image_s))), axis=0)
     one = _images_per_s([built.engine], images, built.method, seconds=_MEASURED_S)
     several = _several(built, config, count, threads=cores)
-    found = _images_per_s(several.engines, images, built.method, seconds=_MEASURED_S)
+    try:
+        found = _images_per_s(several.engines, images, built.method, seconds=_MEASURED_S)
+    except BaseException:
+        several.close()
+        raise
     is_better = found >= _MIN_GAIN * one
     said = (
         f"{count if is_better else 1} of {count} engines run on the CPU: one on all cores explains {one:.1f} images a "
-        f"second, and {count} with {max(1, cores // count)} of {cores} cores each explain {found:.1f}, in batches of "
+        f"second, and {count} with {_share(cores, count)} of {cores} cores each explain {found:.1f}, in batches of "
         f"{len(images)}; instances overrides that."
     )
     if not is_better:

@@ -111,7 +111,7 @@ def test_instances_on_a_cpu_divide_its_cores(engines, caplog):
     built = on_all_devices(config(instances=2), engines.build)
     assert built.engines == tuple(engines.made)
     assert [engine.threads for engine in engines.made] == [2, 2]
-    assert "2 engines on cpu with 2 of 4 cores each" in caplog.text
+    assert "2 engines on cpu, with 2 of 4 cores each" in caplog.text
 
 
 def test_there_may_be_more_instances_than_cores(engines):
