@@ -40,6 +40,7 @@ from heatlens_server.scheduling.model_queue import ModelQueue
 from heatlens_server.service_manager import ServiceManager
 from heatlens_server.telemetry.log_observer import LogObserver
 from heatlens_server.transports.grpc.hang_up import hang_up
+from heatlens_server.transports.grpc.idle_connections import free_places
 from heatlens_server.transports.grpc.server import Health, bind, enable_reflection, make_server
 from heatlens_server.transports.grpc.services import ExplainServicer, ModelServicer
 
@@ -146,10 +147,10 @@ class Server:
             admission=admission,
             administrators=_administrators(config.admin) if config.admin.enabled else None,
         )
-        max_connections = connections_within_limit(config.server.max_connections)
+        self._max_connections = connections_within_limit(config.server.max_connections)
         explainer = Explainer(self.fleet, limits, self._observer, admission)
         self._grpc = make_server(
-            config.server, self._gate, max_connections=max_connections, refuse_if_full=explainer.refuse_if_full
+            config.server, self._gate, max_connections=self._max_connections, refuse_if_full=explainer.refuse_if_full
         )
         explain_pb2_grpc.add_ExplainServiceServicer_to_server(ExplainServicer(explainer, self.streams), self._grpc)
         self.reloader = Reloader(self.fleet, config, read or (lambda: config))
@@ -173,6 +174,9 @@ class Server:
         server._background = [
             asyncio.create_task(watch(server.fleet, on_hang=lambda _name: server.hung.set())),
             asyncio.create_task(return_memory_when_idle(server._gate.work)),
+            asyncio.create_task(
+                free_places(server.port, max_connections=server._max_connections, busy=lambda: server._gate.peers)
+            ),
         ]
         await server._health.update(server.fleet)
         await server._grpc.start()

@@ -18,6 +18,7 @@ from server_process import wait_settled
 from server_toml import model_toml, server_toml
 
 STRANGER = "127.0.0.2"
+APART = [("grpc.use_local_subchannel_pool", 1)]
 HEALTH, STREAM = "/grpc.health.v1.Health/Check", "/heatlens.v1.ExplainService/StreamExplain"
 MLP = model_toml("mlp", "tiny_mlp", max_batch_size=1)
 PLACES = 8
@@ -75,5 +76,18 @@ def test_health_checks_that_never_end_hold_up_no_other(launch, connect, sized):
         for _ in range(20):
             checked = stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
             assert checked.status == health_pb2.HealthCheckResponse.SERVING
+    with Client(server.address) as client:
+        assert client.explain(distinct(1)[0], timeout=60).explanations
+
+
+@pytest.mark.serial
+def test_idle_connections_of_a_host_that_takes_all_places_give_way(launch, connect, sized):
+    most = sized(40, 1000)
+    server = launch(server_toml(max_connections=most))
+    wait_settled(server.address)
+    for _ in range(most):
+        connect(server.address, source=STRANGER)
+    with grpc.insecure_channel(server.address, options=APART) as channel:
+        grpc.channel_ready_future(channel).result(60)
     with Client(server.address) as client:
         assert client.explain(distinct(1)[0], timeout=60).explanations

@@ -55,7 +55,8 @@ def test_connections_beyond_the_limit_are_closed_and_those_that_are_open_are_ser
         for one in flood:
             with contextlib.suppress(OSError, AssertionError):
                 served += one.until(SETTINGS, 1)[SETTINGS] > 0
-        assert served == 19
+        # A few more where the first of them were idle long enough meanwhile.
+        assert served >= 19
         assert client.explain(distinct(1)[0], timeout=60).explanations
         for one in flood:
             one.close()
