@@ -21,6 +21,7 @@ from heatlens_server.api.checks import Limits
 from heatlens_server.api.explainer import Explainer
 from heatlens_server.api.stream.open_streams import OpenStreams
 from heatlens_server.config import AdminConfig, Config, ModelConfig, ServerConfig
+from heatlens_server.core.cores import usable_cores
 from heatlens_server.core.engine import SteppingEngine
 from heatlens_server.core.errors import ConfigError, ServerDraining
 from heatlens_server.core.events import Observer, Observers
@@ -85,7 +86,7 @@ class Server:
     def __init__(self, config: Config, read: Callable[[], Config] | None = None) -> None:
         """Wire everything; nothing runs yet. Arguments: as `serve`."""
         self._config = config
-        self._decoder_count = config.server.decode_threads or os.cpu_count() or 1
+        self._decoder_count = config.server.decode_threads or usable_cores()
         self._decoders = ThreadPoolExecutor(self._decoder_count, thread_name_prefix="decode-image")
         self._large_decoders = ThreadPoolExecutor(
             self._decoder_count, thread_name_prefix="decode-large", initializer=_yield_to_others

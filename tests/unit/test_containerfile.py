@@ -30,7 +30,7 @@ def stages() -> dict[str, list[tuple[str, str]]]:
     return found
 
 
-IMAGES = {name: stages()[name] for name in ("light", "torch")}
+IMAGES = {name: stages()[name] for name in ("light", "torch", "gpu")}
 EACH_IMAGE = pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES)
 
 
@@ -71,8 +71,8 @@ def test_each_image_holds_the_extras_of_its_name():
         assert f"--from={name}-packages /opt/heatlens /opt/heatlens" in last(image, "COPY")
         (extras,) = re.findall(r"\.whl\)\[([\w,]+)\]", " ".join(value for _, value in stages()[f"{name}-packages"]))
         installed[name] = extras.split(",")
-    assert installed == {"light": ["server"], "torch": ["server", "torch"]}
-    assert set(installed["torch"]) <= set(known)
+    assert installed == {"light": ["server"], "torch": ["server", "torch"], "gpu": ["gpu"]}
+    assert {extra for extras in installed.values() for extra in extras} <= set(known)
 
 
 def test_what_is_copied_is_not_ignored():

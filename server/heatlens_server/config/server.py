@@ -66,6 +66,9 @@ class ServerConfig(Section):
     """Most calls open at a time on one connection; clients keep further ones back until one has ended."""
     idle_timeout_s: float = Field(default=300.0, ge=1, le=86_400)
     """A connection that has had no call for so long is closed, in seconds; clients connect anew by themselves."""
+    max_connection_age_s: float = Field(default=0.0, ge=0, le=2_000_000)
+    """Age at which a connection takes no further calls, in seconds; those on it go on, and clients connect anew by
+    themselves: to servers that are new, too. 0: no such age."""
     max_bytes_in_flight: int = Field(default=1024**3, ge=1024, le=2**50)
     """Most bytes of requests and answers in flight, half of it for each; more are refused."""
     max_connection_bytes_in_flight: int = Field(default=512 * 1024**2, ge=1024, le=2**50)

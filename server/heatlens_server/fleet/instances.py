@@ -9,9 +9,9 @@ from threading import Barrier
 
 import numpy as np
 
-from heatlens_server.backends.onnx.providers import usable_cores
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.arrays import ImageArray
+from heatlens_server.core.cores import usable_cores
 from heatlens_server.core.engine import Capabilities, SteppingEngine
 from heatlens_server.core.errors import ModelLoadError
 from heatlens_server.core.methods import Method

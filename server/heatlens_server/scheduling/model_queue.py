@@ -3,13 +3,13 @@
 import asyncio
 import functools
 import itertools
-import os
 import time
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
+from heatlens_server.core.cores import usable_cores
 from heatlens_server.core.engine import MapSpec, SteppingEngine
 from heatlens_server.core.errors import DeadlineExpired, ImageMemoryFull, QueueFull
 from heatlens_server.core.events import Observer, Trace
@@ -82,7 +82,7 @@ class ModelQueue:
         self._name = name
         self._observer = observer or Observer()
         self._loop = asyncio.get_running_loop()
-        self._decode_queue = DecodeQueue(decoders, self._decode, at_once=max_decoding or os.cpu_count() or 1)
+        self._decode_queue = DecodeQueue(decoders, self._decode, at_once=max_decoding or usable_cores())
         self._large_images = large_images
         self.batcher = Batcher(
             max_batch_size=max_batch_size,

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from heatlens_server.core.cores import usable_cores
 from heatlens_server.core.errors import ModelLoadError
 
 _log = logging.getLogger(__name__)
@@ -213,6 +214,7 @@ def session_options(runtime: Runtime, *, threads: int | None) -> SessionOptions:
     """
     options = runtime.SessionOptions()
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    # onnxruntime's own count is the machine's.
     options.intra_op_num_threads = threads or usable_cores()
     options.inter_op_num_threads = 1
     # Errors only: warnings are about the graph, which users did not write.
@@ -221,11 +223,6 @@ def session_options(runtime: Runtime, *, threads: int | None) -> SessionOptions:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry(*SIGNED_STAYS)
     return options
-
-
-def usable_cores() -> int:
-    """Cores that this process may use. onnxruntime's own count is the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def open_session(

@@ -59,6 +59,8 @@ _KEEPALIVE_OPTIONS = (
     ("grpc.server_handshake_timeout_ms", 20_000),
 )
 
+_NEVER_MS = 2**31 - 1
+
 _LOOKAHEAD_BYTES = 256 * 1024
 """What a peer may send of a call that is not read."""
 
@@ -101,6 +103,8 @@ def make_server(
             ("grpc.http2.bdp_probe", 0),
             ("grpc.http2.lookahead_bytes", _LOOKAHEAD_BYTES),
             ("grpc.max_connection_idle_ms", round(config.idle_timeout_s * 1000)),
+            # gRPC's grace for the calls on it is endless by default.
+            ("grpc.max_connection_age_ms", round(config.max_connection_age_s * 1000) or _NEVER_MS),
             *_KEEPALIVE_OPTIONS,
         ],
     )

@@ -22,8 +22,8 @@ from heatlens_server.backends.onnx.providers import (
     missing_library,
     open_session,
     session_options,
-    usable_cores,
 )
+from heatlens_server.core.cores import usable_cores
 from heatlens_server.core.errors import ModelLoadError
 
 EVERYTHING = (TENSORRT, CUDA, CPU)
