@@ -10,6 +10,8 @@ PROTO_VENV := .venv-proto
 PROTO_BIN := $(PROTO_VENV)/bin
 PROTOS := $(sort $(wildcard proto/heatlens/v1/*.proto))
 STUBS := client/heatlens/v1
+# Messages alone: the server registers their methods under another package's name.
+V2 := heatlens_server/transports/grpc/v2
 
 .PHONY: help setup demo demo-video gallery test attack lint format type proto proto-check embedded embedded-check sync-client bench bench-gpu coverage-export clean
 
@@ -74,12 +76,13 @@ format: setup $(PROTO_VENV)/.ready ## Rewrite the sources in the house style
 type: setup ## Check types: mypy --strict on both packages
 	$(BIN)/mypy
 
-proto: $(PROTO_VENV)/.ready ## Regenerate the stubs in client/heatlens/v1
-	@$(MAKE) --no-print-directory proto-into OUT=client
+proto: $(PROTO_VENV)/.ready ## Regenerate the stubs in client/heatlens/v1 and the server's of v2
+	@$(MAKE) --no-print-directory proto-into OUT=client V2_OUT=server
 
 proto-check: $(PROTO_VENV)/.ready ## Fail if the committed stubs are stale
-	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && $(MAKE) --no-print-directory proto-into OUT="$$tmp" \
+	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && $(MAKE) --no-print-directory proto-into OUT="$$tmp" V2_OUT="$$tmp" \
 	  && diff -r --exclude=__pycache__ --exclude=__init__.py "$$tmp/heatlens/v1" $(STUBS) \
+	  && for stub in "$$tmp/$(V2)"/*; do diff "$$stub" "server/$(V2)/$${stub##*/}" || exit 1; done \
 	  && echo "stubs are up to date"
 
 embedded: setup ## Rewrite the graphs of the embedded model, which servers run without PyTorch
@@ -96,6 +99,7 @@ proto-into:
 	@$(PROTO_BIN)/python -m grpc_tools.protoc -I proto -I third_party \
 	  --plugin=protoc-gen-mypy_grpc=$(PROTO_BIN)/protoc-gen-mypy_grpc \
 	  --python_out=$(OUT) --pyi_out=$(OUT) --grpc_python_out=$(OUT) --mypy_grpc_out=$(OUT) $(PROTOS)
+	@$(PROTO_BIN)/python -m grpc_tools.protoc -I proto --python_out=$(V2_OUT) --pyi_out=$(V2_OUT) proto/$(V2)/*.proto
 
 bench: setup ## Print speed ratios measured in one run on this machine
 	$(BIN)/python -m bench

@@ -14,7 +14,8 @@ def main(
     turns: Annotated[int, typer.Option(help="How often each candidate runs; medians are printed.")] = 7,
     seconds: Annotated[float, typer.Option(help="How long each load lasts, in seconds.")] = 4.0,
     only: Annotated[
-        str, typer.Option(help="One of wire, engine, files, decode, served, stream, watched, instances; empty for all.")
+        str,
+        typer.Option(help="One of wire, engine, files, decode, served, stream, v2, watched, instances; empty for all."),
     ] = "",
 ) -> None:
     """Print speed ratios measured in one run on this machine."""
@@ -23,7 +24,17 @@ def main(
     keep_freed_memory()
     import torch  # noqa: PLC0415 - after malloc is told
 
-    from bench import decode, engine, files, instances, served, stream, watched, wire  # noqa: PLC0415 - after malloc is told
+    from bench import (  # noqa: PLC0415 - after malloc is told
+        decode,
+        engine,
+        files,
+        instances,
+        served,
+        stream,
+        v2,
+        watched,
+        wire,
+    )
     from bench.models import photo_paths  # noqa: PLC0415 - after malloc is told
 
     console = Console(width=None if os.isatty(1) else 120)
@@ -40,7 +51,7 @@ def main(
             console.print(table)
     if only in {"", "decode"}:
         console.print(decode.run())
-    if only in {"", "served", "stream"}:
+    if only in {"", "served", "stream", "v2"}:
         with served.serve() as service:
             if only in {"", "served"}:
                 for table in served.run(service, turns=max(3, turns // 2), seconds=seconds):
@@ -48,6 +59,8 @@ def main(
             if only in {"", "stream"}:
                 for table in stream.run(service, turns=turns, seconds=seconds):
                     console.print(table)
+            if only in {"", "v2"}:
+                console.print(v2.run(service, turns=turns, seconds=seconds))
     if only in {"", "watched"}:
         console.print(watched.run(turns=turns, seconds=seconds))
     if only in {"", "instances"}:

@@ -44,6 +44,7 @@ from heatlens_server.transports.grpc.hang_up import hang_up
 from heatlens_server.transports.grpc.idle_connections import free_places
 from heatlens_server.transports.grpc.server import Health, bind, enable_reflection, make_server
 from heatlens_server.transports.grpc.services import ExplainServicer, ModelServicer
+from heatlens_server.transports.grpc.v2.service import InferenceService
 
 if TYPE_CHECKING:
     from heatlens_server.telemetry.metrics import Metrics
@@ -156,6 +157,8 @@ class Server:
         explain_pb2_grpc.add_ExplainServiceServicer_to_server(ExplainServicer(explainer, self.streams), self._grpc)
         self.reloader = Reloader(self.fleet, config, read or (lambda: config))
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.fleet, limits, self.reloader), self._grpc)
+        if config.server.v2:
+            InferenceService(explainer, self.streams).add_to(self._grpc)
         self._health.add_to(self._grpc)
         if config.server.reflection:
             enable_reflection(self._grpc)

@@ -25,15 +25,17 @@ def field(number, content):
     )
 
 
+EXPLAIN, INFER = "/heatlens.v1.ExplainService/Explain", "/inference.GRPCInferenceService/ModelInfer"
 BOMBS = {
-    "metrics": field(3, field(11, field(1, b"\x01" * SIZE))),
-    "labels": field(3, field(3, b"\x12\x00" * (SIZE // 2))),
-    "shape": field(2, field(2, field(2, b"\x01" * SIZE))),
+    "metrics": (EXPLAIN, field(3, field(11, field(1, b"\x01" * SIZE)))),
+    "labels": (EXPLAIN, field(3, field(3, b"\x12\x00" * (SIZE // 2)))),
+    "shape": (EXPLAIN, field(2, field(2, field(2, b"\x01" * SIZE)))),
+    "contents": (INFER, field(5, field(5, field(4, b"\x01" * SIZE)))),
 }
 
 
-@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS.keys())
-def test_bombs_cost_no_more_than_their_bytes(launch, sized, bomb):
+@pytest.mark.parametrize(("method", "bomb"), BOMBS.values(), ids=BOMBS.keys())
+def test_bombs_cost_no_more_than_their_bytes(launch, sized, method, bomb):
     server = launch(server_toml())
     wait_settled(server.address)
     with Client(server.address) as client, grpc.insecure_channel(server.address) as channel:
@@ -41,7 +43,7 @@ def test_bombs_cost_no_more_than_their_bytes(launch, sized, bomb):
         before, process = rss_bytes(server.process.pid), psutil.Process(server.process.pid)
         used = process.cpu_times().user
         count = sized(8, 16)
-        send = channel.unary_unary("/heatlens.v1.ExplainService/Explain")
+        send = channel.unary_unary(method)
         calls = [send.future(bomb, timeout=100) for _ in range(count)]
         assert client.explain(distinct(1)[0], timeout=60).explanations
         for call in calls:

@@ -100,10 +100,10 @@ def check_answer_size(plan: Plan, image: FittedImage, limits: Limits, *, map_cou
         plan: how the image is explained.
         image: the image.
         limits: in force.
-        map_count: how many maps the answer holds.
+        map_count: how many maps the answer holds for this image.
 
     Returns:
-        Its size, in bytes, at most.
+        Its size, in bytes, at most; as if all images that share the answer were like this one.
 
     Raises:
         InvalidArgument: the maps and predictions would not fit in a message.
@@ -117,11 +117,11 @@ def check_answer_size(plan: Plan, image: FittedImage, limits: Limits, *, map_cou
     maps_bytes = map_count * pixels * np.dtype(plan.map_type.value).itemsize
     if plan.spec.return_mask:
         maps_bytes += (map_count if plan.masks_overlap else 1) * max(pixels, at_input)
-    size_bytes = maps_bytes + plan.top_predictions * _PREDICTION_BYTES + _ENVELOPE_BYTES
+    size_bytes = plan.images * (maps_bytes + plan.top_predictions * _PREDICTION_BYTES) + _ENVELOPE_BYTES
     if size_bytes > limits.max_message_bytes:
         raise InvalidArgument.of(
             "map_size" if maps_bytes else "top_predictions",
-            f"{map_count} maps of this size and {plan.top_predictions} predictions would take "
+            f"{plan.images * map_count} maps of this size and {plan.top_predictions} predictions would take "
             f"{size_bytes} bytes, more than the {limits.max_message_bytes} of a message; ask for a smaller map_size "
             "or map_type, or for less to be explained",
             reason="ANSWER_TOO_LARGE",

@@ -3,7 +3,7 @@
 import asyncio
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from heatlens_server.api.admission import Admission
@@ -80,29 +80,41 @@ class Explainer:
         if full is not None:
             raise full
 
-    async def explain(self, query: Query, encode: Callable[[Answer], T], *, timeout_s: float | None) -> T:
+    async def explain(
+        self,
+        query: Query,
+        encode: Callable[[Answer], T],
+        *,
+        timeout_s: float | None,
+        turn: Callable[[], Awaitable[object]] | None = None,
+        trace: Trace | None = None,
+    ) -> T:
         """Explain one image.
 
         Args:
             query: what is asked for.
             encode: makes the transport's message of the answer; called where the answer is made, see `answer`.
             timeout_s: how long the caller will wait; the model is not run after that. None: for ever.
+            turn: awaited before the answer is made; None: nobody is before it.
+            trace: that of the frame; None: of the call.
 
         Raises:
             HeatlensError: a field is wrong, the model is not ready, or whatever `Ticket.result` raises.
         """
         call = current_call()
-        told = call.fields
+        told, trace = call.fields, trace or call.trace
         told["model"] = known_name(self.fleet, query.model)
         with self.fleet.use(query.model, query.model_version, functools.partial(_point, query)) as model:
             told["model_version"] = model.version
             plan, image = plan_query(query, model, self.limits)
             told["explanation"] = str(plan.method)
             await model.queue.load_for(plan.spec)
-            ticket = self.submit(image, plan, model, timeout_s=timeout_s, trace=call.trace)
+            ticket = self.submit(image, plan, model, timeout_s=timeout_s, trace=trace)
             done = await ticket.result()
             told.update(done.timing.told())
-            return await self.answer(done, plan, model, encode, trace=call.trace)
+            if turn is not None:
+                await turn()
+            return await self.answer(done, plan, model, encode, trace=trace)
 
     def submit(
         self,

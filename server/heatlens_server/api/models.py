@@ -8,6 +8,8 @@ from heatlens_server.api.checks import Limits
 from heatlens_server.core.engine import Capabilities
 from heatlens_server.core.methods import Method
 from heatlens_server.fleet.fleet import Fleet
+from heatlens_server.fleet.served_model import ModelState
+from heatlens_server.fleet.versions import default_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,18 @@ def supported_methods(capabilities: Capabilities) -> tuple[MethodSupport, ...]:
 def server_info(fleet: Fleet, limits: Limits) -> ServerInfo:
     """What the server is at this moment: its models come and go."""
     return ServerInfo(heatlens_version(), limits, fleet.max_batch_size, fleet.max_delay_s)
+
+
+def model_states(fleet: Fleet) -> dict[str, ModelState]:
+    """The state of each model: a version that is loaded beside one that answers keeps nobody waiting."""
+    names = dict.fromkeys(status.name for status in fleet)
+    return {name: default_of([one for one in fleet if one.name == name]).state for name in names}
+
+
+def is_ready(fleet: Fleet) -> bool:
+    """Whether no model is loading, and at least one is ready."""
+    states = model_states(fleet).values()
+    return ModelState.LOADING not in states and ModelState.READY in states
 
 
 def known_name(fleet: Fleet, name: str) -> str:

@@ -27,6 +27,7 @@ class Plan:
         finish_target: makes the target that the engine gets, once an image is decoded; None if `target` is that.
         reference: the image that it decodes for that, if any.
         warnings: what the caller asked for that changes nothing.
+        images: how many images share the message of the answer.
     """
 
     target: Target
@@ -38,6 +39,7 @@ class Plan:
     finish_target: FinishTarget | None = None
     reference: ReferenceImage | None = None
     warnings: tuple[str, ...] = ()
+    images: int = 1
 
     @property
     def method(self) -> Method:
@@ -68,7 +70,7 @@ def plan_query(query: Query, model: ServedModel, limits: Limits) -> tuple[Plan, 
     plan = plan_options(query.options, model, limits, wrong)
     image = check_image(query.image, model.preprocess, limits, wrong)
     wrong.raise_if_any()
-    return plan, image
+    return replace(plan, images=query.images), image
 
 
 def plan_options(options: Options, model: ServedModel, limits: Limits, wrong: Violations) -> Plan:

@@ -140,12 +140,14 @@ class Query:
         image: what to explain; None if the caller sent none.
         options: how.
         model_version: of the model; empty for the one that the server chooses.
+        images: how many images share the message of the answer, this one included.
     """
 
     model: str
     image: Image | None
     options: Options
     model_version: str = ""
+    images: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

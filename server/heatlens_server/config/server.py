@@ -43,6 +43,8 @@ class ServerConfig(Section):
     """Whether the server drains and ends with exit code 1 when a model hangs, for orchestrators that start it anew."""
     reflection: bool = False
     """Whether clients may list the services by gRPC reflection."""
+    v2: bool = True
+    """Whether clients of the open inference protocol (KServe, Triton) are answered, on the same port."""
     max_message_bytes: int = Field(default=16 * 1024 * 1024, ge=1024, le=2**31 - 1)
     """Largest message accepted and sent, in bytes."""
     max_image_pixels: int = Field(default=64_000_000, ge=1, le=MAX_PIXELS_LIMIT)

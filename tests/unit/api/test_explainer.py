@@ -1,5 +1,7 @@
 """One image without a transport: from a query to what the transport's encoder makes of the answer."""
 
+import asyncio
+import dataclasses
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -65,6 +67,33 @@ async def test_what_cannot_be_answered_is_refused_before_the_model_runs(rig):
         await explained(rig, Query("a", IMAGE, Options(map_size=MapSize.SOURCE)), max_message_bytes=64 * 1024)
     assert raised.value.reason == "ANSWER_TOO_LARGE"
     assert not rig.engines[0].entered.is_set()
+
+
+async def test_the_answers_of_images_that_share_a_message_fit_in_it_together(rig):
+    image = Image(pixels=Tensor("UINT8", (10, 10, 3), bytes(300)))
+    one = Query("a", image, Options(map_size=MapSize.SOURCE))
+    room = 64 * 1024 + 2 * 400
+    assert (await explained(rig, dataclasses.replace(one, images=2), max_message_bytes=room))[0].explanations
+    with pytest.raises(InvalidArgument, match="map_size: 3 maps of this size"):
+        await explained(rig, dataclasses.replace(one, images=3), max_message_bytes=room)
+
+
+async def test_an_answer_is_made_in_its_turn(rig):
+    turn, asked = asyncio.Event(), asyncio.Event()
+
+    async def wait() -> None:
+        asked.set()
+        await turn.wait()
+
+    made = []
+    explainer = Explainer(rig.fleet, limits(), Observer())
+    answer = asyncio.create_task(explainer.explain(Query("a", IMAGE, Options()), made.append, timeout_s=20, turn=wait))
+    async with asyncio.timeout(20):
+        await asked.wait()
+        assert not made
+        turn.set()
+        await answer
+    assert len(made) == 1
 
 
 async def test_a_call_is_refused_before_its_model_is_known_if_every_model_would(rig):

@@ -22,12 +22,13 @@ from grpc_reflection.v1alpha import reflection
 
 from heatlens.v1 import explain_pb2, model_pb2
 from heatlens_server.api.calls import CallGate
+from heatlens_server.api.models import is_ready, model_states
 from heatlens_server.config import ServerConfig, TlsConfig
 from heatlens_server.core.errors import ConfigError
 from heatlens_server.fleet.fleet import Fleet
 from heatlens_server.fleet.served_model import ModelState
-from heatlens_server.fleet.versions import default_of
 from heatlens_server.transports.grpc.interceptor import CallInterceptor
+from heatlens_server.transports.grpc.v2.service import SERVICE as INFERENCE_SERVICE
 
 SERVICES = tuple(
     service.full_name
@@ -36,6 +37,8 @@ SERVICES = tuple(
 )
 
 EXPLAIN_SERVICE = explain_pb2.DESCRIPTOR.services_by_name["ExplainService"].full_name
+
+_EXPLAINING = (f"/{EXPLAIN_SERVICE}/Explain", f"/{INFERENCE_SERVICE}/ModelInfer")
 
 _FOR_ADMINISTRATORS = frozenset(
     f"/heatlens.v1.ModelService/{method}" for method in ("LoadModel", "UnloadModel", "ReloadModel")
@@ -86,9 +89,7 @@ def make_server(
     """
     return grpc.aio.server(
         interceptors=[
-            CallInterceptor(
-                gate, {f"/{EXPLAIN_SERVICE}/Explain": refuse_if_full}, for_administrators=_FOR_ADMINISTRATORS
-            )
+            CallInterceptor(gate, dict.fromkeys(_EXPLAINING, refuse_if_full), for_administrators=_FOR_ADMINISTRATORS)
         ],
         options=[
             ("grpc.max_receive_message_length", config.max_message_bytes),
@@ -173,11 +174,8 @@ class Health:
             if self._draining:
                 return
             await self._servicer.set(LIVENESS, _SERVING)
-            names = dict.fromkeys(status.name for status in fleet)
-            # A version that is loaded beside one that answers keeps nobody waiting.
-            states = {name: default_of([one for one in fleet if one.name == name]).state for name in names}
-            is_settled = ModelState.LOADING not in states.values()
-            overall = _SERVING if is_settled and ModelState.READY in states.values() else _NOT_SERVING
+            states = model_states(fleet)
+            overall = _SERVING if is_ready(fleet) else _NOT_SERVING
             for service in ("", READINESS, *SERVICES):
                 await self._servicer.set(service, overall)
             for name in self._models - set(states):
