@@ -289,7 +289,9 @@ def service_config(retry: Retry, *, balanced: bool = False) -> str:
                     "initialBackoff": f"{float(retry.initial_backoff_s):.9f}s",
                     "maxBackoff": f"{float(retry.max_backoff_s):.9f}s",
                     "backoffMultiplier": float(retry.multiplier),
-                    "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+                    # gRPC's core ends some calls as CANCELLED where more come than a server accepts. One that its
+                    # caller cancels is not tried again.
+                    "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
                 },
             }
         ]

@@ -19,7 +19,7 @@ _RETRY_S = 1.0
 
 _UNLIMITED_BYTES = 2**62
 
-_PUBLIC_SLOW_S = 0.1
+_PUBLIC_SLOW_S = 0.3
 """How long such a message may take while others wait: it is some bytes, which come with the headers."""
 
 _PUBLIC_MESSAGES = 2

@@ -76,7 +76,7 @@ class _Waiting:
     When more come than can be served, the newest are those whose callers still wait.
     """
 
-    order: tuple[int, int]
+    order: tuple[bool, int]
     held: Held = field(compare=False)
     size_bytes: int = field(compare=False)
     ready: "asyncio.Future[None]" = field(compare=False)
@@ -122,7 +122,7 @@ class ByteBudget:
         self._awaited_of_peers: Counter[str] = Counter()
         self._waiting: list[_Waiting] = []
         self._numbers = itertools.count()
-        self._cuts: Counter[str] = Counter()
+        self._cut: set[str] = set()
         self._watchers: set[Callable[[], None]] = set()
 
     @property
@@ -181,7 +181,7 @@ class ByteBudget:
             return
         loop = asyncio.get_running_loop()
         one = _Waiting(
-            (self._cuts[self._host_of(held.peer)], -next(self._numbers)), held, size_bytes, loop.create_future()
+            (self._host_of(held.peer) in self._cut, -next(self._numbers)), held, size_bytes, loop.create_future()
         )
         heapq.heappush(self._waiting, one)
         if len(self._waiting) > self._most_waiting:
@@ -247,9 +247,9 @@ class ByteBudget:
             assert slowest.since is not None
             assert slowest.cut is not None
             if asyncio.get_running_loop().time() - slowest.since > self._slow_s:
-                if len(self._cuts) >= _MOST_CUTS:
-                    self._cuts.clear()
-                self._cuts[self._host_of(slowest.peer)] += 1
+                if len(self._cut) >= _MOST_CUTS:
+                    self._cut.clear()
+                self._cut.add(self._host_of(slowest.peer))
                 if not slowest.cut.done():
                     slowest.cut.set_result(None)
                 slowest.release()

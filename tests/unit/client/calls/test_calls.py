@@ -91,6 +91,7 @@ async def test_wrong_arguments_never_reach_the_server(connect, peer, pixels):
     [
         ("UNAVAILABLE", 3, 10),
         ("RESOURCE_EXHAUSTED", 1, 10),
+        ("CANCELLED", 1, 10),
         # gRPC's own retry buffer is 256 KiB.
         ("UNAVAILABLE", 1, 3_000_000),
     ],

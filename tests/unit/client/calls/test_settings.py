@@ -163,7 +163,7 @@ def test_service_config():
     (method,) = config["methodConfig"]
     assert method["retryPolicy"]["maxAttempts"] == 3
     assert method["retryPolicy"]["initialBackoff"] == "0.001000000s"
-    assert method["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE", "RESOURCE_EXHAUSTED"]
+    assert method["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"]
     assert {"service": "heatlens.v1.ExplainService", "method": "Explain"} in method["name"]
     assert "methodConfig" not in json.loads(service_config(Retry(max_attempts=1)))
 
