@@ -13,7 +13,7 @@ STUBS := client/heatlens/v1
 # Messages alone: the server registers their methods under another package's name.
 V2 := heatlens_server/transports/grpc/v2
 
-.PHONY: help setup demo demo-video gallery test attack lint format type proto proto-check embedded embedded-check sync-client bench bench-gpu coverage-export clean
+.PHONY: help setup demo demo-video ray gallery test attack lint format type proto proto-check embedded embedded-check sync-client bench bench-gpu coverage-export clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ demo: ## Explain a photo of a cat end to end and write out/demo/: half a minute,
 
 demo-video: setup ## Explain a film clip frame by frame and write out/demo-video/
 	$(BIN)/python examples/demo_video.py
+
+ray: setup ## Explain a photo on a Ray cluster of two local nodes and write out/ray/: a minute
+	$(BIN)/python examples/ray_demo.py
 
 gallery: setup ## Draw one photo explained by every method: out/gallery/methods.jpg (some minutes)
 	$(BIN)/python examples/gallery.py

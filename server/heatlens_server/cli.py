@@ -5,6 +5,7 @@ import faulthandler
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -131,6 +132,44 @@ def warm(config: ConfigOption = None) -> None:
     passed = [warm_model(one, lambda line: typer.echo(line, err=True), cache_dir=cache) for one in settings.models]
     if not all(passed):
         raise typer.Exit(1)
+
+
+@app.command()
+def ray(
+    *,
+    config: ConfigOption = None,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS|auto", show_default="start one here", help="The Ray cluster to serve on."),
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of gRPC, on every node of the cluster.")] = 50051,
+    name: Annotated[str, typer.Option(help="Of the application; what has it is replaced.")] = "heatlens",
+    replicas: Annotated[int, typer.Option(metavar="N", min=1, help="How many; with --max-replicas, at least.")] = 1,
+    max_replicas: Annotated[
+        int, typer.Option(metavar="N", min=0, show_default="--replicas", help="At most, by load.")
+    ] = 0,
+    num_cpus: Annotated[float, typer.Option(metavar="C", min=0.01, help="Cores of each replica.")] = 1.0,
+    num_gpus: Annotated[float, typer.Option(metavar="G", min=0.0, help="GPUs of each replica.")] = 0.0,
+) -> None:
+    """Serve on a Ray cluster until SIGTERM or Ctrl-C: replicas on its nodes, behind Ray's gRPC proxies."""
+    if 0 < max_replicas < replicas:
+        _fail("--max-replicas: is less than --replicas")
+    settings = _load(config, {})
+    try:
+        from heatlens_server import ray_serve  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        _fail(f"this needs {error.name}, which is not installed: pip install 'heatlens[ray]'")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: stop.set())
+    scale = ray_serve.Scale(replicas=replicas, max_replicas=max_replicas, num_cpus=num_cpus, num_gpus=num_gpus)
+    try:
+        ray_serve.start(settings, scale, address=address, port=port, name=name)
+    except (RuntimeError, ConnectionError) as error:
+        _fail(error, exit_code=1)
+    typer.echo(f"{name} answers on port {port} of every node", err=True)
+    stop.wait()
+    ray_serve.stop(name)
 
 
 @app.command()

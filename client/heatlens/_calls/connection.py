@@ -3,6 +3,7 @@
 # ruff: noqa: ASYNC109 - `timeout` is a gRPC deadline: the server sees it too, which asyncio.timeout cannot do.
 
 import asyncio
+import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,10 +15,10 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2_grpc
 
 from heatlens._calls.settings import Settings, Timeout
-from heatlens._exceptions import CallCancelledError, FailedPreconditionError
+from heatlens._exceptions import CallCancelledError, FailedPreconditionError, HeatlensError
 from heatlens._stream.calls import AsyncStreamCall, StreamCall
 from heatlens._wire.requests import check_size
-from heatlens._wire.status import error_of
+from heatlens._wire.status import REPLICA_DIED, error_of
 from heatlens.v1 import explain_pb2, explain_pb2_grpc, model_pb2_grpc
 
 Request = TypeVar("Request", bound=Message)
@@ -61,13 +62,20 @@ class Connection:
     ) -> Response:
         """Make one call; only our exceptions come out."""
         settings = self._settings
-        timeout_s = settings.timeout_of(timeout)
         check_size(request, settings.max_message_bytes)
         request_id, metadata = settings.call_metadata()
+        attempts = Attempts(settings, timeout)
         try:
-            return method(request, timeout=timeout_s, metadata=metadata, wait_for_ready=settings.wait_for_ready or None)
-        except grpc.RpcError as error:
-            raise error_of(error, request_id) from None
+            while True:
+                try:
+                    return method(
+                        request,
+                        timeout=attempts.left_s,
+                        metadata=metadata,
+                        wait_for_ready=settings.wait_for_ready or None,
+                    )
+                except grpc.RpcError as error:
+                    attempts.check_another(error_of(error, request_id))
         except ValueError:
             # Closed by another thread meanwhile: gRPC says so with a bare ValueError.
             if not self._closed:
@@ -147,15 +155,20 @@ class AsyncConnection:
     ) -> Response:
         """Make one call; only our exceptions come out, and CancelledError if our task is cancelled."""
         settings = self._settings
-        timeout_s = settings.timeout_of(timeout)
         check_size(request, settings.max_message_bytes)
         request_id, metadata = settings.call_metadata()
+        attempts = Attempts(settings, timeout)
         try:
-            return await method(
-                request, timeout=timeout_s, metadata=metadata, wait_for_ready=settings.wait_for_ready or None
-            )
-        except grpc.RpcError as error:
-            raise error_of(error, request_id) from None
+            while True:
+                try:
+                    return await method(
+                        request,
+                        timeout=attempts.left_s,
+                        metadata=metadata,
+                        wait_for_ready=settings.wait_for_ready or None,
+                    )
+                except grpc.RpcError as error:
+                    attempts.check_another(error_of(error, request_id))
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
@@ -170,6 +183,28 @@ class AsyncConnection:
         call = self.stubs.explain.StreamExplain(metadata=metadata, wait_for_ready=settings.wait_for_ready or None)
         self._stream_calls.add(call)
         return call, request_id
+
+
+class Attempts:
+    """The attempts of one call beyond gRPC's own, which knows codes only: a replica on Ray that died.
+
+    Attributes:
+        left_s: the seconds that the call has left; None: no limit.
+    """
+
+    def __init__(self, settings: Settings, timeout: Timeout) -> None:
+        """Begin the first attempt. Raises InvalidArgumentError where `timeout` is no number of seconds."""
+        self.left_s = settings.timeout_of(timeout)
+        self._until_s = None if self.left_s is None else time.monotonic() + self.left_s
+        self._left = settings.max_attempts
+
+    def check_another(self, failure: HeatlensError) -> None:
+        """Begin another attempt, or raise `failure`."""
+        self._left -= 1
+        if self._until_s is not None:
+            self.left_s = self._until_s - time.monotonic()
+        if failure.reason != REPLICA_DIED or self._left < 1 or (self.left_s is not None and self.left_s <= 0):
+            raise failure from None
 
 
 @dataclass(frozen=True, slots=True)

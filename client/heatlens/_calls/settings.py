@@ -64,6 +64,8 @@ class TLS:
 class Retry:
     """When a call is tried again: on UNAVAILABLE and RESOURCE_EXHAUSTED, within the call's timeout.
 
+    On Ray it is tried again too, at once, when the replica that answers dies.
+
     The wait before attempt n is about initial_backoff_s * multiplier ** (n - 2), at most max_backoff_s, give or take
     20 %. If the server says how long to wait, or not to try again, that counts instead.
 
@@ -105,6 +107,7 @@ class Settings:
         credentials: for a secure channel; None: plaintext.
         wait_for_ready: whether calls wait for a server that is not there yet.
         max_message_bytes: largest request and answer.
+        max_attempts: of a call, in all.
         options: gRPC channel options.
     """
 
@@ -115,6 +118,7 @@ class Settings:
     credentials: grpc.ChannelCredentials | None
     wait_for_ready: bool
     max_message_bytes: int
+    max_attempts: int
     options: tuple[tuple[str, str | int], ...]
 
     def timeout_of(self, timeout: Timeout) -> float | None:
@@ -210,6 +214,7 @@ def make_settings(
         credentials=_credentials(TLS() if tls is True else tls) if tls else None,
         wait_for_ready=wait_for_ready,
         max_message_bytes=max_message_bytes,
+        max_attempts=int(retry.max_attempts),
         options=options,
     )
 

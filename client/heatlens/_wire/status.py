@@ -14,12 +14,16 @@ from heatlens._exceptions import (
     InternalError,
     NotFoundError,
     StatusCode,
+    UnavailableError,
     error_class,
 )
 from heatlens._wire.field_names import argument_of
 
 REQUEST_ID_KEY = "x-request-id"
 _PUSHBACK_KEY = "grpc-retry-pushback-ms"
+REPLICA_DIED = "REPLICA_DIED"
+_ACTOR_DIED = "The actor died"
+"""How Ray's proxy begins to say that a replica is gone: by INTERNAL, and then by where it ran."""
 _DETAILS = (
     error_details_pb2.ErrorInfo,
     error_details_pb2.BadRequest,
@@ -44,9 +48,12 @@ def error_of(error: grpc.RpcError, request_id: str) -> HeatlensError:
         status = rpc_status.from_call(error)
     except (ValueError, DecodeError):
         status = None
+    message = error.details() or code.value
+    if code is StatusCode.INTERNAL and message.startswith(_ACTOR_DIED):
+        return UnavailableError("the replica died while it answered", reason=REPLICA_DIED, request_id=request_id)
     return _error(
         code,
-        error.details() or code.value,
+        message,
         status,
         request_id=trailing.get(REQUEST_ID_KEY) or request_id,
         retry_after_s=_pushback_s(trailing.get(_PUSHBACK_KEY, "")),

@@ -13,13 +13,15 @@ def usable_cores(cgroups: Path = _CGROUPS, own: Path = _OWN) -> int:
     """Cores that this process may use: those of its affinity, and no more than its control group has time for.
 
     Threads beyond a container's CPU limit, which is such a time, would wait for each other.
+    OMP_NUM_THREADS lowers it, as it does for PyTorch: Ray sets it to what a replica has asked for.
 
     Args:
         cgroups: where control groups are mounted, version 2.
         own: tells the process's own: "0::/path".
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min([cores, *_limits(cgroups, own)])
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return min([cores, *_limits(cgroups, own), *([int(wanted)] if wanted.isdecimal() and int(wanted) else [])])
 
 
 def _limits(cgroups: Path, own: Path) -> list[int]:

@@ -1,0 +1,242 @@
+"""The services on a Ray cluster, by Ray Serve and its gRPC proxy: the same contract, spread over replicas.
+
+A replica is a whole server on a socket of its own, to which it passes on the calls that Ray's proxy brings: so it has
+the queue, batches, limits, errors, log and metrics of a server, and Ray spreads calls, scales and replaces replicas.
+This stands on top of all rooms, as `app` does, since it starts servers.
+"""
+
+import tempfile
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc.aio
+import ray
+from ray import serve
+from ray.serve.config import AutoscalingConfig, gRPCOptions
+
+from heatlens.v1 import explain_pb2, explain_pb2_grpc, model_pb2, model_pb2_grpc
+from heatlens_server.app import Server
+from heatlens_server.config import AdminConfig, Config, load_config
+from heatlens_server.core.errors import ConfigError
+from heatlens_server.fleet.served_model import ModelState
+from heatlens_server.telemetry.logs import configure_logging
+
+Response = TypeVar("Response")
+
+SERVICES = (
+    "heatlens.v1.explain_pb2_grpc.add_ExplainServiceServicer_to_server",
+    "heatlens.v1.model_pb2_grpc.add_ModelServiceServicer_to_server",
+)
+"""What Ray's proxies serve, by what registers it."""
+
+_PASSED_ON = frozenset({"authorization", "x-request-id", "traceparent", "tracestate"})
+"""The metadata of a call that its replica needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How an application is spread over a cluster.
+
+    Attributes:
+        replicas: how many; with `max_replicas`, at least so many.
+        max_replicas: at most so many, by load; 0: always `replicas`.
+        target_ongoing_requests: calls and streams that one replica should have at a time, where `max_replicas` is set.
+        max_ongoing_requests: calls and streams that one replica has at most; others wait in Ray's proxies.
+        max_queued_requests: that may wait so; more are refused with RESOURCE_EXHAUSTED.
+        num_cpus: of each replica. It runs so many threads.
+        num_gpus: of each replica.
+    """
+
+    replicas: int = 1
+    max_replicas: int = 0
+    target_ongoing_requests: float = 8.0
+    max_ongoing_requests: int = 64
+    max_queued_requests: int = 256
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+
+
+class StreamEnded(Exception):
+    """A stream has ended with a status, which its caller gets from the context."""
+
+
+class Replica:
+    """Answers the calls of Ray's proxies. Its methods have the names that the contract has."""
+
+    def __init__(self, config: Config) -> None:
+        """Serve the models of `config`. Its address is replaced by a socket; TLS and administrators are not served."""
+        self._config = config
+        self._server: Server | None = None
+
+    async def check_health(self) -> None:
+        """Start the server, the first time; Ray calls this before it sends calls here, and every few seconds.
+
+        Raises:
+            RuntimeError: no model can answer. Ray starts another replica then.
+        """
+        if self._server is None:
+            await self._start()
+        assert self._server is not None
+        states = [model.state for model in self._server.fleet]
+        if ModelState.READY not in states and ModelState.LOADING not in states:
+            raise RuntimeError(f"no model can answer: {self._server.status}")
+
+    async def _start(self) -> None:
+        section = self._config.server
+        configure_logging(log_format=section.log_format, level=section.log_level)
+        self._folder = tempfile.TemporaryDirectory(prefix="heatlens-")
+        address = f"unix:{Path(self._folder.name) / 'socket'}"
+        changed = section.model_copy(update={"listen": address, "tls": None, "max_calls_per_connection": 10_000})
+        self._server = await Server.start(self._config.model_copy(update={"server": changed, "admin": AdminConfig()}))
+        await self._server.wait_loaded()
+        unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+        self._channel = grpc.aio.insecure_channel(address, unlimited)
+        self._explain = explain_pb2_grpc.ExplainServiceStub(self._channel)
+        self._models = model_pb2_grpc.ModelServiceStub(self._channel)
+
+    async def __del__(self) -> None:
+        """Drain: Ray has let the calls in flight finish."""
+        if self._server is not None:
+            await self._channel.close()
+            await self._server.drain(0.0)
+            self._folder.cleanup()
+
+    async def Explain(  # noqa: N802 - the contract's name
+        self,
+        request: explain_pb2.ExplainRequest,
+        grpc_context: Any,  # noqa: ANN401 - Ray's
+    ) -> explain_pb2.ExplainResponse:
+        """Explain one image."""
+        call = self._explain.Explain(request, metadata=_passed_on(grpc_context))
+        return await _answer(call, grpc_context, explain_pb2.ExplainResponse())
+
+    async def StreamExplain(  # noqa: N802 - the contract's name
+        self,
+        requests: AsyncIterator[explain_pb2.StreamExplainRequest],
+        grpc_context: Any,  # noqa: ANN401 - Ray's
+    ) -> AsyncIterator[explain_pb2.StreamExplainResponse]:
+        """Explain the frames of a stream."""
+        call = self._explain.StreamExplain(requests, metadata=_passed_on(grpc_context))
+        try:
+            async for response in call:
+                yield response
+        except grpc.aio.AioRpcError as error:
+            _refuse(grpc_context, error)
+            # A stream that ends without an exception ends well for Ray, whatever its context says.
+            raise StreamEnded(error.code().name) from None
+        finally:
+            call.cancel()
+
+    async def ListModels(  # noqa: N802 - the contract's name
+        self,
+        request: model_pb2.ListModelsRequest,
+        grpc_context: Any,  # noqa: ANN401 - Ray's
+    ) -> model_pb2.ListModelsResponse:
+        """List the models, as this replica has them."""
+        call = self._models.ListModels(request, metadata=_passed_on(grpc_context))
+        return await _answer(call, grpc_context, model_pb2.ListModelsResponse())
+
+    async def GetServerInfo(  # noqa: N802 - the contract's name
+        self,
+        request: model_pb2.GetServerInfoRequest,
+        grpc_context: Any,  # noqa: ANN401 - Ray's
+    ) -> model_pb2.GetServerInfoResponse:
+        """Return the version and the limits, which are those of one replica."""
+        call = self._models.GetServerInfo(request, metadata=_passed_on(grpc_context))
+        return await _answer(call, grpc_context, model_pb2.GetServerInfoResponse())
+
+
+def _passed_on(grpc_context: Any) -> tuple[tuple[str, str], ...]:  # noqa: ANN401 - Ray's
+    return tuple((key, value) for key, value in grpc_context.invocation_metadata() if key in _PASSED_ON)
+
+
+async def _answer(call: Any, grpc_context: Any, empty: Response) -> Response:  # noqa: ANN401 - gRPC's, Ray's
+    """The server's answer; where it refuses, Ray's proxy sends what it said, and nothing of `empty`."""
+    try:
+        response: Response = await call
+    except grpc.aio.AioRpcError as error:
+        _refuse(grpc_context, error)
+        # Not raised: Ray would log a traceback for each.
+        return empty
+    return response
+
+
+def _refuse(grpc_context: Any, error: grpc.aio.AioRpcError) -> None:  # noqa: ANN401 - Ray's
+    grpc_context.set_code(error.code())
+    grpc_context.set_details(error.details() or error.code().name)
+    grpc_context.set_trailing_metadata([(key, value) for key, value in error.trailing_metadata() or ()])
+
+
+def application(config: Config, scale: Scale) -> serve.Application:
+    """The application of a configuration, for `serve.run`."""
+    autoscaling = (
+        AutoscalingConfig(
+            min_replicas=scale.replicas,
+            max_replicas=scale.max_replicas,
+            target_ongoing_requests=scale.target_ongoing_requests,
+        )
+        if scale.max_replicas
+        else None
+    )
+    deployment = serve.deployment(
+        num_replicas=None if autoscaling else scale.replicas,
+        autoscaling_config=autoscaling,
+        max_ongoing_requests=scale.max_ongoing_requests,
+        max_queued_requests=scale.max_queued_requests,
+        graceful_shutdown_timeout_s=config.server.grace_s,
+        ray_actor_options={"num_cpus": scale.num_cpus, "num_gpus": scale.num_gpus},
+    )(Replica)
+    bound: serve.Application = deployment.bind(config)
+    return bound
+
+
+def app(arguments: Mapping[str, Any]) -> serve.Application:
+    """The builder for Serve's own configuration files: `import_path: heatlens_server.ray_serve:app`.
+
+    Args:
+        arguments: `config`, the path of a TOML file on the head node (HEATLENS_* variables as well), and the fields of
+            `Scale`.
+
+    Raises:
+        ConfigError: the configuration is wrong, or an argument is unknown.
+    """
+    kinds: dict[str, Any] = {field.name: type(getattr(Scale(), field.name)) for field in fields(Scale)}
+    given = {name: value for name, value in arguments.items() if name != "config"}
+    if unknown := sorted(given.keys() - kinds.keys()):
+        raise ConfigError(f"args: unknown: {', '.join(unknown)}; known: config, {', '.join(kinds)}")
+    path = arguments.get("config")
+    scale = Scale(**{name: kinds[name](value) for name, value in given.items()})
+    return application(load_config(None if path is None else Path(path)), scale)
+
+
+def start(config: Config, scale: Scale, *, address: str | None, port: int, name: str) -> None:
+    """Serve a configuration on a cluster, in the place of what has that name, and return once it answers.
+
+    What had the name goes on answering until what replaces it is ready.
+
+    Args:
+        config: what to serve.
+        scale: how it is spread.
+        address: of the cluster, or "auto"; None: start one here.
+        port: of the gRPC proxy on every node.
+        name: of the application.
+
+    Raises:
+        RuntimeError: no replica became ready.
+        ConnectionError: there is no such cluster.
+    """
+    ray.init(address=address, ignore_reinit_error=True, include_dashboard=False if address is None else None)
+    serve.start(
+        proxy_location="EveryNode",
+        http_options={"host": "127.0.0.1"},
+        grpc_options=gRPCOptions(port=port, grpc_servicer_functions=list(SERVICES)),
+    )
+    serve.run(application(config, scale), name=name)
+
+
+def stop(name: str) -> None:
+    """End an application, once its calls are finished, and leave the cluster; one that `start` started ends with it."""
+    serve.delete(name)
+    ray.shutdown()

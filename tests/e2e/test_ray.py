@@ -1,0 +1,250 @@
+"""The services on a Ray cluster of two local nodes, to which clients speak as to a plain server."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+import heatlens
+from heatlens import AsyncClient, Client
+from heatlens._wire.status import REPLICA_DIED, error_of
+from messages import distinct
+from server_process import SUPPORT, start_server_process, wait_settled
+from server_toml import model_toml, server_toml
+
+pytestmark = pytest.mark.timeout(400)
+
+IMAGES = distinct(6)
+TOKEN = "a-token"
+CALLERS = 4
+
+
+def toml(version: str) -> str:
+    model = model_toml("mlp", "tiny_mlp", max_batch_size=4) + f'\nversion = "{version}"'
+    return server_toml(model, token=TOKEN, log_format="json")
+
+
+@dataclass
+class RayCluster:
+    """The program of tests/support/ray_cluster.py."""
+
+    process: "subprocess.Popen[str]"
+    config: Path
+    address: str
+
+    def tell(self, word: str) -> None:
+        self.process.stdin.write(f"{word}\n")
+        self.process.stdin.flush()
+        self.wait()
+
+    def wait(self) -> None:
+        for line in self.process.stdout:
+            if line == "done\n":
+                return
+        raise AssertionError("the cluster has ended")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[RayCluster]:
+    folder = tmp_path_factory.mktemp("ray")
+    config = folder / "server.toml"
+    config.write_text(toml("1"))
+    port = 50900 + os.getpid() % 90
+    # Ray's sockets have long names below this, and a socket's name 107 bytes at most.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, SUPPORT / "ray_cluster.py", config, str(port)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+        )
+    made = RayCluster(process, config, f"127.0.0.1:{port}")
+    try:
+        made.wait()
+        yield made
+    finally:
+        process.stdin.close()
+        process.stdout.close()
+        try:
+            process.wait(60)
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def client(cluster) -> Iterator[Client]:
+    with Client(cluster.address, token=TOKEN, timeout=60.0) as made:
+        yield made
+
+
+@contextmanager
+def load(client: Client, answers: Counter) -> Iterator[None]:
+    """Callers in threads, for as long as the block runs, and a stream that goes on where one breaks."""
+    over = threading.Event()
+
+    def call(number: int) -> None:
+        while not over.is_set():
+            answers[client.explain(IMAGES[number]).model_version] += 1
+
+    def watch() -> None:
+        def film() -> Iterator[np.ndarray]:
+            while not over.is_set():
+                yield IMAGES[0]
+
+        with client.stream(resume=True, max_in_flight=2) as stream:
+            for item in stream.map(film()):
+                assert item.result is not None, item.error
+                answers["frames"] += 1
+
+    with ThreadPoolExecutor(CALLERS + 1) as pool:
+        work = [pool.submit(call, number) for number in range(CALLERS)] + [pool.submit(watch)]
+        try:
+            before = answers.total()
+            goes_on(answers, before)
+            yield
+            goes_on(answers, answers.total())
+        finally:
+            over.set()
+        for one in work:
+            one.result(60)
+
+
+def goes_on(answers: Counter, before: int, *, seconds: float = 100.0) -> None:
+    """Wait for some more answers."""
+    deadline = time.monotonic() + seconds
+    while answers.total() < before + 40:
+        assert time.monotonic() < deadline, answers
+        time.sleep(0.02)
+
+
+def test_answers_are_those_of_a_plain_server(client, tmp_path):
+    plain = start_server_process(tmp_path, toml("1"))
+    try:
+        wait_settled(plain.address, token=TOKEN)
+        with Client(plain.address, token=TOKEN) as other:
+            for image in IMAGES:
+                here, there = (one.explain(image, top_k=2, method="layer-cam") for one in (client, other))
+                assert here.model_version == there.model_version == "1"
+                for one, two in zip(here.explanations, there.explanations, strict=True):
+                    assert (one.class_id, one.logit) == (two.class_id, pytest.approx(two.logit, abs=1e-5))
+                    assert np.abs(one.heatmap.values - two.heatmap.values).max() < 1e-5
+            with client.stream() as stream:
+                frames = list(stream.map(IMAGES))
+            assert [item.frame_id for item in frames] == list(range(len(IMAGES)))
+            values = [item.result.explanations[0].heatmap.values for item in frames]
+            expected = [other.explain(image).explanations[0].heatmap.values for image in IMAGES]
+            assert all(np.abs(one - two).max() < 1e-5 for one, two in zip(values, expected, strict=True))
+            assert [model.name for model in client.models()] == [model.name for model in other.models()]
+            assert client.server_info() == other.server_info()
+    finally:
+        plain.process.kill()
+        plain.process.wait()
+
+
+def test_errors_keep_their_type_reason_fields_and_request_id(cluster, client):
+    with pytest.raises(heatlens.InvalidArgumentError) as caught:
+        client.explain(b"no image")
+    assert caught.value.reason == "IMAGE_UNDECODABLE"
+    assert caught.value.field_violations[0].field == "image"
+    assert len(caught.value.request_id) == 32
+    with pytest.raises(heatlens.NotFoundError) as caught:
+        client.explain(IMAGES[0], model="none")
+    assert caught.value.reason == "MODEL_NOT_FOUND"
+    with Client(cluster.address) as anonymous, pytest.raises(heatlens.UnauthenticatedError):
+        anonymous.explain(IMAGES[0])
+    with client.stream() as stream:
+        good, bad = stream.map([IMAGES[0], b"no image"])
+    assert good.result is not None
+    assert bad.error.reason == "IMAGE_UNDECODABLE"
+    with pytest.raises(heatlens.NotFoundError), client.stream(model="none"):
+        pytest.fail("there is no such model")
+
+
+async def test_callers_that_leave_are_noticed(cluster):
+    async with AsyncClient(cluster.address, token=TOKEN) as client:
+        for _ in range(20):
+            leaving = asyncio.create_task(client.explain(IMAGES[0]))
+            await asyncio.sleep(0.002)
+            leaving.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await leaving
+        with pytest.raises(heatlens.DeadlineExceededError):
+            await client.explain(IMAGES[0], timeout=0.001)
+        assert (await client.explain(IMAGES[0])).explanations
+
+
+def test_an_update_under_load_fails_no_call(cluster, client):
+    answers: Counter = Counter()
+    with load(client, answers):
+        cluster.config.write_text(toml("2"))
+        cluster.tell("update")
+        deadline = time.monotonic() + 60
+        while not answers["2"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert answers["1"] > 0
+    assert {client.explain(image).model_version for image in IMAGES} == {"2"}
+
+
+def test_a_replica_that_is_killed_loses_only_what_it_ran_and_that_is_tried_again(cluster, client):
+    answers: Counter = Counter()
+    with load(client, answers):
+        cluster.tell("kill")
+
+
+def test_a_node_that_is_taken_away(cluster, client):
+    answers: Counter = Counter()
+    with load(client, answers):
+        cluster.tell("remove")
+
+
+def test_what_ray_says_of_a_dead_replica_is_told_without_where_it_ran():
+    class Failure(grpc.RpcError, grpc.Call):
+        """What Ray's proxy answers."""
+
+        def code(self):
+            return grpc.StatusCode.INTERNAL
+
+        def details(self):
+            return "The actor died unexpectedly before finishing this task.\n\tip: 10.0.0.1"
+
+        def trailing_metadata(self):
+            return ()
+
+        initial_metadata = add_callback = cancel = is_active = time_remaining = None
+
+    error = error_of(Failure(), "id")
+    assert isinstance(error, heatlens.UnavailableError)
+    assert (error.reason, error.request_id) == (REPLICA_DIED, "id")
+    assert "10.0.0.1" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"replica": 2}, "args: unknown: replica; known: config, replicas"), ({"config": "/none.toml"}, "/none.toml")],
+)
+def test_the_builder_for_serves_own_files_refuses_what_is_wrong(arguments, message):
+    program = f"from heatlens_server.ray_serve import app; app({arguments!r})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False)
+    assert f"ConfigError: {message}" in done.stderr
+
+
+def test_the_command_refuses_what_is_wrong():
+    command = [Path(sys.executable).parent / "heatlens-server", "ray", "--replicas", "3", "--max-replicas", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stderr) == (2, "heatlens-server: --max-replicas: is less than --replicas\n")
