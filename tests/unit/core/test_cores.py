@@ -43,3 +43,9 @@ def test_affinity_counts():
         assert usable_cores() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [("1", 1), ("64", ALL), ("0", ALL), ("", ALL), ("many", ALL)])
+def test_the_number_of_threads_that_is_asked_for_counts(tmp_path, monkeypatch, wanted, expected):
+    monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+    assert usable_cores(tmp_path, tmp_path / "own") == expected
