@@ -37,7 +37,9 @@ def test_pings_without_number_are_answered_and_hold_up_no_other(launch, connect,
     count = sized(100_000, 400_000)
     floods = [connect(server.address) for _ in range(4)]
     for flood in floods:
-        flood.send(frame(PING, 0, 0, bytes(8)) * (count // 4))
+        # One that does not confirm the server's settings is closed after a while.
+        flood.until(SETTINGS, 1)
+        flood.send(frame(SETTINGS, 1, 0), frame(PING, 0, 0, bytes(8)) * (count // 4))
     with Client(server.address) as client:
         for image in distinct(10):
             assert client.explain(image, timeout=60).explanations
