@@ -123,9 +123,9 @@ def _inputs(request: pb.ModelInferRequest) -> Mapping[str, _Input]:
         raise _wrong("raw_input_contents", f"{len(raw)} for {len(request.inputs)} inputs; must be one for each")
     found: dict[str, _Input] = {}
     for i, sent in enumerate(request.inputs):
-        _refuse_parameters(sent.name, sent.parameters)
         if sent.name not in _DATATYPES:
             raise _wrong("inputs", f"unknown input {quoted(sent.name)}; known are {', '.join(_DATATYPES)}")
+        _refuse_parameters(sent.name, sent.parameters)
         if sent.name in found:
             raise _wrong(sent.name, "this input is given twice")
         found[sent.name] = _input(sent, raw[i] if raw else None)
@@ -216,9 +216,9 @@ def _with_targets(options: Options, sent: _Input | None, count: int) -> list[Opt
 def _outputs(request: pb.ModelInferRequest) -> tuple[str, ...]:
     names = [wanted.name for wanted in request.outputs]
     for wanted in request.outputs:
-        _refuse_parameters(wanted.name, wanted.parameters)
         if wanted.name not in OUTPUTS:
             raise _wrong("outputs", f"unknown output {quoted(wanted.name)}; known are {', '.join(OUTPUTS)}")
+        _refuse_parameters(wanted.name, wanted.parameters)
     if len(set(names)) < len(names):
         raise _wrong("outputs", "an output is named twice")
     return tuple(names) or tuple(OUTPUTS)
@@ -227,7 +227,7 @@ def _outputs(request: pb.ModelInferRequest) -> tuple[str, ...]:
 def _refuse_parameters(tensor: str, parameters: Mapping[str, pb.InferParameter]) -> None:
     """Those of shared memory, of Triton's classification and all others: without a word they would be wrong."""
     if parameters:
-        raise _wrong(quoted(tensor), f"the parameter {quoted(min(parameters))} of a tensor is not supported")
+        raise _wrong(tensor, f"the parameter {quoted(min(parameters))} of a tensor is not supported")
 
 
 def _value(request: pb.ModelInferRequest, name: str) -> object:

@@ -199,13 +199,13 @@ def test_all_tensors_are_raw_or_none():
 def test_shared_memory_and_classification_are_refused_by_name():
     request = pb.ModelInferRequest(inputs=[Input(name="IMAGE")])
     request.inputs[0].parameters["shared_memory_region"].string_param = "x"
-    with pytest.raises(InvalidArgument, match="'IMAGE': the parameter 'shared_memory_region' of a tensor"):
+    with pytest.raises(InvalidArgument, match="IMAGE: the parameter 'shared_memory_region' of a tensor"):
         inference_of(request, most_images=MOST)
     request = pb.ModelInferRequest(
         inputs=[Input(name="IMAGE", datatype="BYTES", shape=[1])], raw_input_contents=[raw_texts(b"x")]
     )
     request.outputs.add(name="SCORE").parameters["classification"].int64_param = 3
-    with pytest.raises(InvalidArgument, match="'SCORE': the parameter 'classification' of a tensor"):
+    with pytest.raises(InvalidArgument, match="SCORE: the parameter 'classification' of a tensor"):
         inference_of(request, most_images=MOST)
 
 
