@@ -9,6 +9,11 @@ from heatlens_server.core.cores import usable_cores
 ALL = len(os.sched_getaffinity(0))
 
 
+@pytest.fixture(autouse=True)
+def _no_threads_asked_for(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
 @pytest.mark.parametrize(
     ("own", "limits", "expected"),
     [
