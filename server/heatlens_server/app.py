@@ -30,11 +30,12 @@ from heatlens_server.ending import LastResort, ModelHangs, handle_signals
 from heatlens_server.file_descriptors import connections_within_limit
 from heatlens_server.fleet.build import build, build_export
 from heatlens_server.fleet.built_model import BuiltModel
-from heatlens_server.fleet.fleet import Fleet, batch_size_of
+from heatlens_server.fleet.fleet import Fleet
+from heatlens_server.fleet.idle import watch_idle
 from heatlens_server.fleet.isolated_engine import build_isolated
 from heatlens_server.fleet.outages import watch
 from heatlens_server.fleet.reload import Reloader
-from heatlens_server.fleet.served_model import ModelState
+from heatlens_server.fleet.served_model import ModelState, batch_size_of
 from heatlens_server.fleet.warm_up import try_out
 from heatlens_server.scheduling.large_images import LargeImages
 from heatlens_server.scheduling.model_queue import ModelQueue
@@ -129,6 +130,7 @@ class Server:
             publish=lambda: self._health.update(self.fleet),
             end_streams=self.streams.end_streams_of,
             replaced_streams_s=config.server.replaced_streams_s,
+            memory_budget_bytes=config.server.memory_budget_bytes,
         )
         self._loading: list[asyncio.Task[None]] = []
         self.hung = asyncio.Event()
@@ -177,6 +179,7 @@ class Server:
         server._loading = [server.fleet.load(model) for model in config.models]
         server._background = [
             asyncio.create_task(watch(server.fleet, on_hang=lambda _name: server.hung.set())),
+            asyncio.create_task(watch_idle(server.fleet)),
             asyncio.create_task(return_memory_when_idle(server._gate.work)),
             asyncio.create_task(
                 free_places(server.port, max_connections=server._max_connections, busy=lambda: server._gate.peers)
@@ -311,17 +314,22 @@ def _make_tracing() -> "Tracing":
         raise ConfigError(message) from error
 
 
+# Where memory has a budget, models that come together would take more than it before any of them can go.
+_one_at_a_time = threading.Lock()
+
+
 def _build(
     server: ServerConfig, observer: Observer, make: Callable[..., BuiltModel], config: ModelConfig
 ) -> BuiltModel:
     started_at = time.monotonic()
-    if config.isolation == "process":
-        built = build_isolated(
-            config, cache_dir=server.cache_path, log_format=server.log_format, log_level=server.log_level
-        )
-    else:
-        built = make(config, cache_dir=server.cache_path)
-        return_freed_memory()
+    with _one_at_a_time if server.memory_budget_bytes else contextlib.nullcontext():
+        if config.isolation == "process":
+            built = build_isolated(
+                config, cache_dir=server.cache_path, log_format=server.log_format, log_level=server.log_level
+            )
+        else:
+            built = make(config, cache_dir=server.cache_path)
+            return_freed_memory()
     observer.model_built(model=config.name, duration_s=time.monotonic() - started_at, cached=built.export_was_cached)
     return built
 

@@ -176,7 +176,7 @@ def test_the_examples_of_own_networks_are_configurations(folder):
     for toml in OWN_MODELS:
         (folder / "own.toml").write_text(toml)
         models += load_config(folder / "own.toml").models
-    network, file, old, new = models
+    network, file, old, new, rare = models
     assert (network.source, network.weights) == ("torchvision:resnet50", str(folder / "parts.pth"))
     assert network.labels == folder / "parts.txt"
     assert file.source == f"onnx:{folder / 'parts.onnx'}"
@@ -184,6 +184,7 @@ def test_the_examples_of_own_networks_are_configurations(folder):
         ("photos:1", True, 0.0),
         ("photos:2", False, 0.1),
     ]
+    assert rare.idle_unload_s == 600
 
 
 def model_of(annotation):

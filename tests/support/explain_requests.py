@@ -23,6 +23,12 @@ LIMITS = Limits(
 PIXELS = pb.Image(pixels=pb.Tensor(data_type=pb.DATA_TYPE_UINT8, shape=(2, 3, 3), data=bytes(range(18))))
 
 
+class NoQueue:
+    """Of a model that is asked nothing."""
+
+    engines = devices = ()
+
+
 def served(module, layers) -> ServedModel:
     model = loaded(module, layers)
     engine = TorchEngine(model, device="cpu")
@@ -38,7 +44,7 @@ def served(module, layers) -> ServedModel:
         default_method=Method.GRAD_CAM,
         max_batch_size=4,
         max_delay_s=0.0,
-        queue=None,  # parsing never touches it
+        queue=NoQueue(),
     )
 
 

@@ -54,7 +54,7 @@ class Engine:
     """Answers with its own number once its gate is open."""
 
     def __init__(self, number: int) -> None:
-        self.info = Capabilities("fake", "cpu", "fp32", 2, 2, 1, (Method.GRAD_CAM,), ("layer",))
+        self.info = Capabilities("fake", "cpu", "fp32", 2, 2, 1, (Method.GRAD_CAM,), ("layer",), weights_bytes=100)
         self.number = number
         self.gate = threading.Event()
         self.gate.set()
@@ -92,7 +92,14 @@ class Changes(Observer):
 class Rig:
     """A fleet, the engines that it made, and ways to hold up or fail a build."""
 
-    def __init__(self, decoders: ThreadPoolExecutor, *, default: str = "", replaced_streams_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        decoders: ThreadPoolExecutor,
+        *,
+        default: str = "",
+        replaced_streams_s: float = 60.0,
+        budget_bytes: int | None = None,
+    ) -> None:
         self.engines: list[Engine] = []
         self.gates: dict[str, threading.Event] = {}
         self.errors: dict[str, BaseException] = {}
@@ -102,6 +109,7 @@ class Rig:
         self.ended: list[tuple[object, Exception]] = []
         self.replaced: list[tuple[object, Exception]] = []
         self.next_engine = ""
+        self.now_s = 0.0
         self.fleet = Fleet(
             build=self.build,
             build_at_once=lambda config: dataclasses.replace(self.build(config), next_engine=self.next_engine),
@@ -119,6 +127,8 @@ class Rig:
             publish=self.publish,
             end_streams=self.end_streams,
             replaced_streams_s=replaced_streams_s,
+            memory_budget_bytes=None if budget_bytes is None else {"cpu": budget_bytes},
+            clock=lambda: self.now_s,
         )
 
     def build(self, config: ModelConfig) -> BuiltModel:
@@ -143,6 +153,7 @@ class Rig:
 
     async def ask(self, name: str) -> int:
         """The number of the engine that answers one call."""
+        await self.fleet.idle.awake(name)
         with self.fleet.use(name) as model:
             explained = await model.queue.submit(lambda: IMAGE, TopK(1), SPEC, timeout_s=None).result()
         return int(explained.result.logits[0])

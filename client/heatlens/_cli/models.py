@@ -117,7 +117,7 @@ def _input(model: ModelInfo) -> str:
     if model.input_width_px:
         return f"{model.input_width_px}x{model.input_height_px}"
     # What is not loaded has no size either.
-    return "any" if model.state is ModelState.READY else "-"
+    return "any" if model.state in {ModelState.READY, ModelState.IDLE} else "-"
 
 
 def _methods(model: ModelInfo) -> str:

@@ -238,7 +238,7 @@ def _served(models: Sequence[ModelInfo], name: str | None, version: str | None) 
                 )
             if model.state is ModelState.UNAVAILABLE:
                 raise UnavailableError(model.state_message)
-            if model.state is not ModelState.READY:
+            if model.state not in {ModelState.READY, ModelState.IDLE}:
                 raise UnavailableError(f"the model {model.name!r} is loading", reason="MODEL_LOADING")
             return model
     available = ", ".join(dict.fromkeys(model.name for model in models))

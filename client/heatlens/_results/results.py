@@ -158,6 +158,7 @@ class ModelState(StrEnum):
     READY = "ready"
     FAILED = "failed"
     UNAVAILABLE = "unavailable"
+    IDLE = "idle"
     UNKNOWN = "unknown"
 
 
@@ -244,6 +245,7 @@ class ModelInfo:
         next_engine: what takes over once the model's export is made, beside its calls; empty if `engine` stays.
         is_default_version: whether it answers calls for the model that name no version, but for others' weights.
         weight: the share of such calls that it answers, not being the default version.
+        weights_bytes: what its weights take in the server; 0 if it is not loaded.
         devices: all that run it; empty if the server is too old to say.
     """
 
@@ -273,6 +275,7 @@ class ModelInfo:
     next_engine: str = ""
     is_default_version: bool = True
     weight: float = 0.0
+    weights_bytes: int = 0
     devices: tuple[DeviceInfo, ...] = ()
 
     @property

@@ -232,6 +232,7 @@ def models_of(response: model_pb2.ListModelsResponse) -> tuple[ModelInfo, ...]:
                 DeviceInfo(name=device.name, in_service=device.in_service, message=device.message)
                 for device in model.devices
             ),
+            weights_bytes=model.weights_bytes,
             input_channels=model.input_channels,
             preprocess=_preprocess_of(model.preprocess) if model.HasField("preprocess") else None,
         )

@@ -104,7 +104,9 @@ class Explainer:
         call = current_call()
         told, trace = call.fields, trace or call.trace
         told["model"] = known_name(self.fleet, query.model)
-        with self.fleet.use(query.model, query.model_version, functools.partial(_point, query)) as model:
+        asked = (query.model, query.model_version, functools.cache(functools.partial(_point, query)))
+        await self.fleet.idle.awake(*asked)
+        with self.fleet.use(*asked) as model:
             told["model_version"] = model.version
             plan, image = plan_query(query, model, self.limits)
             told["explanation"] = str(plan.method)

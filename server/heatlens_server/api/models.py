@@ -8,7 +8,7 @@ from heatlens_server.api.checks import Limits
 from heatlens_server.core.engine import Capabilities
 from heatlens_server.core.methods import Method
 from heatlens_server.fleet.fleet import Fleet
-from heatlens_server.fleet.served_model import ModelState
+from heatlens_server.fleet.served_model import ModelState, ModelStatus
 from heatlens_server.fleet.versions import default_of
 
 
@@ -54,16 +54,17 @@ def server_info(fleet: Fleet, limits: Limits) -> ServerInfo:
     return ServerInfo(heatlens_version(), limits, fleet.max_batch_size, fleet.max_delay_s)
 
 
-def model_states(fleet: Fleet) -> dict[str, ModelState]:
-    """The state of each model: a version that is loaded beside one that answers keeps nobody waiting."""
+def model_states(fleet: Fleet) -> dict[str, ModelStatus]:
+    """The status of each model: a version that is loaded beside one that answers keeps nobody waiting."""
     names = dict.fromkeys(status.name for status in fleet)
-    return {name: default_of([one for one in fleet if one.name == name]).state for name in names}
+    return {name: default_of([one for one in fleet if one.name == name]) for name in names}
 
 
 def is_ready(fleet: Fleet) -> bool:
-    """Whether no model is loading, and at least one is ready."""
+    """Whether no model is loading, and at least one can answer."""
     states = model_states(fleet).values()
-    return ModelState.LOADING not in states and ModelState.READY in states
+    is_loading = any(status.state is ModelState.LOADING for status in states)
+    return not is_loading and any(status.can_answer for status in states)
 
 
 def known_name(fleet: Fleet, name: str) -> str:

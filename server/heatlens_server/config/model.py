@@ -31,8 +31,8 @@ ONNX_PREFIX = "onnx:"
 
 _MAX_SIDE_PX = 8192
 
-_WITHOUT_LOADING = ("default", "weight")
-"""Keys that say which requests a model gets, and nothing about the model."""
+_WITHOUT_LOADING = ("default", "weight", "idle_unload_s")
+"""Keys that say which requests a model gets and how long it stays, and nothing about the model."""
 
 
 def _check_source(source: str) -> str:
@@ -286,6 +286,8 @@ class ModelConfig(Section):
     hang_after_s: float = Field(default=120.0, gt=0, le=86_400)
     """How long a batch or step runs at least before the model counts as hanging, in seconds: also 20 times as long as
     it usually does. Its callers are told so, and others are refused until it ends."""
+    idle_unload_s: float = Field(default=0.0, ge=0, le=31_536_000)
+    """After how long without a call or stream it is unloaded, in seconds; the next request loads it again. 0: never."""
     companion: bool = True
     """Whether torch may be loaded beside onnxruntime or torchscript, when a request first needs it, for the methods and
     options that exported graphs lack. It takes the memory of the model once more. Without it they are not offered;

@@ -1,10 +1,11 @@
 """The server's own settings: address, limits, token, transport security, logs, cache."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, FilePath, SecretStr, model_validator
+from pydantic import AfterValidator, Field, FilePath, SecretStr, StringConstraints, model_validator
 
 from heatlens_server.config.section import Section, is_host_and_port
 from heatlens_server.core.errors import ConfigError
@@ -17,6 +18,9 @@ def _check_listen(address: str) -> str:
     if not is_host_and_port(address):
         raise ValueError('must be "host:port" with a port from 0 to 65535, or "unix:PATH"')
     return address
+
+
+_Device = Annotated[str, StringConstraints(pattern=r"^(cpu|cuda:\d{1,3})$")]
 
 
 class TlsConfig(Section):
@@ -100,6 +104,9 @@ class ServerConfig(Section):
     """Of how large a share of the calls that end well a line is logged; all others are always."""
     replaced_streams_s: float = Field(default=300.0, ge=0, le=86_400)
     """How long streams may go on with a model that was replaced, which is kept for them, in seconds."""
+    memory_budget_bytes: Mapping[_Device, Annotated[int, Field(gt=0)]] = {}
+    """How much the weights of the models on a device may take together, by the device: "cpu", "cuda:0". Beyond that the
+    least recently used ones are unloaded until a request asks for them. A device that is not named: no limit."""
     default_model: str = ""
     """The model that answers requests that name none. Empty: the first."""
 

@@ -96,6 +96,7 @@ class Capabilities:
         takes_steps: whether the engine itself explains in steps, whatever its second one does.
         refusals: why this model does not have methods that most models of its task have.
         layer_shapes: of layers, as far as they are known before an image comes, which may change rows and columns.
+        weights_bytes: what the weights take, in bytes, once; what running takes comes on top. 0 if nothing tells.
     """
 
     engine_name: str
@@ -119,6 +120,7 @@ class Capabilities:
     takes_steps: bool = False
     refusals: Mapping[Method, str] = field(default_factory=dict, hash=False)
     layer_shapes: Mapping[str, LayerShape] = field(default_factory=dict, hash=False)
+    weights_bytes: int = field(default=0, compare=False)
 
     @property
     def activation(self) -> Activation:

@@ -128,7 +128,7 @@ class Observer:
     def model_changed(
         self, *, model: str, version: str = "", state: str, message: str, fault: Exception | None = None
     ) -> None:
-        """A model is "loading", "ready", "failed", "unavailable" or "unloaded" from now on.
+        """A model is "loading", "ready", "failed", "unavailable", "idle" or "unloaded" from now on.
 
         Args:
             model: which.

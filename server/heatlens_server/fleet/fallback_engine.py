@@ -77,7 +77,7 @@ class FallbackEngine:
 
     @property
     def info(self) -> Capabilities:
-        """What the two can do together; the rest is the primary engine's."""
+        """What the two can do together, and take by now; the rest is the primary engine's."""
         return self._info
 
     def explain(self, images: ImageArray, targets: Sequence[Target], spec: MapSpec) -> list[ImageResult]:
@@ -171,6 +171,8 @@ class FallbackEngine:
             if self._closed:
                 raise ModelLoadError("the server is shutting down")
             self._fallback = fallback
+            size_bytes = self.primary.info.weights_bytes + fallback.info.weights_bytes
+            self._info = replace(self._info, weights_bytes=size_bytes)
 
 
 _NO_TORCH = "the server has no PyTorch"

@@ -17,14 +17,14 @@ once no call uses it, and then its engine.
 import asyncio
 import contextlib
 import logging
+import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Container, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Container, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 from heatlens_server.config import ModelConfig
 from heatlens_server.core.causes import with_causes
-from heatlens_server.core.engine import Capabilities, SteppingEngine
+from heatlens_server.core.engine import SteppingEngine
 from heatlens_server.core.errors import (
     ConfigError,
     ModelFailed,
@@ -37,8 +37,9 @@ from heatlens_server.core.errors import (
 from heatlens_server.core.events import Observer
 from heatlens_server.fleet.builds import Builds, UnexpectedLoadError, close_aside, fault_of
 from heatlens_server.fleet.built_model import BuiltModel
-from heatlens_server.fleet.served_model import ModelState, ModelStatus, ServedModel
-from heatlens_server.fleet.uses import Uses
+from heatlens_server.fleet.idle import IdleModels
+from heatlens_server.fleet.served_model import ModelState, ModelStatus, ServedModel, batch_size_of
+from heatlens_server.fleet.uses import EndStreams, Uses, end_nothing
 from heatlens_server.fleet.versions import Point, at_the_start, choose, find
 from heatlens_server.scheduling.model_queue import ModelQueue
 
@@ -47,28 +48,16 @@ _log = logging.getLogger(__name__)
 _RETRY_S = 1.0
 
 
-def batch_size_of(config: ModelConfig, info: Capabilities) -> int:
-    """How many images of a model run at once, at most."""
-    return 1 if info.runs_one_by_one else config.batching.max_batch_size
-
-
-class EndStreams(Protocol):
-    """Ends streams of a model, with an error: all, or those that asked to end when their model is replaced."""
-
-    def __call__(self, model: ServedModel, error: Exception, *, only_if_asked: bool = False) -> None:
-        """See `api.stream.open_streams.OpenStreams.end_streams_of`."""
-
-
-def _end_nothing(model: ServedModel, error: Exception, *, only_if_asked: bool = False) -> None:
-    pass
-
-
 async def _tell_nobody() -> None:
     pass
 
 
 class Fleet:
-    """The models of a server, in the order in which they were first loaded. Belongs to the event loop."""
+    """The models of a server, in the order in which they were first loaded. Belongs to the event loop.
+
+    Attributes:
+        idle: unloads models that are used little, and loads them again.
+    """
 
     def __init__(
         self,
@@ -80,8 +69,10 @@ class Fleet:
         default: str = "",
         observer: Observer | None = None,
         publish: Callable[[], Awaitable[None]] = _tell_nobody,
-        end_streams: EndStreams = _end_nothing,
+        end_streams: EndStreams = end_nothing,
         replaced_streams_s: float = 300.0,
+        memory_budget_bytes: Mapping[str, int] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Make a fleet without models.
 
@@ -95,6 +86,8 @@ class Fleet:
             publish: awaited after every change: whatever shows the states to clients.
             end_streams: ends the streams of a model that serves no longer, with an error.
             replaced_streams_s: how long streams may go on with a model that was replaced, in seconds.
+            memory_budget_bytes: what models may take, by device; none for the others.
+            clock: tells the time in seconds.
         """
         self._build = build
         self._make_queue = make_queue
@@ -103,13 +96,12 @@ class Fleet:
         self._default = default
         self._observer = observer or Observer()
         self._publish = publish
-        self._end_streams = end_streams
-        self._replaced_streams_s = replaced_streams_s
         self._statuses: dict[str, ModelStatus] = {}
         self._builds = Builds()
         self._tasks: set[asyncio.Task[None]] = set()
         self._generations = Counter[str]()
-        self._uses = Uses()
+        self._uses = Uses(end_streams, replaced_streams_s, clock)
+        self.idle = IdleModels(self, self._uses, memory_budget_bytes or {})
         self._closed = False
 
     def __iter__(self) -> Iterator[ModelStatus]:
@@ -239,7 +231,7 @@ class Fleet:
         old = self._statuses[key].served
         self._serve(key, status)
         if old is not None:
-            self._supersede(old)
+            self._uses.supersede(old)
         await self._publish()
 
     async def unload(self, name: str, version: str = "") -> None:
@@ -258,9 +250,9 @@ class Fleet:
         self._change(status.key, None)
         closing = None
         if status.served is not None and any(one.name == name and one.can_answer for one in self):
-            self._supersede(status.served)
+            self._uses.supersede(status.served)
         elif status.served is not None:
-            self._end_streams(status.served, error)
+            self._uses.end_streams(status.served, error)
             closing = self._uses.retire(status.served, error)
             status.served.queue.give_up(error)
         await self._publish()
@@ -281,7 +273,40 @@ class Fleet:
         told = "" if outage is None else outage.message
         self._change(status.key, replace(status, state=state, message=told, outage=outage), message)
         if outage is not None:
-            self._end_streams(status.served, outage)
+            self._uses.end_streams(status.served, outage)
+        await self._publish()
+
+    # What `idle` does.
+
+    def may_rest(self, status: ModelStatus) -> bool:
+        """Whether a model is READY, stays as it is, and has no call and no stream."""
+        is_ready = status.state is ModelState.READY and self._statuses.get(status.key) is status
+        no_build = is_ready and status.key not in self._builds
+        return no_build and status.served is not None and self._uses.idle_s(status.served) is not None
+
+    async def rest(self, status: ModelStatus, why: str) -> None:
+        """Unload a model that may rest: it is IDLE from now on. Returns when its engine is closed."""
+        assert status.served is not None
+        self._change(status.key, status.at_rest(), why)
+        closing = self._uses.retire(status.served, ModelUnloaded(status.name, "was unloaded", retry_after_s=0.0))
+        await self._publish()
+        await asyncio.shield(closing)
+
+    async def restore(self, key: str) -> None:
+        """Load a model that is IDLE again.
+
+        Raises:
+            ModelLoadError: it cannot be loaded; it stays IDLE, and says why.
+            ModelUnloaded, ServerDraining: it was given up.
+        """
+        self._check_open()
+        config = self._statuses[key].config
+        try:
+            status = await self._ready(key, config, self._builds.start(key, config, self._build_at_once))
+        except ModelLoadError as error:
+            self._statuses[key] = replace(self._statuses[key], message=str(error))
+            raise
+        self._serve(key, replace(status, config=self._statuses[key].config))
         await self._publish()
 
     # The end.
@@ -308,7 +333,7 @@ class Fleet:
 
     def _queues(self) -> list[ModelQueue]:
         serving = [status.served.queue for status in self if status.served is not None]
-        return [*serving, *self._uses.retired]
+        return [*serving, *(model.queue for model in self._uses.retired)]
 
     def _check_open(self) -> None:
         if self._closed:
@@ -323,14 +348,7 @@ class Fleet:
     def _change(
         self, key: str, status: ModelStatus | None, message: str = "", *, fault: Exception | None = None
     ) -> None:
-        """The only place where a model's state changes.
-
-        Args:
-            key: of the model, whose place a status of another version takes.
-            status: its new one; None takes it out.
-            message: why or how, for the operator.
-            fault: what was unexpected.
-        """
+        """The only place where a model's state changes: None takes it out, another version's status has its place."""
         about = status or self._statuses[key]
         if status is None:
             del self._statuses[key]
@@ -424,11 +442,3 @@ class Fleet:
             generation=self._generations[config.name],
         )
         return ModelStatus(config, ModelState.READY, served, next_engine=built.next_engine)
-
-    def _supersede(self, old: ServedModel) -> None:
-        """Retire a model in whose place another answers: its streams go on for a while, unless they asked to end."""
-        error = ModelUnloaded.by_another(old.name)
-        self._end_streams(old, error, only_if_asked=True)
-        loop = asyncio.get_running_loop()
-        ending = loop.call_later(self._replaced_streams_s, self._end_streams, old, error)
-        self._uses.retire(old, error).add_done_callback(lambda _: ending.cancel())

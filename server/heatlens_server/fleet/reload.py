@@ -115,7 +115,10 @@ class Reloader:
         """
 
         async def change(model: ModelConfig) -> None:
-            await self._fleet.load(model)
+            if any(one.key == model.key and one.state is ModelState.IDLE for one in self._fleet):
+                await self._fleet.idle.awake(model.name, model.version)
+            else:
+                await self._fleet.load(model)
 
         return await self._to_the_end(self._change_one(name, version, change))
 

@@ -41,7 +41,7 @@ class LogObserver(Observer):
     def model_changed(
         self, *, model: str, version: str = "", state: str, message: str, fault: Exception | None = None
     ) -> None:
-        """Write that a model is ready, failed to load, is unavailable or is unloaded.
+        """Write that a model is ready, failed to load, is unavailable, idle or unloaded.
 
         With the traceback of what was unexpected.
         """
@@ -52,6 +52,8 @@ class LogObserver(Observer):
             _models.error("model %s failed to load: %s", model, message, exc_info=fault)
         elif state == "unavailable":
             _models.error("model %s is unavailable: it %s", model, message)
+        elif state == "idle":
+            _models.info("model %s is unloaded until a request asks for it: %s", model, message)
         elif state == "unloaded":
             _models.info("model %s unloaded", model)
 

@@ -257,9 +257,9 @@ class StreamSession(Generic[T]):
     async def _open(self, message: StreamMessage | None) -> _Opened:
         config = config_of(message)
         self._call.fields["model"] = known_name(self._explainer.fleet, config.model)
-        point = partial(point_of, self._call.request_id.encode())
-        used = self._explainer.fleet.use(config.model, config.model_version, point)
-        self.model = model = self._uses.enter_context(used)
+        asked = (config.model, config.model_version, partial(point_of, self._call.request_id.encode()))
+        await self._explainer.fleet.idle.awake(*asked)
+        self.model = model = self._uses.enter_context(self._explainer.fleet.use(*asked))
         self._call.fields["model_version"] = model.version
         plan = plan_stream(config, model, self._explainer.limits)
         opened = _Opened(plan, model, self._open_streams)

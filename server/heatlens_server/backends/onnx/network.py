@@ -89,6 +89,7 @@ class NetworkInfo:
         refusals: why it lacks methods that most networks have.
         score: the only one that is explained; None for all of the task's.
         left_out: layers and methods that it lacks, since their maps were found to be wrong.
+        weights_bytes: as `core.engine.Capabilities.weights_bytes`.
     """
 
     task: Task
@@ -104,6 +105,7 @@ class NetworkInfo:
     refusals: Mapping[Method, str] = field(default_factory=dict, hash=False)
     score: Score | None = None
     left_out: frozenset[tuple[str, Method]] = frozenset()
+    weights_bytes: int = 0
 
 
 class NetworkGraphs(Protocol):

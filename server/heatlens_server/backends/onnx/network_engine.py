@@ -208,5 +208,6 @@ def _capabilities(about: NetworkInfo, device: str, layers_of: Mapping[Method, tu
         runs_one_by_one=not about.takes_batches,
         takes_steps=True,
         refusals={**missing, **about.refusals},
+        weights_bytes=about.weights_bytes,
         layer_shapes={layer.name: (layer.channels, layer.height, layer.width) for layer in about.layers},
     )

@@ -138,6 +138,7 @@ def read_network(folder: Path, manifest: Manifest, *, is_owned: bool = False) ->
     content = json.loads((folder / NETWORK_FILE).read_text(encoding="utf-8"))
     layers = network_layers(content)
     score = manifest.graphs[0].score
+    weights = _weights(folder, content["weights"], is_owned=is_owned)
     info = NetworkInfo(
         task=manifest.task or Task.CLASSIFICATION,
         class_count=manifest.class_count,
@@ -151,8 +152,8 @@ def read_network(folder: Path, manifest: Manifest, *, is_owned: bool = False) ->
         # Who exports another one wants that.
         score=None if score is Score.LOGIT else score,
         left_out=frozenset(_left_out(manifest)),
+        weights_bytes=sum(array.nbytes for array in weights.values()),
     )
-    weights = _weights(folder, content["weights"], is_owned=is_owned)
     return StoredNetwork(info, read_graphs(folder), content, weights)
 
 

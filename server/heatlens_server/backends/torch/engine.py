@@ -80,6 +80,7 @@ class TorchEngine:
             refusals=refusals,
             threshold=model.threshold,
             layer_shapes=self._model.layer_shapes,
+            weights_bytes=sum(one.nbytes for one in (*model.module.parameters(), *model.module.buffers())),
         )
 
     @property

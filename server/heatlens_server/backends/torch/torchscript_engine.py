@@ -5,7 +5,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -79,8 +79,11 @@ class TorchScriptEngine:
         self._modules: dict[str, _Loaded] = {}
         self._lock = threading.Lock()
         self._threads: int | None = None
-        self._loaded(manifest.graphs[0].file)
-        self._info = served_info(manifest, engine_name="torchscript", device=str(self._device))
+        module = self._loaded(manifest.graphs[0].file).module
+        self._info = replace(
+            served_info(manifest, engine_name="torchscript", device=str(self._device)),
+            weights_bytes=sum(one.nbytes for one in (*module.parameters(), *module.buffers())),
+        )
 
     @property
     def info(self) -> Capabilities:

@@ -26,6 +26,7 @@ _STATES = {
     ModelState.READY: model_pb2.Model.STATE_READY,
     ModelState.FAILED: model_pb2.Model.STATE_FAILED,
     ModelState.UNAVAILABLE: model_pb2.Model.STATE_UNAVAILABLE,
+    ModelState.IDLE: model_pb2.Model.STATE_IDLE,
 }
 
 
@@ -68,8 +69,14 @@ def model_of(status: ModelStatus, *, is_default_version: bool = True) -> model_p
         weight=status.config.weight,
         next_engine=status.next_engine,
     )
+    if status.about is not None:
+        told.MergeFrom(_about(status.about))
     if status.served is not None:
-        told.MergeFrom(_about(status.served))
+        told.weights_bytes = sum(status.served.weights_bytes().values())
+        told.devices.extend(
+            model_pb2.Device(name=device.name, in_service=not device.fault, message=device.fault)
+            for device in status.served.queue.devices
+        )
     return told
 
 
@@ -94,10 +101,6 @@ def _about(served: ServedModel) -> model_pb2.Model:
         max_batch_size=served.max_batch_size,
         max_queue_delay=timedelta(seconds=served.max_delay_s),
         assumptions=served.assumptions,
-        devices=[
-            model_pb2.Device(name=device.name, in_service=not device.fault, message=device.fault)
-            for device in served.queue.devices
-        ],
         activation=capabilities.activation.value,
         runs_one_by_one=capabilities.runs_one_by_one,
         input_channels=capabilities.input_channels,

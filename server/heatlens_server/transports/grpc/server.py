@@ -26,7 +26,6 @@ from heatlens_server.api.models import is_ready, model_states
 from heatlens_server.config import ServerConfig, TlsConfig
 from heatlens_server.core.errors import ConfigError
 from heatlens_server.fleet.fleet import Fleet
-from heatlens_server.fleet.served_model import ModelState
 from heatlens_server.transports.grpc.interceptor import CallInterceptor
 from heatlens_server.transports.grpc.v2.service import SERVICE as INFERENCE_SERVICE
 
@@ -180,9 +179,9 @@ class Health:
                 await self._servicer.set(service, overall)
             for name in self._models - set(states):
                 await self._servicer.set(f"{EXPLAIN_SERVICE}/{name}", _UNKNOWN)
-            for name, state in states.items():
-                status = _SERVING if state is ModelState.READY else _NOT_SERVING
-                await self._servicer.set(f"{EXPLAIN_SERVICE}/{name}", status)
+            for name, status in states.items():
+                told = _SERVING if status.can_answer else _NOT_SERVING
+                await self._servicer.set(f"{EXPLAIN_SERVICE}/{name}", told)
             self._models = set(states)
 
     async def drain(self) -> None:

@@ -23,7 +23,7 @@ from heatlens_server.scheduling.model_queue import DeviceStatus
 from heatlens_server.transports.grpc.responses import model_of, response_of
 
 IMAGE = FittedImage(np.zeros((4, 4, 3), np.uint8), PixelBox(2, 0, 10, 8), source_width_px=12, source_height_px=8)
-QUEUE = SimpleNamespace(devices=(DeviceStatus("cpu#0", ""), DeviceStatus("cpu#1", "its runs fail")))
+QUEUE = SimpleNamespace(engines=(), devices=(DeviceStatus("cpu#0", ""), DeviceStatus("cpu#1", "its runs fail")))
 VALUES = np.array([[0.0, 0.25], [0.5, 1.0]], np.float32)
 TIMING = Timing(preprocess_s=0.5, queue_s=0.001, compute_s=0.25, batch_size=3)
 SCORE = ClassScore(2, "bird", 3.0, 0.75)

@@ -86,6 +86,7 @@ def embedded_network(config: ModelConfig) -> EmbeddedNetwork | None:
             layers=tuple(layers[name] for name in config.layers or layers),
             preprocess=preprocess,
             has_linear_head=has_linear_head(content, config.layers or tuple(layers)),
+            weights_bytes=sum(array.nbytes for array in weights.values()),
         ),
         graphs=read_graphs(FOLDER),
         content=content,

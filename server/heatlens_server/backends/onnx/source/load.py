@@ -182,6 +182,7 @@ def load_file(path: Path, config: ModelConfig) -> LoadedFile:
         detector=outputs.detector,
         threshold=outputs.threshold,
         refusals=refusals,
+        weights_bytes=sum(one.const_value.nbytes for one in model.graph.initializers.values() if one.const_value),
     )
     return LoadedFile(
         info=info,

@@ -16,10 +16,10 @@ from heatlens_server.api.models import heatlens_version, is_ready, known_name
 from heatlens_server.api.query import MapSize, Query
 from heatlens_server.api.stream.independent import RequestStream, Turn
 from heatlens_server.api.stream.open_streams import OpenStreams
-from heatlens_server.core.errors import InvalidArgument, ModelFailed, ModelInterrupted, ModelLoading
+from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.events import Trace
-from heatlens_server.fleet.served_model import ServedModel
-from heatlens_server.fleet.versions import point_of
+from heatlens_server.fleet.served_model import ModelStatus, ServedModel
+from heatlens_server.fleet.versions import choose, point_of
 from heatlens_server.transports.grpc.parsing import MOST_FIELDS
 from heatlens_server.transports.grpc.status import to_status
 from heatlens_server.transports.grpc.v2 import inference_pb2 as pb
@@ -81,7 +81,7 @@ class InferenceService:
         current_call().fields["model"] = known_name(self._fleet, request.model_name)
         limits = self._explainer.limits
         asked = inference_of(request, most_images=min(limits.max_queue_length, MOST_FIELDS))
-        queries = self._of_one_version(asked.queries)
+        queries = await self._of_one_version(asked.queries)
         limits_s = [limit for limit in (timeout_s, asked.timeout_s) if limit is not None]
         explain = functools.partial(
             self._explainer.explain, encode=_itself, timeout_s=min(limits_s, default=None), turn=turn, trace=trace
@@ -100,18 +100,22 @@ class InferenceService:
         # As `Explainer.answer`: maps of the source image's size are megabytes.
         return await asyncio.to_thread(make) if queries[0].options.map_size is MapSize.SOURCE else make()
 
-    def _of_one_version(self, queries: Sequence[Query]) -> Sequence[Query]:
+    async def _of_one_version(self, queries: Sequence[Query]) -> Sequence[Query]:
         """The queries of a request: their answers are one, so that the first image chooses the version for all."""
         first = queries[0]
         if len(queries) == 1 or first.image is None:
             return queries
         point = functools.partial(point_of, first.image.data)
+        await self._fleet.idle.awake(first.model, first.model_version, point)
         version = self._fleet.get(first.model, first.model_version, point).version
         return [replace(query, model_version=version) for query in queries]
 
     def _model(self, name: str, version: str) -> ServedModel:
-        """The ready model of that name and version; the default ones for empty ones."""
-        return self._fleet.get(name, version, _not_by_weight)
+        """The ready or idle model of that name and version; the default ones for empty ones."""
+        return self._status(name, version).known or self._fleet.get(name, version, _not_by_weight)
+
+    def _status(self, name: str, version: str) -> ModelStatus:
+        return choose(self._fleet, name or self._fleet.default, version, _not_by_weight)
 
     async def _server_live(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:  # noqa: ARG002
         return pb.ServerLiveResponse(live=True)
@@ -120,11 +124,7 @@ class InferenceService:
         return pb.ServerReadyResponse(ready=is_ready(self._fleet))
 
     async def _model_ready(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:  # noqa: ARG002
-        try:
-            self._model(request.name, request.version)
-        except (ModelLoading, ModelFailed, ModelInterrupted):
-            return pb.ModelReadyResponse(ready=False)
-        return pb.ModelReadyResponse(ready=True)
+        return pb.ModelReadyResponse(ready=self._status(request.name, request.version).can_answer)
 
     async def _server_metadata(
         self,
