@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LIGHT_VENV := .venv-light
 TRITON_VENV := .venv-triton
+NODE := examples/node
 PROTO_VENV := .venv-proto
 PROTO_BIN := $(PROTO_VENV)/bin
 PROTOS := $(sort $(wildcard proto/heatlens/v1/*.proto))
@@ -44,6 +45,10 @@ $(TRITON_VENV)/.ready: tests/triton-requirements.txt
 	$(TRITON_VENV)/bin/pip install --disable-pip-version-check --no-compile -q -r tests/triton-requirements.txt
 	@touch $@
 
+$(NODE)/build/explain.js: $(addprefix $(NODE)/,package.json package-lock.json tsconfig.json explain.ts) $(PROTOS)
+	cd $(NODE) && npm ci --no-audit --no-fund --loglevel=error && npm run --silent build
+	@touch $@
+
 demo: ## Explain a photo of a cat end to end and write out/demo/: half a minute, 450 MB
 	@start=$$(date +%s.%N) && $(MAKE) --no-print-directory $(LIGHT_VENV)/.ready \
 	  && $(LIGHT_VENV)/bin/python examples/demo.py --since "$$start"
@@ -57,7 +62,7 @@ ray: setup ## Explain a photo on a Ray cluster of two local nodes and write out/
 gallery: setup ## Draw one photo explained by every method: out/gallery/methods.jpg (some minutes)
 	$(BIN)/python examples/gallery.py
 
-test: setup $(LIGHT_VENV)/.ready $(TRITON_VENV)/.ready ## Run the tests
+test: setup $(LIGHT_VENV)/.ready $(TRITON_VENV)/.ready $(NODE)/build/explain.js ## Run the tests
 	$(BIN)/python tests/run.py
 
 attack: setup ## Attack real servers in full (tests/attack): some minutes
@@ -79,10 +84,12 @@ format: setup $(PROTO_VENV)/.ready ## Rewrite the sources in the house style
 type: setup ## Check types: mypy --strict on both packages
 	$(BIN)/mypy
 
-proto: $(PROTO_VENV)/.ready ## Regenerate the stubs in client/heatlens/v1 and the server's of v2
+proto: $(PROTO_VENV)/.ready ## Regenerate the stubs in client/heatlens/v1 and the server's of v2, and docs/proto.md
+	@$(PROTO_BIN)/python proto/document.py docs/proto.md
 	@$(MAKE) --no-print-directory proto-into OUT=client V2_OUT=server
 
-proto-check: $(PROTO_VENV)/.ready ## Fail if the committed stubs are stale
+proto-check: $(PROTO_VENV)/.ready ## Fail if the committed stubs or docs/proto.md are stale
+	@tmp=$$(mktemp) && trap 'rm -f "$$tmp"' EXIT && $(PROTO_BIN)/python proto/document.py "$$tmp" && diff "$$tmp" docs/proto.md
 	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && $(MAKE) --no-print-directory proto-into OUT="$$tmp" V2_OUT="$$tmp" \
 	  && diff -r --exclude=__pycache__ --exclude=__init__.py "$$tmp/heatlens/v1" $(STUBS) \
 	  && for stub in "$$tmp/$(V2)"/*; do diff "$$stub" "server/$(V2)/$${stub##*/}" || exit 1; done \
