@@ -44,7 +44,11 @@ def expressions() -> list[str]:
 async def series(start_server) -> dict[str, list[dict[str, str]]]:
     """The labels of every series of a server that has done all kinds of work, by the series' name."""
     server = await start_server(
-        server_toml(model_toml("tiny", engine=None, layers=("body", "stem")) + "\nwait_for_export = true") + METRICS
+        server_toml(
+            model_toml("tiny", engine=None, layers=("body", "stem")) + "\nwait_for_export = true",
+            '[[models]]\nname = "own"\nsource = "embedded:efficientnet_lite0"\nisolation = "process"',
+        )
+        + METRICS
     )
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         stub = explain_pb2_grpc.ExplainServiceStub(channel)

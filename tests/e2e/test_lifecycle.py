@@ -173,7 +173,7 @@ def test_calls_in_steps_that_outlive_the_grace_are_told_so(tmp_path, launch):
             assert error.code() is grpc.StatusCode.UNAVAILABLE
             assert Details(error).info.reason == "SERVER_DRAINING"
         assert running.process.wait(20) == 0
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 10
 
 
 def test_token_is_required_but_for_health(launch):

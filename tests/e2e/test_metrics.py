@@ -244,3 +244,13 @@ async def test_it_is_off_unless_it_is_asked_for_and_ends_with_the_server(start_s
     assert await server.drain(1.0)
     with pytest.raises(OSError, match="refused"):
         await scrape(server)
+
+
+async def test_the_memory_of_a_models_own_process_is_told(start_server):
+    server = await start_server(
+        server_toml('[[models]]\nname = "own"\nsource = "embedded:efficientnet_lite0"\nisolation = "process"') + METRICS
+    )
+    seen = named(await scrape(server), "model_process_resident_memory_bytes")
+    assert [model for model, _version in seen] == ["own"]
+    # Python, numpy and onnxruntime at least.
+    assert all(30e6 < size_bytes < 2e9 for size_bytes in seen.values())

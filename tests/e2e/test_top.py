@@ -57,8 +57,8 @@ async def test_one_interval_says_what_clients_saw(served, run, monkeypatch):
     await caller
     assert re.match(r"heatlens \S+ +http://127.0.0.1:\d+/metrics +calls in flight \d+ +open streams 1 ", shown)
     model = next(line for line in shown.splitlines() if line.startswith("mlp"))
-    state, engine, device, precision, _queue, images, failed, batch, *_, busy, percent = model.split()[1:]
-    assert (state, engine, device, precision) == ("ready", "torch", "cpu", "fp32")
+    state, engine, device, precision, devices, _queue, images, failed, batch, *_, busy, percent = model.split()[1:]
+    assert (state, engine, device, precision, devices) == ("ready", "torch", "cpu", "fp32", "1")
     assert 0 < float(images) <= 2 * answered
     assert (failed, float(batch) >= 1, percent, float(busy) > 0) == ("0.0", True, "%", True)
     assert next(line for line in shown.splitlines() if line.startswith("broken")).split()[1:3] == ["failed", "-"]

@@ -103,7 +103,12 @@ def _models(seen: Between) -> Table:
     )
     table = _table("MODEL", *columns)
     for model in seen.after.values("heatlens_model_state", "model"):
-        states = [has["state"] for has, value in seen.after.select("heatlens_model_state", model=model) if value]
+        # How many versions are in each.
+        states = [
+            has["state"] if value == 1 else f"{value:.0f} {has['state']}"
+            for has, value in seen.after.select("heatlens_model_state", model=model)
+            if value
+        ]
         engines = [
             f"{has['engine']} {has['device']} {has['precision']}"
             for has, _ in seen.after.select("heatlens_model_info", model=model)
@@ -113,8 +118,9 @@ def _models(seen: Between) -> Table:
         busy = seen.rate("heatlens_device_busy_seconds_total", model=model) / max(1, len(devices))
         table.add_row(
             model,
-            " ".join(states),
+            ", ".join(states),
             ", ".join(engines) or "-",
+            _devices(seen, model),
             f"{seen.after.total('heatlens_queue_length', model=model):.0f}",
             f"{seen.rate('heatlens_images_explained_total', model=model):.1f}",
             f"{seen.rate('heatlens_images_failed_total', model=model):.1f}",
@@ -124,6 +130,13 @@ def _models(seen: Between) -> Table:
             f"{100 * busy:.0f} %",
         )
     return table
+
+
+def _devices(seen: Between, model: str) -> str:
+    """Return how many devices a model has, or "1 of 2" where one is taken out."""
+    serves = [value for _, value in seen.after.select("heatlens_device_in_service", model=model)]
+    working, all_of_them = round(sum(serves)), len(serves)
+    return f"{working} of {all_of_them}" if working < all_of_them else str(all_of_them or "-")
 
 
 def _calls(seen: Between) -> Table:

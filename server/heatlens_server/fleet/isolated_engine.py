@@ -128,6 +128,12 @@ class IsolatedEngine:
         return self.loaded.info
 
     @property
+    def rss_bytes(self) -> int:
+        """Resident memory of its process; 0 while there is none."""
+        child = self._child
+        return 0 if child is None else _rss_bytes(child.process.pid)
+
+    @property
     def outage(self) -> ModelInterrupted | None:
         """Why nothing can be run at present; None if it can. Any thread may ask."""
         return self._outage

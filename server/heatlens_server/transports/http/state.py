@@ -9,6 +9,7 @@ from heatlens_server.api.calls import CallGate
 from heatlens_server.api.models import heatlens_version
 from heatlens_server.api.stream.open_streams import OpenStreams
 from heatlens_server.fleet.fleet import Fleet
+from heatlens_server.fleet.isolated_engine import IsolatedEngine
 from heatlens_server.fleet.served_model import ModelState, ModelStatus
 
 
@@ -38,7 +39,7 @@ def _models(statuses: tuple[ModelStatus, ...]) -> Iterable[Metric]:
     state = GaugeMetricFamily(
         "heatlens_model_state", "How many versions of a model are in a state.", labels=["model", "state"]
     )
-    engine = InfoMetricFamily(
+    engines = InfoMetricFamily(
         "heatlens_model",
         "What runs a model that serves.",
         labels=["model", "version", "engine", "device", "precision"],
@@ -47,6 +48,11 @@ def _models(statuses: tuple[ModelStatus, ...]) -> Iterable[Metric]:
         "heatlens_device_in_service",
         "1, or 0 while the device is taken out.",
         labels=["model", "version", "device"],
+    )
+    memory = GaugeMetricFamily(
+        "heatlens_model_process_resident_memory_bytes",
+        "Of the processes of a model that has its own.",
+        labels=["model", "version"],
     )
     for name in dict.fromkeys(status.name for status in statuses):
         versions = [status for status in statuses if status.name == name]
@@ -59,10 +65,13 @@ def _models(statuses: tuple[ModelStatus, ...]) -> Iterable[Metric]:
         served = status.served
         if served is not None:
             info = served.capabilities
-            engine.add_metric([status.name, served.version, info.engine_name, info.device, info.precision], {})
+            engines.add_metric([status.name, served.version, info.engine_name, info.device, info.precision], {})
             for device in served.queue.devices:
                 serves.add_metric([status.name, served.version, device.name], not device.fault)
-    return queued, state, engine, serves
+            own = [engine.rss_bytes for engine in served.queue.engines if isinstance(engine, IsolatedEngine)]
+            if own:
+                memory.add_metric([status.name, served.version], sum(own))
+    return queued, state, engines, serves, *([memory] if memory.samples else [])
 
 
 def _gauge(name: str, about: str, value: float) -> GaugeMetricFamily:
