@@ -164,6 +164,9 @@ def test_probes_of_the_base_are_answered(tmp_path, launch):
             request = health_pb2.HealthCheckRequest(service=container_of("base")[probe]["grpc"]["service"])
             check = health_pb2_grpc.HealthStub(channel).Check
             until(lambda: check(request, timeout=10).status == health_pb2.HealthCheckResponse.SERVING)  # noqa: B023
+        # What KServe's clients ask.
+        ready = channel.unary_unary("/inference.GRPCInferenceService/ServerReady")(b"", timeout=10)
+        assert ready == b"\x08\x01"
     services = [container_of("base")[probe]["grpc"]["service"] for probe in ("startupProbe", "livenessProbe")]
     assert services == ["liveness", "liveness"], "a server that loads is not killed"
 
