@@ -79,6 +79,7 @@ class Server:
 
     Attributes:
         fleet: its models.
+        explainer: explains images with them.
         streams: its open streams.
         reloader: changes them as the configuration says by then.
         hung: set once a model has begun to hang.
@@ -152,7 +153,7 @@ class Server:
             administrators=_administrators(config.admin) if config.admin.enabled else None,
         )
         self._max_connections = connections_within_limit(config.server.max_connections)
-        explainer = Explainer(self.fleet, limits, self._observer, admission)
+        self.explainer = explainer = Explainer(self.fleet, limits, self._observer, admission)
         self._grpc = make_server(
             config.server, self._gate, max_connections=self._max_connections, refuse_if_full=explainer.refuse_if_full
         )
@@ -176,7 +177,7 @@ class Server:
         server = cls(config, read)
         server.port = bind(server._grpc, config.server)
         server._serve_metrics()
-        server._loading = [server.fleet.load(model) for model in config.models]
+        server.load()
         server._background = [
             asyncio.create_task(watch(server.fleet, on_hang=lambda _name: server.hung.set())),
             asyncio.create_task(watch_idle(server.fleet)),
@@ -189,6 +190,10 @@ class Server:
         await server._grpc.start()
         _log.info("listening on %s, port %d", config.server.listen, server.port)
         return server
+
+    def load(self) -> None:
+        """Begin to load the models of the configuration."""
+        self._loading = [self.fleet.load(model) for model in self._config.models]
 
     async def wait_loaded(self) -> None:
         """Wait until every model of the configuration is ready or has failed."""
