@@ -16,6 +16,7 @@ import typer
 from heatlens_server.allocator import keep_freed_memory
 from heatlens_server.core.causes import with_causes
 from heatlens_server.core.errors import ConfigError, ExportError, ModelLoadError
+from heatlens_server.native_threads import wait_briefly
 from heatlens_server.telemetry.logs import configure_logging
 from heatlens_server.telemetry.native_lines import take_native_lines
 from heatlens_server.telemetry.output import end_output, queue_output
@@ -52,6 +53,7 @@ def serve(
     """Serve until SIGTERM or Ctrl-C, then finish the calls in flight."""
     # Before numpy and torch are imported and start threads: a thread keeps the heap that it started with.
     keep_freed_memory()
+    wait_briefly()
     # Until the event loop takes over there is nothing to drain.
     signal.signal(signal.SIGTERM, lambda _number, _frame: os._exit(0))
     # Its default would end the server when the terminal is closed.

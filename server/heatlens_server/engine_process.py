@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from heatlens_server.allocator import keep_freed_memory, return_freed_memory
 from heatlens_server.core.errors import HeatlensError, ModelLoadError
+from heatlens_server.native_threads import wait_briefly
 from heatlens_server.telemetry.logs import configure_logging
 from heatlens_server.telemetry.output import end_output, queue_output
 
@@ -88,6 +89,7 @@ def main(run: Connection, load: Connection) -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE))
     keep_freed_memory()
+    wait_briefly()
     order = load.recv()
     queue_output()
     faulthandler.enable()

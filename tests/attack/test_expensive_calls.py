@@ -120,4 +120,6 @@ async def test_an_explanation_in_steps_is_the_same_as_that_in_one_go(start_serve
             for class_id in together:
                 alone = await explained([class_id])
                 np.testing.assert_allclose(together[class_id], alone[class_id], atol=1e-5)
-            assert [one for one in record.ran if one != "plain waits"] == ["batch"] * CLASSES
+            ran = [one for one in record.ran if one != "plain waits"]
+            # What differentiates by the whole network, in runs that take as long as these, shares no batch.
+            assert set(ran) == {"batch" if method == method_pb2.METHOD_GRAD_CAM else "run"}

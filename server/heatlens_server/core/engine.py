@@ -52,10 +52,15 @@ class MapSpec:
         """Into how many runs the explanation of so many goals can be divided."""
         if not self.divisible:
             return 1
-        if self.method.traits.class_free:
-            return len(self.layers)
-        # All gradients are one run, and each layer's second derivative is another.
-        return count * (1 + len(self.layers)) if self.method.traits.differentiates_twice else count
+        traits, layers = self.method.traits, len(self.layers)
+        if traits.class_free:
+            # Of a layer's map that may take longer than the network, images share no batch until it is known.
+            return 2 * layers if self.method is Method.KPCA_CAM else layers
+        if traits.differentiates_twice or (traits.exportable and layers > 1):
+            # All gradients are one run; each layer's map, or second derivative, is another.
+            return count * (1 + layers)
+        # What differentiates by the whole network, and not by what is behind a layer, has a run forward of its own.
+        return count if traits.exportable else 2 * count
 
 
 LayerShape = tuple[int, int, int]

@@ -37,8 +37,8 @@ _SQUARINGS = 12
 
 _POWER_STEPS = 2
 
-_MOST_KERNEL_PLACES = 4096
-"""Of a layer that KPCA-CAM explains: a matrix of 64 MB."""
+_MOST_KERNEL_PLACES = 1600
+"""Of a layer that KPCA-CAM explains: a matrix of 10 MB, and a third of a second for its power steps."""
 
 _LARGEST_SQUARED = 512
 """Pixels up to which a kernel matrix is squared: above, its products with itself take longer than any network."""
@@ -108,7 +108,7 @@ def check_places(method: Method, place: int, layer: str, features: A) -> None:
         features: (N, C, h, w), concrete.
 
     Raises:
-        InvalidArgument: it is KPCA-CAM, and the layer has more than 4,096 places.
+        InvalidArgument: it is KPCA-CAM, and the layer has more than 1,600 places.
     """
     height, width = features.shape[2:]
     if method is Method.KPCA_CAM and height * width > _MOST_KERNEL_PLACES:

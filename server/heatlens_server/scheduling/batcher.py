@@ -157,15 +157,14 @@ class Batcher:
             entry.image = image
             entry.enqueued_at = self._clock()
             self._count(entry, -1)
-            entry.spec = self.pace.divided(entry.spec, image.pixel_count, entry.target.count)
+            pixel_count, count = image.pixel_count, entry.target.count
+            entry.spec = self.pace.divided(entry.spec, pixel_count, count)
+            entry.batch_most = self.pace.most_images(entry.spec, pixel_count, count, self._max_batch_size)
             self._count(entry, 1)
             self._buckets.put(entry)
             no_expiry_before = self._no_expiry_before
             self._wait_for(entry)
-            if self._no_expiry_before < no_expiry_before:
-                self._changed.notify_all()
-            else:
-                self._wake()
+            (self._changed.notify_all if self._no_expiry_before < no_expiry_before else self._wake)()
 
     def withdraw(self, entry: Entry) -> bool:
         """Give up an entry's place: its caller cancelled, or its image could not be decoded.
@@ -386,7 +385,7 @@ class Batcher:
             if isinstance(bucket, StepTurns):
                 due_at, device = self._step_due(free)
             else:
-                due_at, device = self._batch_due_at(bucket, free[0]), free[0]
+                due_at, device = self._batch_due_at(bucket, self._buckets.most_of(key), free[0]), free[0]
             yield key, max(due_at, not_before), device
             # The other buckets let the first one go first, but not at the price of an idle device.
             not_before = self._needed_at(free[0])
@@ -398,9 +397,9 @@ class Batcher:
                 return self._needed_at(device), device
         return math.inf, free[0]
 
-    def _batch_due_at(self, bucket: FairQueue[Entry], device: DeviceTime) -> float:
+    def _batch_due_at(self, bucket: FairQueue[Entry], most: int, device: DeviceTime) -> float:
         """When a bucket's batch is to be closed if it is the only one, on the clock; `device` is free first."""
-        if self._closed or not device.runs or len(bucket) >= self._max_batch_size:
+        if self._closed or not device.runs or len(bucket) >= most:
             return -math.inf
         due = max(min(entry.enqueued_at for entry in bucket) + self._max_delay_s, self._needed_at(device))
         deadlines = [entry.deadline for entry in bucket if entry.deadline is not None]

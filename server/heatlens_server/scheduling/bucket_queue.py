@@ -19,8 +19,8 @@ from heatlens_server.scheduling.entry import Entry
 from heatlens_server.scheduling.fair_queue import FairQueue
 from heatlens_server.scheduling.step_turns import StepTurns
 
-Bucket = tuple[MapSpec, tuple[int, ...], str]
-"""What entries of a batch have in common: the spec, and the shape and element type of their images."""
+Bucket = tuple[MapSpec, tuple[int, ...], str, int | None]
+"""What entries of a batch have in common: the spec, shape and element type of their images, `Entry.batch_most`."""
 
 STEPS: None = None
 """The bucket of entries that take steps."""
@@ -82,6 +82,10 @@ class BucketQueue:
         """The buckets in which entries wait, the next one first."""
         return ((key, bucket) for key, bucket in self._buckets.items() if bucket)
 
+    def most_of(self, key: Bucket | None) -> int:
+        """The most entries of a batch of a bucket."""
+        return 1 if key is STEPS else key[3] or self._max_batch_size
+
     def end_step(self, entry: Entry) -> None:
         """The step of an entry that was taken has ended, and with it the turns of its spec and of `STEPS`."""
         self._steps.end_step(entry)
@@ -98,7 +102,7 @@ class BucketQueue:
         if isinstance(bucket, StepTurns):
             batch = [bucket.take(device)]
         else:
-            batch = [bucket.take() for _ in range(min(len(bucket), self._max_batch_size))]
+            batch = [bucket.take() for _ in range(min(len(bucket), self.most_of(key)))]
         self._count -= len(batch)
         # Empty buckets before it had their turn too.
         for other in list(itertools.takewhile(lambda other: other != key, self._buckets)):
@@ -115,4 +119,4 @@ def _bucket_of(entry: Entry) -> Bucket | None:
     if entry.spec.in_steps:
         return STEPS
     assert entry.image is not None
-    return entry.spec, entry.image.pixels.shape, entry.image.pixels.dtype.str
+    return entry.spec, entry.image.pixels.shape, entry.image.pixels.dtype.str, entry.batch_most

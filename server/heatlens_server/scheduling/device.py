@@ -97,7 +97,9 @@ class Device:
         if again:
             outcomes = []
             self._hand_back(batch)
-        self._batcher.pace.learn_batch(size, batch.images.shape[1] * batch.images.shape[2], duration_s)
+        spec, pixel_count = batch.entries[0].spec, batch.images.shape[1] * batch.images.shape[2]
+        count = max(entry.target.count for entry in batch.entries)
+        self._batcher.pace.learn_batch(spec, size, pixel_count, duration_s, count=count)
         self._deliver(outcomes)
         failed = sum(isinstance(outcome, Exception) for _, outcome in outcomes)
         self._observer.batch_ended(
@@ -239,7 +241,7 @@ class Device:
             self.free(progress)
             if progress.rows == 1:
                 return as_domain_error(error)
-            progress.rows, progress.runs = progress.rows // 2, 0
+            progress.rows, progress.runs, progress.later_s = progress.rows // 2, 0, 0.0
             _log.warning("model %s: out of memory; begun anew with %d rows a step", self._model, progress.rows)
         except HeatlensError as error:
             return error
@@ -249,7 +251,9 @@ class Device:
         else:
             # The first run prepares (the forward pass of all goals, sessions), and the last one finishes maps.
             if progress.runs and found is None:
-                run_s = self._clock() - started_at
+                # The mean: gradients take long, and the maps that follow them do not.
+                progress.later_s += self._clock() - started_at
+                run_s = progress.later_s / progress.runs
                 self._batcher.pace.learn_run(entry.spec, progress.rows, image.pixel_count, run_s)
             progress.runs += 1
         progress.compute_s += self._clock() - started_at

@@ -111,6 +111,7 @@ class Progress:
         steps: the engine's generator; None before the first step, and before an explanation is begun anew.
         compute_s: seconds that the steps took so far.
         runs: how often the model ran, since the explanation was begun.
+        later_s: seconds that all these runs but the first took.
     """
 
     rows: int
@@ -119,6 +120,7 @@ class Progress:
     steps: Steps | None = None
     compute_s: float = 0.0
     runs: int = 0
+    later_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -139,6 +141,7 @@ class Entry:
         preprocess_s: seconds of decoding and resizing.
         enqueued_at: when it entered the queue, on the batcher's clock, in seconds.
         state: where it is.
+        batch_most: the most entries of its batch; None for as many as batches may have.
         begun: whether it was claimed, if only for its first step.
         device: index of the device that runs its steps; None before the first step is claimed, and for batches.
         stepped_s: seconds that its steps took so far.
@@ -159,6 +162,7 @@ class Entry:
     preprocess_s: float = 0.0
     enqueued_at: float = 0.0
     state: EntryState = EntryState.DECODING
+    batch_most: int | None = None
     begun: bool = False
     device: int | None = None
     stepped_s: float = 0.0

@@ -221,8 +221,10 @@ def test_smoothing_and_faithfulness_reach_the_spec():
     [
         ({}, 1),
         ({"top_k": 8}, 8),
-        ({"top_k": 4, "layers": ["body", "stem"]}, 4),
-        ({"method": method_pb2.METHOD_FULL_GRAD, "top_k": 2}, 2),
+        ({"top_k": 4, "layers": ["body", "stem"]}, 12),
+        ({"method": method_pb2.METHOD_FULL_GRAD, "top_k": 2}, 4),
+        ({"method": method_pb2.METHOD_GUIDED_GRAD_CAM}, 2),
+        ({"method": method_pb2.METHOD_KPCA_CAM, "top_k": 10}, 2),
         ({"method": method_pb2.METHOD_SHAPLEY_CAM}, 2),
         ({"method": method_pb2.METHOD_SHAPLEY_CAM, "top_k": 4, "layers": ["body", "stem"]}, 12),
         ({"method": method_pb2.METHOD_EIGEN_CAM, "top_k": 10}, 1),

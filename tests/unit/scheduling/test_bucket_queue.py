@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batching import LAYER, OTHER, Bench
+from batching import IMAGE, LAYER, OTHER, Bench
 from heatlens_server.core.engine import MapSpec
 from heatlens_server.core.errors import QueueFull
 from heatlens_server.scheduling.batcher import STACK_S
 from heatlens_server.scheduling.entry import Entry, EntryState, Source
+from heatlens_server.scheduling.pace import STEP_S
 
 BATCH = 8
 
@@ -244,3 +245,12 @@ def test_shares_of_sources_that_wait_all_the_while_differ_by_one_at_most(windows
                 if not (waiting[a] and waiting[b]):
                     counts[:] = [0, 0]
                 assert abs(counts[0] - counts[1]) <= 1
+
+
+def test_images_that_take_long_are_few_in_a_batch_and_those_of_others_many():
+    at = bench()
+    pace, pixel_count = at.batcher.pace, IMAGE.pixel_count
+    pace.learn_batch(OTHER, BATCH, pixel_count, BATCH * STEP_S / 8)
+    pace.learn_batch(LAYER, BATCH, pixel_count, BATCH * STEP_S / 2)
+    slow, usual = many(at, 4, Source()), many(at, BATCH, Source(), OTHER)
+    assert [at.taken() for _ in range(3)] == [slow[:2], usual, slow[2:]]

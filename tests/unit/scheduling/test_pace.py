@@ -49,6 +49,34 @@ def test_what_cannot_be_divided_or_goes_in_steps_anyway_stays_as_it_is():
     assert pace.divided(augmented, PIXELS, 100) == augmented
 
 
+def test_a_batch_takes_as_many_images_as_a_step_has_time_for_the_goals_of():
+    pace = Pace()
+    pace.learn_run(BY_GOAL, 1, PIXELS, STEP_S / 20)
+    # One goal each: a batch of the model's.
+    assert pace.most_images(GRAD_CAM, PIXELS, 1, 16) == 16
+    assert [pace.most_images(GRAD_CAM, PIXELS, count, 16) for count in (2, 4, 6, 20)] == [8, 4, 2, 1]
+    # Goals of a batch took less, as on a device that runs them at once; and more, with the forward pass beside them.
+    pace.learn_batch(GRAD_CAM, 4, PIXELS, STEP_S / 5, count=4)
+    assert pace.most_images(GRAD_CAM, PIXELS, 5, 16) == 16
+    pace.learn_batch(GRAD_CAM, 1, PIXELS, 100 * STEP_S, count=4)
+    assert pace.most_images(GRAD_CAM, PIXELS, 5, 16) == 4
+    assert pace.most_images(BY_GOAL, PIXELS, 5, 16) == 16
+
+
+def test_images_by_a_layer_that_is_far_slower_than_the_fastest_are_as_many_as_a_step_has_time_for():
+    pace = Pace()
+    early = dataclasses.replace(GRAD_CAM, layers=("early",))
+    assert pace.most_images(early, PIXELS, 1, 16) == 16
+    pace.learn_batch(GRAD_CAM, 16, PIXELS, 4 * STEP_S)
+    pace.learn_batch(early, 16, PIXELS, 8 * STEP_S)
+    assert pace.most_images(early, PIXELS, 1, 16) == 16
+    pace.learn_batch(early, 16, PIXELS, 40 * STEP_S)
+    assert [pace.most_images(early, pixels, 1, 16) for pixels in (PIXELS, PIXELS // 5)] == [1, 4]
+    # One image alone takes longer than each of many.
+    pace.learn_batch(GRAD_CAM, 1, PIXELS, 4 * STEP_S)
+    assert pace.most_images(GRAD_CAM, PIXELS, 1, 16) == 16
+
+
 @pytest.mark.parametrize(("row_s", "rows"), [(STEP_S / 1000, 16), (STEP_S / 5.5, 5), (STEP_S, 1), (10 * STEP_S, 1)])
 def test_as_many_rows_as_a_step_has_time_for(row_s, rows):
     pace = Pace()
@@ -59,7 +87,7 @@ def test_as_many_rows_as_a_step_has_time_for(row_s, rows):
 def test_a_new_model_begins_with_one_row_or_as_its_batches_allow():
     pace = Pace()
     assert pace.rows(SCORE_CAM, PIXELS, 16) == 1
-    pace.learn_batch(2, PIXELS, 2 * STEP_S / 4)
+    pace.learn_batch(GRAD_CAM, 2, PIXELS, 2 * STEP_S / 4)
     assert pace.rows(SCORE_CAM, PIXELS, 16) == 4
     assert pace.rows(SCORE_CAM, 2 * PIXELS, 16) == 2
     pace.learn_run(SCORE_CAM, 4, PIXELS, 4 * STEP_S / 8)

@@ -158,7 +158,7 @@ class GraphNetwork:
         return np.rint(inputs).clip(least, most).astype(dtype)
 
     def explain(self, inputs: Array, targets: Sequence[Target], spec: MapSpec) -> Generator[None, None, GraphMaps]:
-        """Explain inputs with a closed form; yields after each goal, and layer where there are no goals."""
+        """Explain inputs with a closed form; yields after each goal's gradients, and map."""
         sessions = self._sessions(spec.layers)
         if spec.method is Method.CAM:
             # Its weights are those of logits.
@@ -168,22 +168,27 @@ class GraphNetwork:
         if spec.method.traits.class_free or spec.method is Method.RANDOM_CAM:
             any_factors = np.empty((len(inputs), goals.width, 0), np.float32)
             raw = []
+            yield
             for place, layer in enumerate(spec.layers):
                 check_places(spec.method, place, layer, activations[layer])
                 raw.append(raw_map(spec.method, activations[layer], any_factors))
                 yield
             return GraphMaps(goals, raw)
         maps: dict[str, list[Array]] = {layer: [] for layer in spec.layers}
+        if len(maps) > 1:
+            yield
         # Goal by goal, so that one goal's gradients are held at a time.
         for k in range(goals.width):
             gradients = self._gradients(sessions, found, goals.seed(k))
+            if len(maps) > 1:
+                yield
             for layer, of_layer in maps.items():
                 factors = as_map(gradients[layer], self._grids[layer])[:, None]
                 if spec.method is Method.CAM:
                     # Of a linear head over means: its weights are the gradients' sums over places.
                     factors = factors.sum((-2, -1))
                 of_layer.append(_map(spec, activations[layer], factors))
-            yield
+                yield
         return GraphMaps(goals, [np.concatenate(maps[layer], axis=1) for layer in spec.layers])
 
     def factors(self, inputs: Array, targets: Sequence[Target], layer: str) -> tuple[Scores, Array, Array]:

@@ -22,7 +22,7 @@ class Network(Protocol):
         ...
 
     def explain(self, inputs: Array, targets: Sequence[Target], spec: MapSpec) -> Generator[None, None, Explained]:
-        """Explain inputs with any method of one pass; yields after each goal, and layer where there are no goals."""
+        """Explain inputs with any method of one pass; yields after each run, and map of a layer."""
         ...
 
     def jobs(self, inputs: Array, target: Target, spec: MapSpec, *, rows: int) -> Sequence[Job]:

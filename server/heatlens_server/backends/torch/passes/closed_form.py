@@ -43,6 +43,7 @@ def closed_form(model: TorchModel, inputs: Tensor, targets: Sequence[Target], sp
         # An absent class (ABSENT) indexes row 0: its map is computed and dropped.
         factors = model.head_weight[factors.clamp(min=0)]
     maps = []
+    yield
     for place, of_layer in enumerate(features):
         check_places(spec.method, place, spec.layers[place], of_layer)
         with torch.no_grad():
@@ -56,13 +57,18 @@ def _gradient_maps(
 ) -> Generator[None, None, list[Tensor]]:
     """Raw maps (N, K, h, w), one per layer. Class by class, so that one class's gradients are held at a time."""
     maps: list[list[Tensor]] = [[] for _ in leaves]
+    if len(leaves) > 1:
+        yield
     for k in range(goals.width):
         score = goals.score(k)
         with torch.no_grad():
             gradients = model.gradients(score, leaves, retain_graph=k + 1 < goals.width)
-            for of_layer, layer, activation, gradient in zip(maps, spec.layers, features, gradients, strict=True):
+        if len(leaves) > 1:
+            yield
+        for of_layer, layer, activation, gradient in zip(maps, spec.layers, features, gradients, strict=True):
+            with torch.no_grad():
                 of_layer.append(_map(spec, activation, model.features(layer, gradient)[:, None]))
-        yield
+            yield
     return [torch.cat(of_layer, dim=1) for of_layer in maps]
 
 

@@ -35,6 +35,7 @@ def full_grad(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec
     goals = model.task.goals(output, targets, score=spec.score, run=model.run_images)
     size_px = (inputs.shape[2], inputs.shape[3])
     maps = []
+    yield
     for k in range(goals.width):
         more = k + 1 < goals.width
         gradient = input_gradient(model, goals.score(k), leaf, retain_graph=more, start=found.start)

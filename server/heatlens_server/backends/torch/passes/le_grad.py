@@ -36,6 +36,7 @@ def le_grad(model: TorchModel, inputs: Tensor, targets: Sequence[Target], spec: 
     of_blocks = model.task.goals(scored, fixed * blocks, score=spec.score, run=model.run_images)
     grid = model.model.grid(model.model.layers[0])
     maps = []
+    yield
     for k in range(goals.width):
         gradients = model.gradients(of_blocks.score(k), matrices, retain_graph=k + 1 < goals.width)
         with torch.no_grad():
