@@ -252,7 +252,7 @@ class Server:
 
     @property
     def metrics_port(self) -> int:
-        """The bound port of /metrics; 0 if that is off."""
+        """The bound port of /metrics, /live and /ready; 0 if that is off."""
         return 0 if self._metrics_server is None else self._metrics_server.port
 
     def _serve_metrics(self) -> None:
@@ -268,7 +268,9 @@ class Server:
 
         listen = self._config.metrics.listen
         self._metrics.registry.register(StateCollector(self.fleet, self.streams, self._gate))
-        self._metrics_server = MetricsServer(listen, self._metrics.registry)
+        self._metrics_server = MetricsServer(
+            listen, self._metrics.registry, {"/live": lambda: True, "/ready": lambda: self._health.ready}
+        )
         _log.info("metrics on %s, port %d", listen, self.metrics_port)
 
     def _make_queue(self, config: ModelConfig, engines: Sequence[SteppingEngine]) -> ModelQueue:

@@ -15,7 +15,7 @@ from heatlens_server.core.errors import ConfigError
 from in_process_server import PATIENCE_S, DeviceGate, batcher_of, until
 from messages import distinct, encoded, pixels
 from raw_stream import RawStream, kinds
-from scrapes import METRICS, OPENMETRICS, scrape_text
+from scrapes import METRICS, OPENMETRICS, probe, scrape_text
 from server_toml import model_toml, server_toml
 
 TOML = server_toml(model_toml("mlp", "tiny_mlp", max_batch_size=4), model_toml("broken"), default_model="mlp")
@@ -236,6 +236,15 @@ async def test_names_and_units_keep_to_the_rules(served, channel):
 async def test_an_address_that_is_taken_stops_the_start(served, start_server):
     with pytest.raises(ConfigError, match=r"^metrics\.listen: cannot listen on 127\.0\.0\.1:\d+: Address already"):
         await start_server(TOML + f'[metrics]\nlisten = "127.0.0.1:{served.metrics_port}"\n')
+
+
+async def test_probes_say_by_http_what_health_says(start_server):
+    server = await start_server(TOML + METRICS)
+    assert await probe(server, "live") == (200, "live\n")
+    assert await probe(server, "ready") == (200, "ready\n")
+    await server.fleet.unload("mlp")
+    assert await probe(server, "ready") == (503, "not ready\n")
+    assert await probe(server, "live") == (200, "live\n")
 
 
 async def test_it_is_off_unless_it_is_asked_for_and_ends_with_the_server(start_server):

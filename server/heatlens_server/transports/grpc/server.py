@@ -153,7 +153,11 @@ def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:
 
 
 class Health:
-    """The health service of a server."""
+    """The health service of a server.
+
+    Attributes:
+        ready: what it says of readiness.
+    """
 
     def __init__(self) -> None:
         """Everything is unknown until `update`."""
@@ -162,6 +166,7 @@ class Health:
         self._updating = asyncio.Lock()
         self._models: set[str] = set()
         self._draining = False
+        self.ready = False
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register the service."""
@@ -174,7 +179,8 @@ class Health:
                 return
             await self._servicer.set(LIVENESS, _SERVING)
             states = model_states(fleet)
-            overall = _SERVING if is_ready(fleet) else _NOT_SERVING
+            self.ready = is_ready(fleet)
+            overall = _SERVING if self.ready else _NOT_SERVING
             for service in ("", READINESS, *SERVICES):
                 await self._servicer.set(service, overall)
             for name in self._models - set(states):
@@ -187,6 +193,6 @@ class Health:
     async def drain(self) -> None:
         """Everything but liveness is NOT_SERVING from now on; watchers are told."""
         async with self._updating:
-            self._draining = True
+            self._draining, self.ready = True, False
             for service in ("", READINESS, *SERVICES, *(f"{EXPLAIN_SERVICE}/{name}" for name in self._models)):
                 await self._servicer.set(service, _NOT_SERVING)
