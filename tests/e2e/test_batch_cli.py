@@ -127,6 +127,22 @@ def test_what_no_image_could_be_explained_with_ends_at_once(run_batch, photos, t
 def test_nobody_there_and_no_images(run, photos, tmp_path):
     out = tmp_path / "out.parquet"
     done = run("batch", "--server", "127.0.0.1:1", photos, "-o", out, "--timeout", 1, exit_code=1)
-    assert "the same command goes on" in done.stderr
+    assert "the same command, without --overwrite, goes on" in done.stderr
     (tmp_path / "empty").mkdir()
     assert "no images there" in run("batch", tmp_path / "empty", "-o", out, exit_code=1).stderr
+
+
+def test_an_input_is_not_written_over_and_a_folder_is_no_file(run, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photo = photos / "1.png"
+    before = photo.read_bytes()
+    assert "is an INPUT as well" in run("batch", photo, "-o", photo, "--overwrite", exit_code=2).stderr
+    assert photo.read_bytes() == before
+    for name in (".", "photos"):
+        assert "expected the name of a file" in run("batch", photo, "-o", name, "--overwrite", exit_code=2).stderr
+
+
+def test_a_batch_of_nothing_but_errors_fails(run_batch, photos, tmp_path):
+    done = run_batch(photos / "5.png", "-o", tmp_path / "out.parquet", exit_code=1)
+    assert "1 images, 1 failed" in done.stdout
+    assert "No such file" in run_batch(tmp_path / "none.png", "-o", tmp_path / "out.parquet", exit_code=1).stderr

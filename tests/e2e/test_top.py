@@ -34,8 +34,7 @@ def not_a_heatlens() -> Iterator[str]:
         thread.join()
 
 
-async def test_one_interval_says_what_clients_saw(served, run, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+async def test_one_interval_says_what_clients_saw(served, run):
     began, over = asyncio.Event(), asyncio.Event()
     answered = 0
 
@@ -56,6 +55,10 @@ async def test_one_interval_says_what_clients_saw(served, run, monkeypatch):
     over.set()
     await caller
     assert re.match(r"heatlens \S+ +http://127.0.0.1:\d+/metrics +calls in flight \d+ +open streams 1 ", shown)
+    # Each value stands below its header.
+    header = re.sub(r"p50 p99 ms", "ms", next(line for line in shown.splitlines() if line.startswith("MODEL")))
+    names = "MODEL STATE ENGINE DEVICES QUEUE IMAGES/s FAILED/s BATCH WAIT ms COMPUTE ms BUSY"
+    assert header.split() == names.split()
     model = next(line for line in shown.splitlines() if line.startswith("mlp"))
     state, engine, device, precision, devices, _queue, images, failed, batch, *_, busy, percent = model.split()[1:]
     assert (state, engine, device, precision, devices) == ("ready", "torch", "cpu", "fp32", "1")

@@ -1,5 +1,6 @@
 """Which images a batch explains: folders, lists and Parquet files, read as they are needed."""
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,20 +27,21 @@ def items_of(inputs: Sequence[str], column: str | None) -> Iterator[Item]:
         column: of Parquet files; None: the first of the usual names.
 
     Raises:
-        InvalidArgumentError: a Parquet file lacks the column, or it holds neither text nor bytes.
-        OSError: an input cannot be read.
+        InvalidArgumentError: a Parquet file lacks the column, or it holds neither text nor bytes; a list is no text.
+        OSError: an input is not there or cannot be read.
     """
     for text in inputs:
         path = Path(text)
         if path.is_dir():
             yield from _in_folder(path)
         elif path.suffix.lower() in LIST_SUFFIXES:
-            with path.open(encoding="utf-8") as lines:
-                yield from (Item(line, Path(line)) for raw in lines if (line := raw.strip()))
+            yield from _in_list(path)
         elif path.suffix.lower() == ".parquet":
             yield from _in_parquet(path, column)
-        else:
+        elif path.exists():
             yield Item(text, path)
+        else:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), text)
 
 
 def count_of(inputs: Sequence[str]) -> int:
@@ -60,8 +62,20 @@ def count_of(inputs: Sequence[str]) -> int:
     return count
 
 
+def _in_list(path: Path) -> Iterator[Item]:
+    try:
+        # With or without the mark that Windows' editors put first.
+        with path.open(encoding="utf-8-sig") as lines:
+            yield from (Item(line, Path(line)) for raw in lines if (line := raw.strip()))
+    except UnicodeDecodeError as error:
+        raise InvalidArgumentError.of("INPUT", f"{path} is no list of paths in UTF-8: {error.reason}") from None
+
+
 def _in_folder(folder: Path) -> Iterator[Item]:
-    for parent, folders, names in os.walk(folder):
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
         folders.sort(key=lambda name: natural_key(Path(name)))
         images = (Path(name) for name in names if Path(name).suffix.lower() in SERVER_SUFFIXES)
         for name in sorted(images, key=natural_key):
@@ -85,6 +99,8 @@ def _in_parquet(path: Path, column: str | None) -> Iterator[Item]:
         name = known[0]
         kind = file.schema_arrow.field(name).type
         # As datasets keep images: a struct of the file's bytes and its path.
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
         nested = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
         if not (nested or pa.types.is_string(kind) or pa.types.is_large_string(kind) or _is_binary(kind)):
             raise InvalidArgumentError.of("--column", f"{name} of {path} is {kind}, neither text nor bytes")

@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 
 from heatlens._batch.run import Answer, MapType
 from heatlens._exceptions import InvalidArgumentError
@@ -101,7 +102,7 @@ class Table:
             overwrite: whether what is there goes: a file, or an interrupted batch.
 
         Raises:
-            InvalidArgumentError: there is a file, or a batch with other options.
+            InvalidArgumentError: there is a file, or a batch with other options; or one that runs.
             OSError: the folder cannot be written to.
         """
         self.path = path
@@ -109,17 +110,26 @@ class Table:
         self._folder = path.with_name(f"{path.name}.parts")
         said = json.dumps({**options, "map_type": map_type}, sort_keys=True)
         self._schema = SCHEMA.with_metadata({_OPTIONS: said.encode()})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise InvalidArgumentError.of("--output", f"another batch is writing {path}") from None
         if overwrite:
             shutil.rmtree(self._folder, ignore_errors=True)
         elif path.exists():
             raise InvalidArgumentError.of("--output", f"{path} is there already; --overwrite replaces it")
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(exist_ok=True)
         self._rows: list[dict[str, Any]] = []
         self._parts = sorted(self._folder.glob("part-*.parquet"))
         self.failed = 0
         self.done = 0
         for part in self._parts:
-            metadata = pq.read_metadata(part)
+            try:
+                metadata = pq.read_metadata(part)
+            except pa.ArrowInvalid:
+                raise InvalidArgumentError.of("--output", f"{part} is damaged; --overwrite begins anew") from None
             if (before := (metadata.metadata or {}).get(_OPTIONS, b"").decode()) != said:
                 raise InvalidArgumentError.of(
                     "--output", f"{self._folder} is of a batch with other options, {before}; --overwrite begins anew"
@@ -159,6 +169,13 @@ class Table:
         # One at a time: a million maps do not fit into memory.
         self._write(self.path, map(pq.read_table, self._parts))
         shutil.rmtree(self._folder)
+        self.close()
+
+    def close(self) -> None:
+        """Let others write it. Idempotent."""
+        if self._lock.is_locked:
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
 
     def _write(self, path: Path, tables: Any) -> None:  # noqa: ANN401 - an iterable of pyarrow's tables
         unfinished = path.with_name(f".{path.name}.tmp")

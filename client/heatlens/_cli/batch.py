@@ -5,7 +5,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -34,7 +34,7 @@ from heatlens._cli.connection import (
 )
 from heatlens._cli.explaining import MAP_OPTIONS, ModelOption, chosen, takes
 from heatlens._cli.interrupt import INTERRUPTED, TERMINATED
-from heatlens._exceptions import HeatlensError
+from heatlens._exceptions import HeatlensError, UnavailableError
 from heatlens._results.results import Result
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 _FLUSH_S = 30.0
 """How much work a crash may lose, in seconds."""
+
+_GOES_ON = "the same command, without --overwrite, goes on"
 
 
 @takes(*MAP_OPTIONS, after="model")
@@ -72,31 +74,38 @@ def batch(
 ) -> None:
     """Explain stored images by the thousand into one Parquet file.
 
-    An image that fails is a row with its error. What is interrupted goes on when the same command is run again. Exits
-    with 1 if it could not go on to the end.
+    An image that fails is a row with its error. What is interrupted goes on when the same command is run again, without
+    --overwrite. Exits with 1 if it could not go on to the end, or every image failed.
     """
     if find_spec("pyarrow") is None:
         fail("Parquet files need pyarrow: pip install 'heatlens[batch]'")
     from heatlens._batch.inputs import count_of, items_of  # noqa: PLC0415 - an extra
     from heatlens._batch.table import Table  # noqa: PLC0415 - an extra
 
+    if not output.name or output.is_dir():
+        raise typer.BadParameter(f"expected the name of a file, got '{output}'", param_hint="--output")
+    if any(Path(text).exists() and output.resolve() == Path(text).resolve() for text in inputs):
+        raise typer.BadParameter("is an INPUT as well", param_hint="--output")
     with reporting():
         wanted: dict[str, Any] = {"model": model, **chosen(options)}
         total = count_of(inputs)
         if not total:
             fail("no images there")
         table = Table(output, {"inputs": inputs, **wanted}, map_type=map_type, overwrite=overwrite)
-        items = _rest(items_of(inputs, column), table)
-        connection = client_options(server, tls=tls, ca=ca, cert=cert, key=key, timeout=timeout)
-        if map_type is not MapType.NONE:
-            wanted["map_type"] = map_type.value
-        ended = asyncio.run(_run(connection, items, table, wanted, concurrency=concurrency, total=total))
-        if ended is None:
-            table.finish()
-            typer.echo(f"{output}: {table.done} images, {table.failed} failed")
-            return
-    warn(f"interrupted after {table.done} of {total} images: the same command goes on")
-    raise typer.Exit(ended)
+        with closing(table):
+            items = _rest(items_of(inputs, column), table)
+            connection = client_options(server, tls=tls, ca=ca, cert=cert, key=key, timeout=timeout)
+            if map_type is not MapType.NONE:
+                wanted["map_type"] = map_type.value
+            ended = asyncio.run(_run(connection, items, table, wanted, concurrency=concurrency, total=total))
+            if ended is None:
+                table.finish()
+    if ended is not None:
+        warn(f"interrupted after {table.done} of {total} images: {_GOES_ON}")
+        raise typer.Exit(ended)
+    typer.echo(f"{output}: {table.done} images, {table.failed} failed")
+    if table.failed == table.done:
+        raise typer.Exit(1)
 
 
 def _rest(items: Iterator[Item], table: "Table") -> Iterator[Item]:
@@ -151,7 +160,8 @@ async def _run(
             if not interrupted:
                 raise
         except HeatlensError as error:
-            error.message = f"after {table.done} of {total} images: {error.message}; the same command goes on"
+            goes_on = f"; {_GOES_ON}" if isinstance(error, UnavailableError) else ""
+            error.message = f"after {table.done} of {total} images: {error.message}{goes_on}"
             raise
         finally:
             table.flush()

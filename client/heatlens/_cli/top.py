@@ -16,6 +16,7 @@ from heatlens._cli.scrape import Between, metrics_url, scrape
 
 _OUTCOMES = ("explained", "dropped", "skipped", "failed")
 _SHORTEST_S, _TIMEOUT_S = 0.1, 5.0
+_WIDTH = 200
 
 
 def top(
@@ -40,6 +41,9 @@ def top(
     except ValueError as error:
         fail(str(error), exit_code=2)
     console = Console()
+    if not console.is_terminal:
+        # Nothing is cut where nobody looks.
+        console.width = _WIDTH
     with reporting(exit_code=2):
         before = scrape(url, timeout_s=_TIMEOUT_S)
         try:
@@ -93,6 +97,7 @@ def _models(seen: Between) -> Table:
     columns = (
         "STATE",
         "ENGINE",
+        "DEVICES",
         "QUEUE",
         "IMAGES/s",
         "FAILED/s",

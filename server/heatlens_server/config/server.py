@@ -171,4 +171,7 @@ def _read_token(section: ServerConfig | AdminConfig, name: str) -> SecretStr | N
         raise ConfigError(f"{name}.token_file: cannot be read") from error
     if not token:
         raise ConfigError(f"{name}.token_file: is empty")
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        # No client could send it.
+        raise ConfigError(f"{name}.token_file: holds more than one line of printable ASCII without spaces")
     return SecretStr(token)

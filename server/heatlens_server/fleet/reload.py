@@ -114,7 +114,7 @@ class Reloader:
             ModelUnloaded: it was unloaded meanwhile.
         """
 
-        async def change(model: ModelConfig) -> None:
+        async def change(model: ModelConfig, _configured: Config) -> None:
             if any(one.key == model.key and one.state is ModelState.IDLE for one in self._fleet):
                 await self._fleet.idle.awake(model.name, model.version)
             else:
@@ -124,7 +124,25 @@ class Reloader:
 
     async def replace(self, name: str, version: str = "") -> ModelStatus:
         """Load a model again beside the one that serves; what it is once it serves. Arguments, errors: as `load`."""
-        return await self._to_the_end(self._change_one(name, version, self._fleet.replace))
+
+        async def change(model: ModelConfig, configured: Config) -> None:
+            await self._fleet.replace(model, key=self._old_of(model, configured))
+
+        return await self._to_the_end(self._change_one(name, version, change))
+
+    def _old_of(self, model: ModelConfig, configured: Config) -> str:
+        """The key of what a model replaces: itself, or the version that the configuration does not have any more.
+
+        Raises:
+            ModelChangeRefused: the versions that are loaded are to stay.
+        """
+        served = [status.key for status in self._fleet if status.name == model.name]
+        going = set(served) - {one.key for one in configured.models}
+        if model.key in served or not served:
+            return model.key if served else ""
+        if len(going) != 1:
+            raise ModelChangeRefused(f"{model.key!r} is not loaded: load it", metadata={"model": model.name})
+        return going.pop()
 
     async def unload(self, name: str, version: str = "") -> None:
         """Take a model out. Raises ModelNotFound, and ModelChangeRefused if there are several versions."""
@@ -143,7 +161,7 @@ class Reloader:
         return await asyncio.shield(task)
 
     async def _change_one(
-        self, name: str, version: str, change: Callable[[ModelConfig], Coroutine[None, None, None]]
+        self, name: str, version: str, change: Callable[[ModelConfig, Config], Coroutine[None, None, None]]
     ) -> ModelStatus:
         async with self._one_at_a_time:
             try:
@@ -156,7 +174,7 @@ class Reloader:
             model = self._meant(config, name, version)
             files = files_of(model)
             try:
-                await change(model)
+                await change(model, config)
             except ConfigError as error:
                 raise ModelChangeRefused(str(error), metadata={"model": name}) from error
             except ModelLoadError as error:

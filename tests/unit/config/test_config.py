@@ -361,6 +361,14 @@ def test_token_and_token_file_exclude_each_other(folder):
     assert line == "server: set token or token_file, not both"
 
 
+@pytest.mark.parametrize("token", ["two words", "two\nlines", "ümlaut"])
+def test_a_token_that_no_client_can_send_is_refused(folder, token):
+    (folder / "secrets" / "token").write_text(f"{token}\n")
+    server = load_config(write(folder, 'server.token_file = "secrets/token"')).server
+    with pytest.raises(ConfigError, match=r"server\.token_file: holds more than one line of printable ASCII"):
+        server.read_token()
+
+
 def test_empty_token_file_is_refused(folder):
     (folder / "secrets/token").write_text("\n")
     server = load_config(write(folder, 'server.token_file = "secrets/token"')).server

@@ -200,6 +200,10 @@ async def test_administrators_name_one_of_several_versions(rig):
             await change("a", "3")
     assert (await operator.reloader.replace("a", "2")).served.generation == 4
     await operator.reloader.unload("a", "2")
+    # Version 1 is to stay: nothing takes its place.
+    with pytest.raises(ModelChangeRefused, match="'a:2' is not loaded: load it"):
+        await operator.reloader.replace("a", "2")
+    assert [status.version for status in rig.fleet if status.name == "a"] == ["1"]
     assert (await operator.reloader.load("a", "2")).version == "2"
     with pytest.raises(ModelChangeRefused, match="there is a model 'a:2' already"):
         await operator.reloader.load("a", "2")

@@ -10,8 +10,11 @@ Health is told for the server as a whole, per service and per model:
 """
 
 import asyncio
+import contextlib
 import logging
 import os
+import socket
+import ssl
 from collections.abc import Callable
 
 import grpc
@@ -119,6 +122,8 @@ def bind(server: grpc.aio.Server, config: ServerConfig) -> int:
     Raises:
         ConfigError: the address cannot be bound, or a TLS file cannot be read.
     """
+    if config.listen.startswith("unix:"):
+        _check_free(config.listen)
     # The mode of a unix socket is that of its creation: set afterwards, there would be a moment in between.
     umask = os.umask(~int(config.socket_mode, 8) & 0o777)
     try:
@@ -135,6 +140,17 @@ def bind(server: grpc.aio.Server, config: ServerConfig) -> int:
     return port
 
 
+def _check_free(listen: str) -> None:
+    """Refuse a socket that another server answers on: gRPC would take its name away.
+
+    Raises:
+        ConfigError: one does.
+    """
+    with socket.socket(socket.AF_UNIX) as caller, contextlib.suppress(OSError):
+        caller.connect(listen.removeprefix("unix:").removeprefix("//"))
+        raise ConfigError(f"server.listen: another server listens on {listen}")
+
+
 def enable_reflection(server: grpc.aio.Server) -> None:
     """Let tools such as grpcurl ask for the services."""
     names = (*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME)
@@ -145,6 +161,11 @@ def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:
     try:
         key, certificate = tls.private_key.read_bytes(), tls.certificate.read_bytes()
         client_ca = None if tls.client_ca is None else tls.client_ca.read_bytes()
+        # gRPC does not say what is wrong with them.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.private_key)
+    except ssl.SSLError as error:
+        message = f"are no certificate and its key, in PEM, that belong together: {error.reason or error}"
+        raise ConfigError(f"server.tls: certificate and private_key {message}") from None
     except OSError as error:
         raise ConfigError(f"server.tls: cannot read {error.filename}: {error.strerror}") from None
     return grpc.ssl_server_credentials(

@@ -1,5 +1,6 @@
 """What a batch's inputs stand for."""
 
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -38,6 +39,35 @@ def test_a_folder_is_all_images_in_it_and_below_in_the_order_of_their_numbers(fo
 def test_a_list_is_a_path_a_line(folder):
     Path("list.txt").write_text("a.webp\n\n  b/img2.JPG \ngone.png\n")
     assert paths("list.txt", "a.webp") == ["a.webp", "b/img2.JPG", "gone.png", "a.webp"]
+
+
+def test_a_list_of_windows_is_one_too_and_other_text_is_refused(folder):
+    Path("list.txt").write_bytes("\ufeffa.webp\r\nb/img2.JPG\r\n".encode())
+    assert paths("list.txt") == ["a.webp", "b/img2.JPG"]
+    Path("list.txt").write_bytes("a.webp".encode("utf-16"))
+    with pytest.raises(InvalidArgumentError, match=r"list\.txt is no list of paths in UTF-8"):
+        count_of(["list.txt"])
+
+
+def test_what_is_not_there_is_refused_and_so_is_a_folder_that_cannot_be_read(folder, monkeypatch):
+    with pytest.raises(FileNotFoundError):
+        count_of(["gone.png"])
+
+    def scandir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    # Tests may run as root, who reads everything.
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError):
+        count_of(["b"])
+
+
+def test_a_column_of_categories_has_paths_too(folder):
+    assert paths(parquet("p.parquet", path=pa.array(["x.png", "y.png", "x.png"]).dictionary_encode())) == [
+        "x.png",
+        "y.png",
+        "x.png",
+    ]
 
 
 def test_a_table_has_paths_or_bytes(folder):

@@ -81,6 +81,7 @@ def test_what_was_written_outlives_an_interruption(tmp_path):
     for number in range(_PART_ROWS + 1):
         first.add(f"{number}.png", result(number) if number else OSError("gone"))
     # The last one is in no part yet.
+    first.close()
     second = table(tmp_path, model="m")
     assert (second.done, second.failed, second.last_path) == (_PART_ROWS, 1, f"{_PART_ROWS - 1}.png")
     second.add("last.png", result(5))
@@ -94,6 +95,7 @@ def test_a_batch_with_other_options_is_not_gone_on_with(tmp_path):
     first = table(tmp_path, model="m")
     first.add("a.png", result())
     first.flush()
+    first.close()
     with pytest.raises(InvalidArgumentError, match=r"of a batch with other options, .*\"m\".*--overwrite"):
         table(tmp_path, model="n")
     assert table(tmp_path, model="n", overwrite=True).done == 0
@@ -111,3 +113,25 @@ def test_a_file_that_is_there_is_not_replaced_unasked(tmp_path):
     assert len(rows(tmp_path)) == 1
     again.finish()
     assert rows(tmp_path) == []
+
+
+def test_two_batches_do_not_write_one_table(tmp_path):
+    first = table(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(InvalidArgumentError, match="another batch is writing"):
+            table(tmp_path, overwrite=overwrite)
+    first.close()
+    first.close()
+    table(tmp_path).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["out.parquet.parts"]
+
+
+def test_a_damaged_part_is_said(tmp_path):
+    first = table(tmp_path)
+    first.add("a.png", result())
+    first.flush()
+    first.close()
+    (tmp_path / "out.parquet.parts" / "part-000000.parquet").write_bytes(b"damaged")
+    with pytest.raises(InvalidArgumentError, match=r"part-000000\.parquet is damaged; --overwrite begins anew"):
+        table(tmp_path)
+    table(tmp_path, overwrite=True).close()

@@ -1,6 +1,7 @@
 """What health checks and watchers are told while models come and go."""
 
 import os
+import socket
 import stat
 from collections.abc import AsyncIterator
 
@@ -8,10 +9,11 @@ import grpc
 import grpc.aio
 import pytest
 import pytest_asyncio
+import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from heatlens_server.config import ModelConfig, ServerConfig
-from heatlens_server.core.errors import ModelLoadError
+from heatlens_server.core.errors import ConfigError, ModelLoadError
 from heatlens_server.fleet.build import BuiltModel
 from heatlens_server.fleet.fleet import Fleet
 from heatlens_server.transports.grpc.server import LIVENESS, READINESS, SERVICES, Health, bind
@@ -46,6 +48,30 @@ async def test_a_unix_socket_has_the_configured_mode_whatever_the_umask(tmp_path
     finally:
         os.umask(before)
     await server.stop(0)
+
+
+async def test_a_socket_that_a_server_answers_on_is_not_taken_and_one_that_was_left_is(tmp_path):
+    listen = f"unix:{tmp_path / 's'}"
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "s"))
+        other.listen()
+        with pytest.raises(ConfigError, match=r"^server\.listen: another server listens on unix:"):
+            bind(grpc.aio.server(), ServerConfig(listen=listen))
+    server = grpc.aio.server()
+    bind(server, ServerConfig(listen=listen))
+    await server.stop(0)
+
+
+async def test_a_key_of_another_certificate_is_said(tmp_path):
+    names = []
+    for one in ("a", "b"):
+        certificate = trustme.CA().issue_cert(one)
+        certificate.private_key_pem.write_to_path(tmp_path / f"{one}.key")
+        certificate.cert_chain_pems[0].write_to_path(tmp_path / f"{one}.pem")
+        names.append(tmp_path / one)
+    tls = {"certificate": names[0].with_suffix(".pem"), "private_key": names[1].with_suffix(".key")}
+    with pytest.raises(ConfigError, match=r"^server\.tls: certificate and private_key are no .*KEY_VALUES_MISMATCH"):
+        bind(grpc.aio.server(), ServerConfig(listen="127.0.0.1:0", tls=tls))
 
 
 async def status(stub: health_pb2_grpc.HealthStub, service: str) -> str:
