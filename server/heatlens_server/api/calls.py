@@ -220,7 +220,8 @@ class CallGate:
 
     def _authenticate(self, authorization: str) -> None:
         if self._token is not None and not _is_token(authorization, self._token):
-            raise Unauthenticated("send the server's token as metadata `authorization: Bearer <token>`")
+            sent = "this is not the server's token" if authorization else "the server wants a token"
+            raise Unauthenticated(f"{sent}: send it as metadata `authorization: Bearer <token>`")
 
 
 def _is_token(authorization: str, token: bytes) -> bool:

@@ -1,5 +1,6 @@
 """Environment variables as a part of the configuration."""
 
+import re
 from typing import Any
 
 from pydantic import BaseModel, create_model
@@ -24,4 +25,6 @@ def read_environment(config: type[BaseModel], prefix: str, delimiter: str) -> di
         settings = create_model("Environment", __base__=BaseSettings, **sections)
         return EnvSettingsSource(settings, env_prefix=prefix, env_nested_delimiter=delimiter)()
     except SettingsError as error:
-        raise ConfigError(f"{prefix}* environment variables: " + str(error).split("\n", maxsplit=1)[0]) from error
+        field = re.search(r'field "(\w+)"', str(error))
+        name = f"{prefix}{field[1].upper()}" if field else f"{prefix}* environment variables"
+        raise ConfigError(f"{name}: is no JSON") from error

@@ -189,6 +189,7 @@ def _describe(location: tuple[int | str, ...], kind: str, message: str) -> str:
     elif kind == "missing":
         message = "is required"
     message = message.removeprefix("Value error, ")
+    message = message.replace("Input should be a valid tuple", "expected a list")
     message = message.replace("Path does not point to a file", "the file does not exist")
     message = message.replace("Path does not point to a directory", "the folder does not exist")
     return f"{path}: {message}" if path else message

@@ -79,6 +79,8 @@ class Reloader:
             self._warn_of_other_sections(config)
             files = {model.key: files_of(model) for model in config.models}
             changes = self._changes(config.models, files)
+            if not {model.key for model in config.models} & {status.key for status in self._fleet}:
+                _log.warning("the configuration has none of the models that were served")
             for model in changes.unload:
                 await self._do("unload", model.key, self._fleet.unload(model.name, model.version))
             for model, key in changes.replace:

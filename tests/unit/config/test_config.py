@@ -396,7 +396,7 @@ def test_missing_file():
 
 def test_broken_json_in_the_environment(monkeypatch):
     monkeypatch.setenv("HEATLENS_MODELS", "[{")
-    with pytest.raises(ConfigError, match="models"):
+    with pytest.raises(ConfigError, match=r"^HEATLENS_MODELS: is no JSON$"):
         load_config()
 
 
