@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import heatlens
-from heatlens import AsyncClient, Client
+from heatlens import AsyncClient, Client, Retry
 from heatlens._wire.status import REPLICA_DIED, error_of
 from messages import distinct
 from server_process import SUPPORT, start_server_process, wait_settled
@@ -88,7 +88,9 @@ def cluster(tmp_path_factory) -> Iterator[RayCluster]:
 
 @pytest.fixture
 def client(cluster) -> Iterator[Client]:
-    with Client(cluster.address, token=TOKEN, timeout=60.0) as made:
+    # Both nodes' proxies share this machine's port: while one ends, connections to it are refused for a moment.
+    patient = Retry(max_attempts=5, initial_backoff_s=0.5, max_backoff_s=8.0)
+    with Client(cluster.address, token=TOKEN, timeout=60.0, retry=patient) as made:
         yield made
 
 

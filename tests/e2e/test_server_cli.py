@@ -124,7 +124,7 @@ def test_check_of_a_photo_that_is_not_there(run, tmp_path):
         ("check", '[server]\ntoken_file = "nowhere"', {}, "server.token_file: the file does not exist"),
         ("check", "[server", {}, "server.toml: not valid TOML"),
         ("check", "", {"HEATLENS_SERVER__MAX_TARGETS": "many"}, "server.max_targets: "),
-        ("check", "", {"HEATLENS_MODELS": "["}, "HEATLENS_* environment variables: "),
+        ("check", "", {"HEATLENS_MODELS": "["}, "HEATLENS_MODELS: is no JSON"),
     ],
 )
 def test_wrong_configuration_names_the_key(run, command, toml, variables, message):

@@ -1,6 +1,7 @@
 """What only one of the two clients does: threads and Ctrl-C there, tasks and asynchronous iterables here."""
 
 import asyncio
+import itertools
 import os
 import signal
 import socket
@@ -182,11 +183,18 @@ async def test_a_task_cancelled_while_it_opens_a_stream(peer):
     await settled(lambda: peer.streams.open == 0)
 
 
+HOSTS = itertools.count(2)
+
+
 @pytest.fixture
 def silent_address():
-    """A server that takes connections and does not speak."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
+    """A server that takes connections and does not speak.
+
+    Each has an address of its own: gRPC shares connections of one address, also those that an earlier test's had reset.
+    """
+    host = f"127.0.0.{next(HOSTS)}"
+    with socket.create_server((host, 0)) as listener:
+        yield f"{host}:{listener.getsockname()[1]}"
 
 
 async def open_stream(client, how):
