@@ -18,7 +18,7 @@ from ray.serve.config import AutoscalingConfig, gRPCOptions
 
 from heatlens.v1 import explain_pb2, explain_pb2_grpc, model_pb2, model_pb2_grpc
 from heatlens_server.app import Server
-from heatlens_server.config import AdminConfig, Config, load_config
+from heatlens_server.config import AdminConfig, Config, MetricsConfig, load_config
 from heatlens_server.core.errors import ConfigError
 from heatlens_server.fleet.served_model import ModelState
 from heatlens_server.telemetry.logs import configure_logging
@@ -58,6 +58,10 @@ class Scale:
     num_gpus: float = 0.0
 
 
+_ANSWERS = frozenset({ModelState.READY, ModelState.IDLE, ModelState.LOADING})
+"""States in which a model answers, or will."""
+
+
 class StreamEnded(Exception):
     """A stream has ended with a status, which its caller gets from the context."""
 
@@ -66,7 +70,7 @@ class Replica:
     """Answers the calls of Ray's proxies. Its methods have the names that the contract has."""
 
     def __init__(self, config: Config) -> None:
-        """Serve the models of `config`. Its address is replaced by a socket; TLS and administrators are not served."""
+        """Serve the models of `config` on a socket in place of its address; without TLS, metrics and administrators."""
         self._config = config
         self._server: Server | None = None
 
@@ -79,8 +83,7 @@ class Replica:
         if self._server is None:
             await self._start()
         assert self._server is not None
-        states = [model.state for model in self._server.fleet]
-        if ModelState.READY not in states and ModelState.LOADING not in states:
+        if not any(model.state in _ANSWERS for model in self._server.fleet):
             raise RuntimeError(f"no model can answer: {self._server.status}")
 
     async def _start(self) -> None:
@@ -89,7 +92,9 @@ class Replica:
         self._folder = tempfile.TemporaryDirectory(prefix="heatlens-")
         address = f"unix:{Path(self._folder.name) / 'socket'}"
         changed = section.model_copy(update={"listen": address, "tls": None, "max_calls_per_connection": 10_000})
-        self._server = await Server.start(self._config.model_copy(update={"server": changed, "admin": AdminConfig()}))
+        # Replicas of one node cannot share a port for their metrics.
+        others = {"admin": AdminConfig(), "metrics": MetricsConfig()}
+        self._server = await Server.start(self._config.model_copy(update={"server": changed, **others}))
         await self._server.wait_loaded()
         unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
         self._channel = grpc.aio.insecure_channel(address, unlimited)

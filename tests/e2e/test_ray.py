@@ -236,6 +236,34 @@ def test_what_ray_says_of_a_dead_replica_is_told_without_where_it_ran():
     assert "10.0.0.1" not in str(error)
 
 
+IDLE_PROGRAM = """
+import asyncio, sys
+from pathlib import Path
+from heatlens_server.config import load_config
+from heatlens_server.ray_serve import Replica
+async def main():
+    replica = Replica(load_config(Path(sys.argv[1])))
+    await replica.check_health()
+    while [model.state.value for model in replica._server.fleet] != ["idle"]:
+        await asyncio.sleep(0.05)
+    await replica.check_health()
+    await replica.__del__()
+    replica._server = None
+    print("healthy while idle")
+asyncio.run(main())
+"""
+
+
+def test_a_replica_whose_models_are_idle_is_healthy(tmp_path):
+    (tmp_path / "server.toml").write_text(
+        '[metrics]\nlisten = "127.0.0.1:1"\n'
+        '[[models]]\nname = "a"\nsource = "embedded:efficientnet_lite0"\nidle_unload_s = 1'
+    )
+    command = [sys.executable, "-c", IDLE_PROGRAM, tmp_path / "server.toml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert "healthy while idle" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [({"replica": 2}, "args: unknown: replica; known: config, replicas"), ({"config": "/none.toml"}, "/none.toml")],
