@@ -20,13 +20,14 @@ from heatlens_server.app import Server
 from heatlens_server.config import Config, load_config
 from heatlens_server.core.errors import ConfigError, HeatlensError, InvalidArgument
 from heatlens_server.core.events import Observers
+from heatlens_server.core.geometry import PixelBox
 from heatlens_server.core.methods import Method
 
 Column = npt.NDArray[Any]
 
 COLUMNS: Final = (
     *("error", "reason", "model", "model_version", "source_width_px", "source_height_px", "region"),
-    *("class_ids", "labels", "logits", "probabilities"),
+    *("class_ids", "labels", "logits", "probabilities", "values", "areas", "boxes"),
     *("map_height", "map_width", "maps", "map_scales", "map_offsets", "warnings"),
 )
 """What is added to a table. docs/batch.md says what each holds."""
@@ -180,17 +181,19 @@ def _image_of(value: object) -> Image:
 def _row_of(answer: Answer) -> dict[str, Any]:
     found = answer.explanations
     height, width = found[0].map_values.shape if found else (None, None)
-    region = answer.image.region
     return {
         "model": answer.model,
         "model_version": answer.model_version,
         "source_width_px": answer.image.source_width_px,
         "source_height_px": answer.image.source_height_px,
-        "region": [region.left, region.top, region.right, region.bottom],
+        "region": _sides(answer.image.region),
         "class_ids": [one.class_score.class_id for one in found],
         "labels": [one.class_score.label for one in found],
         "logits": [one.class_score.logit for one in found],
         "probabilities": [one.class_score.probability for one in found],
+        "values": [one.class_score.value for one in found if one.class_score.value is not None] or None,
+        "areas": [one.area for one in found],
+        "boxes": [_sides(one.box) for one in found if one.box is not None] or None,
         "map_height": height,
         "map_width": width,
         "maps": [one.map_values.tobytes() for one in found],
@@ -198,6 +201,10 @@ def _row_of(answer: Answer) -> dict[str, Any]:
         "map_offsets": [one.map_offset for one in found],
         "warnings": list(answer.warnings),
     }
+
+
+def _sides(box: PixelBox) -> list[float]:
+    return [box.left, box.top, box.right, box.bottom]
 
 
 def _column(values: list[Any]) -> Column:

@@ -58,6 +58,7 @@ def test_a_table_gets_the_answers_of_a_server(config, explainer, files, tmp_path
         with Client(plain.address) as client:
             for row, file in enumerate(files):
                 result = client.explain(file, top_k=2, method="layer-cam")
+                assert (table["values"][row], table["boxes"][row], table["areas"][row]) == (None, None, [0.0, 0.0])
                 assert table["class_ids"][row] == [one.class_id for one in result.explanations]
                 assert table["probabilities"][row] == pytest.approx(
                     [one.probability for one in result.explanations], abs=1e-5
@@ -101,6 +102,12 @@ def test_what_no_image_could_be_explained_with_is_raised(config, files):
     with pytest.raises(KeyError):
         made({"picture": column(files)})
     made.close()
+
+
+def test_its_columns_are_those_of_the_tables_that_heatlens_batch_writes():
+    from heatlens._batch.table import SCHEMA  # noqa: PLC0415 - an extra
+
+    assert set(COLUMNS) == set(SCHEMA.names) - {"path"}
 
 
 PROGRAM = """

@@ -19,7 +19,7 @@ from heatlens.v1.explain_pb2 import StreamExplainRequest, StreamExplainResponse
 # Between a break and the calls that try to go on, in seconds, unless the server says how long.
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 2.0
 
-STREAM_LIMIT = "STREAM_LIMIT"
+_STREAM_LIMIT = "STREAM_LIMIT"
 
 
 class Link:
@@ -244,7 +244,7 @@ class Link:
 
     def _wait_to_resume(self, error: HeatlensError | None) -> float | None:
         """In how many seconds another call goes on where this one broke; None: none does."""
-        breaks = isinstance(error, UnavailableError) or (error is not None and error.reason == STREAM_LIMIT)
+        breaks = isinstance(error, UnavailableError) or (error is not None and error.reason == _STREAM_LIMIT)
         if not self._plan.resume or not breaks or self.started is None or self.window.ended or self.closed:
             return None
         now_s = time.monotonic()
