@@ -64,9 +64,16 @@ def test_one_killed_and_one_drained_under_load_lose_no_answer(servers):
                     frames.append(item.frame_id)
 
         def goes_on() -> None:
-            """All callers and the stream get further."""
+            """All callers and the stream get further, and none of them has ended."""
             before, seen = Counter(answered), len(frames)
-            until(lambda: all(answered[n] > before[n] + 5 for n in range(CALLERS)) and len(frames) > seen + 20)
+            until(
+                lambda: (
+                    any(one.done() for one in work)
+                    or (all(answered[n] > before[n] + 5 for n in range(CALLERS)) and len(frames) > seen + 20)
+                )
+            )
+            for one in work:
+                assert not one.done() or one.result()
 
         with ThreadPoolExecutor(CALLERS + 1) as pool:
             work = [pool.submit(call, number) for number in range(CALLERS)] + [pool.submit(watch)]

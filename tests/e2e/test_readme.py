@@ -146,13 +146,14 @@ def test_error_example_prints_its_comment(folder, address, capsys):
     assert capsys.readouterr().out.strip() == re.search(r"# (IMAGE_.*)", code)[1]
 
 
+@pytest.mark.timeout(300)
 def test_the_setup_with_tls_and_tokens_runs_as_it_stands(folder, free_port):
     """In a shell that ends at the first command that fails."""
     (setup,) = [code for language, code in BLOCKS if language == "bash"]
     for port in ("50051", "9090"):
         setup = setup.replace(port, str(free_port()))
     done = subprocess.run(
-        ["bash", "-e", "-m", "-c", setup], capture_output=True, text=True, timeout=100, check=False, env=os.environ
+        ["bash", "-e", "-m", "-c", setup], capture_output=True, text=True, timeout=280, check=False, env=os.environ
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "photos is reloaded" in done.stdout

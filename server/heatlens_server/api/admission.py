@@ -19,7 +19,7 @@ _RETRY_S = 1.0
 
 _UNLIMITED_BYTES = 2**62
 
-_PUBLIC_SLOW_S = 0.3
+_PUBLIC_SLOW_S = 0.1
 """How long such a message may take while others wait: it is some bytes, which come with the headers."""
 
 _PUBLIC_MESSAGES = 2
@@ -59,7 +59,7 @@ class Admission:
             receive_timeout_s: how long a message may take to come, in seconds.
             send_timeout_s: how long an answer may take to be taken, in seconds.
             hang_up: closes a peer's connection; False if it cannot.
-            host_of: of a connection, the host that comes last once it was slow.
+            host_of: of a connection, the host that room is shared between.
         """
         half, peer_half = max_bytes // 2, max_peer_bytes // 2
         self.requests = ByteBudget("requests", total_bytes=half, peer_bytes=peer_half, host_of=host_of)

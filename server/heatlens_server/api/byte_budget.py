@@ -1,12 +1,13 @@
-"""How many bytes of one kind are in flight: per peer and in all. All of this belongs to the event loop."""
+"""How many bytes of one kind are in flight: per peer and in all. All of this belongs to the event loop.
+
+Of those that wait for room, whoever's host holds least comes first: so one host's many are no reason to refuse another.
+"""
 
 import asyncio
-import heapq
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -33,17 +34,19 @@ class Held:
     """Bytes that are held of a budget, until `release`. A context manager.
 
     Attributes:
-        peer: whose they are.
+        peer: the connection whose they are.
+        host: its host.
         bytes: how many.
         since: of a message that is not whole yet: since when it is awaited, on the loop's clock, in seconds.
         cut: of such a message: done when others need the room that is kept for it.
     """
 
-    __slots__ = ("_budget", "bytes", "cut", "peer", "since")
+    __slots__ = ("_budget", "bytes", "cut", "host", "peer", "since")
 
-    def __init__(self, budget: "ByteBudget", peer: str) -> None:
+    def __init__(self, budget: "ByteBudget", peer: str, host: str) -> None:
         self._budget = budget
         self.peer = peer
+        self.host = host
         self.bytes = 0
         self.since: float | None = None
         self.cut: asyncio.Future[None] | None = None
@@ -69,17 +72,13 @@ class Held:
         self.release()
 
 
-@dataclass(slots=True, order=True)
+@dataclass(slots=True, eq=False)
 class _Waiting:
-    """One that waits for room. Hosts that were cut off come last; of the others the newest comes first.
+    """One that waits for room."""
 
-    When more come than can be served, the newest are those whose callers still wait.
-    """
-
-    order: tuple[bool, int]
-    held: Held = field(compare=False)
-    size_bytes: int = field(compare=False)
-    ready: "asyncio.Future[None]" = field(compare=False)
+    held: Held
+    size_bytes: int
+    ready: "asyncio.Future[None]"
 
 
 class ByteBudget:
@@ -104,7 +103,7 @@ class ByteBudget:
             peer_bytes: most of one peer.
             most_waiting: most that wait for room: the transport has some of each already.
             slow_s: while others wait for room, how long a message may take to come, in seconds.
-            host_of: of a peer, the host that comes last once it was cut off.
+            host_of: of a peer, the host that room is shared between, and that comes last once it was cut off.
             relieve: called again and again while some wait for what others hold.
         """
         self._what = what
@@ -120,8 +119,9 @@ class ByteBudget:
         self._awaited: dict[Held, None] = {}
         self._awaited_bytes = 0
         self._awaited_of_peers: Counter[str] = Counter()
-        self._waiting: list[_Waiting] = []
-        self._numbers = itertools.count()
+        self._of_hosts: Counter[str] = Counter()
+        # By host, the newest last.
+        self._waiting: dict[str, list[_Waiting]] = {}
         self._cut: set[str] = set()
         self._watchers: set[Callable[[], None]] = set()
 
@@ -132,7 +132,7 @@ class ByteBudget:
 
     def hold(self, peer: str) -> Held:
         """Nothing yet, for a peer."""
-        return Held(self, peer)
+        return Held(self, peer, self._host_of(peer))
 
     def is_full(self, peer: str) -> bool:
         """Whether a peer should send no more."""
@@ -150,18 +150,19 @@ class ByteBudget:
     async def await_message(self, peer: str, most_bytes: int) -> Held:
         """Hold room for a message that is to be read: until `Held.keep` tells its size, or `Held.cut` comes.
 
-        Where it is messages being read that take the room, they are waited for; the slow ones are cut off.
+        Where it is messages being read that take the room, or a host that holds more than this one, they are waited
+        for; messages that are slow to come are cut off.
 
         Raises:
             BytesInFlight: messages that were read leave no room, or there is none for too long.
         """
+        held = self.hold(peer)
         whole = self._held - self._awaited_bytes
         whole_of_peer = self._of_peers[peer] - self._awaited_of_peers[peer]
-        if (whole and whole + most_bytes > self._total_bytes) or (
-            whole_of_peer and whole_of_peer + most_bytes > self._peer_bytes
-        ):
+        no_room = whole and whole + most_bytes > self._total_bytes
+        has_its_share = self._of_hosts[held.host] + most_bytes >= max(self._of_hosts.values(), default=0)
+        if (no_room and has_its_share) or (whole_of_peer and whole_of_peer + most_bytes > self._peer_bytes):
             raise self._refusal(most_bytes)
-        held = Held(self, peer)
         await self.wait(held, most_bytes)
         loop = asyncio.get_running_loop()
         held.since, held.cut = loop.time(), loop.create_future()
@@ -180,11 +181,9 @@ class ByteBudget:
             self.change(held, size_bytes)
             return
         loop = asyncio.get_running_loop()
-        one = _Waiting(
-            (self._host_of(held.peer) in self._cut, -next(self._numbers)), held, size_bytes, loop.create_future()
-        )
-        heapq.heappush(self._waiting, one)
-        if len(self._waiting) > self._most_waiting:
+        one = _Waiting(held, size_bytes, loop.create_future())
+        self._waiting.setdefault(held.host, []).append(one)
+        if sum(map(len, self._waiting.values())) > self._most_waiting:
             self._drop(self._last())
         self._serve()
         until = loop.time() + _ROOM_S
@@ -215,6 +214,7 @@ class ByteBudget:
         held.bytes = size_bytes
         self._held += more
         _add(self._of_peers, held.peer, more)
+        _add(self._of_hosts, held.host, more)
         if more < 0:
             self._serve()
             for watcher in tuple(self._watchers):
@@ -227,17 +227,21 @@ class ByteBudget:
         )
 
     def _serve(self) -> None:
-        """Give room to those that wait, in order, past those whose peers hold too much."""
-        passed_over = []
+        """Give room to those that wait, in order, past those whose peers hold too much.
+
+        Hosts that were cut off come last, and before them the one that holds most. Of one host the newest comes first:
+        when more come than can be served, the newest are those whose callers still wait.
+        """
         while self._waiting and self._held < self._total_bytes:
-            one = heapq.heappop(self._waiting)
-            if self._fits(one.held, one.size_bytes):
-                self.change(one.held, one.size_bytes)
-                one.ready.set_result(None)
-            else:
-                passed_over.append(one)
-        for one in passed_over:
-            heapq.heappush(self._waiting, one)
+            hosts = sorted(reversed(self._waiting), key=lambda host: (host in self._cut, self._of_hosts[host]))
+            fitting = (
+                one for host in hosts for one in reversed(self._waiting[host]) if self._fits(one.held, one.size_bytes)
+            )
+            if (one := next(fitting, None)) is None:
+                return
+            self._leave(one)
+            self.change(one.held, one.size_bytes)
+            one.ready.set_result(None)
 
     def _cut_slowest(self, peer: str, size_bytes: int) -> None:
         """Free some of the room that a peer waits for: cut off who takes it longest without need."""
@@ -249,7 +253,7 @@ class ByteBudget:
             if asyncio.get_running_loop().time() - slowest.since > self._slow_s:
                 if len(self._cut) >= _MOST_CUTS:
                     self._cut.clear()
-                self._cut.add(self._host_of(slowest.peer))
+                self._cut.add(slowest.host)
                 if not slowest.cut.done():
                     slowest.cut.set_result(None)
                 slowest.release()
@@ -258,13 +262,18 @@ class ByteBudget:
 
     def _last(self) -> _Waiting:
         """The one that waits and is the first to be refused: the oldest of the host of which most wait."""
-        counts = Counter(self._host_of(one.held.peer) for one in self._waiting)
-        return max(self._waiting, key=lambda one: (one.order[0], counts[self._host_of(one.held.peer)], one.order))
+        return self._waiting[max(self._waiting, key=lambda host: (host in self._cut, len(self._waiting[host])))][0]
+
+    def _leave(self, one: _Waiting) -> None:
+        """Let one wait no longer."""
+        of_host = self._waiting[one.held.host]
+        of_host.remove(one)
+        if not of_host:
+            del self._waiting[one.held.host]
 
     def _drop(self, one: _Waiting) -> None:
         """Refuse one that waits."""
-        self._waiting.remove(one)
-        heapq.heapify(self._waiting)
+        self._leave(one)
         one.ready.set_exception(self._refusal(one.size_bytes))
 
     def _refusal(self, size_bytes: int) -> BytesInFlight:

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from heatlens_server.api import byte_budget
-from heatlens_server.api.byte_budget import ByteBudget
+from heatlens_server.api.byte_budget import ByteBudget, Held
 from heatlens_server.core.errors import BytesInFlight
 
 
@@ -103,6 +103,34 @@ async def test_a_host_that_was_cut_off_comes_last_by_whichever_connection():
     held.release()
     await asyncio.gather(*waits)
     assert order[0] == "ipv4:10.0.0.2:1"
+
+
+async def test_a_host_that_holds_less_waits_for_one_that_holds_more_and_comes_before_its_others():
+    made = budget(peer_bytes=1000)
+    many = [await made.await_message(f"ipv4:10.0.0.1:{port}", 30) for port in range(3)]
+    for held in many:
+        held.keep(30)
+    with pytest.raises(BytesInFlight):
+        await made.await_message("ipv4:10.0.0.1:4", 30)
+    order = []
+
+    async def wait(peer: str, held: Held) -> None:
+        await made.wait(held, 30)
+        order.append(peer)
+
+    async def other() -> None:
+        await made.await_message("ipv4:10.0.0.2:1", 30)
+        order.append("other")
+
+    waits = [asyncio.create_task(other())]
+    await asyncio.sleep(0)
+    waits += [asyncio.create_task(wait(f"own {number}", made.hold("ipv4:10.0.0.1:5"))) for number in range(2)]
+    await asyncio.sleep(0)
+    for held in many:
+        held.release()
+        await asyncio.sleep(0)
+    await asyncio.gather(*waits)
+    assert order == ["other", "own 1", "own 0"]
 
 
 async def test_where_too_many_wait_those_of_the_host_of_which_most_do_are_refused_first():

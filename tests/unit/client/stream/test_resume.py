@@ -110,7 +110,7 @@ async def test_closing_ends_the_wait_for_the_next_call(connect, peer):
 
 
 async def test_a_closed_client_ends_it(connect, peer):
-    peer.streams.breaks = (1, UNAVAILABLE, "SERVER_DRAINING")
+    peer.streams.breaks = draining(1, *[0] * 1000)
     client = connect(timeout=None)
     stream = client.stream(resume=True)
     await stream.send(FRAMES[0])
