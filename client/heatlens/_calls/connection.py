@@ -18,11 +18,14 @@ from heatlens._calls.settings import Settings, Timeout
 from heatlens._exceptions import CallCancelledError, FailedPreconditionError, HeatlensError
 from heatlens._stream.calls import AsyncStreamCall, StreamCall
 from heatlens._wire.requests import check_size
-from heatlens._wire.status import REPLICA_DIED, error_of
-from heatlens.v1 import explain_pb2, explain_pb2_grpc, model_pb2_grpc
+from heatlens._wire.status import CONNECTION_LOST, REPLICA_DIED, error_of
+from heatlens.v1 import explain_pb2, explain_pb2_grpc, model_pb2, model_pb2_grpc
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response")
+
+_SAFE_TWICE = (explain_pb2.ExplainRequest, model_pb2.ListModelsRequest, model_pb2.GetServerInfoRequest)
+"""What changes nothing on a server, so that it may be asked again."""
 
 
 class Connection:
@@ -64,7 +67,7 @@ class Connection:
         settings = self._settings
         check_size(request, settings.max_message_bytes)
         request_id, metadata = settings.call_metadata()
-        attempts = Attempts(settings, timeout)
+        attempts = Attempts(settings, timeout, request)
         try:
             while True:
                 try:
@@ -157,7 +160,7 @@ class AsyncConnection:
         settings = self._settings
         check_size(request, settings.max_message_bytes)
         request_id, metadata = settings.call_metadata()
-        attempts = Attempts(settings, timeout)
+        attempts = Attempts(settings, timeout, request)
         try:
             while True:
                 try:
@@ -186,24 +189,27 @@ class AsyncConnection:
 
 
 class Attempts:
-    """The attempts of one call beyond gRPC's own, which knows codes only: a replica on Ray that died.
+    """The attempts of one call beyond gRPC's own: where a replica on Ray died, or a connection within the answer.
+
+    gRPC knows codes only, and calls again only as long as nothing of an answer has come (gRPC proposal A6).
 
     Attributes:
         left_s: the seconds that the call has left; None: no limit.
     """
 
-    def __init__(self, settings: Settings, timeout: Timeout) -> None:
+    def __init__(self, settings: Settings, timeout: Timeout, request: Message) -> None:
         """Begin the first attempt. Raises InvalidArgumentError where `timeout` is no number of seconds."""
         self.left_s = settings.timeout_of(timeout)
         self._until_s = None if self.left_s is None else time.monotonic() + self.left_s
-        self._left = settings.max_attempts
+        self._left = settings.max_attempts if isinstance(request, _SAFE_TWICE) else 1
 
     def check_another(self, failure: HeatlensError) -> None:
         """Begin another attempt, or raise `failure`."""
         self._left -= 1
         if self._until_s is not None:
             self.left_s = self._until_s - time.monotonic()
-        if failure.reason != REPLICA_DIED or self._left < 1 or (self.left_s is not None and self.left_s <= 0):
+        passes = failure.reason in (CONNECTION_LOST, REPLICA_DIED)
+        if not passes or self._left < 1 or (self.left_s is not None and self.left_s <= 0):
             raise failure from None
 
 

@@ -24,6 +24,9 @@ _PUSHBACK_KEY = "grpc-retry-pushback-ms"
 REPLICA_DIED = "REPLICA_DIED"
 _ACTOR_DIED = "The actor died"
 """How Ray's proxy begins to say that a replica is gone: by INTERNAL, and then by where it ran."""
+CONNECTION_LOST = "CONNECTION_LOST"
+_STREAM_REMOVED = "Stream removed"
+"""How gRPC's core begins to say that a connection broke within a call."""
 _DETAILS = (
     error_details_pb2.ErrorInfo,
     error_details_pb2.BadRequest,
@@ -51,6 +54,8 @@ def error_of(error: grpc.RpcError, request_id: str) -> HeatlensError:
     message = error.details() or code.value
     if code is StatusCode.INTERNAL and message.startswith(_ACTOR_DIED):
         return UnavailableError("the replica died while it answered", reason=REPLICA_DIED, request_id=request_id)
+    if code is StatusCode.UNAVAILABLE and status is None and message.startswith(_STREAM_REMOVED):
+        return UnavailableError(message, reason=CONNECTION_LOST, request_id=request_id)
     return _error(
         code,
         message,

@@ -233,7 +233,8 @@ class ByteBudget:
         when more come than can be served, the newest are those whose callers still wait.
         """
         while self._waiting and self._held < self._total_bytes:
-            hosts = sorted(reversed(self._waiting), key=lambda host: (host in self._cut, self._of_hosts[host]))
+            hosts = list(self._waiting)[::-1]
+            hosts.sort(key=lambda host: (host in self._cut, self._of_hosts[host]))
             fitting = (
                 one for host in hosts for one in reversed(self._waiting[host]) if self._fits(one.held, one.size_bytes)
             )

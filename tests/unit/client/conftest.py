@@ -92,6 +92,10 @@ class Peer(explain_pb2_grpc.ExplainServiceServicer, model_pb2_grpc.ModelServiceS
     def GetServerInfo(self, request, context):
         return self.info
 
+    def LoadModel(self, request, context):
+        self.requests.append(request)
+        return model_pb2.LoadModelResponse()
+
 
 @pytest.fixture
 def peer():
