@@ -41,10 +41,11 @@ from heatlens_server.scheduling.large_images import LargeImages
 from heatlens_server.scheduling.model_queue import ModelQueue
 from heatlens_server.service_manager import ServiceManager
 from heatlens_server.telemetry.log_observer import LogObserver
+from heatlens_server.transports.grpc.connections import watch_connections
 from heatlens_server.transports.grpc.hang_up import hang_up
-from heatlens_server.transports.grpc.idle_connections import free_places
 from heatlens_server.transports.grpc.server import Health, bind, enable_reflection, make_server
 from heatlens_server.transports.grpc.services import ExplainServicer, ModelServicer
+from heatlens_server.transports.grpc.traffic import Traffic
 from heatlens_server.transports.grpc.v2.service import InferenceService
 
 if TYPE_CHECKING:
@@ -154,8 +155,13 @@ class Server:
         )
         self._max_connections = connections_within_limit(config.server.max_connections)
         self.explainer = explainer = Explainer(self.fleet, limits, self._observer, admission)
+        self._traffic = Traffic(limits.max_message_bytes)
         self._grpc = make_server(
-            config.server, self._gate, max_connections=self._max_connections, refuse_if_full=explainer.refuse_if_full
+            config.server,
+            self._gate,
+            max_connections=self._max_connections,
+            refuse_if_full=explainer.refuse_if_full,
+            traffic=self._traffic,
         )
         explain_pb2_grpc.add_ExplainServiceServicer_to_server(ExplainServicer(explainer, self.streams), self._grpc)
         self.reloader = Reloader(self.fleet, config, read or (lambda: config))
@@ -183,7 +189,13 @@ class Server:
             asyncio.create_task(watch_idle(server.fleet)),
             asyncio.create_task(return_memory_when_idle(server._gate.work)),
             asyncio.create_task(
-                free_places(server.port, max_connections=server._max_connections, busy=lambda: server._gate.peers)
+                watch_connections(
+                    server.port,
+                    server._traffic,
+                    max_connections=server._max_connections,
+                    host_of=host_of if config.server.share_by_host else None,
+                    refuses_floods=config.server.refuse_floods,
+                )
             ),
         ]
         await server._health.update(server.fleet)

@@ -5,8 +5,7 @@ import hmac
 import re
 import time
 import uuid
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -96,7 +95,6 @@ class CallGate:
         self._token = None if token is None else token.encode()
         self._administrators = administrators
         self._in_flight = 0
-        self._peers: Counter[str] = Counter()
         self._ended = 0
         self._draining = False
         self._idle = asyncio.Event()
@@ -114,7 +112,6 @@ class CallGate:
         known = isinstance(request_id, str) and _REQUEST_ID.fullmatch(request_id)
         call = Call(method, str(request_id) if known else uuid.uuid4().hex, peer, self.admission.answers.hold(peer))
         _current.set(call)
-        self._peers[peer] += 1
         self._observer.call_began(method=method, request_id=call.request_id, headers=headers or {}, trace=call.trace)
         return call
 
@@ -128,9 +125,6 @@ class CallGate:
         """
         if call.answer is not None:
             call.answer.release()
-        self._peers[call.peer] -= 1
-        if not self._peers[call.peer]:
-            del self._peers[call.peer]
         end = CallEnd(
             method=call.method,
             request_id=call.request_id,
@@ -178,11 +172,6 @@ class CallGate:
             self._ended += 1
             if self._in_flight == 0:
                 self._idle.set()
-
-    @property
-    def peers(self) -> Collection[str]:
-        """The callers' addresses that have a call now."""
-        return self._peers.keys()
 
     @property
     def in_flight(self) -> int:

@@ -62,6 +62,7 @@ class ServerConfig(Section):
     max_streams: int = Field(default=64, ge=1, le=10_000)
     """Most streams open at a time; more are refused."""
     share_by_host: bool = True
+    refuse_floods: bool = True
     """Whether hosts share the places in queues and of streams where all are taken: those of whoever holds most are
     given to others. False where some hosts are proxies of many callers, and others are not."""
     max_in_flight: int = Field(default=64, ge=1, le=10_000)

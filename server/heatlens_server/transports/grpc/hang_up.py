@@ -1,16 +1,22 @@
-"""Closing the connection of a peer that does not take its answers: gRPC's Python API ends no single call by force."""
+"""Closing connections by force, as gRPC's Python API cannot: of peers that take no answers, are idle, or flood."""
 
 import contextlib
 import os
 import re
 import socket
-from collections.abc import Iterator
+import struct
+import sys
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
 _PEER = re.compile(r"ipv[46]:\[?([^\]]+?)\]?:(\d+)")
 
 _DESCRIPTORS = Path("/proc/self/fd")
+
+_RECEIVED_BYTES_END = 136
+
+_AT_ONCE = struct.pack("ii", 1, 0)
 
 Address = tuple[str, int]
 """Of the other end: its host and port."""
@@ -26,7 +32,7 @@ def hang_up(peer: str) -> bool:
         False if there is no such connection, as for peers on a unix socket, or the system does not list its files.
     """
     address = address_of(peer)
-    return address is not None and close_connection(address)
+    return address is not None and close_connections({address}) > 0
 
 
 def address_of(peer: str) -> Address | None:
@@ -35,28 +41,49 @@ def address_of(peer: str) -> Address | None:
     return None if named is None else (named[1].partition("%")[0], int(named[2]))
 
 
-def close_connection(address: Address) -> bool:
-    """Close the connection with an address and port; False if there is none."""
+def close_connections(addresses: Collection[Address]) -> int:
+    """Close the connections with some addresses and ports; returns how many of them were open."""
+    closed = 0
     for connection in _connections():
-        if _address(connection) == address:
+        if _address(connection) in addresses:
             with contextlib.suppress(OSError):
+                # What its peer has sent meanwhile is not waited for.
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
                 connection.shutdown(socket.SHUT_RDWR)
-                return True
-    return False
+                closed += 1
+    return closed
 
 
-def connections_to(port: int) -> set[Address]:
-    """With whom there are connections to a port of this process."""
-    found = set()
+def connections_to(port: int) -> dict[Address, int]:
+    """With whom there are connections to a port of this process, and how many bytes came on each; 0 if unknown."""
+    found = {}
     for connection in _connections():
         with contextlib.suppress(OSError):
             if connection.getsockname()[1] == port:
-                found.add(_address(connection))
+                found[_address(connection)] = _received_bytes(connection)
     return found
 
 
+def _received_bytes(connection: socket.socket) -> int:
+    """What came on a connection: tcpi_bytes_received of Linux' struct tcp_info (linux/tcp.h)."""
+    if not hasattr(socket, "TCP_INFO"):
+        return 0
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RECEIVED_BYTES_END)
+    if len(info) < _RECEIVED_BYTES_END:
+        return 0
+    return int.from_bytes(info[_RECEIVED_BYTES_END - 8 :], sys.byteorder)
+
+
 def _connections() -> Iterator[socket.socket]:
-    """The process's connections of IP, each as a copy of its descriptor that lives until the next is asked for."""
+    """The process's connections of IP, as copies that live until the next is asked for."""
+    for copy in sockets():
+        with contextlib.suppress(OSError):
+            _address(copy)
+            yield copy
+
+
+def sockets() -> Iterator[socket.socket]:
+    """The process's sockets, each as a copy of its descriptor that lives until the next is asked for."""
     if not _DESCRIPTORS.is_dir():
         return
     for descriptor in _DESCRIPTORS.iterdir():
@@ -65,7 +92,6 @@ def _connections() -> Iterator[socket.socket]:
                 continue
             # A copy of the descriptor: it stays that file's, whatever becomes of the number meanwhile.
             with socket.socket(fileno=os.dup(int(descriptor.name))) as copy:
-                _address(copy)
                 yield copy
 
 

@@ -15,6 +15,7 @@ import grpc.aio
 from heatlens_server.api.admission import Admission
 from heatlens_server.core.errors import HeatlensError, InvalidArgument
 from heatlens_server.transports.grpc.parsing import parsed, tolerant
+from heatlens_server.transports.grpc.traffic import OpenCall, Traffic
 
 HEALTH_PREFIX = "/grpc.health.v1.Health/"
 
@@ -26,9 +27,10 @@ Context = Any  # grpc.aio.ServicerContext, whose type parameters differ per meth
 class HealthCalls:
     """Wraps the handlers of the health service."""
 
-    def __init__(self, admission: Admission) -> None:
-        """Read messages within the public budget of `admission`."""
+    def __init__(self, admission: Admission, traffic: Traffic) -> None:
+        """Read messages within the public budget of `admission`, and tell `traffic` of calls."""
         self._admission = admission
+        self._traffic = traffic
         self._watchers = 0
 
     def handler(self, handler: Any) -> Any:  # noqa: ANN401 - grpc's handler type
@@ -36,8 +38,9 @@ class HealthCalls:
         if handler.unary_unary is not None:
 
             async def check(requests: object, context: Context) -> None:  # noqa: ARG001 - read through the context
-                request = await self._request(handler, context)
-                await context.write(await handler.unary_unary(request, context))
+                with self._traffic.call(context.peer(), remaining=context.time_remaining) as came:
+                    request = await self._request(handler, context, came)
+                    await context.write(await handler.unary_unary(request, context))
 
             return grpc.stream_stream_rpc_method_handler(check, None, handler.response_serializer)
 
@@ -46,26 +49,28 @@ class HealthCalls:
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{_MOST_WATCHERS} watch already")
             self._watchers += 1
             try:
-                request = await self._request(handler, context)
-                latest = _Latest()
-                watching = asyncio.create_task(handler.unary_stream(request, latest))
-                try:
-                    await latest.pass_on(context.write)
-                finally:
-                    watching.cancel()
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await watching
+                with self._traffic.call(context.peer(), remaining=context.time_remaining) as came:
+                    request = await self._request(handler, context, came)
+                    latest = _Latest()
+                    watching = asyncio.create_task(handler.unary_stream(request, latest))
+                    try:
+                        await latest.pass_on(context.write)
+                    finally:
+                        watching.cancel()
+                        with contextlib.suppress(asyncio.CancelledError):
+                            await watching
             finally:
                 self._watchers -= 1
 
         return grpc.stream_stream_rpc_method_handler(watch, None, handler.response_serializer)
 
-    async def _request(self, handler: Any, context: Context) -> Any:  # noqa: ANN401 - any message
+    async def _request(self, handler: Any, context: Context, came: OpenCall) -> Any:  # noqa: ANN401 - any message
         admission = self._admission
         try:
             with await admission.public.await_message(context.peer(), admission.max_message_bytes) as held:
                 data = await admission.receive(held, context.read())
             if data is not grpc.aio.EOF:
+                came.read(len(data))
                 return parsed(tolerant(handler.request_deserializer)(data))
         except InvalidArgument as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.message)

@@ -19,6 +19,7 @@ from heatlens_server.core.errors import FieldViolation, InvalidArgument
 from heatlens_server.transports.grpc.health_calls import HEALTH_PREFIX, HealthCalls
 from heatlens_server.transports.grpc.parsing import parsed, tolerant
 from heatlens_server.transports.grpc.status import REQUEST_ID_KEY, WireStatus, to_wire
+from heatlens_server.transports.grpc.traffic import OpenCall, Traffic
 
 _COPIES = 2
 """How often an answer that waits to be taken is in memory: as Python's bytes and as gRPC's."""
@@ -35,6 +36,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         before_reading: Mapping[str, Callable[[str], None]] | None = None,
         *,
         for_administrators: Container[str] = (),
+        traffic: Traffic | None = None,
     ) -> None:
         """Wrap calls.
 
@@ -43,11 +45,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             before_reading: by method, what may refuse a single request of a peer by raising a HeatlensError before its
                 message is read.
             for_administrators: the methods that change models.
+            traffic: is told what calls account for; None: nobody asks.
         """
         self._gate = gate
         self._before_reading = before_reading or {}
         self._for_administrators = for_administrators
-        self._health = HealthCalls(gate.admission)
+        self._traffic = traffic or Traffic(gate.admission.max_message_bytes)
+        self._health = HealthCalls(gate.admission, self._traffic)
 
     async def intercept_service(
         self,
@@ -64,11 +68,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler.unary_unary is not None:
             return grpc.stream_stream_rpc_method_handler(self._unary(handler, method))
         if handler.stream_stream is not None:
-            return grpc.stream_stream_rpc_method_handler(
-                self._stream(handler.stream_stream, method),
-                tolerant(handler.request_deserializer),
-                handler.response_serializer,
-            )
+            behavior = self._stream(handler.stream_stream, method, tolerant(handler.request_deserializer))
+            return grpc.stream_stream_rpc_method_handler(behavior, None, handler.response_serializer)
         return handler
 
     def _unary(self, handler: Any, method: str) -> Callable[..., Awaitable[None]]:  # noqa: ANN401 - grpc's handler type
@@ -77,12 +78,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         check = self._before_reading.get(method)
         changes_models = method in self._for_administrators
 
-        async def answer(call: Call, context: Context) -> bytes:
+        async def answer(call: Call, context: Context, came: OpenCall) -> bytes:
             with await admission.requests.await_message(call.peer, admission.max_message_bytes) as held:
+                came.awaits = True
                 data = await admission.receive(held, context.read())
                 if data is grpc.aio.EOF:
                     raise InvalidArgument([FieldViolation("", "the call has no message")], reason="MESSAGE_MISSING")
                 held.keep(len(data))
+                came.read(len(data))
                 request = deserialize(data)
                 del data  # also where it is refused: the error's traceback would keep it
                 request = parsed(request)
@@ -94,32 +97,36 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def handle(requests: object, context: Context) -> None:  # noqa: ARG001 - read through the context
             call, authorization = self._begin(method, context)
             names = _client_names(context) if changes_models else ()
-            try:
-                with self._gate.admit(authorization, changes_models=changes_models, client_names=names):
-                    if check is not None:
-                        check(call.peer)
-                    response = await answer(call, context)
-                    with admission.sending(call.peer):
-                        await context.write(response)
-            except BaseException as error:
-                await self._fail(call, context, error)
-            self._gate.end(call, "OK")
+            with self._traffic.call(call.peer, remaining=context.time_remaining) as came:
+                try:
+                    with self._gate.admit(authorization, changes_models=changes_models, client_names=names):
+                        if check is not None:
+                            check(call.peer)
+                        response = await answer(call, context, came)
+                        with admission.sending(call.peer):
+                            await context.write(response)
+                except BaseException as error:
+                    await self._fail(call, context, error)
+                self._gate.end(call, "OK")
 
         return handle
 
-    def _stream(self, behavior: Callable[..., Any], method: str) -> Callable[..., Awaitable[None]]:
+    def _stream(
+        self, behavior: Callable[..., Any], method: str, parse: Callable[[bytes], Any]
+    ) -> Callable[..., Awaitable[None]]:
         if inspect.isasyncgenfunction(behavior):
             behavior = _writing(behavior)
 
         async def handle(requests: object, context: Context) -> None:  # noqa: ARG001 - read through the context
             call, authorization = self._begin(method, context)
-            try:
-                with self._gate.admit(authorization):
-                    sending = _Sending(context, self._gate.admission, call.peer)
-                    await behavior(_Requests(context), sending)
-            except BaseException as error:
-                await self._fail(call, context, error)
-            self._gate.end(call, "OK")
+            with self._traffic.call(call.peer, is_stream=True, remaining=context.time_remaining) as came:
+                try:
+                    with self._gate.admit(authorization):
+                        sending = _Sending(context, self._gate.admission, call.peer)
+                        await behavior(_Requests(context, came, parse), sending)
+                except BaseException as error:
+                    await self._fail(call, context, error)
+                self._gate.end(call, "OK")
 
         return handle
 
@@ -184,17 +191,20 @@ class _Sending:
 class _Requests:
     """A stream's requests, as they come. What is no message raises InvalidArgument."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, came: OpenCall, parse: Callable[[bytes], Any]) -> None:
         self._context = context
+        self._came = came
+        self._parse = parse
 
     def __aiter__(self) -> "_Requests":
         return self
 
     async def __anext__(self) -> Any:  # noqa: ANN401 - any message
-        request = await self._context.read()
-        if request is grpc.aio.EOF:
+        data = await self._context.read()
+        if data is grpc.aio.EOF:
             raise StopAsyncIteration
-        return parsed(request)
+        self._came.read(len(data))
+        return parsed(self._parse(data))
 
 
 def _writing(behavior: Callable[..., AsyncIterator[Any]]) -> Callable[..., Awaitable[None]]:

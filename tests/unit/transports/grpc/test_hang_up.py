@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from heatlens_server.transports.grpc.hang_up import hang_up
+from heatlens_server.transports.grpc.hang_up import connections_to, hang_up
 
 
 @pytest.fixture(params=["127.0.0.1", "::1", "::ffff:127.0.0.1"])
@@ -28,3 +28,13 @@ def test_a_connection_is_closed_by_its_peers_name_and_no_other(pair):
     client.settimeout(20)
     assert hang_up(name)
     assert client.recv(1) == b""
+
+
+def test_what_came_on_a_connection_is_counted_read_or_not(pair):
+    server, client = pair
+    client.sendall(bytes(5000))
+    assert len(server.recv(5000, socket.MSG_WAITALL)) == 5000
+    client.sendall(bytes(7))
+    server.recv(7, socket.MSG_PEEK | socket.MSG_WAITALL)
+    host, port = client.getsockname()[:2]
+    assert connections_to(server.getsockname()[1]) == {(host.removeprefix("::ffff:"), port): 5007}

@@ -1,0 +1,102 @@
+"""Which connections are closed, as what they do or do not keeps others out: idle ones, and those of hosts that flood.
+
+gRPC closes what comes beyond the limit of connections unseen, so that as many idle ones as there may be would keep
+everybody else out. Clients connect anew by themselves when they make a call.
+"""
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Mapping
+
+from heatlens_server.transports.grpc.floods import Came, Floods
+from heatlens_server.transports.grpc.hang_up import Address, address_of, close_connections, connections_to
+from heatlens_server.transports.grpc.refused_hosts import refuse_hosts
+from heatlens_server.transports.grpc.traffic import Traffic
+
+_log = logging.getLogger("heatlens.connections")
+
+_LOOK_S = 0.5
+"""How often connections are looked at, in seconds."""
+
+_IDLE_S = 2.0
+"""How long a connection is without a call before it gives way, in seconds."""
+
+_FULL, _ROOMY = 7 / 8, 3 / 4
+"""From which share of the places on connections give way, and how many are taken then."""
+
+
+async def watch_connections(
+    port: int,
+    traffic: Traffic,
+    *,
+    max_connections: int,
+    host_of: Callable[[str], Hashable] | None,
+    refuses_floods: bool = True,
+) -> None:
+    """Close connections of hosts that flood, and idle ones while nearly all places are taken, until it is cancelled.
+
+    Args:
+        port: of the server.
+        traffic: the calls of its connections.
+        max_connections: the places.
+        host_of: the host of a peer; None: each connection is a host of its own.
+        refuses_floods: whether connections are closed for what they send.
+    """
+    floods = Floods(_host_of_address(host_of))
+    idle_since: dict[Address, float] = {}
+    refused: list[Hashable] = []
+    while True:
+        await asyncio.sleep(_LOOK_S)
+        received = await asyncio.to_thread(connections_to, port)
+        now = time.monotonic()
+        came = _came(received, traffic)
+        close, began = floods.look(came, now) if refuses_floods else ([], [])
+        for host, _ in began:
+            _log.warning("%s floods: its connections are closed, and it cannot connect for a while", host)
+        if host_of is not None and (banned := floods.banned(now)) != refused:
+            refused = banned
+            await asyncio.to_thread(refuse_hosts, port, map(str, banned))
+        calling = {address_of(peer) for peer in traffic.busy}
+        idle_since = {one: idle_since.get(one, now) for one in received if one not in calling}
+        if len(received) >= _FULL * max_connections:
+            waiting = sorted(
+                (one for one in idle_since if now - idle_since[one] >= _IDLE_S), key=idle_since.__getitem__
+            )
+            close += _giving_way(received, waiting, len(received) - int(_ROOMY * max_connections))
+        if close:
+            await asyncio.to_thread(close_connections, set(close))
+
+
+def _giving_way(connections: Collection[Address], idle: list[Address], count: int) -> list[Address]:
+    """So many of the idle connections: of the host that has most first, the one that is idle longest of them."""
+    hosts = Counter(host for host, _ in connections)
+    chosen: list[Address] = []
+    while idle and len(chosen) < count:
+        one = max(idle, key=lambda address: hosts[address[0]])
+        idle.remove(one)
+        hosts[one[0]] -= 1
+        chosen.append(one)
+    return chosen
+
+
+def _came(received: Mapping[Address, int], traffic: Traffic) -> dict[Address, Came]:
+    accounted, left = traffic.take()
+    room = traffic.room()
+    peers = {address: peer for peer in {*accounted, *left, *room} if (address := address_of(peer)) is not None}
+    return {
+        address: Came(received.get(address, 0), accounted[peer], room[peer], left[peer])
+        for address in {*received, *peers}
+        for peer in [peers.get(address, "")]
+    }
+
+
+def _host_of_address(host_of: Callable[[str], Hashable] | None) -> Callable[[Address], Hashable]:
+    def of(address: Address) -> Hashable:
+        host, port = address
+        if host_of is None:
+            return address
+        return host_of(f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}")
+
+    return of

@@ -1,0 +1,124 @@
+"""Frames and calls without number from one host: it is cut off, and others are served. It comes from 127.0.0.2."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from heatlens import Client
+from heatlens.v1 import explain_pb2 as pb
+from heatlens.v1 import explain_pb2_grpc
+from messages import distinct, pixels
+from raw_http2 import DATA, EXPLAIN, PING, RST_STREAM, SETTINGS, RawConnection, frame, headers, message
+from server_process import ServerProcess, until, wait_settled
+from server_toml import server_toml
+
+pytestmark = pytest.mark.serial
+
+STRANGER = "127.0.0.2"
+CONNECTIONS = 4
+END_STREAM = 1
+CANCEL = (8).to_bytes(4, "big")
+
+
+def resets(first: int, count: int) -> bytes:
+    """Whole requests, each of which is reset at once."""
+    request = message(pb.ExplainRequest(image=pixels(distinct(1)[0])).SerializeToString())
+    numbers = range(first, first + 2 * count, 2)
+    return b"".join(
+        headers(number, EXPLAIN) + frame(DATA, END_STREAM, number, request) + frame(RST_STREAM, 0, number, CANCEL)
+        for number in numbers
+    )
+
+
+def endless(kind: str) -> Iterator[bytes]:
+    """What is sent, in pieces."""
+    first = 1
+    while True:
+        if kind == "resets":
+            yield resets(first, 200)
+            first += 400
+        else:
+            yield (frame(PING, 0, 0, bytes(8)) if kind == "pings" else frame(SETTINGS, 0, 0)) * 4000
+
+
+def flood(server: ServerProcess, kind: str, over: threading.Event) -> None:
+    """Send, and read the answers, connecting anew where the server hangs up, as gRPC does by itself with some."""
+    while not over.is_set():
+        with contextlib.suppress(OSError):
+            peer = RawConnection(server.address, source=STRANGER, timeout_s=1)
+            threading.Thread(target=drain, args=(peer.socket,), daemon=True).start()
+            try:
+                peer.send(frame(SETTINGS, 1, 0))
+                for piece in endless(kind):
+                    if over.is_set():
+                        break
+                    peer.send(piece)
+            finally:
+                peer.close()
+
+
+def drain(connection: socket.socket) -> None:
+    try:
+        while connection.recv(1 << 16):
+            pass
+    except OSError:
+        pass
+
+
+@pytest.mark.parametrize("kind", ["resets", "pings", "settings"])
+def test_a_host_that_floods_is_cut_off_and_others_are_served(launch, kind):
+    server = launch(server_toml())
+    wait_settled(server.address)
+    over = threading.Event()
+    threads = [threading.Thread(target=flood, args=(server, kind, over), daemon=True) for _ in range(CONNECTIONS)]
+    for thread in threads:
+        thread.start()
+    until(lambda: f"{STRANGER} floods" in server.log())
+    host, _, port = server.address.rpartition(":")
+    with pytest.raises(TimeoutError):
+        socket.create_connection((host, int(port)), timeout=0.5, source_address=(STRANGER, 0))
+    with Client(server.address) as client:
+        for image in distinct(10):
+            assert client.explain(image, timeout=60).explanations
+    over.set()
+    for thread in threads:
+        thread.join(20)
+
+
+def test_large_uploads_calls_that_are_cancelled_and_short_deadlines_are_no_flood(launch, sized):
+    server = launch(server_toml())
+    wait_settled(server.address)
+    large = pb.ExplainRequest(image=pb.Image(encoded=bytes(15 << 20)))
+    with grpc.insecure_channel(server.address) as channel:
+        stub = explain_pb2_grpc.ExplainServiceStub(channel)
+        for _ in range(sized(10, 100)):
+            assert stub.Explain.future(large).code() is grpc.StatusCode.INVALID_ARGUMENT
+            stub.Explain.future(large).cancel()
+            for _ in range(10):
+                stub.Explain.future(large, timeout=0.001).code()
+    with Client(server.address) as client:
+        until_s = time.monotonic() + 2  # some looks at what came
+        while time.monotonic() < until_s:
+            assert client.explain(distinct(1)[0], timeout=60).explanations
+    assert "floods" not in server.log()
+
+
+def test_it_can_be_turned_off(launch):
+    server = launch(server_toml(refuse_floods=False))
+    wait_settled(server.address)
+    peer = RawConnection(server.address, source=STRANGER)
+    pieces = endless("pings")
+    peer.until(SETTINGS, 1)
+    peer.send(frame(SETTINGS, 1, 0))
+    threading.Thread(target=drain, args=(peer.socket,), daemon=True).start()
+    for _ in range(1000):
+        peer.send(next(pieces))
+    with Client(server.address) as client:
+        assert client.explain(distinct(1)[0], timeout=60).explanations
+    peer.close()
+    assert "floods" not in server.log()
