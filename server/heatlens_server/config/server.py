@@ -62,9 +62,11 @@ class ServerConfig(Section):
     max_streams: int = Field(default=64, ge=1, le=10_000)
     """Most streams open at a time; more are refused."""
     share_by_host: bool = True
-    refuse_floods: bool = True
     """Whether hosts share the places in queues and of streams where all are taken: those of whoever holds most are
     given to others. False where some hosts are proxies of many callers, and others are not."""
+    refuse_floods: bool = True
+    """Whether a host that sends much that belongs to no call, or leaves hundreds of calls a second as soon as they have
+    begun, is cut off for a while."""
     max_in_flight: int = Field(default=64, ge=1, le=10_000)
     """Largest window of a stream: frames read and not yet answered."""
     max_connections: int = Field(default=1024, ge=1, le=1_000_000)
