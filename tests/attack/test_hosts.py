@@ -81,12 +81,15 @@ def test_health_checks_that_never_end_hold_up_no_other(launch, connect, sized):
 
 
 @pytest.mark.serial
-def test_idle_connections_of_a_host_that_takes_all_places_give_way(launch, connect, sized):
+@pytest.mark.parametrize(
+    "begin", [b"", headers(1), headers(1) + frame(DATA, 0, 1, b"\0")], ids=["idle", "call", "byte"]
+)
+def test_connections_of_a_host_that_takes_all_places_and_sends_no_message_give_way(launch, connect, sized, begin):
     most = sized(40, 1000)
     server = launch(server_toml(max_connections=most))
     wait_settled(server.address)
     for _ in range(most):
-        connect(server.address, source=STRANGER)
+        connect(server.address, source=STRANGER).send(begin)
     with grpc.insecure_channel(server.address, options=APART) as channel:
         grpc.channel_ready_future(channel).result(60)
     with Client(server.address) as client:
