@@ -7,6 +7,7 @@ import re
 import shlex
 import socket
 import subprocess
+import sys
 import tomllib
 import types
 import typing
@@ -152,8 +153,10 @@ def test_the_setup_with_tls_and_tokens_runs_as_it_stands(folder, free_port):
     (setup,) = [code for language, code in BLOCKS if language == "bash"]
     for port in ("50051", "9090"):
         setup = setup.replace(port, str(free_port()))
+    # The commands of the tests' own interpreter.
+    env = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
     done = subprocess.run(
-        ["bash", "-e", "-m", "-c", setup], capture_output=True, text=True, timeout=280, check=False, env=os.environ
+        ["bash", "-e", "-m", "-c", setup], capture_output=True, text=True, timeout=280, check=False, env=env
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "photos is reloaded" in done.stdout

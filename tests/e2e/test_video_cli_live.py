@@ -103,7 +103,7 @@ def test_a_stream_that_breaks_leaves_a_film(start, launch, long_clip, tmp_path):
     answers = lines_of("".join(first) + stdout)
     assert process.returncode == 1
     told, summary = stderr.splitlines()
-    assert "[UNAVAILABLE" in told
+    assert "[CONNECTION_LOST" in told
     assert told.endswith(f"the last frame answered was {len(answers) - 1}")
     assert summary.startswith(f"{len(answers)} frames in ")
     assert 5 <= len(answers) < 3000
