@@ -68,6 +68,7 @@ class HealthCalls:
         admission = self._admission
         try:
             with await admission.public.await_message(context.peer(), admission.max_message_bytes) as held:
+                came.awaits = True
                 data = await admission.receive(held, context.read())
             if data is not grpc.aio.EOF:
                 came.read(len(data))

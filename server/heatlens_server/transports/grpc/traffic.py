@@ -86,8 +86,8 @@ class Traffic:
             self.account(peer, self._room(one))
             raise
         except BaseException:
-            # Refused: what its peer sent meanwhile is not read.
-            self.account(peer, self._room(one) if one.has_message else UNREAD_BYTES)
+            # A stream that is refused is not read.
+            self.account(peer, UNREAD_BYTES if one.is_stream and not one.has_message else self._room(one))
             raise
         finally:
             self.account(peer, CALL_BYTES)

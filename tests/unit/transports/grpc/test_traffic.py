@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from heatlens_server.core.errors import ServerDraining
+from heatlens_server.core.errors import PeerTooSlow, ServerDraining
 from heatlens_server.transports.grpc.traffic import CALL_BYTES, QUICK_S, UNREAD_BYTES, Traffic
 
 MOST = 1 << 24
@@ -47,10 +47,22 @@ def test_a_stream_may_send_as_long_as_it_is_open(traffic):
     assert traffic.take()[0] == {"a": 15 + CALL_BYTES}
 
 
-def test_one_that_is_refused_accounts_for_what_may_have_come_unread(traffic):
-    with pytest.raises(ServerDraining), traffic.call("a"):
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_one_that_is_refused_accounts_for_what_may_have_come_unread(traffic, is_stream):
+    with pytest.raises(ServerDraining), traffic.call("a", is_stream=is_stream):
         raise ServerDraining
     assert traffic.take() == ({"a": UNREAD_BYTES + CALL_BYTES}, {})
+
+
+def test_one_that_is_cut_off_accounts_for_a_message_that_was_not_whole(traffic):
+    def cut_off() -> None:
+        with traffic.call("a") as call:
+            call.awaits = True
+            raise PeerTooSlow("too slow", retry_after_s=1)
+
+    with pytest.raises(PeerTooSlow):
+        cut_off()
+    assert traffic.take() == ({"a": MOST + CALL_BYTES}, {})
 
 
 @pytest.mark.parametrize(
