@@ -150,6 +150,9 @@ def ray(
     max_replicas: Annotated[
         int, typer.Option(metavar="N", min=0, show_default="--replicas", help="At most, by load.")
     ] = 0,
+    target_queue_length: Annotated[
+        float, typer.Option(metavar="N", min=0, help="Images that should wait in each: go by these, not by calls.")
+    ] = 0.0,
     num_cpus: Annotated[float, typer.Option(metavar="C", min=0.01, help="Cores of each replica.")] = 1.0,
     num_gpus: Annotated[float, typer.Option(metavar="G", min=0.0, help="GPUs of each replica.")] = 0.0,
 ) -> None:
@@ -164,7 +167,13 @@ def ray(
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())
-    scale = ray_serve.Scale(replicas=replicas, max_replicas=max_replicas, num_cpus=num_cpus, num_gpus=num_gpus)
+    scale = ray_serve.Scale(
+        replicas=replicas,
+        max_replicas=max_replicas,
+        target_queue_length=target_queue_length,
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+    )
     try:
         ray_serve.start(settings, scale, address=address, port=port, name=name)
     except (RuntimeError, ConnectionError) as error:

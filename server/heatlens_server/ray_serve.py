@@ -5,6 +5,7 @@ the queue, batches, limits, errors, log and metrics of a server, and Ray spreads
 This stands on top of all rooms, as `app` does, since it starts servers.
 """
 
+import math
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, fields
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import grpc.aio
 import ray
 from ray import serve
-from ray.serve.config import AutoscalingConfig, gRPCOptions
+from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, gRPCOptions
 
 from heatlens.v1 import explain_pb2, explain_pb2_grpc, model_pb2, model_pb2_grpc
 from heatlens_server.app import Server
@@ -43,20 +44,34 @@ class Scale:
         replicas: how many; with `max_replicas`, at least so many.
         max_replicas: at most so many, by load; 0: always `replicas`.
         target_ongoing_requests: calls and streams that one replica should have at a time, where `max_replicas` is set.
+        target_queue_length: images that should wait in one replica's queues at a time; there are more replicas only
+            where more wait then. 0: images do not count.
+        look_back_period_s: over which load is averaged, in seconds.
+        upscale_delay_s: how long there must be too few replicas before there are more, in seconds.
+        downscale_delay_s: how long there must be too many before there are fewer, in seconds.
         max_ongoing_requests: calls and streams that one replica has at most; others wait in Ray's proxies.
         max_queued_requests: that may wait so; more are refused with RESOURCE_EXHAUSTED.
         num_cpus: of each replica. It runs so many threads.
         num_gpus: of each replica.
+        models_per_replica: how many models a replica tells Ray that it holds, those called last: calls that name one of
+            them in the metadata `multiplexed_model_id` come to it. 0: none, and calls go to any replica.
     """
 
     replicas: int = 1
     max_replicas: int = 0
     target_ongoing_requests: float = 8.0
+    target_queue_length: float = 0.0
+    look_back_period_s: float = 30.0
+    upscale_delay_s: float = 30.0
+    downscale_delay_s: float = 600.0
     max_ongoing_requests: int = 64
     max_queued_requests: int = 256
     num_cpus: float = 1.0
     num_gpus: float = 0.0
+    models_per_replica: int = 0
 
+
+_WANTED = "wanted_replicas"
 
 _ANSWERS = frozenset({ModelState.READY, ModelState.IDLE, ModelState.LOADING})
 """States in which a model answers, or will."""
@@ -69,10 +84,12 @@ class StreamEnded(Exception):
 class Replica:
     """Answers the calls of Ray's proxies. Its methods have the names that the contract has."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, scale: Scale = Scale()) -> None:
         """Serve the models of `config` on a socket in place of its address; without TLS, metrics and administrators."""
         self._config = config
+        self._scale = scale
         self._server: Server | None = None
+        self._tell_ray = serve.multiplexed(_itself, max_num_models_per_replica=scale.models_per_replica or -1)
 
     async def check_health(self) -> None:
         """Start the server, the first time; Ray calls this before it sends calls here, and every few seconds.
@@ -85,6 +102,12 @@ class Replica:
         assert self._server is not None
         if not any(model.state in _ANSWERS for model in self._server.fleet):
             raise RuntimeError(f"no model can answer: {self._server.status}")
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `by_queue_length` goes by: how many replicas the images that wait in this one's queues ask for."""
+        served = [] if self._server is None else [model.served for model in self._server.fleet]
+        waiting = sum(len(model.queue.batcher) for model in served if model is not None)
+        return {_WANTED: waiting / (self._scale.target_queue_length or 1.0)}
 
     async def _start(self) -> None:
         section = self._config.server
@@ -114,6 +137,7 @@ class Replica:
         grpc_context: Any,  # noqa: ANN401 - Ray's
     ) -> explain_pb2.ExplainResponse:
         """Explain one image."""
+        await self._tell(request.model)
         call = self._explain.Explain(request, metadata=_passed_on(grpc_context))
         return await _answer(call, grpc_context, explain_pb2.ExplainResponse())
 
@@ -123,6 +147,7 @@ class Replica:
         grpc_context: Any,  # noqa: ANN401 - Ray's
     ) -> AsyncIterator[explain_pb2.StreamExplainResponse]:
         """Explain the frames of a stream."""
+        await self._tell("")
         call = self._explain.StreamExplain(requests, metadata=_passed_on(grpc_context))
         try:
             async for response in call:
@@ -133,6 +158,12 @@ class Replica:
             raise StreamEnded(error.code().name) from None
         finally:
             call.cancel()
+
+    async def _tell(self, named: str) -> None:
+        """Tell Ray which model a call is for, so that others for it come to this replica, which has it then."""
+        model = serve.get_multiplexed_model_id() or named
+        if self._scale.models_per_replica and any(model == one.name for one in self._config.models):
+            await self._tell_ray(model)
 
     async def ListModels(  # noqa: N802 - the contract's name
         self,
@@ -151,6 +182,11 @@ class Replica:
         """Return the version and the limits, which are those of one replica."""
         call = self._models.GetServerInfo(request, metadata=_passed_on(grpc_context))
         return await _answer(call, grpc_context, model_pb2.GetServerInfoResponse())
+
+
+async def _itself(model: str) -> str:
+    """In the place of what loads a model, for Ray: the fleet loads and unloads models."""
+    return model
 
 
 def _passed_on(grpc_context: Any) -> tuple[tuple[str, str], ...]:  # noqa: ANN401 - Ray's
@@ -174,13 +210,32 @@ def _refuse(grpc_context: Any, error: grpc.aio.AioRpcError) -> None:  # noqa: AN
     grpc_context.set_trailing_metadata([(key, value) for key, value in error.trailing_metadata() or ()])
 
 
+def by_queue_length(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+    """How many replicas there should be: Ray's policy where `Scale.target_queue_length` is set.
+
+    More, if so many more images wait than should. Fewer, if the open calls would fit, too: a queue that is empty does
+    not say how busy its device is.
+    """
+    wanted = (context.aggregated_metrics or {}).get(_WANTED)
+    if not wanted:  # no replica has told yet
+        return context.target_num_replicas, {}
+    assert context.config is not None
+    by_calls = context.total_num_requests / context.config.get_target_ongoing_requests()
+    return math.ceil(max(sum(wanted.values()), min(context.target_num_replicas, by_calls))), {}
+
+
 def application(config: Config, scale: Scale) -> serve.Application:
     """The application of a configuration, for `serve.run`."""
+    by_queue = {"policy_function": by_queue_length} if scale.target_queue_length else {}
     autoscaling = (
         AutoscalingConfig(
             min_replicas=scale.replicas,
             max_replicas=scale.max_replicas,
             target_ongoing_requests=scale.target_ongoing_requests,
+            look_back_period_s=scale.look_back_period_s,
+            upscale_delay_s=scale.upscale_delay_s,
+            downscale_delay_s=scale.downscale_delay_s,
+            policy=AutoscalingPolicy(**by_queue),  # type: ignore[no-untyped-call]
         )
         if scale.max_replicas
         else None
@@ -193,7 +248,7 @@ def application(config: Config, scale: Scale) -> serve.Application:
         graceful_shutdown_timeout_s=config.server.grace_s,
         ray_actor_options={"num_cpus": scale.num_cpus, "num_gpus": scale.num_gpus},
     )(Replica)
-    bound: serve.Application = deployment.bind(config)
+    bound: serve.Application = deployment.bind(config, scale)
     return bound
 
 

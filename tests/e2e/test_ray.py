@@ -1,13 +1,14 @@
 """The services on a Ray cluster of two local nodes, to which clients speak as to a plain server."""
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,16 +45,15 @@ class RayCluster:
     config: Path
     address: str
 
-    def tell(self, word: str) -> None:
+    def tell(self, word: str) -> list[str]:
         self.process.stdin.write(f"{word}\n")
         self.process.stdin.flush()
-        self.wait()
+        return self.wait()
 
-    def wait(self) -> None:
-        for line in self.process.stdout:
-            if line == "done\n":
-                return
-        raise AssertionError("the cluster has ended")
+    def wait(self) -> list[str]:
+        lines = list(iter(self.process.stdout.readline, "done\n"))
+        assert "" not in lines, "the cluster has ended"
+        return lines
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,7 @@ def cluster(tmp_path_factory) -> Iterator[RayCluster]:
     port = 50900 + os.getpid() % 90
     # Ray's sockets have long names below this, and a socket's name 107 bytes at most.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])}
+    environment |= {"SLOW_FOLDER": str(folder), "SLOW_S": "0.05"}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, SUPPORT / "ray_cluster.py", config, str(port)],
@@ -194,7 +195,7 @@ def test_an_update_under_load_fails_no_call(cluster, client):
     answers: Counter = Counter()
     with load(client, answers):
         cluster.config.write_text(toml("2"))
-        cluster.tell("update")
+        cluster.tell("serve {}")
         deadline = time.monotonic() + 60
         while not answers["2"]:
             assert time.monotonic() < deadline
@@ -213,6 +214,72 @@ def test_a_node_that_is_taken_away(cluster, client):
     answers: Counter = Counter()
     with load(client, answers):
         cluster.tell("remove")
+
+
+def wait_until(is_so: Callable[[], bool], *, seconds: float = 100.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_serve_deploy_of_the_example_and_calls_that_go_to_where_their_model_is(cluster, client):
+    models = [model_toml(name, "telling", max_batch_size=4) for name in "ab"]
+    budget = "[server]\nmemory_budget_bytes = { cpu = 200000 }\n"  # the weights of one, not of both
+    cluster.config.write_text(server_toml(*models, token=TOKEN).replace("[server]\n", budget))
+    file = cluster.config.with_name("serve.yaml")
+    text = (Path(__file__).parents[2] / "deploy/ray/serve.yaml").read_text()
+    scale = "replicas: 2\n      models_per_replica: 1\n      num_cpus: 0.5\n"
+    text = text[: text.index("replicas:")] + scale
+    text = text.replace("/etc/heatlens/server.toml", str(cluster.config))
+    file.write_text(text.replace("50051", cluster.address.rpartition(":")[2]))
+    cluster.tell(f"deploy {file}")
+    wait_until(lambda: [model.name for model in client.models()] == ["a", "b"])
+
+    with Client(cluster.address, token=TOKEN, timeout=60.0, model_key="multiplexed_model_id") as routed:
+
+        def processes() -> tuple[int, int]:
+            """Where a call of the one model and a stream of the other are answered."""
+            called = routed.explain(IMAGES[0], model="a", top_predictions=1)
+            with routed.stream(model="b", top_predictions=1) as stream:
+                (frame,) = stream.map(IMAGES[:1])
+            first, second = (result.predictions[0].logit for result in (called, frame.result))
+            return round(first), round(second)
+
+        def stay_apart() -> bool:
+            found = {processes() for _ in range(10)}
+            return len(found) == 1 and len(set(found.pop())) == 2
+
+        wait_until(stay_apart)
+    # Whichever replica says so.
+    wait_until(lambda: all({one.state for one in client.models()} == {"idle", "ready"} for _ in range(6)))
+
+
+def test_replicas_follow_the_length_of_their_queues(cluster, client):
+    cluster.config.write_text(server_toml(model_toml("slow", "slow", max_batch_size=1), token=TOKEN))
+    (cluster.config.parent / "armed").touch()
+    scale = {"replicas": 1, "max_replicas": 2, "target_queue_length": 4, "target_ongoing_requests": 50}
+    cluster.tell(f"serve {json.dumps(scale | {'look_back_period_s': 2, 'upscale_delay_s': 0, 'downscale_delay_s': 1})}")
+
+    def replicas() -> int:
+        return int(cluster.tell("count")[0])
+
+    wait_until(lambda: replicas() == 1)
+    with client.stream(max_in_flight=16) as stream:  # one call, for which there would be one replica
+        grown = threading.Event()
+
+        def film() -> Iterator[np.ndarray]:
+            while not grown.is_set():
+                yield IMAGES[0]
+
+        with ThreadPoolExecutor(1) as pool:
+            frames = pool.submit(lambda: Counter(item.error is None for item in stream.map(film())))
+            try:
+                wait_until(lambda: replicas() == 2)
+            finally:
+                grown.set()
+            assert set(frames.result(60)) == {True}
+    wait_until(lambda: replicas() == 1)
 
 
 def test_what_ray_says_of_a_dead_replica_is_told_without_where_it_ran():

@@ -3,14 +3,19 @@
     python ray_cluster.py FILE PORT
     kill        kill the process of one replica
     remove      take the second node away
-    update      serve what FILE has by now
+    serve JSON  serve what FILE has by now, with these fields of Scale
+    deploy YAML have Ray's `serve deploy` deploy a file
+    count       print how many replicas run
     <end>       end the cluster
 
 It answers each line with "done" once it is so.
 """
 
+import functools
+import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +28,9 @@ from heatlens_server.config import load_config
 
 MIB = 2**20
 
+# Replicas tell Ray of their load every 10 seconds, which Ray does not let applications change any more.
+ray_serve.AutoscalingConfig = functools.partial(ray_serve.AutoscalingConfig, metrics_interval_s=0.5)
+
 
 def replica_pids() -> list[int]:
     found = list_actors(filters=[("state", "=", "ALIVE")])
@@ -34,10 +42,10 @@ def main(path: Path, port: int) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": True, "dashboard_port": 0})
     second = cluster.add_node(**node)
 
-    def serve() -> None:
+    def serve(**scale: float) -> None:
         ray_serve.start(
             load_config(path),
-            ray_serve.Scale(replicas=2, num_cpus=0.5),
+            ray_serve.Scale(**{"replicas": 2, "num_cpus": 0.5, **scale}),
             address=cluster.address,
             port=port,
             name="heatlens",
@@ -46,13 +54,18 @@ def main(path: Path, port: int) -> None:
     serve()
     print("done", flush=True)
     for line in sys.stdin:
-        match line.strip():
-            case "kill":
+        match line.split():
+            case ["kill"]:
                 os.kill(replica_pids()[0], signal.SIGKILL)
-            case "remove":
+            case ["remove"]:
                 cluster.remove_node(second)
-            case "update":
-                serve()
+            case ["serve", *scale]:
+                serve(**json.loads("".join(scale)))
+            case ["deploy", file]:
+                command = [Path(sys.executable).parent / "serve", "deploy", file]
+                subprocess.run([*command, "-a", f"http://{cluster.head_node.webui_url}"], stdout=sys.stderr, check=True)
+            case ["count"]:
+                print(len(replica_pids()))
         print("done", flush=True)
     ray_serve.stop("heatlens")
     ray.shutdown()

@@ -136,6 +136,15 @@ def slow() -> nn.Module:
     return _seeded(Slow, 4)
 
 
+def telling() -> nn.Module:
+    """The logit of its first class, the most probable one, is about the number of the process that it runs in."""
+    network = tiny_mlp()
+    with torch.no_grad():
+        network.head[-1].weight[0] *= 1e-3
+        network.head[-1].bias[0] = os.getpid()
+    return network
+
+
 # Networks and factories that misbehave in ways that real ones do.
 
 

@@ -46,6 +46,8 @@ class AsyncClient:
         retry: when calls are tried again.
         wait_for_ready: whether calls wait, within their timeout, for a server that is not there yet.
         max_message_bytes: largest request and answer.
+        model_key: a key of gRPC metadata, under which calls that name a model carry its name for proxies that go by it:
+            "multiplexed_model_id" or "application" for Ray's. None: none.
 
     Raises:
         InvalidArgumentError: an argument is wrong, or a token would travel in plaintext to another machine.
@@ -62,6 +64,7 @@ class AsyncClient:
         retry: Retry = Retry(),  # noqa: B008 - frozen
         wait_for_ready: bool = False,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        model_key: str | None = None,
     ) -> None:
         self._settings = make_settings(
             address,
@@ -71,6 +74,7 @@ class AsyncClient:
             retry=retry,
             wait_for_ready=wait_for_ready,
             max_message_bytes=max_message_bytes,
+            model_key=model_key,
         )
         self._connection = AsyncConnection(self._settings)
 
@@ -197,7 +201,8 @@ class AsyncClient:
         """
         limit = self._settings.max_message_bytes
         plan = stream_plan("AsyncClient.stream", model=model, version=version, max_message_bytes=limit, **options)
-        return AsyncStream(AsyncLink(self._connection.start_stream, plan, timeout_s=self._settings.timeout))
+        start = partial(self._connection.start_stream, model=plan.config.model)
+        return AsyncStream(AsyncLink(start, plan, timeout_s=self._settings.timeout))
 
     async def models(self, *, timeout: Timeout = UNSET) -> tuple[ModelInfo, ...]:
         """List the served models, whatever their state. Raises HeatlensError if the call fails."""

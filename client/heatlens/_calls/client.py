@@ -45,6 +45,8 @@ class Client:
         retry: when calls are tried again.
         wait_for_ready: whether calls wait, within their timeout, for a server that is not there yet.
         max_message_bytes: largest request and answer.
+        model_key: a key of gRPC metadata, under which calls that name a model carry its name for proxies that go by it:
+            "multiplexed_model_id" or "application" for Ray's. None: none.
 
     Raises:
         InvalidArgumentError: an argument is wrong, or a token would travel in plaintext to another machine.
@@ -61,6 +63,7 @@ class Client:
         retry: Retry = Retry(),  # noqa: B008 - frozen
         wait_for_ready: bool = False,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        model_key: str | None = None,
     ) -> None:
         self._settings = make_settings(
             address,
@@ -70,6 +73,7 @@ class Client:
             retry=retry,
             wait_for_ready=wait_for_ready,
             max_message_bytes=max_message_bytes,
+            model_key=model_key,
         )
         self._connection = Connection(self._settings)
 
@@ -196,7 +200,8 @@ class Client:
         """
         limit = self._settings.max_message_bytes
         plan = stream_plan("Client.stream", model=model, version=version, max_message_bytes=limit, **options)
-        return Stream(Link(self._connection.start_stream, plan, timeout_s=self._settings.timeout))
+        start = partial(self._connection.start_stream, model=plan.config.model)
+        return Stream(Link(start, plan, timeout_s=self._settings.timeout))
 
     def models(self, *, timeout: Timeout = UNSET) -> tuple[ModelInfo, ...]:
         """List the served models, whatever their state. Raises HeatlensError if the call fails."""

@@ -66,7 +66,7 @@ class Connection:
         """Make one call; only our exceptions come out."""
         settings = self._settings
         check_size(request, settings.max_message_bytes)
-        request_id, metadata = settings.call_metadata()
+        request_id, metadata = settings.call_metadata(getattr(request, "model", ""))
         attempts = Attempts(settings, timeout, request)
         try:
             while True:
@@ -85,10 +85,12 @@ class Connection:
                 raise
             raise _client_closed() from None
 
-    def start_stream(self, requests: Iterator[explain_pb2.StreamExplainRequest]) -> tuple[StreamCall, str]:
+    def start_stream(
+        self, requests: Iterator[explain_pb2.StreamExplainRequest], *, model: str
+    ) -> tuple[StreamCall, str]:
         """Begin a stream's call; return it and its request id."""
         settings = self._settings
-        request_id, metadata = settings.call_metadata()
+        request_id, metadata = settings.call_metadata(model)
         stream = self.stubs.explain.StreamExplain
         try:
             call = stream(requests, metadata=metadata, wait_for_ready=settings.wait_for_ready or None)
@@ -159,7 +161,7 @@ class AsyncConnection:
         """Make one call; only our exceptions come out, and CancelledError if our task is cancelled."""
         settings = self._settings
         check_size(request, settings.max_message_bytes)
-        request_id, metadata = settings.call_metadata()
+        request_id, metadata = settings.call_metadata(getattr(request, "model", ""))
         attempts = Attempts(settings, timeout, request)
         try:
             while True:
@@ -179,10 +181,10 @@ class AsyncConnection:
             # The task was not cancelled: `close` cancelled the call.
             raise CallCancelledError("the client was closed during the call", request_id=request_id) from None
 
-    def start_stream(self) -> tuple[AsyncStreamCall, str]:
+    def start_stream(self, *, model: str) -> tuple[AsyncStreamCall, str]:
         """Begin a stream's call; return it and its request id."""
         settings = self._settings
-        request_id, metadata = settings.call_metadata()
+        request_id, metadata = settings.call_metadata(model)
         call = self.stubs.explain.StreamExplain(metadata=metadata, wait_for_ready=settings.wait_for_ready or None)
         self._stream_calls.add(call)
         return call, request_id

@@ -1,6 +1,7 @@
 """How to reach a server: checked settings, and the gRPC channel options that follow from them."""
 
 import json
+import re
 import sys
 import uuid
 from collections.abc import Sequence
@@ -19,6 +20,9 @@ from heatlens._wire.status import REQUEST_ID_KEY
 from heatlens._wire.target import credentials, is_loopback, target_of
 
 DEFAULT_MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+
+_KEY = re.compile(r"(?!grpc-|authorization$|x-request-id$|trace(parent|state)$)[a-z0-9_.-]+(?<!-bin)")
+"""A key of metadata for text that neither gRPC nor the client uses."""
 
 
 class Unset(Enum):
@@ -108,6 +112,7 @@ class Settings:
         wait_for_ready: whether calls wait for a server that is not there yet.
         max_message_bytes: largest request and answer.
         max_attempts: of a call, in all.
+        model_key: metadata key under which calls carry their model's name; None: none.
         options: gRPC channel options.
     """
 
@@ -119,6 +124,7 @@ class Settings:
     wait_for_ready: bool
     max_message_bytes: int
     max_attempts: int
+    model_key: str | None
     options: tuple[tuple[str, str | int], ...]
 
     def timeout_of(self, timeout: Timeout) -> float | None:
@@ -134,13 +140,16 @@ class Settings:
         token = "None" if self.token is None else "'********'"
         return f"{name}({self.address!r}, tls={self.credentials is not None}, token={token}, timeout={self.timeout})"
 
-    def call_metadata(self) -> tuple[str, tuple[tuple[str, str], ...]]:
-        """Return a new request id and the metadata of one call."""
+    def call_metadata(self, model: str = "") -> tuple[str, tuple[tuple[str, str], ...]]:
+        """Return a new request id and the metadata of one call, which may name a model."""
         request_id = uuid.uuid4().hex
         metadata: tuple[tuple[str, str], ...] = ((REQUEST_ID_KEY, request_id),)
         if self.token is not None:
             # As metadata: gRPC refuses call credentials on plaintext channels, even to this machine.
             metadata += (("authorization", f"Bearer {self.token}"),)
+        # gRPC carries no other names; servers have none either.
+        if self.model_key is not None and model and model.isascii() and model.isprintable():
+            metadata += ((self.model_key, model),)
         return request_id, (*metadata, *_trace_context())
 
 
@@ -164,6 +173,7 @@ def make_settings(
     retry: Retry,
     wait_for_ready: bool,
     max_message_bytes: int,
+    model_key: str | None,
 ) -> Settings:
     """Check a client's arguments and read its certificate files.
 
@@ -183,6 +193,8 @@ def make_settings(
         isinstance(token, str) and token.isascii() and token.isprintable() and token and " " not in token
     ):
         raise InvalidArgumentError.of("token", "expected printable ASCII without spaces")
+    if model_key is not None and not (is_text(model_key) and _KEY.fullmatch(model_key)):
+        raise InvalidArgumentError.of("model_key", f"expected a free key of gRPC metadata, got {model_key!r}")
     shown = address if isinstance(address, str) else ",".join(address)
     loopback = is_loopback(target)
     if tls is None:
@@ -215,6 +227,7 @@ def make_settings(
         wait_for_ready=wait_for_ready,
         max_message_bytes=max_message_bytes,
         max_attempts=int(retry.max_attempts),
+        model_key=model_key,
         options=options,
     )
 

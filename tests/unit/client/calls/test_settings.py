@@ -15,6 +15,7 @@ DEFAULTS = {
     "retry": Retry(),
     "wait_for_ready": False,
     "max_message_bytes": 1 << 24,
+    "model_key": None,
 }
 
 
@@ -184,3 +185,18 @@ def test_every_call_has_its_own_request_id():
     second, _ = made.call_metadata()
     assert first != second
     assert dict(metadata) == {"x-request-id": first, "authorization": "Bearer t"}
+
+
+def test_the_name_of_a_model_goes_under_the_key_that_a_proxy_reads():
+    assert dict(settings(model_key="application").call_metadata("parts")[1])["application"] == "parts"
+    assert "application" not in dict(settings(model_key="application").call_metadata()[1])
+    assert "application" not in dict(settings(model_key="application").call_metadata("für\n")[1])
+    assert len(settings().call_metadata("parts")[1]) == 1
+
+
+@pytest.mark.parametrize(
+    "key", ["", "Model", "a b", "grpc-timeout", "model-bin", "authorization", "traceparent", 1, "é"]
+)
+def test_a_key_that_is_not_free(key):
+    with pytest.raises(InvalidArgumentError, match="model_key: expected a free key of gRPC metadata"):
+        settings(model_key=key)
