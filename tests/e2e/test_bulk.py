@@ -1,6 +1,7 @@
 """Tables of images explained in process, and by actors of Ray Data."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ import pytest
 from heatlens import Client
 from heatlens_server.bulk import COLUMNS, Explainer
 from heatlens_server.core.errors import ConfigError, InvalidArgument, ModelNotFound
-from server_process import SUPPORT, start_server_process, wait_settled
+from server_process import start_server_process, wait_settled
 from server_toml import model_toml, server_toml
 
 COUNT = 8
@@ -110,39 +111,40 @@ def test_its_columns_are_those_of_the_tables_that_heatlens_batch_writes():
     assert set(COLUMNS) == set(SCHEMA.names) - {"path"}
 
 
-PROGRAM = """
-import sys
+SETUP = """
 import ray
-from heatlens_server.bulk import Explainer
-ray.init(num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False)
-photos = ray.data.read_parquet(sys.argv[2])
-table = photos.map_batches(
-    Explainer, fn_constructor_kwargs={"config": sys.argv[1]}, concurrency=1, batch_size=4, num_cpus=0.5
-)
-table.write_parquet(sys.argv[3])
+ray.data.DataContext.get_current().read_op_min_num_blocks = 1
+ray.init(num_cpus=6, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False)
 """
 
 
 @pytest.mark.timeout(240)
-def test_actors_of_ray_data_write_the_same_table(config, explainer, files, tmp_path):
+def test_the_program_for_ray_data_explains_a_folder_and_a_parquet_file(files, tmp_path):
     import pyarrow as pa  # noqa: PLC0415 - an extra
     import pyarrow.parquet as pq  # noqa: PLC0415 - an extra
 
-    pq.write_table(pa.table({"n": list(range(COUNT)), "image": files}), tmp_path / "in.parquet")
-    arguments = [config, tmp_path / "in.parquet", tmp_path / "out"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])}
+    page = (Path(__file__).parents[2] / "docs/batch.md").read_text()
+    (program,) = re.findall(r"^```text\n(import ray\n.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "server.toml").write_text('[[models]]\nname = "a"\nsource = "embedded:efficientnet_lite0"\n')
+    for name in ("photos", "dataset"):
+        (tmp_path / name).mkdir()
+    for row, file in enumerate(files):
+        (tmp_path / f"photos/{row}.png").write_bytes(file)
+    pq.write_table(pa.table({"n": list(range(COUNT)), "image": files}), tmp_path / "dataset/in.parquet")
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments],
-        env=environment,
+        [sys.executable, "-c", SETUP + program],
+        cwd=tmp_path,
+        env={**os.environ, "RAY_prestart_worker_first_driver": "0"},
         capture_output=True,
         text=True,
         timeout=200,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    rows = sorted(pq.read_table(tmp_path / "out").to_pylist(), key=lambda row: row["n"])
-    expected = explainer({"image": column(files)})
-    assert [row["n"] for row in rows] == list(range(COUNT))
-    for row, class_ids in zip(rows, expected["class_ids"], strict=True):
-        assert row["class_ids"][0] == class_ids[0]
-        assert row["error"] is None
+    expected = Explainer(tmp_path / "server.toml", method="layer-cam")
+    class_ids = list(expected({"image": column(files)})["class_ids"])
+    expected.close()
+    for folder, key in (("audit", "path"), ("audit-dataset", "n")):
+        rows = sorted(pq.read_table(tmp_path / folder).to_pylist(), key=lambda row: row[key])
+        assert [row["class_ids"] for row in rows] == class_ids
+        assert {row["error"] for row in rows} == {None}
