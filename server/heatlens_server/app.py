@@ -41,6 +41,7 @@ from heatlens_server.scheduling.large_images import LargeImages
 from heatlens_server.scheduling.model_queue import ModelQueue
 from heatlens_server.service_manager import ServiceManager
 from heatlens_server.telemetry.log_observer import LogObserver
+from heatlens_server.telemetry.statistics import Statistics
 from heatlens_server.transports.grpc.connections import watch_connections
 from heatlens_server.transports.grpc.hang_up import hang_up
 from heatlens_server.transports.grpc.server import Health, bind, enable_reflection, make_server
@@ -113,7 +114,10 @@ class Server:
         self._host_of = host_of if config.server.share_by_host else _everybody
         self.streams = OpenStreams(max_streams=limits.max_streams, host_of=self._host_of)
         self._health = Health()
+        statistics = Statistics()
         observers: list[Observer] = [LogObserver(ok_share=config.server.log_ok_share)]
+        if config.server.v2:
+            observers.append(statistics)
         self._metrics = _make_metrics() if config.metrics.listen else None
         if self._metrics is not None:
             observers.append(self._metrics)
@@ -167,10 +171,10 @@ class Server:
         self.reloader = Reloader(self.fleet, config, read or (lambda: config))
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.fleet, limits, self.reloader), self._grpc)
         if config.server.v2:
-            InferenceService(explainer, self.streams).add_to(self._grpc)
+            InferenceService(explainer, self.streams, self.reloader, statistics).add_to(self._grpc)
         self._health.add_to(self._grpc)
         if config.server.reflection:
-            enable_reflection(self._grpc)
+            enable_reflection(self._grpc, v2=config.server.v2)
         self.port = 0
 
     @classmethod

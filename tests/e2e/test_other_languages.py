@@ -108,6 +108,10 @@ def test_reflection_alone_is_enough_for_the_calls_in_the_documents(launch):
         assert [model["name"] for model in call(methods[1], "{}")["models"]] == ["lite0"]
         explanations = call(methods[2], request)["explanations"]
         assert [item["label"] for item in explanations] == ["Egyptian cat", "tiger cat", "tabby"]
+        # The open inference protocol, by the names that Triton's clients know.
+        assert call("inference.GRPCInferenceService/ModelReady", '{"name": "lite0"}') == {"ready": True}
+        config = call("inference.GRPCInferenceService/ModelConfig", "{}")["config"]
+        assert config["input"][0]["dataType"] == "TYPE_UINT8"
         with pytest.raises(grpc.RpcError) as caught:
             call(methods[2], "{}")
         details = dict(caught.value.trailing_metadata())["grpc-status-details-bin"]

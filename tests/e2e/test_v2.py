@@ -7,6 +7,7 @@ import grpc
 import grpc.aio
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
@@ -140,6 +141,86 @@ async def test_what_is_there(v2):
     assert (await refused(v2.call("ModelReady", ready["nope"])))[0] == "NOT_FOUND"
     metadata = await v2.call("ModelMetadata", inference_pb2.ModelMetadataRequest(name="mlp"))
     assert (metadata.name, len(metadata.versions)) == ("mlp", 1)
+    index = (await v2.call("RepositoryIndex", inference_pb2.RepositoryIndexRequest(ready=True))).models
+    assert [(one.name, one.state) for one in index] == [("mlp", "READY"), ("poisonous", "READY")]
+    named = inference_pb2.RepositoryIndexRequest(repository_name="other")
+    code, details = await refused(v2.call("RepositoryIndex", named))
+    assert (code, details.fields) == ("INVALID_ARGUMENT", ["repository_name"])
+
+
+async def test_an_idle_model_answers_as_natively(start_server):
+    """It is ready, tells what it told before, and any kind of request loads it."""
+    server = await start_server(server_toml(model_toml("a", "tiny_mlp"), model_toml("b", "tiny_mlp")))
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        v2, health = V2Calls(channel), health_pb2_grpc.HealthStub(channel)
+
+        async def told():
+            named = {"name": "a"}
+            return [
+                (await v2.call("ServerReady")).ready,
+                (await v2.call("ModelReady", inference_pb2.ModelReadyRequest(**named))).ready,
+                await v2.call("ModelMetadata", inference_pb2.ModelMetadataRequest(**named)),
+                await v2.call("ModelConfig", inference_pb2.ModelConfigRequest(**named)),
+                (await v2.call("RepositoryIndex")).models[0].state,
+            ]
+
+        async def stream(*images, **asked):
+            opened = v2.stream()
+            await opened.write(infer_request(*images, **asked))
+            await opened.done_writing()
+            answer = await read(opened)
+            assert not answer.error_message
+            return answer.infer_response
+
+        before = await told()
+        assert (before[:2], before[-1]) == ([True, True], "READY")
+        for ask, images in ((v2.infer, PICTURES[:1]), (v2.infer, PICTURES), (stream, PICTURES[:1])):
+            served = next(one for one in server.fleet if one.name == "a")
+            await server.fleet.rest(served, "the test says so")
+            assert await told() == before
+            native = await health.Check(health_pb2.HealthCheckRequest(service="heatlens.v1.ExplainService/a"))
+            assert native.status == health_pb2.HealthCheckResponse.SERVING
+            assert (await v2.call("RepositoryIndex")).models[0].reason.startswith("idle")
+            assert len(arrays(await ask(*images, model="a"))["LABEL"]) == len(images)
+            assert [one.reason for one in (await v2.call("RepositoryIndex")).models] == ["", ""]
+
+
+async def test_statistics_count_calls_images_and_runs(live, v2, stub, gate):
+    statistics = inference_pb2.ModelStatisticsRequest(name="mlp")
+
+    async def told():
+        (one,) = (await v2.call("ModelStatistics", statistics)).model_stats
+        return one, {field.name: part.count for field, part in one.inference_stats.ListFields() if part.count}
+
+    assert (await told())[1] == {}
+    await gate.fill()  # two runs of the gate's own, which answer nobody
+    asked = v2.infer(*PICTURES)
+    await until(lambda: len(batcher_of(live)) == 4)
+    gate.open()
+    await asked
+    await stub.Explain(pb.ExplainRequest(model="mlp", image=pixels(PICTURES[0])))
+    await refused(v2.infer(b"garbage"))
+    stream = v2.stream()
+    for one in (PICTURES[0], b"garbage"):
+        await stream.write(infer_request(one))
+    await stream.done_writing()
+    for _ in range(2):
+        await read(stream)
+    await until(lambda: live.streams.counters.open == 0)
+    images = dict.fromkeys(("queue", "compute_infer", "compute_output"), 6)
+    # Those of the gate are decoded as well.
+    expected = {"success": 3, "fail": 2, "compute_input": 8, **images}
+    async with asyncio.timeout(PATIENCE_S):
+        # A caller may have its answer before it is counted.
+        while (await told())[1] != expected or (await told())[0].execution_count < len(gate.batches):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    one, _ = await told()
+    assert (one.inference_count, one.execution_count, one.last_inference > 0) == (6, len(gate.batches), True)
+    assert (one.name, one.version) == ("mlp", (await v2.infer(PICTURES[0])).model_version)
+    everything = await v2.call("ModelStatistics")
+    assert [one.name for one in everything.model_stats] == ["mlp", "poisonous", "broken"]
+    statistics.version = "nope"
+    assert (await refused(v2.call("ModelStatistics", statistics)))[0] == "NOT_FOUND"
 
 
 async def test_a_request_holds_no_more_than_a_message_and_a_queue_take(v2):

@@ -1,6 +1,6 @@
 """What a user of tritonclient writes, run by an environment that holds tritonclient alone: prints JSON.
 
-Arguments: a server's address, and an image file.
+Arguments: a server's address, and an image file, or the token of an administrator.
 """
 
 import json
@@ -37,8 +37,34 @@ def files(*data: bytes) -> list:
     return [tensor]
 
 
-def main(address: str, path: str) -> None:
-    """Call everything that tritonclient has for a server without shared memory and repository."""
+def administer(address: str, token: str) -> dict:
+    """Load, reload and unload the models `a`, which serves, and `b`, which does not, as an administrator."""
+    headers = {"authorization": f"Bearer {token}"}
+    said: dict = {}
+    with triton.InferenceServerClient(address) as client:
+
+        def index() -> list:
+            return client.get_model_repository_index(as_json=True)["models"]
+
+        said["before"] = index()
+        client.load_model("b", headers=headers)
+        client.load_model("a", headers=headers)
+        said["loaded"] = index()
+        client.unload_model("b", headers=headers)
+        said["unloaded"] = index()
+        said["errors"] = {
+            "no administrator": error(lambda: client.unload_model("a")),
+            "wrong token": error(lambda: client.load_model("a", headers={"authorization": "Bearer nope"})),
+            "model": error(lambda: client.load_model("nope", headers=headers)),
+            "not loaded": error(lambda: client.unload_model("b", headers=headers)),
+            "configuration": error(lambda: client.load_model("a", headers=headers, config="{}")),
+        }
+        said["after"] = index()
+    return said
+
+
+def call(address: str, path: str) -> dict:
+    """Call everything that tritonclient has for a server without shared memory, and that changes nothing."""
     found: queue.Queue = queue.Queue()
 
     def keep(result: object, error: object) -> None:
@@ -52,6 +78,8 @@ def main(address: str, path: str) -> None:
         said["models ready"] = [client.is_model_ready(name) for name in ("tiny", "broken")]
         said["server"] = client.get_server_metadata(as_json=True)
         said["model"] = client.get_model_metadata("tiny", as_json=True)
+        said["config"] = client.get_model_config("tiny", as_json=True)["config"]
+        said["index"] = client.get_model_repository_index(as_json=True)["models"]
         asked = {"top_k": 2, "method": "layer-cam", "layer": "body", "map_size": "input"}
         said["file"] = told(client.infer("tiny", files(file), parameters=asked, request_id="one", client_timeout=60))
         pixels = np.arange(2 * 64 * 48 * 3, dtype=np.uint8).reshape(2, 64, 48, 3)
@@ -70,6 +98,7 @@ def main(address: str, path: str) -> None:
             client.async_stream_infer("tiny", files(data), request_id=str(i))
         said["stream"] = [found.get(timeout=PATIENCE_S) for _ in range(3)]
         client.stop_stream()
+        said["statistics"] = client.get_inference_statistics("tiny", as_json=True)["model_stats"]
         shared = triton.InferInput("IMAGE", [1], "BYTES")
         shared.set_shared_memory("region", 10)
         said["errors"] = {
@@ -80,9 +109,15 @@ def main(address: str, path: str) -> None:
             "sequence": error(lambda: client.infer("tiny", files(file), sequence_id=1)),
             "shared memory": error(lambda: client.infer("tiny", [shared])),
             "timeout": error(lambda: client.infer("tiny", files(file), timeout=1)),
-            "config": error(lambda: client.get_model_config("tiny")),
+            "load": error(lambda: client.load_model("tiny")),
+            "log settings": error(client.get_log_settings),
         }
-    json.dump(said, sys.stdout)
+    return said
 
 
-main(*sys.argv[1:])
+def main(address: str, path: str = "", *, admin: str = "") -> None:
+    """Print what was said."""
+    json.dump(administer(address, admin) if admin else call(address, path), sys.stdout)
+
+
+main(*sys.argv[1:3], admin="".join(sys.argv[3:]))

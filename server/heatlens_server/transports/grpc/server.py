@@ -31,7 +31,8 @@ from heatlens_server.core.errors import ConfigError
 from heatlens_server.fleet.fleet import Fleet
 from heatlens_server.transports.grpc.interceptor import CallInterceptor
 from heatlens_server.transports.grpc.traffic import Traffic
-from heatlens_server.transports.grpc.v2.service import SERVICE as INFERENCE_SERVICE
+from heatlens_server.transports.grpc.v2 import reflection as v2_reflection
+from heatlens_server.transports.grpc.v2.service import FOR_ADMINISTRATORS as INFERENCE_FOR_ADMINISTRATORS
 
 SERVICES = tuple(
     service.full_name
@@ -41,10 +42,15 @@ SERVICES = tuple(
 
 EXPLAIN_SERVICE = explain_pb2.DESCRIPTOR.services_by_name["ExplainService"].full_name
 
-_EXPLAINING = (f"/{EXPLAIN_SERVICE}/Explain", f"/{INFERENCE_SERVICE}/ModelInfer")
+_EXPLAINING = (f"/{EXPLAIN_SERVICE}/Explain", f"/{v2_reflection.SERVICE}/ModelInfer")
 
 _FOR_ADMINISTRATORS = frozenset(
-    f"/heatlens.v1.ModelService/{method}" for method in ("LoadModel", "UnloadModel", "ReloadModel")
+    f"/{service}/{method}"
+    for service, methods in (
+        ("heatlens.v1.ModelService", ("LoadModel", "UnloadModel", "ReloadModel")),
+        (v2_reflection.SERVICE, INFERENCE_FOR_ADMINISTRATORS),
+    )
+    for method in methods
 )
 
 LIVENESS, READINESS = "liveness", "readiness"
@@ -153,10 +159,10 @@ def _check_free(listen: str) -> None:
         raise ConfigError(f"server.listen: another server listens on {listen}")
 
 
-def enable_reflection(server: grpc.aio.Server) -> None:
-    """Let tools such as grpcurl ask for the services."""
-    names = (*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
+def enable_reflection(server: grpc.aio.Server, *, v2: bool) -> None:
+    """Let tools such as grpcurl ask for the services, with `v2` also for that of the open inference protocol."""
+    names = (*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME, *[v2_reflection.SERVICE] * v2)
+    reflection.enable_server_reflection(names, server, v2_reflection.pool() if v2 else None)
 
 
 def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:

@@ -1,4 +1,4 @@
-"""From answers and models to the protocol's messages."""
+"""From answers to the protocol's messages."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,6 @@ import numpy as np
 
 from heatlens_server.api.answer import Answer, Explanation
 from heatlens_server.core.errors import InvalidArgument
-from heatlens_server.fleet.served_model import ServedModel
 from heatlens_server.transports.grpc.v2 import inference_pb2 as pb
 
 
@@ -90,21 +89,3 @@ def infer_response_of(
             max_message_bytes=max_message_bytes,
         )
     return response
-
-
-def metadata_of(model: ServedModel, versions: Sequence[str]) -> pb.ModelMetadataResponse:
-    """What a model takes and gives. Here a tensor has one datatype; docs/v2.md has the others that are taken."""
-    tensor = pb.ModelMetadataResponse.TensorMetadata
-    return pb.ModelMetadataResponse(
-        name=model.name,
-        versions=versions,
-        platform="heatlens",
-        inputs=[
-            tensor(name="IMAGE", datatype="UINT8", shape=[-1, -1, -1, model.capabilities.input_channels]),
-            tensor(name="TARGET_CLASS", datatype="INT64", shape=[-1, -1]),
-        ],
-        outputs=[
-            tensor(name=name, datatype=output.datatype, shape=[-1] * (2 + output.sides))
-            for name, output in OUTPUTS.items()
-        ],
-    )

@@ -2,8 +2,9 @@
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -11,6 +12,7 @@ import grpc.aio
 
 from heatlens_server.api.answer import Answer
 from heatlens_server.api.calls import current_call
+from heatlens_server.api.checks import quoted
 from heatlens_server.api.explainer import Explainer
 from heatlens_server.api.models import heatlens_version, is_ready, known_name
 from heatlens_server.api.query import MapSize, Query
@@ -18,15 +20,19 @@ from heatlens_server.api.stream.independent import RequestStream, Turn
 from heatlens_server.api.stream.open_streams import OpenStreams
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.events import Trace
+from heatlens_server.fleet.reload import Reloader
 from heatlens_server.fleet.served_model import ModelStatus, ServedModel
 from heatlens_server.fleet.versions import choose, point_of
+from heatlens_server.telemetry.statistics import Statistics
 from heatlens_server.transports.grpc.parsing import MOST_FIELDS
 from heatlens_server.transports.grpc.status import to_status
 from heatlens_server.transports.grpc.v2 import inference_pb2 as pb
+from heatlens_server.transports.grpc.v2.models import config_of, index_of, metadata_of, statistics_of
+from heatlens_server.transports.grpc.v2.reflection import SERVICE
 from heatlens_server.transports.grpc.v2.requests import inference_of, path_of
-from heatlens_server.transports.grpc.v2.responses import infer_response_of, metadata_of
+from heatlens_server.transports.grpc.v2.responses import infer_response_of
 
-SERVICE = "inference.GRPCInferenceService"
+FOR_ADMINISTRATORS = ("RepositoryModelLoad", "RepositoryModelUnload")
 
 Context = Any  # grpc.aio.ServicerContext, whose type parameters differ per method
 
@@ -34,11 +40,22 @@ Context = Any  # grpc.aio.ServicerContext, whose type parameters differ per meth
 class InferenceService:
     """Explains images by the open inference protocol."""
 
-    def __init__(self, explainer: Explainer, open_streams: OpenStreams) -> None:
-        """Serve what `explainer` answers; `open_streams` counts the streams."""
+    def __init__(
+        self, explainer: Explainer, open_streams: OpenStreams, reloader: Reloader, statistics: Statistics
+    ) -> None:
+        """Serve what `explainer` answers.
+
+        Args:
+            explainer: explains.
+            open_streams: counts the streams.
+            reloader: changes the models, for administrators.
+            statistics: what they did.
+        """
         self._explainer = explainer
         self._fleet = explainer.fleet
         self._open_streams = open_streams
+        self._reloader = reloader
+        self._statistics = statistics
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register the methods."""
@@ -48,7 +65,12 @@ class InferenceService:
             "ModelReady": (self._model_ready, pb.ModelReadyRequest),
             "ServerMetadata": (self._server_metadata, pb.ServerMetadataRequest),
             "ModelMetadata": (self._model_metadata, pb.ModelMetadataRequest),
+            "ModelConfig": (self._model_config, pb.ModelConfigRequest),
+            "ModelStatistics": (self._model_statistics, pb.ModelStatisticsRequest),
             "ModelInfer": (self._model_infer, pb.ModelInferRequest),
+            "RepositoryIndex": (self._repository_index, pb.RepositoryIndexRequest),
+            "RepositoryModelLoad": (self._load_model, pb.RepositoryModelLoadRequest),
+            "RepositoryModelUnload": (self._unload_model, pb.RepositoryModelUnloadRequest),
         }
         handlers = {
             name: grpc.unary_unary_rpc_method_handler(method, request.FromString, _serialized)
@@ -131,11 +153,58 @@ class InferenceService:
         request: pb.ServerMetadataRequest,  # noqa: ARG002 - empty
         context: Context,  # noqa: ARG002 - unused
     ) -> pb.ServerMetadataResponse:
-        return pb.ServerMetadataResponse(name="heatlens", version=heatlens_version())
+        extensions = ("model_configuration", "model_repository", "statistics")
+        return pb.ServerMetadataResponse(name="heatlens", version=heatlens_version(), extensions=extensions)
 
     async def _model_metadata(self, request: pb.ModelMetadataRequest, context: Context) -> pb.ModelMetadataResponse:  # noqa: ARG002
         model = self._model(request.name, request.version)
         return metadata_of(model, [one.version for one in self._fleet if one.name == model.name and one.can_answer])
+
+    async def _model_config(self, request: pb.ModelConfigRequest, context: Context) -> pb.ModelConfigResponse:  # noqa: ARG002
+        return pb.ModelConfigResponse(config=config_of(self._model(request.name, request.version)))
+
+    async def _model_statistics(
+        self,
+        request: pb.ModelStatisticsRequest,
+        context: Context,  # noqa: ARG002 - unused
+    ) -> pb.ModelStatisticsResponse:
+        asked = request.name or request.version
+        names = [self._status(request.name, request.version).name] if asked else [one.name for one in self._fleet]
+        return pb.ModelStatisticsResponse(
+            model_stats=[
+                statistics_of(name, [one.version for one in self._fleet if one.name == name], self._statistics.of(name))
+                for name in dict.fromkeys(names)
+            ]
+        )
+
+    async def _repository_index(
+        self,
+        request: pb.RepositoryIndexRequest,
+        context: Context,  # noqa: ARG002 - unused
+    ) -> pb.RepositoryIndexResponse:
+        _check_repository(request.repository_name)
+        return index_of(self._fleet, ready=request.ready)
+
+    async def _load_model(
+        self,
+        request: pb.RepositoryModelLoadRequest,
+        context: Context,  # noqa: ARG002 - unused
+    ) -> pb.RepositoryModelLoadResponse:
+        """Load a model; one that serves is loaded again, as by Triton."""
+        _check_repository(request.repository_name, request.parameters)
+        serves = any(one.name == request.model_name and one.served is not None for one in self._fleet)
+        await (self._reloader.replace if serves else self._reloader.load)(request.model_name)
+        return pb.RepositoryModelLoadResponse()
+
+    async def _unload_model(
+        self,
+        request: pb.RepositoryModelUnloadRequest,
+        context: Context,  # noqa: ARG002 - unused
+    ) -> pb.RepositoryModelUnloadResponse:
+        # Stock clients always send it, and no model depends on another.
+        _check_repository(request.repository_name, request.parameters, known="unload_dependents")
+        await self._reloader.unload(request.model_name)
+        return pb.RepositoryModelUnloadResponse()
 
     async def _model_infer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
         return await self.infer(request, timeout_s=context.time_remaining())
@@ -193,6 +262,21 @@ async def _together(answers: list[Coroutine[Any, Any, Answer]]) -> list[Answer]:
     finally:
         for task in tasks:
             task.cancel()
+
+
+def _check_repository(name: str, parameters: Mapping[str, object] = MappingProxyType({}), *, known: str = "") -> None:
+    """Refuse what would be left out without a word.
+
+    Raises:
+        InvalidArgument: a repository is named, or a parameter other than `known`.
+    """
+    if name:
+        raise InvalidArgument.of(
+            "repository_name", "must be empty: the configuration is the only repository", reason="INVALID_OPTION"
+        )
+    if unknown := sorted(parameters.keys() - {known}):
+        why = f"unknown parameter {quoted(unknown[0])}: the server's configuration says how a model is loaded"
+        raise InvalidArgument.of("parameters", why, reason="INVALID_OPTION")
 
 
 def _not_by_weight() -> float:

@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 
-from explain_requests import TINY
 from heatlens_server.api.answer import Answer, ClassScore, Explanation
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.core.geometry import PixelBox
 from heatlens_server.core.preprocess import FittedImage
 from heatlens_server.scheduling.entry import Timing
-from heatlens_server.transports.grpc.v2.responses import OUTPUTS, infer_response_of, metadata_of
+from heatlens_server.transports.grpc.v2.responses import OUTPUTS, infer_response_of
 
 IMAGE = FittedImage(np.zeros((4, 4, 3), np.uint8), PixelBox(0, 0, 4, 4), source_width_px=4, source_height_px=4)
 TIMING = Timing(preprocess_s=0.5, queue_s=0.001, compute_s=0.25, batch_size=3)
@@ -86,18 +85,3 @@ def test_an_answer_that_cannot_be_sent_is_refused():
     with pytest.raises(InvalidArgument) as raised:
         response(large, large, max_message_bytes=2000)
     assert raised.value.reason == "ANSWER_TOO_LARGE"
-
-
-def test_metadata():
-    told = metadata_of(TINY, ["0", "1"])
-    assert (told.name, list(told.versions), told.platform) == ("tiny", ["0", "1"], "heatlens")
-    assert [(one.name, one.datatype, list(one.shape)) for one in told.inputs] == [
-        ("IMAGE", "UINT8", [-1, -1, -1, 3]),
-        ("TARGET_CLASS", "INT64", [-1, -1]),
-    ]
-    assert [(one.name, one.datatype, list(one.shape)) for one in told.outputs] == [
-        ("MAP", "FP32", [-1] * 4),
-        ("CLASS_ID", "INT32", [-1] * 2),
-        ("SCORE", "FP32", [-1] * 2),
-        ("LABEL", "BYTES", [-1] * 2),
-    ]
