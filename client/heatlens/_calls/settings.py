@@ -264,6 +264,8 @@ def channel_options(
         # Pings only while calls are open, and no closer than servers tolerate (heatlens: 20 s).
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
+        # A name is asked for again when a connection breaks: not 30 s after it was asked for, which is all of a call.
+        ("grpc.dns_min_time_between_resolutions_ms", 2_000),
         ("grpc.primary_user_agent", f"heatlens-python/{__version__}"),
     )
 

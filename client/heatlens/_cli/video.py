@@ -67,7 +67,9 @@ def video(
     server: ServerOption = DEFAULT_SERVER,
     model: ModelOption = None,
     model_version: VersionOption = None,
-    every: Annotated[int, typer.Option(metavar="N", min=1, help="Explain the first of every N frames.")] = 1,
+    every: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Explain the first of every N frames. No other server goes on then.")
+    ] = 1,
     max_fps: Annotated[
         float | None, typer.Option(metavar="F", help="Explain at most F frames per second of film.")
     ] = None,
@@ -120,8 +122,9 @@ def video(
     """Explain a film while it plays: every frame with its map over it, and which class it is for.
 
     Of several classes, the first one's map is drawn; of detections every box and map. Frames left out or dropped show
-    the map before them. Ctrl-C and SIGTERM leave a playable film. A camera that drops out is opened again. Exits with 1
-    if a frame failed, the input broke off or a camera did not come back.
+    the map before them. Ctrl-C and SIGTERM leave a playable film. A camera that drops out is opened again. Of several
+    servers, another one goes on where one drains or dies. Exits with 1 if a frame failed, the input broke off or a
+    camera did not come back.
     """
     if output is None and json_file is None:
         raise typer.BadParameter("give -o FILE, --json FILE or both")
@@ -153,6 +156,8 @@ def video(
                 _check_files(source, output, json_file)
                 color_table(colormap)
                 connection = client_options(server, tls=tls, ca=ca, cert=cert, key=key, timeout=timeout)
+                # Another server would count the frames of `every` from where it begins.
+                stream["resume"] = every == 1 and _may_be_several(connection["address"])
                 client = stack.enter_context(Client(**connection))
                 opened = open_source(
                     source,
@@ -188,6 +193,11 @@ def video(
         raise typer.Exit(INTERRUPTED) from None
     if record.counts[Status.FAILED] or unreadable or opened.missing:
         raise typer.Exit(1)
+
+
+def _may_be_several(address: str | list[str]) -> bool:
+    """Whether an address may stand for several servers."""
+    return not isinstance(address, str) or address.startswith(("dns:", "ipv4:", "ipv6:"))
 
 
 @contextmanager
