@@ -19,19 +19,21 @@ from server_toml import server_toml
 
 pytestmark = pytest.mark.serial
 
+HEALTH = "/grpc.health.v1.Health/Check"
 STRANGER = "127.0.0.2"
 CONNECTIONS = 4
 END_STREAM = 1
 CANCEL = (8).to_bytes(4, "big")
 
 
-def resets(first: int, count: int) -> bytes:
-    """Whole requests, each of which is reset at once."""
-    request = message(pb.ExplainRequest(image=pixels(distinct(1)[0])).SerializeToString())
-    numbers = range(first, first + 2 * count, 2)
+def calls(first: int, count: int, *, resets: bool) -> bytes:
+    """Whole requests, each of which is reset at once, or whole health checks."""
+    request = message(pb.ExplainRequest(image=pixels(distinct(1)[0])).SerializeToString() if resets else b"")
     return b"".join(
-        headers(number, EXPLAIN) + frame(DATA, END_STREAM, number, request) + frame(RST_STREAM, 0, number, CANCEL)
-        for number in numbers
+        headers(number, EXPLAIN if resets else HEALTH)
+        + frame(DATA, END_STREAM, number, request)
+        + (frame(RST_STREAM, 0, number, CANCEL) if resets else b"")
+        for number in range(first, first + 2 * count, 2)
     )
 
 
@@ -39,8 +41,8 @@ def endless(kind: str) -> Iterator[bytes]:
     """What is sent, in pieces."""
     first = 1
     while True:
-        if kind == "resets":
-            yield resets(first, 200)
+        if kind in ("resets", "checks"):
+            yield calls(first, 200, resets=kind == "resets")
             first += 400
         else:
             yield (frame(PING, 0, 0, bytes(8)) if kind == "pings" else frame(SETTINGS, 0, 0)) * 4000
@@ -70,7 +72,7 @@ def drain(connection: socket.socket) -> None:
         pass
 
 
-@pytest.mark.parametrize("kind", ["resets", "pings", "settings"])
+@pytest.mark.parametrize("kind", ["resets", "checks", "pings", "settings"])
 def test_a_host_that_floods_is_cut_off_and_others_are_served(launch, kind):
     server = launch(server_toml())
     wait_settled(server.address)

@@ -86,7 +86,7 @@ def _came(received: Mapping[Address, int], traffic: Traffic) -> dict[Address, Ca
     room = traffic.room()
     peers = {address: peer for peer in {*accounted, *left, *room} if (address := address_of(peer)) is not None}
     return {
-        address: Came(received.get(address, 0), accounted[peer], room[peer], left[peer])
+        address: Came(received.get(address, 0), accounted[peer], room[peer], left.get(peer, 0.0))
         for address in {*received, *peers}
         for peer in [peers.get(address, "")]
     }

@@ -33,13 +33,13 @@ class Came:
         received_bytes: since it was opened.
         accounted_bytes: what calls accounted for since the look before.
         room_bytes: what its open calls may take that is not accounted for yet.
-        left_calls: calls that were left at once since the look before.
+        left_calls: calls that were left at once since the look before, and health checks as a part of one each.
     """
 
     received_bytes: int
     accounted_bytes: int = 0
     room_bytes: int = 0
-    left_calls: int = 0
+    left_calls: float = 0.0
 
 
 @dataclass(slots=True)

@@ -38,7 +38,7 @@ class HealthCalls:
         if handler.unary_unary is not None:
 
             async def check(requests: object, context: Context) -> None:  # noqa: ARG001 - read through the context
-                with self._traffic.call(context.peer(), remaining=context.time_remaining) as came:
+                with self._traffic.call(context.peer(), is_check=True, remaining=context.time_remaining) as came:
                     request = await self._request(handler, context, came)
                     await context.write(await handler.unary_unary(request, context))
 
@@ -49,7 +49,7 @@ class HealthCalls:
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{_MOST_WATCHERS} watch already")
             self._watchers += 1
             try:
-                with self._traffic.call(context.peer(), remaining=context.time_remaining) as came:
+                with self._traffic.call(context.peer(), is_check=True, remaining=context.time_remaining) as came:
                     request = await self._request(handler, context, came)
                     latest = _Latest()
                     watching = asyncio.create_task(handler.unary_stream(request, latest))

@@ -5,8 +5,8 @@ Belongs to the event loop. Peers are as gRPC names them.
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 CALL_BYTES = 1024
@@ -17,6 +17,9 @@ UNREAD_BYTES = 256 * 1024
 
 QUICK_S = 0.5
 """A call that its peer leaves sooner was not made to be answered,"""
+
+CHECK = 0.2
+"""What a health check counts of a call that is left: 500 a second are let pass."""
 
 DEADLINE_S = 0.1
 """unless so much or less of its time was left: both ends look at the same deadline."""
@@ -61,22 +64,30 @@ class Traffic:
         self._now = now
         self._open: dict[OpenCall, None] = {}
         self._accounted: Counter[str] = Counter()
-        self._left: Counter[str] = Counter()
+        self._left: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
     def call(
-        self, peer: str, *, is_stream: bool = False, remaining: Callable[[], float | None] = lambda: None
+        self,
+        peer: str,
+        *,
+        is_stream: bool = False,
+        is_check: bool = False,
+        remaining: Callable[[], float | None] = lambda: None,
     ) -> Iterator[OpenCall]:
         """While a call is handled. Its peer left it if it ends by CancelledError before its deadline.
 
         Args:
             peer: whose call it is.
             is_stream: see `OpenCall`.
+            is_check: whether it is a health check, of which nobody needs many.
             remaining: the time until its deadline, in seconds; None: it has none.
         """
         one = OpenCall(self, peer, is_stream=is_stream)
         since_s = self._now()
         self._open[one] = None
+        if is_check:
+            self._left[peer] += CHECK
         try:
             yield one
         except asyncio.CancelledError:
@@ -109,10 +120,10 @@ class Traffic:
             room[one.peer] += self._room(one)
         return room
 
-    def take(self) -> tuple[Counter[str], Counter[str]]:
+    def take(self) -> tuple[Counter[str], Mapping[str, float]]:
         """What calls accounted for since this was asked last, in bytes, and how many calls their peers left at once."""
         accounted, self._accounted = self._accounted, Counter()
-        left, self._left = self._left, Counter()
+        left, self._left = self._left, defaultdict(float)
         return accounted, left
 
     def _room(self, one: OpenCall) -> int:

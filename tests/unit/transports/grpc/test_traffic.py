@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from heatlens_server.core.errors import PeerTooSlow, ServerDraining
-from heatlens_server.transports.grpc.traffic import CALL_BYTES, QUICK_S, UNREAD_BYTES, Traffic
+from heatlens_server.transports.grpc.traffic import CALL_BYTES, CHECK, QUICK_S, UNREAD_BYTES, Traffic
 
 MOST = 1 << 24
 
@@ -80,5 +80,11 @@ def test_one_that_its_peer_leaves(traffic, clock, lasted_s, remaining_s, left):
     with pytest.raises(asyncio.CancelledError):
         leave()
     accounted, left_calls = traffic.take()
-    assert left_calls["a"] == left
+    assert left_calls.get("a", 0) == left
     assert accounted["a"] == CALL_BYTES + MOST
+
+
+def test_a_health_check_counts_as_a_part_of_a_call_that_is_left(traffic):
+    with traffic.call("a", is_check=True) as call:
+        call.read(0)
+    assert traffic.take() == ({"a": CALL_BYTES}, {"a": CHECK})
