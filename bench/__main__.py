@@ -15,8 +15,11 @@ def main(
     seconds: Annotated[float, typer.Option(help="How long each load lasts, in seconds.")] = 4.0,
     only: Annotated[
         str,
-        typer.Option(help="One of wire, engine, files, decode, served, stream, v2, watched, instances; empty for all."),
+        typer.Option(
+            help="One of wire, engine, files, decode, served, stream, v2, batch, watched, instances; empty for all."
+        ),
     ] = "",
+    images: Annotated[int, typer.Option(help="How many images a batch has.")] = 20_000,
 ) -> None:
     """Print speed ratios measured in one run on this machine."""
     # What the server does at its start, before torch is imported. Every candidate in this process profits from it,
@@ -25,6 +28,7 @@ def main(
     import torch  # noqa: PLC0415 - after malloc is told
 
     from bench import (  # noqa: PLC0415 - after malloc is told
+        batch,
         decode,
         engine,
         files,
@@ -61,6 +65,8 @@ def main(
                     console.print(table)
             if only in {"", "v2"}:
                 console.print(v2.run(service, turns=turns, seconds=seconds))
+    if only in {"", "batch"}:
+        console.print(batch.run(turns=max(1, turns // 3), images=images))
     if only in {"", "watched"}:
         console.print(watched.run(turns=turns, seconds=seconds))
     if only in {"", "instances"}:

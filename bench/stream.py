@@ -28,7 +28,7 @@ WINDOW = 8
 MIN_OF_CALLS = 0.95
 MAX_OVERHEAD_MS = 0.5
 
-_TINY_MODEL = f"""
+TINY_MODEL = f"""
 [[models]]
 name = "tiny"
 source = "python:{tiny_network.__name__}:{tiny_network.tiny_network.__name__}"
@@ -145,7 +145,7 @@ def _overhead(*, turns: int, seconds: float) -> Table:
     )
     side_px = tiny_network.INPUT_PX
     frames = list(np.random.default_rng(0).integers(0, 256, (16, side_px, side_px, 3), dtype=np.uint8))
-    with serve(_TINY_MODEL) as service:
+    with serve(TINY_MODEL) as service:
         engine = InProcess(service)
 
         def streams(count: int, window: int) -> Callable[[float], Load]:
