@@ -80,7 +80,7 @@ class Traffic:
         Args:
             peer: whose call it is.
             is_stream: see `OpenCall`.
-            is_check: whether it is a health check, of which nobody needs many.
+            is_check: whether it is a health check, or watches health: nobody needs many, whether or not they leave.
             remaining: the time until its deadline, in seconds; None: it has none.
         """
         one = OpenCall(self, peer, is_stream=is_stream)
@@ -92,7 +92,8 @@ class Traffic:
             yield one
         except asyncio.CancelledError:
             remaining_s = remaining()
-            if self._now() - since_s < QUICK_S and (remaining_s is None or remaining_s > DEADLINE_S):
+            in_time = remaining_s is None or remaining_s > DEADLINE_S
+            if self._now() - since_s < QUICK_S and in_time and not is_check:
                 self._left[peer] += 1
             self.account(peer, self._room(one))
             raise

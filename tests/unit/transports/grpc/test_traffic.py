@@ -84,7 +84,14 @@ def test_one_that_its_peer_leaves(traffic, clock, lasted_s, remaining_s, left):
     assert accounted["a"] == CALL_BYTES + MOST
 
 
-def test_a_health_check_counts_as_a_part_of_a_call_that_is_left(traffic):
+def test_a_health_check_counts_as_a_part_of_a_call_that_is_left_whether_or_not_it_is(traffic):
+    def leave() -> None:
+        with traffic.call("a", is_check=True):
+            raise asyncio.CancelledError
+
     with traffic.call("a", is_check=True) as call:
         call.read(0)
     assert traffic.take() == ({"a": CALL_BYTES}, {"a": CHECK})
+    with pytest.raises(asyncio.CancelledError):
+        leave()
+    assert traffic.take()[1] == {"a": CHECK}
