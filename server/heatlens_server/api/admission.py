@@ -28,6 +28,12 @@ _PUBLIC_MESSAGES = 2
 _PUBLIC_WAITING = 64
 """How many more may wait for that: the newest of them."""
 
+_REFLECTION_MESSAGES = 8
+"""How many messages of reflection may be awaited at a time: tools keep their stream open between two questions."""
+
+MAX_NAME_BYTES = 4096
+"""Largest message of health checks and reflection, which hold a name: streams keep theirs."""
+
 
 class Admission:
     """The budgets of a server, its messages that are being read, and its answers that are on their way.
@@ -36,6 +42,7 @@ class Admission:
         requests: bytes of messages that are being read, or were read and are not answered yet.
         answers: bytes of answers that are being made, or were made and are not taken yet.
         public: bytes of messages of those who need no token, while these are read.
+        reflection: bytes of messages of reflection, while these are read.
         max_message_bytes: largest message: what one takes while its size is not known.
     """
 
@@ -73,6 +80,14 @@ class Admission:
             peer_bytes=public_bytes,
             most_waiting=_PUBLIC_WAITING,
             slow_s=_PUBLIC_SLOW_S,
+            host_of=host_of,
+        )
+        reflection_bytes = _REFLECTION_MESSAGES * max_message_bytes
+        self.reflection = ByteBudget(
+            "reflection",
+            total_bytes=reflection_bytes,
+            peer_bytes=reflection_bytes,
+            most_waiting=_PUBLIC_WAITING,
             host_of=host_of,
         )
         self.max_message_bytes = max_message_bytes

@@ -202,7 +202,8 @@ class IsolatedEngine:
         self._order["threads"] = count
         child = self._child
         if child is not None:
-            self._ask(child.load, "use_threads", count)
+            with self._asking:
+                self._ask(child.load, "use_threads", count)
 
     def another(self) -> Self:
         """An engine for another thread: it has a process of its own, and weights of its own."""

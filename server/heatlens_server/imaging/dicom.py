@@ -1,6 +1,8 @@
 """DICOM files, by pydicom where it is installed. Everything here reads untrusted input."""
 
 import io
+import logging
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +14,17 @@ from heatlens_server.imaging.limits import check_size, undecodable
 
 if TYPE_CHECKING:
     from pydicom import Dataset
+
+_GRAY = frozenset({"MONOCHROME1", "MONOCHROME2"})
+_PALETTE = "PALETTE COLOR"
+# What pydicom makes RGB of. Others it passes on as they are.
+_COLORS = frozenset({"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"})
+
+_MOST_TABLE_BITS = 16
+
+# It logs what it finds odd in files, and warns of it; Python keeps each text that it was warned by.
+logging.getLogger("pydicom").disabled = True
+warnings.filterwarnings("ignore", module="pydicom")
 
 
 def decode_dicom(encoded: bytes, *, max_pixels: int, field: str) -> SourcePixels:
@@ -48,27 +61,48 @@ def decode_dicom(encoded: bytes, *, max_pixels: int, field: str) -> SourcePixels
 
 
 def _source(dataset: "Dataset", field: str) -> SourcePixels:
-    from pydicom.pixels.processing import apply_color_lut, apply_modality_lut  # noqa: PLC0415 - an extra
+    from pydicom.pixels.processing import apply_modality_lut  # noqa: PLC0415 - an extra
     from pydicom.pixels.utils import pixel_array  # noqa: PLC0415 - an extra
 
     stored = pixel_array(dataset, index=0)
     if sorted(stored.shape[:2]) != sorted((int(dataset.Rows), int(dataset.Columns))):
         raise undecodable(field, "the DICOM file is corrupt")
-    kind = str(dataset.PhotometricInterpretation)
-    if kind == "PALETTE COLOR":
-        stored = apply_color_lut(stored, dataset)
-    if stored.ndim == 3:
-        highest = 255.0 if stored.dtype == np.uint8 else 65_535.0
-        return SourcePixels(stored, field=field, highest=highest)
+    kind, bits = str(dataset.PhotometricInterpretation), int(dataset.get("BitsStored", 0))
+    if stored.ndim != (3 if kind in _COLORS else 2) or kind not in _GRAY | _COLORS | {_PALETTE}:
+        raise undecodable(field, f"a DICOM file of {dataset.SamplesPerPixel} samples of {kind!r}, which is not read")
+    notes: tuple[str, ...] = ()
+    if (high_bit := int(dataset.get("HighBit", bits - 1))) != bits - 1:
+        notes = (f"the file says that its {bits} bits end with bit {high_bit}: read as if it were {bits - 1}",)
+    if kind == _PALETTE:
+        stored = _of_palette(stored, dataset, field)
+        return SourcePixels(stored, field=field, highest=float(np.iinfo(stored.dtype).max), warnings=notes)
+    if kind in _COLORS:
+        if stored.dtype.kind != "u" or bits > _MOST_TABLE_BITS:
+            raise undecodable(field, "a DICOM file of colours that are signed or of more than 16 bits is not read")
+        return SourcePixels(stored, field=field, highest=float((1 << bits) - 1), warnings=notes)
     values: npt.NDArray[Any] = apply_modality_lut(stored, dataset)
     window = _window(dataset)
-    notes: tuple[str, ...] = ()
     if window is None:
         window = _range_of_bits(dataset)
-        notes = (f"the file has no window: its values from {window[0]:g} to {window[1]:g} are black to white",)
+        notes = (
+            *notes,
+            f"the file has no window: its values from {window[0]:g} to {window[1]:g} are black to white",
+        )
     return SourcePixels(
         values[:, :, None], field=field, highest=None, window=window, inverted=kind == "MONOCHROME1", warnings=notes
     )
+
+
+def _of_palette(stored: npt.NDArray[Any], dataset: "Dataset", field: str) -> npt.NDArray[Any]:
+    """The colours (H, W, 3) that a file's table has for its pixels."""
+    from pydicom.pixels.processing import apply_color_lut  # noqa: PLC0415 - an extra
+
+    if "RedPaletteColorLookupTableData" not in dataset:
+        raise undecodable(field, "a DICOM file whose table of colours is in segments, or missing, is not read")
+    entries, first, _ = dataset.RedPaletteColorLookupTableDescriptor
+    # pydicom would wrap what lies beyond a table of 8 bits; the last entry stands for it (PS3.3, C.7.6.3.1.5).
+    last = min(first + (entries or 1 << 16) - 1, int(np.iinfo(stored.dtype).max))
+    return apply_color_lut(np.minimum(stored, last), dataset)
 
 
 def _window(dataset: "Dataset") -> tuple[float, float] | None:
@@ -87,11 +121,13 @@ def _range_of_bits(dataset: "Dataset") -> tuple[float, float]:
 
     bits, signed = int(dataset.BitsStored), bool(dataset.PixelRepresentation)
     low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
+    ends = np.array([low, high], np.int64)
     if "ModalityLUTSequence" in dataset:
-        table = [int(value) for value in dataset.ModalityLUTSequence[0].LUTData]
-        return float(min(table)), float(max(table))
-    ends = apply_modality_lut(np.array([low, high], np.int64), dataset)
-    return float(min(ends)), float(max(ends))
+        if bits > _MOST_TABLE_BITS:
+            raise ValueError("a table for more bits than tables have")
+        ends = np.arange(low, high + 1, dtype=np.int64)
+    values = apply_modality_lut(ends, dataset)
+    return float(values.min()), float(values.max())
 
 
 def _first(value: Any) -> float | None:  # noqa: ANN401 - one value of pydicom's, or several

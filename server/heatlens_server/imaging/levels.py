@@ -14,6 +14,10 @@ from heatlens_server.core.preprocess import PreprocessSpec
 _GRAY, _RGB, _RGBA = 1, 3, 4
 _HIGHEST_LEVEL = np.float32(255)
 _HIGHEST_16_BIT = 65_535
+_MOST_FLOAT32 = float(np.finfo(np.float32).max)
+
+_FAR = 1 << 12
+"""A window so many times its width from 0 is too fine for float32."""
 
 _LOOKS_SHALLOW = 4
 """An image whose type ends below this part of a model's window is not of the kind that the window is for."""
@@ -60,6 +64,8 @@ def levels_of(source: SourcePixels, spec: PreprocessSpec) -> tuple[ImageArray, t
             its values say nothing without a window, or are not finite.
     """
     levels, warnings = _levels_of(source, spec)
+    if levels.shape[2] == _GRAY and spec.channels == _RGB:
+        levels = np.repeat(levels, _RGB, axis=2)
     return (_HIGHEST_LEVEL.astype(levels.dtype) - levels if source.inverted else levels), warnings
 
 
@@ -91,13 +97,12 @@ def _levels_of(source: SourcePixels, spec: PreprocessSpec) -> tuple[ImageArray, 
 def _of_channels(source: SourcePixels, channels: int) -> npt.NDArray[Any]:
     values = source.values
     own = values.shape[2]
-    if own == channels:
+    # Gray is made three channels at last: until then a third of the memory does.
+    if own == channels or (own == _GRAY and channels == _RGB):
         return values
     if own == _RGBA and channels in {_GRAY, _RGB}:
         # Files only: a tensor of four channels for a model of three was refused before.
         values, own = values[:, :, :_RGB], _RGB
-    if own == _GRAY and channels == _RGB:
-        return np.repeat(values, _RGB, axis=2)
     if own == _RGB and channels == _GRAY:
         return gray_of(values)
     if own == channels:
@@ -151,9 +156,17 @@ def _in_window(values: npt.NDArray[Any], window: tuple[float, float], field: str
         raise InvalidArgument.of(field, "every value must be finite", reason="IMAGE_RANGE_UNKNOWN")
     if low == high:
         return np.zeros(values.shape, np.float32)
-    scaled = values.astype(np.float32)
-    scaled -= np.float32(low)
-    scaled *= np.float32(255.0 / (high - low))
+    scale = 255.0 / (high - low)
+    if not (max(abs(low), abs(high), scale) <= _MOST_FLOAT32 and scale > 0):
+        raise InvalidArgument.of(field, f"the window from {low:g} to {high:g} is none", reason="IMAGE_RANGE_UNKNOWN")
+    # What is beyond the type's range is beyond the window.
+    with np.errstate(over="ignore"):
+        if max(abs(low), abs(high)) > _FAR * (high - low):
+            scaled = (values - np.float64(low)).astype(np.float32)
+        else:
+            scaled = values.astype(np.float32)
+            scaled -= np.float32(low)
+        scaled *= np.float32(scale)
     return np.clip(scaled, 0.0, _HIGHEST_LEVEL, out=scaled)
 
 

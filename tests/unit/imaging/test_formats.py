@@ -7,7 +7,8 @@ import pydicom
 import pytest
 import tifffile
 from PIL import Image
-from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.sequence import Sequence
 from skimage import data
 
 from heatlens_server.core.errors import InvalidArgument
@@ -176,6 +177,71 @@ def test_gray_dicom_becomes_rgb_for_a_model_of_colours():
     values, _warnings = levels(dicom(STORED), 3)
     assert values.shape == (90, 120, 3)
     np.testing.assert_array_equal(values[:, :, 0], values[:, :, 2])
+
+
+def test_dicom_without_a_window_is_read_by_what_its_table_can_say():
+    table = Dataset()
+    table.LUTDescriptor, table.ModalityLUTType = [4096, 0, 16], "US"
+    table.add_new("LUTData", "OW", (np.arange(4096, dtype="<u2") * 16).tobytes())
+    values, (warning,) = levels(dicom(STORED, ModalityLUTSequence=Sequence([table])))
+    np.testing.assert_allclose(values[:, :, 0], STORED * 255.0 / 4095.0, atol=1e-3)
+    assert "from 0 to 65520" in warning
+
+
+@pytest.mark.parametrize("stored_bits", [8, 16])
+def test_a_palette_ends_with_its_last_colour(stored_bits):
+    ramp = np.arange(256, dtype=f"<u{stored_bits // 8}") * (1 if stored_bits == 8 else 257)
+    sizes = {f"{name}PaletteColorLookupTableDescriptor": [256, 0, stored_bits] for name in ("Red", "Green", "Blue")}
+    tables = {f"{name}PaletteColorLookupTableData": ramp.tobytes() for name in ("Red", "Green", "Blue")}
+    stored = np.arange(1024, dtype=np.uint16).reshape(32, 32)
+    values, _ = levels(dicom(stored, interpretation="PALETTE COLOR", bits=16, **sizes, **tables), 3)
+    np.testing.assert_allclose(values[:, :, 1], np.minimum(stored, 255), atol=1e-3)
+
+
+def colours(values, interpretation="RGB", bits=16, **elements):
+    options = {"SamplesPerPixel": 3, "PlanarConfiguration": 0, "PixelData": values.tobytes()}
+    return dicom(values[:, :, 0], interpretation=interpretation, bits=bits, **options, **elements)
+
+
+def test_colours_of_fewer_bits_than_their_type_are_as_bright():
+    values, _ = levels(colours(CAT.astype(np.uint16) * 16, bits=12), 3)
+    np.testing.assert_allclose(values, CAT.astype(float) * 16 * 255.0 / 4095.0, atol=1e-3)
+
+
+@pytest.mark.parametrize("interpretation", ["HSV", "CMYK", "MONOCHROME2", "YBR_PARTIAL_422"])
+def test_colours_of_another_kind_are_refused_by_name(interpretation):
+    why = refused(colours(CAT.astype(np.uint16), interpretation)).violations[0].description
+    assert interpretation in why or "corrupt" in why
+    assert refused(colours(CAT.astype(np.int16))).reason == "IMAGE_UNDECODABLE"
+
+
+def test_bits_that_lie_elsewhere_are_said():
+    _, warnings = levels(dicom(STORED, HighBit=15, WindowCenter=40, WindowWidth=400))
+    assert any("bit 15" in warning for warning in warnings)
+
+
+@pytest.mark.filterwarnings("ignore")  # pydicom's and numpy's, which the server does not keep
+@pytest.mark.parametrize(
+    "elements",
+    [
+        {"RescaleSlope": "1e303", "RescaleIntercept": "0"},
+        {"RescaleSlope": "inf", "RescaleIntercept": "0"},
+        {"RescaleSlope": "1", "RescaleIntercept": "nan"},
+        {"WindowCenter": "0", "WindowWidth": "1e308"},
+        {"WindowCenter": "5e-41", "WindowWidth": "1e-40", "VOILUTFunction": "LINEAR_EXACT"},
+    ],
+)
+def test_numbers_that_leave_no_values_are_refused(elements):
+    with pydicom.config.disable_value_validation():
+        encoded = dicom(STORED, **elements)
+    assert refused(encoded).reason == "IMAGE_RANGE_UNKNOWN"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_odd_in_a_dicom_file_is_not_logged(caplog):
+    for extra in range(1, 20):
+        levels(dicom(STORED, PixelData=STORED.tobytes() + bytes(2 * extra), WindowCenter=40, WindowWidth=400))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

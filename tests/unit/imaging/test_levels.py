@@ -162,3 +162,22 @@ def test_an_image_of_fewer_bits_than_the_models_window_is_for_gets_a_warning(val
     _levels, warnings = levels_of(source(gray(values), highest=float(highest)), spec(1, window=window))
     assert len(warnings) == count
     assert all("dark to the model" in warning for warning in warnings)
+
+
+def test_a_narrow_window_far_from_0_keeps_its_steps():
+    values = gray(np.array([[10**9, 10**9 + 50, 10**9 + 100]], np.int32))
+    levels, _ = levels_of(source(values, highest=None), spec(1, window=(1e9, 1e9 + 100)))
+    np.testing.assert_allclose(levels[0, :, 0], [0.0, 127.5, 255.0])
+
+
+def test_values_beyond_float32_are_beyond_the_window():
+    values = gray(np.array([[-1e300, 5.0, 1e300]]))
+    levels, _ = levels_of(source(values, highest=None, window=(0.0, 10.0)), spec(1))
+    np.testing.assert_allclose(levels[0, :, 0], [0.0, 127.5, 255.0])
+
+
+@pytest.mark.parametrize("window", [(0.0, 1e300), (-1e308, 1e308), (0.0, 1e-40)])
+def test_a_window_that_float32_lacks_is_refused(window):
+    with pytest.raises(InvalidArgument, match="the window from") as caught:
+        levels_of(source(gray(np.zeros((2, 2))), highest=None, window=window), spec(3))
+    assert caught.value.reason == "IMAGE_RANGE_UNKNOWN"

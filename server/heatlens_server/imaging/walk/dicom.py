@@ -10,11 +10,18 @@ from heatlens_server.imaging.walk.plain import PlainFile, SizeCheck
 MAX_ELEMENTS = 20_000
 """Most elements and fragments: files of many frames have some dozens for each."""
 
-MAX_VALUE_BYTES = 1 << 18
-"""Largest element that describes the pixels: the largest table has 65,536 entries of two bytes."""
+MAX_VALUE_BYTES = 1 << 10
+"""Largest element that describes the pixels: pydicom makes an object of each of its values."""
+
+MAX_TABLE_BYTES = 1 << 18
+"""Largest table: it has 65,536 entries of two bytes."""
+
+MAX_TABLE_ELEMENTS = 32
+"""Most elements and items of the sequence that holds a table."""
 
 _MARK, _MARK_AT = b"DICM", 128
 _JPEG, _JPEG_2000, _JPEG_2000_LOSSLESS = "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.91", "1.2.840.10008.1.2.4.90"
+_COMPRESSED = {_JPEG: walk_jpeg, _JPEG_2000: walk_jpeg2000, _JPEG_2000_LOSSLESS: walk_jpeg2000}
 _IMPLICIT, _BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.2"
 # Deflated ones are left out, and those of run lengths: pydicom unpacks them whole, whatever size they say.
 _TRANSFER_SYNTAXES = {
@@ -26,10 +33,22 @@ _TRANSFER_SYNTAXES = {
     _JPEG_2000: "JPEG 2000",
 }
 _LONG = frozenset({b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"})
-_META, _PIXEL_MODULE = 0x0002, 0x0028
+_META = 0x0002
 _SYNTAX, _PIXELS = (0x0002, 0x0010), (0x7FE0, 0x0010)
 _FRAMES, _SAMPLES, _ROWS, _COLUMNS, _BITS = ((0x0028, number) for number in (0x08, 0x02, 0x10, 0x11, 0x100))
+_NUMBERS = frozenset({_SAMPLES, _ROWS, _COLUMNS, _BITS})
+_COLORS, _MODALITY_TABLE = (0x0028, 0x0004), (0x0028, 0x3000)
+_TABLES = frozenset({(0x0028, 0x1201), (0x0028, 0x1202), (0x0028, 0x1203), _MODALITY_TABLE})
+# Planes, frames, bits, window, rescaling, tables of colours. Tables in segments (0028,1221) are left out: those of some
+# kilobytes unpack to gigabytes. So are tables of offsets, as the first frame alone is kept.
+_KEPT = (
+    _NUMBERS
+    | _TABLES
+    | {_FRAMES, _COLORS, _PIXELS, (0x7FE0, 0x0008), (0x7FE0, 0x0009)}
+    | {(0x0028, number) for number in (0x06, 0x101, 0x102, 0x103, *range(0x1050, 0x1057), 0x1101, 0x1102, 0x1103)}
+)
 _ITEM, _ITEM_END, _SEQUENCE_END = (0xFFFE, 0xE000), (0xFFFE, 0xE00D), (0xFFFE, 0xE0DD)
+_MARKS = frozenset({_ITEM, _ITEM_END, _SEQUENCE_END})
 _UNDEFINED = 0xFFFFFFFF
 _DEEPEST = 32
 _BROKEN = "the DICOM file is truncated or corrupt, or holds no image"
@@ -97,6 +116,16 @@ class _Elements:
                 return at
             at = self.end(at, size, implicit=implicit or is_implicit, depth=depth + 1)
 
+    def check_sequence(self, at: int, end: int, *, implicit: bool) -> None:
+        """Refuse a sequence of many elements or items: pydicom makes objects of them all for the first."""
+        for _ in range(MAX_TABLE_ELEMENTS):
+            if at >= end:
+                return
+            tag, at, size, untyped = self.head(at, implicit=implicit or None)
+            if tag not in _MARKS:
+                at = self.end(at, size, implicit=implicit or untyped)
+        raise TooComplex(f"a table of the DICOM file has more than {MAX_TABLE_ELEMENTS} elements")
+
     def fragments(self, start: int) -> Iterator[bytes]:
         """The items of encapsulated pixels, the table of offsets first: PS3.5, A.4."""
         at = start
@@ -123,47 +152,56 @@ def walk_dicom(encoded: bytes, check: SizeCheck) -> PlainFile:
         TooComplex: it has too many elements or fragments, or a description that is too long.
     """
     elements = _Elements(encoded)
-    kept = [encoded[: _MARK_AT + len(_MARK)]]
-    tags: list[_Tag | None] = [None]
+    kept: dict[_Tag, bytes] = {}
     numbers: dict[_Tag, int] = {}
-    syntax, at, samples = "", _MARK_AT + len(_MARK), 0
+    syntax, at, samples, decoded_bytes = "", _MARK_AT + len(_MARK), 0, 0
     while at < len(encoded):
         if syntax and encoded[at : at + 2] != b"\2\0":
             elements.follow(syntax)
         tag, start, length, implicit = elements.head(at)
+        # Readers differ in which of two elements of one name counts.
+        if tag in kept or (tag == _PIXELS and (length == _UNDEFINED) != (syntax in _COMPRESSED)):
+            raise Malformed(_BROKEN)
         if tag == _PIXELS and length == _UNDEFINED:
-            frame, samples = _first_frame(elements, start, syntax, check)
+            plain = _first_frame(elements, start, syntax, check)
+            if (plain.width_px, plain.height_px) != (numbers.get(_COLUMNS), numbers.get(_ROWS)):
+                raise Malformed("the DICOM file's frame is of another size than its columns and rows")
+            samples, decoded_bytes = plain.samples, plain.decoded_bytes
             # It is the only one now.
-            kept = [part for part, named in zip(kept, tags, strict=True) if named != _FRAMES]
-            kept += [encoded[at:start], frame]
+            kept.pop(_FRAMES, None)
+            kept[tag] = encoded[at:start] + _as_fragment(plain.encoded)
             break
         end = elements.end(start, length, implicit=implicit)
         if tag == _SYNTAX:
             syntax = encoded[start:end].rstrip(b"\0 ").decode("ascii", "replace")
             _check_syntax(syntax)
-        if tag[0] == _PIXEL_MODULE:
-            if end - start > MAX_VALUE_BYTES:
-                raise TooComplex(f"an element of the DICOM file has more than {MAX_VALUE_BYTES} bytes")
-            numbers.setdefault(tag, elements.number(start, min(end, start + 2)))
-        if tag[0] in {_META, _PIXEL_MODULE, _PIXELS[0]}:
-            kept.append(encoded[at:end])
-            tags.append(tag)
+        if tag in _NUMBERS:
+            if end - start != 2:
+                raise Malformed(_BROKEN)
+            numbers[tag] = elements.number(start, end)
+        if tag[0] == _META or tag in _KEPT:
+            most = MAX_TABLE_BYTES if tag in _TABLES or tag[0] == _META else MAX_VALUE_BYTES
+            if end - start > most and tag[0] != _PIXELS[0]:
+                raise TooComplex(f"an element of the DICOM file has more than {most} bytes")
+            if tag == _MODALITY_TABLE:
+                elements.check_sequence(start, end, implicit=implicit)
+            kept[tag] = encoded[at:end]
         at = end
-    pixels = numbers.get(_ROWS, 0) * numbers.get(_COLUMNS, 0)
-    check(numbers.get(_COLUMNS, 0), numbers.get(_ROWS, 0))
-    channels = max(1, numbers.get(_SAMPLES, 1))
+    width_px, height_px = numbers.get(_COLUMNS, 0), numbers.get(_ROWS, 0)
+    check(width_px, height_px)
+    channels = 3 if b"PALETTE" in kept.get(_COLORS, b"") else max(1, numbers.get(_SAMPLES, 1))
     return PlainFile(
         "DICOM",
-        numbers.get(_COLUMNS, 0),
-        numbers.get(_ROWS, 0),
-        b"".join(kept),
-        decoded_bytes=pixels * channels * (16 + -(-numbers.get(_BITS, 16) // 8)),
-        samples=samples or pixels * channels,
+        width_px,
+        height_px,
+        encoded[: _MARK_AT + len(_MARK)] + b"".join(kept.values()),
+        decoded_bytes=decoded_bytes + width_px * height_px * channels * (16 + -(-numbers.get(_BITS, 16) // 8)),
+        samples=samples or width_px * height_px * channels,
     )
 
 
-def _first_frame(elements: _Elements, start: int, syntax: str, check: SizeCheck) -> tuple[bytes, int]:
-    """The first frame of compressed pixels as the only one, and the samples that decoding goes over."""
+def _first_frame(elements: _Elements, start: int, syntax: str, check: SizeCheck) -> PlainFile:
+    """The first frame of compressed pixels."""
     parts = elements.fragments(start)
     next(parts, b"")
     joined: list[bytes] = []
@@ -173,17 +211,14 @@ def _first_frame(elements: _Elements, start: int, syntax: str, check: SizeCheck)
             break
         joined.append(part)
         begin = begin or part[:3]
-    frame = b"".join(joined)
-    if syntax == _JPEG:
-        plain = walk_jpeg(frame, check)
-        frame, samples = plain.encoded, plain.samples
-    elif syntax in {_JPEG_2000, _JPEG_2000_LOSSLESS}:
-        samples = walk_jpeg2000(frame, check)
-    else:
-        raise Malformed(_BROKEN)
+    return _COMPRESSED[syntax](b"".join(joined), check)
+
+
+def _as_fragment(frame: bytes) -> bytes:
+    """Encapsulated pixels of one frame: PS3.5, A.4."""
     frame += b"\0" * (len(frame) & 1)
     item, end = bytes.fromhex("feff00e0"), bytes.fromhex("feffdde000000000")
-    return item + bytes(4) + item + len(frame).to_bytes(4, "little") + frame + end, samples
+    return item + bytes(4) + item + len(frame).to_bytes(4, "little") + frame + end
 
 
 def _check_syntax(syntax: str) -> None:

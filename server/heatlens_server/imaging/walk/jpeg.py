@@ -99,6 +99,7 @@ def walk_jpeg(encoded: bytes, check: SizeCheck) -> PlainFile:
         pieces.joined(),
         decoded_bytes=max(RESIZING_BYTES * pixels, 3 * pixels + held),
         samples=samples,
+        parts=parts,
         orientation=orientation,
     )
 

@@ -1,7 +1,7 @@
 """The headers of JPEG 2000 codestreams (ITU-T T.800, annex A): how many packets and samples a decoder goes through."""
 
 from heatlens_server.imaging.limits import TRUNCATED, Malformed, TooComplex, check_parts
-from heatlens_server.imaging.walk.plain import SizeCheck
+from heatlens_server.imaging.walk.plain import PlainFile, SizeCheck
 
 MAX_PACKETS = 1_000_000
 """Most packets: tiles x components x resolutions x layers x precincts."""
@@ -9,16 +9,16 @@ MAX_PACKETS = 1_000_000
 _SAMPLES_OF_SAMPLE = 8
 """A sample of wavelets takes as long as eight of others."""
 
+_SAMPLE_BYTES, _BLOCK_BYTES = 12, 700
+"""What OpenJPEG holds of a sample, and of a block of codes however small it is."""
+
 _SIZ, _COD, _COC, _SOT, _SOD, _EOC = 0xFF51, 0xFF52, 0xFF53, 0xFF90, 0xFF93, 0xFFD9
 _START = b"\xff\x4f\xff\x51"
 _SIZ_BYTES = 38
 
 
-def walk_jpeg2000(encoded: bytes, check: SizeCheck) -> int:
-    """Walk over the main header and those of the tiles.
-
-    Returns:
-        The samples that decoding goes over, in those of `limits.PASSES`.
+def walk_jpeg2000(encoded: bytes, check: SizeCheck) -> PlainFile:
+    """Walk over the main header and those of the tiles. The file is kept as it is.
 
     Raises:
         Malformed: it is no codestream, or truncated.
@@ -31,11 +31,13 @@ def walk_jpeg2000(encoded: bytes, check: SizeCheck) -> int:
     )
     components = int.from_bytes(encoded[40:42], "big")
     check(width - left, height - top)
-    if not (left < width and top < height and tile_width and tile_height and 0 < components <= 4):
+    if not (tile_left <= left < width and tile_top <= top < height and 0 < components <= 4):
+        raise Malformed(TRUNCATED)
+    if not (tile_width and tile_height):
         raise Malformed(TRUNCATED)
     tiles = -(-(width - tile_left) // tile_width) * -(-(height - tile_top) // tile_height)
     check_parts(tiles, len(encoded), "tiles")
-    packets, at, parts, in_tile = 0, 2, 0, 0
+    packets, blocks, at, parts, in_tile = 0, 0, 2, 0, 0
     while at + 4 <= len(encoded):
         parts += 1
         check_parts(parts, len(encoded), "segments")
@@ -46,9 +48,10 @@ def walk_jpeg2000(encoded: bytes, check: SizeCheck) -> int:
         if marker == _SOT:
             in_tile, length = at, int.from_bytes(encoded[at + 6 : at + 10], "big")
             next_tile = at + length if length else len(encoded)
-        elif marker == _COD and not in_tile:
+        elif marker == _COD and not in_tile and not packets:
             across, down = min(tile_width, width - left), min(tile_height, height - top)
-            packets = tiles * components * _packets(encoded[at:end], across, down)
+            of_tile = _packets_and_blocks(encoded[at:end], across, down)
+            packets, blocks = (tiles * components * count for count in of_tile)
         elif marker in {_COD, _COC}:
             raise TooComplex("tiles or components of the image have a coding of their own")
         if marker == _SOD:
@@ -60,11 +63,19 @@ def walk_jpeg2000(encoded: bytes, check: SizeCheck) -> int:
         raise TooComplex(f"the image has {packets} packets; at most {MAX_PACKETS} are accepted")
     if not packets:
         raise Malformed(TRUNCATED)
-    return (width - left) * (height - top) * components * _SAMPLES_OF_SAMPLE
+    samples = (width - left) * (height - top) * components
+    return PlainFile(
+        "JPEG2000",
+        width - left,
+        height - top,
+        encoded,
+        decoded_bytes=samples * _SAMPLE_BYTES + blocks * _BLOCK_BYTES,
+        samples=samples * _SAMPLES_OF_SAMPLE,
+    )
 
 
-def _packets(segment: bytes, across: int, down: int) -> int:
-    """The packets of one component of a tile: A.6.1, B.6."""
+def _packets_and_blocks(segment: bytes, across: int, down: int) -> tuple[int, int]:
+    """The packets of one component of a tile, and about how many blocks of codes it has: A.6.1, B.6, B.7."""
     if len(segment) < 12:
         raise Malformed(TRUNCATED)
     layers, levels = int.from_bytes(segment[6:8], "big"), segment[9]
@@ -80,4 +91,6 @@ def _packets(segment: bytes, across: int, down: int) -> int:
             (1 + (across >> levels - i >> (size & 15))) * (1 + (down >> levels - i >> (size >> 4)))
             for i, size in enumerate(sizes)
         )
-    return layers * precincts
+    # Precincts have blocks of their own, in three bands.
+    blocks = (1 + (across >> (segment[10] & 15) + 2)) * (1 + (down >> (segment[11] & 15) + 2))
+    return layers * precincts, 2 * blocks + 3 * precincts

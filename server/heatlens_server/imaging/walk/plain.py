@@ -25,6 +25,7 @@ class PlainFile:
         encoded: the file, for decoders.
         decoded_bytes: the most memory that decoding and resizing it takes at a time.
         samples: the samples that a decoder goes over, each as often as it does.
+        parts: how many segments of a JPEG were walked over; 0 of others.
         orientation: 1 to 8, as in EXIF.
         is_deep: whether samples have more than 8 bits.
         significant_bits: how many bits its samples had, if it says so.
@@ -36,6 +37,7 @@ class PlainFile:
     encoded: bytes
     decoded_bytes: int
     samples: int
+    parts: int = 0
     orientation: int = 1
     is_deep: bool = False
     significant_bits: int | None = None

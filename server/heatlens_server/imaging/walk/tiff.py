@@ -16,7 +16,11 @@ MAX_STRIPS = 1 << 16
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _SAMPLES = 256, 257, 258, 259, 277
 _STRIP_OFFSETS, _STRIP_BYTES, _TILE_OFFSETS, _TILE_BYTES = 273, 279, 324, 325
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323
 _JPEG = 7
+_SEGMENTS = 16
+"""Of a strip of JPEG that has all tables of its own, and its start and end."""
+
 # Photometric interpretation, fill order, rows per strip, smallest and largest value, planes, options of fax codes,
 # predictor, colour map, size of tiles, inks, alpha, sample format, JPEG's tables, YCbCr, depth.
 _KEPT = frozenset(
@@ -157,19 +161,37 @@ def _cost(tags: dict[int, list[int]], encoded: bytes, check: SizeCheck) -> tuple
     if compression not in _COMPRESSIONS:
         known = ", ".join(sorted(set(_COMPRESSIONS.values())))
         raise Malformed(f"a TIFF file of compression {compression}, which is not read; those that are: {known}")
-    tiled = _TILE_OFFSETS in tags
-    offsets = tags.get(_TILE_OFFSETS if tiled else _STRIP_OFFSETS, [])
-    lengths = tags.get(_TILE_BYTES if tiled else _STRIP_BYTES, [])
-    if sum(lengths) > len(encoded) and max(lengths) <= len(encoded):
+    if _TILE_OFFSETS in tags and _STRIP_OFFSETS in tags:
+        raise Malformed(_BROKEN)
+    # libtiff takes one for the other.
+    offsets = tags.get(_TILE_OFFSETS) or tags.get(_STRIP_OFFSETS, [])
+    lengths = tags.get(_TILE_BYTES) or tags.get(_STRIP_BYTES, [])
+    if max(lengths, default=0) > len(encoded):
+        raise Malformed("the TIFF file is truncated")
+    if sum(lengths) > len(encoded):
         raise TooComplex("the strips or tiles of the file overlap")
-    samples = _first(tags, _WIDTH, 0) * _first(tags, _HEIGHT, 0) * _first(tags, _SAMPLES, 1)
-    pixels, bits = _first(tags, _WIDTH, 0) * _first(tags, _HEIGHT, 0), max(tags.get(_BITS) or [1])
+    width_px, height_px = _first(tags, _WIDTH, 0), _first(tags, _HEIGHT, 0)
+    if not tags.keys().isdisjoint({_TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS}):
+        # Tiles are unpacked whole, and may be far larger than the image.
+        across_px, down_px = _first(tags, _TILE_WIDTH, 0), _first(tags, _TILE_HEIGHT, 0)
+        check(across_px, down_px)
+        if min(across_px, down_px) < 1:
+            raise Malformed(_BROKEN)
+        width_px, height_px = -(-width_px // across_px) * across_px, -(-height_px // down_px) * down_px
+    pixels, bits = width_px * height_px, max(tags.get(_BITS) or [1])
+    samples = pixels * _first(tags, _SAMPLES, 1)
     # Pillow's pixels of four bytes, twice, and as decoded; or as decoded, and twice as float32.
     decoded_bytes = pixels * 11 if bits <= 8 and samples <= 4 * pixels else samples * (8 + -(-bits // 8))
     if compression == _JPEG:
         check_parts(len(offsets), len(encoded), "strips or tiles of JPEG")
-        parts = zip(offsets, lengths, strict=False)
-        samples = sum(walk_jpeg(encoded[start : start + length], check).samples for start, length in parts)
+        if len(offsets) != len(lengths):
+            # libtiff would guess how long they are.
+            raise Malformed(_BROKEN)
+        samples, segments = 0, -_SEGMENTS * len(offsets)
+        for start, length in zip(offsets, lengths, strict=True):
+            part = walk_jpeg(encoded[start : start + length], check)
+            samples, segments = samples + part.samples, segments + part.parts
+            check_parts(segments, len(encoded), f"segments beyond {_SEGMENTS} per strip or tile of JPEG")
     return samples, decoded_bytes
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from heatlens_server.api.admission import Admission
+from heatlens_server.api.admission import MAX_NAME_BYTES, Admission
 from heatlens_server.core.errors import HeatlensError, InvalidArgument
 from heatlens_server.transports.grpc.parsing import parsed, tolerant
 from heatlens_server.transports.grpc.traffic import OpenCall, Traffic
@@ -70,6 +70,11 @@ class HealthCalls:
             with await admission.public.await_message(context.peer(), admission.max_message_bytes) as held:
                 came.awaits = True
                 data = await admission.receive(held, context.read())
+            if data is not grpc.aio.EOF and len(data) > MAX_NAME_BYTES:
+                del data  # the error's traceback would keep it
+                await context.abort(
+                    grpc.StatusCode.INVALID_ARGUMENT, f"the message has more than {MAX_NAME_BYTES} bytes"
+                )
             if data is not grpc.aio.EOF:
                 came.read(len(data))
                 return parsed(tolerant(handler.request_deserializer)(data))

@@ -7,15 +7,16 @@ of any other before a handler could refuse the call, or count the message's byte
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Container, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
 
-from heatlens_server.api.admission import Admission
+from heatlens_server.api.admission import MAX_NAME_BYTES, Admission
 from heatlens_server.api.calls import Call, CallGate
-from heatlens_server.core.errors import FieldViolation, InvalidArgument
+from heatlens_server.core.errors import FieldViolation, InvalidArgument, StreamLimit
 from heatlens_server.transports.grpc.health_calls import HEALTH_PREFIX, HealthCalls
 from heatlens_server.transports.grpc.parsing import parsed, tolerant
 from heatlens_server.transports.grpc.status import REQUEST_ID_KEY, WireStatus, to_wire
@@ -23,6 +24,10 @@ from heatlens_server.transports.grpc.traffic import OpenCall, Traffic
 
 _COPIES = 2
 """How often an answer that waits to be taken is in memory: as Python's bytes and as gRPC's."""
+
+_REFLECTION_PREFIX = "/grpc.reflection."
+
+_MOST_REFLECTING = 1024
 
 Context = Any  # grpc.aio.ServicerContext, whose type parameters differ per method
 
@@ -52,6 +57,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._for_administrators = for_administrators
         self._traffic = traffic or Traffic(gate.admission.max_message_bytes)
         self._health = HealthCalls(gate.admission, self._traffic)
+        self._reflecting = 0
 
     async def intercept_service(
         self,
@@ -123,12 +129,30 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 try:
                     with self._gate.admit(authorization):
                         sending = _Sending(context, self._gate.admission, call.peer)
-                        await behavior(_Requests(context, came, parse), sending)
+                        if method.startswith(_REFLECTION_PREFIX):
+                            with self._reflection():
+                                await behavior(
+                                    _Names(context, came, parse, admission=self._gate.admission, peer=call.peer),
+                                    sending,
+                                )
+                        else:
+                            await behavior(_Requests(context, came, parse), sending)
                 except BaseException as error:
                     await self._fail(call, context, error)
                 self._gate.end(call, "OK")
 
         return handle
+
+    @contextmanager
+    def _reflection(self) -> Iterator[None]:
+        """While a stream of reflection is open: no other bound counts these."""
+        if self._reflecting >= _MOST_REFLECTING:
+            raise StreamLimit(f"{_MOST_REFLECTING} streams of reflection are open already")
+        self._reflecting += 1
+        try:
+            yield
+        finally:
+            self._reflecting -= 1
 
     def _begin(self, method: str, context: Context) -> tuple[Call, str | bytes]:
         """The call, and what its caller sent as `authorization`: nothing if that was several, which proxies may mix."""
@@ -204,6 +228,30 @@ class _Requests:
         if data is grpc.aio.EOF:
             raise StopAsyncIteration
         self._came.read(len(data))
+        return parsed(self._parse(data))
+
+
+class _Names(_Requests):
+    """The requests of a stream that asks for names: small ones, of which few are awaited at a time."""
+
+    def __init__(
+        self, context: Context, came: OpenCall, parse: Callable[[bytes], Any], admission: Admission, peer: str
+    ) -> None:
+        super().__init__(context, came, parse)
+        self._admission = admission
+        self._peer = peer
+
+    async def __anext__(self) -> Any:  # noqa: ANN401 - any message
+        admission = self._admission
+        with await admission.reflection.await_message(self._peer, admission.max_message_bytes) as held:
+            data = await admission.receive(held, self._context.read())
+        if data is grpc.aio.EOF:
+            raise StopAsyncIteration
+        self._came.read(len(data))
+        if len(data) > MAX_NAME_BYTES:
+            del data  # the error's traceback would keep it
+            why = f"the message has more than {MAX_NAME_BYTES} bytes"
+            raise InvalidArgument([FieldViolation("", why)], reason="MESSAGE_TOO_COMPLEX")
         return parsed(self._parse(data))
 
 

@@ -15,7 +15,7 @@ from skimage import data
 import hostile_images as hostile
 from heatlens_server.core.errors import InvalidArgument
 from heatlens_server.imaging.decode import decode_image, inspect_image
-from heatlens_server.imaging.walk.dicom import MAX_ELEMENTS, MAX_VALUE_BYTES
+from heatlens_server.imaging.walk.dicom import MAX_ELEMENTS, MAX_TABLE_BYTES, MAX_TABLE_ELEMENTS, MAX_VALUE_BYTES
 from image_files import saved
 
 CAT = Image.fromarray(data.chelsea()).resize((128, 96))
@@ -66,6 +66,17 @@ def with_elements(encoded, elements):
 
 def element(number, value=b""):
     return struct.pack("<HH2sHI", 0x0009, number, b"UN", 0, len(value)) + value
+
+
+def described(number, kind, value):
+    """An element that describes the pixels."""
+    if kind in {b"SQ", b"OW"}:
+        return struct.pack("<HH2sHI", 0x0028, number, kind, 0, len(value)) + value
+    return struct.pack("<HH2sH", 0x0028, number, kind, len(value)) + value
+
+
+def items(*values):
+    return b"".join(struct.pack("<HHI", 0xFFFE, 0xE000, len(value)) + value for value in values)
 
 
 def inspect(encoded, max_pixels=1_000_000):
@@ -140,6 +151,62 @@ def test_long_descriptions_are_refused():
     numbers = b"1\\" * MAX_VALUE_BYTES
     long = encoded[: at + 4] + struct.pack("<I", len(numbers)) + numbers + encoded[at + 8 + length :]
     assert refused(long).reason == "IMAGE_TOO_COMPLEX"
+
+
+def test_tables_are_long_at_most_and_of_few_elements():
+    plain = described(0x3002, b"US", struct.pack("<HHH", 4096, 0, 16)) + described(0x3006, b"OW", bytes(8192))
+    table = described(0x3000, b"SQ", items(plain))
+    assert inspect(with_elements(dicom(), table))
+    for hostile_table in (items(*[b""] * MAX_TABLE_ELEMENTS), items(described(0x3003, b"LO", b"a ") * 40)):
+        error = refused(with_elements(dicom(), described(0x3000, b"SQ", hostile_table)))
+        assert error.reason == "IMAGE_TOO_COMPLEX"
+        assert "elements" in str(error)
+    error = refused(with_elements(dicom(), described(0x1201, b"OW", bytes(MAX_TABLE_BYTES + 2))))
+    assert error.reason == "IMAGE_TOO_COMPLEX"
+
+
+def test_a_table_in_segments_which_unpacks_to_gigabytes_is_not_read():
+    segments = struct.pack("<HHH", 0, 1, 7) + struct.pack("<HHH", 1, 65_535, 7) * 40_000
+    table = b"".join(described(0x1221 + i, b"OW", segments) for i in range(3))
+    sizes = b"".join(described(0x1101 + i, b"US", struct.pack("<HHH", 0, 0, 16)) for i in range(3))
+    bomb = with_elements(dicom(PhotometricInterpretation="PALETTE COLOR"), sizes + table)
+    assert len(inspect(bomb).encoded) < len(segments)
+    with pytest.raises(InvalidArgument, match="in segments") as caught:
+        decode_image(bomb, max_pixels=1_000_000)
+    assert caught.value.reason == "IMAGE_UNDECODABLE"
+
+
+def test_elements_that_readers_would_read_differently_are_refused():
+    whole = dicom()
+    twice = with_elements(whole, described(0x0010, b"US", struct.pack("<H", 8000)))
+    assert refused(twice).reason == "IMAGE_UNDECODABLE"
+    rows = described(0x0010, b"US", struct.pack("<H", CAT.height))
+    assert rows in whole
+    # In the first two bytes 96, to pydicom 8000.
+    as_double = struct.pack("<Q", struct.unpack("<Q", struct.pack("<d", 8000.0))[0] & ~0xFFFF | CAT.height)
+    assert refused(whole.replace(rows, described(0x0010, b"FD", as_double))).reason == "IMAGE_UNDECODABLE"
+
+
+def test_compressed_pixels_of_a_length_are_refused_as_no_walk_sees_them():
+    whole = dicom(syntax=JPEG, frames=[saved(CAT, "JPEG")])
+    at = whole.index(struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OB", 0, 0xFFFFFFFF)) + 8
+    length = len(whole) - at - 4
+    assert refused(whole[:at] + struct.pack("<I", length) + whole[at + 4 :]).reason == "IMAGE_UNDECODABLE"
+
+
+@pytest.mark.parametrize(("syntax", "file_format"), [(JPEG, "JPEG"), (JPEG_2000, "JPEG2000")])
+def test_a_frame_of_another_size_than_the_file_says_is_refused(syntax, file_format):
+    options = {"no_jp2": True} if file_format == "JPEG2000" else {}
+    frame = saved(CAT.resize((130, 96)), file_format, **options)
+    assert "another size" in str(refused(dicom(syntax=syntax, frames=[frame])))
+
+
+def test_small_blocks_of_jpeg_2000_count_as_the_memory_that_they_take():
+    def counted(side):
+        frame = saved(CAT, "JPEG2000", no_jp2=True, codeblock_size=(side, side))
+        return inspect(dicom(syntax=JPEG_2000, frames=[frame])).decoded_bytes
+
+    assert counted(4) > 2 * counted(64)
 
 
 def test_scans_within_are_counted():

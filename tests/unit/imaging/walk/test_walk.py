@@ -1,5 +1,7 @@
 """Walks over image files: what is kept for decoders, and what is refused before they see it."""
 
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -212,6 +214,47 @@ def test_scans_within_a_tiff_are_counted():
     tags = {256: (4, [400]), 257: (4, [400]), 258: (3, [8, 8, 8]), 259: (3, [7]), 262: (3, [6]), 277: (3, [3])}
     tags |= {273: (4, [8]), 278: (3, [400]), 279: (4, [len(strip)])}
     assert refused(hostile.tiff_of(tags, strip), max_pixels=160_000).reason == "IMAGE_TOO_COMPLEX"
+
+
+def test_tiles_of_a_tiff_count_as_they_are_unpacked():
+    def tiled(side, starts=324):
+        tile = zlib.compress(bytes(side * side), 9)
+        tags = {256: (4, [64]), 257: (4, [64]), 258: (3, [8]), 259: (3, [8]), 262: (3, [1]), 277: (3, [1])}
+        tags |= {322: (4, [side]), 323: (4, [side]), starts: (4, [8]), 325: (4, [len(tile)])}
+        return hostile.tiff_of(tags, tile)
+
+    assert decoded(tiled(64)).shape == (64, 64, 3)
+    assert inspect(tiled(960)).samples == 960 * 960
+    assert refused(tiled(4000)).reason == "IMAGE_TOO_LARGE"
+    # Offsets of strips are as good to libtiff.
+    assert refused(tiled(4000, starts=273)).reason == "IMAGE_TOO_LARGE"
+    assert refused(tiled(0)).reason == "IMAGE_UNDECODABLE"
+
+
+def tiff_of_jpegs(strips, **without):
+    starts = [8 + sum(map(len, strips[:i])) for i in range(len(strips))]
+    tags = {256: (4, [64]), 257: (4, [8 * len(strips)]), 258: (3, [8, 8, 8]), 259: (3, [7]), 262: (3, [6])}
+    tags |= {273: (4, starts), 277: (3, [3]), 278: (3, [8]), 279: (4, [len(strip) for strip in strips])}
+    return hostile.tiff_of(tags | without.get("tags", {}), b"".join(strips))
+
+
+def test_segments_of_all_strips_are_counted_together():
+    image = Image.new("RGB", (64, 8))
+    plain = saved(image, "JPEG")
+    assert decoded(tiff_of_jpegs([plain] * 200)).shape == (1600, 64, 3)
+    # Each strip by itself has fewer than there may be.
+    error = refused(tiff_of_jpegs([hostile.jpeg_with(image, hostile.jpeg_segment(0xFE) * 900)] * 200))
+    assert error.reason == "IMAGE_TOO_COMPLEX"
+    assert "segments" in str(error)
+
+
+def test_strips_of_jpeg_that_no_walk_would_see_are_refused():
+    bomb = hostile.jpeg_of_scans(64, 8, 1200)
+    assert refused(tiff_of_jpegs([bomb], tags={279: (4, [])})).reason == "IMAGE_UNDECODABLE"
+    # One that is longer than the file hides that the others are the file, again and again.
+    lengths = [len(bomb)] * 500 + [1 << 31]
+    overlapping = tiff_of_jpegs([bomb], tags={257: (4, [8 * 501]), 273: (4, [8] * 501), 279: (4, lengths)})
+    assert "truncated" in str(refused(overlapping))
 
 
 @pytest.mark.parametrize("compression", [6, 34661, 34712])

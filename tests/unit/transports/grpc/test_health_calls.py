@@ -65,6 +65,17 @@ async def test_a_check_that_is_no_message_or_never_whole_is_refused():
         assert await refused(slow) == "RESOURCE_EXHAUSTED"
 
 
+async def test_what_a_watcher_sends_is_small_as_it_is_kept():
+    async with Rig() as rig:
+        big = health_pb2.HealthCheckRequest(service="n" * 5000)
+        assert await refused(rig.stub.Watch(big).read()) == "INVALID_ARGUMENT"
+        assert await refused(rig.stub.Check(big)) == "INVALID_ARGUMENT"
+        raw = rig.channel.unary_stream("/grpc.health.v1.Health/Watch")
+        unknown_field = b"\x7a\xd0\x0f" + bytes(2000)
+        assert await raw(unknown_field).read()
+        assert await refused(raw(unknown_field * 3).read()) == "INVALID_ARGUMENT"
+
+
 async def test_watchers_are_counted(monkeypatch):
     monkeypatch.setattr(health_calls, "_MOST_WATCHERS", 1)
     async with Rig() as rig:
