@@ -181,7 +181,7 @@ class AsyncClient:
             resume: when the server drains, is gone or gives up a frame (UnavailableError), the stream goes on by
                 another call, to another server where the address has several, with the frames that have no answer. It
                 gives up once no frame was answered for the client's timeout. What it sent is kept until it is answered.
-                `smooth` begins anew then. Not with `every`.
+                `smooth` and the count of `max_fps` begin anew then.
             jpeg_quality: 1 to 100: pixels travel as JPEG of this quality. None: as they are. Files do in any case.
             top_k: explain the k most probable classes of each frame, as for `explain`; so are all that follow.
             class_ids: explain this class or these classes, by id or label.

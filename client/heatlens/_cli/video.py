@@ -67,9 +67,7 @@ def video(
     server: ServerOption = DEFAULT_SERVER,
     model: ModelOption = None,
     model_version: VersionOption = None,
-    every: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Explain the first of every N frames. No other server goes on then.")
-    ] = 1,
+    every: Annotated[int, typer.Option(metavar="N", min=1, help="Explain the first of every N frames.")] = 1,
     max_fps: Annotated[
         float | None, typer.Option(metavar="F", help="Explain at most F frames per second of film.")
     ] = None,
@@ -156,8 +154,7 @@ def video(
                 _check_files(source, output, json_file)
                 color_table(colormap)
                 connection = client_options(server, tls=tls, ca=ca, cert=cert, key=key, timeout=timeout)
-                # Another server would count the frames of `every` from where it begins.
-                stream["resume"] = every == 1 and _may_be_several(connection["address"])
+                stream["resume"] = _may_be_several(connection["address"])
                 client = stack.enter_context(Client(**connection))
                 opened = open_source(
                     source,

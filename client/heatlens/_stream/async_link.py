@@ -239,7 +239,7 @@ class AsyncLink:
                 self.window.end(error)
             else:
                 self._number += 1
-                self.window.resume(config_request(self._plan))
+                self.window.resume(config_request(self._plan), now_s=time.monotonic())
             self.notify(all_waiting=True)
         return wait_s
 

@@ -45,6 +45,7 @@ class _Frame:
     frame: Any
     accepted_s: float
     sent: bool = False
+    skipped: bool = False
     message: Any = None
     answer: FrameResult | None = None
     forgotten: bool = False
@@ -79,6 +80,7 @@ class Window(Generic[Message]):
         self._keeps_sent = keeps_sent
         self._last_accepted_id = -1
         self._sent_count = 0
+        self._begins = True
         self._unanswered = 0
         self._finishing = False
         # In frame order. The first one is never answered: it would have moved to _ready.
@@ -143,15 +145,22 @@ class Window(Generic[Message]):
         if self.size is not None or size < 1:
             raise InternalError(f"the server started the stream with a window of {size}", reason="INVALID_RESPONSE")
         self.size = size
+        self._release()
 
-    def resume(self, first: Message) -> None:
-        """Begin again on another call: send `first`, then what was sent and has no answer. Needs `keeps_sent`."""
+    def resume(self, first: Message, *, now_s: float) -> None:
+        """Begin again on another call: send `first`, then what was sent and has no answer. Needs `keeps_sent`.
+
+        A server explains the first frame that reaches it: those before, which `every` leaves out, are answered here.
+        """
         self.size = None
         self._pending = deque(entry for entry in self._pending if not entry.forgotten)
-        unanswered = [entry.message for entry in self._pending if entry.sent and entry.answer is None]
+        unanswered = deque(entry for entry in self._pending if entry.sent and entry.answer is None)
+        while unanswered and unanswered[0].skipped:
+            self._answer_frame(unanswered.popleft(), now_s, skipped=True)
+        self._begins = not unanswered
         self._unanswered = len(unanswered)
         self.outgoing.clear()
-        self.outgoing.extend((first, *unanswered))
+        self.outgoing.extend((first, *(entry.message for entry in unanswered)))
 
     def checked_id(self, frame_id: int | None) -> int:
         """Return the id for the next frame. None: one more than the last.
@@ -312,10 +321,16 @@ class Window(Generic[Message]):
             return
         entry, message = self._held
         self._held = None
-        entry.sent = True
+        skipped = self.next_is_skipped
+        self._sent_count += 1
+        if skipped and self._begins:
+            # As in `resume`. It came just now.
+            self._answer_frame(entry, entry.accepted_s, skipped=True)
+            return
+        self._begins = False
+        entry.sent, entry.skipped = True, skipped
         entry.message = message if self._keeps_sent else None
         self._unanswered += 1
-        self._sent_count += 1
         self.outgoing.append(message)
 
 

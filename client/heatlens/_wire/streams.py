@@ -124,9 +124,6 @@ def stream_plan(
             raise InvalidArgumentError.of(name, f"expected one of {', '.join(known)}; got None")
     if not isinstance(resume, bool):
         raise InvalidArgumentError.of("resume", f"expected True or False, got {resume!r}")
-    if resume and every != 1:
-        # Another server counts from the first frame that reaches it.
-        raise InvalidArgumentError.of("resume", "a stream with every > 1 cannot be resumed")
     weight = as_float(smooth)
     # The wire has 32 bits for it: what rounds to 1 there would never move.
     if not (0 <= weight < 1 and np.float32(weight) < 1):

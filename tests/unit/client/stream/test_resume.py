@@ -36,6 +36,17 @@ async def test_every_frame_is_answered_once_and_in_order(connect, peer, overflow
     assert [item.frame for item in items] == FRAMES
 
 
+@pytest.mark.parametrize("breaks", [(1,), (2,), (3,), (5, 1, 7), (0, 4, 1, 1)])
+async def test_every_goes_on_counting(connect, peer, breaks):
+    """Each server explains the first frame that reaches it, and every third from there."""
+    peer.streams.breaks = draining(*breaks)
+    async with connect().stream(resume=True, every=3, max_in_flight=4) as stream:
+        items = await collected(stream.map(FRAMES))
+    assert [(item.frame_id, item.skipped) for item in items] == [(i, i % 3 > 0) for i in range(len(FRAMES))]
+    assert all(item.result is not None for item in items[::3])
+    assert len(peer.streams.configs) == len(breaks) + 1
+
+
 async def test_a_frame_that_a_server_gives_up_goes_to_the_next(connect, peer):
     given_up = []
 
@@ -122,10 +133,9 @@ async def test_a_closed_client_ends_it(connect, peer):
     await stream.close()
 
 
-@pytest.mark.parametrize("options", [{"resume": 1}, {"resume": True, "every": 2}])
-async def test_what_cannot_be_resumed_is_refused(connect, options):
+async def test_resume_is_true_or_false(connect):
     with pytest.raises(heatlens.InvalidArgumentError) as caught:
-        connect().stream(**options)
+        connect().stream(resume=1)
     assert caught.value.field_violations[0].field == "resume"
 
 
@@ -135,12 +145,47 @@ def test_a_window_sends_what_has_no_answer_again_and_forgets_what_nobody_waits_f
     for frame_id in range(3):
         window.put(frame_id, np.zeros(1), f"frame {frame_id}", **ENTRY)
     window.answer(0, now_s=0.0)
-    window.resume("config")
+    window.resume("config", now_s=0.0)
     assert list(window.outgoing) == ["config", "frame 1", "frame 2"]
     assert not window.can_put
     window.start(4)
     window.forget()
-    window.resume("config")
+    window.resume("config", now_s=0.0)
     assert list(window.outgoing) == ["config"]
     window.start(1)
     assert window.can_put
+
+
+def test_a_window_sends_no_frame_first_that_is_left_out():
+    """Nobody answers those before it but the window, whether they were sent, are held back or come later."""
+    window = Window(drop_oldest=True, every=4, keeps_sent=True)
+    window.start(1)
+    for frame_id in range(3):
+        window.put(frame_id, np.zeros(1), f"frame {frame_id}", **ENTRY)
+    window.answer(0, now_s=0.0, skipped=True)
+    window.put(3, np.zeros(1), "frame 3", **ENTRY)
+    # 3 is held back until 1 is answered.
+    assert list(window.outgoing) == ["frame 0", "frame 1", "frame 2"]
+    window.resume("config", now_s=1.0)
+    window.start(1)
+    assert list(window.outgoing) == ["config"]
+    window.put(4, np.zeros(1), "frame 4", **ENTRY)
+    assert list(window.outgoing) == ["config", "frame 4"]
+    window.answer(4, now_s=0.0)
+    found = [window.take() for _ in range(5)]
+    assert [(item.frame_id, item.skipped, item.latency_ms) for item in found] == [
+        (0, True, 0.0), (1, True, 1000.0), (2, True, 1000.0), (3, True, 0.0), (4, False, 0.0)
+    ]  # fmt: skip
+
+
+def test_a_window_goes_on_where_every_leaves_out_what_comes_next():
+    window = Window(drop_oldest=False, every=3, keeps_sent=True)
+    window.start(2)
+    window.put(0, np.zeros(1), "frame 0", **ENTRY)
+    window.answer(0, now_s=0.0)
+    window.resume("config", now_s=0.0)
+    window.start(2)
+    for frame_id in range(1, 5):
+        assert window.next_is_skipped == (frame_id % 3 > 0)
+        window.put(frame_id, np.zeros(1), f"frame {frame_id}", **ENTRY)
+    assert list(window.outgoing) == ["config", "frame 3", "frame 4"]
