@@ -16,7 +16,7 @@ def main(
     only: Annotated[
         str,
         typer.Option(
-            help="One of wire, engine, files, decode, served, stream, v2, batch, watched, instances; empty for all."
+            help="wire, engine, files, decode, served, stream, v2, batch, watched, instances or ray; empty: not ray."
         ),
     ] = "",
     images: Annotated[int, typer.Option(help="How many images a batch has.")] = 20_000,
@@ -71,6 +71,11 @@ def main(
         console.print(watched.run(turns=turns, seconds=seconds))
     if only in {"", "instances"}:
         for table in instances.run(turns=turns, seconds=seconds):
+            console.print(table)
+    if only == "ray":
+        from bench import on_ray  # noqa: PLC0415 - an extra
+
+        for table in on_ray.run(turns=turns, seconds=seconds):
             console.print(table)
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from ray.cluster_utils import Cluster
@@ -36,6 +37,7 @@ def main() -> None:
     with subprocess.Popen([*command, "--replicas", "2", "--num-cpus", "0.5"], env=os.environ) as server:
         try:
             with Client(f"127.0.0.1:{PORT}", timeout=START_TIMEOUT_S, wait_for_ready=True) as client:
+                wait_until_it_answers(client)
                 explain(client, console, began)
         finally:
             server.terminate()
@@ -43,16 +45,19 @@ def main() -> None:
     cluster.shutdown()
 
 
+def wait_until_it_answers(client: Client) -> None:
+    """Wait for an application: before it is there, Ray's proxies refuse calls."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        with suppress(HeatlensError):
+            client.models()
+            return
+        time.sleep(0.2)
+    client.models()
+
+
 def explain(client: Client, console: Console, began: float) -> None:
     """Explain the photo, then put some load on both replicas."""
-    while True:
-        try:
-            client.models()
-            break
-        except HeatlensError:
-            if time.monotonic() > began + START_TIMEOUT_S:
-                raise
-            time.sleep(0.2)
     result = client.explain(PHOTO)
     console.print(f"first answer after {time.monotonic() - began:.1f} s: {result.explanations[0].label}")
     OUT.mkdir(parents=True, exist_ok=True)

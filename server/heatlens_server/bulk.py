@@ -42,7 +42,7 @@ _CLOSE_S: Final = 5.0
 class Explainer:
     """Explains the images of tables. Holds its models, so it is made once: by an actor, a worker, a program.
 
-    `dataset.map_batches(Explainer, fn_constructor_kwargs={"config": "server.toml"}, concurrency=2, batch_size=64)`
+    `dataset.map_batches(Explainer, compute=ray.data.ActorPoolStrategy(size=2), batch_size=64)`
     """
 
     def __init__(
