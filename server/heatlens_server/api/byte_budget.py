@@ -193,7 +193,7 @@ class ByteBudget:
                 if one.ready.done():
                     break
                 self._cut_slowest(held.peer, size_bytes)
-                if loop.time() > until:
+                if loop.time() > until and not one.ready.done():  # the cut may have made room for it
                     self._drop(one)
             one.ready.result()
         except asyncio.CancelledError:

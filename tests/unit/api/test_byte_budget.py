@@ -1,6 +1,7 @@
 """Bytes in flight: what fits, who waits, who is refused, and who is cut off."""
 
 import asyncio
+import random
 
 import pytest
 
@@ -197,3 +198,46 @@ async def test_watchers_hear_of_room():
         held.keep(10)
     held.release()
     assert heard == [False]
+
+
+async def test_one_whose_time_is_over_as_it_makes_room_for_itself_gets_that_room(monkeypatch):
+    made = budget()
+    await made.await_message("a", 60)
+    await asyncio.sleep(0.02)  # too slow by now
+    monkeypatch.setattr(byte_budget, "_ROOM_S", 0.0)
+    with await made.await_message("b", 60):
+        assert made.held_bytes == 60
+    assert made.held_bytes == 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_whatever_callers_do_all_are_answered_and_nothing_is_held_afterwards(monkeypatch, seed):
+    monkeypatch.setattr(byte_budget, "_ROOM_S", 0.03)
+    chance = random.Random(seed)
+    made = budget(slow_s=chance.choice([0.004, 5]), most_waiting=chance.choice([3, 1000]))
+
+    async def read_message(peer: str, most_bytes: int) -> None:
+        with await made.await_message(peer, most_bytes) as held:
+            await asyncio.sleep(chance.random() * 0.01)
+            held.keep(chance.randrange(1, most_bytes))
+            await asyncio.sleep(chance.random() * 0.005)
+
+    async def hold(peer: str, size_bytes: int) -> None:
+        with made.hold(peer) as held:
+            await held.room(size_bytes)
+            await asyncio.sleep(chance.random() * 0.005)
+            await held.room(chance.randrange(1, 100))
+
+    tasks: list[asyncio.Task[None]] = []
+    for _ in range(60):
+        peer = f"ipv4:10.0.0.{chance.randrange(4)}:{chance.randrange(3)}"
+        tasks.append(asyncio.create_task(chance.choice([read_message, hold])(peer, chance.choice([10, 40, 60, 150]))))
+        await asyncio.sleep(chance.choice([0, 0, 0.004]))
+        if chance.random() < 0.2:
+            chance.choice(tasks).cancel()
+    _, waiting = await asyncio.wait(tasks, timeout=60)
+    assert not waiting
+    errors = {type(task.exception()) for task in tasks if not task.cancelled()}
+    assert errors <= {type(None), BytesInFlight}
+    assert made.held_bytes == 0
+    (await made.await_message("a", 100)).release()
