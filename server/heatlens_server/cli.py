@@ -159,6 +159,8 @@ def ray(
     """Serve on a Ray cluster until SIGTERM or Ctrl-C: replicas on its nodes, behind Ray's gRPC proxies."""
     if 0 < max_replicas < replicas:
         _fail("--max-replicas: is less than --replicas")
+    if target_queue_length and not max_replicas:
+        _fail("--target-queue-length: needs --max-replicas")
     settings = _load(config, {})
     try:
         from heatlens_server import ray_serve  # noqa: PLC0415 - an extra

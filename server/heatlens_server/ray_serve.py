@@ -70,6 +70,16 @@ class Scale:
     num_gpus: float = 0.0
     models_per_replica: int = 0
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            # Ray takes -1 of these for any number.
+            if field.name != "max_queued_requests" and getattr(self, field.name) < 0:
+                raise ConfigError(f"{field.name}: is less than 0")
+        if 0 < self.max_replicas < self.replicas:
+            raise ConfigError("max_replicas: is less than replicas")
+        if self.target_queue_length and not self.max_replicas:
+            raise ConfigError("target_queue_length: needs max_replicas")
+
 
 _WANTED = "wanted_replicas"
 
@@ -260,15 +270,20 @@ def app(arguments: Mapping[str, Any]) -> serve.Application:
             `Scale`.
 
     Raises:
-        ConfigError: the configuration is wrong, or an argument is unknown.
+        ConfigError: the configuration or an argument is wrong.
     """
     kinds: dict[str, Any] = {field.name: type(getattr(Scale(), field.name)) for field in fields(Scale)}
     given = {name: value for name, value in arguments.items() if name != "config"}
     if unknown := sorted(given.keys() - kinds.keys()):
         raise ConfigError(f"args: unknown: {', '.join(unknown)}; known: config, {', '.join(kinds)}")
+    for name, value in given.items():
+        try:
+            # As text, which all are on the command line of `serve run`; and int(2.5) is 2.
+            given[name] = kinds[name](str(value))
+        except ValueError:
+            raise ConfigError(f"args: {name}: expected {kinds[name].__name__}, got {value!r}") from None
     path = arguments.get("config")
-    scale = Scale(**{name: kinds[name](value) for name, value in given.items()})
-    return application(load_config(None if path is None else Path(path)), scale)
+    return application(load_config(None if path is None else Path(path)), Scale(**given))
 
 
 def start(config: Config, scale: Scale, *, address: str | None, port: int, name: str) -> None:

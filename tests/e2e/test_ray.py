@@ -332,16 +332,13 @@ def test_a_replica_whose_models_are_idle_is_healthy(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [({"replica": 2}, "args: unknown: replica; known: config, replicas"), ({"config": "/none.toml"}, "/none.toml")],
+    ("options", "message"),
+    [
+        (("--replicas", "3", "--max-replicas", "2"), "--max-replicas: is less than --replicas"),
+        (("--target-queue-length", "2"), "--target-queue-length: needs --max-replicas"),
+    ],
 )
-def test_the_builder_for_serves_own_files_refuses_what_is_wrong(arguments, message):
-    program = f"from heatlens_server.ray_serve import app; app({arguments!r})"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False)
-    assert f"ConfigError: {message}" in done.stderr
-
-
-def test_the_command_refuses_what_is_wrong():
-    command = [Path(sys.executable).parent / "heatlens-server", "ray", "--replicas", "3", "--max-replicas", "2"]
+def test_the_command_refuses_what_is_wrong(options, message):
+    command = [Path(sys.executable).parent / "heatlens-server", "ray", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-    assert (done.returncode, done.stderr) == (2, "heatlens-server: --max-replicas: is less than --replicas\n")
+    assert (done.returncode, done.stderr) == (2, f"heatlens-server: {message}\n")
