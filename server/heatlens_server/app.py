@@ -44,6 +44,7 @@ from heatlens_server.telemetry.log_observer import LogObserver
 from heatlens_server.telemetry.statistics import Statistics
 from heatlens_server.transports.grpc.connections import watch_connections
 from heatlens_server.transports.grpc.hang_up import hang_up
+from heatlens_server.transports.grpc.refusals import Refusals
 from heatlens_server.transports.grpc.server import Health, bind, enable_reflection, make_server
 from heatlens_server.transports.grpc.services import ExplainServicer, ModelServicer
 from heatlens_server.transports.grpc.traffic import Traffic
@@ -166,6 +167,7 @@ class Server:
             max_connections=self._max_connections,
             refuse_if_full=explainer.refuse_if_full,
             traffic=self._traffic,
+            refusals=Refusals(host_of if config.server.share_by_host else str),
         )
         explain_pb2_grpc.add_ExplainServiceServicer_to_server(ExplainServicer(explainer, self.streams), self._grpc)
         self.reloader = Reloader(self.fleet, config, read or (lambda: config))

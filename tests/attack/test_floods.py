@@ -13,7 +13,7 @@ from heatlens import Client
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
 from messages import distinct, pixels
-from raw_http2 import DATA, EXPLAIN, PING, RST_STREAM, SETTINGS, RawConnection, frame, headers, message
+from raw_http2 import DATA, EXPLAIN, HEADERS, PING, RST_STREAM, SETTINGS, RawConnection, frame, headers, message
 from server_process import ServerProcess, until, wait_settled
 from server_toml import server_toml
 
@@ -108,6 +108,28 @@ def test_large_uploads_calls_that_are_cancelled_and_short_deadlines_are_no_flood
         while time.monotonic() < until_s:
             assert client.explain(distinct(1)[0], timeout=60).explanations
     assert "floods" not in server.log()
+
+
+def test_calls_of_one_host_that_are_refused_for_what_they_ask_come_so_many_a_second(launch):
+    server = launch(server_toml())
+    wait_settled(server.address)
+    count = 250  # of one connection, which others are reset of
+    wrong = message(pb.ExplainRequest(model="nobody's").SerializeToString())
+    peers = [RawConnection(server.address, source=STRANGER) for _ in range(3)]
+    since_s = time.monotonic()
+    for number, peer in enumerate(peers):
+        sent = wrong if number else b""  # those of the first one have no message
+        calls_ = (headers(call) + frame(DATA, END_STREAM, call, sent) for call in range(1, 2 * count, 2))
+        peer.send(frame(SETTINGS, 1, 0), *calls_)
+    with Client(server.address) as client:
+        for image in distinct(10):
+            assert client.explain(image, timeout=60).explanations
+    for peer in peers:
+        peer.until(HEADERS, count)
+    assert time.monotonic() - since_s > (len(peers) * count - 400) / 200 - 0.1
+    assert "floods" not in server.log()
+    for peer in peers:
+        peer.close()
 
 
 def test_it_can_be_turned_off(launch):

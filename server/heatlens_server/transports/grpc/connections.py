@@ -9,11 +9,14 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping
+from typing import TypeVar
 
 from heatlens_server.transports.grpc.floods import Came, Floods
 from heatlens_server.transports.grpc.hang_up import Address, address_of, close_connections, connections_to
 from heatlens_server.transports.grpc.refused_hosts import refuse_hosts
 from heatlens_server.transports.grpc.traffic import Traffic
+
+T = TypeVar("T")
 
 _log = logging.getLogger("heatlens.connections")
 
@@ -49,15 +52,18 @@ async def watch_connections(
     refused: list[Hashable] = []
     while True:
         await asyncio.sleep(_LOOK_S)
-        received = await asyncio.to_thread(connections_to, port)
+        accounted, left = traffic.take()
+        received = await _apart(connections_to, port)
         now = time.monotonic()
-        came = _came(received, traffic)
+        # What is read after the kernel has counted may belong to either time: it is room now, and accounted for next.
+        room = traffic.room() + traffic.accounted_since()
+        came = _came(received, accounted, room, left)
         close, began = floods.look(came, now) if refuses_floods else ([], [])
-        for host, _ in began:
-            _log.warning("%s floods: its connections are closed, and it cannot connect for a while", host)
         if host_of is not None and (banned := floods.banned(now)) != refused:
             refused = banned
-            await asyncio.to_thread(refuse_hosts, port, map(str, banned))
+            await _apart(refuse_hosts, port, list(map(str, banned)))
+        for host, _ in began:
+            _log.warning("%s floods: its connections are closed, and it cannot connect for a while", host)
         calling = {address_of(peer) for peer in traffic.busy}
         idle_since = {one: idle_since.get(one, now) for one in received if one not in calling}
         if len(received) >= _FULL * max_connections:
@@ -66,7 +72,7 @@ async def watch_connections(
             )
             close += _giving_way(received, waiting, len(received) - int(_ROOMY * max_connections))
         if close:
-            await asyncio.to_thread(close_connections, set(close))
+            await _apart(close_connections, set(close))
 
 
 def _giving_way(connections: Collection[Address], idle: list[Address], count: int) -> list[Address]:
@@ -81,9 +87,19 @@ def _giving_way(connections: Collection[Address], idle: list[Address], count: in
     return chosen
 
 
-def _came(received: Mapping[Address, int], traffic: Traffic) -> dict[Address, Came]:
-    accounted, left = traffic.take()
-    room = traffic.room()
+async def _apart(function: Callable[..., T], *arguments: object) -> T:
+    """Call on a thread what asks for copies of descriptors, again and again while no file is left."""
+    while True:
+        try:
+            return await asyncio.to_thread(function, *arguments)
+        except OSError as error:
+            _log.warning("cannot look at connections: %s", error.strerror)
+            await asyncio.sleep(_LOOK_S)
+
+
+def _came(
+    received: Mapping[Address, int], accounted: Counter[str], room: Counter[str], left: Mapping[str, float]
+) -> dict[Address, Came]:
     peers = {address: peer for peer in {*accounted, *left, *room} if (address := address_of(peer)) is not None}
     return {
         address: Came(received.get(address, 0), accounted[peer], room[peer], left.get(peer, 0.0))

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 
 from heatlens_server.transports.grpc.hang_up import Address
 
-ALLOWED_BYTES, ALLOWED_BYTES_S = 48 << 20, 12 << 20
+ALLOWED_BYTES, ALLOWED_BYTES_S = 24 << 20, 4 << 20
 """What a host may send at once, and a second, that belongs to no call: settings, pings, messages that are not read."""
 
 ALLOWED_CALLS, ALLOWED_CALLS_S = 256, 100
 """How many calls a host may leave as soon as they have begun, at once and a second."""
+
+_STALL_S = 3.0
+"""Between two looks: in so long, calls ended unseen as the server was busy, and what came is not held against them."""
 
 _CREDIT_BYTES = 16 << 20
 """What calls of one connection may account for before it is seen to have come: the two are not counted at once."""
@@ -89,11 +92,16 @@ class Floods:
         allowed_calls = passed_s * ALLOWED_CALLS_S
         left = {host: calls - allowed_calls for host, calls in self._left.items() if calls > allowed_calls}
         self._left = {host: calls for host, calls in left.items() if host not in hosts}
+        if passed_s > _STALL_S:
+            for address, came in connections.items():
+                self._seen[address] = _Seen(came.received_bytes)
         close, began = [], []
         for host, addresses in hosts.items():
             ban = self._bans.get(host)
             if ban is None or now_s >= ban.until_s:
-                left_calls = left.get(host, 0.0) + sum(connections[address].left_calls for address in addresses)
+                left_calls = left.get(host, 0.0)
+                if passed_s <= _STALL_S:
+                    left_calls += sum(connections[address].left_calls for address in addresses)
                 excess_bytes = self._excess_bytes(addresses, connections, passed_s)
                 if excess_bytes <= ALLOWED_BYTES and left_calls <= ALLOWED_CALLS:
                     if left_calls:

@@ -1,6 +1,7 @@
 """Closing connections by force, as gRPC's Python API cannot: of peers that take no answers, are idle, or flood."""
 
 import contextlib
+import errno
 import os
 import re
 import socket
@@ -29,10 +30,14 @@ def hang_up(peer: str) -> bool:
         peer: as gRPC names it: "ipv4:127.0.0.1:1234", "ipv6:%5B::1%5D:1234".
 
     Returns:
-        False if there is no such connection, as for peers on a unix socket, or the system does not list its files.
+        False if there is no such connection, as for peers on a unix socket, the system does not list its files,
+            or none is left.
     """
     address = address_of(peer)
-    return address is not None and close_connections({address}) > 0
+    try:
+        return address is not None and close_connections({address}) > 0
+    except OSError:
+        return False
 
 
 def address_of(peer: str) -> Address | None:
@@ -42,7 +47,10 @@ def address_of(peer: str) -> Address | None:
 
 
 def close_connections(addresses: Collection[Address]) -> int:
-    """Close the connections with some addresses and ports; returns how many of them were open."""
+    """Close the connections with some addresses and ports; returns how many were open.
+
+    Raises: see `sockets`.
+    """
     closed = 0
     for connection in _connections():
         if _address(connection) in addresses:
@@ -55,7 +63,10 @@ def close_connections(addresses: Collection[Address]) -> int:
 
 
 def connections_to(port: int) -> dict[Address, int]:
-    """With whom there are connections to a port of this process, and how many bytes came on each; 0 if unknown."""
+    """With whom there are connections to a port of this process, and how many bytes came on each; 0 if unknown.
+
+    Raises: see `sockets`.
+    """
     found = {}
     for connection in _connections():
         with contextlib.suppress(OSError):
@@ -83,16 +94,22 @@ def _connections() -> Iterator[socket.socket]:
 
 
 def sockets() -> Iterator[socket.socket]:
-    """The process's sockets, each as a copy of its descriptor that lives until the next is asked for."""
+    """The process's sockets, each as a copy of its descriptor that lives until the next is asked for.
+
+    Raises OSError where no file is left: none is passed over.
+    """
     if not _DESCRIPTORS.is_dir():
         return
     for descriptor in _DESCRIPTORS.iterdir():
-        with contextlib.suppress(OSError):
+        try:
             if not str(descriptor.readlink()).startswith("socket:"):
                 continue
             # A copy of the descriptor: it stays that file's, whatever becomes of the number meanwhile.
             with socket.socket(fileno=os.dup(int(descriptor.name))) as copy:
                 yield copy
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
 
 
 def _address(connection: socket.socket) -> Address:

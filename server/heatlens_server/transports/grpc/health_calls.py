@@ -70,13 +70,13 @@ class HealthCalls:
             with await admission.public.await_message(context.peer(), admission.max_message_bytes) as held:
                 came.awaits = True
                 data = await admission.receive(held, context.read())
+            came.read(0 if data is grpc.aio.EOF else len(data))
             if data is not grpc.aio.EOF and len(data) > MAX_NAME_BYTES:
                 del data  # the error's traceback would keep it
                 await context.abort(
                     grpc.StatusCode.INVALID_ARGUMENT, f"the message has more than {MAX_NAME_BYTES} bytes"
                 )
             if data is not grpc.aio.EOF:
-                came.read(len(data))
                 return parsed(tolerant(handler.request_deserializer)(data))
         except InvalidArgument as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.message)

@@ -19,6 +19,7 @@ from heatlens_server.api.calls import Call, CallGate
 from heatlens_server.core.errors import FieldViolation, InvalidArgument, StreamLimit
 from heatlens_server.transports.grpc.health_calls import HEALTH_PREFIX, HealthCalls
 from heatlens_server.transports.grpc.parsing import parsed, tolerant
+from heatlens_server.transports.grpc.refusals import Refusals
 from heatlens_server.transports.grpc.status import REQUEST_ID_KEY, WireStatus, to_wire
 from heatlens_server.transports.grpc.traffic import OpenCall, Traffic
 
@@ -28,6 +29,15 @@ _COPIES = 2
 _REFLECTION_PREFIX = "/grpc.reflection."
 
 _MOST_REFLECTING = 1024
+
+_FAULTS_OF_CALLERS = frozenset(
+    (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.PERMISSION_DENIED,
+    )
+)
 
 Context = Any  # grpc.aio.ServicerContext, whose type parameters differ per method
 
@@ -42,6 +52,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         *,
         for_administrators: Container[str] = (),
         traffic: Traffic | None = None,
+        refusals: Refusals | None = None,
     ) -> None:
         """Wrap calls.
 
@@ -51,11 +62,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 message is read.
             for_administrators: the methods that change models.
             traffic: is told what calls account for; None: nobody asks.
+            refusals: how fast calls are refused for what they ask; None: of each host of its own.
         """
         self._gate = gate
         self._before_reading = before_reading or {}
         self._for_administrators = for_administrators
         self._traffic = traffic or Traffic(gate.admission.max_message_bytes)
+        self._refusals = refusals or Refusals()
         self._health = HealthCalls(gate.admission, self._traffic)
         self._reflecting = 0
 
@@ -89,6 +102,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 came.awaits = True
                 data = await admission.receive(held, context.read())
                 if data is grpc.aio.EOF:
+                    came.read(0)
                     raise InvalidArgument([FieldViolation("", "the call has no message")], reason="MESSAGE_MISSING")
                 held.keep(len(data))
                 came.read(len(data))
@@ -112,8 +126,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                         with admission.sending(call.peer):
                             await context.write(response)
                 except BaseException as error:
-                    await self._fail(call, context, error)
-                self._gate.end(call, "OK")
+                    failure = self._fail(call, error, came)
+                else:
+                    self._gate.end(call, "OK")
+                    return
+                await self._refuse(context, came, failure)
 
         return handle
 
@@ -138,8 +155,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                         else:
                             await behavior(_Requests(context, came, parse), sending)
                 except BaseException as error:
-                    await self._fail(call, context, error)
-                self._gate.end(call, "OK")
+                    failure = self._fail(call, error, came)
+                else:
+                    self._gate.end(call, "OK")
+                    return
+                await self._refuse(context, came, failure)
 
         return handle
 
@@ -161,23 +181,31 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         call = self._gate.begin(
             method, peer=context.peer(), request_id=headers.get(REQUEST_ID_KEY, ""), headers=headers
         )
+        self._traffic.account(call.peer, sum(len(key) + len(value) for key, value in sent))
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
         authorizations = [value for key, value in sent if key == "authorization"]
         return call, authorizations[0] if len(authorizations) == 1 else ""
 
-    async def _fail(self, call: Call, context: Context, error: BaseException) -> NoReturn:
-        """End a call with its error's status; what is not an error (cancellation) is raised again."""
+    def _fail(self, call: Call, error: BaseException, came: OpenCall) -> WireStatus:
+        """The status that a call ends with by an error; what is none (cancellation) is raised again."""
         if isinstance(error, asyncio.CancelledError):
             self._gate.end(call, "CANCELLED")
             raise error
         if isinstance(error, grpc.aio.InternalError):
             # A message could not be sent: the peer is gone, and gRPC cancels this task a moment later.
             self._gate.end(call, "CANCELLED")
-            await _abort(context, WireStatus(grpc.StatusCode.CANCELLED, "", ((REQUEST_ID_KEY, call.request_id),)))
+            return WireStatus(grpc.StatusCode.CANCELLED, "", ((REQUEST_ID_KEY, call.request_id),))
         if not isinstance(error, Exception):
             raise error
         status = to_wire(error, call.request_id)
+        came.is_at_fault = status.code in _FAULTS_OF_CALLERS
         self._gate.end(call, status.code.name, error=error)
+        return status
+
+    async def _refuse(self, context: Context, came: OpenCall, status: WireStatus) -> NoReturn:
+        """End a call, after a while where many of its host are refused. Its error, which keeps the message, is gone."""
+        if came.is_at_fault and not await self._refusals.wait(came.peer):
+            came.leave()
         await _abort(context, status)
 
 

@@ -30,6 +30,7 @@ from heatlens_server.config import ServerConfig, TlsConfig
 from heatlens_server.core.errors import ConfigError
 from heatlens_server.fleet.fleet import Fleet
 from heatlens_server.transports.grpc.interceptor import CallInterceptor
+from heatlens_server.transports.grpc.refusals import Refusals
 from heatlens_server.transports.grpc.traffic import Traffic
 from heatlens_server.transports.grpc.v2 import reflection as v2_reflection
 from heatlens_server.transports.grpc.v2.service import FOR_ADMINISTRATORS as INFERENCE_FOR_ADMINISTRATORS
@@ -88,6 +89,7 @@ def make_server(
     max_connections: int,
     refuse_if_full: Callable[[str], None] = lambda _peer: None,
     traffic: Traffic | None = None,
+    refusals: Refusals | None = None,
 ) -> grpc.aio.Server:
     """Make a server with limits, keepalive and the call interceptor, without services and without a port.
 
@@ -97,10 +99,13 @@ def make_server(
         max_connections: most connections at a time: those of the configuration, or as many as there are files for.
         refuse_if_full: refuses requests to explain before their messages are read: see `api.explainer.Explainer`.
         traffic: is told what calls account for; None: nobody asks.
+        refusals: see `CallInterceptor`.
     """
     refusing = dict.fromkeys(_EXPLAINING, refuse_if_full)
     return grpc.aio.server(
-        interceptors=[CallInterceptor(gate, refusing, for_administrators=_FOR_ADMINISTRATORS, traffic=traffic)],
+        interceptors=[
+            CallInterceptor(gate, refusing, for_administrators=_FOR_ADMINISTRATORS, traffic=traffic, refusals=refusals)
+        ],
         options=[
             ("grpc.max_receive_message_length", config.max_message_bytes),
             ("grpc.max_send_message_length", config.max_message_bytes),

@@ -32,10 +32,11 @@ class OpenCall:
         peer: whose it is.
         is_stream: whether messages may come as long as it is open.
         awaits: whether the message of another call may be coming: there is room for it.
-        has_message: whether one came.
+        has_message: whether one came, or the end of what its peer sends.
+        is_at_fault: whether it is refused for what it asks, not for lack of room.
     """
 
-    __slots__ = ("_traffic", "awaits", "has_message", "is_stream", "peer")
+    __slots__ = ("_traffic", "awaits", "has_message", "is_at_fault", "is_stream", "peer")
 
     def __init__(self, traffic: "Traffic", peer: str, *, is_stream: bool) -> None:
         self._traffic = traffic
@@ -43,11 +44,16 @@ class OpenCall:
         self.is_stream = is_stream
         self.awaits = False
         self.has_message = False
+        self.is_at_fault = False
 
     def read(self, size_bytes: int) -> None:
         """A message came."""
         self.awaits, self.has_message = False, True
         self._traffic.account(self.peer, size_bytes)
+
+    def leave(self) -> None:
+        """Count it as one that was left at once."""
+        self._traffic.leave(self.peer)
 
 
 class Traffic:
@@ -94,7 +100,7 @@ class Traffic:
             remaining_s = remaining()
             in_time = remaining_s is None or remaining_s > DEADLINE_S
             if self._now() - since_s < QUICK_S and in_time and not is_check:
-                self._left[peer] += 1
+                self.leave(peer)
             self.account(peer, self._room(one))
             raise
         except BaseException:
@@ -105,14 +111,18 @@ class Traffic:
             self.account(peer, CALL_BYTES)
             del self._open[one]
 
+    def leave(self, peer: str) -> None:
+        """A peer left a call at once."""
+        self._left[peer] += 1
+
     def account(self, peer: str, size_bytes: int) -> None:
         """So many bytes of a peer belong to calls."""
         self._accounted[peer] += size_bytes
 
     @property
     def busy(self) -> set[str]:
-        """The peers with a stream, or with a call whose message came."""
-        return {one.peer for one in self._open if one.is_stream or one.has_message}
+        """The peers with a stream, or with a call whose message came, that is not refused for what it asks."""
+        return {one.peer for one in self._open if (one.is_stream or one.has_message) and not one.is_at_fault}
 
     def room(self) -> Counter[str]:
         """How many bytes peers may send at any time, by the calls that are open."""
@@ -121,6 +131,10 @@ class Traffic:
             room[one.peer] += self._room(one)
         return room
 
+    def accounted_since(self) -> Counter[str]:
+        """What calls accounted for since `take`, in bytes."""
+        return self._accounted
+
     def take(self) -> tuple[Counter[str], Mapping[str, float]]:
         """What calls accounted for since this was asked last, in bytes, and how many calls their peers left at once."""
         accounted, self._accounted = self._accounted, Counter()
@@ -128,4 +142,6 @@ class Traffic:
         return accounted, left
 
     def _room(self, one: OpenCall) -> int:
-        return self._max_message_bytes if one.is_stream or one.awaits else UNREAD_BYTES
+        if (one.is_stream or one.awaits) and not one.is_at_fault:
+            return self._max_message_bytes
+        return 0 if one.has_message and not one.is_stream else UNREAD_BYTES

@@ -45,6 +45,14 @@ def test_accounts_that_come_first_are_credit_which_is_bounded(floods):
     assert floods.look({A1: Came(16 * MB + ALLOWED_BYTES + 1)}, 0.0) == ([A1], [A1])
 
 
+def test_what_came_while_the_server_was_busy_is_none(floods):
+    after_s = 3.5
+    flood = Came(2 * ALLOWED_BYTES, accounted_bytes=MB, left_calls=2 * ALLOWED_CALLS)
+    assert floods.look({A1: flood}, after_s) == ([], [])
+    assert floods.look({A1: Came(3 * ALLOWED_BYTES)}, after_s) == ([], [])
+    assert floods.look({A1: Came(4 * ALLOWED_BYTES)}, after_s) == ([A1], [A1])
+
+
 def test_a_little_again_and_again_is_let_pass(floods):
     received = 0
     for second in range(1, 100):

@@ -33,7 +33,8 @@ def test_a_call_accounts_for_its_message(traffic):
         call.awaits = True
         assert traffic.room() == {"a": MOST}
         call.read(1000)
-        assert (traffic.busy, traffic.room()) == ({"a"}, {"a": UNREAD_BYTES})
+        assert (traffic.busy, traffic.room()) == ({"a"}, {"a": 0})
+    assert traffic.accounted_since() == {"a": 1000 + CALL_BYTES}
     assert traffic.take() == ({"a": 1000 + CALL_BYTES}, {})
     assert traffic.take() == ({}, {})
     assert (traffic.busy, traffic.room()) == (set(), {})
@@ -82,6 +83,21 @@ def test_one_that_its_peer_leaves(traffic, clock, lasted_s, remaining_s, left):
     accounted, left_calls = traffic.take()
     assert left_calls.get("a", 0) == left
     assert accounted["a"] == CALL_BYTES + MOST
+
+
+@pytest.mark.parametrize(("is_stream", "room_bytes"), [(False, 0), (True, UNREAD_BYTES)])
+def test_one_that_is_refused_for_what_it_asks_makes_no_room_for_much_else(traffic, is_stream, room_bytes):
+    def refuse() -> None:
+        with traffic.call("a", is_stream=is_stream) as call:
+            call.awaits = True
+            call.read(0)  # also what has no message
+            call.is_at_fault = True
+            assert (traffic.busy, traffic.room()) == (set(), {"a": room_bytes})
+            raise ServerDraining
+
+    with pytest.raises(ServerDraining):
+        refuse()
+    assert traffic.take() == ({"a": room_bytes + CALL_BYTES}, {})
 
 
 def test_a_health_check_counts_as_a_part_of_a_call_that_is_left_whether_or_not_it_is(traffic):

@@ -1,0 +1,51 @@
+"""What a look at connections makes of what the kernel counts and of what calls account for."""
+
+import asyncio
+import contextlib
+import logging
+
+from heatlens_server.transports.grpc import connections
+from heatlens_server.transports.grpc.connections import watch_connections
+from heatlens_server.transports.grpc.hang_up import Address
+from heatlens_server.transports.grpc.traffic import Traffic
+
+PEER, ADDRESS = "ipv4:10.0.0.1:1", ("10.0.0.1", 1)
+MB = 1 << 20
+
+
+class Kernel:
+    """What it says at each look, and what calls read between that and when it is heard."""
+
+    def __init__(self, traffic: Traffic) -> None:
+        self._traffic = traffic
+        self._received_bytes = 0
+        self.looks = 0
+
+    def connections_to(self, port: int) -> dict[Address, int]:
+        self.looks += 1
+        if self.looks == 1:
+            raise OSError(24, "Too many open files")
+        came = {ADDRESS: self._received_bytes}
+        if self.looks % 4 == 0:
+            self._traffic.account(PEER, 200 * MB)
+            self._received_bytes += 200 * MB
+        return came
+
+
+async def test_what_is_read_after_the_kernel_has_counted_is_no_flood_and_no_files_is_no_end(monkeypatch, caplog):
+    traffic = Traffic(MB)
+    kernel = Kernel(traffic)
+    monkeypatch.setattr(connections, "_LOOK_S", 0.001)
+    monkeypatch.setattr(connections, "connections_to", kernel.connections_to)
+    with caplog.at_level(logging.WARNING):
+        watching = asyncio.create_task(watch_connections(1, traffic, max_connections=100, host_of=None))
+        for _ in range(10_000):
+            if kernel.looks > 20 or watching.done():
+                break
+            await asyncio.sleep(0.002)
+    watching.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await watching
+    assert kernel.looks > 20
+    assert "Too many open files" in caplog.text
+    assert "floods" not in caplog.text
