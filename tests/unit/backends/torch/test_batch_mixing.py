@@ -43,6 +43,13 @@ class OneImageOnly(Tiny):
         return self.head(self.body(self.stem(x)).reshape(1, 16, -1).mean(-1))
 
 
+class InALoop(Tiny):
+    """Runs its layers once per image: of a batch they hold the last one."""
+
+    def forward(self, x):
+        return torch.cat([self.head(self.features(image[None])) for image in x])
+
+
 class Dropout(Tiny):
     def forward(self, x):
         return self.head(nn.functional.dropout(self.features(x)))
@@ -54,7 +61,7 @@ def of_tiny(kind):
     return module
 
 
-@pytest.mark.parametrize("kind", [BatchStatistics, SoftmaxOverBatch, MeanOfBatch, OneImageOnly])
+@pytest.mark.parametrize("kind", [BatchStatistics, SoftmaxOverBatch, MeanOfBatch, OneImageOnly, InALoop])
 @pytest.mark.parametrize("method", [Method.GRAD_CAM, Method.EIGEN_CAM])
 def test_a_batch_is_its_images_one_by_one(kind, method):
     engine = TorchEngine(loaded(of_tiny(kind)))

@@ -277,6 +277,7 @@ class TorchModel:
             two = torch.cat([inputs, inputs.flip(-1)])
             if isinstance(output, Tensor):
                 self.mixes_batch = self._mixes(two, output)
+            self.mixes_batch = self.mixes_batch or self._runs_layers_apart(two, outputs)
             self.attention = find_attention(self.module, self.run, two, self.model.grid(layers[0]))
 
     def _mixes(self, two: Tensor, first: Tensor) -> bool:
@@ -303,6 +304,25 @@ class TorchModel:
             except Exception:
                 return True
             return not same(together, torch.cat([first.detach(), self.run(two[1:])]), self.dtype)
+
+    def _runs_layers_apart(self, two: Tensor, first: Mapping[str, LayerOutput]) -> bool:
+        """Whether a layer runs once per image, so that of two images only the last one's output is seen.
+
+        Args:
+            two: (2, C, H, W).
+            first: the layers' outputs for the first of them alone.
+        """
+        try:
+            _, outputs = self.record(two, self.model.layers, differentiate=False)
+            return any(
+                len(self.features(layer, outputs[layer])) != 2 * len(self.features(layer, first[layer]))
+                for layer in self.model.layers
+            )
+        except torch.OutOfMemoryError:
+            raise
+        # A network that is written for one image may raise anything.
+        except Exception:
+            return True
 
     def _checked_shape(self, layer: str, outputs: Mapping[str, LayerOutput]) -> LayerShape:
         if layer not in outputs:
