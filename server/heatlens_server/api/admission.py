@@ -71,7 +71,11 @@ class Admission:
         half, peer_half = max_bytes // 2, max_peer_bytes // 2
         self.requests = ByteBudget("requests", total_bytes=half, peer_bytes=peer_half, host_of=host_of)
         self.answers = ByteBudget(
-            "answers", total_bytes=half, peer_bytes=peer_half, relieve=lambda: self._end_slowest(SLOW_S)
+            "answers",
+            total_bytes=half,
+            peer_bytes=peer_half,
+            host_of=host_of,
+            relieve=lambda: self._end_slowest(SLOW_S),
         )
         public_bytes = _PUBLIC_MESSAGES * max_message_bytes
         self.public = ByteBudget(

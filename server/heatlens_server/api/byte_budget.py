@@ -23,8 +23,14 @@ SLOW_S = 1.0
 _LOOK_S = 0.25
 """How often those that wait for room look for a peer that is too slow, in seconds."""
 
+_LOOKERS, _RARELY = 32, 4
+"""Where more of a host wait, each looks so many times less often."""
+
 _ROOM_S = 10.0
 """How long one may wait for room, in seconds."""
+
+_SPARE = 8
+"""While a host has all, others have an eighth of it more between them, and each of them an eighth of that."""
 
 _MOST_CUTS = 4096
 """Of how many hosts it is remembered that they were cut off."""
@@ -108,6 +114,7 @@ class ByteBudget:
         """
         self._what = what
         self._total_bytes = total_bytes
+        self._spare_bytes = total_bytes // _SPARE
         self._peer_bytes = peer_bytes
         self._most_waiting = most_waiting
         self._slow_s = slow_s
@@ -122,6 +129,7 @@ class ByteBudget:
         self._of_hosts: Counter[str] = Counter()
         # By host, the newest last.
         self._waiting: dict[str, list[_Waiting]] = {}
+        self._waiting_count = 0
         self._cut: set[str] = set()
         self._watchers: set[Callable[[], None]] = set()
 
@@ -183,17 +191,20 @@ class ByteBudget:
         loop = asyncio.get_running_loop()
         one = _Waiting(held, size_bytes, loop.create_future())
         self._waiting.setdefault(held.host, []).append(one)
-        if sum(map(len, self._waiting.values())) > self._most_waiting:
+        self._waiting_count += 1
+        if self._waiting_count > self._most_waiting:
             self._drop(self._last())
         self._serve()
         until = loop.time() + _ROOM_S
         try:
             while not one.ready.done():
-                await asyncio.wait([one.ready], timeout=min(_LOOK_S, self._slow_s))
+                # Who looks frees room for all: of a thousand of a host each need not look as often.
+                look_s = min(_LOOK_S, self._slow_s) * (_RARELY if len(self._waiting[held.host]) > _LOOKERS else 1)
+                await asyncio.wait([one.ready], timeout=max(0.0, min(look_s, until - loop.time())))
                 if one.ready.done():
                     break
                 self._cut_slowest(held.peer, size_bytes)
-                if loop.time() > until and not one.ready.done():  # the cut may have made room for it
+                if loop.time() >= until and not one.ready.done():  # the cut may have made room for it
                     self._drop(one)
             one.ready.result()
         except asyncio.CancelledError:
@@ -222,7 +233,11 @@ class ByteBudget:
 
     def _fits(self, held: Held, size_bytes: int) -> bool:
         others, of_peer = self._held - held.bytes, self._of_peers[held.peer] - held.bytes
-        return (not others or others + size_bytes <= self._total_bytes) and (
+        total_bytes = self._total_bytes
+        if self._of_hosts[held.host] - held.bytes + size_bytes <= self._spare_bytes // _SPARE:
+            # Less than what another holds, or there would be room.
+            total_bytes += self._spare_bytes
+        return (not others or others + size_bytes <= total_bytes) and (
             not of_peer or of_peer + size_bytes <= self._peer_bytes
         )
 
@@ -232,8 +247,9 @@ class ByteBudget:
         Hosts that were cut off come last, and before them the one that holds most. Of one host the newest comes first:
         when more come than can be served, the newest are those whose callers still wait.
         """
-        while self._waiting and self._held < self._total_bytes:
-            hosts = list(self._waiting)[::-1]
+        while self._waiting and self._held < self._total_bytes + self._spare_bytes:
+            little = self._spare_bytes // _SPARE if self._held >= self._total_bytes else self._total_bytes
+            hosts = [host for host in reversed(self._waiting) if self._of_hosts[host] < little]
             hosts.sort(key=lambda host: (host in self._cut, self._of_hosts[host]))
             fitting = (
                 one for host in hosts for one in reversed(self._waiting[host]) if self._fits(one.held, one.size_bytes)
@@ -269,6 +285,7 @@ class ByteBudget:
         """Let one wait no longer."""
         of_host = self._waiting[one.held.host]
         of_host.remove(one)
+        self._waiting_count -= 1
         if not of_host:
             del self._waiting[one.held.host]
 

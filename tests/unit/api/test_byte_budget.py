@@ -134,6 +134,24 @@ async def test_a_host_that_holds_less_waits_for_one_that_holds_more_and_comes_be
     assert order == ["other", "own 1", "own 0"]
 
 
+async def test_a_little_is_kept_for_hosts_that_hold_little_while_another_has_all():
+    made = ByteBudget("answers", total_bytes=640, peer_bytes=640, slow_s=60)
+    made.hold("ipv4:10.0.0.1:1").keep(640)
+    more_of_it = asyncio.ensure_future(made.wait(made.hold("ipv4:10.0.0.1:2"), 10))
+    await asyncio.sleep(0)
+    others = [made.hold(f"ipv4:10.0.0.{n}:1") for n in range(2, 11)]
+    # An eighth of the budget, for eight of them at the most that each may have.
+    await asyncio.gather(*(made.wait(held, 10) for held in others[:8]))
+    late = asyncio.ensure_future(made.wait(others[8], 10))
+    much = asyncio.ensure_future(made.wait(others[0], 20))
+    await asyncio.sleep(0)
+    assert not any(waiting.done() for waiting in (more_of_it, late, much))
+    for waiting in (more_of_it, late, much):
+        waiting.cancel()
+    await asyncio.gather(more_of_it, late, much, return_exceptions=True)
+    assert made.held_bytes == 640 + 80
+
+
 async def test_where_too_many_wait_those_of_the_host_of_which_most_do_are_refused_first():
     made = budget(most_waiting=3, slow_s=10)
     first = await made.await_message("ipv4:10.0.0.9:1", 60)
@@ -174,6 +192,17 @@ async def test_who_waits_in_vain_is_refused_and_who_leaves_holds_nothing(monkeyp
         await made.wait(made.hold("b"), 10)
     assert relieved
     assert made.held_bytes == 100
+
+
+async def test_who_frees_room_at_the_last_moment_gets_it(monkeypatch):
+    monkeypatch.setattr(byte_budget, "_ROOM_S", 0.0)
+    made = budget(slow_s=0.0)
+    await made.await_message("a", 60)
+    await asyncio.sleep(0.01)
+    with made.hold("b") as held:
+        await made.wait(held, 60)
+        assert made.held_bytes == 60
+    assert made.held_bytes == 0
 
 
 async def test_too_many_that_wait_are_refused_the_oldest_first():
