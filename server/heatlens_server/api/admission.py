@@ -41,6 +41,7 @@ class Admission:
     Attributes:
         requests: bytes of messages that are being read, or were read and are not answered yet.
         answers: bytes of answers that are being made, or were made and are not taken yet.
+        configurations: bytes of masks and reference images that open streams keep.
         public: bytes of messages of those who need no token, while these are read.
         reflection: bytes of messages of reflection, while these are read.
         max_message_bytes: largest message: what one takes while its size is not known.
@@ -76,6 +77,12 @@ class Admission:
             peer_bytes=peer_half,
             host_of=host_of,
             relieve=lambda: self._end_slowest(SLOW_S),
+        )
+        self.configurations = ByteBudget(
+            "masks and reference images of streams",
+            total_bytes=half // 2,
+            peer_bytes=peer_half // 2,
+            host_of=host_of,
         )
         public_bytes = _PUBLIC_MESSAGES * max_message_bytes
         self.public = ByteBudget(

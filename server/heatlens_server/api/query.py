@@ -130,6 +130,12 @@ class Options:
     return_mask: bool = False
     direction: Direction | int | None = None
 
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes the mask and the reference image came in, which streams keep."""
+        mask, reference = self.mask, self.reference_image
+        return (0 if mask is None else len(mask.data)) + (0 if reference is None else reference.size_bytes)
+
 
 @dataclass(frozen=True, slots=True)
 class Query:

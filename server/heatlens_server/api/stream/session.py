@@ -263,6 +263,10 @@ class StreamSession(Generic[T]):
         self._call.fields["model_version"] = model.version
         plan = plan_stream(config, model, self._explainer.limits)
         opened = _Opened(plan, model, self._open_streams)
+        if size_bytes := config.options.size_bytes:
+            held = self._explainer.admission.configurations.hold(self._call.peer)
+            await held.room(size_bytes)
+            self._uses.enter_context(held)
         await model.queue.load_for(plan.explain.spec)
         self._opened = opened
         self._news.set()
