@@ -104,6 +104,28 @@ def test_a_process_that_hangs_is_ended_and_started_again(running):
     until(lambda: answers_again(running))
 
 
+def test_a_process_that_is_stopped_amid_callers_that_leave_is_ended_and_started_again(running, sized):
+    (child,) = children(running)
+    steps = pb.ExplainOptions(method=method_pb2.METHOD_SCORE_CAM, class_ids=pb.ClassIds(values=range(8)))
+    request = pb.ExplainRequest(model="crashes", image=IMAGE, options=steps)
+    with grpc.insecure_channel(running.address, options=[("grpc.enable_retries", 0)]) as channel:
+        stub = explain_pb2_grpc.ExplainServiceStub(channel)
+        calls = [stub.Explain.future(request, timeout=SETTLE_TIMEOUT_S) for _ in range(sized(8, 40))]
+        for call in calls[::2]:
+            call.cancel()
+        child.suspend()
+        # Some may have been answered before.
+        errors = [error for call in calls[1::2] if (error := call.exception()) is not None]
+        assert {Details(error).info.reason for error in errors} <= {"MODEL_HUNG", "MODEL_CRASHED"}
+        assert explain(running, "tiny").explanations
+        if not errors:
+            # All of them were: the next one is not.
+            with pytest.raises(grpc.RpcError):
+                explain(running, "crashes")
+    until(lambda: answers_again(running))
+    assert child not in children(running)
+
+
 def test_the_process_ends_with_its_server(tmp_path, launch):
     running = launch(server_toml(CRASHES))
     wait_settled(running.address)
