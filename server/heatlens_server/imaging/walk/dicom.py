@@ -195,7 +195,8 @@ def walk_dicom(encoded: bytes, check: SizeCheck) -> PlainFile:
         width_px,
         height_px,
         encoded[: _MARK_AT + len(_MARK)] + b"".join(kept.values()),
-        decoded_bytes=decoded_bytes + width_px * height_px * channels * (16 + -(-numbers.get(_BITS, 16) // 8)),
+        # What a decoder holds is free before the values are brought to the model's.
+        decoded_bytes=max(decoded_bytes, width_px * height_px * channels * (16 + -(-numbers.get(_BITS, 16) // 8))),
         samples=samples or width_px * height_px * channels,
     )
 
