@@ -82,9 +82,11 @@ def test_health_checks_that_never_end_hold_up_no_other(launch, connect, sized):
 
 @pytest.mark.serial
 @pytest.mark.parametrize(
-    "begin", [b"", headers(1), headers(1) + frame(DATA, 0, 1, b"\0")], ids=["idle", "call", "byte"]
+    "begin",
+    [b"", headers(1) + frame(DATA, 0, 1, b"\0"), headers(1, STREAM)],
+    ids=["say nothing", "send no message", "are busy"],
 )
-def test_connections_of_a_host_that_takes_all_places_and_sends_no_message_give_way(launch, connect, sized, begin):
+def test_connections_of_a_host_that_takes_all_places_give_way(launch, connect, sized, begin):
     most = sized(40, 1000)
     server = launch(server_toml(max_connections=most))
     wait_settled(server.address)

@@ -6,9 +6,10 @@ everybody else out. Clients connect anew by themselves when they make a call.
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Container, Hashable, Mapping
 from typing import TypeVar
 
 from heatlens_server.transports.grpc.floods import Came, Floods
@@ -27,7 +28,7 @@ _IDLE_S = 2.0
 """How long a connection is without a call before it gives way, in seconds."""
 
 _FULL, _ROOMY = 7 / 8, 3 / 4
-"""From which share of the places on connections give way, and how many are taken then."""
+"""From which share of the places on connections give way, and how many are taken then, of one host at most."""
 
 
 async def watch_connections(
@@ -47,8 +48,8 @@ async def watch_connections(
         host_of: the host of a peer; None: each connection is a host of its own.
         refuses_floods: whether connections are closed for what they send.
     """
-    floods = Floods(_host_of_address(host_of))
-    idle_since: dict[Address, float] = {}
+    host_of_address = _host_of_address(host_of)
+    floods, places = Floods(host_of_address), Places(host_of_address, max_connections)
     refused: list[Hashable] = []
     while True:
         await asyncio.sleep(_LOOK_S)
@@ -59,32 +60,60 @@ async def watch_connections(
         room = traffic.room() + traffic.accounted_since()
         came = _came(received, accounted, room, left)
         close, began = floods.look(came, now) if refuses_floods else ([], [])
-        if host_of is not None and (banned := floods.banned(now)) != refused:
-            refused = banned
-            await _apart(refuse_hosts, port, list(map(str, banned)))
+        close += places.look(received, {address_of(peer) for peer in traffic.busy}, now)
+        unwelcome = [*floods.banned(now), *places.crowds]
+        if host_of is not None and unwelcome != refused:
+            refused = unwelcome
+            await _apart(refuse_hosts, port, list(map(str, unwelcome)))
         for host, _ in began:
             _log.warning("%s floods: its connections are closed, and it cannot connect for a while", host)
-        calling = {address_of(peer) for peer in traffic.busy}
-        idle_since = {one: idle_since.get(one, now) for one in received if one not in calling}
-        if len(received) >= _FULL * max_connections:
-            waiting = sorted(
-                (one for one in idle_since if now - idle_since[one] >= _IDLE_S), key=idle_since.__getitem__
-            )
-            close += _giving_way(received, waiting, len(received) - int(_ROOMY * max_connections))
         if close:
             await _apart(close_connections, set(close))
 
 
-def _giving_way(connections: Collection[Address], idle: list[Address], count: int) -> list[Address]:
-    """So many of the idle connections: of the host that has most first, the one that is idle longest of them."""
-    hosts = Counter(host for host, _ in connections)
-    chosen: list[Address] = []
-    while idle and len(chosen) < count:
-        one = max(idle, key=lambda address: hosts[address[0]])
-        idle.remove(one)
-        hosts[one[0]] -= 1
-        chosen.append(one)
-    return chosen
+class Places:
+    """Who gives way where nearly all places are taken.
+
+    Attributes:
+        crowds: hosts that hold so many that they get no more.
+    """
+
+    def __init__(self, host_of: Callable[[Address], Hashable], max_connections: int) -> None:
+        """Nobody has been seen. Arguments: as `watch_connections`."""
+        self._host_of = host_of
+        self._full, self._roomy = _FULL * max_connections, math.ceil(_ROOMY * max_connections)
+        self._since: dict[Address, float] = {}
+        self._idle_since: dict[Address, float] = {}
+        self.crowds: list[Hashable] = []
+
+    def look(self, connections: Collection[Address], busy: Container[Address | None], now_s: float) -> list[Address]:
+        """Those to close: idle ones of the host that has most first, and then the newest of one that has too many."""
+        self._since = {one: self._since.get(one, now_s) for one in connections}
+        self._idle_since = {one: self._idle_since.get(one, now_s) for one in connections if one not in busy}
+        hosts = Counter(map(self._host_of, connections))
+        is_full = len(connections) >= self._full
+        crowds = [host for host, count in hosts.items() if count >= self._roomy and (is_full or host in self.crowds)]
+        for host in crowds:
+            if host not in self.crowds:
+                _log.warning("%s has %d connections and gets no more, as nearly all are taken", host, hosts[host])
+        self.crowds = crowds
+        if not is_full:
+            return []
+        idle = sorted(
+            (one for one, since_s in self._idle_since.items() if now_s - since_s >= _IDLE_S),
+            key=self._idle_since.__getitem__,
+        )
+        chosen: list[Address] = []
+        while idle and len(chosen) < len(connections) - self._roomy:
+            one = max(idle, key=lambda address: hosts[self._host_of(address)])
+            idle.remove(one)
+            hosts[self._host_of(one)] -= 1
+            chosen.append(one)
+        for host in crowds:
+            own = [one for one in self._since if self._host_of(one) == host and one not in chosen]
+            own.sort(key=self._since.__getitem__)
+            chosen += own[self._roomy :]
+        return chosen
 
 
 async def _apart(function: Callable[..., T], *arguments: object) -> T:

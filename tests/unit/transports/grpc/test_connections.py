@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import logging
 
+import pytest
+
 from heatlens_server.transports.grpc import connections
-from heatlens_server.transports.grpc.connections import watch_connections
+from heatlens_server.transports.grpc.connections import Places, watch_connections
 from heatlens_server.transports.grpc.hang_up import Address
 from heatlens_server.transports.grpc.traffic import Traffic
 
@@ -49,3 +51,40 @@ async def test_what_is_read_after_the_kernel_has_counted_is_no_flood_and_no_file
     assert kernel.looks > 20
     assert "Too many open files" in caplog.text
     assert "floods" not in caplog.text
+
+
+def places(most: int) -> Places:
+    return Places(lambda address: address[0], most)
+
+
+def of(host: str, *ports: int) -> list[Address]:
+    return [(host, port) for port in ports]
+
+
+def test_the_newest_of_a_host_that_has_too_many_give_way_where_all_are_busy_and_it_gets_no_more():
+    made = places(8)
+    old, new, other = of("a", *range(6)), of("a", 6, 7), of("b", 1)
+    assert made.look(old, old, 0.0) == []
+    assert made.crowds == []
+    assert made.look([*new, *old], [*new, *old], 1.0) == new
+    assert made.crowds == ["a"]
+    # It gets no more until it has less than its share, whoever has the rest.
+    assert made.look([*old, *other], [*old, *other], 2.0) == []
+    assert made.crowds == ["a"]
+    assert made.look([*old[1:], *other], old, 3.0) == []
+    assert made.crowds == []
+
+
+def test_those_without_a_call_for_a_while_come_first_and_those_of_the_host_that_has_most():
+    made = places(8)
+    some, others = of("a", *range(4)), of("b", *range(3))
+    assert made.look([*some, *others], [], 0.0) == []
+    assert made.look([*some, *others], some[:1], 1.9) == []
+    assert made.look([*some, *others], some[:1], 2.0) == some[1:2]
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_of_few_places_one_host_may_have_all(most):
+    made = places(most)
+    every = of("a", *range(most))
+    assert made.look(every, every, 0.0) == made.look(every, every, 9.0) == []
