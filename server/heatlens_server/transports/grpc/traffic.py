@@ -18,11 +18,11 @@ UNREAD_BYTES = 256 * 1024
 QUICK_S = 0.5
 """A call that its peer leaves sooner was not made to be answered,"""
 
-CHECK = 0.2
-"""What a health check counts of a call that is left: 500 a second are let pass."""
-
 DEADLINE_S = 0.1
 """unless so much or less of its time was left: both ends look at the same deadline."""
+
+CHECK = 0.2
+"""What a health check counts of a call that is left: 500 a second are let pass."""
 
 
 class OpenCall:
