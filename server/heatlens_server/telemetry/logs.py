@@ -75,7 +75,9 @@ class _ConsoleLines(logging.Formatter):
 
 
 def _fields(record: logging.LogRecord) -> Mapping[str, object]:
-    return {name: value for name, value in vars(record).items() if name not in _OF_EVERY_RECORD}
+    """What is in `extra`; names with an underscore are of libraries that make records their own way, as Ray does."""
+    given = vars(record).items()
+    return {name: value for name, value in given if name not in _OF_EVERY_RECORD and not name.startswith("_")}
 
 
 def _traceback(record: logging.LogRecord) -> str:
