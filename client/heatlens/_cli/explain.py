@@ -2,6 +2,7 @@
 
 import errno
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from heatlens._cli.connection import (
     warn,
 )
 from heatlens._cli.explaining import IMAGE_OPTIONS, MAP_OPTIONS, ModelOption, VersionOption, chosen, takes
-from heatlens._cli.interrupt import INTERRUPTED
+from heatlens._cli.interrupt import INTERRUPTED, TERMINATED, Interrupts, Terminated
 from heatlens._exceptions import HeatlensError
 from heatlens._results.answer_json import NO_FILES, AnswerFiles, answer_json
 from heatlens._results.drawing import flat_note
@@ -39,6 +40,8 @@ from heatlens._video.inputs import SERVER_SUFFIXES, images_of
 
 # Images in flight: enough to give the server batches, few enough to keep memory and queues small.
 _CONCURRENCY = 8
+# How often a wait looks whether an answer has come.
+_LOOK_S = 0.005
 _STDIN = "-"
 # An image; an error in place of one that is not there.
 _Image = Path | bytes | OSError
@@ -86,9 +89,10 @@ def explain(
         wanted = {"model": model, "version": model_version, **chosen(options)}
         with (
             Client(**client_options(server, tls=tls, ca=ca, cert=cert, key=key, timeout=timeout)) as client,
+            Interrupts() as interrupts,
             _thread_pool(client) as pool,
         ):
-            for name, image, answer in _answers(pool, client, named, wanted):
+            for name, image, answer in _answers(pool, client, named, wanted, interrupts):
                 try:
                     result = answer.result()
                     assert not isinstance(image, OSError)
@@ -150,6 +154,8 @@ def _thread_pool(client: Client) -> Iterator[ThreadPoolExecutor]:
     pool = ThreadPoolExecutor(_CONCURRENCY)
     try:
         yield pool
+    except Terminated:
+        raise typer.Exit(TERMINATED) from None
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
     finally:
@@ -159,9 +165,16 @@ def _thread_pool(client: Client) -> Iterator[ThreadPoolExecutor]:
 
 
 def _answers(
-    pool: ThreadPoolExecutor, client: Client, named: list[tuple[str, _Image]], options: dict[str, Any]
+    pool: ThreadPoolExecutor,
+    client: Client,
+    named: list[tuple[str, _Image]],
+    options: dict[str, Any],
+    interrupts: Interrupts,
 ) -> Iterator[tuple[str, _Image, Future[Result]]]:
-    """Yield every image with its name and answer, in order, while the next ones are under way."""
+    """Yield every image with its name and answer, in order, while the next ones are under way.
+
+    A signal that comes just when a lock is taken would leave it taken for ever, so it is held back then.
+    """
 
     def explain(image: _Image) -> Result:
         if isinstance(image, OSError):
@@ -169,10 +182,17 @@ def _answers(
         return client.explain(image, **options)
 
     rest = ((name, image, pool.submit(explain, image)) for name, image in named)
-    pending = list(islice(rest, _CONCURRENCY))
+    with interrupts.held_back():
+        pending = list(islice(rest, _CONCURRENCY))
     while pending:
+        while True:
+            with interrupts.held_back():
+                if pending[0][2].done():
+                    break
+            time.sleep(_LOOK_S)
         yield pending.pop(0)
-        pending += islice(rest, 1)
+        with interrupts.held_back():
+            pending += islice(rest, 1)
 
 
 def _as_text(result: Result, name: str, files: AnswerFiles) -> list[str]:

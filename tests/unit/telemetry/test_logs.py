@@ -39,7 +39,7 @@ def fail() -> None:
 def log_all() -> None:
     """A line with fields and one of a library's own, one with a traceback, one with a stack."""
     log = logging.getLogger(NAME)
-    fields = {"code": "OK", "count": 2, "text": "a b", "size": (1, 2), "kind": frozenset(), "_ray_timestamp_ns": 1}
+    fields = {"code": "OK", "count": 2, "text": "a b", "size": (1, 2), "kind": frozenset(), "_own": 1}
     log.info("call %s", "one\ntwo", extra=fields)
     try:
         fail()
