@@ -1,83 +1,34 @@
 """Frames and calls without number from one host: it is cut off, and others are served. It comes from 127.0.0.2."""
 
-import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
 
 import grpc
 import pytest
 
+from floods import END_STREAM, KINDS, STRANGER, drain, endless, flood
 from heatlens import Client
 from heatlens.v1 import explain_pb2 as pb
 from heatlens.v1 import explain_pb2_grpc
-from messages import distinct, pixels
-from raw_http2 import DATA, EXPLAIN, HEADERS, PING, RST_STREAM, SETTINGS, RawConnection, frame, headers, message
-from server_process import ServerProcess, until, wait_settled
+from messages import distinct
+from raw_http2 import DATA, HEADERS, SETTINGS, RawConnection, frame, headers, message
+from server_process import until, wait_settled
 from server_toml import server_toml
 
 pytestmark = pytest.mark.serial
 
-HEALTH = "/grpc.health.v1.Health/Check"
-STRANGER = "127.0.0.2"
 CONNECTIONS = 4
-END_STREAM = 1
-CANCEL = (8).to_bytes(4, "big")
 
 
-def calls(first: int, count: int, *, resets: bool) -> bytes:
-    """Whole requests, each of which is reset at once, or whole health checks."""
-    request = message(pb.ExplainRequest(image=pixels(distinct(1)[0])).SerializeToString() if resets else b"")
-    return b"".join(
-        headers(number, EXPLAIN if resets else HEALTH)
-        + frame(DATA, END_STREAM, number, request)
-        + (frame(RST_STREAM, 0, number, CANCEL) if resets else b"")
-        for number in range(first, first + 2 * count, 2)
-    )
-
-
-def endless(kind: str) -> Iterator[bytes]:
-    """What is sent, in pieces."""
-    first = 1
-    while True:
-        if kind in ("resets", "checks"):
-            yield calls(first, 200, resets=kind == "resets")
-            first += 400
-        else:
-            yield (frame(PING, 0, 0, bytes(8)) if kind == "pings" else frame(SETTINGS, 0, 0)) * 4000
-
-
-def flood(server: ServerProcess, kind: str, over: threading.Event) -> None:
-    """Send, and read the answers, connecting anew where the server hangs up, as gRPC does by itself with some."""
-    while not over.is_set():
-        with contextlib.suppress(OSError):
-            peer = RawConnection(server.address, source=STRANGER, timeout_s=1)
-            threading.Thread(target=drain, args=(peer.socket,), daemon=True).start()
-            try:
-                peer.send(frame(SETTINGS, 1, 0))
-                for piece in endless(kind):
-                    if over.is_set():
-                        break
-                    peer.send(piece)
-            finally:
-                peer.close()
-
-
-def drain(connection: socket.socket) -> None:
-    try:
-        while connection.recv(1 << 16):
-            pass
-    except OSError:
-        pass
-
-
-@pytest.mark.parametrize("kind", ["resets", "checks", "pings", "settings"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_host_that_floods_is_cut_off_and_others_are_served(launch, kind):
     server = launch(server_toml())
     wait_settled(server.address)
     over = threading.Event()
-    threads = [threading.Thread(target=flood, args=(server, kind, over), daemon=True) for _ in range(CONNECTIONS)]
+    threads = [
+        threading.Thread(target=flood, args=(server.address, kind, over), daemon=True) for _ in range(CONNECTIONS)
+    ]
     for thread in threads:
         thread.start()
     until(lambda: f"{STRANGER} floods" in server.log())
